@@ -1,0 +1,35 @@
+"""mergelab: merge language models in JAX.
+
+The package imports nothing heavy until a name is used: `mergelab.merge`, `mergelab.Recipe`, and the rooms
+`mergelab.operators`, `mergelab.merging`, `mergelab.checkpoints`, ... load on first access.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mergelab.merging import Recipe as Recipe
+    from mergelab.merging import merge as merge
+
+__version__ = "0.1.0"
+
+__all__ = ["Recipe", "__version__", "errors", "merge", "operators"]
+
+_NAMES = {"merge": "mergelab.merging", "Recipe": "mergelab.merging"}
+_ROOMS = ("checkpoints", "data", "errors", "merging", "models", "operators", "quickstart", "report", "trees")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"mergelab.{name}")
+    from mergelab.errors import did_you_mean
+
+    raise AttributeError(f"module 'mergelab' has no attribute {name!r}{did_you_mean(name, __dir__())}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_NAMES, *_ROOMS})

@@ -1,0 +1,95 @@
+"""The map in docs/architecture.md is true: who may import whom, what no room imports, who prints."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "mergelab"
+FILES = sorted(PACKAGE.rglob("*.py"))
+FORBIDDEN = {"torch", "transformers", "peft", "mergekit", "tensorflow"}
+TOP = {"__init__", "__main__"}  # the package's own front doors may name any room
+
+
+def floors() -> dict[str, int]:
+    """Room -> floor, read from the table of docs/architecture.md."""
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| (`.*?`) \|", text, flags=re.MULTILINE)
+    return {
+        re.sub(r"(/|\.py)$", "", room): int(floor)
+        for floor, rooms in rows
+        for room in re.findall(r"`([^`]+)`", rooms)
+    }
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(source: str) -> Iterator[str]:
+    """Absolute dotted names that Python source imports anywhere, lazily and for types too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide which room is meant"
+            assert node.module is not None
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def violations(room: str, source: str, floor: dict[str, int]) -> list[str]:
+    """Rooms of mergelab that `source` in `room` imports though they are not below it."""
+    others = {name.split(".")[1] for name in imported(source) if name.startswith("mergelab.")} - {room}
+    return sorted(other for other in others & floor.keys() if floor[other] >= floor[room])
+
+
+def test_the_map_names_every_room_and_no_other() -> None:
+    rooms = {room_of(path) for path in FILES} - TOP
+    assert rooms == floors().keys()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_room_imports_only_from_floors_below_it(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    names = set(imported(source))
+    assert not {name.split(".")[0] for name in names} & FORBIDDEN
+    if room_of(path) not in TOP:
+        assert violations(room_of(path), source, floors()) == []
+
+
+def test_a_wrong_import_would_be_seen() -> None:
+    floor = {"cli": 6, "merging": 4, "operators": 2, "checkpoints": 2, "errors": 1}
+    assert violations("merging", "def f():\n    from mergelab.cli import main", floor) == ["cli"]
+    assert violations("operators", "import mergelab.checkpoints.source", floor) == ["checkpoints"]
+    assert violations("operators", "from mergelab import merging, errors", floor) == ["merging"]
+    assert violations("merging", "from mergelab.operators import OPERATORS", floor) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_the_command_line_prints_and_no_file_is_long(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert source.count("\n") <= 500, "a file this long holds two concepts"
+    assert ast.get_docstring(ast.parse(source)) or not source.strip(), "say in one sentence what it is for"
+    calls = {
+        node.func.id
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert room_of(path) == "cli" or "print" not in calls
+
+
+def test_third_party_imports_are_declared() -> None:
+    import tomllib
+
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirements = [*project["dependencies"], *project["optional-dependencies"]["hub"]]
+    declared = {re.split(r"[<>=\[;]", r)[0].replace("-", "_").lower() for r in requirements}
+    distribution = {"yaml": "pyyaml", "orbax": "orbax_checkpoint"}
+    used = {name.split(".")[0] for path in FILES for name in imported(path.read_text(encoding="utf-8"))}
+    used -= {"mergelab", *sys.stdlib_module_names}
+    assert {distribution.get(name, name) for name in used} <= declared

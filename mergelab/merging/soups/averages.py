@@ -1,0 +1,158 @@
+"""Running and exponential averages of a stream of parameter trees, in the memory of one average."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PyTree
+
+from mergelab.errors import OperatorError
+from mergelab.trees import named_leaves
+
+__all__ = ["ExponentialAverage", "RunningAverage"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RunningAverage:
+    """The equal-weight mean of the trees seen so far, `mean <- mean + (tree - mean) / (count + 1)`.
+
+    A pytree: it passes through `jit`, `scan` and checkpointing, and keeps the sharding of its input. Means
+    are held in float32 (float64 for float64 leaves), so rounding does not compound over narrow dtypes.
+    Leaves that are not floating point (step counters, masks) are kept from the first tree.
+
+        average = RunningAverage.of(first)
+        for tree in others:
+            average = average.add(tree)
+        soup = average.result()
+
+    Attributes:
+        mean: the tree of means; floating leaves in the accumulation dtype.
+        count: how many trees were averaged, int32 scalar.
+        dtypes: the dtypes of the first tree's leaves, which `result` returns to.
+
+    Reference:
+        Wortsman et al., Model soups (arXiv:2203.05482); Izmailov et al., SWA (arXiv:1803.05407).
+    """
+
+    mean: PyTree[Array]
+    count: Int[Array, ""]
+    dtypes: tuple[np.dtype[Any], ...] = field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, tree: PyTree) -> RunningAverage:
+        """Returns the average of this one tree."""
+        return cls(_widen(tree), jnp.ones((), jnp.int32), _dtypes(tree))
+
+    def add(self, tree: PyTree) -> RunningAverage:
+        """Returns the average with one more tree in it.
+
+        Raises:
+            OperatorError: `tree` differs in structure or in a leaf's shape, or (outside `jit`, where values
+                can be read) in a leaf that is not floating point and so has no mean.
+        """
+        _check_alike(self.mean, tree)
+
+        def step(mean: Array, new: Any) -> Array:
+            if not _averages(mean):
+                return mean
+            return mean + (jnp.asarray(new).astype(mean.dtype) - mean) / (self.count.astype(mean.dtype) + 1)
+
+        return RunningAverage(jax.tree.map(step, self.mean, tree), self.count + 1, self.dtypes)
+
+    def result(self) -> PyTree[Array]:
+        """Returns the mean in the dtypes of the first tree, rounded once."""
+        return _narrow(self.mean, self.dtypes)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ExponentialAverage:
+    """The exponential moving average `mean <- decay * mean + (1 - decay) * tree`, started at the first tree.
+
+    Same dtypes, sharding and treatment of non-floating leaves as `RunningAverage`.
+
+    Attributes:
+        mean: the tree of means; floating leaves in the accumulation dtype.
+        decay: how much of the old mean each new tree leaves; may be a traced scalar.
+        dtypes: the dtypes of the first tree's leaves, which `result` returns to.
+    """
+
+    mean: PyTree[Array]
+    decay: float | Array
+    dtypes: tuple[np.dtype[Any], ...] = field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, tree: PyTree, decay: float | Array) -> ExponentialAverage:
+        """Returns the average of this one tree.
+
+        Raises:
+            OperatorError: `decay` is a number outside [0, 1].
+        """
+        if isinstance(decay, int | float) and not 0 <= decay <= 1:
+            raise OperatorError(f"decay is {decay}; an exponential average needs a decay within [0, 1].")
+        return cls(_widen(tree), decay, _dtypes(tree))
+
+    def add(self, tree: PyTree) -> ExponentialAverage:
+        """Returns the average moved towards one more tree; raises as `RunningAverage.add` does."""
+        _check_alike(self.mean, tree)
+
+        def step(mean: Array, new: Any) -> Array:
+            if not _averages(mean):
+                return mean
+            gain = jnp.asarray(1 - self.decay).astype(mean.dtype)
+            return mean + gain * (jnp.asarray(new).astype(mean.dtype) - mean)
+
+        return ExponentialAverage(jax.tree.map(step, self.mean, tree), self.decay, self.dtypes)
+
+    def result(self) -> PyTree[Array]:
+        """Returns the mean in the dtypes of the first tree, rounded once."""
+        return _narrow(self.mean, self.dtypes)
+
+
+def _averages(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def _dtypes(tree: PyTree) -> tuple[np.dtype[Any], ...]:
+    return tuple(np.dtype(jnp.asarray(leaf).dtype) for leaf in jax.tree.leaves(tree))
+
+
+def _widen(tree: PyTree) -> PyTree[Array]:
+    def widen(leaf: Any) -> Array:
+        array = jnp.asarray(leaf)
+        narrow = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize < 4
+        return array.astype(jnp.float32) if narrow else array
+
+    return jax.tree.map(widen, tree)
+
+
+def _narrow(mean: PyTree[Array], dtypes: tuple[np.dtype[Any], ...]) -> PyTree[Array]:
+    leaves, treedef = jax.tree.flatten(mean)
+    return treedef.unflatten([leaf.astype(d) for leaf, d in zip(leaves, dtypes, strict=True)])
+
+
+def _check_alike(mean: PyTree, tree: PyTree) -> None:
+    names, leaves, structure = named_leaves(mean)
+    new_names, new_leaves, new_structure = named_leaves(tree)
+    if structure != new_structure:
+        odd = sorted(set(names) ^ set(new_names))
+        where = "is only in " + ("the trees averaged so far" if odd and odd[0] in names else "the new tree")
+        what = f"leaf {odd[0]!r} {where} ({len(odd)} leaves differ)" if odd else "containers differ in type"
+        raise OperatorError(f"The trees to average differ: {what}; average models of one architecture.")
+    for name, leaf, new in zip(names, leaves, new_leaves, strict=True):
+        if jnp.shape(leaf) != jnp.shape(new):
+            raise OperatorError(
+                f"Leaf {name!r} has shape {jnp.shape(new)} where the trees averaged so far have "
+                f"{jnp.shape(leaf)}; average models of one architecture."
+            )
+        known = not isinstance(leaf, jax.core.Tracer) and not isinstance(new, jax.core.Tracer)
+        if known and not _averages(leaf) and not np.array_equal(np.asarray(leaf), np.asarray(new)):
+            raise OperatorError(
+                f"Leaf {name!r} is of type {leaf.dtype} and differs between trees, so it has no average; "
+                "leave it out of the trees or make it equal in all of them."
+            )

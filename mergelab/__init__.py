@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mergelab import errors as errors
+    from mergelab import operators as operators
     from mergelab.merging import Recipe as Recipe
     from mergelab.merging import merge as merge
 

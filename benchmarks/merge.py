@@ -146,7 +146,7 @@ def _brief(run: dict[str, float]) -> str:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.merge", description="Times merges side by side.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.merge")
     parser.add_argument("--work", type=Path, required=True, help="folder for models (4 GB, kept) and outputs")
     parser.add_argument("--mergekit-env", type=Path, help="virtual environment that holds mergekit 0.1.5")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")

@@ -72,7 +72,9 @@ def _models(operator: Operator) -> str:
 
 def _default(parameter: Parameter) -> str:
     default = parameter.default
-    return {None: "none", True: "true", False: "false"}.get(default, str(default))
+    if isinstance(default, bool):
+        return str(default).lower()
+    return "none" if default is None else str(default) if isinstance(default, str) else f"{default:g}"
 
 
 def _range(parameter: Parameter) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int, PyTree
 
 from mergelab.errors import OperatorError
@@ -150,7 +151,7 @@ def _check_alike(mean: PyTree, tree: PyTree) -> None:
                 f"Leaf {name!r} has shape {jnp.shape(new)} where the trees averaged so far have "
                 f"{jnp.shape(leaf)}; average models of one architecture."
             )
-        known = not isinstance(leaf, jax.core.Tracer) and not isinstance(new, jax.core.Tracer)
+        known = not isinstance(leaf, Tracer) and not isinstance(new, Tracer)
         if known and not _averages(leaf) and not np.array_equal(np.asarray(leaf), np.asarray(new)):
             raise OperatorError(
                 f"Leaf {name!r} is of type {leaf.dtype} and differs between trees, so it has no average; "

@@ -1,0 +1,67 @@
+"""Every error mergelab raises on purpose, and the sentence helpers they share.
+
+An error message is one sentence that names the place (file, tensor, field), what was found, what was
+expected, and what to do. Callers catch `MergelabError`; the subclasses say whose fault it is.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointError",
+    "DependencyError",
+    "EvaluationError",
+    "MergelabError",
+    "NonFiniteError",
+    "OperatorError",
+    "OutputError",
+    "RecipeError",
+    "did_you_mean",
+]
+
+
+class MergelabError(Exception):
+    """Base of all errors that describe bad input or a failed environment, not a bug in mergelab."""
+
+
+class RecipeError(MergelabError):
+    """A recipe that cannot be run: unknown key, wrong type, missing model, impossible combination.
+
+    `faults` holds every fault found, one sentence each; the message joins them.
+    """
+
+    def __init__(self, faults: str | Iterable[str]) -> None:
+        self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)
+        super().__init__("\n".join(self.faults))
+
+
+class OperatorError(MergelabError, ValueError):
+    """A merge operator was given inputs or parameters for which it has no meaningful result."""
+
+
+class CheckpointError(MergelabError):
+    """A model folder or weight file that is missing, malformed, inconsistent or unsafe to read."""
+
+
+class NonFiniteError(CheckpointError):
+    """A tensor holds NaN or infinity where finite weights were expected."""
+
+
+class OutputError(MergelabError):
+    """The output cannot be written: folder not empty, disk full, resume state that does not match."""
+
+
+class EvaluationError(MergelabError):
+    """An evaluator failed or returned something that is not the declared metrics."""
+
+
+class DependencyError(MergelabError, ImportError):
+    """An optional dependency is missing; the message names the extra to install."""
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Returns `" (did you mean 'density'?)"` for the nearest choice, or `""` when none is near."""
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""

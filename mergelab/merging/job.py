@@ -1,0 +1,51 @@
+"""One tensor to make: where its inputs are, which merge makes it, and what is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mergelab.checkpoints.source import TensorSource
+from mergelab.operators.algebra import Merge
+
+__all__ = ["Job"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One output tensor of a plan; holds no weights.
+
+    Attributes:
+        name: the output tensor's name (random draws are keyed by it).
+        shape: its shape; every source has the same one.
+        dtype: the dtype written.
+        sources: the models' tensors, the base not among them, in recipe order.
+        base: the base model's tensor, or None where the merge uses none.
+        merge: the operator with this tensor's resolved hyper-parameters; None copies `sources[0]`
+            (non-float tensors, and tensors that only one model has).
+        model_names: for messages: the name of the model behind each of `sources`, then the base's.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    sources: tuple[TensorSource, ...]
+    base: TensorSource | None = None
+    merge: Merge | None = None
+    model_names: tuple[str, ...] = field(default=())
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def bytes_in(self) -> int:
+        inputs = (*self.sources, *(() if self.base is None else (self.base,)))
+        return sum(self.size * s.dtype.itemsize for s in inputs)
+
+    @property
+    def bytes_out(self) -> int:
+        return self.size * self.dtype.itemsize

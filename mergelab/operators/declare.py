@@ -1,0 +1,156 @@
+"""What a named operator declares of itself, read off the signature of the function that builds it.
+
+A recipe, the CLI help, the documentation table and the law-suite all read this one declaration, so an
+option is stated once: as a keyword argument of the builder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from mergelab.operators.algebra import BaseUse, Inputs, Merge
+
+__all__ = ["REQUIRED", "Operator", "Parameter", "PerModel", "Range", "operator"]
+
+class _Required:
+    """The default of a parameter that has none."""
+
+    def __repr__(self) -> str:
+        return "REQUIRED"
+
+
+REQUIRED = _Required()
+
+
+@dataclass(frozen=True)
+class PerModel:
+    """Annotation mark: one value per non-base model (a recipe may set it on each model)."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Annotation mark: the closed interval a value must lie in."""
+
+    low: float = float("-inf")
+    high: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One hyper-parameter of a named operator.
+
+    Attributes:
+        name: its name in a recipe (`lambda`, not `lambda_`).
+        keyword: its name as a keyword argument of the builder.
+        per_model: True if it has one value per non-base model, False if it is shared.
+        type: `float`, `int`, `bool` or `str`: what a recipe value must be.
+        choices: the valid values of a `str`, else empty.
+        default: the default value, or `REQUIRED`.
+        low, high: the closed range of valid values.
+        optional: True if `None` is a valid value.
+    """
+
+    name: str
+    keyword: str
+    per_model: bool
+    type: type
+    default: Any
+    low: float
+    high: float
+    optional: bool
+    choices: tuple[str, ...] = ()
+
+    @property
+    def required(self) -> bool:
+        return self.default is REQUIRED
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A named merge operator: call it with hyper-parameters to get a `Merge`.
+
+    Attributes:
+        name: the name recipes use.
+        summary: one sentence.
+        base: whether a base model is `required`, `optional`, or `as_input` (the base, if a recipe names
+            one, is one more ordinary input and needs its per-model parameters).
+        min_models, max_models: how many models it takes besides the base (`max_models` None: any number).
+        reference: the paper or program that defines it.
+        parameters: its hyper-parameters, in signature order.
+    """
+
+    name: str
+    summary: str
+    base: BaseUse
+    min_models: int
+    max_models: int | None
+    reference: str
+    parameters: tuple[Parameter, ...]
+    build: Callable[..., Merge]
+
+    def __call__(self, **hyper_parameters: Any) -> Merge:
+        """Returns the merge with these hyper-parameters; per-model ones are sequences, or one value for all."""
+        inputs = Inputs(self.name, self.base, self.min_models, self.max_models)
+        return dataclasses.replace(self.build(**hyper_parameters), inputs=inputs)
+
+    def parameter(self, name: str) -> Parameter | None:
+        """The parameter a recipe calls `name`, or None."""
+        return next((p for p in self.parameters if p.name == name), None)
+
+
+def operator(
+    *,
+    base: BaseUse,
+    min_models: int = 1,
+    max_models: int | None = None,
+    reference: str,
+) -> Callable[[Callable[..., Merge]], Operator]:
+    """Decorator: turns a builder function into a named `Operator` by reading its signature.
+
+    Keyword arguments annotated `Annotated[type, PerModel(), Range(...)]` are per-model; all others shared.
+    A trailing underscore in a keyword (`lambda_`) is dropped from the recipe's spelling.
+    """
+
+    def declare(build: Callable[..., Merge]) -> Operator:
+        hints = typing.get_type_hints(build, include_extras=True)
+        parameters = tuple(
+            _parameter(keyword, hints[keyword], p.default)
+            for keyword, p in inspect.signature(build).parameters.items()
+        )
+        summary = (inspect.getdoc(build) or "").split("\n", 1)[0]
+        name = build.__name__
+        declared = Operator(name, summary, base, min_models, max_models, reference, parameters, build)
+        object.__setattr__(declared, "__doc__", build.__doc__)
+        return declared
+
+    return declare
+
+
+def _parameter(keyword: str, hint: Any, default: Any) -> Parameter:
+    marks: tuple[Any, ...] = ()
+    if typing.get_origin(hint) is Annotated:
+        hint, *rest = typing.get_args(hint)
+        marks = tuple(rest)
+    choices: tuple[str, ...] = ()
+    if typing.get_origin(hint) is Literal:
+        choices, hint = typing.get_args(hint), str
+    options = typing.get_args(hint)
+    optional = type(None) in options
+    plain = next((o for o in options if o is not type(None)), hint) if options else hint
+    bounds = next((m for m in marks if isinstance(m, Range)), Range())
+    return Parameter(
+        name=keyword.rstrip("_"),
+        keyword=keyword,
+        per_model=any(isinstance(m, PerModel) for m in marks),
+        type=plain if plain in (bool, int, str) else float,
+        default=REQUIRED if default is inspect.Parameter.empty else default,
+        low=bounds.low,
+        high=bounds.high,
+        optional=optional,
+        choices=choices,
+    )

@@ -1,0 +1,188 @@
+"""Runs a merge on whole arrays: on one device, sharded over a mesh, or inside a user's transformation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergelab.errors import OperatorError
+from mergelab.operators.measures import Measure, Rank, RowOrder, Sum
+from mergelab.operators.randomness import tensor_key
+from mergelab.operators.region import Region, whole
+from mergelab.operators.selection import Selection, select_on_device, select_on_host, trivial_selection
+from mergelab.trees import same_structure
+
+if TYPE_CHECKING:
+    from mergelab.operators.algebra import Merge
+
+__all__ = ["merge_trees"]
+
+
+class _Leaf:
+    """One tensor of all models on its way through a merge."""
+
+    def __init__(self, name: str, values: list[Any], base: Any, region: Region, parts: int) -> None:
+        self.name, self.shape = name, jnp.shape(values[0])
+        self.values = tuple(jnp.atleast_1d(jnp.asarray(v)) for v in values)
+        self.base = None if base is None else jnp.atleast_1d(jnp.asarray(base))
+        self.region = region
+        self.known: list[list[Any]] = [[] for _ in range(parts)]
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def results(self) -> tuple[tuple[Any, ...], ...]:
+        return tuple(map(tuple, self.known))
+
+
+def merge_trees(merge: Merge, models: Sequence[Any], base: Any, *, seed: int, dtype: Any) -> Any:
+    """The body of `Merge.__call__`, which documents it."""
+    models = list(models)
+    merge.inputs.check(len(models), base is not None)
+    trees = models if base is None else [*models, base]
+    if not models:
+        return base
+    names, leaves, structure = same_structure(trees)
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((merge, trees)))
+    outputs: list[Any] = [None] * len(names)
+    floats: list[tuple[int, _Leaf]] = []
+    for position, name in enumerate(names):
+        values = [tree[position] for tree in leaves]
+        if not all(jnp.issubdtype(jnp.result_type(v), jnp.floating) for v in values):
+            outputs[position] = _copied(name, values)
+        elif np.prod(jnp.shape(values[0]), dtype=np.int64) == 0:
+            outputs[position] = jnp.asarray(values[0])
+        else:
+            outputs[position], leaf = None, _leaf(merge, name, values, base is not None, seed, traced)
+            floats.append((position, leaf))
+    for part, measure, declared in merge.steps():
+        _take(merge, [leaf for _, leaf in floats], part, measure, declared, traced)
+    for position, leaf in floats:
+        if not traced:
+            for part, known in zip(merge.parts, leaf.results(), strict=True):
+                part.check(known, leaf.name)
+        outputs[position] = _merged(merge, leaf, dtype)
+    return jax.tree_util.tree_unflatten(structure, outputs)
+
+
+def _copied(name: str, values: list[Any]) -> Any:
+    concrete = [np.asarray(v) for v in values]
+    if any(not np.array_equal(concrete[0], other) for other in concrete[1:]):
+        raise OperatorError(
+            f"tensor {name!r} is not floating point ({concrete[0].dtype}) and differs between models; only "
+            "equal integer tensors can be carried over."
+        )
+    return values[0]
+
+
+def _leaf(merge: Merge, name: str, values: list[Any], with_base: bool, seed: int, traced: bool) -> _Leaf:
+    base = values.pop() if with_base else None
+    shape = jnp.shape(values[0])
+    if np.prod(shape, dtype=np.int64) >= 2**32:
+        raise OperatorError(
+            f"tensor {name!r} has {np.prod(shape, dtype=np.int64)} elements; merging in memory indexes fewer than "
+            "2^32 per tensor: use the streaming engine (`mergelab.merge`)."
+        )
+    region = whole(shape, tensor_key(seed, name), "float32" if traced else "float64")
+    return _Leaf(name, values, base, region, len(merge.parts))
+
+
+def _take(merge: Merge, leaves: list[_Leaf], part: int, measure: int, declared: Measure, traced: bool) -> None:
+    """Takes one measure of every tensor and files the result with each."""
+    from mergelab.operators.algebra import finish_measure, measure_block
+
+    def block(leaf: _Leaf) -> Any:
+        with jax.enable_x64(not traced and isinstance(declared, Sum)):
+            return measure_block(
+                merge, leaf.values, leaf.base, leaf.region, leaf.results(), part=part, measure=measure
+            )
+
+    if isinstance(declared, RowOrder):
+        for leaf in leaves:
+            leaf.known[part].append(tuple(row_order(k) for k in block(leaf)))
+    elif isinstance(declared, Sum):
+        totals = [block(leaf) for leaf in leaves]
+        with jax.enable_x64(not traced):
+            if declared.scope == "tree" and totals:
+                pooled = jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *totals)
+                totals = [pooled] * len(leaves)
+            for leaf, total in zip(leaves, totals, strict=True):
+                leaf.known[part].append(finish_measure(merge, total, part=part, measure=measure))
+    elif declared.scope == "tree":
+        _rank_tree(merge, leaves, part, declared, [block(leaf) for leaf in leaves])
+    else:
+        for leaf in leaves:
+            counts = declared.counts(merge.parts[part], tuple(leaf.known[part]), leaf.size, len(leaf.values))
+            leaf.known[part].append(_rank(counts, lambda leaf=leaf: block(leaf), leaf.size))
+
+
+def _rank(counts: Sequence[Sequence[Any]], keys: Any, size: int) -> tuple[tuple[Selection, ...], ...]:
+    """Selects in one tensor; looks at the keys only if some count is neither none nor all."""
+    plain = all(not isinstance(c, jax.core.Tracer) for stream in counts for c in stream)
+    if plain:
+        trivial = [[trivial_selection(int(c), size) for c in stream] for stream in counts]
+        if all(s is not None for stream in trivial for s in stream):
+            return tuple(tuple(s for s in stream if s is not None) for stream in trivial)
+    return tuple(
+        tuple(_select(stream_keys, c) for c in stream) for stream_keys, stream in zip(keys(), counts, strict=True)
+    )
+
+
+def _select(keys: jax.Array, count: Any) -> Selection:
+    traced = isinstance(keys, jax.core.Tracer) or isinstance(count, jax.core.Tracer)
+    if not traced and len(keys.devices()) == 1 and next(iter(keys.devices())).platform == "cpu":
+        return select_on_host(np.asarray(keys), int(count))
+    return select_on_device(keys, jnp.asarray(count, jnp.uint32))
+
+
+def _rank_tree(merge: Merge, leaves: list[_Leaf], part: int, declared: Rank, keys: list[Any]) -> None:
+    """Selects over all tensors together, in name order; each tensor gets its own share of the ties."""
+    if not leaves:
+        return
+    order = sorted(range(len(leaves)), key=lambda i: leaves[i].name)
+    first, size = leaves[0], sum(leaf.size for leaf in leaves)
+    counts = declared.counts(merge.parts[part], tuple(first.known[part]), size, len(first.values))
+    chosen: list[list[list[Selection]]] = [[[] for _ in counts] for _ in leaves]
+    for stream, stream_counts in enumerate(counts):
+        flat = jnp.concatenate([jnp.reshape(keys[i][stream], -1) for i in order])
+        for count in stream_counts:
+            pooled = _select(flat, count)
+            offset = 0
+            for i in order:
+                chosen[i][stream].append(_share(pooled, offset, leaves[i].size))
+                offset += leaves[i].size
+    for leaf, selections in zip(leaves, chosen, strict=True):
+        leaf.known[part].append(tuple(map(tuple, selections)))
+
+
+def _share(pooled: Selection, offset: int, size: int) -> Selection:
+    """A pooled selection as one tensor sees it: the cutoff in that tensor's own flat index."""
+    cutoff = jnp.asarray(pooled.cutoff[1], jnp.uint32)
+    inside = jnp.where(cutoff > jnp.uint32(offset), cutoff - jnp.uint32(offset), jnp.uint32(0))
+    inside = jnp.minimum(inside, jnp.uint32(min(size, 2**32 - 1)))
+    return Selection(pooled.threshold, jnp.stack([jnp.zeros_like(inside), inside]))
+
+
+def row_order(keys: jax.Array) -> jax.Array:
+    """int32 `[*block]`: each element's place in its row, 0 for the largest key, lowest index first on ties."""
+    order = jnp.argsort(~keys, axis=-1, stable=True)
+    return jnp.argsort(order, axis=-1, stable=True).astype(jnp.int32)
+
+
+def _merged(merge: Merge, leaf: _Leaf, dtype: Any) -> jax.Array:
+    from mergelab.operators.algebra import merge_block
+
+    inputs = leaf.values if leaf.base is None else (*leaf.values, leaf.base)
+    out_dtype = jnp.dtype(dtype) if dtype is not None else _promoted([v.dtype for v in inputs])
+    out = merge_block(merge, leaf.values, leaf.base, leaf.region, leaf.results(), dtype=out_dtype)
+    return jnp.reshape(out, leaf.shape)
+
+
+def _promoted(dtypes: list[Any]) -> Any:
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)

@@ -1,0 +1,63 @@
+"""What an operator may ask about a whole tensor before it acts on any part of it.
+
+A measure names a function of a block and says how blocks combine. Whoever runs a merge (in memory, or
+streaming chunks from disk) evaluates it; the operator never sees how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+
+__all__ = ["Measure", "Rank", "RowOrder", "Scope", "Sum"]
+
+Scope = Literal["tensor", "tree"]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Quantities that add over elements, such as norms, Gram matrices and counts.
+
+    Attributes:
+        of: `(part, xs, base, region, known) -> pytree` of sums over the block (use `region.total`), which
+            must be zero on a block of zeros.
+        finish: maps the totals to what the part wants to know; runs once, in the wide dtype.
+        scope: `tensor`, or `tree` to add over all tensors of the model.
+    """
+
+    of: Callable[..., Any]
+    finish: Callable[..., Any] = lambda part, totals: totals
+    scope: Scope = "tensor"
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Exact order statistics: thresholds that keep exactly k elements, ties resolved by lowest index.
+
+    Attributes:
+        of: `(part, xs, base, region, known) -> tuple` of uint32 keys `[*block]`, one per stream.
+        counts: `(part, known, size, models) -> [streams][ranks]`, how many of the largest keys each threshold keeps.
+        scope: `tensor`, or `tree` to rank over all tensors of the model together.
+
+    Its result is `[streams][ranks]` of `selection.Selection`.
+    """
+
+    of: Callable[..., tuple[jax.Array, ...]]
+    counts: Callable[..., Sequence[Sequence[Any]]]
+    scope: Scope = "tensor"
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """The position of every element within its row (the last axis), largest key first.
+
+    Its result is a tuple of int32 `[*block]`, one per stream, so it belongs to a block, not to the tensor.
+    """
+
+    of: Callable[..., tuple[jax.Array, ...]]
+
+
+Measure = Sum | Rank | RowOrder

@@ -1,0 +1,77 @@
+"""`della` and `della_linear`: drop task-vector entries at random, small ones more often."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import jax
+
+from mergelab.errors import OperatorError
+from mergelab.operators.algebra import Merge
+from mergelab.operators.declare import PerModel, Range, operator
+from mergelab.operators.hyper import exact
+from mergelab.operators.named.task_vectors import Density, task_vector_merge
+from mergelab.operators.stages.drop import MagPrune
+from mergelab.operators.stages.trim import of_model
+
+__all__ = ["della", "della_linear"]
+
+Epsilon = Annotated[float, PerModel(), Range(0.0, 0.5)]
+_REFERENCE = "Deep et al., 'DELLA-Merging', arXiv 2406.11617"
+
+
+def _check(density: Any, epsilon: Any) -> None:
+    densities = density if isinstance(density, Iterable) else [density]
+    for position, d in enumerate(densities):
+        e = of_model(epsilon, position)
+        if isinstance(d, jax.core.Tracer) or isinstance(e, jax.core.Tracer) or d <= 0 or d >= 1:
+            continue
+        if not (d - e > 0 and d + e < 1):
+            raise OperatorError(
+                f"della: density {d} with epsilon {e} leaves (0, 1), so keep probabilities would not be "
+                f"probabilities; choose epsilon below {min(d, 1 - d):g}."
+            )
+
+
+def _della(weight: Any, density: Any, epsilon: Any, normalize: bool, rescale: bool, lambda_: Any, elect: bool) -> Merge:
+    density, epsilon = exact(density), exact(epsilon)
+    _check(density, epsilon)
+    return task_vector_merge(
+        weight, MagPrune(density, epsilon), normalize=normalize, scale=lambda_, elect=elect, rescale=rescale
+    )
+
+
+@operator(base="required", min_models=0, reference=_REFERENCE)
+def della(
+    weight: Annotated[Any, PerModel()],
+    density: Density = 1.0,
+    normalize: bool = True,
+    rescale: bool = True,
+    lambda_: float = 1.0,
+    int8_mask: bool = False,
+    epsilon: Epsilon = 0.15,
+) -> Merge:
+    """DELLA: keep entries with a probability that grows with their magnitude rank, elect signs, average.
+
+    Keep probabilities run from `density - epsilon` for the smallest entry of a row to `density + epsilon`
+    for the largest. `int8_mask` is accepted for compatibility and changes nothing.
+
+    Raises:
+        OperatorError: `density - epsilon` or `density + epsilon` leaves (0, 1).
+    """
+    return _della(weight, density, epsilon, normalize, rescale, lambda_, elect=True)
+
+
+@operator(base="required", min_models=0, reference=_REFERENCE)
+def della_linear(
+    weight: Annotated[Any, PerModel()],
+    density: Density = 1.0,
+    normalize: bool = False,
+    rescale: bool = True,
+    lambda_: float = 1.0,
+    int8_mask: bool = False,
+    epsilon: Epsilon = 0.15,
+) -> Merge:
+    """DELLA without the sign election: prune by rank at random, rescale, add up."""
+    return _della(weight, density, epsilon, normalize, rescale, lambda_, elect=False)

@@ -1,0 +1,45 @@
+"""Weighted averages: `linear`, its uniform case, and the line through base and fine-tune (WiSE-FT, ExPO)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import numpy as np
+
+from mergelab.errors import OperatorError
+from mergelab.operators.algebra import Merge
+from mergelab.operators.declare import PerModel, operator
+from mergelab.operators.hyper import total_weight, weights
+from mergelab.operators.reductions.weighted import Mean, WeightedSum
+
+__all__ = ["linear", "uniform", "wise_ft"]
+
+
+@operator(base="as_input", reference="Wortsman et al., 'Model soups', arXiv 2203.05482")
+def linear(weight: Annotated[Any, PerModel()], normalize: bool = True) -> Merge:
+    """Weighted average of the models: `sum_i w_i X_i`, divided by `sum_i w_i` if `normalize`.
+
+    Raises:
+        OperatorError: `normalize` and the weights sum to zero.
+    """
+    if normalize and total_weight(weight) == 0:
+        raise OperatorError(
+            "linear: the weights sum to 0, so they cannot be normalised; change a weight or set `normalize: false`."
+        )
+    reduce = Mean(weights(weight)) if normalize else WeightedSum(weights(weight))
+    return Merge((), reduce, deltas=False)
+
+
+@operator(base="as_input", reference="Wortsman et al., 'Model soups', arXiv 2203.05482")
+def uniform() -> Merge:
+    """The uniform soup: the plain mean of the models."""
+    return Merge((), Mean(np.float32(1)), deltas=False)
+
+
+@operator(base="required", max_models=1, reference="Wortsman et al., WiSE-FT, arXiv 2109.01903")
+def wise_ft(alpha: float) -> Merge:
+    """Moves from the base towards (or, for `alpha` above 1, beyond) one fine-tune: `(1 - a) B + a X`.
+
+    `alpha` in [0, 1] is WiSE-FT; `alpha` > 1 is ExPO's extrapolation (Zheng et al., arXiv 2404.16792).
+    """
+    return Merge((), WeightedSum(), scale=alpha)

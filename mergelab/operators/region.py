@@ -1,0 +1,67 @@
+"""Where a block of elements lies in its tensor: what position-dependent operators need to know."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergelab.operators.randomness import threefry
+
+__all__ = ["Region", "whole"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """A block of consecutive elements of one tensor.
+
+    Attributes:
+        start: uint32 `[2]`, the high and low word of the flat index of the block's first element.
+        key: uint32 `[2]`, the tensor's random key (a function of its name and the seed).
+        shape: the block's shape (static).
+        wide: the dtype sums are accumulated in, `float64` or, under a user's transformation, `float32`.
+    """
+
+    start: Any
+    key: Any
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    wide: str = dataclasses.field(default="float32", metadata={"static": True})
+
+    def index(self) -> tuple[jax.Array, jax.Array]:
+        """High and low 32-bit words of every element's flat index in its tensor, each `[*shape]`."""
+        offset = jnp.zeros(self.shape, jnp.uint32)
+        stride = 1
+        for axis in reversed(range(len(self.shape))):
+            step = jax.lax.broadcasted_iota(jnp.uint32, self.shape, axis)
+            offset = offset + step * jnp.uint32(stride)
+            stride *= self.shape[axis]
+        low = offset + self.start[1]
+        high = jnp.where(low < offset, self.start[0] + jnp.uint32(1), self.start[0])
+        return high, low
+
+    def total(self, x: jax.Array) -> jax.Array:
+        """The sum of `x` over the block's axes (its last ones), in the wide dtype."""
+        axes = tuple(range(x.ndim - len(self.shape), x.ndim))
+        x = x.astype(self.wide)
+        # Leading axes first: that order keeps vector lanes apart until the last, short sum.
+        x = jnp.sum(x, axis=axes[:-1]) if len(axes) > 1 else x
+        return jnp.sum(x, axis=-1)
+
+    def random_bits(self, salt: int, model: int) -> jax.Array:
+        """Uniform uint32 `[*shape]` for one model: a pure function of key, salt, model and flat index.
+
+        One cipher call yields two words, so models `2 j` and `2 j + 1` share a counter.
+        """
+        high, low = self.index()
+        pair = jnp.uint32(model // 2)
+        key = threefry((self.key[0], self.key[1]), (jnp.uint32(salt), pair))
+        return threefry(key, (high, low))[model % 2]
+
+
+def whole(shape: tuple[int, ...], key: np.ndarray, wide: str) -> Region:
+    """The region that is an entire tensor."""
+    return Region(np.zeros(2, np.uint32), key, shape or (1,), wide)

@@ -1,0 +1,85 @@
+"""Drop entries of each task vector at random: uniformly (DARE), or by magnitude rank (DELLA's MAGPRUNE)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from mergelab.operators.algebra import Arrays, Granularity, Known, Stage, algebraic
+from mergelab.operators.measures import Measure, RowOrder
+from mergelab.operators.randomness import uniform
+from mergelab.operators.region import Region
+from mergelab.operators.selection import magnitude_key
+from mergelab.operators.stages.trim import of_model
+
+__all__ = ["Drop", "MagPrune"]
+
+_DARE, _DELLA = 1, 2
+
+
+def _float32(value: Any) -> jax.Array:
+    return jnp.asarray(value, jnp.float32)
+
+
+@algebraic
+class Drop(Stage):
+    """Keeps each entry with probability `density`, independently, and zeroes the others.
+
+    `rescale` divides what is kept by `density`, so that the expected value is unchanged (the paper's form;
+    mergekit instead matches the L1 norm, see `RescaleL1`).
+
+    Reference: Yu et al., "Language Models are Super Mario" (DARE), arXiv 2311.03099.
+    """
+
+    density: Any
+    rescale: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> Arrays:
+        return tuple(self._drop(x, i, region) for i, x in enumerate(xs))
+
+    def _drop(self, x: jax.Array, model: int, region: Region) -> jax.Array:
+        density = _float32(of_model(self.density, model))
+        keep = uniform(region.random_bits(_DARE, model)) < density
+        if self.rescale:
+            x = x / jnp.where((density > 0) & (density < 1), density, jnp.float32(1))
+        return jnp.where(keep, x, jnp.float32(0))
+
+
+@algebraic
+class MagPrune(Stage):
+    """Keeps each entry with a probability that grows with its magnitude's rank within its row.
+
+    The smallest entry of a row is kept with probability `density - epsilon`, the largest with
+    `density + epsilon`, linearly between; rows are taken along the last axis, and a row of one entry is
+    kept with probability `density`. At density 1 or above nothing is dropped, at 0 or below everything.
+
+    Reference: Deep et al., "DELLA-Merging", arXiv 2406.11617.
+    """
+
+    density: Any
+    epsilon: Any = 0.15
+
+    granularity: ClassVar[Granularity] = "row"
+
+    def measures(self) -> tuple[Measure, ...]:
+        return (RowOrder(MagPrune.keys),)
+
+    def keys(self, xs: Arrays, base: Any, region: Region, known: Known) -> tuple[jax.Array, ...]:
+        """Magnitude keys, whose order within each row is wanted."""
+        return tuple(magnitude_key(jax.lax.stop_gradient(x)) for x in xs)
+
+    def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> Arrays:
+        return tuple(self._prune(x, order, i, region) for i, (x, order) in enumerate(zip(xs, known[0], strict=True)))
+
+    def _prune(self, x: jax.Array, order: jax.Array, model: int, region: Region) -> jax.Array:
+        density, epsilon = _float32(of_model(self.density, model)), _float32(of_model(self.epsilon, model))
+        last = max(x.shape[-1] - 1, 1)
+        height = 1 - order.astype(jnp.float32) / jnp.float32(last)
+        centred = jnp.float32(0.5) if x.shape[-1] == 1 else height
+        probability = density + epsilon * (2 * centred - 1)
+        probability = jnp.where(density >= 1, jnp.float32(1), jnp.where(density <= 0, jnp.float32(0), probability))
+        keep = uniform(region.random_bits(_DELLA, model)) < probability
+        return jnp.where(keep, x, jnp.float32(0))

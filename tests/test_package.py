@@ -68,12 +68,5 @@ def test_the_examples_in_docstrings_are_true(name: str) -> None:
     assert failures == 0
 
 
-def test_the_examples_in_the_readme_are_true(repository: Path) -> None:
-    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    failures, count = doctest.testfile(str(repository / "README.md"), False, optionflags=flags)
-    assert count > 0
-    assert failures == 0
-
-
 def test_the_package_is_typed(repository: Path) -> None:
     assert (repository / "mergelab" / "py.typed").is_file()

@@ -1,0 +1,123 @@
+"""A tensor stored as one run of bytes in a file, read in flat pieces into the caller's own memory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mergelab.errors import CheckpointError
+
+__all__ = ["FileTensor", "WeightFile", "check_piece"]
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A weight file as it was when its header was read; every later read checks it is still that file.
+
+    The file is opened anew for each read: that costs some microseconds per piece, needs no shared file
+    position between threads, and leaves no descriptors open however many shards a model has. Plain reads
+    into reused memory are faster than the first touch of a memory map.
+    """
+
+    path: Path
+    size: int
+    stamp: tuple[int, int]
+
+    @classmethod
+    def open(cls, path: Path) -> WeightFile:
+        """Notes the identity of the file at `path`.
+
+        Raises:
+            CheckpointError: it does not exist, is not a regular file, or cannot be read.
+        """
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the path") from error
+        if not path.is_file():
+            raise CheckpointError(f"{path} is not a file; name a weight file or a model folder")
+        return cls(path, status.st_size, (status.st_ino, status.st_mtime_ns))
+
+    def read_into(self, offset: int, out: memoryview, what: str) -> None:
+        """Fills `out` (bytes) from byte `offset` on; `what` names the data in an error.
+
+        Raises:
+            CheckpointError: the file ends early, has changed since it was opened, or cannot be read.
+        """
+        self._check_range(offset, len(out), what)
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                status = os.fstat(file.fileno())
+                if (status.st_size, (status.st_ino, status.st_mtime_ns)) != (self.size, self.stamp):
+                    message = (
+                        f"{self.path}: the file changed while {what} was read; run again once it is whole"
+                    )
+                    raise CheckpointError(message)
+                file.seek(offset)
+                done = 0
+                while done < len(out):
+                    count = file.readinto(out[done:])
+                    if not count:
+                        raise CheckpointError(f"{self.path}: the file became shorter while {what} was read")
+                    done += count
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: reading {what} failed ({error.strerror})") from error
+
+    def read(self, offset: int, count: int, what: str) -> bytes:
+        """Returns `count` bytes from byte `offset` on; errors as in `read_into`."""
+        self._check_range(offset, count, what)
+        data = bytearray(count)
+        self.read_into(offset, memoryview(data), what)
+        return bytes(data)
+
+    def _check_range(self, offset: int, count: int, what: str) -> None:
+        if not 0 <= offset <= offset + count <= self.size:
+            raise CheckpointError(
+                f"{self.path}: the file ends at byte {self.size} but {what} reaches to "
+                f"byte {offset + count}; download or copy the file again"
+            )
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A `TensorSource` of elements stored contiguously in row-major order from byte `offset` of a file."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    file: WeightFile
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Fills `out` (1-D, contiguous, of `self.dtype`) with flat elements `[start, start + out.size)`.
+
+        Raises:
+            CheckpointError: the file ends early, has changed, or cannot be read.
+            ValueError: `out` is not such a buffer, or the range leaves the tensor.
+        """
+        check_piece(self, self.size, start, out)
+        if out.size:
+            place = out.view(np.uint8).data
+            self.file.read_into(self.offset + start * self.dtype.itemsize, place, f"tensor {self.name!r}")
+
+
+def check_piece(tensor: Any, size: int, start: int, piece: np.ndarray) -> None:
+    """Checks that `piece` is a flat contiguous buffer of `tensor.dtype` that fits into it at `start`."""
+    if piece.ndim != 1 or piece.dtype != tensor.dtype or not piece.flags.c_contiguous:
+        raise ValueError(
+            f"a piece of tensor {tensor.name!r} is a contiguous 1-D array of {tensor.dtype}, "
+            f"not {piece.ndim}-D {piece.dtype}"
+        )
+    if start < 0 or start + piece.size > size:
+        raise ValueError(
+            f"elements [{start}, {start + piece.size}) lie outside tensor {tensor.name!r} of {size} elements"
+        )

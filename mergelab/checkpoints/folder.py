@@ -1,0 +1,176 @@
+"""A model on disk: a Hugging Face folder or one weight file, opened with every file cross-checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergelab.checkpoints.file_names import check_file_name
+from mergelab.checkpoints.json_data import read_json_object
+from mergelab.checkpoints.pickled import PickledFile, open_pickled
+from mergelab.checkpoints.safetensors_file import SafetensorsFile, open_safetensors
+from mergelab.checkpoints.source import TensorSource
+from mergelab.errors import CheckpointError
+
+__all__ = ["FolderCheckpoint", "open_checkpoint"]
+
+PICKLED = (".bin", ".pt", ".pth")
+_NOT_WEIGHTS = frozenset(
+    ["training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt", "scaler.pt"]
+)
+
+
+@dataclass(frozen=True)
+class FolderCheckpoint:
+    """A model folder (or one weight file and the folder it lies in); holds no weights.
+
+    Attributes:
+        path: the folder of config and tokenizer files.
+        config: `config.json` as plain data; empty if there is none.
+        tensors: tensor sources by name, in file order.
+        files: the weight files, in order.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorSource]
+    files: tuple[SafetensorsFile | PickledFile, ...]
+
+    def fingerprint(self) -> str:
+        """Returns a SHA-256 hex digest of headers, file sizes and config; reads no weights."""
+        parts = {
+            "config": self.config,
+            "files": [[file.file.path.name, file.file.size, file.header_sha256] for file in self.files],
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def sha256_files(self) -> dict[str, str]:
+        """Returns the SHA-256 hex digest of every weight file by name; reads all of them once.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        digests = {}
+        for file in self.files:
+            try:
+                with open(file.file.path, "rb") as stream:
+                    digests[file.file.path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+            except OSError as error:
+                raise CheckpointError(f"{file.file.path} cannot be read ({error.strerror})") from error
+        return digests
+
+
+def open_checkpoint(path: Path | str) -> FolderCheckpoint:
+    """Opens a model folder or a single weight file, reading headers and config only.
+
+    A folder is searched for `model.safetensors`, `model.safetensors.index.json`, any one `*.safetensors`,
+    then `pytorch_model.bin`, `pytorch_model.bin.index.json`, any one `*.bin`, `*.pt` or `*.pth`.
+
+    Raises:
+        CheckpointError: nothing there, several candidates, or any file malformed or inconsistent.
+    """
+    path = Path(path)
+    if path.is_file():
+        folder, files, index = path.parent, [path], None
+    elif path.is_dir():
+        folder = path
+        files, index = _find_weights(path)
+    else:
+        raise CheckpointError(f"{path} does not exist; name a model folder or a weight file")
+    config = read_json_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    opened = tuple(_open_file(file) for file in files)
+    tensors: dict[str, TensorSource] = {}
+    for file in opened:
+        for name, source in file.tensors.items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"{folder}: tensor {name!r} is in more than one file, last in {file.file.path.name}; "
+                    "remove the copy the index does not name"
+                )
+            tensors[name] = source
+    if index is not None:
+        _check_index(index, opened)
+    return FolderCheckpoint(folder, config, tensors, opened)
+
+
+def _open_file(path: Path) -> SafetensorsFile | PickledFile:
+    if path.suffix == ".safetensors":
+        return open_safetensors(path)
+    if path.suffix in PICKLED:
+        return open_pickled(path)
+    raise CheckpointError(
+        f"{path} is no weight file by its name; expected .safetensors, {', '.join(PICKLED)} or a model folder"
+    )
+
+
+def _find_weights(folder: Path) -> tuple[list[Path], Path | None]:
+    """Returns the weight files of a folder, and the index that names them if there is one."""
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+    families = (
+        (
+            "model.safetensors",
+            [n for n in names if n.endswith(".safetensors") and not n.startswith("adapter_")],
+        ),
+        ("pytorch_model.bin", [n for n in names if n.endswith(PICKLED) and _may_hold_weights(n)]),
+    )
+    for standard, candidates in families:
+        if standard in names:
+            return [folder / standard], None
+        if f"{standard}.index.json" in names:
+            index = folder / f"{standard}.index.json"
+            return [folder / name for name in _shards(index)], index
+        if len(candidates) == 1:
+            return [folder / candidates[0]], None
+        if candidates:
+            raise CheckpointError(
+                f"{folder} has {len(candidates)} weight files ({', '.join(candidates[:4])}, ...) but no "
+                f"{standard}.index.json to say how they belong together; add the index or name one file"
+            )
+    if "adapter_config.json" in names:
+        raise CheckpointError(f"{folder} is a LoRA adapter, not a model; write the model as base+adapter")
+    raise CheckpointError(
+        f"{folder} has no weights: expected model.safetensors, model.safetensors.index.json or "
+        f"pytorch_model.bin, found {', '.join(names[:6]) or 'nothing'}; check the path or finish the download"
+    )
+
+
+def _may_hold_weights(name: str) -> bool:
+    return name not in _NOT_WEIGHTS and not name.startswith(("adapter_", "rng_state"))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map of tensor names to files; download it again")
+    return {name: check_file_name(file, f"{index}: tensor {name!r}") for name, file in weight_map.items()}
+
+
+def _shards(index: Path) -> list[str]:
+    """Returns the shard names an index lists, each checked to be a plain name of a file beside it."""
+    shards = sorted(set(_weight_map(index).values()))
+    for shard in shards:
+        if not (index.parent / shard).is_file():
+            raise CheckpointError(f"{index} names the file {shard!r}, which is missing; finish the download")
+    return shards
+
+
+def _check_index(index: Path, files: tuple[SafetensorsFile | PickledFile, ...]) -> None:
+    """Checks that index and files name the same tensors in the same places."""
+    listed = _weight_map(index)
+    found = {name: file.file.path.name for file in files for name in file.tensors}
+    for name, shard in listed.items():
+        if found.get(name) != shard:
+            where = f"that file has no such tensor, {found[name]} has" if name in found else "no file has it"
+            raise CheckpointError(
+                f"{index} puts tensor {name!r} in {shard} but {where}; download the model again"
+            )
+    for name, shard in found.items():
+        if name not in listed:
+            raise CheckpointError(
+                f"{shard} in {index.parent} has tensor {name!r}, which its index does not name; "
+                "download the model again"
+            )

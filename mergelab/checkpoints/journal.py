@@ -1,0 +1,142 @@
+"""The append-only record beside an unfinished output: which piece is where, with digests, for `--resume`."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergelab.errors import CheckpointError, OutputError
+
+__all__ = ["Journal", "Piece"]
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A receipt: elements `[start, start + count)` of tensor `name` are in place, with these leaf digests."""
+
+    name: str
+    start: int
+    count: int
+    leaves: tuple[int, ...]
+
+
+class Journal:
+    """JSON lines: a head that says what is being made, then one line per piece, each written in one call.
+
+    A process killed at any moment leaves at most one torn last line, which is cut off on the next start. The
+    file is locked while a run uses it, so two runs cannot write one output.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens and locks the journal at `path`, creating it if need be.
+
+        Raises:
+            OutputError: another process holds it.
+            OSError: it cannot be created.
+        """
+        self.path = path
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._file)
+            message = f"{path}: another run is writing this output; wait for it or choose another folder"
+            raise OutputError(message) from error
+
+    def start(self, identity: Mapping[str, str], layout: str) -> None:
+        """Empties the journal and writes its head."""
+        os.ftruncate(self._file, 0)
+        self._append({"version": _VERSION, "identity": dict(identity), "layout": layout})
+
+    def resume(self, identity: Mapping[str, str], layout: str) -> list[Piece] | None:
+        """Returns the recorded pieces, or None if the journal holds nothing to go on from.
+
+        Raises:
+            OutputError: the journal belongs to another merge; the message names what differs.
+            CheckpointError: a line is damaged.
+        """
+        lines = self._whole_lines()
+        if not lines:
+            return None
+        self._check_head(lines.pop(0), identity, layout)
+        pieces: dict[str, list[Piece]] = {}
+        for number, line in enumerate(lines, 2):
+            record = self._parse(line, number)
+            try:
+                for name in record.get("redo", ()):
+                    pieces.pop(name, None)
+                if "name" in record:
+                    leaves = bytes.fromhex(record["leaves"])
+                    digests = tuple(
+                        int.from_bytes(leaves[i : i + 8], "big") for i in range(0, len(leaves), 8)
+                    )
+                    piece = Piece(record["name"], int(record["start"]), int(record["count"]), digests)
+                    pieces.setdefault(piece.name, []).append(piece)
+            except (KeyError, TypeError, ValueError) as error:
+                raise self._damaged(number) from error
+        return [piece for group in pieces.values() for piece in group]
+
+    def add(self, piece: Piece) -> None:
+        """Appends a receipt."""
+        leaves = b"".join(leaf.to_bytes(8, "big") for leaf in piece.leaves).hex()
+        self._append({"name": piece.name, "start": piece.start, "count": piece.count, "leaves": leaves})
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Withdraws the receipts of tensors that will be written again from their beginning."""
+        if names := list(names):
+            self._append({"redo": names})
+
+    def close(self) -> None:
+        """Releases the lock."""
+        os.close(self._file)
+
+    def remove(self) -> None:
+        """Deletes the journal, then releases the lock."""
+        self.path.unlink(missing_ok=True)
+        self.close()
+
+    def _append(self, record: dict[str, Any]) -> None:
+        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        while line:
+            line = line[os.write(self._file, line) :]
+
+    def _whole_lines(self) -> list[bytes]:
+        """Returns the complete lines, cutting off a torn last one for good."""
+        text = self.path.read_bytes()
+        whole = text.rfind(b"\n") + 1
+        if whole < len(text):
+            os.ftruncate(self._file, whole)
+        return text[:whole].splitlines()
+
+    def _check_head(self, line: bytes, identity: Mapping[str, str], layout: str) -> None:
+        head = self._parse(line, 1)
+        recorded = head.get("identity")
+        if head.get("version") != _VERSION or not isinstance(recorded, dict):
+            raise self._damaged(1)
+        differing = [key for key in sorted({*recorded, *identity}) if recorded.get(key) != identity.get(key)]
+        if head.get("layout") != layout:
+            differing.append("layout of the output (tensors, dtypes or shard size)")
+        if differing:
+            raise OutputError(
+                f"{self.path.name} records another merge: {', '.join(differing)} differ; "
+                "run without --resume to start anew, or with what the first run was given"
+            )
+
+    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise self._damaged(number) from error
+        if not isinstance(record, dict):
+            raise self._damaged(number)
+        return record
+
+    def _damaged(self, number: int) -> CheckpointError:
+        return CheckpointError(f"{self.path}: line {number} is damaged; run without --resume to start anew")

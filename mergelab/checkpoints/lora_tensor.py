@@ -1,0 +1,124 @@
+"""A weight with a low-rank update: W + scale * left @ right, computed as it is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from mergelab.checkpoints.file_tensor import check_piece
+from mergelab.checkpoints.source import TensorSource
+
+__all__ = ["BiasedTensor", "LowRankTensor", "read_whole"]
+
+_BLOCK = 1 << 18
+
+
+def read_whole(source: TensorSource) -> np.ndarray:
+    """Returns a small tensor in memory, in its own dtype and shape."""
+    flat = np.empty(int(np.prod(source.shape, dtype=np.int64)), source.dtype)
+    source.read_into(0, flat)
+    return flat.reshape(source.shape)
+
+
+@dataclass(frozen=True)
+class LowRankTensor:
+    """A `TensorSource` equal to `weight + scale * left @ right`, rounded once to the weight's dtype.
+
+    Attributes:
+        weight: the base's tensor, `[rows, columns]`.
+        left, right: the factors, `[rows, r]` and `[r, columns]`, each as its adapter tensor and whether that
+            is stored transposed.
+        scale: what the product is multiplied with.
+
+    The sum is computed in float32 (float64 for a float64 weight) in blocks of rows whose bounds depend on the
+    shape alone: a matrix product may round differently for another number of rows, and the result must not
+    depend on the pieces it is read in.
+    """
+
+    weight: TensorSource
+    left: tuple[TensorSource, bool]
+    right: tuple[TensorSource, bool]
+    scale: float
+
+    @property
+    def name(self) -> str:
+        return self.weight.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.weight.dtype
+
+    @cached_property
+    def _factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """The factors in memory; they are small, and are read when first needed."""
+        left, right = (
+            np.ascontiguousarray(factor.T if transposed else factor)
+            for factor, transposed in (
+                (read_whole(source).astype(self._compute), transposed)
+                for source, transposed in (self.left, self.right)
+            )
+        )
+        return left, right
+
+    @property
+    def _compute(self) -> np.dtype[Any]:
+        return np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
+
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Fills `out` (1-D, contiguous, of `self.dtype`) with flat elements `[start, start + out.size)`.
+
+        Raises:
+            CheckpointError: the base or the adapter cannot be read.
+            ValueError: `out` is not such a buffer, or the range leaves the tensor.
+        """
+        rows, columns = self.shape
+        check_piece(self, rows * columns, start, out)
+        if not out.size:
+            return
+        self.weight.read_into(start, out)
+        left, right = self._factors
+        height = max(1, _BLOCK // columns)
+        stop = start + out.size
+        for row in range(start // columns // height * height, -(-stop // columns), height):
+            update = (left[row : row + height] @ right).ravel() * self._compute.type(self.scale)
+            low, high = max(start, row * columns), min(stop, row * columns + update.size)
+            piece = out[low - start : high - start]
+            update = update[low - row * columns : high - row * columns]
+            piece[:] = (piece.astype(self._compute) + update).astype(self.dtype)
+
+
+@dataclass(frozen=True)
+class BiasedTensor:
+    """A `TensorSource` equal to `weight + scale * addend`: a bias of an adapter with `lora_bias`."""
+
+    weight: TensorSource
+    addend: TensorSource
+    scale: float
+
+    @property
+    def name(self) -> str:
+        return self.weight.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.weight.dtype
+
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Fills `out` with flat elements `[start, start + out.size)`; errors as in `LowRankTensor`."""
+        self.weight.read_into(start, out)
+        addend = np.empty(out.size, self.addend.dtype)
+        self.addend.read_into(start, addend)
+        out[:] = (out.astype(np.float32) + np.float32(self.scale) * addend.astype(np.float32)).astype(
+            self.dtype
+        )

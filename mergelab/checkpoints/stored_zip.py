@@ -1,0 +1,64 @@
+"""Where the entries of an uncompressed zip lie in its file; nothing is extracted."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+
+from mergelab.checkpoints.file_tensor import WeightFile
+from mergelab.errors import CheckpointError
+
+__all__ = ["stored_entries"]
+
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # pickled magic number of torch < 1.6
+
+
+def stored_entries(file: WeightFile) -> dict[str, tuple[int, int]]:
+    """Returns (offset, size) of every entry of the zip, all of them stored uncompressed inside the file."""
+    head = file.read(0, min(file.size, len(_LEGACY)), "its first bytes")
+    if head == _LEGACY:
+        raise CheckpointError(
+            f"{file.path} is in torch's legacy format (before 1.6); re-save it once with torch: "
+            "torch.save(torch.load(path, weights_only=True), path)"
+        )
+    try:
+        with zipfile.ZipFile(file.path) as archive:
+            listed = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, EOFError, OSError) as error:
+        message = f"{file.path} is not a torch zip file ({error}); download or save it again"
+        raise CheckpointError(message) from error
+    entries: dict[str, tuple[int, int]] = {}
+    for info in listed:
+        name = info.filename
+        if name.startswith("/") or "\\" in name or ":" in name or ".." in name.split("/") or name in entries:
+            raise CheckpointError(
+                f"{file.path} has the zip entry {name!r}, twice or leaving the archive; do not load it"
+            )
+        if (
+            info.compress_type != zipfile.ZIP_STORED
+            or info.flag_bits & 1
+            or info.compress_size != info.file_size
+        ):
+            raise CheckpointError(
+                f"{file.path}: zip entry {name!r} is compressed or encrypted, which torch never writes; "
+                "save it again"
+            )
+        entries[name] = (_data_offset(file, info), info.file_size)
+    end = 0
+    for name, (offset, size) in sorted(entries.items(), key=lambda item: item[1]):
+        if offset < end or offset + size > file.size:
+            raise CheckpointError(
+                f"{file.path}: zip entry {name!r} overlaps another or leaves the file; do not load it"
+            )
+        end = offset + size
+    return entries
+
+
+def _data_offset(file: WeightFile, info: zipfile.ZipInfo) -> int:
+    header = file.read(info.header_offset, 30, f"zip entry {info.filename!r}")
+    if header[:4] != b"PK\x03\x04":
+        raise CheckpointError(
+            f"{file.path}: zip entry {info.filename!r} has no local header; download it again"
+        )
+    name_length, extra_length = struct.unpack("<HH", header[26:30])
+    return info.header_offset + 30 + name_length + extra_length

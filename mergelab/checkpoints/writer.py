@@ -1,0 +1,294 @@
+"""Writes a checkpoint whose layout is known: pieces in any order, from any thread, straight to their place.
+
+Everything is written into a work folder beside the target and renamed when complete, so the final name never
+shows a half-written model; a journal of receipts lets a killed run go on where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from mergelab.checkpoints.file_names import check_file_name
+from mergelab.checkpoints.file_tensor import check_piece
+from mergelab.checkpoints.journal import Journal, Piece
+from mergelab.checkpoints.receipts import Receipts, digest_leaves, leaf_bounds
+from mergelab.checkpoints.shard_plan import ShardPlan
+from mergelab.checkpoints.work_folder import WorkFolder
+from mergelab.errors import CheckpointError, OutputError
+
+__all__ = ["CheckpointWriter"]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class CheckpointWriter:
+    """Writes the tensors and files of one checkpoint folder; `write` may be called from several threads.
+
+    Example:
+        >>> with CheckpointWriter(out, plan, identity="recipe sha256") as writer:  # doctest: +SKIP
+        ...     for name in plan.places.keys() - writer.done:
+        ...         writer.write(name, 0, array)
+        ...     writer.add_file("config.json", config_bytes)
+        ...     writer.commit()
+
+    Left by an exception, the work folder `.<name>.partial` stays for a resumed run, unless it holds nothing
+    that could be reused.
+
+    Attributes:
+        out: the folder the checkpoint will have.
+        plan: its layout.
+        done: tensors that an earlier run completed and whose bytes have been verified.
+    """
+
+    def __init__(
+        self,
+        out: Path | str,
+        plan: ShardPlan,
+        identity: str | Mapping[str, str],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        """Checks the target and the free space, and creates (or reopens) the work folder.
+
+        Args:
+            out: the target folder; its parents are created.
+            plan: the layout.
+            identity: what determines the content (hashes of recipe and inputs, seed, ...): an unfinished
+                output is only continued if it is equal. A mapping lets the error name what differs.
+            resume: go on from an unfinished output of the same identity, if there is one.
+            overwrite: replace a non-empty target; the old folder stays until the new one is complete.
+
+        Raises:
+            OutputError: the target is not empty, the disk is too small or not writable, another run writes
+                there, or the unfinished output belongs to another merge.
+            CheckpointError: the unfinished output does not match its receipts.
+        """
+        self.out = Path(out)
+        self.plan = plan
+        self._lock = threading.Lock()
+        self._broken = False
+        self._fresh = False
+        self._fds: list[int] = []
+        self._work = WorkFolder(self.out)
+        self._receipts = {name: Receipts(place.spec.nbytes) for name, place in plan.places.items()}
+        identity = {"identity": identity} if isinstance(identity, str) else identity
+        with _disk_errors(self.out):
+            self._work.prepare(plan.nbytes, resume=resume, overwrite=overwrite)
+            self._journal = Journal(self._work.journal)
+        try:
+            with _disk_errors(self.out):
+                self.done = self._begin(identity, resume)
+        except BaseException:
+            if self._fresh:
+                self.abandon()
+            else:
+                self._close()
+            raise
+
+    def _begin(self, identity: Mapping[str, str], resume: bool) -> frozenset[str]:
+        layout = self.plan.digest()
+        pieces = self._journal.resume(identity, layout) if resume and self._work.path.is_dir() else None
+        self._fresh = pieces is None
+        if pieces is None:
+            self._work.clear()
+            self._journal.start(identity, layout)
+        self._work.keep_only(shard.file for shard in self.plan.shards)
+        for shard in self.plan.shards:
+            file = os.open(self._work.path / shard.file, os.O_RDWR | os.O_CREAT, 0o666)
+            self._fds.append(file)
+            if os.fstat(file).st_size != shard.size:
+                _allocate(file, shard.size)
+            _write_all(file, memoryview(shard.head), 0)
+        return self._verify(pieces or [])
+
+    def _verify(self, pieces: list[Piece]) -> frozenset[str]:
+        """Compares every recorded piece with the bytes on disk; returns the tensors that are complete."""
+        try:
+            for piece in pieces:
+                width = self.plan.places[piece.name].spec.dtype.itemsize
+                self._receipts[piece.name].add(piece.start * width, piece.count * width, list(piece.leaves))
+        except (KeyError, ValueError) as error:
+            message = f"{self._journal.path} contradicts itself ({error}); run without --resume to start anew"
+            raise CheckpointError(message) from error
+        partial = {name for name, receipts in self._receipts.items() if not receipts.complete}
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            list(pool.map(self._verify_piece, (piece for piece in pieces if piece.name not in partial)))
+        self._journal.forget(name for name in partial if not self._receipts[name].empty)
+        for name in partial:
+            self._receipts[name] = Receipts(self.plan.places[name].spec.nbytes)
+        return frozenset(self._receipts.keys() - partial) if pieces else frozenset()
+
+    def _verify_piece(self, piece: Piece) -> None:
+        width = self.plan.places[piece.name].spec.dtype.itemsize
+        bounds = leaf_bounds(piece.start * width, piece.count * width)
+        for (low, high), recorded in zip(bounds, piece.leaves, strict=True):
+            if digest_leaves(memoryview(self._read(piece.name, low, high - low)), low) != [recorded]:
+                file = self.plan.shards[self.plan.places[piece.name].shard].file
+                raise CheckpointError(
+                    f"{self._work.path / file}: tensor {piece.name!r} is not as it was written (bytes {low} "
+                    f"to {high}); the disk or another program changed it: run without --resume to start anew"
+                )
+
+    def _read(self, name: str, offset: int, count: int) -> bytes:
+        place = self.plan.places[name]
+        return os.pread(self._fds[place.shard], count, place.offset + offset)
+
+    def write(self, name: str, start: int, array: np.ndarray) -> None:
+        """Writes flat elements `[start, start + array.size)` of a tensor, from the array's own memory.
+
+        Args:
+            name: the tensor's name in the plan.
+            start: the first element.
+            array: 1-D, contiguous, of the tensor's dtype.
+
+        Raises:
+            OutputError: the disk is full or fails; the work folder stays for a resumed run.
+            ValueError: no such tensor, the wrong dtype or range, or elements that were written before.
+        """
+        place = self.plan.places.get(name)
+        if place is None:
+            raise ValueError(f"tensor {name!r} is not in the plan")
+        check_piece(place.spec, place.spec.size, start, array)
+        data = array.view(np.uint8).data
+        offset = start * array.itemsize
+        leaves = digest_leaves(data, offset)
+        with _disk_errors(self.out):
+            try:
+                _write_all(self._fds[place.shard], data, place.offset + offset)
+                with self._lock:
+                    if self._broken:
+                        raise OutputError(f"{self.out}: an earlier write failed; run again with --resume")
+                    self._receipts[name].add(offset, len(data), leaves)
+                    self._journal.add(Piece(name, start, array.size, tuple(leaves)))
+            except OSError:
+                # A receipt may be torn: nothing may follow it.
+                self._broken = True
+                raise
+
+    def digests(self) -> dict[str, str]:
+        """Returns a digest of every tensor's bytes by name (XXH3, see `receipts`), for the model card.
+
+        Independent of shards and of the pieces written; rereads only what was cut between pieces.
+
+        Raises:
+            OutputError: a tensor is not complete.
+        """
+        self._check_complete()
+        return {
+            name: receipts.digest(lambda offset, count, name=name: self._read(name, offset, count))
+            for name, receipts in self._receipts.items()
+        }
+
+    def add_file(self, name: str, content: bytes | Path) -> None:
+        """Puts a further file (config, tokenizer, card) into the folder: bytes, or a copy of a file.
+
+        Raises:
+            OutputError: the disk is full or fails, or the file cannot be read.
+            CheckpointError: `name` is not one plain file name, or is that of a weight file.
+        """
+        check_file_name(name, "the output")
+        if name in {shard.file for shard in self.plan.shards} or name == "model.safetensors.index.json":
+            raise CheckpointError(f"the output file {name!r} would replace the weights; choose another name")
+        with _disk_errors(self.out):
+            if isinstance(content, Path):
+                shutil.copyfile(content, self._work.path / name)
+            else:
+                (self._work.path / name).write_bytes(content)
+
+    def commit(self, *, durable: bool = True) -> Path:
+        """Gives the complete checkpoint its final name and returns that folder.
+
+        Args:
+            durable: wait until everything is on the medium (fsync), so that a power cut cannot leave the
+                final name on incomplete files; without it the system writes it out in the next seconds.
+
+        Raises:
+            OutputError: a tensor is not complete, or the disk is full or fails.
+        """
+        self._check_complete()
+        with _disk_errors(self.out):
+            if durable:
+                for file in self._fds:
+                    os.fsync(file)
+            if (index := self.plan.index) is not None:
+                (self._work.path / "model.safetensors.index.json").write_bytes(index)
+            self._work.publish(durable=durable)
+            self._journal.remove()
+        self._close_files()
+        return self.out
+
+    def abandon(self) -> None:
+        """Deletes the work folder and its journal; the target stays as it was."""
+        self._close_files()
+        self._work.clear(recreate=False)
+        self._journal.remove()
+
+    def _check_complete(self) -> None:
+        missing = [name for name, receipts in self._receipts.items() if not receipts.complete]
+        if missing:
+            raise OutputError(
+                f"{self.out}: {len(missing)} tensors are not completely written, first {missing[0]!r}; "
+                "run again with --resume"
+            )
+
+    def _close_files(self) -> None:
+        for file in self._fds:
+            os.close(file)
+        self._fds.clear()
+
+    def _close(self) -> None:
+        self._close_files()
+        self._journal.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._fds:  # committed or abandoned
+            return
+        if kind is not None and all(receipts.empty for receipts in self._receipts.values()):
+            self.abandon()
+        else:
+            self._close()
+
+
+def _write_all(file: int, data: memoryview, offset: int) -> None:
+    while len(data):
+        count = os.pwrite(file, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def _allocate(file: int, size: int) -> None:
+    """Reserves the blocks of a file, so that a full disk shows now and not in the middle of the merge."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    os.ftruncate(file, size)
+
+
+@contextlib.contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    """Turns failures of the file system into OutputError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            message = (
+                f"{out}: the disk is full ({error.strerror}); free some space and run again with --resume"
+            )
+        else:
+            message = f"{out}: writing failed ({error}); check the folder and run again with --resume"
+        raise OutputError(message) from error

@@ -1,0 +1,117 @@
+"""The chat template of a merged model: the inputs' commonest, a named format, or literal jinja."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mergelab.checkpoints.json_data import parse_json, read_json_object
+from mergelab.checkpoints.source import Checkpoint
+from mergelab.errors import RecipeError, did_you_mean
+from mergelab.merging.vocabulary.chat_formats import CHAT_FORMATS
+from mergelab.merging.vocabulary.write import json_bytes
+
+__all__ = ["chat_template_files", "read_chat_template"]
+
+
+def chat_template_files(
+    choice: str,
+    models: Mapping[str, Checkpoint],
+    base: str | None,
+    files: Mapping[str, bytes] | None = None,
+) -> dict[str, bytes]:
+    """Returns the files that give the merged model its chat template.
+
+    `chat_template.jinja`, and `tokenizer_config.json` where it has a template too: of two that differ, some
+    readers take one and some the other. Nothing if `choice` is "auto" and no model has one.
+
+    Args:
+        choice: "auto" (the one most models have; on a tie, the base's, then the first), a name in
+            `CHAT_FORMATS`, or jinja.
+        models: the merged models.
+        base: the base model, whose files the output has where `files` has none.
+        files: the tokenizer files written otherwise (those of a `VocabularyPlan`).
+
+    Raises:
+        RecipeError: an unknown name, or a template that is not valid jinja.
+    """
+    template = _commonest(models, base) if choice == "auto" else CHAT_FORMATS.get(choice, choice)
+    if template is None:
+        return {}
+    if choice not in CHAT_FORMATS and "{{" not in template and "{%" not in template:
+        names = ("auto", *CHAT_FORMATS)
+        raise RecipeError(
+            f"chat_template: {choice!r} is neither jinja nor a known format{did_you_mean(choice, names)}; "
+            f"write one of {', '.join(names)}, or the template itself"
+        )
+    _check_jinja(template)
+    written = {"chat_template.jinja": template.encode("utf-8")}
+    config = _tokenizer_config(models, base, files)
+    if config.get("chat_template") not in (None, template):
+        written["tokenizer_config.json"] = json_bytes({**config, "chat_template": template})
+    return written
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The (default) chat template of a model folder, or None.
+
+    Raises:
+        CheckpointError: a file of it is not JSON.
+    """
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            template = read_json_object(folder / name).get("chat_template")
+            if isinstance(template, list):
+                named = {entry.get("name"): entry.get("template") for entry in template}
+                template = named.get("default")
+            if isinstance(template, str):
+                return template
+    return None
+
+
+def _commonest(models: Mapping[str, Checkpoint], base: str | None) -> str | None:
+    names = sorted(models, key=lambda name: name != base)  # stable: the base first, then recipe order
+    found = [read_chat_template(models[name].path) for name in names]
+    return max(counts, key=counts.__getitem__) if (counts := Counter(t for t in found if t)) else None
+
+
+def _tokenizer_config(
+    models: Mapping[str, Checkpoint], base: str | None, files: Mapping[str, bytes] | None
+) -> dict[str, Any]:
+    if files is not None:
+        raw = files.get("tokenizer_config.json")
+        return {} if raw is None else parse_json(raw, "tokenizer_config.json")
+    path = models[base or next(iter(models))].path / "tokenizer_config.json"
+    return read_json_object(path) if path.is_file() else {}
+
+
+def _check_jinja(template: str) -> None:
+    """Parses, in a sandbox and without running it, with the extensions chat templates may use."""
+    from jinja2 import TemplateSyntaxError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}`: marks what the assistant wrote, for training; parsed as a plain block."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
+    )
+    try:
+        environment.parse(template)
+    except TemplateSyntaxError as error:
+        raise RecipeError(
+            f"chat_template: not valid jinja: {error.message} at line {error.lineno}; correct it"
+        ) from error

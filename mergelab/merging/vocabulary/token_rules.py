@@ -1,0 +1,101 @@
+"""A recipe's per-token rules, checked against the models' vocabularies and turned into rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from mergelab.errors import did_you_mean
+from mergelab.merging.recipe import TokenRule, TokenSource
+from mergelab.merging.vocabulary.rows import ZERO, Row
+from mergelab.merging.vocabulary.tokenizer_files import Tokenizer
+from mergelab.merging.vocabulary.union import Additions
+
+__all__ = ["RuleBook"]
+
+
+@dataclass
+class RuleBook:
+    """What rules are checked against, and the faults found so far.
+
+    Attributes:
+        tokenizers: by model.
+        vocabularies: by model: token -> row, of the tokens that have one.
+        rows: by model: the number of rows of its embedding.
+        faults: one sentence each.
+        warnings: one sentence each.
+    """
+
+    tokenizers: Mapping[str, Tokenizer]
+    vocabularies: Mapping[str, Mapping[str, int]]
+    rows: Mapping[str, int]
+    faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def add_tokens(self, rules: Mapping[str, TokenRule], additions: Additions) -> None:
+        """Adds to the output the tokens that rules speak of and no vocabulary taken into it has."""
+        known = additions.vocabulary
+        for token, rule in rules.items():
+            if token in known:
+                continue
+            definition = next((t.added[token] for t in self.tokenizers.values() if token in t.added), None)
+            elsewhere = any(token in vocabulary for vocabulary in self.vocabularies.values())
+            near = did_you_mean(token, known)
+            if rule.source is None and not elsewhere:
+                self.faults.append(
+                    f"tokenizer.tokens[{token!r}]: no model has this token{near}, so its row needs "
+                    "a source: give it {kind: zero} or {kind: model_token, model: ..., token: ...}"
+                )
+                continue
+            number = additions.add_token(token, definition)
+            if not elsewhere:
+                self.warnings.append(
+                    f"token {token!r} is in no model's vocabulary{near}; it is added with id {number}"
+                )
+
+    def row(self, token: str, source: str | TokenSource) -> Row:
+        """The row a rule names; ZERO, with a fault noted, where there is none."""
+        field_name = f"tokenizer.tokens[{token!r}].source"
+        if isinstance(source, str):
+            return self._named(field_name, source, token)
+        if source.kind == "zero" or source.model is None:
+            return ZERO
+        if source.token is not None:
+            return self._named(field_name, source.model, source.token)
+        if not self._knows(field_name, source.model):
+            return ZERO
+        number, rows = source.token_id, self.rows[source.model]
+        if number is None or not 0 <= number < rows:
+            self.faults.append(
+                f"{field_name}.token_id: {number} is not a row of {source.model!r}, whose embedding has rows "
+                f"0 to {rows - 1}"
+            )
+            return ZERO
+        return ((source.model, number),)
+
+    def _named(self, field_name: str, model: str, token: str) -> Row:
+        if not self._knows(field_name, model):
+            return ZERO
+        vocabulary = self.vocabularies[model]
+        if token not in vocabulary:
+            self.faults.append(
+                f"{field_name}: model {model!r} has no token {token!r}{did_you_mean(token, vocabulary)}; "
+                "name one it has with {kind: model_token, model: ..., token: ...}"
+            )
+            return ZERO
+        return ((model, vocabulary[token]),)
+
+    def _knows(self, field_name: str, model: str) -> bool:
+        known = model in self.vocabularies
+        if not known:
+            self.faults.append(unknown_model(field_name, model, self.vocabularies))
+        return known
+
+
+def unknown_model(field_name: str, model: str, models: Iterable[str]) -> str:
+    """The sentence for a model name that the recipe's tokenizer section uses and the merge does not have."""
+    names = list(models)
+    return (
+        f"{field_name}: no model {model!r} in this merge{did_you_mean(model, names)}; its models are "
+        f"{', '.join(map(repr, names))}"
+    )

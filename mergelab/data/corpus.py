@@ -1,0 +1,172 @@
+"""Three kinds of text that every Python installation carries, split into training and held-out documents.
+
+- *code*: the standard library's sources with docstrings and comments removed.
+- *prose*: the docstrings of the same sources, and the language reference of `pydoc_data.topics`.
+- *names*: the names of Unicode characters (`unicodedata`), in code-point order. The third domain has to exist
+  everywhere, also where tests, headers and bundled wheels are stripped: this table is compiled into the
+  interpreter. It is unlike the other two (upper-case words of a controlled vocabulary, no syntax), large
+  enough (0.7 MB), and divides into pages of related characters, so pages can be held out whole.
+
+The split is by document, never by window: a source file is held out for code and prose at once, a topic or a
+page of characters as a whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import sysconfig
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from mergelab.data.python_text import docstrings_of, stripped_code
+from mergelab.errors import MergelabError
+
+__all__ = ["DOMAINS", "Corpus", "Document", "gather", "is_held_out", "sources_folder"]
+
+DOMAINS = ("code", "prose", "names")
+
+# Folders below the standard library that are other people's packages, generated tables or test data.
+_SKIPPED = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
+    | {"__pycache__", "ensurepip", "lib-dynload", "__phello__"}
+)
+_HELD_OUT_IN = 8  # one source in so many, chosen by a hash of its name
+_PAGE = 256  # code points to a page of character names
+
+
+@dataclass(frozen=True)
+class Document:
+    """One piece of text that is never divided between training and held-out.
+
+    Attributes:
+        source: the file, topic or page it comes from; documents of one source share a side of the split.
+        text: the text, not empty.
+    """
+
+    source: str
+    text: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the text in UTF-8."""
+        return len(self.text.encode())
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training and held-out documents by domain."""
+
+    train: Mapping[str, tuple[Document, ...]]
+    held_out: Mapping[str, tuple[Document, ...]]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all the text and of how it is split."""
+        sha = hashlib.sha256()
+        for side in (self.train, self.held_out):
+            for domain, documents in side.items():
+                for document in documents:
+                    sha.update("\0".join((domain, document.source, document.text, "")).encode())
+        return sha.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A file, topic or page: the domains it may feed, and how to read its text by domain."""
+
+    name: str
+    domains: tuple[str, ...]
+    read: Callable[[], Mapping[str, str]]
+
+
+class _Side:
+    """One side of the split while it fills up."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.documents: dict[str, list[Document]] = {domain: [] for domain in DOMAINS}
+        self.size: dict[str, int] = dict.fromkeys(DOMAINS, 0)
+
+    def take(self, source: _Source) -> None:
+        """Adds the source's text to each of its domains that is not full; reads it only if there is one."""
+        if all(self.size[domain] >= self.limit for domain in source.domains):
+            return
+        for domain, text in source.read().items():
+            if text.strip() and self.size[domain] < self.limit:
+                self.documents[domain].append(Document(source.name, text))
+                self.size[domain] += len(text.encode())
+
+
+def gather(train_bytes: int, held_out_bytes: int, stdlib: Path | None = None) -> Corpus:
+    """Collects the corpus; the same on every run of one Python version.
+
+    Args:
+        train_bytes: stop after this many UTF-8 bytes of training text per domain (whole documents).
+        held_out_bytes: the same for held-out text.
+        stdlib: the folder of standard-library sources (default: the running Python's).
+
+    Raises:
+        MergelabError: the standard library's sources are missing, or too few to hold any out.
+    """
+    folder = stdlib or sources_folder()
+    train, held_out = _Side(train_bytes), _Side(held_out_bytes)
+    sources = [*_files(folder), *_topics(), *_pages()]
+    for source in sorted(sources, key=lambda s: (_hash("order:" + s.name), s.name)):
+        (held_out if is_held_out(source.name) else train).take(source)
+    if empty := [d for d in DOMAINS if not train.documents[d] or not held_out.documents[d]]:
+        raise MergelabError(
+            f"The standard library at {folder} has too little {empty[0]} to train on and to hold out; "
+            "install a Python that comes with its .py sources."
+        )
+    sides = ({d: tuple(found) for d, found in side.documents.items()} for side in (train, held_out))
+    return Corpus(*sides)
+
+
+def is_held_out(source: str) -> bool:
+    """True for about one source in eight, decided by its name alone."""
+    return _hash(source) % _HELD_OUT_IN == 0
+
+
+def sources_folder() -> Path:
+    """The folder of the running Python's standard-library sources."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _files(stdlib: Path) -> Iterator[_Source]:
+    for path in sorted(stdlib.rglob("*.py")):
+        relative = path.relative_to(stdlib)
+        if not _SKIPPED.intersection(relative.parts) and not relative.name.startswith("_sysconfigdata"):
+            yield _Source(relative.as_posix(), ("code", "prose"), partial(_read_file, path))
+
+
+def _read_file(path: Path) -> Mapping[str, str]:
+    source = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        return {"code": stripped_code(source), "prose": "\n\n".join(docstrings_of(source))}
+    except SyntaxError:
+        return {}  # a file for another Python: not text worth learning from
+
+
+def _topics() -> Iterator[_Source]:
+    for name, text in topics.items():
+        yield _Source(f"topic:{name}", ("prose",), partial(dict, prose=text))
+
+
+def _pages() -> Iterator[_Source]:
+    """Character names, one a line, a source per page; numbered series and computed names are left out."""
+    pages: dict[int, list[str]] = {}
+    for point in range(sys.maxunicode + 1):
+        name = unicodedata.name(chr(point), "")
+        if name and not name.startswith("HANGUL SYLLABLE") and not any(c.isdigit() for c in name):
+            pages.setdefault(point // _PAGE, []).append(name)
+    for page, names in pages.items():
+        yield _Source(f"U+{page * _PAGE:04X}", ("names",), partial(dict, names="\n".join(names) + "\n"))
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

@@ -1,0 +1,1 @@
+"""Transformer families: one file each = configuration + flax module + the map to HF tensor names."""

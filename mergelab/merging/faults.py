@@ -1,0 +1,66 @@
+"""Where a fault of a recipe is, and the one sentence that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mergelab.errors import RecipeError
+
+__all__ = ["FieldPath", "LocatedError", "Origin", "dotted", "raise_faults"]
+
+FieldPath = tuple[str | int, ...]
+
+
+def dotted(path: FieldPath) -> str:
+    """`("models", 1, "parameters")` as `models[1].parameters`."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a recipe was read from; takes no part in comparisons between recipes.
+
+    Attributes:
+        source: the file's name for messages, or None for a recipe built in Python.
+        folder: the file's folder, against which relative model paths are resolved second.
+        lines: the 1-based line of each field.
+    """
+
+    source: str | None = field(default=None, compare=False)
+    folder: Path | None = field(default=None, compare=False)
+    lines: Mapping[FieldPath, int] = field(default_factory=dict, compare=False)
+
+    def line(self, path: FieldPath) -> int:
+        """The line of the field at `path` or of the nearest one around it; 0 if none is known."""
+        while path not in self.lines and path:
+            path = path[:-1]
+        return self.lines.get(path, 0)
+
+    def sentence(self, path: FieldPath, message: str) -> str:
+        """`file.yaml:12: models[1].model: message`, with as much of the place as is known."""
+        place = "" if self.source is None else f"{self.source}:"
+        line = self.line(path)
+        if place and line:
+            place += f"{line}:"
+        parts = (place, f"{dotted(path)}:" if path else "", message)
+        return " ".join(part for part in parts if part)
+
+
+class LocatedError(RecipeError):
+    """A `RecipeError` that keeps each fault's path, so that a reader of files can add line numbers."""
+
+    def __init__(self, located: Iterable[tuple[FieldPath, str]]) -> None:
+        self.located = tuple(located)
+        super().__init__(Origin().sentence(path, message) for path, message in self.located)
+
+
+def raise_faults(sentences: Iterable[str]) -> None:
+    """Raises one `RecipeError` with every distinct sentence, if there is any."""
+    faults = list(dict.fromkeys(sentences))
+    if faults:
+        raise RecipeError(faults)

@@ -1,0 +1,147 @@
+"""Model references to opened checkpoints: folders, hub snapshots, adapters, results of other recipes."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergelab.checkpoints import Checkpoint, FolderCheckpoint, open_checkpoint, with_lora
+from mergelab.errors import CheckpointError, DependencyError, MergelabError, did_you_mean
+from mergelab.merging.faults import FieldPath, Origin, raise_faults
+from mergelab.merging.model_ref import ModelRef, parse_model_ref
+
+__all__ = ["FoundModel", "find_models"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """An opened input model.
+
+    Attributes:
+        name: its reference as the recipe writes it.
+        checkpoint: its tensors, with the adapter added if the reference names one.
+        revision: the hub commit it was taken from, or None.
+        fingerprint: SHA-256 over headers and configs of all its files (weights are not read).
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    revision: str | None
+    fingerprint: str
+
+
+def find_models(
+    texts: Mapping[str, FieldPath],
+    origin: Origin,
+    base_dir: Path | None = None,
+    stages: Mapping[str, Checkpoint] | None = None,
+) -> dict[str, FoundModel]:
+    """Opens every model; relative paths are looked up in the working directory, then in the recipe's folder.
+
+    Args:
+        texts: model references, with their place in the recipe.
+        origin: where the recipe was read from.
+        base_dir: what to use in place of the recipe's folder.
+        stages: results of other recipes, by name; these names come before folders.
+
+    Raises:
+        RecipeError: models that cannot be found or opened, all named at once.
+    """
+    folders = [Path.cwd(), *(folder for folder in (base_dir or origin.folder,) if folder is not None)]
+    found: dict[str, FoundModel] = {}
+    faults: list[str] = []
+    for text, path in texts.items():
+        try:
+            found[text] = _open(text, folders, stages or {})
+        except DependencyError:
+            raise
+        except MergelabError as error:
+            faults.append(origin.sentence(path, str(error)))
+    raise_faults(faults)
+    return found
+
+
+def _open(text: str, folders: list[Path], stages: Mapping[str, Checkpoint]) -> FoundModel:
+    reference = parse_model_ref(text)
+    if any((folder / text).exists() for folder in folders):
+        reference = ModelRef(text)  # a folder whose own name holds '@' or '+'
+    if reference.path in stages:
+        checkpoint, revision = stages[reference.path], None
+    else:
+        path, revision = _locate(reference.path, reference.revision, folders, list(stages))
+        checkpoint = open_checkpoint(path)
+    fingerprint = _fingerprint(checkpoint)
+    if reference.adapter is not None:
+        adapter, _ = _locate(reference.adapter, reference.adapter_revision, folders, [])
+        if not isinstance(checkpoint, FolderCheckpoint):
+            raise CheckpointError(
+                f"adapter {reference.adapter!r} needs a finished model: run {reference.path!r} on its own first"
+            )
+        checkpoint = with_lora(checkpoint, adapter)
+        parts = [fingerprint, *(_digest(p) for p in sorted(adapter.glob("adapter_*")) if p.is_file())]
+        fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return FoundModel(text, checkpoint, revision, fingerprint)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _fingerprint(checkpoint: Checkpoint) -> str:
+    own = getattr(checkpoint, "fingerprint", None)
+    if callable(own):
+        return str(own())
+    tensors = [f"{name} {t.dtype} {t.shape}" for name, t in checkpoint.tensors.items()]
+    return hashlib.sha256("\n".join(tensors).encode()).hexdigest()
+
+
+def _locate(
+    path: str, revision: str | None, folders: list[Path], stages: list[str]
+) -> tuple[Path, str | None]:
+    """The local path of a model or adapter, and the hub commit it is of."""
+    expanded = Path(path).expanduser()
+    for folder in folders:
+        if (folder / expanded).exists():
+            return folder / expanded, None
+    if _HUB_ID.fullmatch(path):
+        return _snapshot(path, revision, folders)
+    siblings = [
+        p.name
+        for folder in folders
+        if (folder / expanded).parent.is_dir()
+        for p in (folder / expanded).parent.iterdir()
+    ]
+    near = did_you_mean(expanded.name, siblings) or did_you_mean(path, stages)
+    raise CheckpointError(f"model {path!r} does not exist{near}: looked in {_places(folders)}")
+
+
+def _places(folders: list[Path]) -> str:
+    names = ["the working directory", "the recipe's folder"]
+    pairs = zip(names, dict.fromkeys(folders), strict=False)
+    return " and ".join(f"{name} ({folder})" for name, folder in pairs)
+
+
+def _snapshot(path: str, revision: str | None, folders: list[Path]) -> tuple[Path, str | None]:
+    try:
+        from huggingface_hub import snapshot_download  # type: ignore[import-not-found]
+    except ImportError:
+        raise CheckpointError(
+            f"model {path!r} is no folder (looked in {_places(folders)}); to fetch it from the Hugging Face "
+            "hub, install mergelab[hub], or download it yourself and give its path"
+        ) from None
+    try:
+        folder = Path(snapshot_download(path, revision=revision, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub client raises many unrelated types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"model {path!r} is no folder (looked in {_places(folders)}) and the hub did not give it: "
+            f"{reason}"
+        ) from None
+    return folder, folder.name

@@ -1,0 +1,163 @@
+"""From a place in the output to the job that fills it: sources, operator, dtype, and the checks between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mergelab.checkpoints import Checkpoint, TensorSource, is_float, promote
+from mergelab.errors import CheckpointError, MergelabError
+from mergelab.merging.job import Job
+from mergelab.merging.layout import Place
+from mergelab.merging.missing import Ingredients, find_tensor, outcome
+from mergelab.merging.parameters import resolve
+from mergelab.merging.row_prefix import RowPrefix
+from mergelab.merging.vocabulary import VocabularyPlan
+from mergelab.merging.vocabulary.embeddings import is_token_tensor
+from mergelab.operators import OPERATORS
+from mergelab.operators.algebra import Merge
+from mergelab.operators.declare import Operator
+
+__all__ = ["JobBuilder"]
+
+
+@dataclass
+class JobBuilder:
+    """Builds jobs one by one and collects what is wrong or noteworthy over all of them.
+
+    Attributes:
+        operator: the merge method.
+        models: the opened models by reference.
+        vocabulary: the merged vocabulary, or None to leave rows as they are.
+        dtype: the stored dtype, or None for the promotion of each tensor's inputs.
+        truncate_rows: whether embeddings of different length are cut to the shortest.
+        faults: one sentence per impossible tensor.
+        lacking: tensor names by the models that lack them.
+        skipped: tensors that are not made at all.
+        settings: the hyper-parameters of each job, in order; part of a plan's identity.
+    """
+
+    operator: Operator
+    models: Mapping[str, Checkpoint]
+    vocabulary: VocabularyPlan | None = None
+    dtype: np.dtype[Any] | None = None
+    truncate_rows: bool = False
+    faults: list[str] = field(default_factory=list)
+    lacking: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    settings: list[str] = field(default_factory=list)
+    _merges: dict[str, Merge] = field(default_factory=dict)
+
+    def build(self, place: Place) -> Job | None:
+        """The job for a place, or None if there is none (a fault or a skipped tensor, then on record)."""
+        try:
+            found = self._find(place)
+            kind, tensors = outcome(self.operator, place.piece, found)
+            if kind == "skip":
+                self.skipped.append(place.name)
+                return None
+            if kind == "fault":
+                self.faults.append(self._too_few(place, found))
+                return None
+            return self._copy(place, found, tensors[0]) if kind == "copy" else self._merge(place, found)
+        except MergelabError as error:
+            self.faults.append(str(error))
+            return None
+
+    def _find(self, place: Place) -> Ingredients:
+        present: list[TensorSource | None] = []
+        for source, name in zip(place.piece.sources, place.names, strict=True):
+            tensor = find_tensor(self.models[source.model], name)
+            if tensor is not None and self.vocabulary is not None:
+                tensor = self.vocabulary.source(source.model, tensor, role=place.name)
+            present.append(tensor)
+        lacking = tuple(s.model for s, t in zip(place.piece.sources, present, strict=True) if t is None)
+        if lacking:
+            self.lacking.setdefault(lacking, []).append(place.name)
+        if self.truncate_rows and is_token_tensor(place.name):
+            rows = min(tensor.shape[0] for tensor in present if tensor is not None)
+            present = [t if t is None or t.shape[0] == rows else RowPrefix(t, rows) for t in present]
+        count = len(place.piece.inputs)
+        inputs = [(s, t) for s, t in zip(place.piece.inputs, present[:count], strict=True) if t is not None]
+        base = present[count] if place.piece.base is not None else None
+        return Ingredients(tuple(inputs), base)
+
+    def _copy(self, place: Place, found: Ingredients, tensor: TensorSource) -> Job:
+        dtype = self._dtype(place, [tensor])
+        self.settings.append("copy")
+        names = [source.model for source, t in found.inputs if t is tensor]
+        if not names and place.piece.base is not None:
+            names = [place.piece.base.model]
+        merge = None if dtype == tensor.dtype else OPERATORS["passthrough"]()
+        return Job(place.name, tuple(tensor.shape), dtype, (tensor,), None, merge, tuple(names))
+
+    def _merge(self, place: Place, found: Ingredients) -> Job:
+        inputs = [tensor for _, tensor in found.inputs]
+        everyone = [*inputs, *([] if found.base is None else [found.base])]
+        owners = [source.model for source, _ in found.inputs]
+        if found.base is not None and place.piece.base is not None:
+            owners.append(place.piece.base.model)
+        self._check_shapes(place, everyone, owners)
+        dtype = self._dtype(place, everyone)
+        shape = tuple(everyone[0].shape)
+        if not is_float(everyone[0].dtype):
+            self.settings.append("equal")
+            return Job(place.name, shape, dtype, tuple(everyone), None, None, tuple(owners))
+        given = dict(zip((s.model for s in place.piece.sources), place.names, strict=True))
+        named = [(source, given[source.model]) for source, _ in found.inputs]
+        arguments = resolve(self.operator, place.piece, named, place.name, place.t)
+        setting = repr(sorted(arguments.items()))
+        self.settings.append(setting)
+        unscaled = self.operator.name == "passthrough" and arguments.get("scale") in (None, [None])
+        if unscaled and dtype == inputs[0].dtype:
+            return Job(place.name, shape, dtype, tuple(inputs), None, None, tuple(owners))
+        if setting not in self._merges:
+            try:
+                self._merges[setting] = self.operator(**arguments)
+            except MergelabError as error:
+                raise CheckpointError(f"tensor {place.name!r}: {error}") from None
+        return Job(place.name, shape, dtype, tuple(inputs), found.base, self._merges[setting], tuple(owners))
+
+    def _dtype(self, place: Place, tensors: list[TensorSource]) -> np.dtype[Any]:
+        kinds = {tensor.dtype for tensor in tensors}
+        if all(is_float(kind) for kind in kinds):
+            return self.dtype or promote(kinds)
+        if len(kinds) > 1:
+            found = ", ".join(sorted(str(kind) for kind in kinds))
+            raise CheckpointError(
+                f"tensor {place.name!r} is {found} in different models; a tensor without weights must "
+                "have one dtype, and equal values, in all models"
+            )
+        return next(iter(kinds))
+
+    def _check_shapes(self, place: Place, tensors: list[TensorSource], owners: list[str]) -> None:
+        first = tuple(tensors[0].shape)
+        for tensor, owner in zip(tensors, owners, strict=True):
+            if tuple(tensor.shape) == first:
+                continue
+            remedy = "models that are merged must have the same sizes"
+            if is_token_tensor(place.name) and tuple(tensor.shape[1:]) == first[1:]:
+                remedy = (
+                    "the vocabularies differ: set 'tokenizer_source: union', or cut them to the shortest "
+                    "with --unsafe-truncate-embeddings"
+                )
+            raise CheckpointError(
+                f"tensor {place.name!r} is {list(first)} in model {owners[0]!r} and {list(tensor.shape)} in "
+                f"{owner!r}; {remedy}"
+            )
+
+    def _too_few(self, place: Place, found: Ingredients) -> str:
+        base = place.piece.base
+        if base is not None and found.base is None:
+            return (
+                f"tensor {place.name!r} is missing from the base model {base.model!r}, which "
+                f"{self.operator.name!r} takes differences from; use a base model of the same architecture"
+            )
+        have = ", ".join(repr(source.model) for source, _ in found.inputs) or "no model"
+        return (
+            f"tensor {place.name!r}: only {have} has it, and {self.operator.name!r} needs "
+            f"{self.operator.min_models}; use models of the same architecture"
+        )

@@ -1,0 +1,248 @@
+"""A plan: everything a merge will do, worked out from headers and configs before any weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mergelab import __version__
+from mergelab.checkpoints import Checkpoint, dtype_from_name, open_checkpoint
+from mergelab.merging.architecture import infer_architecture
+from mergelab.merging.extra_files import donor_files
+from mergelab.merging.faults import raise_faults
+from mergelab.merging.find_models import FoundModel, find_models
+from mergelab.merging.job import Job
+from mergelab.merging.job_builder import JobBuilder
+from mergelab.merging.layout import lay_out
+from mergelab.merging.output_config import config_differences, output_config
+from mergelab.merging.plan_checks import absences, shortened, strangers
+from mergelab.merging.planned_checkpoint import PlannedCheckpoint
+from mergelab.merging.recipe import Recipe
+from mergelab.merging.recipe_checks import recipe_faults, recipe_warnings
+from mergelab.merging.scopes import scoped_parts
+from mergelab.merging.vocabulary import (
+    VocabularyPlan,
+    chat_template_files,
+    plan_vocabulary,
+    vocabulary_differences,
+)
+from mergelab.operators import OPERATORS
+
+__all__ = ["Plan", "make_plan"]
+
+RUNTIME_BYTES = 350 * 10**6
+"""What the interpreter, jax and its compiled programs take before any tensor is read (measured)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge that is ready to run; holds no weights.
+
+    Attributes:
+        recipe: what it was made from.
+        jobs: one per output tensor, in the order they are stored.
+        config: the output's `config.json`; empty if the donor has none.
+        files: the other files to write, by name.
+        models: the input models, in recipe order.
+        warnings: what the user should know, one sentence each.
+        seed: seeds the random draws.
+        shard_bytes: the size at which a new weight file is begun.
+        identities: SHA-256 of each thing that determines the output's bytes (recipe, jobs, models, ...).
+        stages: the plans of the recipes this one builds on, by name, unless their results were given.
+    """
+
+    recipe: Recipe
+    jobs: tuple[Job, ...]
+    config: Mapping[str, Any]
+    files: Mapping[str, bytes]
+    models: tuple[FoundModel, ...]
+    warnings: tuple[str, ...]
+    seed: int
+    shard_bytes: int
+    identities: Mapping[str, str]
+    stages: Mapping[str, Plan] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 over all that determines the output's bytes: only an equal plan may resume a run."""
+        return hashlib.sha256(json.dumps(dict(self.identities), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes to be read, each source once."""
+        return sum(job.bytes_in for job in self.jobs)
+
+    @property
+    def bytes_out(self) -> int:
+        """Bytes of weights to be written."""
+        return sum(job.bytes_out for job in self.jobs)
+
+    @property
+    def operations(self) -> dict[str, int]:
+        """How many tensors are merged by which method, and how many are copied."""
+        kinds = Counter("copy" if job.merge is None else self.recipe.merge_method for job in self.jobs)
+        return dict(sorted(kinds.items()))
+
+    def memory_estimate(self, budget: int) -> int:
+        """Peak memory in bytes: the runtime, and what the largest job needs within the budget."""
+        largest = max((job.bytes_in + job.bytes_out + 8 * job.size for job in self.jobs), default=0)
+        return RUNTIME_BYTES + min(budget, 2 * largest)
+
+
+def make_plan(
+    recipe: Recipe,
+    *,
+    base_dir: Path | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+    shard_bytes: int = 5 * 10**9,
+    truncate_embeddings: bool = False,
+    stages: Mapping[str, Path] | None = None,
+) -> Plan:
+    """Plans a merge; reads headers, configs and tokenizer files only.
+
+    Args:
+        recipe: the recipe; of the recipes it builds on, those not in `stages` are planned too.
+        base_dir: where relative model paths are looked up after the working directory; by default the
+            recipe file's folder.
+        dtype: overrides the recipe's stored dtype.
+        seed: seeds the random draws.
+        shard_bytes: the size at which a new weight file is begun.
+        truncate_embeddings: cut embeddings of different length to the shortest.
+        stages: folders of results of recipes this one builds on, by name.
+
+    Raises:
+        RecipeError: what cannot be merged, one sentence per reason.
+        CheckpointError: a model file that cannot be read.
+    """
+    origin = recipe.origin
+    raise_faults(origin.sentence(*fault) for fault in recipe_faults(recipe))
+    options: dict[str, Any] = {
+        "base_dir": base_dir,
+        "seed": seed,
+        "shard_bytes": shard_bytes,
+        "truncate_embeddings": truncate_embeddings,
+    }
+    with tempfile.TemporaryDirectory(prefix="mergelab-plan-") as scratch:
+        known: dict[str, Checkpoint] = {name: open_checkpoint(path) for name, path in (stages or {}).items()}
+        planned: dict[str, Plan] = {}
+        for stage in recipe.merges:
+            if stage.name is not None and stage.name not in known:
+                planned[stage.name] = _plan(stage, known, dtype=None, **options)
+                known[stage.name] = PlannedCheckpoint.of(planned[stage.name], Path(scratch) / str(len(known)))
+        return _plan(recipe, known, dtype=dtype, planned=planned, **options)
+
+
+def _plan(
+    recipe: Recipe,
+    stages: Mapping[str, Checkpoint],
+    *,
+    base_dir: Path | None,
+    dtype: str | None,
+    seed: int,
+    shard_bytes: int,
+    truncate_embeddings: bool,
+    planned: Mapping[str, Plan] | None = None,
+) -> Plan:
+    origin, operator = recipe.origin, OPERATORS[recipe.merge_method]
+    found = find_models(recipe.referenced(), origin, base_dir, stages)
+    merged = {name: found[name] for name in recipe.model_texts()}
+    checkpoints = {name: model.checkpoint for name, model in merged.items()}
+    donor = recipe.base_model if recipe.base_model is not None else next(iter(merged))
+    shapes = {name: infer_architecture(c.tensors, c.config) for name, c in checkpoints.items()}
+    raise_faults(strangers(shapes, donor))
+    layout = lay_out(scoped_parts(recipe, operator), shapes, donor)
+    raise_faults(origin.sentence(*fault) for fault in layout.faults)
+
+    vocabulary, warnings = _vocabulary(recipe, found, checkpoints)
+    stored = dtype or recipe.out_dtype or recipe.dtype
+    builder = JobBuilder(
+        operator,
+        checkpoints,
+        vocabulary,
+        None if stored is None else dtype_from_name(stored),
+        truncate_embeddings and vocabulary is None,
+    )
+    jobs = tuple(job for job in map(builder.build, layout.places) if job is not None)
+    raise_faults(shortened(builder.faults))
+    config, notes = output_config(
+        {name: checkpoint.config for name, checkpoint in checkpoints.items()},
+        donor,
+        shapes[donor],
+        layout.layers,
+        jobs,
+        {} if vocabulary is None else vocabulary.config_updates,
+    )
+    warnings = [
+        *(origin.sentence(*warning) for warning in recipe_warnings(recipe)),
+        *layout.warnings,
+        *absences(builder.lacking, builder.skipped),
+        *config_differences({name: c.config for name, c in checkpoints.items()}, donor),
+        *warnings,
+        *notes,
+    ]
+    if vocabulary is None:
+        files = donor_files(checkpoints[donor].path, None)
+    else:
+        files = donor_files(found[vocabulary.donor].checkpoint.path, vocabulary.files)
+    if recipe.chat_template is not None:
+        files |= chat_template_files(recipe.chat_template, checkpoints, recipe.base_model, files)
+    return Plan(
+        recipe=recipe,
+        jobs=jobs,
+        config=config,
+        files=files,
+        models=tuple(merged.values()),
+        warnings=tuple(dict.fromkeys(warnings)),
+        seed=seed,
+        shard_bytes=shard_bytes,
+        identities=_identities(recipe, jobs, builder.settings, merged, config, files, seed, shard_bytes),
+        stages=dict(planned or {}),
+    )
+
+
+def _vocabulary(
+    recipe: Recipe, found: Mapping[str, FoundModel], merged: Mapping[str, Checkpoint]
+) -> tuple[VocabularyPlan | None, list[str]]:
+    spec = recipe.vocabulary
+    if spec is None:
+        return None, list(vocabulary_differences(merged, recipe.base_model))
+    everyone = {name: model.checkpoint for name, model in found.items()}
+    vocabulary = plan_vocabulary(spec, everyone, recipe.base_model, inputs=list(merged))
+    return vocabulary, list(vocabulary.warnings)
+
+
+def _identities(
+    recipe: Recipe,
+    jobs: tuple[Job, ...],
+    settings: list[str],
+    models: Mapping[str, FoundModel],
+    config: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    seed: int,
+    shard_bytes: int,
+) -> dict[str, str]:
+    """SHA-256 of the version, the recipe, every resolved job, the inputs' fingerprints, and the options."""
+    content = {
+        "version": __version__,
+        "recipe": recipe.to_yaml(),
+        "jobs": [
+            [job.name, job.shape, str(job.dtype), [s.name for s in job.sources], job.model_names, setting]
+            for job, setting in zip(jobs, settings, strict=True)
+        ],
+        "models": {name: model.fingerprint for name, model in models.items()},
+        "config": config,
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+        "seed": seed,
+        "shard_bytes": shard_bytes,
+    }
+    return {
+        name: hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+        for name, value in content.items()
+    }

@@ -1,0 +1,101 @@
+"""Pydantic's validation errors as one plain sentence each, at the path the recipe's author wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from mergelab.errors import did_you_mean
+from mergelab.merging.faults import FieldPath
+
+__all__ = ["field_faults"]
+
+_EXPECTED = {
+    "string_type": "a word",
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "dict_type": "a mapping",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "mapping_type": "a mapping",
+}
+
+
+def field_faults(error: ValidationError, data: Any) -> list[tuple[FieldPath, str]]:
+    """`(path, message)` of each error; `data` is what was validated."""
+    return [_fault(detail, data, error.title) for detail in error.errors(include_url=False)]
+
+
+def _fault(detail: Any, data: Any, title: str) -> tuple[FieldPath, str]:
+    path = _data_path(detail["loc"], data)
+    kind: str = detail["type"]
+    found = detail.get("input")
+    if kind == "extra_forbidden":
+        return path, f"unknown key{did_you_mean(str(path[-1]), _fields_at(path[:-1]))}"
+    if kind == "missing":
+        return path, "is missing"
+    if kind == "literal_error":
+        choices = detail["ctx"]["expected"].replace(" or ", ", ")
+        near = did_you_mean(str(found), [c.strip("' ") for c in choices.split(",")])
+        return path, f"expected one of {choices}, found {found!r}{near}"
+    if kind == "value_error":
+        return path, str(detail["ctx"]["error"])
+    if kind in ("too_short", "too_long"):
+        return path, f"expected {'at least' if kind == 'too_short' else 'at most'} {_count(detail)} entries"
+    if kind in _EXPECTED:
+        hint = " (in YAML 1.2 it is a word: write true or false)" if _is_old_boolean(kind, found) else ""
+        return path, f"expected {_EXPECTED[kind]}, found {found!r}{hint}"
+    return path, f"{detail['msg'][:1].lower()}{detail['msg'][1:]}, found {found!r}"
+
+
+def _count(detail: Any) -> int:
+    context = detail["ctx"]
+    return context.get("min_length", context.get("max_length", 0))
+
+
+def _is_old_boolean(kind: str, found: Any) -> bool:
+    return kind == "bool_type" and str(found).lower() in ("yes", "no", "on", "off")
+
+
+def _data_path(location: tuple[str | int, ...], data: Any) -> FieldPath:
+    """The location without the union tags pydantic puts between the data's own keys."""
+    path: list[str | int] = []
+    here = data
+    for i, part in enumerate(location):
+        last = i == len(location) - 1
+        if isinstance(here, BaseModel):
+            here = {name: getattr(here, name) for name in type(here).model_fields}
+        if isinstance(here, Mapping):
+            if part in here or last:
+                path.append(part)
+                here = here.get(part)  # type: ignore[arg-type]
+        elif isinstance(part, int):
+            path.append(part)
+            here = here[part] if isinstance(here, list | tuple) and part < len(here) else None
+    return tuple(path)
+
+
+def _fields_at(path: FieldPath) -> list[str]:
+    """The field names of the recipe part at `path`, by walking the annotations."""
+    from mergelab.merging.recipe import Recipe
+
+    here: Any = Recipe
+    for part in path:
+        field = here.model_fields.get(str(part))
+        here = here if field is None else _model_in(field.annotation)  # a list index or a free key: same part
+        if here is None:
+            return []
+    return list(here.model_fields)
+
+
+def _model_in(annotation: Any) -> Any:
+    """The first recipe part inside an annotation such as `tuple[InputModel, ...] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_model_in(argument) for argument in get_args(annotation))
+    return next((model for model in found if model is not None), None)

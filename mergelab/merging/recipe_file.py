@@ -1,0 +1,119 @@
+"""Recipe files: text to one checked recipe (with the recipes it builds on), and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mergelab.errors import RecipeError
+from mergelab.merging.faults import FieldPath, LocatedError, Origin, raise_faults
+from mergelab.merging.recipe import Recipe
+from mergelab.merging.recipe_graph import link_recipes
+from mergelab.merging.recipe_yaml import Document, parse_documents
+
+__all__ = ["load_recipe", "parse_recipe", "recipe_yaml"]
+
+# What stands in for a faulty required field, so that the rest of the recipe can be checked as well.
+_STAND_INS: Mapping[str, Any] = {"model": "?", "layer_range": [0, 1], "value": 0, "kind": "zero"}
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Reads a recipe file; see `Recipe.load`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"recipe {str(path)!r} does not exist (looked in {Path.cwd()})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {str(path)!r} cannot be read: {error}") from None
+    return parse_recipe(text, path.name, path.resolve().parent)
+
+
+def parse_recipe(text: str, source: str = "recipe", folder: Path | None = None) -> Recipe:
+    """Reads a recipe from text; see `Recipe.parse`."""
+    documents = parse_documents(text, source)
+    if not documents:
+        raise RecipeError(f"{source}: is empty: a recipe needs at least 'merge_method' and 'models'")
+    recipes: list[Recipe] = []
+    faults: list[str] = []
+    for document in documents:
+        recipe, found = _read(document, Origin(source, folder, document.lines))
+        faults += found
+        if recipe is not None:
+            recipes.append(recipe)
+    raise_faults(faults)
+    return link_recipes(recipes)
+
+
+def _read(document: Document, origin: Origin) -> tuple[Recipe | None, list[str]]:
+    """One document and its faults; faulty fields are left out so that the rest is checked too."""
+    from mergelab.merging.recipe_checks import recipe_faults
+
+    data: Any = copy.deepcopy(document.data)
+    if not isinstance(data, dict):
+        return None, [origin.sentence((), f"expected a mapping with 'merge_method', found {data!r}")]
+    located: list[tuple[FieldPath, str]] = []
+    repaired: list[FieldPath] = []
+    while True:
+        try:
+            recipe = Recipe(**data)
+            break
+        except LocatedError as error:
+            located += error.located
+            paths = [path for path, _ in error.located]
+        if len(repaired) > 1000 or not all([_repair(data, path) for path in paths]):
+            return None, _in_line_order(located, origin)
+        repaired += paths
+    object.__setattr__(recipe, "_origin", origin)
+    for path, message in recipe_faults(recipe):
+        consequence = any(path[: len(fixed)] == fixed for fixed in repaired)
+        if not consequence and "'?" not in message:
+            located.append((path, message))
+    return recipe, _in_line_order(located, origin)
+
+
+def _in_line_order(located: list[tuple[FieldPath, str]], origin: Origin) -> list[str]:
+    return [origin.sentence(*fault) for fault in sorted(located, key=lambda fault: origin.line(fault[0]))]
+
+
+def _repair(data: Any, path: FieldPath) -> bool:
+    """Removes or replaces the field at `path`; False if the rest could not be understood without it."""
+    if not path:
+        return False
+    parents: tuple[Any, ...] = path[:-1]
+    last = path[-1]
+    for part in parents:
+        data = data[part]
+    if isinstance(data, list) and isinstance(last, int):
+        data[last] = {"model": f"?{last}"} | ({"layer_range": [0, 1]} if "sources" in path else {})
+        return "models" in path or "sources" in path
+    if isinstance(data, dict) and last in _STAND_INS:
+        data[last] = f"?{path}" if last == "model" else _STAND_INS[last]
+        return True
+    return isinstance(data, dict) and data.pop(last, path) is not path
+
+
+class _Dumper(yaml.SafeDumper):
+    """Block style, with lists of plain values on one line and no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_sequence_inline(self, data: list[Any]) -> yaml.Node:
+        plain = all(not isinstance(item, dict | list) for item in data)
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=plain)
+
+
+_Dumper.add_representer(list, _Dumper.represent_sequence_inline)
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """Writes a recipe as YAML; see `Recipe.to_yaml`."""
+    documents = [
+        one.model_dump(mode="json", exclude_defaults=True, exclude={"merges"})
+        for one in (*recipe.merges, recipe)
+    ]
+    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -40,24 +39,19 @@ def loaders(candidates: Candidates) -> dict[str, Loader]:
     return {f"model_{i:0{width}}": _loader(candidate) for i, candidate in enumerate(candidates)}
 
 
-def load_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def load_weights(path: str | Path) -> dict[str, np.ndarray]:
     """Returns every tensor of a checkpoint folder as an array, by name.
 
     Raises:
         CheckpointError: the folder is missing, malformed or unsafe to read.
     """
-    from mergelab.checkpoints import open_checkpoint
+    from mergelab.checkpoints import open_checkpoint, read_whole
 
-    weights = {}
-    for name, source in open_checkpoint(Path(path)).tensors.items():
-        flat = np.empty(int(np.prod(source.shape, dtype=np.int64)), source.dtype)
-        source.read_into(0, flat)
-        weights[name] = flat.reshape(source.shape)
-    return weights
+    return {name: read_whole(source) for name, source in open_checkpoint(path).tensors.items()}
 
 
 def _loader(candidate: Any) -> Loader:
-    if isinstance(candidate, str | os.PathLike):
+    if isinstance(candidate, str | Path):
         return partial(load_weights, candidate)
     # A callable pytree node (a module object) is parameters; only a callable *leaf* is a loader.
     if callable(candidate) and jax.tree_util.all_leaves([candidate]):

@@ -55,9 +55,10 @@ def read_scores(raw: Any, *, who: str, metrics: Sequence[str], required: bool = 
     scores = {str(name): number for name, value in raw.items() if (number := _number(value)) is not None}
     for metric in metrics if required else scores or metrics[:1]:
         if metric not in raw:
+            names = [str(name) for name in raw]
             raise EvaluationError(
-                f"The evaluator returned no metric {metric!r} for {who}"
-                f"{did_you_mean(metric, map(str, raw))}; it returned {', '.join(map(str, raw)) or 'nothing'}."
+                f"The evaluator returned no metric {metric!r} for {who}{did_you_mean(metric, names)}; "
+                f"it returned {', '.join(names) or 'nothing'}: select by one of these, or return it."
             )
         if metric not in scores or not math.isfinite(scores[metric]):
             raise EvaluationError(

@@ -1,0 +1,137 @@
+"""Greedy soup of checkpoint folders: each trial is a streamed merge that an evaluator sees as a folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergelab.checkpoints import open_checkpoint
+from mergelab.errors import OutputError
+from mergelab.merging.soups.folders import StrPath, average_checkpoints, candidate_names
+from mergelab.merging.soups.greedy import describe
+from mergelab.merging.soups.journal import Journal
+from mergelab.merging.soups.scores import Scores, call_evaluator
+from mergelab.merging.soups.search import Rule, greedy_search
+from mergelab.merging.soups.selection import Metric, Selection, as_selection
+from mergelab.merging.soups.trace import Trace
+
+__all__ = ["FolderEvaluator", "greedy_soup_checkpoints", "trace_path"]
+
+FolderEvaluator = Callable[[Path], float | Mapping[str, float]]
+"""Scores the model in a folder: a number, or numbers by metric name."""
+
+
+def trace_path(out: StrPath) -> Path:
+    """Returns where the trace of the soup in `out` lies: beside it, as `OUT.trace.json`."""
+    return Path(out).with_name(Path(out).name + ".trace.json")
+
+
+def greedy_soup_checkpoints(
+    checkpoints: Sequence[StrPath],
+    out: StrPath,
+    evaluate: FolderEvaluator,
+    *,
+    selection: str | Metric | Selection = "score",
+    rule: Rule = "paper",
+    min_delta: float = 0.0,
+    patience: int | None = None,
+    max_size: int | None = None,
+    test_evaluate: FolderEvaluator | None = None,
+    evaluation: str = "",
+    overwrite: bool = False,
+    on_evaluation: Callable[[tuple[str, ...], Scores], None] | None = None,
+    **options: Any,
+) -> Trace:
+    """Writes the greedy soup of checkpoints to `out`, and its trace beside it.
+
+    Every trial is the mean of its members, read from the members' own files in one streamed pass, summed
+    in float32 and rounded once to their dtype: rounding cannot compound, the folder evaluated is the
+    folder that would be kept, and one trial folder is all the extra disk needed (two with
+    `test_evaluate`). Interrupted, the same call goes on after the last finished evaluation.
+
+    Args:
+        checkpoints: model folders.
+        out: the folder to write.
+        evaluate: scores a folder on *validation* data.
+        selection: a metric's name (larger is better), a `Metric`, or a rule over several metrics.
+        rule: whether a tie is accepted ("paper") or not ("code").
+        min_delta: least improvement in the first metric, >= 0.
+        patience: stop after this many rejections in a row; None: try every candidate.
+        max_size: stop when the soup has this many members; None: no bound.
+        test_evaluate: scores a folder on *test* data; called after the search, on the soup, the best single
+            checkpoint by validation and the uniform soup.
+        evaluation: says what the scores are of, so that an interrupted run with another evaluation is not
+            taken up.
+        overwrite: replace `out`, and forget an interrupted run.
+        on_evaluation: told of every validation score, remembered ones too.
+        options: further options of `mergelab.merge` for the trials and the soup.
+
+    Returns:
+        The trace, as stored in `trace_path(out)`.
+
+    Raises:
+        EvaluationError: as `greedy_soup`.
+        OutputError: `out` exists, or an interrupted run was of other checkpoints or another evaluator.
+        RecipeError: a checkpoint is given twice, or architectures differ.
+    """
+    out = Path(out)
+    work = out.with_name(out.name + ".soup")
+    if overwrite:
+        shutil.rmtree(work, ignore_errors=True)
+    elif out.exists() and any(out.iterdir()):
+        raise OutputError(f"{out} exists and is not empty; choose another output folder or --overwrite it.")
+    paths = candidate_names(checkpoints)
+    chosen = as_selection(selection)
+    metrics = [metric.name for metric in chosen.metrics]
+    subject = {
+        "evaluation": evaluation,
+        "metrics": metrics,
+        "checkpoints": {name: _fingerprint(path) for name, path in paths.items()},
+    }
+    work.mkdir(parents=True, exist_ok=True)
+    journal = Journal.open(work / "journal.json", subject)
+
+    def score(members: tuple[str, ...]) -> Scores:
+        if members not in journal.scores:
+            folder = paths[members[0]] if len(members) == 1 else _mix(paths, members, work / "trial", options)
+            journal.record(members, call_evaluator(evaluate, folder, who=describe(members), metrics=metrics))
+        if on_evaluation is not None:
+            on_evaluation(members, journal.scores[members])
+        return journal.scores[members]
+
+    trace = greedy_search(
+        paths, score, selection=chosen, rule=rule, min_delta=min_delta, patience=patience, max_size=max_size
+    )
+    shutil.rmtree(work / "trial", ignore_errors=True)
+    soup = _mix(paths, trace.members, work / "soup", options)
+    if test_evaluate is not None:
+        uniform = _mix(paths, tuple(paths), work / "uniform", options)
+        folders = {"soup": soup, "best_single": paths[trace.ranking[0].name], "uniform": uniform}
+        trace = trace.with_test({name: _test(test_evaluate, f, name, metrics) for name, f in folders.items()})
+    trace_path(out).write_text(json.dumps(trace.to_json(), indent=2) + "\n", encoding="utf-8")
+    if out.exists():
+        out.rename(work / "replaced")
+    soup.rename(out)
+    shutil.rmtree(work)
+    return trace
+
+
+def _test(evaluate: FolderEvaluator, folder: Path, name: str, metrics: Sequence[str]) -> Scores:
+    who = f"the {name} on test"
+    return call_evaluator(evaluate, folder, who=who, metrics=metrics, required=False)
+
+
+def _mix(paths: Mapping[str, Path], members: Sequence[str], folder: Path, options: Mapping[str, Any]) -> Path:
+    """Writes the mean of the members to `folder`, in place of what is there."""
+    average_checkpoints([paths[name] for name in members], folder, overwrite=True, **options)
+    return folder
+
+
+def _fingerprint(path: Path) -> list[object]:
+    """Headers, config, sizes and times of a checkpoint's files; reads no weights."""
+    checkpoint = open_checkpoint(path)
+    times = [file.file.path.stat().st_mtime_ns for file in checkpoint.files]
+    return [checkpoint.fingerprint(), times]

@@ -95,7 +95,7 @@ def read_lora_config(path: Path) -> LoraConfig:
         rank_pattern=_pattern(data, "rank_pattern", path),
         alpha_pattern=_pattern(data, "alpha_pattern", path),
     )
-    if min(config.r, *config.rank_pattern.values()) < 1:
+    if min([config.r, *config.rank_pattern.values()]) < 1:
         raise CheckpointError(f"{path}: a rank is below 1; the adapter holds nothing to merge")
     return config
 

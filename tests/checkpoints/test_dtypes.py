@@ -37,7 +37,7 @@ def test_what_counts_as_weights() -> None:
 def test_errors_name_the_choices() -> None:
     with pytest.raises(CheckpointError, match=r"'bflaot16' \(did you mean 'bfloat16'\?\)"):
         dtype_from_name("bflaot16")
-    with pytest.raises(CheckpointError, match="float128|longdouble|complex128"):
+    with pytest.raises(CheckpointError, match="dtype complex128 cannot be stored"):
         safetensors_name(np.dtype(np.complex128))
 
 

@@ -33,8 +33,10 @@ def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, Any]:
 
 def sample(dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     count = int(np.prod(shape))
-    return (np.arange(count) % 2).astype(dtype).reshape(shape) if dtype == np.bool_ else (
-        np.arange(count, dtype=np.float32).astype(dtype).reshape(shape)
+    return (
+        (np.arange(count) % 2).astype(dtype).reshape(shape)
+        if dtype == np.bool_
+        else (np.arange(count, dtype=np.float32).astype(dtype).reshape(shape))
     )
 
 
@@ -71,7 +73,9 @@ def test_metadata_order_and_pieces(tmp_path: Path) -> None:
     assert np.array_equal(piece, arrays["b"][41:50])
 
 
-@pytest.mark.parametrize("model", ["llama-base", "llama-base-bf16", "gpt2-base", "qwen2-base", "mistral-base"])
+@pytest.mark.parametrize(
+    "model", ["llama-base", "llama-base-bf16", "gpt2-base", "qwen2-base", "mistral-base"]
+)
 def test_golden_models_equal_the_reference_reader(model: str, goldens: Path) -> None:
     path = goldens / "models" / model / "model.safetensors"
     ours = open_safetensors(path).tensors
@@ -114,14 +118,20 @@ BROKEN = {
     "metadata": (raw_file({"__metadata__": {"a": 1}}, b""), "__metadata__"),
     "surrogate": (raw_file(b'{"\\ud800":1}', b""), "lone surrogate"),
     "missing field": (raw_file({"x": {"dtype": "F32"}}, b""), "tensor 'x' must have exactly"),
-    "unknown dtype": (raw_file({"x": entry("Q9", [2], 0, 8)}, bytes(8)), "tensor 'x' has the unknown dtype 'Q9'"),
+    "unknown dtype": (
+        raw_file({"x": entry("Q9", [2], 0, 8)}, bytes(8)),
+        "tensor 'x' has the unknown dtype 'Q9'",
+    ),
     "sub-byte": (raw_file({"x": entry("F4", [2], 0, 1)}, bytes(1)), "dequantise"),
     "bad shape": (raw_file({"x": entry("F32", [2.0], 0, 8)}, bytes(8)), "tensor 'x' has shape"),  # type: ignore[list-item]
     "boolean shape": (raw_file({"x": entry("F32", [True], 0, 4)}, bytes(4)), "tensor 'x' has shape"),
     "negative": (raw_file({"x": entry("F32", [-2], 0, 8)}, bytes(8)), "-2 is negative"),
     "minus zero": (raw_file(b'{"x":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}', b""), "negative"),
     "huge shape": (raw_file({"x": entry("F32", [2**40, 2**40], 0, 8)}, bytes(8)), "too large"),
-    "size mismatch": (raw_file({"x": entry("F32", [3], 0, 8)}, bytes(8)), "holds 8 bytes but F32 .* needs 12"),
+    "size mismatch": (
+        raw_file({"x": entry("F32", [3], 0, 8)}, bytes(8)),
+        "holds 8 bytes but F32 .* needs 12",
+    ),
     "overlap": (raw_file({"x": GOOD, "y": entry("F32", [2], 4, 12)}, bytes(12)), "'y' .* overlaps"),
     "gap": (raw_file({"x": GOOD, "y": entry("F32", [2], 12, 20)}, bytes(20)), "'y' .* leaves a gap"),
     "truncated": (raw_file({"x": GOOD}, bytes(7)), "tensor 'x' reaches to byte .* truncated"),
@@ -160,7 +170,11 @@ def test_pieces_outside_or_of_the_wrong_kind_are_refused(tmp_path: Path) -> None
     path = tmp_path / "t.safetensors"
     path.write_bytes(raw_file({"x": GOOD}, bytes(8)))
     source = open_safetensors(path).tensors["x"]
-    for start, out in ((1, np.empty(2, np.float32)), (-1, np.empty(1, np.float32)), (0, np.empty(2, np.int32))):
+    for start, out in (
+        (1, np.empty(2, np.float32)),
+        (-1, np.empty(1, np.float32)),
+        (0, np.empty(2, np.int32)),
+    ):
         with pytest.raises(ValueError, match="tensor 'x'"):
             source.read_into(start, out)
     with pytest.raises(ValueError, match="contiguous"):

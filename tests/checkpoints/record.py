@@ -1,0 +1,131 @@
+"""Writes the recorded answers of torch and peft under data/: `python tests/checkpoints/record.py`.
+
+The oracle tests build the same cases anew and compare; the other tests read what was recorded.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+DATA = Path(__file__).parent / "data"
+
+
+def torch_cases() -> dict[str, Any]:
+    """Objects that torch saves, by file name."""
+    import torch
+
+    grid = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+    state = torch.nn.Linear(6, 2).state_dict()
+    state["weight"] = torch.nn.Parameter(torch.arange(12.0).reshape(2, 6) / 8)
+    state["bias"] = torch.tensor([0.5, -2.0])
+    state["transposed"] = grid.t()
+    state["columns"] = grid[:, 1:4]
+    state["shared_tail"] = grid.flatten()[20:]
+    state["expanded"] = torch.tensor([[1.0], [2.0]]).expand(2, 5)
+    state["bf16"] = torch.arange(6).to(torch.bfloat16)
+    state["half_3d"] = torch.arange(24).reshape(2, 3, 4).half().permute(2, 0, 1)
+    state["fp8"] = torch.tensor([1.0, -0.5, 448.0]).to(torch.float8_e4m3fn)
+    state["fp8_wide"] = torch.tensor([1.0, -0.5]).to(torch.float8_e5m2)
+    state["uint16"] = torch.tensor([1, 65535], dtype=torch.uint16)
+    state["long"] = torch.tensor(7)
+    state["bool"] = torch.tensor([True, False])
+    state["empty"] = torch.zeros(0, 3)
+    lightning = {"state_dict": {"w": grid}, "epoch": 3, "optimizer": {"lr": 0.1, "state": {0: {"m": grid}}}}
+    return {"state_dict.pt": state, "lightning.pt": lightning}
+
+
+def lora_cases() -> dict[str, dict[str, Any]]:
+    """Arguments of `peft.LoraConfig`, and the base's dtype, by case name."""
+    return {
+        "linear": {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "up"]},
+        "rslora_patterns": {
+            "r": 4,
+            "lora_alpha": 4,
+            "use_rslora": True,
+            "target_modules": ["q_proj", "up"],
+            "rank_pattern": {"up": 2},
+            "alpha_pattern": {r"layers\.1\.q_proj": 10},
+        },
+        "conv1d": {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True},
+        "embedding": {"r": 2, "target_modules": ["embed"]},
+        "bias_and_saved": {
+            "r": 2,
+            "target_modules": ["q_proj"],
+            "bias": "all",
+            "modules_to_save": ["head"],
+        },
+        "lora_bias": {"r": 2, "target_modules": ["q_proj"], "lora_bias": True},
+        "bfloat16": {"r": 2, "target_modules": ["q_proj"], "dtype": "bfloat16"},
+    }
+
+
+def lora_model(dtype: str) -> Any:
+    """A small module with every kind of layer a plain adapter may change."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj = torch.nn.Linear(6, 6)
+            self.up = torch.nn.Linear(6, 10, bias=False)
+            self.c_attn = Conv1D(18, 6)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Embedding(11, 6)
+            self.layers = torch.nn.ModuleList([Layer(), Layer()])
+            self.head = torch.nn.Linear(6, 11, bias=False)
+
+    torch.manual_seed(0)
+    return Model().to(getattr(torch, dtype))
+
+
+def make_lora(case: str, folder: Path) -> None:
+    """Writes base, adapter and what peft's `merge_and_unload` makes of them into `folder`."""
+    import peft
+    import torch
+    from safetensors.torch import save_file
+
+    options = dict(lora_cases()[case])
+    model = lora_model(options.pop("dtype", "float32"))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name or "modules_to_save" in name or (name.endswith("bias") and "bias" in options):
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter.data = noise * 0.5
+    adapted.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+    (folder / "adapter" / "README.md").unlink(missing_ok=True)
+    merged = adapted.merge_and_unload().state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in merged.items()}, folder / "merged.safetensors")
+
+
+def main() -> None:
+    """Records every case."""
+    import torch
+
+    DATA.mkdir(exist_ok=True)
+    expected = {}
+    for name, case in torch_cases().items():
+        torch.save(case, DATA / name)
+        tensors = case.get("state_dict", case)
+        expected[name] = {
+            key: {"shape": list(t.shape), "hex": t.contiguous().view(torch.uint8).numpy().tobytes().hex()}
+            if t.ndim and t.numel()
+            else {"shape": list(t.shape), "hex": t.numpy().tobytes().hex()}
+            for key, t in ((k, v.detach()) for k, v in tensors.items())
+        }
+    torch.save({"w": torch.ones(2)}, DATA / "legacy.pt", _use_new_zipfile_serialization=False)
+    (DATA / "torch_expected.json").write_text(json.dumps(expected, indent=1) + "\n")
+    for case in lora_cases():
+        make_lora(case, DATA / "lora" / case)
+
+
+if __name__ == "__main__":
+    main()

@@ -32,15 +32,19 @@ def vocabulary_differences(models: Mapping[str, Checkpoint], base: str | None) -
     for name, vocabulary in vocabularies.items():
         moved = [t for t, number in vocabulary.items() if t in reference and reference[t] != number]
         only = [t for t in vocabulary if t not in reference]
-        lost = sum(t not in vocabulary for t in reference)
+        lost = [t for t in reference if t not in vocabulary]
         found = [
-            f"{len(tokens)} tokens {what} (such as {', '.join(map(repr, islice(tokens, 2)))})"
+            f"{_count(tokens)} {what} (such as {', '.join(map(repr, islice(tokens, 2)))})"
             for tokens, what in ((moved, "with other ids"), (only, "it lacks"))
             if tokens
-        ] + ([f"{lost} tokens fewer"] if lost else [])
+        ] + ([f"{_count(lost)} fewer"] if lost else [])
         if found:
             sentences.append(
                 f"model {name!r} has, compared with {first!r}, {' and '.join(found)}, so rows of different "
                 "tokens would be merged; set tokenizer_source to 'union' or 'base'"
             )
     return tuple(sentences)
+
+
+def _count(tokens: list[str]) -> str:
+    return f"{len(tokens)} token{'s' * (len(tokens) != 1)}"

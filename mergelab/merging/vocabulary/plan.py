@@ -175,8 +175,8 @@ def _with_rows(tokenizer: Tokenizer, rows: int, warnings: list[str]) -> dict[str
         )
     if beyond:
         warnings.append(
-            f"{len(beyond)} added tokens of {tokenizer.name!r} (such as {beyond[0]!r}) have no row in its "
-            "embedding; they count as tokens it lacks"
+            f"added tokens of {tokenizer.name!r} without a row in its embedding count as tokens it lacks: "
+            f"{len(beyond)} in all, such as {beyond[0]!r}"
         )
     return {token: number for token, number in vocabulary.items() if number < rows}
 
@@ -214,8 +214,8 @@ def _defaults(
             nowhere.append(token)
     if nowhere:
         warnings.append(
-            f"{len(nowhere)} tokens of the merged vocabulary (such as {nowhere[0]!r}) are in no merged "
-            "model, so their rows are zeros; name a source for them under tokenizer.tokens"
+            f"tokens that no merged model has get rows of zeros: {len(nowhere)} in all, such as "
+            f"{nowhere[0]!r}; name a source for them under tokenizer.tokens"
         )
     return rows
 

@@ -104,7 +104,7 @@ def _kind_warnings(donor: Tokenizer, other: Tokenizer, unreachable: list[str]) -
         )
     if unreachable and donor.kind == "BPE":
         warnings.append(
-            f"{len(unreachable)} tokens of {other.name!r} (such as {unreachable[0]!r}) get rows but are "
-            f"never produced from text, as the BPE merges are those of {donor.name!r}"
+            f"new tokens of {other.name!r} get rows but are never produced from text, as the BPE merges are "
+            f"those of {donor.name!r}: {len(unreachable)} in all, such as {unreachable[0]!r}"
         )
     return warnings

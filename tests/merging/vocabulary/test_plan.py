@@ -182,4 +182,5 @@ def test_added_tokens_without_rows_count_as_missing(make_model: Make) -> None:
     }
     plan = plan_vocabulary(spec(), models, None)
     assert first_column(plan, "zero") == [0, 1, 102]
-    assert plan.warnings == (
+    found = "added tokens of 'zero' without a row in its embedding count as tokens it lacks"
+    assert plan.warnings == (f"{found}: 1 in all, such as '<u>'",)

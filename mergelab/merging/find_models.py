@@ -81,7 +81,7 @@ def _open(text: str, folders: list[Path], stages: Mapping[str, Checkpoint]) -> F
         adapter, _ = _locate(reference.adapter, reference.adapter_revision, folders, [])
         if not isinstance(checkpoint, FolderCheckpoint):
             raise CheckpointError(
-                f"adapter {reference.adapter!r} needs a finished model: run {reference.path!r} on its own first"
+                f"adapter {reference.adapter!r} needs a finished model: run {reference.path!r} by itself"
             )
         checkpoint = with_lora(checkpoint, adapter)
         parts = [fingerprint, *(_digest(p) for p in sorted(adapter.glob("adapter_*")) if p.is_file())]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mergelab.checkpoints import Checkpoint, TensorSource, is_float, promote
-from mergelab.errors import CheckpointError, MergelabError
+from mergelab.errors import CheckpointError, MergelabError, OperatorError
 from mergelab.merging.job import Job
 from mergelab.merging.layout import Place
 from mergelab.merging.missing import Ingredients, find_tensor, outcome
@@ -36,6 +36,7 @@ class JobBuilder:
         truncate_rows: whether embeddings of different length are cut to the shortest.
         faults: one sentence per impossible tensor.
         lacking: tensor names by the models that lack them.
+        rejected: tensor names by the reason their operator gives for refusing its parameters.
         skipped: tensors that are not made at all.
         settings: the hyper-parameters of each job, in order; part of a plan's identity.
     """
@@ -47,6 +48,7 @@ class JobBuilder:
     truncate_rows: bool = False
     faults: list[str] = field(default_factory=list)
     lacking: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
+    rejected: dict[str, list[str]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     settings: list[str] = field(default_factory=list)
     _merges: dict[str, Merge] = field(default_factory=dict)
@@ -63,6 +65,9 @@ class JobBuilder:
                 self.faults.append(self._too_few(place, found))
                 return None
             return self._copy(place, found, tensors[0]) if kind == "copy" else self._merge(place, found)
+        except OperatorError as error:
+            self.rejected.setdefault(str(error), []).append(place.name)
+            return None
         except MergelabError as error:
             self.faults.append(str(error))
             return None
@@ -115,10 +120,7 @@ class JobBuilder:
         if unscaled and dtype == inputs[0].dtype:
             return Job(place.name, shape, dtype, tuple(inputs), None, None, tuple(owners))
         if setting not in self._merges:
-            try:
-                self._merges[setting] = self.operator(**arguments)
-            except MergelabError as error:
-                raise CheckpointError(f"tensor {place.name!r}: {error}") from None
+            self._merges[setting] = self.operator(**arguments)
         return Job(place.name, shape, dtype, tuple(inputs), found.base, self._merges[setting], tuple(owners))
 
     def _dtype(self, place: Place, tensors: list[TensorSource]) -> np.dtype[Any]:

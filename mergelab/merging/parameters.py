@@ -82,8 +82,8 @@ def _first(scopes: Iterable[Scope], name: str, tensor_name: str, t: float) -> Sc
 
 def _unset(operator: Operator, parameter: Parameter, tensor_name: str, whose: str) -> str:
     return (
-        f"tensor {tensor_name!r}{whose}: no filter of {parameter.name!r} matches it and {operator.name!r} has "
-        "no default: add an entry without a filter"
+        f"tensor {tensor_name!r}{whose}: no filter of {parameter.name!r} matches it and {operator.name!r} "
+        "has no default: add an entry without a filter"
     )
 
 

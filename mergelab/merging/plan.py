@@ -170,7 +170,7 @@ def _plan(
         truncate_embeddings and vocabulary is None,
     )
     jobs = tuple(job for job in map(builder.build, layout.places) if job is not None)
-    raise_faults(shortened(builder.faults))
+    raise_faults(shortened(builder.faults, builder.rejected))
     config, notes = output_config(
         {name: checkpoint.config for name, checkpoint in checkpoints.items()},
         donor,

@@ -49,8 +49,12 @@ def absences(lacking: Mapping[tuple[str, ...], Sequence[str]], skipped: Sequence
     return found
 
 
-def shortened(faults: Sequence[str]) -> list[str]:
-    """The first faults, and how many more there are."""
-    unique = list(dict.fromkeys(faults))
+def shortened(faults: Sequence[str], rejected: Mapping[str, Sequence[str]]) -> list[str]:
+    """One sentence per reason an operator gave, then the first faults, and how many more there are."""
+    groups = [
+        f"tensor {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "") + f": {reason}"
+        for reason, names in rejected.items()
+    ]
+    unique = [*groups, *dict.fromkeys(faults)]
     rest = len(unique) - MAX_FAULTS
     return unique if rest <= 0 else [*unique[:MAX_FAULTS], f"and {rest} more tensors like these"]

@@ -18,7 +18,8 @@ from mergelab.merging.recipe_yaml import Document, parse_documents
 __all__ = ["load_recipe", "parse_recipe", "recipe_yaml"]
 
 # What stands in for a faulty required field, so that the rest of the recipe can be checked as well.
-_STAND_INS: Mapping[str, Any] = {"model": "?", "layer_range": [0, 1], "value": 0, "kind": "zero"}
+_NO_MODEL = "<missing model>"
+_STAND_INS: Mapping[str, Any] = {"model": _NO_MODEL, "layer_range": [0, 1], "value": 0, "kind": "zero"}
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -70,7 +71,7 @@ def _read(document: Document, origin: Origin) -> tuple[Recipe | None, list[str]]
     object.__setattr__(recipe, "_origin", origin)
     for path, message in recipe_faults(recipe):
         consequence = any(path[: len(fixed)] == fixed for fixed in repaired)
-        if not consequence and "'?" not in message:
+        if not consequence and _NO_MODEL not in message:
             located.append((path, message))
     return recipe, _in_line_order(located, origin)
 
@@ -88,10 +89,10 @@ def _repair(data: Any, path: FieldPath) -> bool:
     for part in parents:
         data = data[part]
     if isinstance(data, list) and isinstance(last, int):
-        data[last] = {"model": f"?{last}"} | ({"layer_range": [0, 1]} if "sources" in path else {})
+        data[last] = {"model": f"{_NO_MODEL} {last}"} | ({"layer_range": [0, 1]} if "sources" in path else {})
         return "models" in path or "sources" in path
     if isinstance(data, dict) and last in _STAND_INS:
-        data[last] = f"?{path}" if last == "model" else _STAND_INS[last]
+        data[last] = f"{_NO_MODEL} {path}" if last == "model" else _STAND_INS[last]
         return True
     return isinstance(data, dict) and data.pop(last, path) is not path
 

@@ -1,0 +1,101 @@
+"""The output's README.md: what was merged, how, from which exact inputs, with which result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import yaml
+
+from mergelab import __version__
+from mergelab.merging.model_ref import parse_model_ref
+from mergelab.merging.plan import Plan
+
+__all__ = ["model_card"]
+
+
+def model_card(
+    plan: Plan,
+    name: str,
+    digests: Mapping[str, str],
+    *,
+    stages: Sequence[Plan] = (),
+    sha256: Mapping[str, str] | None = None,
+) -> str:
+    """Returns the card as Markdown with Hugging Face front matter; needs no network and states no date.
+
+    Args:
+        plan: the plan of the merge.
+        name: the model's name, for the heading.
+        digests: the digest of every output tensor's bytes, by name.
+        stages: the plans of the recipes it builds on.
+        sha256: digests of the output's weight files by name, where they were computed.
+    """
+    recipe = plan.recipe
+    plans = (*stages, plan)
+    stage_names = {stage.recipe.name for stage in stages}
+    front = {
+        "library_name": "transformers",
+        "tags": ["mergelab", "merge", recipe.merge_method],
+        "base_model": _base_models(plans, stage_names),
+    }
+    summary = (
+        f"Merged with mergelab {__version__}: {recipe.merge_method} of {len(plan.models)} models, "
+        f"{len(plan.jobs)} tensors, {plan.bytes_out:,} bytes, seed {plan.seed}."
+    )
+    rows = [
+        f"| `{model.name}` | {_cell(model.revision)} | `{model.fingerprint}` |"
+        for one in plans
+        for model in one.models
+        if model.name not in stage_names
+    ]
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        summary,
+        "",
+        "## Recipe",
+        "",
+        *_fenced(recipe.to_yaml(), "yaml"),
+        "",
+        "## Inputs",
+        "",
+        "| model | revision | fingerprint (SHA-256 of headers and config) |",
+        "| --- | --- | --- |",
+        *dict.fromkeys(rows),
+        "",
+        "## Output",
+        "",
+        f"Plan `{plan.identity}`: the same recipe, inputs, seed and version give the same bytes.",
+        "",
+    ]
+    if sha256:
+        lines += ["| file | SHA-256 |", "| --- | --- |"]
+        lines += [f"| `{file}` | `{digest}` |" for file, digest in sorted(sha256.items())]
+        lines.append("")
+    lines += ["<details><summary>Digest of every tensor (XXH3)</summary>", ""]
+    lines += ["| tensor | digest |", "| --- | --- |"]
+    lines += [f"| `{tensor}` | `{digest}` |" for tensor, digest in digests.items()]
+    lines += ["", "</details>", ""]
+    return "\n".join(lines)
+
+
+def _base_models(plans: Sequence[Plan], stage_names: set[str | None]) -> list[str]:
+    """The models' paths, without adapters and revisions, each once."""
+    names = [parse_model_ref(model.name).path for plan in plans for model in plan.models]
+    return list(dict.fromkeys(name for name in names if name not in stage_names))
+
+
+def _cell(revision: str | None) -> str:
+    return f"`{revision}`" if revision else "local"
+
+
+def _fenced(text: str, language: str) -> list[str]:
+    """A code block whose fence is longer than any run of backticks in the text."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return [f"{fence}{language}", text.rstrip(), fence]

@@ -74,6 +74,13 @@ def open_checkpoint(path: Path | str) -> FolderCheckpoint:
         CheckpointError: nothing there, several candidates, or any file malformed or inconsistent.
     """
     path = Path(path)
+    try:
+        return _open(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); check its permissions") from error
+
+
+def _open(path: Path) -> FolderCheckpoint:
     if path.is_file():
         folder, files, index = path.parent, [path], None
     elif path.is_dir():

@@ -16,7 +16,7 @@ from mergelab.checkpoints.cast_tensor import CastTensor
 from mergelab.checkpoints.dtypes import is_float
 from mergelab.checkpoints.folder import FolderCheckpoint, open_checkpoint
 from mergelab.checkpoints.lora_config import LoraConfig, read_lora_config
-from mergelab.checkpoints.lora_tensor import BiasedTensor, LowRankTensor
+from mergelab.checkpoints.lora_tensor import BiasedTensor, FactorCache, LowRankTensor
 from mergelab.checkpoints.source import TensorSource
 from mergelab.errors import CheckpointError, did_you_mean
 
@@ -80,8 +80,9 @@ def with_lora(checkpoint: FolderCheckpoint | LoraCheckpoint, adapter_path: Path 
         target = _target(name, tensors, folder)
         _check_shape(target, tensors[target].shape, source.shape, folder)
         tensors[target] = CastTensor(target, tensors[target].dtype, source)
+    cache = FactorCache()
     for module, parts in modules.items():
-        _apply(module, parts, tensors, config, folder)
+        _apply(module, parts, tensors, config, cache, folder)
     digest = hashlib.sha256(config_path.read_bytes()).hexdigest()
     return LoraCheckpoint(checkpoint, adapter, digest, tensors)
 
@@ -143,6 +144,7 @@ def _apply(
     parts: dict[str, TensorSource],
     tensors: dict[str, TensorSource],
     config: LoraConfig,
+    cache: FactorCache,
     folder: Path,
 ) -> None:
     """Replaces a module's weight (and bias) in `tensors` by the updated one."""
@@ -173,10 +175,10 @@ def _apply(
     linear, transposed = (b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])
     if embedding or (weight.shape == transposed and (linear != transposed or config.fan_in_fan_out)):
         _check_shape(name, weight.shape, transposed, folder)
-        tensors[name] = LowRankTensor(weight, (a, True), (b, True), config.scale(module))
+        tensors[name] = LowRankTensor(weight, (a, True), (b, True), config.scale(module), cache)
     else:
         _check_shape(name, weight.shape, linear, folder)
-        tensors[name] = LowRankTensor(weight, (b, False), (a, False), config.scale(module))
+        tensors[name] = LowRankTensor(weight, (b, False), (a, False), config.scale(module), cache)
     if bias is not None:
         name = _target(f"{module}.bias", tensors, folder)
         _check_shape(name, tensors[name].shape, bias.shape, folder)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import numpy as np
 from mergelab.checkpoints.file_tensor import check_piece
 from mergelab.checkpoints.source import TensorSource
 
-__all__ = ["BiasedTensor", "LowRankTensor", "read_whole"]
+__all__ = ["BiasedTensor", "FactorCache", "LowRankTensor", "read_whole"]
 
 _BLOCK = 1 << 18
 
@@ -23,6 +25,32 @@ def read_whole(source: TensorSource) -> np.ndarray:
     return flat.reshape(source.shape)
 
 
+class FactorCache:
+    """Keeps the factors of the modules read last, in memory, for all threads that read an adapter.
+
+    A tensor is read in many pieces, each of which needs its factors; a large adapter's factors together would
+    break the memory budget of a streamed merge.
+    """
+
+    def __init__(self, keep: int = 4) -> None:
+        """`keep` is the number of modules whose factors stay."""
+        self._keep = keep
+        self._lock = threading.Lock()
+        self._recent: OrderedDict[str, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+
+    def get(
+        self, name: str, read: Callable[[], tuple[np.ndarray, np.ndarray]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the factors of `name`, reading them if they are not kept."""
+        with self._lock:
+            if name not in self._recent:
+                self._recent[name] = read()
+                if len(self._recent) > self._keep:
+                    self._recent.popitem(last=False)
+            self._recent.move_to_end(name)
+            return self._recent[name]
+
+
 @dataclass(frozen=True)
 class LowRankTensor:
     """A `TensorSource` equal to `weight + scale * left @ right`, rounded once to the weight's dtype.
@@ -32,6 +60,7 @@ class LowRankTensor:
         left, right: the factors, `[rows, r]` and `[r, columns]`, each as its adapter tensor and whether that
             is stored transposed.
         scale: what the product is multiplied with.
+        cache: where the factors stay between pieces, shared by an adapter's tensors.
 
     The sum is computed in float32 (float64 for a float64 weight) in blocks of rows whose bounds depend on the
     shape alone: a matrix product may round differently for another number of rows, and the result must not
@@ -42,6 +71,7 @@ class LowRankTensor:
     left: tuple[TensorSource, bool]
     right: tuple[TensorSource, bool]
     scale: float
+    cache: FactorCache = field(default_factory=FactorCache, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -55,9 +85,7 @@ class LowRankTensor:
     def dtype(self) -> np.dtype[Any]:
         return self.weight.dtype
 
-    @cached_property
-    def _factors(self) -> tuple[np.ndarray, np.ndarray]:
-        """The factors in memory; they are small, and are read when first needed."""
+    def _read_factors(self) -> tuple[np.ndarray, np.ndarray]:
         left, right = (
             np.ascontiguousarray(factor.T if transposed else factor)
             for factor, transposed in (
@@ -83,7 +111,7 @@ class LowRankTensor:
         if not out.size:
             return
         self.weight.read_into(start, out)
-        left, right = self._factors
+        left, right = self.cache.get(self.name, self._read_factors)
         height = max(1, _BLOCK // columns)
         stop = start + out.size
         for row in range(start // columns // height * height, -(-stop // columns), height):

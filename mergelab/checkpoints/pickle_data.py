@@ -133,8 +133,10 @@ class _Interpreter:
         return self._peek()
 
     def _global(self, module: object, name: object) -> object:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise _Malformed("a global is named by something else than text")
         full = f"{module}.{name}"
-        if not isinstance(module, str) or not isinstance(name, str) or full not in self.allowed:
+        if full not in self.allowed:
             raise CheckpointError(
                 f"{self.place} names the global {full!r}, which could run code and is never called here; "
                 "if you trust the file, load it with its own program and save the tensors as safetensors"

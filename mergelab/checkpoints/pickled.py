@@ -200,8 +200,9 @@ def _checked(
 ) -> _Tensor:
     sizes = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides) <= 64
     if not sizes or not all(type(value) is int and 0 <= value < 2**63 for value in (start, *shape, *strides)):
+        # Not quoted: what stands there may be an object whose text is exponentially long.
         raise CheckpointError(
-            f"{place} has a tensor with shape {shape!r}, strides {strides!r}; save it again"
+            f"{place} has a tensor whose shape, strides or offset are no sizes; save it again"
         )
     if math.prod(shape) >= 2**63:
         raise CheckpointError(

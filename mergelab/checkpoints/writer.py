@@ -77,8 +77,10 @@ class CheckpointWriter:
         """
         self.out = Path(out)
         self.plan = plan
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
+        self._in_flight = 0
         self._broken = False
+        self._finished = False
         self._fresh = False
         self._fds: list[int] = []
         self._work = WorkFolder(self.out)
@@ -164,18 +166,31 @@ class CheckpointWriter:
         data = array.view(np.uint8).data
         offset = start * array.itemsize
         leaves = digest_leaves(data, offset)
-        with _disk_errors(self.out):
-            try:
-                _write_all(self._fds[place.shard], data, place.offset + offset)
-                with self._lock:
-                    if self._broken:
-                        raise OutputError(f"{self.out}: an earlier write failed; run again with --resume")
-                    self._receipts[name].add(offset, len(data), leaves)
-                    self._journal.add(Piece(name, start, array.size, tuple(leaves)))
-            except OSError:
-                # A receipt may be torn: nothing may follow it.
-                self._broken = True
-                raise
+        with _disk_errors(self.out), self._writing() as files:
+            _write_all(files[place.shard], data, place.offset + offset)
+            with self._lock:
+                if self._broken:
+                    raise OutputError(f"{self.out}: an earlier write failed; run again with --resume")
+                self._receipts[name].add(offset, len(data), leaves)
+                self._journal.add(Piece(name, start, array.size, tuple(leaves)))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[list[int]]:
+        """Keeps the files open while a thread writes: a closed descriptor's number may name another file."""
+        with self._lock:
+            if not self._fds:
+                raise OutputError(f"{self.out}: the writer is closed; run again with --resume")
+            self._in_flight += 1
+        try:
+            yield self._fds
+        except OSError:
+            # A receipt may be torn: nothing may follow it.
+            self._broken = True
+            raise
+        finally:
+            with self._lock:
+                self._in_flight -= 1
+                self._lock.notify_all()
 
     def digests(self) -> dict[str, str]:
         """Returns a digest of every tensor's bytes by name (XXH3, see `receipts`), for the model card.
@@ -219,14 +234,12 @@ class CheckpointWriter:
         """
         self._check_complete()
         with _disk_errors(self.out):
-            if durable:
-                for file in self._fds:
-                    os.fsync(file)
             if (index := self.plan.index) is not None:
                 (self._work.path / "model.safetensors.index.json").write_bytes(index)
+            self._close_files()
             self._work.publish(durable=durable)
             self._journal.remove()
-        self._close_files()
+        self._finished = True
         return self.out
 
     def abandon(self) -> None:
@@ -234,6 +247,7 @@ class CheckpointWriter:
         self._close_files()
         self._work.clear(recreate=False)
         self._journal.remove()
+        self._finished = True
 
     def _check_complete(self) -> None:
         missing = [name for name, receipts in self._receipts.items() if not receipts.complete]
@@ -244,9 +258,11 @@ class CheckpointWriter:
             )
 
     def _close_files(self) -> None:
-        for file in self._fds:
+        with self._lock:
+            files, self._fds = self._fds, []
+            self._lock.wait_for(lambda: not self._in_flight)
+        for file in files:
             os.close(file)
-        self._fds.clear()
 
     def _close(self) -> None:
         self._close_files()
@@ -258,7 +274,7 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._fds:  # committed or abandoned
+        if self._finished:
             return
         if kind is not None and all(receipts.empty for receipts in self._receipts.values()):
             self.abandon()

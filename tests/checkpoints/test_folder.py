@@ -160,6 +160,15 @@ def test_folders_without_a_clear_choice(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot be read .*Permission denied"):
+        open_checkpoint(tmp_path)
+
+
 def test_an_adapter_is_not_a_model(goldens: Path) -> None:
     with pytest.raises(CheckpointError, match=r"LoRA adapter, not a model; .* base\+adapter"):
         open_checkpoint(goldens / "models" / "llama-lora")

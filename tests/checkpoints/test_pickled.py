@@ -296,10 +296,22 @@ def test_a_corrupted_zip_is_refused_or_read(
     assert tensors.keys() == {"w"}
 
 
-def test_hashing_bombs_are_refused(tmp_path: Path) -> None:
-    bomb = b"\x80\x02)" + b"q\x00h\x00\x86" * 60
-    with pytest.raises(CheckpointError, match="tuple is used as a key"):
-        open_pickled(archive(tmp_path / "x.pt", b"\x80\x02}" + bomb[2:] + b"K\x01s."))
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (b"}", b"K\x01s.", "tuple is used as a key"),
+        (b"", b"\x8c\x01a\x93.", "something else than text"),
+        (b"", b"Q.", "names no storage"),
+        (b"", b".", "holds a tuple"),
+        (torch_pickle()[: torch_pickle().index(b"tQ") + 2] + b"K\x00", b"h\x00\x89NtRs.", "no sizes"),
+    ],
+)
+def test_values_of_exponential_size_are_never_walked(
+    before: bytes, after: bytes, message: str, tmp_path: Path
+) -> None:
+    bomb = before.removeprefix(b"\x80\x02") + b")" + b"q\x00h\x00\x86" * 60
+    with pytest.raises(CheckpointError, match=message):
+        open_pickled(archive(tmp_path / "x.pt", b"\x80\x04" + bomb + after, data_0=FOUR))
 
 
 def test_the_allow_list_covers_what_torch_writes() -> None:

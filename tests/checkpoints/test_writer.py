@@ -385,6 +385,27 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         writer.commit()
 
 
+def test_a_failing_commit_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_shards(specs_of(arrays()), 700)
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with (
+        pytest.raises(OutputError, match="the disk is full"),
+        CheckpointWriter(tmp_path / "m", plan, "id") as w,
+    ):
+        write_all(w, arrays())
+        monkeypatch.setattr(os, "fsync", full)
+        w.commit()
+    monkeypatch.undo()
+    assert not (tmp_path / "m").exists()
+    with CheckpointWriter(tmp_path / "m", plan, "id", resume=True) as writer:
+        assert writer.done == arrays().keys()
+        writer.commit()
+    assert "model.safetensors.index.json" in files(tmp_path / "m")
+
+
 def test_a_file_size_limit_is_a_clear_error(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -396,6 +417,33 @@ def test_a_file_size_limit_is_a_clear_error(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path) == []
+
+
+def test_closing_waits_for_writes_and_stops_later_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, tensors = big_plan()
+    begun, may_end = threading.Event(), threading.Event()
+    pwrite = os.pwrite
+
+    def slow(file: int, data: memoryview, offset: int) -> int:
+        begun.set()
+        assert may_end.wait(10)
+        return pwrite(file, data, offset)
+
+    with CheckpointWriter(tmp_path / "m", plan, "id") as writer:
+        monkeypatch.setattr(os, "pwrite", slow)
+        late = threading.Thread(target=writer.write, args=("a", 0, tensors["a"]))
+        late.start()
+        assert begun.wait(10)
+        threading.Timer(0.05, may_end.set).start()
+    late.join()
+    with pytest.raises(OutputError, match="the writer is closed"):
+        writer.write("b", 0, tensors["b"])
+    monkeypatch.undo()
+    with CheckpointWriter(tmp_path / "m", plan, "id", resume=True) as writer:
+        assert writer.done == {"a"}
+        writer.abandon()
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "model.safetensors", ""])

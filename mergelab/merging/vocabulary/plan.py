@@ -187,10 +187,10 @@ def _output_tokens(
     if source == "union":
         return union(tokenizers[first], [tokenizers[name] for name in merged if name != first])
     if source == "base":
-        return Additions.none(tokenizers[first])
+        return Additions(tokenizers[first])
     if source not in tokenizers:
         raise RecipeError(unknown_model("tokenizer.source", source, tokenizers))
-    return Additions.none(tokenizers[source])
+    return Additions(tokenizers[source])
 
 
 def _defaults(

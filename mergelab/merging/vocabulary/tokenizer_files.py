@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ class Tokenizer:
     plain: Mapping[str, int]
     added: Mapping[str, Mapping[str, Any]]
 
-    @property
-    def vocabulary(self) -> dict[str, int]:
+    @cached_property
+    def vocabulary(self) -> Mapping[str, int]:
         """Token -> id of every token, plain and added, in id order."""
         ids = {**self.plain, **{token: int(definition["id"]) for token, definition in self.added.items()}}
         return dict(sorted(ids.items(), key=lambda item: item[1]))

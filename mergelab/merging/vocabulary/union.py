@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mergelab.merging.vocabulary.tokenizer_files import Tokenizer, added_token
@@ -13,7 +13,7 @@ __all__ = ["Additions", "union"]
 
 @dataclass
 class Additions:
-    """Tokens to add to a donor's vocabulary.
+    """A donor's vocabulary and the tokens added to it.
 
     Attributes:
         donor: the tokenizer that is extended.
@@ -22,32 +22,35 @@ class Additions:
         added: added tokens by content, with their definition; also tokens that the donor has as plain ones
             and another model matches before its subword model runs.
         warnings: what a reader of the recipe should know.
+        vocabulary: token -> id of the extended vocabulary, the donor's first.
     """
 
     donor: Tokenizer
-    plain: dict[str, tuple[int, float | None]]
-    added: dict[str, dict[str, Any]]
-    warnings: list[str]
+    plain: dict[str, tuple[int, float | None]] = field(default_factory=dict)
+    added: dict[str, dict[str, Any]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    vocabulary: dict[str, int] = field(init=False)
 
-    @classmethod
-    def none(cls, donor: Tokenizer) -> Additions:
-        return cls(donor, {}, {}, [])
-
-    @property
-    def vocabulary(self) -> dict[str, int]:
-        """Token -> id of the extended vocabulary, the donor's first."""
-        plain = {token: number for token, (number, _) in self.plain.items()}
-        return {**self.donor.vocabulary, **plain, **{t: int(d["id"]) for t, d in self.added.items()}}
-
-    def next_id(self) -> int:
+    def __post_init__(self) -> None:
+        self.vocabulary = dict(self.donor.vocabulary)
         # Not the count: ids may have gaps, and a count would then be taken already.
-        return max(self.vocabulary.values(), default=-1) + 1
+        self._next_id = max(self.vocabulary.values(), default=-1) + 1
+
+    def add_plain(self, token: str, score: float | None) -> None:
+        """Adds `token` to the subword model's vocabulary."""
+        self.plain[token] = (self._number(token), score)
 
     def add_token(self, token: str, definition: Mapping[str, Any] | None) -> int:
-        """Adds `token` as an added token, defined as elsewhere or as a plain word; returns its id."""
-        number = self.next_id()
+        """Makes `token` an added token, defined as elsewhere or as a plain word; returns its id."""
+        number = self._number(token)
         self.added[token] = added_token(number, token) if definition is None else {**definition, "id": number}
         return number
+
+    def _number(self, token: str) -> int:
+        if token not in self.vocabulary:
+            self.vocabulary[token] = self._next_id
+            self._next_id += 1
+        return self.vocabulary[token]
 
 
 def union(donor: Tokenizer, others: Iterable[Tokenizer]) -> Additions:
@@ -56,26 +59,20 @@ def union(donor: Tokenizer, others: Iterable[Tokenizer]) -> Additions:
     The donor keeps its BPE merges, so its text is segmented exactly as before; a plain token that is new to a
     BPE donor has a row but no merges that produce it.
     """
-    result = Additions.none(donor)
-    known = donor.vocabulary
-    number = result.next_id()
+    result = Additions(donor)
     owner = dict.fromkeys(donor.added, donor)
     for other in others:
         scores = _scores(other)
         unreachable = []
         for token in other.vocabulary:
             definition = other.added.get(token)
-            if token not in known:
-                known[token] = number
-                if definition is None:
-                    result.plain[token] = (number, scores.get(token))
-                    unreachable.append(token)
-                number += 1
             if definition is None:
-                continue
-            if token not in owner:
+                if token not in result.vocabulary:
+                    result.add_plain(token, scores.get(token))
+                    unreachable.append(token)
+            elif token not in owner:
                 owner[token] = other
-                result.added[token] = {**definition, "id": known[token]}
+                result.add_token(token, definition)
             elif _differs(owner[token].added[token], definition):
                 result.warnings.append(
                     f"added token {token!r} is defined differently by {owner[token].name!r} and "

@@ -76,12 +76,14 @@ def with_lora(checkpoint: FolderCheckpoint | LoraCheckpoint, adapter_path: Path 
     tensors = dict(checkpoint.tensors)
     # Whole tensors first: a low-rank update applies on top of a replaced weight.
     modules, whole = _sort(adapter.tensors, folder)
+    replaced: set[str] = set()
     for name, source in whole.items():
-        target = _target(name, tensors, folder)
+        target = _once(_target(name, tensors, folder), replaced, folder)
         _check_shape(target, tensors[target].shape, source.shape, folder)
         tensors[target] = CastTensor(target, tensors[target].dtype, source)
-    cache = FactorCache()
+    cache, updated = FactorCache(), set()
     for module, parts in modules.items():
+        _once(_target(f"{module}.weight", tensors, folder), updated, folder)
         _apply(module, parts, tensors, config, cache, folder)
     digest = hashlib.sha256(config_path.read_bytes()).hexdigest()
     return LoraCheckpoint(checkpoint, adapter, digest, tensors)
@@ -129,6 +131,14 @@ def _target(name: str, tensors: Mapping[str, TensorSource], folder: Path) -> str
             "use the model the adapter was trained on"
         )
     return near[0]
+
+
+def _once(name: str, seen: set[str], folder: Path) -> str:
+    """Returns `name`, which two tensors of the adapter must not both change."""
+    if name in seen:
+        raise CheckpointError(f"{folder}: two modules of the adapter change {name!r}; save the adapter again")
+    seen.add(name)
+    return name
 
 
 def _check_shape(name: str, found: tuple[int, ...], needed: tuple[int, ...], folder: Path) -> None:

@@ -25,6 +25,10 @@ def read_whole(source: TensorSource) -> np.ndarray:
     return flat.reshape(source.shape)
 
 
+def _compute_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
 class FactorCache:
     """Keeps the factors of the modules read last, in memory, for all threads that read an adapter.
 
@@ -97,7 +101,7 @@ class LowRankTensor:
 
     @property
     def _compute(self) -> np.dtype[Any]:
-        return np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
+        return _compute_dtype(self.dtype)
 
     def read_into(self, start: int, out: np.ndarray) -> None:
         """Fills `out` (1-D, contiguous, of `self.dtype`) with flat elements `[start, start + out.size)`.
@@ -147,6 +151,5 @@ class BiasedTensor:
         self.weight.read_into(start, out)
         addend = np.empty(out.size, self.addend.dtype)
         self.addend.read_into(start, addend)
-        out[:] = (out.astype(np.float32) + np.float32(self.scale) * addend.astype(np.float32)).astype(
-            self.dtype
-        )
+        compute = _compute_dtype(self.dtype)
+        out[:] = (out.astype(compute) + addend.astype(compute) * compute.type(self.scale)).astype(self.dtype)

@@ -121,7 +121,7 @@ class CheckpointWriter:
             for piece in pieces:
                 width = self.plan.places[piece.name].spec.dtype.itemsize
                 self._receipts[piece.name].add(piece.start * width, piece.count * width, list(piece.leaves))
-        except (KeyError, ValueError) as error:
+        except (KeyError, IndexError, ValueError) as error:
             message = f"{self._journal.path} contradicts itself ({error}); run without --resume to start anew"
             raise CheckpointError(message) from error
         partial = {name for name, receipts in self._receipts.items() if not receipts.complete}

@@ -178,6 +178,13 @@ M = "base_model.model."
             },
             r"'layers.0.upp.weight', which the model does not have \(did you mean 'layers.0.up.weight'",
         ),
+        (
+            {
+                M + "x.layers.0.up.lora_A.weight": np.ones((2, 6), np.float32),
+                M + "x.layers.0.up.lora_B.weight": np.ones((10, 2), np.float32),
+            },
+            r"two modules of the adapter change 'layers\.0\.up\.weight'",
+        ),
         ({M + "heads.weight": np.ones((11, 6), np.float32)}, r"'heads.weight', .*did you mean 'head.weight'"),
         ({M + "head.weight": np.ones((12, 6), np.float32)}, r"'head.weight' to have shape \(12, 6\)"),
         ({M + "layers.0.up.lora_B.weight": np.ones((9, 2), np.float32)}, r"to have shape \(9, 6\)"),

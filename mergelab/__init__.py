@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mergelab import errors as errors
     from mergelab import operators as operators
-    from mergelab.merging import merge as merge
+    from mergelab.merging.merge import merge as merge
     from mergelab.merging.recipe import Recipe as Recipe
 
 __version__ = "0.1.0"
 
 __all__ = ["Recipe", "__version__", "errors", "merge", "operators"]
 
-_NAMES = {"merge": "mergelab.merging", "Recipe": "mergelab.merging.recipe"}
+_NAMES = {"merge": "mergelab.merging.merge", "Recipe": "mergelab.merging.recipe"}
 _ROOMS = ("checkpoints", "data", "errors", "merging", "models", "operators", "quickstart", "report", "trees")
 
 

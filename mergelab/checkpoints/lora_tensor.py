@@ -16,6 +16,8 @@ from mergelab.checkpoints.source import TensorSource
 __all__ = ["BiasedTensor", "FactorCache", "LowRankTensor", "read_whole"]
 
 _BLOCK = 1 << 18
+_TILE = 64
+_SMALL_PRODUCT = 1 << 18
 
 
 def read_whole(source: TensorSource) -> np.ndarray:
@@ -27,6 +29,21 @@ def read_whole(source: TensorSource) -> np.ndarray:
 
 def _compute_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Returns `left @ right` in tiles too small for the BLAS to share out among threads of its own.
+
+    Those would spin beside the threads that stream a merge: on busy cores one product takes 50 times as long
+    (measured); in tiles it takes what one thread needs.
+    """
+    product = np.empty((left.shape[0], right.shape[1]), left.dtype)
+    width = max(16, _SMALL_PRODUCT // (_TILE * right.shape[0]))
+    for row in range(0, left.shape[0], _TILE):
+        for column in range(0, right.shape[1], width):
+            tile = product[row : row + _TILE, column : column + width]
+            np.matmul(left[row : row + _TILE], right[:, column : column + width], out=tile)
+    return product
 
 
 class FactorCache:
@@ -119,7 +136,7 @@ class LowRankTensor:
         height = max(1, _BLOCK // columns)
         stop = start + out.size
         for row in range(start // columns // height * height, -(-stop // columns), height):
-            update = (left[row : row + height] @ right).ravel() * self._compute.type(self.scale)
+            update = _product(left[row : row + height], right).ravel() * self._compute.type(self.scale)
             low, high = max(start, row * columns), min(stop, row * columns + update.size)
             piece = out[low - start : high - start]
             update = update[low - row * columns : high - row * columns]

@@ -19,7 +19,6 @@ def model_card(
     digests: Mapping[str, str],
     *,
     stages: Sequence[Plan] = (),
-    sha256: Mapping[str, str] | None = None,
 ) -> str:
     """Returns the card as Markdown with Hugging Face front matter; needs no network and states no date.
 
@@ -28,7 +27,6 @@ def model_card(
         name: the model's name, for the heading.
         digests: the digest of every output tensor's bytes, by name.
         stages: the plans of the recipes it builds on.
-        sha256: digests of the output's weight files by name, where they were computed.
     """
     recipe = plan.recipe
     plans = (*stages, plan)
@@ -72,10 +70,6 @@ def model_card(
         f"Plan `{plan.identity}`: the same recipe, inputs, seed and version give the same bytes.",
         "",
     ]
-    if sha256:
-        lines += ["| file | SHA-256 |", "| --- | --- |"]
-        lines += [f"| `{file}` | `{digest}` |" for file, digest in sorted(sha256.items())]
-        lines.append("")
     lines += ["<details><summary>Digest of every tensor (XXH3)</summary>", ""]
     lines += ["| tensor | digest |", "| --- | --- |"]
     lines += [f"| `{tensor}` | `{digest}` |" for tensor, digest in digests.items()]

@@ -1,0 +1,171 @@
+"""`mergelab merge`: run a recipe, or show what it would do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mergelab.cli.sizes import SIZE, readable
+
+if TYPE_CHECKING:
+    from mergelab.merging.plan import Plan
+
+__all__ = ["command"]
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+@click.command("merge")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--seed", default=0, show_default=True, help="Seeds the random draws of DARE and DELLA.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Stored dtype; overrides the recipe's.")
+@click.option("--shard-size", type=SIZE, default="5GB", show_default=True, help="Size of one weight file.")
+@click.option("--memory", type=SIZE, default="1GB", show_default=True, help="Tensors held in memory at once.")
+@click.option("--threads", type=click.IntRange(1), help="Threads that read, compute and write.")
+@click.option("--dry-run", is_flag=True, help="Print the plan; read no weights and write nothing.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same recipe.")
+@click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")
+@click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinity in the inputs.")
+@click.option(
+    "--unsafe-truncate-embeddings", is_flag=True, help="Cut embeddings of different length to the shortest."
+)
+@click.option("--sha256", is_flag=True, help="Also write SHA256SUMS of the weight files.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan or the result as JSON.")
+def command(
+    recipe: Path, out: Path | None, dry_run: bool, as_json: bool, memory: int, **options: Any
+) -> None:
+    """Merge checkpoints as RECIPE says, a YAML file in mergekit's format.
+
+    Relative model paths are looked up in the working directory, then beside the recipe. The output is a
+    complete Hugging Face folder: weights, config, tokenizer, model card.
+
+    \b
+    Examples:
+      mergelab merge ties.yaml --out merged
+      mergelab merge ties.yaml --dry-run
+      mergelab merge dare.yaml --out merged --seed 7 --dtype bfloat16 --shard-size 2GB
+      mergelab merge big.yaml --out merged --memory 500MB --resume
+    """
+    started = time.perf_counter()
+    planning = {
+        "seed": options["seed"],
+        "dtype": options["dtype"],
+        "shard_bytes": options["shard_size"],
+        "truncate_embeddings": options["unsafe_truncate_embeddings"],
+    }
+    if out is None and not dry_run:
+        raise click.UsageError("name the folder to write with --out DIR, or look at the plan with --dry-run")
+    from mergelab.merging.plan import make_plan
+    from mergelab.merging.recipe import Recipe
+
+    loaded = Recipe.load(recipe)
+    plan = make_plan(loaded, **planning)
+    if dry_run:
+        summary = _summary(plan, memory, out or Path.cwd())
+        click.echo(json.dumps(summary, indent=2) if as_json else _text(plan, summary))
+        return
+    assert out is not None
+    for warning in plan.warnings:
+        click.echo(f"warning: {warning}", err=True)
+
+    from mergelab.merging.merge import merge
+
+    total = sum(p.bytes_in + p.bytes_out for p in (*plan.stages.values(), plan))
+    with _progress_bar(total) as bar:
+        merged = merge(
+            loaded,
+            out,
+            **planning,
+            memory=memory,
+            threads=options["threads"],
+            resume=options["resume"],
+            overwrite=options["overwrite"],
+            allow_nonfinite=options["allow_nonfinite"],
+            sha256=options["sha256"],
+            progress=bar.update,
+        )
+    seconds = time.perf_counter() - started
+    if as_json:
+        result = {
+            "out": str(merged.out),
+            "seconds": seconds,
+            "seconds_streaming": merged.seconds_streaming,
+            "tensors": len(merged.plan.jobs),
+            "bytes_in": merged.plan.bytes_in,
+            "bytes_out": merged.plan.bytes_out,
+            "seed": merged.plan.seed,
+            "identity": merged.plan.identity,
+            "warnings": list(plan.warnings),
+            "sha256": dict(merged.sha256),
+        }
+        click.echo(json.dumps(result, indent=2))
+    else:
+        size = readable(merged.plan.bytes_out)
+        click.echo(f"{merged.out}: {len(merged.plan.jobs)} tensors, {size}, in {seconds:.1f} s")
+
+
+def _progress_bar(total: int) -> Any:
+    """Bytes, throughput and time left on stderr; nothing where stderr is no terminal."""
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total, unit="B", unit_scale=True, desc="merging", file=sys.stderr, disable=None, leave=False
+    )
+
+
+def _summary(plan: Plan, memory: int, out: Path) -> dict[str, Any]:
+    """The plan as plain data; of a graph of recipes, the stages' own summaries beside."""
+    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
+    stages = {name: _summary(stage, memory, out) for name, stage in plan.stages.items()}
+    return {
+        "merge_method": plan.recipe.merge_method,
+        "tensors": len(plan.jobs),
+        "operations": plan.operations,
+        "models": [model.name for model in plan.models],
+        "bytes_in": plan.bytes_in,
+        "bytes_out": plan.bytes_out,
+        "disk_needed": plan.bytes_out + sum(stage["bytes_out"] for stage in stages.values()),
+        "disk_free": shutil.disk_usage(existing).free,
+        "peak_memory": max(
+            [plan.memory_estimate(memory), *(stage["peak_memory"] for stage in stages.values())]
+        ),
+        "seed": plan.seed,
+        "identity": plan.identity,
+        "warnings": list(plan.warnings),
+        "stages": stages,
+    }
+
+
+def _text(plan: Plan, summary: dict[str, Any]) -> str:
+    operations = ", ".join(f"{count} {name}" for name, count in summary["operations"].items())
+    enough = "" if summary["disk_needed"] <= summary["disk_free"] else "  NOT ENOUGH"
+    rows = {
+        "method": summary["merge_method"],
+        "models": ", ".join(summary["models"]),
+        "tensors": f"{summary['tensors']} ({operations})",
+        "read": readable(summary["bytes_in"]),
+        "write": f"{readable(summary['bytes_out'])} ({_dtypes(plan)})",
+        "memory": f"about {readable(summary['peak_memory'])} at peak",
+        "disk": f"{readable(summary['disk_needed'])} needed, {readable(summary['disk_free'])} free{enough}",
+    }
+    lines = []
+    for name, stage in plan.stages.items():
+        lines += [f"first, {name}:", _indented(_text(stage, summary["stages"][name])), ""]
+    lines += [f"{key:<8} {value}" for key, value in rows.items()]
+    lines += [f"warning: {warning}" for warning in summary["warnings"]]
+    return "\n".join(lines)
+
+
+def _dtypes(plan: Plan) -> str:
+    return ", ".join(dict.fromkeys(str(job.dtype) for job in plan.jobs))
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())

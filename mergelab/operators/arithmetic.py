@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-__all__ = ["add_scaled", "coefficient", "rounded"]
+__all__ = ["add_scaled", "coefficient", "rounded", "row_sum"]
 
 
 @jax.custom_jvp
@@ -35,3 +35,17 @@ def add_scaled(total: jax.Array | None, weight: jax.Array, x: jax.Array) -> jax.
     """`total + weight * x` with the product rounded first; `total` None starts the sum."""
     term = rounded(weight * x)
     return term if total is None else total + term
+
+
+def row_sum(x: jax.Array) -> jax.Array:
+    """Sums the last axis, kept as length 1, by halving: `x[..., :h] + x[..., h:]` until one is left.
+
+    The order of additions is spelled out, so it does not depend on how many rows are summed at once, and
+    pairwise summation keeps the error at a few roundings.
+    """
+    while (n := x.shape[-1]) > 1:
+        half = -(-n // 2)
+        pad = [(0, 0)] * (x.ndim - 1) + [(0, 2 * half - n)]
+        x = jnp.pad(x, pad) if 2 * half > n else x
+        x = x[..., :half] + x[..., half:]
+    return x

@@ -13,6 +13,7 @@ from mergelab.errors import OperatorError
 from mergelab.operators.measures import Measure, Rank, RowOrder, Sum
 from mergelab.operators.randomness import tensor_key
 from mergelab.operators.region import Region, whole
+from mergelab.operators.row_order import row_order
 from mergelab.operators.selection import Selection, select_on_device, select_on_host, trivial_selection
 from mergelab.trees import same_structure
 
@@ -166,12 +167,6 @@ def _share(pooled: Selection, offset: int, size: int) -> Selection:
     inside = jnp.where(cutoff > jnp.uint32(offset), cutoff - jnp.uint32(offset), jnp.uint32(0))
     inside = jnp.minimum(inside, jnp.uint32(min(size, 2**32 - 1)))
     return Selection(pooled.threshold, jnp.stack([jnp.zeros_like(inside), inside]))
-
-
-def row_order(keys: jax.Array) -> jax.Array:
-    """int32 `[*block]`: each element's place in its row, 0 for the largest key, lowest index first on ties."""
-    order = jnp.argsort(~keys, axis=-1, stable=True)
-    return jnp.argsort(order, axis=-1, stable=True).astype(jnp.int32)
 
 
 def _merged(merge: Merge, leaf: _Leaf, dtype: Any) -> jax.Array:

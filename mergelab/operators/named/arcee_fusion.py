@@ -9,12 +9,18 @@ import jax
 import jax.numpy as jnp
 
 from mergelab.operators.algebra import Arrays, Granularity, Known, Merge, Reduction, algebraic
+from mergelab.operators.arithmetic import rounded, row_sum
 from mergelab.operators.declare import operator
 from mergelab.operators.measures import Measure, Rank
 from mergelab.operators.region import Region
 from mergelab.operators.selection import ordered_key, ordered_value
 
 __all__ = ["ArceeFusion", "arcee_fusion"]
+
+
+def _softmax(x: jax.Array) -> jax.Array:
+    exponentials = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True))
+    return exponentials / row_sum(exponentials)
 
 
 @algebraic
@@ -32,9 +38,8 @@ class ArceeFusion(Reduction):
 
     def importance(self, delta: jax.Array, base: jax.Array) -> jax.Array:
         """`|delta|` times the row's divergence."""
-        p = jax.nn.softmax(base + delta, axis=-1) + jnp.float32(1e-8)
-        q = jax.nn.softmax(base, axis=-1) + jnp.float32(1e-8)
-        return jnp.abs(delta) * jnp.sum(p * jnp.log(p / q), axis=-1, keepdims=True)
+        p, q = (_softmax(v) + jnp.float32(1e-8) for v in (base + delta, base))
+        return rounded(jnp.abs(delta) * row_sum(rounded(p * jnp.log(p / q))))
 
     def keys(self, xs: Arrays, base: Any, region: Region, known: Known) -> tuple[jax.Array, ...]:
         """Importances as sortable keys."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mergelab.operators.algebra import Arrays, Granularity, Known, Merge, Reduction, algebraic
-from mergelab.operators.arithmetic import rounded
+from mergelab.operators.arithmetic import rounded, row_sum
 from mergelab.operators.declare import operator
 from mergelab.operators.measures import Measure, Sum
 from mergelab.operators.reductions.gram import safe_sqrt
@@ -64,9 +64,7 @@ class ModelStock(Reduction):
     def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> jax.Array:
         assert base is not None
         if self.filter_wise:
-            t = self.ratio(
-                self._products([x - base for x in xs], lambda p: jnp.sum(p, axis=-1, keepdims=True))
-            )
+            t = self.ratio(self._products([x - base for x in xs], lambda p: row_sum(rounded(p))))
         else:
             (t,) = known
         mean = sum(xs[1:], xs[0]) / jnp.float32(len(xs))

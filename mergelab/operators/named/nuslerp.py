@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mergelab.operators.algebra import Arrays, Granularity, Known, Merge, Reduction, algebraic
-from mergelab.operators.arithmetic import coefficient, rounded
+from mergelab.operators.arithmetic import coefficient, rounded, row_sum
 from mergelab.operators.declare import PerModel, operator
 from mergelab.operators.hyper import weights
 from mergelab.operators.measures import Measure, Sum
@@ -66,7 +66,7 @@ class NuSlerp(Reduction):
     def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> jax.Array:
         a, b = xs
         if self.along == "row":
-            products = tuple(jnp.sum(p, axis=-1, keepdims=True) for p in (a * a, b * b, a * b))
+            products = tuple(row_sum(rounded(p)) for p in (a * a, b * b, a * b))
             first, second = self.coefficients(products)
         else:
             first, second = known[0]

@@ -1,0 +1,126 @@
+"""Reads blocks of a job's inputs into reused, aligned buffers and hands them to JAX without a copy."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from mergelab.checkpoints.source import TensorSource
+from mergelab.errors import NonFiniteError
+from mergelab.merging.job import Job
+from mergelab.merging.streaming.blocks import Block
+
+__all__ = ["Buffers", "InputBlock", "count_nonfinite", "has_nonfinite", "read_block"]
+
+_ALIGNMENT = 64
+"""What XLA's CPU backend needs to use memory in place."""
+
+
+class Buffers:
+    """A pool of aligned byte buffers: memory that was touched before is several times faster to fill."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: dict[int, list[np.ndarray]] = defaultdict(list)
+
+    def take(self, nbytes: int) -> np.ndarray:
+        """A uint8 buffer of exactly `nbytes`, its contents arbitrary."""
+        with self._lock:
+            if self._free[nbytes]:
+                return self._free[nbytes].pop()
+        raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
+        offset = -raw.ctypes.data % _ALIGNMENT
+        return raw[offset : offset + nbytes]
+
+    def give_back(self, buffer: np.ndarray) -> None:
+        """Returns a buffer that no computation reads any more."""
+        with self._lock:
+            self._free[buffer.size].append(buffer)
+
+
+@dataclass(frozen=True)
+class InputBlock:
+    """One block of every input, as device arrays `[rows, columns]`.
+
+    `buffers` back the arrays: they go back to the pool when the arrays are no longer used.
+    """
+
+    values: tuple[Any, ...]
+    base: Any
+    buffers: tuple[np.ndarray, ...]
+
+
+def read_block(job: Job, block: Block, buffers: Buffers, *, check: bool) -> InputBlock:
+    """Reads one block of all inputs of a job; the padding is zero.
+
+    Raises:
+        CheckpointError: an input cannot be read.
+        NonFiniteError: `check` is set and an input holds NaN or infinity.
+    """
+    taken: list[np.ndarray] = []
+    arrays = []
+    sources = (*job.sources, *(() if job.base is None else (job.base,)))
+    for position, source in enumerate(sources):
+        buffer = buffers.take(block.shape[0] * block.shape[1] * source.dtype.itemsize)
+        taken.append(buffer)
+        flat = buffer.view(source.dtype)
+        source.read_into(block.start, flat[: block.count])
+        flat[block.count :] = 0
+        if check and has_nonfinite(flat):
+            raise _nonfinite_error(job, position, source)
+        arrays.append(_on_device(flat.reshape(block.shape)))
+    base = arrays.pop() if job.base is not None else None
+    return InputBlock(tuple(arrays), base, tuple(taken))
+
+
+def _on_device(array: np.ndarray) -> jax.Array:
+    if array.dtype == np.float64:
+        array = array.astype(np.float32)
+    return jax.device_put(array, jax.devices()[0], may_alias=True)
+
+
+_INFINITY_BITS: dict[str, int] = {
+    "float16": 0x7C00,
+    "bfloat16": 0x7F80,
+    "float32": 0x7F800000,
+    "float64": 0x7FF0000000000000,
+    "float8_e5m2": 0x7C,
+    "float8_e4m3fn": 0x7F,
+}
+
+
+def has_nonfinite(flat: np.ndarray) -> bool:
+    """Whether a float array holds NaN or infinity, by two integer maxima over its bits."""
+    infinity = _INFINITY_BITS.get(flat.dtype.name)
+    if infinity is None or flat.size == 0:
+        return bool(flat.size) and not bool(np.isfinite(flat.astype(np.float32)).all())
+    width = flat.dtype.itemsize
+    positive = flat.view(f"i{width}").max() >= infinity
+    return bool(positive or flat.view(f"u{width}").max() >= infinity + (1 << (8 * width - 1)))
+
+
+def count_nonfinite(source: TensorSource, size: int) -> tuple[int, int]:
+    """How many NaN and how many infinite elements a whole tensor has."""
+    nans = infinities = 0
+    step = 2**20
+    for start in range(0, size, step):
+        piece = np.empty(min(step, size - start), source.dtype)
+        source.read_into(start, piece)
+        wide = piece.astype(np.float32) if piece.dtype.itemsize < 4 else piece
+        nans += int(np.isnan(wide).sum())
+        infinities += int(np.isinf(wide).sum())
+    return nans, infinities
+
+
+def _nonfinite_error(job: Job, position: int, source: TensorSource) -> NonFiniteError:
+    nans, infinities = count_nonfinite(source, job.size)
+    model = f" of {job.model_names[position]}" if position < len(job.model_names) else ""
+    return NonFiniteError(
+        f"tensor {source.name!r}{model} holds {nans} NaN and {infinities} infinite of {job.size} values; repair or "
+        "replace that checkpoint, or pass --allow-nonfinite to merge it all the same."
+    )

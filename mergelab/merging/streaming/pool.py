@@ -1,0 +1,214 @@
+"""Runs all jobs of a plan: several tensors, and several blocks of large tensors, at a time."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from mergelab.errors import CheckpointError
+from mergelab.merging.job import Job
+from mergelab.merging.streaming.blocks import BLOCK_ELEMENTS, Block
+from mergelab.merging.streaming.inputs import Buffers
+from mergelab.merging.streaming.tensor_run import Limits, TensorRun
+from mergelab.merging.streaming.tree_run import run_tree
+
+__all__ = ["StreamReport", "Writer", "default_threads", "limits_for", "stream_jobs"]
+
+T = TypeVar("T")
+
+
+class Writer(Protocol):
+    """What the runner needs of an output: pieces written at their place, from any thread."""
+
+    @property
+    def done(self) -> frozenset[str]:
+        """Tensors that an interrupted run has already written in full."""
+        ...
+
+    def write(self, name: str, start: int, array: np.ndarray) -> None: ...
+
+
+@dataclass(frozen=True)
+class StreamReport:
+    """What a streaming run did.
+
+    Attributes:
+        tensors: tensors written now.
+        reused: tensors found complete from an interrupted run.
+        bytes_in, bytes_out: size of the inputs read and of the tensors written, each counted once.
+        seconds: wall time from the first read to the last write.
+    """
+
+    tensors: int
+    reused: int
+    bytes_in: int
+    bytes_out: int
+    seconds: float
+
+
+def default_threads() -> int:
+    """One thread per available core, at most 8: beyond that memory bandwidth is the limit."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+
+
+def limits_for(memory: int, threads: int) -> Limits:
+    """Divides a memory budget: half of it for buffers in flight, a quarter each for caches and for keys."""
+    share = memory // 4 // threads
+    return Limits(cache=share, keys=share)
+
+
+def stream_jobs(
+    jobs: Sequence[Job],
+    writer: Writer,
+    *,
+    seed: int = 0,
+    memory: int = 2**30,
+    threads: int | None = None,
+    allow_nonfinite: bool = False,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> StreamReport:
+    """Makes every tensor of `jobs` and writes it.
+
+    Args:
+        jobs: what to make.
+        writer: where to; tensors in `writer.done` are skipped.
+        seed: seeds random draws (which also depend on tensor names).
+        memory: bytes that buffers, caches and keys may take together; the interpreter and JAX come on top.
+        threads: blocks worked on at a time; default one per core. The output does not depend on it.
+        allow_nonfinite: merge NaN and infinity instead of refusing them.
+        progress: called with the number of bytes just written, from worker threads.
+
+    Raises:
+        CheckpointError: an input is unreadable, or NaN or infinite; integer tensors differ between models.
+        OperatorError: an operator has no meaningful result for some tensor.
+        OutputError: the output cannot be written.
+    """
+    started = time.perf_counter()
+    todo = [job for job in jobs if job.name not in writer.done and job.size]
+    threads = threads or default_threads()
+    runner = _Runner(writer, seed, limits_for(memory, threads), threads, not allow_nonfinite, progress)
+    try:
+        runner.run(todo)
+    finally:
+        runner.close()
+    return StreamReport(
+        tensors=len(jobs) - sum(job.name in writer.done for job in jobs),
+        reused=sum(job.name in writer.done for job in jobs),
+        bytes_in=sum(job.bytes_in for job in todo),
+        bytes_out=sum(job.bytes_out for job in todo),
+        seconds=time.perf_counter() - started,
+    )
+
+
+class _Runner:
+    """Two pools: one thread per tensor in progress, and workers that share the blocks of large tensors."""
+
+    def __init__(
+        self, writer: Writer, seed: int, limits: Limits, threads: int, check: bool, progress: Callable[[int], None]
+    ) -> None:
+        self._writer, self._seed, self._limits, self._threads = writer, seed, limits, threads
+        self._check, self._progress = check, progress
+        self._buffers = Buffers()
+        self._tensors = ThreadPoolExecutor(threads, "tensor")
+        self._blocks = ThreadPoolExecutor(threads, "block")
+        self._stop = False
+
+    def close(self) -> None:
+        self._stop = True
+        self._tensors.shutdown(cancel_futures=True)
+        self._blocks.shutdown(cancel_futures=True)
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        pooled = [job for job in jobs if job.merge is not None and _looks_at_tree(job.merge)]
+        if pooled:
+            run_tree([self._run_of(job) for job in pooled], self._write)
+        rest = [job for job in jobs if job.merge is None or not _looks_at_tree(job.merge)]
+        futures = [self._tensors.submit(self._one, job) for job in rest]
+        _, pending = wait(futures, return_when=FIRST_EXCEPTION)
+        if pending:
+            self._stop = True
+            for future in pending:
+                future.cancel()
+        errors = [e for f in futures if not f.cancelled() and (e := f.exception()) is not None]
+        for error in errors:
+            if not isinstance(error, CancelledError):
+                raise error
+
+    def _run_of(self, job: Job) -> TensorRun:
+        return TensorRun(
+            job,
+            seed=self._seed,
+            limits=self._limits,
+            buffers=self._buffers,
+            map_blocks=self._map,
+            check=self._check,
+        )
+
+    def _one(self, job: Job) -> None:
+        if self._stop:
+            return
+        if job.merge is None:
+            self._copy(job)
+            return
+        run = self._run_of(job)
+        for step in job.merge.steps():
+            run.take(*step)
+        run.write(self._write)
+
+    def _write(self, name: str, start: int, array: np.ndarray) -> None:
+        self._writer.write(name, start, array)
+        self._progress(array.nbytes)
+
+    def _map(self, function: Callable[[Block], T], blocks: Sequence[Block]) -> Iterator[T]:
+        """Applies a function to blocks, results in order, a bounded number in flight."""
+        if len(blocks) <= 1 or self._threads == 1:
+            for block in blocks:
+                yield function(block)
+            return
+        waiting: deque[Future[T]] = deque()
+        try:
+            for block in blocks:
+                if self._stop:
+                    raise CancelledError
+                waiting.append(self._blocks.submit(function, block))
+                if len(waiting) >= 2 * self._threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+            wait(waiting)
+
+    def _copy(self, job: Job) -> None:
+        """Copies a tensor; where several models have it, all must hold the same bytes."""
+        first, *others = job.sources
+        for start in range(0, job.size, BLOCK_ELEMENTS):
+            count = min(BLOCK_ELEMENTS, job.size - start)
+            piece = _read(first, start, count)
+            for position, other in enumerate(others, start=1):
+                if _read(other, start, count).tobytes() != piece.tobytes():
+                    names = job.model_names or tuple(f"model {i}" for i in range(len(job.sources)))
+                    raise CheckpointError(
+                        f"tensor {job.name!r} ({first.dtype}) cannot be averaged and differs between {names[0]} and "
+                        f"{names[position]}; make them equal, or take it from one model with a `modules`/`slices` "
+                        "recipe."
+                    )
+            self._write(job.name, start, piece if piece.dtype == job.dtype else piece.astype(job.dtype))
+
+
+def _read(source: Any, start: int, count: int) -> np.ndarray:
+    piece = np.empty(count, source.dtype)
+    source.read_into(start, piece)
+    return piece
+
+
+def _looks_at_tree(merge: Any) -> bool:
+    return any(getattr(declared, "scope", "tensor") == "tree" for _, _, declared in merge.steps())

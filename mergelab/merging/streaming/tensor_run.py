@@ -1,0 +1,248 @@
+"""One tensor on its way through a merge: a pass over its blocks per measure, then one that writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from mergelab.errors import CheckpointError
+from mergelab.merging.job import Job
+from mergelab.merging.streaming.blocks import LANES, Block, blocks_of
+from mergelab.merging.streaming.inputs import Buffers, InputBlock, read_block
+from mergelab.merging.streaming.search import KeySearch
+from mergelab.operators.algebra import Merge, finish_measure, measure_block, merge_block
+from mergelab.operators.measures import Measure, Rank, RowOrder, Sum
+from mergelab.operators.randomness import tensor_key
+from mergelab.operators.region import Region
+from mergelab.operators.row_order import row_order_on_host
+from mergelab.operators.selection import Selection, split_words, trivial_selection
+
+__all__ = ["Limits", "TensorRun", "WriteBlock"]
+
+T = TypeVar("T")
+WriteBlock = Callable[[str, int, np.ndarray], None]
+BlockMap = Callable[[Callable[[Block], T], Sequence[Block]], Iterator[T]]
+
+_PER_BLOCK = object()
+_DEVICE_DTYPES = tuple(
+    np.dtype(t)
+    for t in (np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
+)
+_SAMPLE_RUNS, _SAMPLE_ROWS = 48, 4
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of a tensor may be held in memory at once, in bytes.
+
+    Attributes:
+        cache: inputs kept between passes instead of being read again.
+        keys: sort keys kept between the passes of a search instead of being computed again.
+    """
+
+    cache: int
+    keys: int
+
+
+class TensorRun:
+    """Runs one job; `map_blocks` decides how many blocks are worked on at a time."""
+
+    def __init__(
+        self, job: Job, *, seed: int, limits: Limits, buffers: Buffers, map_blocks: BlockMap[Any], check: bool
+    ) -> None:
+        assert job.merge is not None
+        self.job, self.merge = job, job.merge
+        self._limits, self._buffers, self._map, self._check = limits, buffers, map_blocks, check
+        self._key = tensor_key(seed, job.name)
+        self.blocks = blocks_of(job.shape, self.merge.grain)
+        self.known: list[list[Any]] = [[] for _ in self.merge.parts]
+        passes = 1 + len(self.merge.steps())
+        self._cache: dict[Block, InputBlock] | None = {} if passes > 1 and job.bytes_in <= limits.cache else None
+        self._orders: dict[tuple[Block, int, int], Any] = {}
+
+    # --- blocks ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _inputs(self, block: Block) -> Iterator[InputBlock]:
+        """The inputs of a block: cached, or read now and handed back afterwards."""
+        if self._cache is not None and block in self._cache:
+            yield self._cache[block]
+            return
+        inputs = read_block(self.job, block, self._buffers, check=self._check)
+        if self._cache is not None:
+            self._cache[block] = inputs
+            yield inputs
+            return
+        yield inputs
+        for buffer in inputs.buffers:
+            self._buffers.give_back(buffer)
+
+    def _region(self, block: Block) -> Region:
+        return Region(split_words(block.start), self._key, block.shape, "float64")
+
+    def _known(self, inputs: InputBlock, block: Block) -> tuple[tuple[Any, ...], ...]:
+        """What is known so far, with the row orders of this block filled in."""
+        resolved: list[list[Any]] = [[] for _ in self.known]
+        for part, results in enumerate(self.known):
+            for measure, result in enumerate(results):
+                if result is _PER_BLOCK:
+                    result = self._row_order(inputs, block, resolved, part, measure)
+                resolved[part].append(result)
+        return tuple(map(tuple, resolved))
+
+    def _row_order(self, inputs: InputBlock, block: Block, known: list[list[Any]], part: int, measure: int) -> Any:
+        place = (block, part, measure)
+        if place not in self._orders:
+            so_far = tuple(map(tuple, known))
+            keys = measure_block(
+                self.merge, inputs.values, inputs.base, self._region(block), so_far, part=part, measure=measure
+            )
+            orders = tuple(row_order_on_host(np.asarray(k)) for k in keys)
+            if self._cache is None:
+                return orders
+            self._orders[place] = orders
+        return self._orders[place]
+
+    def _measure(self, block: Block, part: int, measure: int) -> Any:
+        """One measure of one block, as numpy arrays."""
+        with self._inputs(block) as inputs:
+            known = self._known(inputs, block)
+            wide = isinstance(self.merge.parts[part].measures()[measure], Sum)
+            with jax.enable_x64(wide):
+                result = measure_block(
+                    self.merge, inputs.values, inputs.base, self._region(block), known, part=part, measure=measure
+                )
+                return jax.tree.map(np.asarray, result)
+
+    # --- measures -------------------------------------------------------------------------------------
+
+    def take(self, part: int, measure: int, declared: Measure) -> None:
+        """Takes one measure of the whole tensor."""
+        if isinstance(declared, RowOrder):
+            self.known[part].append(_PER_BLOCK)
+        elif isinstance(declared, Sum):
+            self.finish_sum(part, measure, self.total(part, measure))
+        else:
+            self.known[part].append(self._rank(part, measure, declared))
+
+    def total(self, part: int, measure: int) -> Any:
+        """A `Sum`'s totals, added in block order."""
+        total: Any = None
+        for one in self._map(lambda block: self._measure(block, part, measure), self.blocks):
+            total = one if total is None else jax.tree.map(np.add, total, one)
+        return total
+
+    def finish_sum(self, part: int, measure: int, total: Any) -> None:
+        """Files what a part makes of a `Sum`'s totals."""
+        with jax.enable_x64(True):
+            finished = finish_measure(self.merge, total, part=part, measure=measure)
+            self.known[part].append(jax.tree.map(np.asarray, finished))
+
+    def counts(self, part: int, declared: Rank, size: int) -> Sequence[Sequence[int]]:
+        """How many keys each threshold of a `Rank` keeps."""
+        return declared.counts(self.merge.parts[part], tuple(self.known[part]), size, len(self.job.sources))
+
+    def keys(self, block: Block, part: int, measure: int) -> list[np.ndarray]:
+        """Sort keys of a block's real elements, one flat array per stream."""
+        return [k.reshape(-1)[: block.count] for k in self._measure(block, part, measure)]
+
+    def _rank(self, part: int, measure: int, declared: Rank) -> tuple[tuple[Selection, ...], ...]:
+        counts = self.counts(part, declared, self.job.size)
+        fixed = [[trivial_selection(c, self.job.size) for c in stream] for stream in counts]
+        searches = {
+            (s, r): KeySearch(counts[s][r], self.job.size)
+            for s, stream in enumerate(fixed)
+            for r, selection in enumerate(stream)
+            if selection is None
+        }
+        if searches:
+            self._search(searches, part, measure)
+        return tuple(
+            tuple(searches[s, r].selection() if sel is None else sel for r, sel in enumerate(stream))
+            for s, stream in enumerate(fixed)
+        )
+
+    def _search(self, searches: dict[tuple[int, int], KeySearch], part: int, measure: int) -> None:
+        streams = sorted({s for s, _ in searches})
+        kept: dict[Block, list[np.ndarray]] | None = None
+        if self.job.size * 4 * len(streams) <= self._limits.keys:
+            kept = dict(zip(self.blocks, self._map(lambda b: self.keys(b, part, measure), self.blocks), strict=True))
+
+        def keys_of(block: Block) -> list[np.ndarray]:
+            return self.keys(block, part, measure) if kept is None else kept[block]
+
+        sample = self._sample(part, measure) if kept is None else _strided(list(kept.values()), self.job.size)
+        for (stream, _), search in searches.items():
+            search.narrow(sample[stream])
+        pending = dict(searches)
+        while pending:
+
+            def look(block: Block, pending: dict[tuple[int, int], KeySearch] = pending) -> Any:
+                keys = keys_of(block)
+                return {place: search.look(keys[place[0]]) for place, search in pending.items()}
+
+            found = list(self._map(look, self.blocks))
+            pending = {p: s for p, s in pending.items() if not s.conclude([f[p] for f in found])}
+        for (stream, _), search in searches.items():
+            position = search.tie_block()
+            if position is not None:
+                block = self.blocks[position]
+                search.place_tie(position, keys_of(block)[stream], block.start)
+
+    def _sample(self, part: int, measure: int) -> list[np.ndarray]:
+        """Keys of short runs spread evenly over the tensor."""
+        run = LANES * _SAMPLE_ROWS
+        if self.merge.grain != "element" or self.job.size < run * _SAMPLE_RUNS:
+            chosen = self.blocks[:: max(1, len(self.blocks) // 4)]
+        else:
+            step = max(1, self.job.size // run // _SAMPLE_RUNS)
+            starts = range(0, self.job.size - run + 1, step * run)
+            chosen = tuple(Block(start, run, (_SAMPLE_ROWS, LANES)) for start in starts)
+        uncached = self._map(lambda b: self.keys(b, part, measure), chosen)
+        return [np.concatenate(stream) for stream in zip(*uncached, strict=True)]
+
+    # --- output ---------------------------------------------------------------------------------------
+
+    def write(self, write: WriteBlock) -> None:
+        """Merges and writes every block.
+
+        Raises:
+            OperatorError: the measures leave some part of the merge without a meaningful result.
+        """
+        for part, known in zip(self.merge.parts, self.known, strict=True):
+            if not any(result is _PER_BLOCK for result in known):
+                part.check(tuple(known), self.job.name)
+        for _ in self._map(lambda block: self._write_block(block, write), self.blocks):
+            pass
+        if self._cache is not None:
+            for inputs in self._cache.values():
+                for buffer in inputs.buffers:
+                    self._buffers.give_back(buffer)
+            self._cache = {}
+
+    def _write_block(self, block: Block, write: WriteBlock) -> None:
+        dtype = self.job.dtype if self.job.dtype in _DEVICE_DTYPES else np.dtype(np.float32)
+        with self._inputs(block) as inputs:
+            known = self._known(inputs, block)
+            out = merge_block(self.merge, inputs.values, inputs.base, self._region(block), known, dtype=dtype)
+            flat = np.asarray(out).reshape(-1)[: block.count]
+            write(self.job.name, block.start, flat if flat.dtype == self.job.dtype else _host_cast(flat, self.job))
+
+
+def _strided(blocks: list[list[np.ndarray]], size: int) -> list[np.ndarray]:
+    """A subset of all keys of every stream, about 2^16 of them."""
+    step = max(1, size >> 16)
+    return [np.concatenate([keys[::step] for keys in stream]) for stream in zip(*blocks, strict=True)]
+
+
+def _host_cast(flat: np.ndarray, job: Job) -> np.ndarray:
+    """Casts to dtypes that the device does not have, such as float64 and int64."""
+    if np.issubdtype(job.dtype, np.integer) and not np.isfinite(flat).all():
+        raise CheckpointError(f"tensor {job.name!r} is not finite, so it cannot be written as {job.dtype}.")
+    return flat.astype(job.dtype)

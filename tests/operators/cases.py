@@ -1,0 +1,55 @@
+"""Hyper-parameters for every operator, shared by the tests that hold for all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mergelab import operators as ops
+
+CASES: dict[str, tuple[str, int, bool, dict[str, Any]]] = {
+    # id: (operator, models besides the base, with a base, hyper-parameters)
+    "linear": ("linear", 3, False, {"weight": [0.5, 0.3, 0.4]}),
+    "linear_raw": ("linear", 3, False, {"weight": [0.5, 0.3, -0.4], "normalize": False}),
+    "uniform": ("uniform", 3, False, {}),
+    "wise_ft": ("wise_ft", 1, True, {"alpha": 1.3}),
+    "slerp": ("slerp", 1, True, {"t": 0.3}),
+    "nuslerp": ("nuslerp", 2, False, {"weight": [0.7, 0.5]}),
+    "nuslerp_base": ("nuslerp", 2, True, {"weight": [1, 3]}),
+    "nuslerp_row": ("nuslerp", 2, False, {"weight": [0.7, 0.5], "nuslerp_flatten": False}),
+    "nuslerp_column": (
+        "nuslerp",
+        2,
+        False,
+        {"weight": [0.7, 0.5], "nuslerp_flatten": False, "nuslerp_row_wise": True},
+    ),
+    "multislerp": ("multislerp", 3, False, {"weight": [1, 2, 1]}),
+    "multislerp_base": ("multislerp", 3, True, {"weight": [1, 2, 1]}),
+    "karcher": ("karcher", 3, False, {}),
+    "passthrough": ("passthrough", 1, False, {"scale": 0.5}),
+    "model_stock": ("model_stock", 3, True, {}),
+    "model_stock_filter": ("model_stock", 3, True, {"filter_wise": True}),
+    "task_arithmetic": ("task_arithmetic", 3, True, {"weight": [0.5, 0.3, -0.4], "lambda_": 0.7}),
+    "ties": ("ties", 3, True, {"weight": [1.0, 0.5, 0.25], "density": [0.5, 0.3, 0.7]}),
+    "ties_rescale": ("ties", 2, True, {"weight": [1.0, 0.5], "density": 0.4, "rescale": True}),
+    "ties_count": ("ties", 3, True, {"weight": 1.0, "density": 0.4, "elect": "count", "tie": "skip"}),
+    "ties_tree": ("ties", 3, True, {"weight": 1.0, "density": 0.2, "scope": "tree", "tie": "majority"}),
+    "dare_linear": ("dare_linear", 3, True, {"weight": [0.5, 0.3, 0.4], "density": [0.5, 0.7, 0.3]}),
+    "dare_paper": ("dare_linear", 2, True, {"weight": 0.5, "density": 0.25, "rescale_by": "density"}),
+    "dare_ties": ("dare_ties", 3, True, {"weight": [0.5, 0.3, 0.4], "density": [0.5, 0.7, 0.3]}),
+    "della": ("della", 3, True, {"weight": [0.5, 0.3, 0.4], "density": [0.5, 0.7, 0.3], "epsilon": 0.1}),
+    "della_linear": ("della_linear", 2, True, {"weight": 0.5, "density": 0.5}),
+    "breadcrumbs": ("breadcrumbs", 3, True, {"weight": [0.5, 0.3, 0.4], "density": 0.7, "gamma": 0.05}),
+    "breadcrumbs_ties": ("breadcrumbs_ties", 2, True, {"weight": [0.5, 0.3], "density": [0.7, 0.9]}),
+    "sce": ("sce", 3, True, {}),
+    "sce_topk": ("sce", 3, True, {"select_topk": 0.3}),
+    "nearswap": ("nearswap", 1, True, {"t": 0.5}),
+    "arcee_fusion": ("arcee_fusion", 1, True, {}),
+    "ram": ("ram", 3, True, {"epsilon": 0.8}),
+    "ramplus_tl": ("ramplus_tl", 3, True, {"epsilon": 0.8, "r": 0.2, "alpha": 0.3}),
+}
+
+
+def build(case: str) -> tuple[ops.Merge, int, bool]:
+    """The merge of a case, how many models it takes, and whether a base."""
+    name, models, with_base, hyper_parameters = CASES[case]
+    return ops.OPERATORS[name](**hyper_parameters), models, with_base

@@ -1,0 +1,83 @@
+"""The quickstart from end to end: tokenizer, base, specialists, merges, scores; each stage done once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from mergelab.data.corpus import DOMAINS, gather
+from mergelab.merging import merge
+from mergelab.quickstart.family import Family, train_tokenizer
+from mergelab.quickstart.recipes import copy_recipe
+from mergelab.quickstart.results import Results, score_models, verdict
+from mergelab.quickstart.settings import QuickstartSettings
+from mergelab.quickstart.stages import Stages, stage_key
+
+__all__ = ["Progress", "run"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, the steps done and the steps in all."""
+
+
+def run(
+    out: str | Path,
+    settings: QuickstartSettings,
+    *,
+    seed: int = 0,
+    force: bool = False,
+    on_progress: Progress = lambda stage, done, total: None,
+) -> Results:
+    """Trains, merges and scores the model family; what an earlier run with equal settings made is kept.
+
+    Writes `models/NAME`, `merges/RECIPE` (HF folders), `recipes/RECIPE.yaml` and `results.json` in `out`.
+
+    Args:
+        out: the output folder.
+        settings: all sizes.
+        seed: of initial weights, batches and random merges.
+        force: run every stage again.
+        on_progress: called as stages advance.
+
+    Raises:
+        OutputError: `out` holds something that no quickstart wrote.
+        MergelabError: this Python has no standard-library sources.
+    """
+    out = Path(out).resolve()
+    stages = Stages(out, force=force)
+    corpus = gather(settings.train_bytes, settings.held_out_bytes)
+    key = stage_key(corpus.digest, settings, seed)
+    tokenizer = stages.run("tokenizer", key, lambda _: train_tokenizer(corpus, settings))
+    family = Family(settings, corpus, tokenizer, seed)
+    keys: dict[str, str] = {}  # of every model folder, relative to `out`
+
+    for name in ("base", *DOMAINS):
+        folder, stage = f"models/{name}", f"train {name}"
+        start = out / "models" / "base" if name in DOMAINS else None
+        keys[folder] = key
+
+        def train(path: Path, name: str = name, stage: str = stage, start: Path | None = start) -> object:
+            return family.train(name, start, path, lambda done, total: on_progress(stage, done, total))
+
+        stages.run(stage, key, train, folder)
+
+    for number, name in enumerate(settings.recipes, start=1):
+        folder, recipe = f"merges/{name}", copy_recipe(name, out / "recipes")
+        keys[folder] = stage_key(key, recipe.read_text(encoding="utf-8"))
+
+        def write_merge(path: Path, recipe: Path = recipe) -> None:
+            merge(recipe, path, seed=seed)
+
+        stages.run(f"merge {name}", keys[folder], write_merge, folder)
+        on_progress("merge", number, len(settings.recipes))
+
+    bits: dict[str, dict[str, float]] = {}
+    for number, (folder, folder_key) in enumerate(keys.items(), start=1):
+        name = Path(folder).name
+        bits[name] = stages.run(f"evaluate {name}", folder_key, lambda _, f=folder: family.evaluate(out / f))
+        on_progress("evaluate", number, len(keys))
+
+    scores = score_models(bits, DOMAINS)
+    results = Results(DOMAINS, scores, verdict(scores, DOMAINS), family.facts(), stages.seconds)
+    (out / "results.json").write_text(json.dumps(results.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return results

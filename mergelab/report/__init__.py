@@ -1,0 +1,1 @@
+"""Draws results (tables, figures, pages); computes none."""

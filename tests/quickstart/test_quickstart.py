@@ -1,0 +1,160 @@
+"""The quickstart end to end at its smallest size: complete outputs, a cached second run, clear refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
+
+from mergelab.cli.main import cli
+from mergelab.data.corpus import DOMAINS
+from mergelab.merging import Recipe
+from mergelab.models import llama
+from mergelab.operators import OPERATORS
+from mergelab.quickstart.recipes import copy_recipe, recipe_folder
+from mergelab.quickstart.settings import ALL_RECIPES, PRESETS
+
+MODEL_FILES = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+def quickstart(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, ["quickstart", "--preset", "tiny", *arguments])
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    out = tmp_path_factory.mktemp("quickstart") / "out"
+    result = quickstart("--out", str(out))
+    assert result.exit_code == 0, result.output
+    return SimpleNamespace(out=out, result=result, data=json.loads((out / "results.json").read_text()))
+
+
+def test_every_output_is_there(done: SimpleNamespace) -> None:
+    models = {path.name for path in (done.out / "models").iterdir()}
+    merges = {path.name for path in (done.out / "merges").iterdir()}
+    assert models == {"base", *DOMAINS}
+    assert merges == set(PRESETS["tiny"].recipes)
+    for folder in (*(done.out / "models").iterdir(), *(done.out / "merges").iterdir()):
+        assert {path.name for path in folder.iterdir()} >= MODEL_FILES
+    for name in ("results.json", "figure.png", "figure.svg", "report.html"):
+        assert (done.out / name).stat().st_size > 1000
+
+
+def test_the_table_holds_the_numbers_and_the_verdict(done: SimpleNamespace) -> None:
+    assert [score["name"] for score in done.data["scores"]] == ["base", *DOMAINS, *PRESETS["tiny"].recipes]
+    for score in done.data["scores"]:
+        line = next(line for line in done.result.output.splitlines() if line.startswith(f"{score['name']} "))
+        assert all(f"{score['bits'][domain]:.3f}" in line for domain in DOMAINS)
+        assert f"{score['mean']:.3f}" in line
+    for sentence in done.data["verdict"]:
+        assert sentence in done.result.output
+
+
+def test_learning_took_place(done: SimpleNamespace) -> None:
+    scores = {score["name"]: score["bits"] for score in done.data["scores"]}
+    for domain in DOMAINS:
+        assert scores["base"][domain] < 8
+        assert scores[domain][domain] < scores["base"][domain]
+
+
+def test_the_merge_is_the_merge_of_these_models(done: SimpleNamespace) -> None:
+    models = [load_file(done.out / "models" / domain / "model.safetensors") for domain in DOMAINS]
+    merged = load_file(done.out / "merges" / "linear" / "model.safetensors")
+    assert merged.keys() == models[0].keys()
+    for name, tensor in merged.items():
+        np.testing.assert_allclose(tensor, sum(m[name] for m in models) / 3, rtol=0, atol=1e-6)
+        assert not np.array_equal(tensor, models[0][name])
+
+
+def test_a_merge_is_a_model_with_its_tokenizer(done: SimpleNamespace) -> None:
+    config, _ = llama.load(done.out / "merges" / "slerp")
+    assert config == PRESETS["tiny"].model
+    tokenizer = Tokenizer.from_file(str(done.out / "merges" / "slerp" / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == config.vocab_size
+
+
+@pytest.mark.oracle
+def test_transformers_loads_base_and_merge_with_equal_logits(done: SimpleNamespace) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    for folder in (done.out / "models" / "base", done.out / "merges" / "linear"):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokens = np.array(tokenizer("def f(self):\n    return self.x")["input_ids"], np.int32)[None]
+        with torch.no_grad():
+            expected = theirs(torch.tensor(tokens, dtype=torch.int64)).logits.numpy()
+        config, params = llama.load(folder)
+        found = np.asarray(llama.apply(config, params, jnp.asarray(tokens)))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+        assert (found.argmax(-1) == expected.argmax(-1)).all()
+
+
+def test_the_page_is_self_contained(done: SimpleNamespace) -> None:
+    page = (done.out / "report.html").read_text()
+    for needle in ('src="http', 'href="http', "url(http", "<script", "<link", "@import"):
+        assert needle not in page
+    assert page.count("data:image/svg+xml;base64,") == 2
+    assert all(name in page for name in PRESETS["tiny"].recipes)
+
+
+def test_a_second_run_is_cached_and_says_the_same(done: SimpleNamespace) -> None:
+    before = {path: path.stat().st_mtime_ns for path in done.out.rglob("*.safetensors")}
+    again = quickstart("--out", str(done.out), "--json")
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout) == done.data
+    assert {path: path.stat().st_mtime_ns for path in done.out.rglob("*.safetensors")} == before
+
+
+def test_a_removed_merge_alone_is_made_again_with_the_same_bytes(done: SimpleNamespace) -> None:
+    weights = done.out / "merges" / "linear" / "model.safetensors"
+    trained = (done.out / "models" / "base" / "model.safetensors").stat().st_mtime_ns
+    before = weights.read_bytes()
+    for path in weights.parent.iterdir():
+        path.unlink()
+    weights.parent.rmdir()
+    assert quickstart("--out", str(done.out)).exit_code == 0
+    assert weights.read_bytes() == before
+    assert (done.out / "models" / "base" / "model.safetensors").stat().st_mtime_ns == trained
+
+
+def test_a_foreign_folder_and_a_wrong_preset_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    refused = quickstart("--out", str(tmp_path))
+    assert refused.exit_code == 2
+    assert "was not written by the quickstart" in refused.output
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert "'huge' is not one of 'default', 'tiny'" in quickstart("--preset", "huge").output
+
+
+@pytest.mark.parametrize("name", ALL_RECIPES)
+def test_the_quickstart_recipes_are_valid_and_name_its_models(name: str, tmp_path: Path) -> None:
+    recipe = Recipe.load(copy_recipe(name, tmp_path))
+    assert recipe.merge_method in OPERATORS
+    assert set(recipe.model_texts()) <= {f"../models/{model}" for model in ("base", *DOMAINS)}
+
+
+def test_no_quickstart_recipe_is_forgotten() -> None:
+    assert {path.stem for path in recipe_folder().glob("*.yaml")} == set(ALL_RECIPES)
+
+
+def test_the_example_recipes_are_valid_and_listed(repository: Path) -> None:
+    folder = repository / "configs" / "recipes"
+    listed = (folder / "README.md").read_text()
+    recipes = {path.name: Recipe.load(path) for path in sorted(folder.glob("*.yaml"))}
+    assert len(recipes) >= 10
+    for name, recipe in recipes.items():
+        assert f"`{name}`" in listed
+        assert recipe.merge_method in OPERATORS

@@ -1,0 +1,106 @@
+"""Tables, figure and page draw the numbers they are given, and mark the right ones."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from mergelab.report.comparison import cells, in_reading_order
+from mergelab.report.figure import save_figure, score_figure, svg
+from mergelab.report.page import render_page
+from mergelab.report.table import markdown_table, text_table
+
+
+@dataclass(frozen=True)
+class Score:
+    name: str
+    kind: str
+    bits: dict[str, float]
+    retained: dict[str, float | None]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.bits.values()) / len(self.bits)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    domains: tuple[str, ...]
+    scores: tuple[Score, ...]
+    verdict: tuple[str, ...]
+    facts: dict[str, str]
+    seconds: dict[str, float]
+
+
+RESULTS = Comparison(
+    domains=("code", "prose"),
+    scores=(
+        Score("worse", "merge", {"code": 1.9, "prose": 2.9}, {"code": 0.1, "prose": None}),
+        Score("better <b>", "merge", {"code": 1.2, "prose": 2.2}, {"code": 0.8, "prose": -0.5}),
+        Score("code", "specialist", {"code": 1.0, "prose": 3.5}, {"code": 1.0, "prose": 0.0}),
+        Score("base", "base", {"code": 2.0, "prose": 3.0}, {"code": 0.0, "prose": 0.0}),
+    ),
+    verdict=("One helped & one did not.",),
+    facts={"seed": "0"},
+    seconds={"train base": 1.25, "merge": 2.0},
+)
+
+
+def test_rows_stand_in_reading_order_with_the_best_of_each_column_marked() -> None:
+    assert [s.name for s in in_reading_order(RESULTS)] == ["base", "code", "better <b>", "worse"]
+    header, rows = cells(RESULTS)
+    assert header == ["model", "code", "prose", "mean", "keeps code", "keeps prose"]
+    assert rows[1] == ["code", "1.000*", "3.500 ", "2.250 ", "", ""]
+    assert rows[2] == ["better <b>", "1.200 ", "2.200*", "1.700*", "80%", "-50%"]
+    assert rows[3][-1] == "-"
+    assert sum(cell.endswith("*") for row in rows for cell in row) == 3
+
+
+def test_text_tables_are_aligned() -> None:
+    table = text_table(["model", "x"], [["a", "10.0"], ["longer", "9.5"]], rules_before=(1,))
+    assert table.splitlines() == [
+        "model      x",
+        "------  ----",
+        "a       10.0",
+        "------  ----",
+        "longer   9.5",
+    ]
+    with pytest.raises(ValueError, match="argument"):
+        text_table(["model", "x"], [["a", "1", "too many"]])
+
+
+def test_markdown_tables_escape_their_separator() -> None:
+    assert markdown_table(["m"], [["a|b"]]).splitlines()[-1] == r"| a\|b |"
+
+
+def test_the_figure_shows_every_score_at_its_place() -> None:
+    figure = score_figure(RESULTS)
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["code", "prose", "mean"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()][2] == "better <b>"
+    for ax, column in zip(figure.axes[:2], RESULTS.domains, strict=True):
+        drawn = sorted(
+            float(line.get_xdata()[0]) for line in ax.lines if line.get_marker() not in ("None", "")
+        )
+        assert drawn == sorted(s.bits[column] for s in RESULTS.scores)
+    best = [text.get_text() for ax in figure.axes for text in ax.texts]
+    assert best == ["1.000", "2.200", "1.700"]
+
+
+def test_figures_are_files_that_repeat_to_the_byte(tmp_path: Path) -> None:
+    save_figure(RESULTS, tmp_path)
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "figure.svg").read_text() == svg(score_figure(RESULTS))
+    assert svg(score_figure(RESULTS)) != svg(score_figure(RESULTS, dark=True))
+
+
+def test_the_page_escapes_text_marks_the_best_and_loads_nothing() -> None:
+    page = render_page(RESULTS, "A <title>", {"better": "weight: 1 # <i>"})
+    assert "A &lt;title&gt;" in page and "better &lt;b&gt;" in page and "# &lt;i&gt;" in page
+    assert "One helped &amp; one did not." in page
+    assert re.findall(r'class="best">([\d.]+)<', page) == ["1.000", "2.200", "1.700"]
+    assert page.index(">base<") < page.index(">code</th>\n<td") < page.index(">worse<")
+    assert "3 s in all" in page
+    assert not re.search(r"""(src|href|srcset)=["'](?!data:)|@import|url\(|<script""", page)

@@ -77,8 +77,12 @@ def command(
 
     from mergelab.merging.merge import merge
 
-    total = sum(p.bytes_in + p.bytes_out for p in (*plan.stages.values(), plan))
+    total = sum(p.bytes_out for p in (*plan.stages.values(), plan))
     with _progress_bar(total) as bar:
+
+        def advance(count: int) -> None:
+            bar.update(count)
+
         merged = merge(
             loaded,
             out,
@@ -89,7 +93,8 @@ def command(
             overwrite=options["overwrite"],
             allow_nonfinite=options["allow_nonfinite"],
             sha256=options["sha256"],
-            progress=bar.update,
+            progress=advance,
+            plan=plan,
         )
     seconds = time.perf_counter() - started
     if as_json:
@@ -112,7 +117,7 @@ def command(
 
 
 def _progress_bar(total: int) -> Any:
-    """Bytes, throughput and time left on stderr; nothing where stderr is no terminal."""
+    """Bytes written, throughput and time left on stderr; nothing where stderr is no terminal."""
     from tqdm import tqdm
 
     return tqdm(

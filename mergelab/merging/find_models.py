@@ -12,6 +12,7 @@ from mergelab.checkpoints import Checkpoint, FolderCheckpoint, open_checkpoint, 
 from mergelab.errors import CheckpointError, DependencyError, MergelabError, did_you_mean
 from mergelab.merging.faults import FieldPath, Origin, raise_faults
 from mergelab.merging.model_ref import ModelRef, parse_model_ref
+from mergelab.merging.provenance import recorded_identity
 
 __all__ = ["FoundModel", "find_models"]
 
@@ -71,12 +72,15 @@ def _open(text: str, folders: list[Path], stages: Mapping[str, Checkpoint]) -> F
     reference = parse_model_ref(text)
     if any((folder / text).exists() for folder in folders):
         reference = ModelRef(text)  # a folder whose own name holds '@' or '+'
+    fingerprint = None
     if reference.path in stages:
         checkpoint, revision = stages[reference.path], None
+        # The same before and after the stage has run, so that a plan's identity is known from the start.
+        fingerprint = recorded_identity(checkpoint.path)
     else:
         path, revision = _locate(reference.path, reference.revision, folders, list(stages))
         checkpoint = open_checkpoint(path)
-    fingerprint = _fingerprint(checkpoint)
+    fingerprint = fingerprint or _fingerprint(checkpoint)
     if reference.adapter is not None:
         adapter, _ = _locate(reference.adapter, reference.adapter_revision, folders, [])
         if not isinstance(checkpoint, FolderCheckpoint):

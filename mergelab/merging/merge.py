@@ -12,7 +12,7 @@ from typing import Any
 from mergelab.checkpoints import CheckpointWriter, TensorSpec, plan_shards
 from mergelab.merging.model_card import model_card
 from mergelab.merging.plan import Plan, make_plan
-from mergelab.merging.provenance import PROVENANCE, is_finished, provenance, write_sha256
+from mergelab.merging.provenance import PROVENANCE, provenance, recorded_identity, write_sha256
 from mergelab.merging.recipe import Recipe
 from mergelab.merging.streaming import stream_jobs
 
@@ -51,7 +51,7 @@ def merge(
     truncate_embeddings: bool = False,
     sha256: bool = False,
     base_dir: str | Path | None = None,
-    progress: Callable[[int], object] = lambda count: None,
+    progress: Callable[[int], None] = lambda count: None,
     plan: Plan | None = None,
 ) -> Merged:
     """Merges checkpoints as a recipe says and writes a complete Hugging Face folder.
@@ -105,7 +105,8 @@ def merge(
     folders: dict[str, Path] = {}
     stages: list[Plan] = []
     seconds = 0.0
-    for number, stage in enumerate(recipe.merges):
+    finished = resume and recorded_identity(out) == plan.identity
+    for number, stage in enumerate(() if finished else recipe.merges):
         staged = make_plan(stage, stages=folders, **planning)
         folder = workshop / str(number)
         seconds += _write(staged, folder, (), resume=resume, overwrite=True, **running)
@@ -128,10 +129,10 @@ def _write(
     resume: bool,
     overwrite: bool,
     allow_nonfinite: bool,
-    progress: Callable[[int], object],
+    progress: Callable[[int], None],
 ) -> float:
     """Runs one plan into a folder; returns the seconds spent streaming."""
-    if resume and is_finished(out, plan):
+    if resume and recorded_identity(out) == plan.identity:
         return 0.0
     specs = [TensorSpec(job.name, job.dtype, job.shape) for job in plan.jobs]
     layout = plan_shards(specs, plan.shard_bytes)
@@ -143,7 +144,7 @@ def _write(
             memory=memory,
             threads=threads,
             allow_nonfinite=allow_nonfinite,
-            progress=lambda count: (progress(count), None)[1],
+            progress=progress,
         )
         digests = writer.digests()
         for name, content in plan.files.items():

@@ -106,14 +106,15 @@ def value_fault(parameter: Parameter, value: Scalar) -> str | None:
     """What is wrong with a value as written, or None."""
     if value is None:
         return None if parameter.optional else f"has no value: {_expected(parameter)} is needed"
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if parameter.type is bool:
-        fine = isinstance(value, bool) or (is_number and value in (0, 1))
+        fine = isinstance(value, bool | int | float) and value in (0, 1)
         hint = ": write true or false" if str(value).lower() in ("yes", "no", "on", "off") else ""
         return None if fine else f"expected true or false, found {value!r}{hint}"
     if parameter.type is str:
         return None if isinstance(value, str) else f"expected a word, found {value!r}"
-    if not is_number or not math.isfinite(value) or (parameter.type is int and value != int(value)):
+    if isinstance(value, bool | str) or not math.isfinite(value):
+        return f"expected {_expected(parameter)}, found {value!r}"
+    if parameter.type is int and value != int(value):
         return f"expected {_expected(parameter)}, found {value!r}"
     if not parameter.low <= float(value) <= parameter.high:
         return f"{value!r} is out of range: expected {_expected(parameter)}"

@@ -6,13 +6,15 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergelab import __version__
 from mergelab.errors import OutputError
-from mergelab.merging.plan import Plan
 
-__all__ = ["PROVENANCE", "SHA256SUMS", "is_finished", "provenance", "write_sha256"]
+if TYPE_CHECKING:
+    from mergelab.merging.plan import Plan
+
+__all__ = ["PROVENANCE", "SHA256SUMS", "provenance", "recorded_identity", "write_sha256"]
 
 PROVENANCE = "mergelab.json"
 SHA256SUMS = "SHA256SUMS"
@@ -34,13 +36,13 @@ def provenance(plan: Plan, digests: Mapping[str, str]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def is_finished(out: Path, plan: Plan) -> bool:
-    """True if `out` is the complete result of an equal plan (folders appear only when complete)."""
+def recorded_identity(out: Path) -> str | None:
+    """The identity of the plan that `out` is the result of, or None; folders appear only when complete."""
     try:
         content = json.loads((out / PROVENANCE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("identity") == plan.identity
+        return None
+    return content.get("identity") if isinstance(content, dict) else None
 
 
 def write_sha256(out: Path) -> dict[str, str]:

@@ -19,7 +19,7 @@ __all__ = ["load_recipe", "parse_recipe", "recipe_yaml"]
 
 # What stands in for a faulty required field, so that the rest of the recipe can be checked as well.
 _NO_MODEL = "<missing model>"
-_STAND_INS: Mapping[str, Any] = {"model": _NO_MODEL, "layer_range": [0, 1], "value": 0, "kind": "zero"}
+_STAND_INS: Mapping[str, Any] = {"model": _NO_MODEL, "layer_range": (0, 1), "value": 0, "kind": "zero"}
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -92,7 +92,7 @@ def _repair(data: Any, path: FieldPath) -> bool:
         data[last] = {"model": f"{_NO_MODEL} {last}"} | ({"layer_range": [0, 1]} if "sources" in path else {})
         return "models" in path or "sources" in path
     if isinstance(data, dict) and last in _STAND_INS:
-        data[last] = f"{_NO_MODEL} {path}" if last == "model" else _STAND_INS[last]
+        data[last] = f"{_NO_MODEL} {path}" if last == "model" else _STAND_INS[str(last)]
         return True
     return isinstance(data, dict) and data.pop(last, path) is not path
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from mergelab.checkpoints import Checkpoint, FolderCheckpoint, open_checkpoint, with_lora
 from mergelab.errors import CheckpointError, DependencyError, MergelabError, did_you_mean
 from mergelab.merging.faults import FieldPath, Origin, raise_faults
 from mergelab.merging.model_ref import ModelRef, parse_model_ref
+from mergelab.merging.planned_checkpoint import PlannedCheckpoint
 from mergelab.merging.provenance import recorded_identity
 
 __all__ = ["FoundModel", "find_models"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SAMPLE = 64
 _HUB_FILES = ["*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -28,7 +34,7 @@ class FoundModel:
         name: its reference as the recipe writes it.
         checkpoint: its tensors, with the adapter added if the reference names one.
         revision: the hub commit it was taken from, or None.
-        fingerprint: SHA-256 over headers and configs of all its files (weights are not read).
+        fingerprint: SHA-256 over config, headers and the first values of every tensor, and over the adapter.
     """
 
     name: str
@@ -99,11 +105,15 @@ def _digest(path: Path) -> str:
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:
-    own = getattr(checkpoint, "fingerprint", None)
-    if callable(own):
-        return str(own())
-    tensors = [f"{name} {t.dtype} {t.shape}" for name, t in checkpoint.tensors.items()]
-    return hashlib.sha256("\n".join(tensors).encode()).hexdigest()
+    """Headers alone do not tell a model from its fine-tune: the first values of every tensor do."""
+    if isinstance(checkpoint, PlannedCheckpoint):
+        return checkpoint.identity
+    digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
+    for name, tensor in checkpoint.tensors.items():
+        values = np.empty(min(_SAMPLE, math.prod(tensor.shape)), tensor.dtype)
+        tensor.read_into(0, values)
+        digest.update(f"{name} {tensor.dtype} {tensor.shape} ".encode() + values.tobytes())
+    return digest.hexdigest()
 
 
 def _locate(

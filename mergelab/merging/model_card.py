@@ -61,7 +61,7 @@ def model_card(
         "",
         "## Inputs",
         "",
-        "| model | revision | fingerprint (SHA-256 of headers and config) |",
+        "| model | revision | fingerprint (SHA-256 of config, headers and first values) |",
         "| --- | --- | --- |",
         *dict.fromkeys(rows),
         "",

@@ -105,7 +105,7 @@ def make_plan(
     truncate_embeddings: bool = False,
     stages: Mapping[str, Path] | None = None,
 ) -> Plan:
-    """Plans a merge; reads headers, configs and tokenizer files only.
+    """Plans a merge; reads headers, configs, tokenizers, and a few values per tensor to tell models apart.
 
     Args:
         recipe: the recipe; of the recipes it builds on, those not in `stages` are planned too.

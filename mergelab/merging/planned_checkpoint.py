@@ -54,7 +54,3 @@ class PlannedCheckpoint:
         (folder / "config.json").write_text(json.dumps(plan.config))
         tensors = {job.name: _PlannedTensor(job.name, job.shape, job.dtype) for job in plan.jobs}
         return cls(folder, plan.config, tensors, plan.identity)
-
-    def fingerprint(self) -> str:
-        """The plan's identity."""
-        return self.identity

@@ -382,6 +382,10 @@ def test_identity_changes_with_what_determines_the_bytes(tmp_path: Path) -> None
     }
     write_model(tmp_path / "b", seed=1, config={"num_hidden_layers": 3, "other": 1})
     assert {key for key, value in identities().items() if value != same[key]} == {"models"}
+    write_model(tmp_path / "b", seed=2)
+    assert {key for key, value in identities().items() if value != same[key]} == {"models"}
+    write_model(tmp_path / "b", seed=1)
+    assert identities() == same
 
 
 def test_adapters_are_added_to_the_model(goldens: Path) -> None:

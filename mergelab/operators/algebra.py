@@ -25,7 +25,7 @@ from mergelab.operators.in_memory import merge_trees
 from mergelab.operators.measures import Measure
 from mergelab.operators.region import Region
 
-__all__ = ["Granularity", "Inputs", "Merge", "Part", "Reduction", "Stage", "algebraic", "chain"]
+__all__ = ["Granularity", "Inputs", "Merge", "Part", "Reduction", "Stacked", "Stage", "algebraic", "chain"]
 
 Granularity = Literal["element", "row", "column"]
 BaseUse = Literal["required", "optional", "as_input"]
@@ -50,9 +50,11 @@ class Part:
     Attributes:
         granularity: `element` if any flat piece of a tensor will do, `row` if a block must hold whole rows
             (the last axis), `column` if it must keep the first axis whole rows apart (`[first, rest]`).
+        per_model: the fields that hold one value for all models, or a sequence of one value per model.
     """
 
     granularity: ClassVar[Granularity] = "element"
+    per_model: ClassVar[tuple[str, ...]] = ()
 
     def measures(self) -> tuple[Measure, ...]:
         """What must be known of the whole tensor, in order; later ones may use earlier ones."""
@@ -62,6 +64,21 @@ class Part:
     def grain(self) -> Granularity:
         """The granularity of this instance."""
         return self.granularity
+
+    def check_models(self, models: int, operator: str) -> None:
+        """Checks that every per-model field holds one value, or as many as there are models.
+
+        Raises:
+            OperatorError: it holds another number of values.
+        """
+        for field in self.per_model:
+            values = getattr(self, field)
+            one_for_all = not isinstance(values, list | tuple) and jnp.ndim(values) == 0
+            if not one_for_all and len(values) != models:
+                raise OperatorError(
+                    f"{operator}: parameter {field!r} has {len(values)} value(s) for {models} model(s), the base "
+                    "not counted; give one per model, in their order, or a single number for all."
+                )
 
     def check(self, known: Known, name: str) -> None:
         """Called once all measures of tensor `name` are known and concrete.
@@ -122,6 +139,22 @@ class Inputs:
 
 
 @algebraic
+class Stacked:
+    """The same block of all models in one array `[models, *block]`, the base last if `with_base`.
+
+    Handing one array to the device costs a fraction of handing over one per model.
+    """
+
+    array: Any
+    with_base: bool = dataclasses.field(metadata={"static": True})
+
+    def arrays(self) -> tuple[Arrays, jax.Array | None]:
+        """The models' arrays, and the base's."""
+        every = tuple(self.array[i] for i in range(self.array.shape[0]))
+        return (every[:-1], every[-1]) if self.with_base else (every, None)
+
+
+@algebraic
 class Merge:
     """A merge: stages, then a reduction; call it on models.
 
@@ -154,6 +187,16 @@ class Merge:
         """All measures in the order they can be taken: (part, measure, declaration)."""
         return tuple((p, m, d) for p, part in enumerate(self.parts) for m, d in enumerate(part.measures()))
 
+    def check(self, models: int, has_base: bool) -> None:
+        """Checks the number of models, the presence of a base, and the number of per-model values.
+
+        Raises:
+            OperatorError: they are not what the merge takes.
+        """
+        self.inputs.check(models, has_base)
+        for part in self.parts:
+            part.check_models(models, self.inputs.operator)
+
     def __call__(
         self, models: Sequence[Any], base: Any = None, *, seed: int = 0, dtype: Any = None
     ) -> Any:
@@ -175,8 +218,12 @@ class Merge:
         return merge_trees(self, models, base, seed=seed, dtype=dtype)
 
 
-def _upto(merge: Merge, values: Arrays, base: jax.Array | None, region: Region, known: Known, stop: int) -> Any:
+def _upto(
+    merge: Merge, values: Arrays | Stacked, base: jax.Array | None, region: Region, known: Known, stop: int
+) -> Any:
     """Runs the merge up to (not including) part `stop`: the arrays that part sees, and the base."""
+    if isinstance(values, Stacked):
+        values, base = values.arrays()
     wide = jax.numpy.float32
     base = None if base is None else base.astype(wide)
     xs = tuple(v.astype(wide) for v in values)
@@ -189,7 +236,14 @@ def _upto(merge: Merge, values: Arrays, base: jax.Array | None, region: Region, 
 
 @partial(jax.jit, static_argnames=("part", "measure"))
 def measure_block(
-    merge: Merge, values: Arrays, base: jax.Array | None, region: Region, known: Known, *, part: int, measure: int
+    merge: Merge,
+    values: Arrays | Stacked,
+    base: jax.Array | None,
+    region: Region,
+    known: Known,
+    *,
+    part: int,
+    measure: int,
 ) -> Any:
     """Evaluates one measure on one block of a tensor."""
     xs, base = _upto(merge, values, base, region, known, part)
@@ -206,7 +260,7 @@ def finish_measure(merge: Merge, totals: Any, *, part: int, measure: int) -> Any
 
 @partial(jax.jit, static_argnames=("dtype",))
 def merge_block(
-    merge: Merge, values: Arrays, base: jax.Array | None, region: Region, known: Known, *, dtype: Any
+    merge: Merge, values: Arrays | Stacked, base: jax.Array | None, region: Region, known: Known, *, dtype: Any
 ) -> jax.Array:
     """Merges one block: `[*block]` per model in, `[*block]` of `dtype` out."""
     xs, base = _upto(merge, values, base, region, known, len(merge.stages))

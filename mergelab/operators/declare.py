@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from mergelab.operators.algebra import BaseUse, Inputs, Merge
+from mergelab.operators.arguments import check_arguments
 
 __all__ = ["REQUIRED", "Operator", "Parameter", "PerModel", "Range", "operator"]
+
 
 class _Required:
     """The default of a parameter that has none."""
@@ -94,7 +96,12 @@ class Operator:
     build: Callable[..., Merge]
 
     def __call__(self, **hyper_parameters: Any) -> Merge:
-        """Returns the merge with these hyper-parameters; per-model ones are sequences, or one value for all."""
+        """Returns the merge with these hyper-parameters; per-model ones are sequences, or one value for all.
+
+        Raises:
+            OperatorError: a parameter is unknown, missing, out of its range or none of its choices.
+        """
+        check_arguments(self, hyper_parameters)
         inputs = Inputs(self.name, self.base, self.min_models, self.max_models)
         return dataclasses.replace(self.build(**hyper_parameters), inputs=inputs)
 

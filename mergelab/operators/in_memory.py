@@ -44,7 +44,7 @@ class _Leaf:
 def merge_trees(merge: Merge, models: Sequence[Any], base: Any, *, seed: int, dtype: Any) -> Any:
     """The body of `Merge.__call__`, which documents it."""
     models = list(models)
-    merge.inputs.check(len(models), base is not None)
+    merge.check(len(models), base is not None)
     trees = models if base is None else [*models, base]
     if not models:
         return base

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ class MultiSlerp(GramReduction):
     weight: Any
     eps: Any = 1e-8
     normalize: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    per_model: ClassVar[tuple[str, ...]] = ("weight",)
 
     def coefficients(self, gram: jax.Array) -> tuple[jax.Array, ...]:
         """The factors of all models."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,8 @@ class NuSlerp(Reduction):
 
     weight: Any
     along: Along = dataclasses.field(default="all", metadata={"static": True})
+
+    per_model: ClassVar[tuple[str, ...]] = ("weight",)
 
     @property
     def grain(self) -> Granularity:

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from mergelab.operators.algebra import Arrays, Known, Merge, Reduction, algebraic
-from mergelab.operators.arithmetic import coefficient
+from mergelab.operators.arithmetic import coefficient, rounded
 from mergelab.operators.declare import Range, operator
-from mergelab.operators.hyper import weights
+from mergelab.operators.hyper import exact, weights
 from mergelab.operators.measures import Measure, Sum
 from mergelab.operators.region import Region
 
@@ -29,9 +29,10 @@ def _changed(xs: Arrays, epsilon: Any) -> tuple[Arrays, jax.Array]:
 def _averaged(xs: Arrays, changed: Arrays, count: jax.Array, gains: list[Any]) -> jax.Array:
     total = jnp.zeros_like(xs[0])
     for x, c, gain in zip(xs, changed, gains, strict=True):
-        kept = jnp.where(c, x, jnp.float32(0))
-        total = total + jnp.where(count == 1, kept * gain, kept)
-    return total / jnp.maximum(count, jnp.float32(1))
+        # Divided before they are added, not after: the two round differently, and this is mergekit's order.
+        share = jnp.where(count == 1, rounded(x * gain), x / jnp.maximum(count, jnp.float32(1)))
+        total = total + jnp.where(c, share, jnp.float32(0))
+    return total
 
 
 @algebraic
@@ -90,4 +91,4 @@ def ram(epsilon: Epsilon = 1e-5) -> Merge:
 @operator(base="required", min_models=0, reference="RAM+, arXiv 2601.13572")
 def ramplus_tl(r: float = 0.1, alpha: Annotated[float, Range(0.0)] = 0.2, epsilon: Epsilon = 1e-5) -> Merge:
     """RAM with unique changes amplified by how much of the model's change is shared, per tensor."""
-    return Merge((), OverlapPlus(weights(r), weights(alpha), weights(epsilon)))
+    return Merge((), OverlapPlus(exact(r), exact(alpha), weights(epsilon)))

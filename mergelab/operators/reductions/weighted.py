@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,8 @@ class WeightedSum(Reduction):
 
     weight: Any = 1.0
 
+    per_model: ClassVar[tuple[str, ...]] = ("weight",)
+
     def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> jax.Array:
         return _weighted(xs, self.weight)
 
@@ -44,6 +46,8 @@ class Mean(Reduction):
     """`sum_i w_i x_i / sum_i w_i`; a weight sum below 1e-8 in magnitude divides by 1 instead."""
 
     weight: Any = 1.0
+
+    per_model: ClassVar[tuple[str, ...]] = ("weight",)
 
     def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> jax.Array:
         divisor = _weight_sum(self.weight, len(xs))
@@ -58,6 +62,8 @@ class DisjointMean(Reduction):
     """
 
     weight: Any = 1.0
+
+    per_model: ClassVar[tuple[str, ...]] = ("weight",)
 
     def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> jax.Array:
         divisor = jnp.zeros_like(xs[0])

@@ -37,6 +37,8 @@ class Drop(Stage):
     density: Any
     rescale: bool = dataclasses.field(default=True, metadata={"static": True})
 
+    per_model: ClassVar[tuple[str, ...]] = ("density",)
+
     def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> Arrays:
         return tuple(self._drop(x, i, region) for i, x in enumerate(xs))
 
@@ -63,6 +65,7 @@ class MagPrune(Stage):
     epsilon: Any = 0.15
 
     granularity: ClassVar[Granularity] = "row"
+    per_model: ClassVar[tuple[str, ...]] = ("density", "epsilon")
 
     def measures(self) -> tuple[Measure, ...]:
         return (RowOrder(MagPrune.keys),)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,8 @@ class ElectSign(Stage):
     weight: Any = 1.0
     ballot: Ballot = dataclasses.field(default="sum", metadata={"static": True})
     tie: Tie = dataclasses.field(default="positive", metadata={"static": True})
+
+    per_model: ClassVar[tuple[str, ...]] = ("weight",)
 
     def measures(self) -> tuple[Measure, ...]:
         return (Sum(ElectSign.tally, scope="tree"),) if self.tie == "majority" else ()

@@ -28,6 +28,9 @@ class RescaleL1(Stage):
     def grain(self) -> Granularity:
         return self.inner.grain
 
+    def check_models(self, models: int, operator: str) -> None:
+        self.inner.check_models(models, operator)
+
     def measures(self) -> tuple[Measure, ...]:
         return (*(_inward(m) for m in self.inner.measures()), Sum(RescaleL1.norms, RescaleL1.ratios))
 

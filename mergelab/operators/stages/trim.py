@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,8 @@ class Trim(Stage):
     density: Any
     scope: Scope = dataclasses.field(default="tensor", metadata={"static": True})
 
+    per_model: ClassVar[tuple[str, ...]] = ("density",)
+
     def measures(self) -> tuple[Measure, ...]:
         return (Rank(_magnitudes, Trim.kept, self.scope),)
 
@@ -76,6 +78,8 @@ class MaskTails(Stage):
 
     density: Any
     gamma: Any = 0.01
+
+    per_model: ClassVar[tuple[str, ...]] = ("density", "gamma")
 
     def measures(self) -> tuple[Measure, ...]:
         return (Rank(_magnitudes, MaskTails.kept),)

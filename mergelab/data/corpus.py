@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from mergelab.data.python_text import docstrings_of, stripped_code
+from mergelab.data.python_text import docstrings, stripped_code
 from mergelab.errors import MergelabError
 
 __all__ = ["DOMAINS", "Corpus", "Document", "gather", "is_held_out", "sources_folder"]
@@ -37,6 +37,7 @@ _SKIPPED = frozenset(
 )
 _HELD_OUT_IN = 8  # one source in so many, chosen by a hash of its name
 _PAGE = 256  # code points to a page of character names
+_LARGEST = 4  # no source makes up more than a quarter of a side: a score is not that of one file
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,11 @@ class Corpus:
 
 @dataclass(frozen=True)
 class _Source:
-    """A file, topic or page: the domains it may feed, and how to read its text by domain."""
+    """Text of one domain that is read only when it is wanted."""
 
     name: str
-    domains: tuple[str, ...]
-    read: Callable[[], Mapping[str, str]]
+    domain: str
+    read: Callable[[], str]
 
 
 class _Side:
@@ -93,13 +94,13 @@ class _Side:
         self.size: dict[str, int] = dict.fromkeys(DOMAINS, 0)
 
     def take(self, source: _Source) -> None:
-        """Adds the source's text to each of its domains that is not full; reads it only if there is one."""
-        if all(self.size[domain] >= self.limit for domain in source.domains):
+        """Adds the source's text if its domain is not full."""
+        if self.size[source.domain] >= self.limit:
             return
-        for domain, text in source.read().items():
-            if text.strip() and self.size[domain] < self.limit:
-                self.documents[domain].append(Document(source.name, text))
-                self.size[domain] += len(text.encode())
+        document = Document(source.name, source.read())
+        if document.text.strip() and document.num_bytes * _LARGEST <= self.limit:
+            self.documents[source.domain].append(document)
+            self.size[source.domain] += document.num_bytes
 
 
 def gather(train_bytes: int, held_out_bytes: int, stdlib: Path | None = None) -> Corpus:
@@ -141,20 +142,20 @@ def _files(stdlib: Path) -> Iterator[_Source]:
     for path in sorted(stdlib.rglob("*.py")):
         relative = path.relative_to(stdlib)
         if not _SKIPPED.intersection(relative.parts) and not relative.name.startswith("_sysconfigdata"):
-            yield _Source(relative.as_posix(), ("code", "prose"), partial(_read_file, path))
+            yield _Source(relative.as_posix(), "code", partial(_read, path, stripped_code))
+            yield _Source(relative.as_posix(), "prose", partial(_read, path, docstrings))
 
 
-def _read_file(path: Path) -> Mapping[str, str]:
-    source = path.read_text(encoding="utf-8", errors="replace")
+def _read(path: Path, part: Callable[[str], str]) -> str:
     try:
-        return {"code": stripped_code(source), "prose": "\n\n".join(docstrings_of(source))}
+        return part(path.read_text(encoding="utf-8", errors="replace"))
     except SyntaxError:
-        return {}  # a file for another Python: not text worth learning from
+        return ""  # a file for another Python: not text worth learning from
 
 
 def _topics() -> Iterator[_Source]:
     for name, text in topics.items():
-        yield _Source(f"topic:{name}", ("prose",), partial(dict, prose=text))
+        yield _Source(f"topic:{name}", "prose", partial(str, text))
 
 
 def _pages() -> Iterator[_Source]:
@@ -165,7 +166,7 @@ def _pages() -> Iterator[_Source]:
         if name and not name.startswith("HANGUL SYLLABLE") and not any(c.isdigit() for c in name):
             pages.setdefault(point // _PAGE, []).append(name)
     for page, names in pages.items():
-        yield _Source(f"U+{page * _PAGE:04X}", ("names",), partial(dict, names="\n".join(names) + "\n"))
+        yield _Source(f"U+{page * _PAGE:04X}", "names", partial(str, "\n".join(names) + "\n"))
 
 
 def _hash(text: str) -> int:

@@ -7,16 +7,16 @@ import inspect
 import io
 import tokenize
 
-__all__ = ["docstrings_of", "stripped_code"]
+__all__ = ["docstrings", "stripped_code"]
 
 
-def docstrings_of(source: str) -> list[str]:
-    """The cleaned docstrings of a module, its classes and functions, in source order.
+def docstrings(source: str) -> str:
+    """The cleaned docstrings of a module, its classes and functions, in source order, a blank line between.
 
     Raises:
         SyntaxError: `source` is not Python of the running version.
     """
-    return [inspect.cleandoc(str(node.value)) for node in _docstring_nodes(source)]
+    return "\n\n".join(inspect.cleandoc(str(node.value)) for node in _docstring_nodes(source))
 
 
 def stripped_code(source: str) -> str:

@@ -7,9 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-__all__ = ["Linear", "RMSNorm", "causal_attention", "initial_weights", "matmul", "rotary_angles", "rotate"]
-
-initial_weights = nn.initializers.normal(0.02)
+__all__ = ["Linear", "RMSNorm", "causal_attention", "matmul", "rotary_angles", "rotate"]
 
 
 def matmul(
@@ -20,13 +18,20 @@ def matmul(
 
 
 class Linear(nn.Module):
-    """`x @ kernel`, kernel `[in, out]`, no bias."""
+    """`x @ kernel`, kernel `[in, out]`, no bias.
+
+    Attributes:
+        features: width of the output.
+        initial_gain: the initial kernel is normal with deviation `initial_gain / sqrt(in)`.
+    """
 
     features: int
+    initial_gain: float = 1.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length features"]:
-        return matmul(x, self.param("kernel", initial_weights, (x.shape[-1], self.features)))
+        initial = nn.initializers.variance_scaling(self.initial_gain**2, "fan_in", "normal")
+        return matmul(x, self.param("kernel", initial, (x.shape[-1], self.features)))
 
 
 class RMSNorm(nn.Module):

@@ -23,7 +23,6 @@ from mergelab.models.layers import (
     Linear,
     RMSNorm,
     causal_attention,
-    initial_weights,
     matmul,
     rotary_angles,
     rotate,
@@ -99,6 +98,11 @@ class LlamaConfig:
         given.setdefault("head_dim", config["hidden_size"] // heads)
         return cls(**{name: config[name] for name in _REQUIRED}, **given)
 
+    @property
+    def residual_gain(self) -> float:
+        """Initial gain of what is added to the residual stream, twice a layer: keeps the sum's scale."""
+        return (2 * self.num_hidden_layers) ** -0.5
+
     def to_hf(self) -> dict[str, Any]:
         """The fields of a `config.json` that `transformers` and `from_hf` read."""
         fixed = {name: values[0] for name, values in _FIXED.items()}
@@ -117,7 +121,7 @@ class Attention(nn.Module):
         k = Linear(c.num_key_value_heads * c.head_dim, name="k")(x).reshape(*x.shape[:2], -1, c.head_dim)
         v = Linear(c.num_key_value_heads * c.head_dim, name="v")(x).reshape(*x.shape[:2], -1, c.head_dim)
         z = causal_attention(rotate(q, angles), rotate(k, angles), v)
-        return Linear(c.hidden_size, name="o")(z.reshape(*x.shape[:2], -1))
+        return Linear(c.hidden_size, c.residual_gain, name="o")(z.reshape(*x.shape[:2], -1))
 
 
 class MLP(nn.Module):
@@ -129,7 +133,7 @@ class MLP(nn.Module):
     def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
         gate = Linear(self.config.intermediate_size, name="gate")(x)
         up = Linear(self.config.intermediate_size, name="up")(x)
-        return Linear(self.config.hidden_size, name="down")(jax.nn.silu(gate) * up)
+        return Linear(self.config.hidden_size, self.config.residual_gain, name="down")(jax.nn.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -152,7 +156,9 @@ class Llama(nn.Module):
     @nn.compact
     def __call__(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length vocab"]:
         c = self.config
-        embed = nn.Embed(c.vocab_size, c.hidden_size, embedding_init=initial_weights, name="embed")
+        embed = nn.Embed(
+            c.vocab_size, c.hidden_size, embedding_init=nn.initializers.normal(0.02), name="embed"
+        )
         x = embed(tokens)
         angles = rotary_angles(tokens.shape[1], c.head_dim, c.rope_theta)
         for i in range(c.num_hidden_layers):
@@ -164,7 +170,7 @@ class Llama(nn.Module):
 
 
 def init(config: LlamaConfig, seed: int) -> Params:
-    """Fresh float32 parameters: kernels and embeddings normal with deviation 0.02, norm scales 1."""
+    """Fresh float32 parameters: embeddings of deviation 0.02, norm scales 1, kernels as in `Linear`."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     return jax.jit(Llama(config).init)(jax.random.key(seed), tokens)["params"]
 

@@ -67,16 +67,16 @@ def _llama(vocab: int, width: int, hidden: int, layers: int, heads: int, context
 
 PRESETS: Mapping[str, QuickstartSettings] = {
     "default": QuickstartSettings(
-        train_bytes=1_000_000,
-        held_out_bytes=50_000,
-        model=_llama(vocab=1024, width=192, hidden=512, layers=4, heads=3, context=128),
-        batch=8,
-        base=TrainSettings(steps=400, learning_rate=2e-3),
-        specialist=TrainSettings(steps=120, learning_rate=5e-4, warmup_steps=10),
+        train_bytes=700_000,
+        held_out_bytes=40_000,
+        model=_llama(vocab=1024, width=128, hidden=384, layers=4, heads=2, context=128),
+        batch=16,
+        base=TrainSettings(steps=400, learning_rate=4e-3),
+        specialist=TrainSettings(steps=80, learning_rate=5e-4, warmup_steps=10),
     ),
     "tiny": QuickstartSettings(
         train_bytes=60_000,
-        held_out_bytes=4_000,
+        held_out_bytes=20_000,
         model=_llama(vocab=384, width=32, hidden=64, layers=2, heads=2, context=32),
         batch=8,
         base=TrainSettings(steps=40, learning_rate=5e-3, warmup_steps=4),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mergelab.data.corpus import DOMAINS, Corpus, gather, is_held_out
-from mergelab.data.python_text import docstrings_of, stripped_code
+from mergelab.data.python_text import docstrings, stripped_code
 from mergelab.errors import MergelabError
 
 SOURCE = '''\
@@ -31,12 +31,12 @@ async def g(): "one line"; return 1
 
 @pytest.fixture(scope="module")
 def corpus() -> Corpus:
-    return gather(60_000, 8_000)
+    return gather(80_000, 20_000)
 
 
 def test_the_corpus_is_reproducible(corpus: Corpus) -> None:
-    assert gather(60_000, 8_000).digest == corpus.digest
-    assert gather(60_000, 9_000).digest != corpus.digest
+    assert gather(80_000, 20_000).digest == corpus.digest
+    assert gather(80_000, 25_000).digest != corpus.digest
 
 
 def test_no_source_is_on_both_sides(corpus: Corpus) -> None:
@@ -53,10 +53,11 @@ def test_no_text_is_on_both_sides(corpus: Corpus) -> None:
 
 
 def test_each_domain_reaches_its_size_and_no_more_than_a_document_over(corpus: Corpus) -> None:
-    for documents, limit in ((corpus.train, 60_000), (corpus.held_out, 8_000)):
+    for documents, limit in ((corpus.train, 80_000), (corpus.held_out, 20_000)):
         for domain in DOMAINS:
             sizes = [document.num_bytes for document in documents[domain]]
             assert sum(sizes) >= limit > sum(sizes[:-1])
+            assert max(sizes) <= limit / 4
 
 
 def test_the_domains_are_what_they_claim(corpus: Corpus) -> None:
@@ -77,13 +78,15 @@ def test_stripped_code_keeps_the_code() -> None:
         "class Empty:",
         "async def g(): ; return 1",
     ]
-    assert docstrings_of(SOURCE) == ["Module.", "Säy\nsomething.", "Only this.", "one line"]
+    assert docstrings(SOURCE) == "Module.\n\nSäy\nsomething.\n\nOnly this.\n\none line"
 
 
 def test_stripping_real_code_loses_no_string_but_docstrings(corpus: Corpus) -> None:
     source = Path(ast.__file__).read_text(encoding="utf-8")
     code = stripped_code(source)
-    openings = [line for text in docstrings_of(source) if len(line := text.partition("\n")[0]) > 40]
+    openings = [
+        line for text in docstrings(source).split("\n\n") if len(line := text.partition("\n")[0]) > 40
+    ]
     assert len(openings) > 10 and all(line in source and line not in code for line in openings)
     assert [line for line in code.splitlines() if line.lstrip().startswith("#")] == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,8 @@ def _check_number(where: str, parameter: Parameter, value: Any) -> None:
         number = float(value)
     except (TypeError, ValueError):
         raise OperatorError(f"{where} it must be a number{_per_model(parameter)}.") from None
+    if not math.isfinite(number):
+        raise OperatorError(f"{where} it must be finite.")
     if not parameter.low <= number <= parameter.high:
         raise OperatorError(f"{where} it must lie between {parameter.low:g} and {parameter.high:g}.")
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Any
 
-import jax
+import jax.numpy as jnp
 
 from mergelab.errors import OperatorError
 from mergelab.operators.algebra import Merge
 from mergelab.operators.declare import PerModel, Range, operator
-from mergelab.operators.hyper import exact
+from mergelab.operators.hyper import exact, is_concrete
 from mergelab.operators.named.task_vectors import Density, task_vector_merge
 from mergelab.operators.stages.drop import MagPrune
-from mergelab.operators.stages.trim import of_model
 
 __all__ = ["della", "della_linear"]
 
@@ -22,10 +20,14 @@ _REFERENCE = "Deep et al., 'DELLA-Merging', arXiv 2406.11617"
 
 
 def _check(density: Any, epsilon: Any) -> None:
-    densities = density if isinstance(density, Iterable) else [density]
-    for position, d in enumerate(densities):
-        e = of_model(epsilon, position)
-        if isinstance(d, jax.core.Tracer) or isinstance(e, jax.core.Tracer) or d <= 0 or d >= 1:
+    densities, epsilons = _values(density), _values(epsilon)
+    if len(densities) == 1:
+        densities = densities * len(epsilons)
+    if len(epsilons) == 1:
+        epsilons = epsilons * len(densities)
+    # Sequences of unequal lengths are refused when the number of models is known.
+    for d, e in zip(densities, epsilons, strict=False):
+        if not is_concrete(d, e) or d <= 0 or d >= 1:
             continue
         if not (d - e > 0 and d + e < 1):
             raise OperatorError(
@@ -34,7 +36,13 @@ def _check(density: Any, epsilon: Any) -> None:
             )
 
 
-def _della(weight: Any, density: Any, epsilon: Any, normalize: bool, rescale: bool, lambda_: Any, elect: bool) -> Merge:
+def _values(values: Any) -> list[Any]:
+    return list(values) if isinstance(values, list | tuple) or jnp.ndim(values) else [values]
+
+
+def _della(
+    weight: Any, density: Any, epsilon: Any, normalize: bool, rescale: bool, lambda_: Any, elect: bool
+) -> Merge:
     density, epsilon = exact(density), exact(epsilon)
     _check(density, epsilon)
     return task_vector_merge(

@@ -89,7 +89,11 @@ def _leaf(merge: Merge, name: str, values: list[Any], with_base: bool, seed: int
             f"tensor {name!r} has {np.prod(shape, dtype=np.int64)} elements; merging in memory indexes fewer than "
             "2^32 per tensor: use the streaming engine (`mergelab.merge`)."
         )
-    region = whole(shape, tensor_key(seed, name), "float32" if traced else "float64")
+    key = tensor_key(seed, name)
+    if traced:
+        # As a plain constant it would let the compiler draw all random bits itself, one by one, for minutes.
+        key = jax.lax.optimization_barrier(jnp.asarray(key))
+    region = whole(shape, key, "float32" if traced else "float64")
     return _Leaf(name, values, base, region, len(merge.parts))
 
 

@@ -62,6 +62,6 @@ class Region:
         return threefry(key, (high, low))[model % 2]
 
 
-def whole(shape: tuple[int, ...], key: np.ndarray, wide: str) -> Region:
+def whole(shape: tuple[int, ...], key: Any, wide: str) -> Region:
     """The region that is an entire tensor."""
     return Region(np.zeros(2, np.uint32), key, shape or (1,), wide)

@@ -56,7 +56,7 @@ class ModelStock(Reduction):
             for p, (i, j) in zip(products, pairs, strict=True)
         ]
         cosine = sum(cosines[1:], cosines[0]) / len(pairs)
-        denominator = 1 + (n - 1) * cosine
+        denominator = 1 + rounded((n - 1) * cosine)
         degenerate = jnp.abs(denominator) < 1e-6
         t = jnp.where(degenerate, 0, n * cosine / jnp.where(degenerate, 1, denominator))
         return t.astype(jnp.float32)

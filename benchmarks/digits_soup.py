@@ -101,6 +101,7 @@ def augment(key: Array, images: Float[Array, "n 8 8"], setting: Setting) -> Floa
     return (moved + setting.noise * jax.random.normal(pixels, moved.shape)).reshape(-1, 64)
 
 
+@jax.jit
 def init(key: Array) -> PyTree[Array]:
     """He-normal weights `[in, out]` and zero biases."""
     keys = jax.random.split(key, len(WIDTHS) - 1)
@@ -110,6 +111,7 @@ def init(key: Array) -> PyTree[Array]:
     ]
 
 
+@jax.jit
 def apply(params: PyTree[Array], x: Float[Array, "n 64"]) -> Float[Array, "n 10"]:
     """Logits."""
     for layer in params[:-1]:

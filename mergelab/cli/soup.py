@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from mergelab.cli.sizes import SIZE
 
 if TYPE_CHECKING:
     from mergelab.merging.soups.command import CommandEvaluator
@@ -25,8 +28,9 @@ _ONLY = {  # options that one method reads; elsewhere they would have no effect,
         ("evaluate", "text", "test_evaluate", "test_text", "timeout", "metric", "limit"), ("greedy",)
     ),
     **dict.fromkeys(("rule", "min_delta", "patience", "max_size", "direction"), ("greedy",)),
-    "dtype": ("uniform", "last", "greedy"),
+    **dict.fromkeys(("dtype", "overwrite"), ("uniform", "last", "greedy")),
 }
+_ENGINE = ("memory", "threads", "allow_nonfinite", "dtype", "overwrite")  # passed on to every merge
 
 
 @click.command("soup")
@@ -50,6 +54,9 @@ _ONLY = {  # options that one method reads; elsewhere they would have no effect,
 @click.option("--patience", type=click.IntRange(1), help="Stop after this many rejections in a row.")
 @click.option("--max-size", type=click.IntRange(1), help="Stop at this many members.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Stored dtype.")
+@click.option("--memory", type=SIZE, default="1GB", show_default=True, help="Tensors held in memory at once.")
+@click.option("--threads", type=click.IntRange(1), help="Threads that read, compute and write.")
+@click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinity in the inputs.")
 @click.option("--overwrite", is_flag=True, help="Replace the output, and forget an interrupted greedy soup.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(checkpoints: tuple[str, ...], out: Path, method: str, as_json: bool, **options: Any) -> None:
@@ -83,22 +90,20 @@ def command(checkpoints: tuple[str, ...], out: Path, method: str, as_json: bool,
             raise RecipeError(
                 f"--{name.replace('_', '-')} has no effect with --method {method}; leave it out."
             )
-    if method == "greedy":
-        _greedy(checkpoints, out, as_json, given)
-        return
-    paths = _average(checkpoints, out, method, given)
-    if as_json:
-        click.echo(
-            json.dumps({"method": method, "members": [str(p) for p in paths], "out": str(out)}, indent=2)
-        )
-    else:
-        click.echo(f"{method} average of {len(paths)}: {', '.join(map(str, paths))}\nwritten to {out}")
+    from tqdm import tqdm
+
+    # How much a greedy search will read is not known beforehand: bytes and throughput, no end.
+    with tqdm(unit="B", unit_scale=True, desc="averaging", disable=None, leave=False) as bar:
+        engine = {name: given[name] for name in _ENGINE if name in given}
+        make = _greedy if method == "greedy" else partial(_average, method=method)
+        result, text = make(checkpoints, out, given=given, engine={**engine, "progress": bar.update})
+    click.echo(json.dumps(result, indent=2) if as_json else text)
 
 
 def _average(
-    checkpoints: Sequence[str], out: Path, method: str, given: Mapping[str, Any]
-) -> Sequence[Path | str]:
-    """Makes a soup that needs no evaluation; returns what it consists of."""
+    checkpoints: Sequence[str], out: Path, *, method: str, given: Mapping[str, Any], engine: Mapping[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """Makes a soup that needs no evaluation; returns the result as data and as text."""
     from mergelab.errors import RecipeError
     from mergelab.merging.soups.folders import average_checkpoints, by_step
     from mergelab.merging.soups.running_folder import update_average
@@ -107,16 +112,22 @@ def _average(
     if method in ("running", "ema"):
         if method == "ema" and "decay" not in given:
             raise RecipeError("--method ema needs --decay, such as --decay 0.9.")
-        return update_average(paths, out, decay=given.get("decay")).checkpoints
-    if method == "last":
-        if "last" not in given:
+        state = update_average(paths, out, decay=given.get("decay"), **engine)
+        members = list(state.checkpoints)
+    else:
+        if method == "last" and "last" not in given:
             raise RecipeError("--method last needs --last N, the number of checkpoints to average.")
-        paths = paths[-given["last"] :]
-    average_checkpoints(paths, out, dtype=given.get("dtype"), overwrite=given.get("overwrite", False))
-    return paths
+        paths = paths[-given.get("last", 0) :]
+        members = [str(path) for path in paths]
+        average_checkpoints(paths, out, **engine)
+    text = f"{method} average of {len(members)}: {', '.join(members)}\nwritten to {out}"
+    return {"method": method, "members": members, "out": str(out)}, text
 
 
-def _greedy(checkpoints: Sequence[str], out: Path, as_json: bool, given: Mapping[str, Any]) -> None:
+def _greedy(
+    checkpoints: Sequence[str], out: Path, *, given: Mapping[str, Any], engine: Mapping[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """Makes a greedy soup; returns its trace as data and as text."""
     from mergelab.errors import RecipeError
     from mergelab.merging.soups.greedy_folders import greedy_soup_checkpoints, trace_path
 
@@ -128,7 +139,7 @@ def _greedy(checkpoints: Sequence[str], out: Path, as_json: bool, given: Mapping
     def report(members: tuple[str, ...], scores: Mapping[str, float]) -> None:
         click.echo(f"{_scores(scores)}  {' + '.join(members)}", err=True)
 
-    settings = ("rule", "min_delta", "patience", "max_size", "overwrite", "dtype")
+    settings = ("rule", "min_delta", "patience", "max_size")
     trace = greedy_soup_checkpoints(
         checkpoints,
         out,
@@ -138,10 +149,9 @@ def _greedy(checkpoints: Sequence[str], out: Path, as_json: bool, given: Mapping
         evaluation=evaluate.subject,
         on_evaluation=report,
         **{name: given[name] for name in settings if name in given},
+        **engine,
     )
-    click.echo(json.dumps(trace.to_json(), indent=2) if as_json else _summary(trace))
-    if not as_json:
-        click.echo(f"written to {out}, every decision to {trace_path(out)}")
+    return trace.to_json(), f"{_summary(trace)}\nwritten to {out}, every decision to {trace_path(out)}"
 
 
 def _evaluator(given: Mapping[str, Any], prefix: str) -> CommandEvaluator | TextLoss | None:

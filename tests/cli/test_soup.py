@@ -165,3 +165,41 @@ def test_faults_are_one_sentence(run, options: list[str], message: str) -> None:
     assert result.exit_code == 2, result.output
     assert message in result.stderr
     assert not Path("soup").exists()
+
+
+def test_greedy_with_the_loss_on_a_text(run) -> None:
+    import jax
+
+    from mergelab.data.bpe import train_bpe
+    from mergelab.models import llama
+
+    text = "a soup of siblings is the mean of their weights.\n" * 8
+    Path("valid.txt").write_text(text)
+    config = llama.LlamaConfig(
+        vocab_size=280,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+    )
+    params = llama.init(config, seed=0)
+    for i in range(2):
+        Path(f"lm-{i}").mkdir()
+        noisy = jax.tree.map(lambda x, i=i: x + 0.3 * jax.random.normal(jax.random.key(i), x.shape), params)
+        llama.save(noisy, config, Path(f"lm-{i}"))
+        train_bpe([text], config.vocab_size).save(f"lm-{i}/tokenizer.json")
+    options = ("--method", "greedy", "--text", "valid.txt", "--test-text", "valid.txt", "--json")
+    result = run("lm-0", "lm-1", "--out", "soup", *options)
+    assert result.exit_code == 0, result.output
+    trace = json.loads(result.stdout)
+    alone = [entry["scores"]["bits_per_byte"] for entry in trace["ranking"]]
+    assert alone == sorted(alone) and len(set(alone)) == 2, "the lower loss is first"
+    assert trace["validation"]["bits_per_byte"] <= alone[0]
+    # The same text as test data must give the same numbers: the folder kept is the folder judged.
+    assert trace["test"]["soup"] == trace["validation"]
+    assert trace["test"]["best_single"]["bits_per_byte"] == alone[0]

@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Int, PyTree
 
 from mergelab.errors import OperatorError
+from mergelab.operators.arithmetic import rounded
 from mergelab.trees import named_leaves
 
 __all__ = ["ExponentialAverage", "RunningAverage"]
@@ -57,13 +58,8 @@ class RunningAverage:
                 can be read) in a leaf that is not floating point and so has no mean.
         """
         _check_alike(self.mean, tree)
-
-        def step(mean: Array, new: Any) -> Array:
-            if not _averages(mean):
-                return mean
-            return mean + (jnp.asarray(new).astype(mean.dtype) - mean) / (self.count.astype(mean.dtype) + 1)
-
-        return RunningAverage(jax.tree.map(step, self.mean, tree), self.count + 1, self.dtypes)
+        count = self.count + 1
+        return RunningAverage(_move(self.mean, tree, 1 / _real(count)), count, self.dtypes)
 
     def result(self) -> PyTree[Array]:
         """Returns the mean in the dtypes of the first tree, rounded once."""
@@ -101,18 +97,28 @@ class ExponentialAverage:
     def add(self, tree: PyTree) -> ExponentialAverage:
         """Returns the average moved towards one more tree; raises as `RunningAverage.add` does."""
         _check_alike(self.mean, tree)
-
-        def step(mean: Array, new: Any) -> Array:
-            if not _averages(mean):
-                return mean
-            gain = jnp.asarray(1 - self.decay).astype(mean.dtype)
-            return mean + gain * (jnp.asarray(new).astype(mean.dtype) - mean)
-
-        return ExponentialAverage(jax.tree.map(step, self.mean, tree), self.decay, self.dtypes)
+        return ExponentialAverage(_move(self.mean, tree, 1 - _real(self.decay)), self.decay, self.dtypes)
 
     def result(self) -> PyTree[Array]:
         """Returns the mean in the dtypes of the first tree, rounded once."""
         return _narrow(self.mean, self.dtypes)
+
+
+@jax.jit
+def _move(mean: PyTree[Array], tree: PyTree, gain: Array) -> PyTree[Array]:
+    """`mean + gain * (tree - mean)`, the product rounded first: the same bits in every program."""
+
+    def move(old: Array, new: Any) -> Array:
+        if not _averages(old):
+            return old
+        return old + rounded((jnp.asarray(new).astype(old.dtype) - old) * gain.astype(old.dtype))
+
+    return jax.tree.map(move, mean, tree)
+
+
+def _real(number: Any) -> Array:
+    """The widest float in use: float64 where it is enabled."""
+    return jnp.asarray(number).astype(jnp.result_type(float))
 
 
 def _averages(leaf: Any) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelab.errors import RecipeError
+from mergelab.merging.merge import merge
 from mergelab.merging.recipe import InputModel, Recipe
 
 __all__ = ["StrPath", "average_checkpoints", "by_step", "candidate_names", "soup_recipe"]
@@ -62,11 +63,9 @@ def average_checkpoints(
         CheckpointError: a checkpoint is missing or malformed.
         OutputError: `out` cannot be written.
     """
-    from mergelab.merging import merge
-
     if not isinstance(checkpoints, Mapping):
         checkpoints = dict.fromkeys(candidate_names(checkpoints).values(), 1.0)
-    merge(soup_recipe(checkpoints, dtype), out, **options)
+    merge(soup_recipe(checkpoints, dtype), Path(out), **options)
 
 
 def candidate_names(checkpoints: Sequence[StrPath]) -> dict[str, Path]:

@@ -78,7 +78,7 @@ def greedy_soup_checkpoints(
         RecipeError: a checkpoint is given twice, or architectures differ.
     """
     out = Path(out)
-    work = out.with_name(out.name + ".soup")
+    work = out.with_name(f".{out.name}.soup")
     if overwrite:
         shutil.rmtree(work, ignore_errors=True)
     elif out.exists() and any(out.iterdir()):
@@ -106,7 +106,9 @@ def greedy_soup_checkpoints(
         paths, score, selection=chosen, rule=rule, min_delta=min_delta, patience=patience, max_size=max_size
     )
     shutil.rmtree(work / "trial", ignore_errors=True)
-    soup = _mix(paths, trace.members, work / "soup", options)
+    soup = _mix(
+        paths, trace.members, work / "result" / out.name, options
+    )  # named as its model card shall say
     if test_evaluate is not None:
         uniform = _mix(paths, tuple(paths), work / "uniform", options)
         folders = {"soup": soup, "best_single": paths[trace.ranking[0].name], "uniform": uniform}

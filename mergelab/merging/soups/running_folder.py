@@ -56,7 +56,8 @@ def update_average(
     if decay is not None and not 0 <= decay <= 1:
         raise RecipeError(f"decay is {decay}; an exponential average needs a decay within [0, 1].")
     out = Path(out)
-    new, old = out.with_name(out.name + ".next"), out.with_name(out.name + ".previous")
+    workshop = out.with_name(f".{out.name}.next")
+    new, old = workshop / out.name, workshop / "previous"
     if not out.exists() and old.exists():
         old.rename(out)  # interrupted between the two renames below
     state = _read(out, decay) if out.exists() else RunningFolder((), decay)
@@ -69,14 +70,13 @@ def update_average(
     weights = _weights(len(state.checkpoints), len(fresh), decay)
     paths = [out, *fresh] if state.checkpoints else fresh
     kept = {path: weight for path, weight in zip(paths, weights, strict=True) if weight > 0}
-    shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(workshop, ignore_errors=True)
     average_checkpoints(kept, new, dtype="float32", **options)
     (new / STATE).write_text(json.dumps(asdict(after), indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)
     new.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(workshop)
     return after
 
 

@@ -96,7 +96,7 @@ def test_a_running_average_on_disk_is_the_mean_of_all_that_came(siblings: list[P
     update_average(siblings[:2], together)
     update_average(siblings[2:], together)
     np.testing.assert_allclose(weights_of(together), weights_of(out), rtol=0, atol=3e-7)
-    assert not list(tmp_path.glob("average.*"))
+    assert not list(tmp_path.glob(".average*"))
 
 
 def test_an_exponential_average_on_disk_is_its_closed_form(siblings: list[Path], tmp_path: Path) -> None:
@@ -131,7 +131,8 @@ def test_a_running_average_interrupted_while_swapping_is_taken_up(
 ) -> None:
     out = tmp_path / "average"
     update_average(siblings[:2], out)
-    out.rename(tmp_path / "average.previous")
+    (tmp_path / ".average.next").mkdir()
+    out.rename(tmp_path / ".average.next" / "previous")
     state = update_average(siblings[2:3], out)
     assert len(state.checkpoints) == 3
     np.testing.assert_allclose(weights_of(out), exact_mean(siblings[:3]), rtol=0, atol=3e-7)
@@ -242,3 +243,10 @@ def test_names_order_and_repetition(tmp_path: Path) -> None:
         candidate_names([])
     with pytest.raises(RecipeError, match="has '@' in its name"):
         average_checkpoints([tmp_path / "a@b"], tmp_path / "out")
+
+
+def test_a_damaged_journal_is_refused(four: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / ".soup.soup").mkdir()
+    (tmp_path / ".soup.soup" / "journal.json").write_text('{"subject": {}')
+    with pytest.raises(OutputError, match="not a readable journal"):
+        greedy_soup_checkpoints(list(four.values()), tmp_path / "soup", closeness)

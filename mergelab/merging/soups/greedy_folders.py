@@ -10,7 +10,8 @@ from typing import Any
 
 from mergelab.checkpoints import open_checkpoint
 from mergelab.errors import OutputError
-from mergelab.merging.soups.folders import StrPath, average_checkpoints, candidate_names
+from mergelab.merging.plan import make_plan
+from mergelab.merging.soups.folders import StrPath, average_checkpoints, candidate_names, soup_recipe
 from mergelab.merging.soups.greedy import describe
 from mergelab.merging.soups.journal import Journal
 from mergelab.merging.soups.scores import Scores, call_evaluator
@@ -84,6 +85,7 @@ def greedy_soup_checkpoints(
     elif out.exists() and any(out.iterdir()):
         raise OutputError(f"{out} exists and is not empty; choose another output folder or --overwrite it.")
     paths = candidate_names(checkpoints)
+    make_plan(soup_recipe(dict.fromkeys(paths.values(), 1.0)))  # faults are told before anything is evaluated
     chosen = as_selection(selection)
     metrics = [metric.name for metric in chosen.metrics]
     subject = {
@@ -91,7 +93,6 @@ def greedy_soup_checkpoints(
         "metrics": metrics,
         "checkpoints": {name: _fingerprint(path) for name, path in paths.items()},
     }
-    work.mkdir(parents=True, exist_ok=True)
     journal = Journal.open(work / "journal.json", subject)
 
     def score(members: tuple[str, ...]) -> Scores:

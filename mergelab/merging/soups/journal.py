@@ -60,6 +60,7 @@ class Journal:
         """Adds one evaluation and writes the file anew."""
         self.scores[members] = scores
         entries = [{"members": list(m), "scores": dict(s)} for m, s in self.scores.items()]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_name(self.path.name + ".part")
         with beside.open("w", encoding="utf-8") as stream:
             json.dump({"subject": self.subject, "scores": entries}, stream, indent=2)

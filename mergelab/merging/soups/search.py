@@ -103,7 +103,7 @@ def _judge(
     accepted = new >= bar if rule == "paper" else new > bar
     gain = ", ".join(f"{a - b:+.6g}" for a, b in zip(new, old, strict=True))
     needed = (">= " if rule == "paper" else "> ") + f"{min_delta:g}"
-    return accepted, f"{selection} changes by {gain} (needs {needed})"
+    return accepted, f"{selection} improves by {gain} (needs {needed})"
 
 
 def _check(names: list[str], rule: str, min_delta: float, patience: int | None, max_size: int | None) -> None:

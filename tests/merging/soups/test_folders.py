@@ -229,6 +229,17 @@ def test_failures_name_the_trial_and_leave_no_output(four: dict[str, Path], tmp_
     assert not (tmp_path / "soup").exists()
 
 
+def test_different_architectures_are_told_before_anything_is_evaluated(
+    four: dict[str, Path], tmp_path: Path
+) -> None:
+    wide = write_model(tmp_path / "wide", np.ones((8, 6), np.float32))
+    evaluate, calls = counting(closeness)
+    with pytest.raises(RecipeError, match="wide"):
+        greedy_soup_checkpoints([*four.values(), wide], tmp_path / "soup", evaluate)
+    assert calls == []
+    assert not list(tmp_path.glob("*soup*"))
+
+
 def test_names_order_and_repetition(tmp_path: Path) -> None:
     steps = [tmp_path / f"checkpoint-{n}" for n in (1000, 200, 30)]
     assert by_step(steps) == steps[::-1]

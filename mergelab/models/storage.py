@@ -65,8 +65,9 @@ def save_params(
     identity = hashlib.sha256(texts["config.json"]).hexdigest()
     with CheckpointWriter(path, plan_shards(specs, SHARD_BYTES), identity) as writer:
         for leaf in leaves:
-            array = leaf.apply(np.asarray(get_leaf(params, leaf), np.float32))
-            writer.write(leaf.hf_name, 0, np.ascontiguousarray(array).reshape(-1))
+            array = np.empty(leaf.hf_shape, np.float32)
+            leaf.inverse(np.asarray(get_leaf(params, leaf), np.float32), [array])
+            writer.write(leaf.hf_name, 0, array.reshape(-1))
         for name, content in {**texts, **files}.items():
             writer.add_file(name, content)
         writer.commit()
@@ -86,7 +87,7 @@ def _read(tensors: Mapping[str, TensorSource], leaf: Leaf, place: str) -> np.nda
         )
     flat = np.empty(int(np.prod(source.shape, dtype=np.int64)), source.dtype)
     source.read_into(0, flat)
-    return np.ascontiguousarray(leaf.apply(flat.reshape(source.shape).astype(np.float32)))
+    return np.ascontiguousarray(leaf.forward([flat.reshape(source.shape).astype(np.float32)]))
 
 
 def _json(data: Mapping[str, Any]) -> bytes:

@@ -10,7 +10,9 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "ChatTemplateError",
     "CheckpointError",
+    "DecodingError",
     "DependencyError",
     "EvaluationError",
     "MergelabError",
@@ -18,6 +20,7 @@ __all__ = [
     "OperatorError",
     "OutputError",
     "RecipeError",
+    "SiteError",
     "did_you_mean",
 ]
 
@@ -49,12 +52,24 @@ class NonFiniteError(CheckpointError):
     """A tensor holds NaN or infinity where finite weights were expected."""
 
 
+class ChatTemplateError(MergelabError):
+    """A chat template that is missing, not valid jinja, refuses its messages, or exceeds its limits."""
+
+
+class DecodingError(MergelabError, ValueError):
+    """A sampler, stop rule, prompt or generation setting for which nothing can be generated."""
+
+
 class OutputError(MergelabError):
     """The output cannot be written: folder not empty, disk full, resume state that does not match."""
 
 
 class EvaluationError(MergelabError):
     """An evaluator failed or returned something that is not the declared metrics."""
+
+
+class SiteError(MergelabError, ValueError):
+    """A site that the model does not have, or an edit that changes the shape or dtype of an activation."""
 
 
 class DependencyError(MergelabError, ImportError):

@@ -16,6 +16,7 @@ __all__ = [
     "DependencyError",
     "EvaluationError",
     "MergelabError",
+    "MeshError",
     "NonFiniteError",
     "OperatorError",
     "OutputError",
@@ -70,6 +71,10 @@ class EvaluationError(MergelabError):
 
 class SiteError(MergelabError, ValueError):
     """A site that the model does not have, or an edit that changes the shape or dtype of an activation."""
+
+
+class MeshError(MergelabError, ValueError):
+    """Devices, mesh or sharding rules that do not fit together, or a run in which another process failed."""
 
 
 class DependencyError(MergelabError, ImportError):

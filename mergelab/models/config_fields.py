@@ -7,16 +7,44 @@ from typing import Any
 
 from mergelab.errors import CheckpointError, did_you_mean
 
-__all__ = ["check_fields", "rope_theta_of"]
+__all__ = ["layer_types_of", "read_fields"]
 
-# Fields that say nothing about the forward computation of any family.
+# Fields that say nothing about a forward pass at inference: token ids (of text), dropouts and the like (of
+# training), the names of other heads' labels, and how `transformers` stores or runs a model.
 INERT = frozenset(
     {
-        "_name_or_path",
+        "_attn_implementation",
         "_attn_implementation_autoset",
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "attention_probs_dropout_prob",
+        "attn_pdrop",
+        "auto_map",
+        "bos_token_id",
+        "cache_implementation",
+        "classifier_dropout",
         "dtype",
+        "embd_pdrop",
+        "eos_token_id",
+        "gradient_checkpointing",
+        "hidden_dropout",
+        "hidden_dropout_prob",
+        "id2label",
         "initializer_range",
+        "label2id",
+        "output_router_logits",
+        "pad_token_id",
         "pretraining_tp",
+        "resid_pdrop",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "summary_activation",
+        "summary_first_dropout",
+        "summary_proj_to_labels",
+        "summary_type",
+        "summary_use_proj",
+        "task_specific_params",
         "torch_dtype",
         "transformers_version",
         "use_cache",
@@ -24,29 +52,30 @@ INERT = frozenset(
 )
 
 
-def check_fields(
+def read_fields(
     config: Mapping[str, Any],
     place: str,
+    *,
     required: Sequence[str],
-    optional: Sequence[str],
+    optional: Mapping[str, Any],
     fixed: Mapping[str, Sequence[Any]],
-) -> None:
-    """Refuses a config that a family would compute wrongly.
+) -> dict[str, Any]:
+    """The fields that a family reads, with its defaults, once nothing in the config is beyond it.
 
     Args:
         config: the parsed `config.json`.
         place: its path, for messages.
         required: fields that must be there.
-        optional: fields that may be there.
+        optional: fields that may be there, and what they are if not.
         fixed: fields that may be there with one of the given values only.
 
     Raises:
         CheckpointError: a required field is missing, a field is unknown, or a fixed one has another value.
     """
-    missing = [name for name in required if config.get(name) is None]
-    if missing:
-        raise CheckpointError(f"{place} lacks the field {missing[0]!r}; a model of this family needs it.")
-    known = {*required, *optional, *fixed, *INERT}
+    for name in required:
+        if config.get(name) is None:
+            raise CheckpointError(f"{place} lacks the field {name!r}; a model of this family needs it.")
+    known = {*required, *optional, *fixed, *INERT, "model_type"}
     for name, value in config.items():
         if name not in known:
             raise CheckpointError(
@@ -58,21 +87,36 @@ def check_fields(
                 f"{place} has {name} = {value!r}, but this model family implements only "
                 f"{' or '.join(repr(v) for v in fixed[name])}; the model cannot be run here."
             )
+    return {name: config[name] for name in required} | {
+        name: config.get(name, default) for name, default in optional.items()
+    }
 
 
-def rope_theta_of(config: Mapping[str, Any], place: str) -> float:
-    """The base of the rotary frequencies, from `rope_theta` or from the newer `rope_parameters`.
+def layer_types_of(
+    given: Sequence[str] | None, default: Sequence[str], window: int | None, place: str
+) -> tuple[int | None, ...]:
+    """The window of every layer, from `layer_types` and `sliding_window`.
+
+    Args:
+        given: `layer_types`, or None.
+        default: what it is if not given; one entry a layer.
+        window: the window of the layers of type `sliding_attention`.
+        place: the config's path, for messages.
 
     Raises:
-        CheckpointError: `rope_parameters` asks for scaled rotary positions.
+        CheckpointError: there are not as many types as layers, a type is unknown, or a window is missing.
     """
-    parameters = config.get("rope_parameters") or {}
-    scaling = {
-        k: v for k, v in parameters.items() if k != "rope_theta" and (k, v) != ("rope_type", "default")
-    }
-    if scaling:
+    types = default if given is None else given
+    if len(types) != len(default):
         raise CheckpointError(
-            f"{place} has rope_parameters with {scaling!r}, but this model family implements only plain "
-            "rotary positions (rope_type 'default'); the model cannot be run here."
+            f"{place} has {len(types)} layer_types for {len(default)} layers; give one per layer."
         )
-    return float(parameters.get("rope_theta", config.get("rope_theta") or 10000.0))
+    for kind in types:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise CheckpointError(
+                f"{place} has the layer type {kind!r}, but this model family implements only "
+                "'full_attention' or 'sliding_attention'; the model cannot be run here."
+            )
+    if window is None and "sliding_attention" in types:
+        raise CheckpointError(f"{place} has layers of 'sliding_attention' but no sliding_window; add it.")
+    return tuple(window if kind == "sliding_attention" else None for kind in types)

@@ -149,10 +149,11 @@ def test_the_future_does_not_reach_the_past() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_parameters.*llama3"),
-        ({"attention_bias": True}, "attention_bias = True"),
-        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "scaled rotary positions.*load_model"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "type 'llama3' lack 'factor'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 5e5}}, "type 'dynamic'"),
+        ({"attention_bias": True}, "biases.*load_model"),
+        ({"mlp_bias": True}, "biases.*load_model"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'.*'silu'"),
         ({"model_type": "mistral"}, "model_type = 'mistral'"),
         ({"sliding_window": 128}, "sliding_window"),

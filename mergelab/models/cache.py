@@ -1,0 +1,73 @@
+"""The key-value cache: what a decoder remembers of the tokens it has seen, as a pytree of fixed shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+__all__ = ["Cache", "new_cache"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """Keys (rotated) and values of all tokens so far, in slots that rows share.
+
+    A call with `n` new tokens a row fills slots `[length, length + n)` of every row; rows of different
+    lengths are padded (on the left, for generation) and `mask` says which slots are real. A row's next
+    position is its number of real slots.
+
+    Attributes:
+        keys, values: per layer, `[batch, slots, kv_heads, head_dim]`.
+        mask: True where a slot holds a real token.
+        length: how many slots are filled, a scalar.
+    """
+
+    keys: tuple[Float[Array, "batch slots kv_heads head_dim"], ...]
+    values: tuple[Float[Array, "batch slots kv_heads head_dim"], ...]
+    mask: Bool[Array, "batch slots"]
+    length: Int[Array, ""]
+
+    @property
+    def slots(self) -> int:
+        """How many tokens a row can hold."""
+        return self.mask.shape[1]
+
+    def positions(self, mask: Bool[Array, "batch new"]) -> Int[Array, "batch new"]:
+        """The positions of new tokens: real ones counted on from each row's real tokens so far."""
+        before = jnp.sum(self.mask, axis=1, dtype=jnp.int32)[:, None]
+        return jnp.maximum(before + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+
+    def extend_mask(self, mask: Bool[Array, "batch new"]) -> Bool[Array, "batch slots"]:
+        """The mask once new tokens are in their slots."""
+        return jax.lax.dynamic_update_slice(self.mask, mask, (jnp.int32(0), self.length))
+
+    def write(
+        self,
+        layer: int,
+        key: Float[Array, "batch new kv_heads head_dim"],
+        value: Float[Array, "batch new kv_heads head_dim"],
+    ) -> tuple[Float[Array, "batch slots kv_heads head_dim"], Float[Array, "batch slots kv_heads head_dim"]]:
+        """One layer's keys and values with the new ones in their slots."""
+        zero = jnp.int32(0)
+        start = (zero, self.length, zero, zero)
+        return (
+            jax.lax.dynamic_update_slice(self.keys[layer], key.astype(self.keys[layer].dtype), start),
+            jax.lax.dynamic_update_slice(self.values[layer], value.astype(self.values[layer].dtype), start),
+        )
+
+
+def new_cache(
+    layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: jnp.dtype | type
+) -> Cache:
+    """An empty cache."""
+    shape = (batch, slots, kv_heads, head_dim)
+    return Cache(
+        keys=tuple(jnp.zeros(shape, dtype) for _ in range(layers)),
+        values=tuple(jnp.zeros(shape, dtype) for _ in range(layers)),
+        mask=jnp.zeros((batch, slots), jnp.bool_),
+        length=jnp.int32(0),
+    )

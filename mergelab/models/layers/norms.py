@@ -1,0 +1,59 @@
+"""RMS and layer normalisation, computed in float32, with their data-dependent factor as a site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from mergelab.models.sites import Tap
+
+__all__ = ["Norm", "NormKind"]
+
+
+@dataclass(frozen=True)
+class NormKind:
+    """Which norm a model uses.
+
+    Attributes:
+        kind: `rms` or `layer`.
+        eps: added to the mean square.
+        offset: what is added to the stored scale (Gemma stores `scale - 1`).
+    """
+
+    kind: Literal["rms", "layer"] = "rms"
+    eps: float = 1e-6
+    offset: float = 0.0
+
+
+class Norm(nn.Module):
+    """`(x - mean) * factor * (offset + scale) + bias` over the last axis; RMS norms have no mean and no bias.
+
+    The factor is `1 / sqrt(mean(x^2) + eps)` (Zhang & Sennrich, arXiv:1910.07467), or the same of the centred
+    `x` (Ba et al., arXiv:1607.06450). With a site's name it passes the tap as `{site}.scale`, `[..., 1]`.
+    """
+
+    config: NormKind
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*batch width"], tap: Tap | None = None, site: str = ""
+    ) -> Float[Array, "*batch width"]:
+        width = x.shape[-1]
+        initial = nn.initializers.constant(1.0 - self.config.offset)
+        scale = self.param("scale", initial, (width,)).astype(jnp.float32) + self.config.offset
+        y = x.astype(jnp.float32)
+        if self.config.kind == "layer":
+            y = y - y.mean(axis=-1, keepdims=True)
+        factor = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.config.eps)
+        if tap is not None:
+            factor = tap(f"{site}.scale", factor)
+        y = y * factor * jnp.broadcast_to(scale, y.shape)
+        if self.config.kind == "layer":
+            bias = self.param("bias", nn.initializers.zeros, (width,)).astype(jnp.float32)
+            y = y + jnp.broadcast_to(bias, y.shape)
+        return y.astype(x.dtype)

@@ -1,0 +1,178 @@
+"""A model: its family and configuration, and the pure functions they define on parameters and tokens."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mergelab.errors import MergelabError
+from mergelab.models.cache import Cache, new_cache
+from mergelab.models.declaration import Leaf
+from mergelab.models.family import Family
+from mergelab.models.sites import Edit, Shape, Tap
+from mergelab.models.table import build_table
+
+__all__ = ["Model", "Output", "Params"]
+
+Params = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Output:
+    """What a forward pass returns.
+
+    Attributes:
+        logits: `[batch, length, vocab]` float32; None for encoders and where the pass stopped before them.
+        hidden: the last hidden state, after the final norm, `[batch, length, width]`; None where the pass
+            stopped before it.
+        captured: the sites asked for.
+        cache: the cache with the new tokens, if one was given.
+    """
+
+    logits: Float[Array, "batch length vocab"] | None
+    hidden: Float[Array, "batch length width"] | None
+    captured: dict[str, Array]
+    cache: Cache | None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A family and a configuration; hashable, without parameters.
+
+    Attributes:
+        family: the family's declaration.
+        config: its `DecoderConfig` or `EncoderConfig`.
+        hf_config: the `config.json` it was read from.
+        prefixed: whether HF tensor names carry the family's prefix.
+    """
+
+    family: Family
+    config: Any
+    hf_config: Mapping[str, Any] = field(compare=False, repr=False)
+    prefixed: bool = True
+
+    def table(self) -> tuple[Leaf, ...]:
+        """Every parameter: its path, shape and logical axes, and the HF tensors that store it."""
+        return self._table
+
+    @cached_property
+    def _table(self) -> tuple[Leaf, ...]:
+        rows = list(self.family.rows(self.config))
+        if not self.prefixed:
+            rows = [row._replace(hf_name=row.hf_name.removeprefix(self.family.prefix)) for row in rows]
+        return build_table(rows, self.family.architecture.parameters(self.config), self.config.layers)
+
+    def for_tensors(self, names: Iterable[str]) -> Model:
+        """The same model with the table that fits a file: without a head, HF leaves the prefix away."""
+        prefix = self.family.prefix
+        return replace(self, prefixed=not prefix or any(name.startswith(prefix) for name in names))
+
+    def is_unused(self, hf_name: str) -> bool:
+        """Whether files may hold this tensor though the model does not need it (buffers, tied copies)."""
+        return any(fnmatch.fnmatchcase(hf_name, pattern) for pattern in self.family.unused)
+
+    def sites(self) -> Mapping[str, Shape]:
+        """Name and symbolic shape of every site, in the order of the forward pass.
+
+        Numbers are fixed by the configuration; `batch` and `length` by the tokens of a call; `query` and
+        `key` are `length` too, but with a cache `key` is its number of slots.
+        """
+        return self._sites
+
+    @cached_property
+    def _sites(self) -> dict[str, Shape]:
+        return self.family.architecture.sites(self.config)
+
+    def init(self, seed: int) -> Params:
+        """Fresh float32 parameters: embeddings of deviation 0.02, norm scales 1, kernels as in `Linear`."""
+        module = self.family.architecture.module(self.config)
+
+        def start(key: Array) -> Any:
+            tokens = jnp.zeros((1, 1), jnp.int32)
+            return module.init(key, tokens, tokens, None, None, Tap({}))["params"]
+
+        return jax.jit(start)(jax.random.key(seed))
+
+    def apply(
+        self,
+        params: Params,
+        tokens: Int[Array, "batch length"],
+        *,
+        positions: Int[Array, "batch length"] | None = None,
+        mask: Bool[Array, "batch length"] | None = None,
+        capture: Sequence[str] = (),
+        edit: Mapping[str, Edit] | None = None,
+        cache: Cache | None = None,
+        logits: bool = True,
+        token_types: Int[Array, "batch length"] | None = None,
+    ) -> Output:
+        """One forward pass: pure, and so jittable, differentiable, vmappable and shardable.
+
+        Args:
+            params: the parameters, as `table()` describes them.
+            tokens: token ids; padding may hold any valid id.
+            positions: of the tokens. By default a decoder counts each row's real tokens from 0 (on from those
+                in the cache), and an encoder all tokens.
+            mask: True for real tokens, False for padding on either side. Outputs at padding are meaningless.
+            capture: names or glob patterns of sites to return.
+            edit: functions by site name or glob pattern: `f(array)`, or `f(array, site)`, to an array of the
+                same shape and dtype. A captured site holds the edited value.
+            cache: earlier tokens of a decoder, with room for the new ones (`new_cache`).
+            logits: False to stop after the last captured site, and not to compute the rest.
+            token_types: the segment of each token, of encoders that have segments; 0 by default.
+
+        Raises:
+            SiteError: no site matches a name or pattern, or an edit changes shape or dtype.
+            MergelabError: a cache is given to an encoder, or token types to a decoder.
+        """
+        causal = self.family.architecture.causal
+        if cache is not None and not causal:
+            raise self._no_cache()
+        if token_types is not None and causal:
+            raise MergelabError(f"a {self.family.model_type!r} model has no token types; leave them away.")
+        if positions is None:
+            positions = self._positions(tokens, mask, cache)
+        # A cache must be filled in every layer, so it carries the pass to the end.
+        tap = Tap(self._sites, capture, edit, to_the_end=logits or cache is not None)
+        extra: dict[str, Any] = {} if causal else {"token_types": token_types}
+        module = self.family.architecture.module(self.config)
+        found: Any = module.apply({"params": params}, tokens, positions, mask, cache, tap, **extra)
+        out, hidden, cache = found
+        return Output(out if logits else None, hidden, tap.captured, cache)
+
+    def _positions(
+        self,
+        tokens: Int[Array, "batch length"],
+        mask: Bool[Array, "batch length"] | None,
+        cache: Cache | None,
+    ) -> Int[Array, "batch length"]:
+        if cache is not None:
+            return cache.positions(jnp.ones(tokens.shape, jnp.bool_) if mask is None else mask)
+        if mask is None or not self.family.architecture.causal:
+            return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+        return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+
+    def new_cache(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> Cache:
+        """An empty cache with `max_length` slots a row (padding takes slots too).
+
+        Raises:
+            MergelabError: the model is an encoder.
+        """
+        if not self.family.architecture.causal:
+            raise self._no_cache()
+        c = self.config
+        return new_cache(c.layers, batch, max_length, c.kv_heads, c.head_dim, dtype)
+
+    def _no_cache(self) -> MergelabError:
+        kind = self.family.model_type
+        return MergelabError(
+            f"a {kind!r} model sees all tokens at once and has no cache; call it without one."
+        )

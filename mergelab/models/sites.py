@@ -1,0 +1,111 @@
+"""Named sites: how one forward pass reads and edits its activations, without hooks or hidden state."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from mergelab.errors import SiteError, did_you_mean
+
+__all__ = ["Edit", "Shape", "Tap", "match_sites"]
+
+# An edit maps an activation to one of the same shape and dtype; it is `f(array)`, or `f(array, site)`.
+Edit = Callable[..., jax.Array]
+# A symbolic shape: numbers, and names such as "batch" and "length" for what a call decides.
+Shape = tuple[str | int, ...]
+
+
+def match_sites(sites: Mapping[str, Shape], pattern: str) -> list[str]:
+    """The sites that a name or glob pattern (`blocks.*.attn.z`; `*` spans dots) selects, in forward order.
+
+    Raises:
+        SiteError: no site matches.
+    """
+    found = [pattern] if pattern in sites else [name for name in sites if fnmatch.fnmatchcase(name, pattern)]
+    if not found:
+        raise SiteError(
+            f"no site of this model matches {pattern!r}{did_you_mean(pattern, sites)}; "
+            "Model.sites() lists its sites."
+        )
+    return found
+
+
+class Tap:
+    """The reads and edits of one forward pass: the model calls it with every site's name and value.
+
+    It is made by the call that uses it and dies with it. A captured value is the edited one. Several edits of
+    one site apply in the order given.
+
+    Args:
+        sites: the model's sites, in forward order.
+        capture: names or glob patterns to keep.
+        edit: functions by name or glob pattern.
+        to_the_end: whether the pass must run on after the last captured site.
+
+    Raises:
+        SiteError: a name or pattern selects no site.
+    """
+
+    def __init__(
+        self,
+        sites: Mapping[str, Shape],
+        capture: Sequence[str] = (),
+        edit: Mapping[str, Edit] | None = None,
+        to_the_end: bool = True,
+    ) -> None:
+        patterns = [capture] if isinstance(capture, str) else capture
+        self._wanted = {name for pattern in patterns for name in match_sites(sites, pattern)}
+        self._missing = set(self._wanted)
+        self._edits: dict[str, list[Edit]] = {}
+        for pattern, function in (edit or {}).items():
+            for name in match_sites(sites, pattern):
+                self._edits.setdefault(name, []).append(function)
+        self._to_the_end = to_the_end
+        self.captured: dict[str, jax.Array] = {}
+
+    def __call__(self, site: str, value: jax.Array) -> jax.Array:
+        """Edits and keeps the value of a site, and returns what the forward pass goes on with.
+
+        Raises:
+            SiteError: an edit returned another shape or dtype.
+        """
+        for function in self._edits.get(site, ()):
+            edited = function(value, site) if _takes_name(function) else function(value)
+            value = _same_kind(site, value, edited)
+        if site in self._wanted:
+            self.captured[site] = value
+            self._missing.discard(site)
+        return value
+
+    def uses(self, site: str) -> bool:
+        """Whether the site is captured or edited: a fused computation may skip a site that is neither."""
+        return site in self._wanted or site in self._edits
+
+    @property
+    def done(self) -> bool:
+        """True once nothing after this point is asked for."""
+        return not self._to_the_end and not self._missing
+
+
+def _takes_name(function: Edit) -> bool:
+    """Whether an edit has two required positional parameters."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters) >= 2
+
+
+def _same_kind(site: str, before: jax.Array, after: Any) -> jax.Array:
+    shape, dtype = getattr(after, "shape", None), getattr(after, "dtype", None)
+    if shape != before.shape or dtype != before.dtype:
+        raise SiteError(
+            f"the edit of site {site!r} returned {dtype} {shape} for {before.dtype} {before.shape}; an edit "
+            "must keep shape and dtype."
+        )
+    return after

@@ -40,7 +40,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> CommandTable:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_listed_command_exists_and_shows_examples(name: str) -> None:
-    command = importlib.import_module(f"mergelab.cli.{name}").command
+    command = importlib.import_module(f"mergelab.cli.{name.replace('-', '_')}").command
     assert isinstance(command, click.Command)
     assert command.name == name
     help_text = CliRunner().invoke(cli, [name, "--help"]).output

@@ -1,0 +1,113 @@
+"""`mergelab extract-lora`: the difference of two models as a LoRA adapter."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mergelab.cli.sizes import readable
+
+if TYPE_CHECKING:
+    from mergelab.merging.extract_lora import ExtractedLora
+
+__all__ = ["command"]
+
+_WORST = 5
+
+
+@click.command("extract-lora")
+@click.argument("finetuned", type=click.Path(path_type=Path))
+@click.option("--base", required=True, type=click.Path(path_type=Path), help="The model it was tuned from.")
+@click.option("--out", "-o", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--rank", type=click.IntRange(1), help="Largest rank of a module's factors.")
+@click.option("--energy", type=float, help="Fraction of each squared norm to keep, by the least rank.")
+@click.option("--randomized", is_flag=True, help="A randomised SVD: much faster for large matrices.")
+@click.option("--target", "targets", multiple=True, metavar="GLOB", help="Only modules of such names.")
+@click.option(
+    "--embeddings",
+    type=click.Choice(["whole", "low_rank", "skip"]),
+    default="whole",
+    show_default=True,
+    help="What becomes of changed embeddings.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Stored dtype of the factors.",
+)
+@click.option("--seed", default=0, show_default=True, help="Seeds the randomised SVD.")
+@click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")
+@click.option("--json", "as_json", is_flag=True, help="Print ranks and errors of all modules as JSON.")
+def command(finetuned: Path, base: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Extract from FINETUNED a LoRA adapter for its base model, in PEFT's format.
+
+    Each changed matrix is replaced by its best low-rank approximation; changed norms, biases and embeddings
+    are stored whole. `base+adapter` in a recipe applies the adapter again.
+
+    \b
+    Examples:
+      mergelab extract-lora tuned --base base --rank 16 --out adapter
+      mergelab extract-lora tuned --base base --energy 0.9 --out adapter --dtype bfloat16
+      mergelab extract-lora big --base base --rank 64 --randomized --target '*.self_attn.*' --out adapter
+    """
+    if options["rank"] is None and options["energy"] is None:
+        raise click.UsageError("say how large the adapter may be, with --rank or --energy")
+    started = time.perf_counter()
+    from mergelab.checkpoints import open_checkpoint
+    from mergelab.merging.extract_lora import extract_lora
+
+    total = sum(file.file.size for file in open_checkpoint(base).files)
+    with _progress_bar(total) as bar:
+
+        def advance(count: int) -> None:
+            bar.update(count)
+
+        options["targets"] = options["targets"] or ("*",)
+        extracted = extract_lora(finetuned, base, out, **options, progress=advance)
+    seconds = time.perf_counter() - started
+    click.echo(json.dumps(_json(extracted, seconds), indent=2) if as_json else _text(extracted, seconds))
+    if extracted.skipped:
+        names = ", ".join(extracted.skipped[:_WORST])
+        click.echo(f"warning: {len(extracted.skipped)} changed modules were left out: {names}", err=True)
+
+
+def _progress_bar(total: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total, unit="B", unit_scale=True, desc="extracting", file=sys.stderr, disable=None, leave=False
+    )
+
+
+def _json(extracted: ExtractedLora, seconds: float) -> dict[str, Any]:
+    return {
+        "out": str(extracted.out),
+        "seconds": seconds,
+        "bytes": extracted.nbytes,
+        "modules": {
+            name: {"rank": rank, "relative_error": extracted.errors[name]}
+            for name, rank in extracted.ranks.items()
+        },
+        "whole": list(extracted.whole),
+        "skipped": list(extracted.skipped),
+    }
+
+
+def _text(extracted: ExtractedLora, seconds: float) -> str:
+    ranks = sorted(set(extracted.ranks.values()))
+    span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    worst = sorted(extracted.errors.items(), key=lambda item: -item[1])[:_WORST]
+    lines = [
+        f"{extracted.out}: {len(extracted.ranks)} modules of rank {span}, "
+        f"{len(extracted.whole)} stored whole, {readable(extracted.nbytes)}, in {seconds:.1f} s",
+        "largest part of a change that is missed:",
+        *(f"  {error:7.2%}  {name}" for name, error in worst),
+    ]
+    return "\n".join(lines)

@@ -1,29 +1,41 @@
 """Next tokens from logits: samplers, stop rules, and generation with a key-value cache."""
 
+from mergelab.decoding.generate import Generated, begin, generate
 from mergelab.decoding.penalties import MinNewTokens, RepetitionPenalty, logit_bias, suppress
+from mergelab.decoding.progress import Progress, advance, as_partials, start
+from mergelab.decoding.prompts import bucket_size, pad_prompts
 from mergelab.decoding.samplers import Sampler, greedy, row_keys, sample, sampler_from_options
 from mergelab.decoding.stop import Stop, cut_at_strings, stop_at
 from mergelab.decoding.transform import History, LogitsTransform, chain
 from mergelab.decoding.truncation import MinP, Temperature, TopK, TopP
 
 __all__ = [
+    "Generated",
     "History",
     "LogitsTransform",
     "MinNewTokens",
     "MinP",
+    "Progress",
     "RepetitionPenalty",
     "Sampler",
     "Stop",
     "Temperature",
     "TopK",
     "TopP",
+    "advance",
+    "as_partials",
+    "begin",
+    "bucket_size",
     "chain",
     "cut_at_strings",
+    "generate",
     "greedy",
     "logit_bias",
+    "pad_prompts",
     "row_keys",
     "sample",
     "sampler_from_options",
+    "start",
     "stop_at",
     "suppress",
 ]

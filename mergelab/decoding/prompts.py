@@ -1,0 +1,74 @@
+"""Prompts of different lengths as one left-padded array, of few enough shapes that compilation stays rare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mergelab.decoding.transform import require
+
+__all__ = ["bucket_size", "check_prompts", "pad_prompts", "widen"]
+
+_SMALLEST = 16
+
+
+def bucket_size(length: int) -> int:
+    """The least of 16, 24, 32, 48, 64, 96, ... that is at least `length`: two sizes to an octave.
+
+    >>> [bucket_size(n) for n in (1, 16, 17, 25, 33, 64, 65)]
+    [16, 16, 24, 32, 48, 64, 96]
+    """
+    power = _SMALLEST
+    while power < length:
+        if power + power // 2 >= length:
+            return power + power // 2
+        power *= 2
+    return power
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Stacks prompts, padded on the left: their last tokens meet in the last column.
+
+    Args:
+        prompts: token ids, at least one each.
+        pad_id: fills up; never looked at, but has to be an id of the vocabulary.
+
+    Returns:
+        Tokens int32 `[batch, length]`, and the mask, bool, True for real tokens.
+
+    Raises:
+        DecodingError: there is no prompt, or an empty one (give it the token that begins a text).
+    """
+    require("pad_prompts", prompts, len(prompts) > 0, "at least one prompt")
+    for prompt in prompts:
+        require("pad_prompts", prompt, len(prompt) > 0, "prompts of at least one token")
+    length = max(map(len, prompts))
+    tokens = np.full((len(prompts), length), pad_id, np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[length - len(prompt) :] = prompt
+    lengths = np.array([[len(prompt)] for prompt in prompts])
+    return tokens, np.arange(length)[None] >= length - lengths
+
+
+def widen(tokens: np.ndarray, mask: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Adds padding on the left up to `length` columns."""
+    more = ((0, 0), (length - tokens.shape[1], 0))
+    # The first column's ids are as good a filler as any: they are in the vocabulary.
+    return np.pad(tokens, more, mode="edge"), np.pad(mask, more)
+
+
+def check_prompts(tokens: np.ndarray, mask: np.ndarray, vocab_size: int) -> None:
+    """Refuses what cannot be continued.
+
+    Raises:
+        DecodingError: wrong shapes, padding elsewhere than on the left, an empty row, or an unknown id.
+    """
+    shapes = f"{tokens.shape} and {mask.shape}"
+    two = tokens.ndim == 2 and tokens.size > 0
+    require("generate(tokens, mask)", shapes, two and tokens.shape == mask.shape, "equal [batch, length]")
+    left = bool(mask[:, -1].all() and (np.diff(mask.astype(np.int8), axis=1) >= 0).all())
+    require("generate(mask)", mask.tolist()[:4], left, "padding on the left only, and no empty row")
+    low, high = int(tokens.min()), int(tokens.max())
+    expected = f"token ids below the vocabulary's {vocab_size}"
+    require("generate(tokens)", f"ids from {low} to {high}", low >= 0 and high < vocab_size, expected)

@@ -1,0 +1,223 @@
+"""`mergelab inspect`: what a model folder holds and what it takes, from headers alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mergelab.cli.meshes import MESH
+from mergelab.cli.sizes import readable
+
+if TYPE_CHECKING:
+    from mergelab.models.inventory import Inventory
+    from mergelab.models.model import Model
+
+__all__ = ["command"]
+
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+@click.command("inspect")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--mesh", type=MESH, metavar="AXES", help="Memory per device of a mesh: data=2,tensor=8.")
+@click.option("--topology", metavar="NAME", help="Compile for a TPU slice that need not be there: v5e:4x4.")
+@click.option(
+    "--dtype", type=click.Choice(_DTYPES), help="Dtype on the devices; the stored one if not given."
+)
+@click.option("--batch", type=click.IntRange(1), default=None, help="Sequences, over the whole mesh.")
+@click.option("--length", type=click.IntRange(1), help="Tokens of a sequence: of the cache, or of the pass.")
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--sites", is_flag=True, help="List the named sites with their shapes.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def command(
+    path: Path,
+    mesh: dict[str, int] | None,
+    topology: str | None,
+    dtype: str | None,
+    batch: int | None,
+    length: int | None,
+    tensors: bool,
+    sites: bool,
+    as_json: bool,
+) -> None:
+    """Show what the model in PATH holds, reading its headers and its config only.
+
+    With --mesh, the bytes each device would hold; with --length, of a key-value cache too. With --topology,
+    the forward pass is compiled for that TPU slice (extra: tpu-aot): bytes, floating-point operations and
+    exchanges of each chip. No weights are read and no accelerator is needed.
+
+    \b
+    Examples:
+      mergelab inspect model
+      mergelab inspect model --sites
+      mergelab inspect model --mesh data=1,tensor=8 --dtype bfloat16 --batch 4 --length 4096
+      mergelab inspect model --topology v5e:4x4 --mesh data=2,tensor=8
+    """
+    from mergelab.errors import CheckpointError
+    from mergelab.models.inventory import take_inventory
+
+    inventory = take_inventory(path)
+    if (mesh or topology) and (inventory.model is None or inventory.faults):
+        raise CheckpointError(inventory.faults[0])
+    if topology and mesh is None:
+        raise click.UsageError("say with --mesh how the chips of the topology share the work: tensor=16")
+    report = _describe(inventory)
+    if mesh is not None and topology is None and inventory.model is not None:
+        report["footprint"] = _footprint(inventory, mesh, dtype, batch or 1, length or 0)
+    if mesh is not None and topology is not None and inventory.model is not None:
+        report["compiled"] = _compile(inventory.model, topology, mesh, dtype, batch, length)
+    click.echo(json.dumps(report, indent=2) if as_json else _text(report, tensors, sites))
+
+
+def _describe(inventory: Inventory) -> dict[str, Any]:
+    """The report without its mesh, as plain data."""
+    model, checkpoint = inventory.model, inventory.checkpoint
+    found = checkpoint.tensors.items()
+    return {
+        "path": str(checkpoint.path),
+        "model_type": checkpoint.config.get("model_type"),
+        "runs_here": model is not None and not inventory.faults,
+        "faults": list(inventory.faults),
+        "parameters": inventory.parameters,
+        "bytes": sum(inventory.dtypes.values()),
+        "dtypes": {str(kind): size for kind, size in inventory.dtypes.items()},
+        "files": [file.file.path.name for file in checkpoint.files],
+        "config": {} if model is None else _plain(dataclasses.asdict(model.config)),
+        "tensors": {name: {"dtype": str(t.dtype), "shape": list(t.shape)} for name, t in found},
+        "sites": {} if model is None else {name: list(shape) for name, shape in model.sites().items()},
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Nested settings as JSON can hold them."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _footprint(
+    inventory: Inventory, mesh: dict[str, int], dtype: str | None, batch: int, length: int
+) -> dict[str, Any]:
+    from mergelab.checkpoints import dtype_from_name
+    from mergelab.models.footprint import footprint
+
+    assert inventory.model is not None
+    wanted = None if dtype is None else dtype_from_name(dtype)
+    found = footprint(
+        inventory.model,
+        mesh,
+        lambda leaf: wanted or inventory.dtype_of(leaf),
+        batch=batch,
+        cache_length=length,
+    )
+    return dataclasses.asdict(found)
+
+
+def _compile(
+    model: Model,
+    topology: str,
+    mesh: dict[str, int],
+    dtype: str | None,
+    batch: int | None,
+    length: int | None,
+) -> dict[str, Any]:
+    from mergelab.models.topology import compile_for_topology
+
+    pass_ = {
+        "batch": batch or mesh.get("data", 1) * mesh.get("fsdp", 1),
+        "length": length or min(2048, model.config.max_length),
+        "dtype": dtype or "bfloat16",
+    }
+    report = compile_for_topology(model, topology, mesh, **pass_)
+    return {
+        "topology": topology,
+        "mesh": mesh,
+        **pass_,
+        **dataclasses.asdict(report),
+        "peak": report.peak,
+    }
+
+
+def _text(report: Mapping[str, Any], tensors: bool, sites: bool) -> str:
+    kinds = ", ".join(f"{kind} {readable(size)}" for kind, size in report["dtypes"].items())
+    runs = "" if report["runs_here"] else " (cannot be run here)"
+    rows = {
+        "path": report["path"],
+        "family": f"{report['model_type'] or 'unknown'}{runs}",
+        "parameters": f"{report['parameters']:,} in {len(report['tensors'])} tensors",
+        "stored": f"{kinds}, in {len(report['files'])} file{'s' * (len(report['files']) > 1)}",
+    }
+    if config := report["config"]:
+        rows["shape"] = (
+            f"{config['layers']} layers of width {config['width']}, {config['heads']} heads, "
+            f"{config['mlp_width']} neurons, {config['vocab_size']:,} tokens"
+        )
+    lines = [f"{name:<10} {value}" for name, value in rows.items()]
+    lines += [f"{'fault':<10} {fault}" for fault in report["faults"]]
+    if tensors:
+        lines += ["", "tensors"] + [
+            f"  {name}  {tensor['dtype']} {tensor['shape']}" for name, tensor in report["tensors"].items()
+        ]
+    else:
+        kinds_of = {name: f"{t['dtype']} {t['shape']}" for name, t in report["tensors"].items()}
+        lines += ["", "tensors", *_grouped(kinds_of)]
+    if sites:
+        shapes = {name: f"[{', '.join(map(str, shape))}]" for name, shape in report["sites"].items()}
+        lines += ["", "sites", *_grouped(shapes)]
+    if "footprint" in report:
+        lines += ["", *_footprint_lines(report["footprint"])]
+    if "compiled" in report:
+        lines += ["", *_compiled_lines(report["compiled"])]
+    return "\n".join(lines)
+
+
+def _grouped(described: Mapping[str, str]) -> Iterable[str]:
+    """One line for all names that differ only in their numbers and are described alike."""
+    groups: dict[tuple[str, str], int] = {}
+    for name, description in described.items():
+        key = (re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), description)
+        groups[key] = groups.get(key, 0) + 1
+    width = max(len(name) for name, _ in groups)
+    for (name, description), count in groups.items():
+        yield f"  {name:<{width}}  {description}" + (f"  x {count}" if count > 1 else "")
+
+
+def _axes(mesh: Mapping[str, int]) -> str:
+    return ",".join(f"{name}={size}" for name, size in mesh.items())
+
+
+def _footprint_lines(found: Mapping[str, Any]) -> list[str]:
+    devices = math.prod(found["mesh"].values())
+    lines = [
+        f"on each of the {devices} devices of {_axes(found['mesh'])}",
+        f"  parameters {readable(found['parameters'])} of {readable(found['total'])} "
+        f"({readable(found['whole'])} on every device in full)",
+    ]
+    if found["cache"]:
+        total = found["parameters"] + found["cache"]
+        lines += [f"  cache      {readable(found['cache'])}", f"  together   {readable(total)}"]
+    return lines
+
+
+def _compiled_lines(found: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"one forward pass of {found['batch']} x {found['length']} tokens in {found['dtype']}, on each of "
+        f"the {found['chips']} chips ({found['device']}) of {found['topology']} as {_axes(found['mesh'])}",
+        f"  arguments   {readable(found['arguments'])}",
+        f"  outputs     {readable(found['outputs'])}",
+        f"  temporaries {readable(found['temporaries'])}",
+        f"  together    {readable(found['peak'])}",
+        f"  operations  {found['flops']:.3g} floating-point",
+    ]
+    for exchange in found["collectives"]:
+        lines.append(f"  {exchange['kind']:<18} {exchange['count']} x, {readable(exchange['nbytes'])} in all")
+    return [*lines, f"compiled in {found['seconds']:.1f} s; memory and exchanges, not speed"]

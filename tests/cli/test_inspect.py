@@ -1,0 +1,87 @@
+"""`mergelab inspect` shows a folder's tensors, sites and memory without reading a weight."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from click.testing import CliRunner
+
+from mergelab.cli.main import cli
+from mergelab.models.families import model_from_config
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tensors = {leaf.hf_name: np.ones(leaf.hf_shape, np.float32) for leaf in model_from_config(CONFIG).table()}
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(cli, ["inspect", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_the_text_groups_what_repeats(folder: Path) -> None:
+    text = run(folder, "--sites")
+    lines = [line.split() for line in text.splitlines()]
+    assert ["family", "llama"] in lines
+    assert ["model.layers.*.mlp.up_proj.weight", "float32", "[24,", "16]", "x", "2"] in lines
+    assert ["blocks.*.attn.q", "[batch,", "length,", "4,", "4]", "x", "2"] in lines
+    assert "model.layers.1.mlp.up_proj.weight  float32 [24, 16]" in run(folder, "--tensors")
+
+
+def test_json_holds_everything(folder: Path) -> None:
+    report = json.loads(run(folder, "--json", "--mesh", "data=1,tensor=8", "--batch", 2, "--length", 8))
+    sizes = [int(np.prod(tensor["shape"])) for tensor in report["tensors"].values()]
+    assert (report["runs_here"], report["parameters"], report["bytes"]) == (True, sum(sizes), 4 * sum(sizes))
+    assert report["sites"]["logits"] == ["batch", "length", 50]
+    assert report["config"]["layers"] == 2
+    footprint = report["footprint"]
+    assert footprint["mesh"] == {"data": 1, "tensor": 8}
+    assert footprint["total"] / 8 < footprint["parameters"] < footprint["total"]
+    assert footprint["cache"] == 2 * 2 * (2 * 8 * 4 * 4) * 4  # 4 heads are not divided by 8 devices
+
+
+def test_dtype_halves_the_footprint(folder: Path) -> None:
+    stored = json.loads(run(folder, "--json", "--mesh", "tensor=2"))["footprint"]
+    half = json.loads(run(folder, "--json", "--mesh", "tensor=2", "--dtype", "bfloat16"))["footprint"]
+    assert stored["parameters"] == 2 * half["parameters"]
+
+
+def test_models_that_cannot_be_run_are_listed_with_the_reason(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"model_type": "novel"}))
+    text = run(folder)
+    assert "novel (cannot be run here)" in text
+    assert "fault      " in text and "the supported ones are" in text
+    result = CliRunner().invoke(cli, ["inspect", str(folder), "--mesh", "tensor=2"])
+    assert (result.exit_code, result.stderr.startswith("error: ")) == (2, True)
+
+
+@pytest.mark.parametrize("mesh", ["tensor", "tensor=x", "tensor=2,tensor=4", "tensor=0", "=2"])
+def test_meshes_are_checked(mesh: str, folder: Path) -> None:
+    result = CliRunner().invoke(cli, ["inspect", str(folder), "--mesh", mesh])
+    assert result.exit_code == 2
+    assert "is not a mesh" in result.stderr
+
+
+def test_a_topology_needs_a_mesh(folder: Path) -> None:
+    result = CliRunner().invoke(cli, ["inspect", str(folder), "--topology", "v5e:4x4"])
+    assert result.exit_code == 2
+    assert "say with --mesh" in result.stderr

@@ -1,0 +1,81 @@
+"""Ahead of time: a forward pass compiled for TPU chips that are not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import pytest
+
+from mergelab.errors import DependencyError, MeshError
+from mergelab.models.families import model_from_config
+from mergelab.models.topology import compile_for_topology
+from mergelab.models.topology_worker import collectives
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 128,
+}
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler: install .[tpu-aot]"
+)
+
+
+@needs_compiler
+def test_tensor_parallelism_divides_memory_and_adds_reductions() -> None:
+    before = dict(os.environ)
+    model = model_from_config(CONFIG)
+    alone = compile_for_topology(model, "v5e:2x2", {"data": 4}, batch=4, length=128)
+    split = compile_for_topology(model, "v5e:2x2", {"tensor": 4}, batch=4, length=128)
+    assert os.environ == before
+    assert (alone.chips, split.chips) == (4, 4)
+    parameters = 2 * sum(leaf.size for leaf in model.table())
+    assert parameters <= alone.arguments < 1.2 * parameters
+    assert parameters / 4 <= split.arguments < 1.2 * parameters / 2
+    assert alone.collectives == ()
+    # Each block adds two partial sums up: after attention and after the MLP.
+    reductions = sum(c.count for c in split.collectives if c.kind in ("all-reduce", "reduce-scatter"))
+    assert reductions >= 2 * model.config.layers
+    assert split.flops > 0 and split.peak > split.arguments
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("topology", "mesh", "changes", "message"),
+    [
+        ("v5e:2x2", {"data": 3}, {}, "cannot be laid over its 4 chips"),
+        ("v9z:2x2", {"data": 4}, {}, "v9z:2x2: "),
+        # 17 GB of parameters on each chip, which has 16.
+        ("v5e:2x2", {"data": 4}, {"vocab_size": 2**19, "hidden_size": 2**13}, "(?i)exhausted|memory|hbm"),
+    ],
+)
+def test_what_does_not_fit_is_an_error_with_the_compilers_reason(
+    topology: str, mesh: dict[str, int], changes: dict[str, Any], message: str
+) -> None:
+    model = model_from_config(CONFIG | changes)
+    with pytest.raises(MeshError, match=message):
+        compile_for_topology(model, topology, mesh, batch=4, length=8)
+
+
+def test_without_the_compiler_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DependencyError, match=r"mergelab\[tpu-aot\]"):
+        compile_for_topology(model_from_config(CONFIG), "v5e:2x2", {"data": 4}, batch=4, length=8)
+
+
+def test_collectives_are_read_off_a_program() -> None:
+    program = """
+  %fusion = bf16[4,8]{1,0:T(8,128)(2,1)} fusion(%all-reduce.1), kind=kLoop
+  %all-reduce.1 = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} all-reduce(%p), channel_id=1
+  %all-reduce.2 = (f32[2]{0}, f32[3]{0}) all-reduce(%p, %q), channel_id=2
+  %ag = (bf16[2,8]{1,0}, bf16[8,8]{1,0}) all-gather-start(%p), dimensions={0}
+  %agd = bf16[8,8]{1,0} all-gather-done(%ag)
+"""
+    assert collectives(program) == {"all-reduce": (2, 64 + 20), "all-gather": (1, 128)}

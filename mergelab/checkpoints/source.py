@@ -40,6 +40,7 @@ class TensorSource(Protocol):
         ...
 
 
+@runtime_checkable
 class Checkpoint(Protocol):
     """A model on disk: its tensors as sources, and its folder for config and tokenizer files."""
 

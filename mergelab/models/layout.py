@@ -11,10 +11,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import EllipsisType
 
 import numpy as np
 
-__all__ = ["Box", "Layout", "box_shape", "box_size", "slices", "whole"]
+__all__ = ["Box", "Layout", "box_shape", "box_size", "normalise", "slices", "whole"]
 
 Box = tuple[tuple[int, int], ...]
 """A slice of an array: the half-open range `(low, high)` taken of each axis."""
@@ -35,9 +36,14 @@ def box_size(box: Box) -> int:
     return math.prod(box_shape(box))
 
 
-def slices(box: Box) -> tuple[slice, ...]:
-    """The box as an index for numpy."""
-    return tuple(slice(low, high) for low, high in box)
+def slices(box: Box) -> tuple[slice | EllipsisType, ...]:
+    """The box as an index for numpy; it selects an array even where the box has no axes."""
+    return (*(slice(low, high) for low, high in box), ...)
+
+
+def normalise(index: Sequence[slice], shape: Sequence[int]) -> Box:
+    """The box that an index of slices without steps, as shardings give it, takes of an array."""
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.errors import CheckpointError
 from mergelab.models.declaration import Leaf
 from mergelab.models.families import model_from_config
+from mergelab.models.load import load_params
 from mergelab.models.model import Model, Params
-from mergelab.models.storage import load_params, save_params
+from mergelab.models.save import save_params
 
 __all__ = ["LlamaConfig", "Params", "apply", "init", "leaves", "load", "save"]
 
@@ -121,8 +126,12 @@ def load(path: str | Path) -> tuple[LlamaConfig, Params]:
     """
     checkpoint = open_checkpoint(path)
     config = LlamaConfig.from_hf(checkpoint.config, str(checkpoint.path / "config.json"))
-    tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
-    return config, load_params(checkpoint.tensors, tuple(leaves(config)), str(path), ignore=tied)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    table = tuple(leaves(config))
+    params = load_params(
+        checkpoint.tensors, table, str(path), unused=tied.__contains__, dtype=np.dtype(np.float32)
+    )
+    return config, params
 
 
 def save(
@@ -139,4 +148,12 @@ def save(
     Raises:
         OutputError: the folder is not empty, or the disk is full.
     """
-    save_params(params, tuple(leaves(config)), config.to_hf(), Path(path), files or {})
+    fields = config.to_hf()
+    ids = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    texts = {"config.json": _json(fields), "generation_config.json": _json(ids)}
+    params = jax.tree.map(lambda array: array.astype(jnp.float32), params)
+    save_params(params, tuple(leaves(config)), path, files={**texts, **(files or {})})
+
+
+def _json(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()

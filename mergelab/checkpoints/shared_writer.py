@@ -1,0 +1,177 @@
+"""Writes one checkpoint from one or several processes, each putting its own ranges into preplanned files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mergelab.checkpoints.file_names import check_file_name
+from mergelab.checkpoints.journal import Journal
+from mergelab.checkpoints.shard_plan import ShardPlan
+from mergelab.checkpoints.work_folder import WorkFolder
+from mergelab.errors import OutputError
+from mergelab.processes import together
+
+__all__ = ["SharedWriter"]
+
+
+class SharedWriter:
+    """A context manager; `write_runs` may be called from several threads, all else by every process alike.
+
+    Process 0 makes the work folder beside the target, with files of their final size, and gives it its final
+    name in `commit`; left without that, it deletes the folder. Unlike `CheckpointWriter` it keeps no
+    receipts: what it writes is in memory, and is written again after a failure.
+
+    Attributes:
+        plan: the layout.
+    """
+
+    def __init__(
+        self, out: Path | str, plan: ShardPlan, *, overwrite: bool = False, distributed: bool = False
+    ) -> None:
+        """Prepares the files.
+
+        Args:
+            out: the target folder, which all processes see; its parents are created.
+            plan: the layout.
+            overwrite: replace a non-empty target; the old folder stays until the new one is complete.
+            distributed: every process of the run writes a share; otherwise this one writes everything.
+
+        Raises:
+            OutputError: the target is not empty, the disk is too small or fails, or another run writes there.
+            MeshError: that happened in another process.
+        """
+        self.plan = plan
+        self._distributed = distributed
+        self._first = not distributed or jax.process_index() == 0
+        self._work = WorkFolder(Path(out))
+        self._journal: Journal | None = None
+        self._files: list[int] = []
+        self._written = 0
+        self._lock = threading.Lock()
+        try:
+            with together("preparing the output", distributed=distributed), self._disk_errors():
+                if self._first:
+                    self._prepare(overwrite)
+            with together("opening the output", distributed=distributed), self._disk_errors():
+                self._files = [os.open(self._work.path / shard.file, os.O_WRONLY) for shard in plan.shards]
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _prepare(self, overwrite: bool) -> None:
+        self._work.prepare(self.plan.nbytes, resume=False, overwrite=overwrite)
+        self._journal = Journal(self._work.journal)  # for its lock: one run at a time
+        self._work.clear()
+        for shard in self.plan.shards:
+            with open(self._work.path / shard.file, "wb") as file:
+                file.write(shard.head)
+                file.flush()
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, shard.size)
+                file.truncate(shard.size)
+
+    def write_runs(self, name: str, starts: Sequence[int] | np.ndarray, rows: np.ndarray) -> None:
+        """Writes row `i` of `rows` to the flat elements of a tensor from `starts[i]` on.
+
+        Args:
+            name: the tensor's name in the plan.
+            starts: the first element of each run.
+            rows: `[runs, length]`, contiguous, of the tensor's dtype. No element may be written twice.
+
+        Raises:
+            OutputError: the disk is full or fails.
+        """
+        place = self.plan.places[name]
+        if rows.dtype != place.spec.dtype or not rows.flags.c_contiguous:
+            raise ValueError(f"tensor {name!r} is written as contiguous {place.spec.dtype}, not {rows.dtype}")
+        with self._disk_errors():
+            for start, row in zip(starts, rows.view(np.uint8), strict=True):
+                data, offset = row.data, place.offset + int(start) * rows.itemsize
+                while len(data):
+                    count = os.pwrite(self._files[place.shard], data, offset)
+                    data, offset = data[count:], offset + count
+        with self._lock:
+            self._written += rows.nbytes
+
+    def commit(self, files: Mapping[str, bytes | Path]) -> Path:
+        """Adds further files (config, tokenizer), gives the folder its final name, and returns it.
+
+        Raises:
+            OutputError: not every byte was written once, or the disk is full or fails.
+            CheckpointError: a file's name is not one plain name.
+            MeshError: that happened in another process.
+        """
+        with together("completing the output", distributed=self._distributed), self._disk_errors():
+            self._close()
+        written = self._written
+        if self._distributed:
+            counts = multihost_utils.process_allgather(
+                np.array([written >> 24, written & 0xFFFFFF], np.int32)
+            )
+            written = sum((int(high) << 24) + int(low) for high, low in np.asarray(counts))
+        with together("completing the output", distributed=self._distributed), self._disk_errors():
+            if written != self.plan.total_size:
+                raise OutputError(
+                    f"{self._work.out}: {written} of {self.plan.total_size} bytes of weights were written; a "
+                    "parameter has parts on devices of no process of this run."
+                )
+            if self._first:
+                self._complete(files)
+        return self._work.out
+
+    def _complete(self, files: Mapping[str, bytes | Path]) -> None:
+        weights = {shard.file for shard in self.plan.shards}
+        for name, content in files.items():
+            if check_file_name(name, "the output") in weights:
+                raise OutputError(f"the file {name!r} would replace the weights; choose another name.")
+            if isinstance(content, Path):
+                shutil.copyfile(content, self._work.path / name)
+            else:
+                (self._work.path / name).write_bytes(content)
+        if self.plan.index is not None:
+            (self._work.path / "model.safetensors.index.json").write_bytes(self.plan.index)
+        self._work.publish(durable=True)
+        if self._journal is not None:
+            self._journal.remove()
+            self._journal = None
+
+    def _close(self) -> None:
+        files, self._files = self._files, []
+        for file in files:
+            os.close(file)
+
+    def _abandon(self) -> None:
+        self._close()
+        if self._journal is not None:
+            self._work.clear(recreate=False)
+            self._journal.remove()
+            self._journal = None
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"{self._work.out}: writing failed ({error.strerror or error}); free some space, or check "
+                "that every process sees this folder, and save again."
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._abandon()

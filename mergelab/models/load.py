@@ -1,0 +1,178 @@
+"""Loads a model onto one device or a mesh: each process reads just the slices that its own devices hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from mergelab.checkpoints.dtypes import dtype_from_name, is_float
+from mergelab.checkpoints.folder import open_checkpoint
+from mergelab.checkpoints.source import Checkpoint, TensorSource
+from mergelab.errors import CheckpointError, did_you_mean
+from mergelab.models.declaration import Leaf, stored_shapes, tree_from_leaves
+from mergelab.models.families import model_from_config
+from mergelab.models.layout import Box, normalise, whole
+from mergelab.models.model import Model, Params
+from mergelab.models.shard_reader import Reading, ShardReader
+from mergelab.processes import span_processes, together
+from mergelab.sharding import DEFAULT_RULES, Rules, named_sharding
+
+__all__ = ["load_model", "load_params"]
+
+
+def load_model(
+    path: str | Path | Checkpoint,
+    *,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    rules: Rules | None = None,
+) -> tuple[Model, Params]:
+    """Opens a Hugging Face model folder and loads its weights.
+
+    Bytes go from the file to the device that holds them: beside the loaded arrays, the host needs memory for
+    two parameters (their local parts, where a mesh spans processes), however large the model. With a mesh
+    that spans processes, every process of the mesh must make this call.
+
+    Args:
+        path: a model folder or weight file, or a checkpoint that is open already (`with_lora(...)`).
+        mesh: where the weights go (`mergelab.sharding.make_mesh`); JAX's default device if None.
+        dtype: the parameters' dtype; the stored one if None.
+        rules: logical axis -> mesh axes; `DEFAULT_RULES` if None.
+
+    Raises:
+        CheckpointError: the folder, its config or a tensor is missing, unknown, damaged, or of another shape.
+        NonFiniteError: a weight leaves the range of `dtype`.
+        MeshError: a rule is missing, or another process failed.
+    """
+    distributed = mesh is not None and span_processes(mesh.devices.flat)
+    with together("opening the model", distributed=distributed):
+        checkpoint = open_checkpoint(path) if isinstance(path, str | Path) else path
+        place = str(checkpoint.path)
+        model = model_from_config(checkpoint.config, str(checkpoint.path / "config.json"))
+        model = model.for_tensors(checkpoint.tensors)
+    params = load_params(
+        checkpoint.tensors, model.table(), place, unused=model.is_unused, mesh=mesh, dtype=dtype, rules=rules
+    )
+    return model, params
+
+
+def load_params(
+    tensors: Mapping[str, TensorSource],
+    table: Sequence[Leaf],
+    place: str,
+    *,
+    unused: Callable[[str], bool] = lambda name: False,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    rules: Rules | None = None,
+) -> Params:
+    """Loads the leaves of any table; arguments and errors are those of `load_model`.
+
+    Args:
+        tensors: the tensors of an open checkpoint.
+        table: what to load.
+        place: the checkpoint's path, for messages.
+        unused: whether the checkpoint may hold a tensor of this name that no leaf needs.
+        mesh: where to load to.
+        dtype: the parameters' dtype.
+        rules: logical axis -> mesh axes.
+    """
+    rules = DEFAULT_RULES if rules is None else rules
+    distributed = mesh is not None and span_processes(mesh.devices.flat)
+    arrays: dict[Leaf, jax.Array] = {}
+    with together("loading the model", distributed=distributed), ShardReader(tensors) as reader:
+        dtypes = _check(tensors, table, place, unused, None if dtype is None else _dtype(dtype))
+        shardings = {
+            leaf: None if mesh is None else named_sharding(mesh, leaf.shape, leaf.axes, rules)
+            for leaf in table
+        }
+        # One leaf is read while the one before it goes to the devices.
+        pending: tuple[Leaf, Reading] | None = None
+        for leaf in table:
+            following = leaf, reader.start(leaf, _boxes(leaf, shardings[leaf]), dtypes[leaf])
+            if pending is not None:
+                arrays[pending[0]] = _to_devices(*pending, shardings[pending[0]])
+            pending = following
+        if pending is not None:
+            arrays[pending[0]] = _to_devices(*pending, shardings[pending[0]])
+    return tree_from_leaves(arrays)
+
+
+def _boxes(leaf: Leaf, sharding: NamedSharding | None) -> list[Box]:
+    """The different slices of a leaf that this process's devices hold."""
+    if sharding is None:
+        return [whole(leaf.shape)]
+    indices = sharding.addressable_devices_indices_map(leaf.shape).values()
+    return list(dict.fromkeys(normalise(index, leaf.shape) for index in indices if index is not None))
+
+
+def _to_devices(leaf: Leaf, reading: Reading, sharding: NamedSharding | None) -> jax.Array:
+    # Nobody else will write to this memory: where device and host memory are one, it becomes the array's.
+    arrays = reading.wait()
+    if sharding is None:
+        return jax.device_put(arrays[whole(leaf.shape)], may_alias=True)
+    parts = [
+        jax.device_put(arrays[normalise(index, leaf.shape)], device, may_alias=True)
+        for device, index in sharding.addressable_devices_indices_map(leaf.shape).items()
+        if index is not None
+    ]
+    dtype = next(iter(arrays.values())).dtype if arrays else None
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts, dtype=dtype)
+
+
+def _dtype(dtype: Any) -> np.dtype[Any]:
+    found = dtype_from_name(dtype) if isinstance(dtype, str) else np.dtype(dtype)
+    if not is_float(found):
+        raise CheckpointError(f"a model cannot be loaded as {found}; choose a float type such as bfloat16.")
+    return found
+
+
+def _check(
+    tensors: Mapping[str, TensorSource],
+    table: Sequence[Leaf],
+    place: str,
+    unused: Callable[[str], bool],
+    dtype: np.dtype[Any] | None,
+) -> dict[Leaf, np.dtype[Any]]:
+    """Checks that tensors and table are a one-to-one match; returns the dtype every leaf will have."""
+    shapes = stored_shapes(table)
+    for name in tensors:
+        if name not in shapes and not unused(name):
+            raise CheckpointError(
+                f"{place} has the tensor {name!r}, which config.json leaves no use for"
+                f"{did_you_mean(name, shapes)}; correct config.json, or remove the tensor."
+            )
+    for name, shape in shapes.items():
+        source = tensors.get(name)
+        if source is None:
+            raise CheckpointError(
+                f"{place} lacks the tensor {name!r}{did_you_mean(name, tensors)}, which its config.json "
+                "calls for; the download may be incomplete."
+            )
+        if source.shape != shape or not is_float(source.dtype):
+            raise CheckpointError(
+                f"{place}: tensor {name!r} is {source.dtype} {list(source.shape)}, but config.json asks for "
+                f"floating-point {list(shape)}; use the config.json that belongs to the weights."
+            )
+    return {leaf: dtype or _stored_dtype(tensors, leaf, place) for leaf in table}
+
+
+def _stored_dtype(tensors: Mapping[str, TensorSource], leaf: Leaf, place: str) -> np.dtype[Any]:
+    kinds = sorted({str(tensors[name].dtype) for name in leaf.hf_names})
+    if len(kinds) > 1:
+        raise CheckpointError(
+            f"{place}: the tensors of {leaf.name!r} are of different types ({', '.join(kinds)}), but they "
+            "become one array; pass the dtype to load."
+        )
+    dtype = tensors[leaf.hf_names[0]].dtype
+    if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
+        raise CheckpointError(
+            f"{place}: tensor {leaf.hf_names[0]!r} is float64, which JAX would round to float32 as it is set "
+            "up; pass dtype='float32', or enable jax_enable_x64."
+        )
+    return dtype

@@ -1,0 +1,199 @@
+"""Saves a model as a Hugging Face folder; every process of a mesh writes the parts that its devices hold."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergelab.checkpoints.shard_plan import TensorSpec, plan_shards
+from mergelab.checkpoints.shared_writer import SharedWriter
+from mergelab.errors import OutputError
+from mergelab.models import transposed_copy
+from mergelab.models.declaration import Leaf, Piece, get_leaf, stored_shapes
+from mergelab.models.layout import Box, box_shape, normalise, slices, whole
+from mergelab.models.model import Model
+from mergelab.models.regions import blocks, intersection, join, relative, runs
+from mergelab.models.shard_reader import aligned_empty
+from mergelab.processes import together
+
+__all__ = ["SHARD_BYTES", "save_model", "save_params"]
+
+SHARD_BYTES = 5_000_000_000
+"""Bytes of weights a file holds at most, unless asked otherwise; the Hugging Face libraries' own limit."""
+_BLOCK = 4 << 20
+
+
+def save_model(
+    model: Model,
+    params: Mapping[str, Any],
+    path: str | Path,
+    *,
+    files: Mapping[str, bytes | Path] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> Path:
+    """Writes `config.json` and the weights, in the dtypes and bytes they have; the inverse of `load_model`.
+
+    Where parameters lie on devices of several processes, every process must make this call, with a path that
+    all of them see.
+
+    Args:
+        model: the model.
+        params: its parameters, JAX arrays on any mesh or numpy arrays.
+        path: a folder that is empty or does not exist.
+        files: further files by name, such as the tokenizer's: their content, or where to copy it from.
+        shard_bytes: weights go into several files if they are larger.
+        overwrite: replace a folder that is not empty.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OutputError: the folder is not empty, a parameter is missing or of another shape, or the disk is full.
+        MeshError: that happened in another process.
+    """
+    config = _with_dtype(model.hf_config, params, model.table())
+    text = (json.dumps(config, indent=2) + "\n").encode()
+    files = {"config.json": text, **(files or {})}
+    return save_params(params, model.table(), path, files=files, shard_bytes=shard_bytes, overwrite=overwrite)
+
+
+def save_params(
+    params: Mapping[str, Any],
+    table: Sequence[Leaf],
+    path: str | Path,
+    *,
+    files: Mapping[str, bytes | Path],
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> Path:
+    """Writes the leaves of any table; arguments and errors are those of `save_model`, config in `files`."""
+    arrays = _arrays(params, table)
+    distributed = any(isinstance(a, jax.Array) and not a.is_fully_addressable for a in arrays.values())
+    plan = plan_shards(_specs(arrays), shard_bytes)
+    with SharedWriter(path, plan, overwrite=overwrite, distributed=distributed) as writer:
+        with together("saving the model", distributed=distributed):
+            _write(arrays, writer, distributed)
+        return writer.commit(files)
+
+
+def _arrays(params: Mapping[str, Any], table: Sequence[Leaf]) -> dict[Leaf, Any]:
+    arrays = {}
+    for leaf in table:
+        try:
+            array = get_leaf(params, leaf)
+        except (KeyError, TypeError):
+            raise OutputError(
+                f"the parameters lack {leaf.name!r}, which the model has; nothing was saved."
+            ) from None
+        if array.shape != leaf.shape:
+            raise OutputError(
+                f"parameter {leaf.name!r} has shape {array.shape} where the model has {leaf.shape}; nothing "
+                "was saved."
+            )
+        arrays[leaf] = array
+    unknown = len(jax.tree.leaves(params)) - len(arrays)
+    if unknown:
+        raise OutputError(f"there are {unknown} parameters that the model does not have; nothing was saved.")
+    return arrays
+
+
+def _specs(arrays: Mapping[Leaf, Any]) -> list[TensorSpec]:
+    dtypes: dict[str, np.dtype[Any]] = {}
+    for leaf, array in arrays.items():
+        for name in leaf.hf_names:
+            if dtypes.setdefault(name, array.dtype) != array.dtype:
+                raise OutputError(
+                    f"parameter {leaf.name!r} is {array.dtype}, but others that share the tensor {name!r} "
+                    f"are {dtypes[name]}; cast them to one type."
+                )
+    return [TensorSpec(name, dtypes[name], shape) for name, shape in stored_shapes(arrays).items()]
+
+
+def _with_dtype(
+    config: Mapping[str, Any], params: Mapping[str, Any], table: Sequence[Leaf]
+) -> dict[str, Any]:
+    """The config with its dtype field set to the parameters' type, if they have one in common."""
+    kinds = {str(array.dtype) for array in _arrays(params, table).values()}
+    field = "dtype" if "dtype" in config else "torch_dtype"
+    return dict(config) | ({field: kinds.pop()} if len(kinds) == 1 else {})
+
+
+def _write(arrays: Mapping[Leaf, Any], writer: SharedWriter, distributed: bool) -> None:
+    held = {leaf: _held(array, distributed) for leaf, array in arrays.items()}
+    parts: dict[str, list[tuple[Leaf, Box, Piece]]] = {}
+    for leaf, shards in held.items():
+        for box in shards:
+            for piece in leaf.pullback(box):
+                parts.setdefault(piece.hf_name, []).append((leaf, box, piece))
+    last_use = {leaf: name for name, found in parts.items() for leaf, _, _ in found}
+    hosts: dict[Leaf, dict[Box, np.ndarray]] = {}
+    with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
+        for name, found in parts.items():
+            sources: list[tuple[Box, np.ndarray]] = []
+            for leaf, box, piece in found:
+                if leaf not in hosts:
+                    hosts[leaf] = {shard: _on_host(array) for shard, array in held[leaf].items()}
+                part = hosts[leaf][box][slices(relative(piece.target, box))]
+                place = leaf.layout.in_view_order(part[0] if leaf.stack else part, piece.source)
+                sources.append((piece.source, place))
+            view, width = found[0][0].layout.view, writer.plan.places[name].spec.dtype.itemsize
+            tasks = [
+                pool.submit(_write_block, writer, name, view, block, sources)
+                for region in join(source for source, _ in sources)
+                for block in blocks(region, _BLOCK // width)
+            ]
+            for task in tasks:
+                task.result()
+            for leaf in {leaf for leaf, _, _ in found}:
+                if last_use[leaf] == name:
+                    del hosts[leaf]
+
+
+def _held(array: Any, distributed: bool) -> dict[Box, Any]:
+    """The slices of an array that this process writes: over all processes, each element once."""
+    if not isinstance(array, jax.Array):
+        array = np.asarray(array)
+        return {whole(array.shape): array} if not distributed or jax.process_index() == 0 else {}
+    if distributed and array.is_fully_addressable and jax.process_index() != 0:
+        return {}
+    return {
+        normalise(shard.index, array.shape): shard.data
+        for shard in array.addressable_shards
+        if shard.replica_id == 0
+    }
+
+
+def _on_host(array: Any) -> np.ndarray:
+    """The array's values, in its own memory where that is the host's."""
+    if isinstance(array, jax.Array) and next(iter(array.devices())).platform != "cpu":
+        # A JAX array keeps its first host copy for as long as it lives; that of this copy goes with it.
+        array = jnp.copy(array)
+    return np.asarray(array)
+
+
+def _write_block(
+    writer: SharedWriter,
+    name: str,
+    view: tuple[int, ...],
+    block: Box,
+    sources: Sequence[tuple[Box, np.ndarray]],
+) -> None:
+    """Writes one block of a stored tensor, gathered from the slices that hold it."""
+    shared = [(intersection(block, source), source, place) for source, place in sources]
+    found = [(box, place[slices(relative(box, source))]) for box, source, place in shared if box is not None]
+    data = found[0][1] if found else np.empty(0)
+    if len(found) != 1 or not data.flags.c_contiguous:
+        data = aligned_empty(box_shape(block), found[0][1].dtype)
+        for box, place in found:
+            transposed_copy.copy(place, data[slices(relative(box, block))])
+    starts, length = runs(view, block)
+    writer.write_runs(name, starts, data.reshape(len(starts), length))

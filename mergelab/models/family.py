@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ class Family:
         rows: the table that maps parameters to HF tensors, for one configuration.
         prefix: what HF puts before tensor names in models with a head, and leaves away without one.
         unused: glob patterns of tensors that files may hold and that the model does not need.
+        adapt: `(configuration, tensor names) -> configuration`, where files of one config differ.
     """
 
     model_type: str
@@ -50,3 +51,4 @@ class Family:
     rows: Callable[[Any], Iterable[Row]]
     prefix: str = ""
     unused: tuple[str, ...] = ()
+    adapt: Callable[[Any, Collection[str]], Any] = lambda config, names: config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -70,10 +70,11 @@ class Model:
             rows = [row._replace(hf_name=row.hf_name.removeprefix(self.family.prefix)) for row in rows]
         return build_table(rows, self.family.architecture.parameters(self.config), self.config.layers)
 
-    def for_tensors(self, names: Iterable[str]) -> Model:
+    def for_tensors(self, names: Collection[str]) -> Model:
         """The same model with the table that fits a file: without a head, HF leaves the prefix away."""
         prefix = self.family.prefix
-        return replace(self, prefixed=not prefix or any(name.startswith(prefix) for name in names))
+        prefixed = not prefix or any(name.startswith(prefix) for name in names)
+        return replace(self, config=self.family.adapt(self.config, names), prefixed=prefixed)
 
     def is_unused(self, hf_name: str) -> bool:
         """Whether files may hold this tensor though the model does not need it (buffers, tied copies)."""

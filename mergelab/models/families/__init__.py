@@ -6,14 +6,32 @@ from collections.abc import Mapping
 from typing import Any
 
 from mergelab.errors import CheckpointError, did_you_mean
+from mergelab.models.families.bert import BERT
+from mergelab.models.families.gemma import GEMMA2, GEMMA3_TEXT
+from mergelab.models.families.gpt2 import GPT2
+from mergelab.models.families.gpt_neox import GPT_NEOX
 from mergelab.models.families.llama import LLAMA
+from mergelab.models.families.mistral import MISTRAL
+from mergelab.models.families.mixtral import MIXTRAL
+from mergelab.models.families.phi3 import PHI3
+from mergelab.models.families.qwen import QWEN2, QWEN3
 from mergelab.models.family import Family
 from mergelab.models.model import Model
 
 __all__ = ["FAMILIES", "model_from_config"]
 
 FAMILIES: dict[str, Family] = {
+    "bert": BERT,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3_TEXT,
+    "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,
     "llama": LLAMA,
+    "mistral": MISTRAL,
+    "mixtral": MIXTRAL,
+    "phi3": PHI3,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
 }
 
 

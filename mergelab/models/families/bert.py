@@ -1,0 +1,93 @@
+"""BERT and the sentence encoders built on it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from mergelab.models.config_fields import read_fields
+from mergelab.models.encoder import ENCODER
+from mergelab.models.encoder_config import EncoderConfig
+from mergelab.models.family import Family
+from mergelab.models.layers.activations import ACTIVATIONS
+from mergelab.models.layers.norms import NormKind
+from mergelab.models.table import Row, linear_rows
+
+__all__ = ["BERT"]
+
+_LAYER = "bert.encoder.layer.{i}"
+_LINEAR = {
+    "attn.q": "attention.self.query",
+    "attn.k": "attention.self.key",
+    "attn.v": "attention.self.value",
+    "attn.o": "attention.output.dense",
+    "mlp.up": "intermediate.dense",
+    "mlp.down": "output.dense",
+}
+
+
+def _norm(ours: str, theirs: str) -> tuple[Row, Row]:
+    return Row(f"{ours}.scale", f"{theirs}.weight"), Row(f"{ours}.bias", f"{theirs}.bias")
+
+
+BERT_ROWS = (
+    Row("embed.embedding", "bert.embeddings.word_embeddings.weight"),
+    Row("positions.embedding", "bert.embeddings.position_embeddings.weight"),
+    Row("token_types.embedding", "bert.embeddings.token_type_embeddings.weight"),
+    *_norm("embed_norm", "bert.embeddings.LayerNorm"),
+    *linear_rows("blocks_{i}", _LAYER, _LINEAR),
+    *_norm("blocks_{i}.attn_norm", f"{_LAYER}.attention.output.LayerNorm"),
+    *_norm("blocks_{i}.mlp_norm", f"{_LAYER}.output.LayerNorm"),
+    Row("pooler.kernel", "bert.pooler.dense.weight", "transpose"),
+    Row("pooler.bias", "bert.pooler.dense.bias"),
+)
+
+
+def read_bert(config: Mapping[str, Any], place: str) -> EncoderConfig:
+    """Reads a `config.json`; raises `CheckpointError` for what this family does not implement."""
+    fields = read_fields(
+        config,
+        place,
+        required=("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+        optional={
+            "intermediate_size": 3072,
+            "hidden_act": "gelu",
+            "max_position_embeddings": 512,
+            "type_vocab_size": 2,
+            "layer_norm_eps": 1e-12,
+            "tie_word_embeddings": True,  # of heads, which are not loaded
+        },
+        fixed={
+            "hidden_act": tuple(ACTIVATIONS),
+            "position_embedding_type": ("absolute",),
+            "is_decoder": (False,),
+            "add_cross_attention": (False,),
+        },
+    )
+    return EncoderConfig(
+        vocab_size=fields["vocab_size"],
+        width=fields["hidden_size"],
+        layers=fields["num_hidden_layers"],
+        heads=fields["num_attention_heads"],
+        mlp_width=fields["intermediate_size"],
+        max_length=fields["max_position_embeddings"],
+        token_types=fields["type_vocab_size"],
+        norm=NormKind("layer", fields["layer_norm_eps"]),
+        activation=fields["hidden_act"],
+    )
+
+
+def _with_pooler(config: EncoderConfig, names: Collection[str]) -> EncoderConfig:
+    return replace(config, pooler=any(name.endswith("pooler.dense.weight") for name in names))
+
+
+BERT = Family(
+    "bert",
+    ENCODER,
+    read_bert,
+    lambda _: BERT_ROWS,
+    prefix="bert.",
+    unused=("*embeddings.position_ids", "cls.*"),  # a buffer of old files; the masked-language-model head
+    adapt=_with_pooler,
+)

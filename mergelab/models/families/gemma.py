@@ -1,0 +1,122 @@
+"""Gemma 2 and 3 (text): norms around each layer, scaled embeddings, local and global attention layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mergelab.models.config_fields import layer_types_of
+from mergelab.models.config_rotary import read_rotary, rotary_from
+from mergelab.models.decoder import DECODER
+from mergelab.models.decoder_config import DecoderConfig
+from mergelab.models.families.llama import LLAMA_LINEAR, LLAMA_UNUSED, llama_rows
+from mergelab.models.families.usual_fields import read_usual_fields, usual_decoder
+from mergelab.models.family import Family
+from mergelab.models.layers.norms import NormKind
+from mergelab.models.layers.rotary import Rotary
+from mergelab.models.table import Row, linear_rows
+
+__all__ = ["GEMMA2", "GEMMA3_TEXT"]
+
+GEMMA_ROWS = llama_rows(
+    Row("blocks_{i}.attn_norm.scale", "model.layers.{i}.input_layernorm.weight"),
+    Row("blocks_{i}.attn.out_norm.scale", "model.layers.{i}.post_attention_layernorm.weight"),
+    Row("blocks_{i}.mlp_norm.scale", "model.layers.{i}.pre_feedforward_layernorm.weight"),
+    Row("blocks_{i}.mlp.out_norm.scale", "model.layers.{i}.post_feedforward_layernorm.weight"),
+    *linear_rows("blocks_{i}", "model.layers.{i}", LLAMA_LINEAR),
+    Row("blocks_{i}.attn.q_norm.scale", "model.layers.{i}.self_attn.q_norm.weight"),
+    Row("blocks_{i}.attn.k_norm.scale", "model.layers.{i}.self_attn.k_norm.weight"),
+)
+
+_OPTIONAL: Mapping[str, Any] = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "layer_types": None,
+}
+_FIXED: Mapping[str, Any] = {
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "hidden_act": ("gelu_pytorch_tanh",),
+    "use_bidirectional_attention": (None, False),
+}
+
+
+def read_gemma2(config: Mapping[str, Any], place: str) -> DecoderConfig:
+    """Reads a `config.json`; raises `CheckpointError` for what this family does not implement."""
+    optional = {
+        **_OPTIONAL,
+        "max_position_embeddings": 8192,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    }
+    fields = read_usual_fields(config, place, optional, _FIXED)
+    return _decoder(fields, place, _windows(fields, place, every=2))
+
+
+def read_gemma3(config: Mapping[str, Any], place: str) -> DecoderConfig:
+    """Reads a `config.json`; raises `CheckpointError` for what this family does not implement."""
+    optional = {
+        **_OPTIONAL,
+        "max_position_embeddings": 131072,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "rope_local_base_freq": 10000.0,
+        "sliding_window_pattern": 6,
+        "_sliding_window_pattern": None,
+    }
+    fields = read_usual_fields(config, place, optional, _FIXED)
+    every = fields["_sliding_window_pattern"] or fields["sliding_window_pattern"]
+    windows = _windows(fields, place, every)
+    full, sliding = _rotaries(fields, place)
+    return _decoder(
+        fields,
+        place,
+        windows,
+        rotary=tuple(full if window is None else sliding for window in windows),
+        qk_norm=NormKind("rms", fields["rms_norm_eps"], offset=1.0),
+    )
+
+
+def _windows(fields: Mapping[str, Any], place: str, every: int) -> tuple[int | None, ...]:
+    """Every `every`-th layer attends to all tokens."""
+    count = fields["num_hidden_layers"]
+    default = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(count)]
+    return layer_types_of(fields["layer_types"], default, fields["sliding_window"], place)
+
+
+def _rotaries(fields: Mapping[str, Any], place: str) -> tuple[Rotary, Rotary]:
+    """The rotation of global layers and that of local ones, which scaling leaves alone."""
+    sizes = {"head_dim": fields["head_dim"], "max_length": fields["max_position_embeddings"]}
+    given = fields["rope_parameters"] or {}
+    if "full_attention" in given or "sliding_attention" in given:
+        full = rotary_from(given.get("full_attention") or {}, place, theta=1e6, **sizes)
+        return full, rotary_from(given.get("sliding_attention") or {}, place, theta=1e4, **sizes)
+    local = Rotary(float(fields["rope_local_base_freq"]), fields["head_dim"])
+    return read_rotary(fields, place, theta=1e6, **sizes), local
+
+
+def _decoder(
+    fields: Mapping[str, Any], place: str, windows: tuple[int | None, ...], **different: Any
+) -> DecoderConfig:
+    return usual_decoder(
+        fields,
+        place,
+        windows=windows,
+        norm=NormKind("rms", fields["rms_norm_eps"], offset=1.0),
+        block="sandwich",
+        query_scale=fields["query_pre_attn_scalar"] ** -0.5,
+        qkv_bias=fields["attention_bias"],
+        out_bias=fields["attention_bias"],
+        attention_cap=fields["attn_logit_softcapping"],
+        logit_cap=fields["final_logit_softcapping"],
+        activation="gelu_pytorch_tanh",
+        embed_scale=fields["hidden_size"] ** 0.5,
+        **different,
+    )
+
+
+GEMMA2 = Family("gemma2", DECODER, read_gemma2, lambda _: GEMMA_ROWS, unused=LLAMA_UNUSED)
+GEMMA3_TEXT = Family("gemma3_text", DECODER, read_gemma3, lambda _: GEMMA_ROWS, unused=LLAMA_UNUSED)

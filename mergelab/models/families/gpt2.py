@@ -1,0 +1,100 @@
+"""GPT-2: learned positions, layer norms, and kernels stored [in, out] with query, key and value fused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mergelab.models.config_fields import read_fields
+from mergelab.models.declaration import Fused
+from mergelab.models.decoder import DECODER
+from mergelab.models.decoder_config import DecoderConfig
+from mergelab.models.family import Family
+from mergelab.models.layers.activations import ACTIVATIONS
+from mergelab.models.layers.norms import NormKind
+from mergelab.models.table import Row
+
+__all__ = ["GPT2"]
+
+
+def gpt2_rows(c: DecoderConfig) -> tuple[Row, ...]:
+    """The table; HF's `Conv1D` keeps kernels as we do, so only the fused tensor is cut."""
+    block = "transformer.h.{i}"
+    qkv = [
+        Row(
+            f"blocks_{{i}}.attn.{name}.{ours}",
+            f"{block}.attn.c_attn.{theirs}",
+            Fused(part * c.width, 3 * c.width, transposed=False),
+        )
+        for ours, theirs in (("kernel", "weight"), ("bias", "bias"))
+        for part, name in enumerate("qkv")
+    ]
+    dense = {"attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
+    norms = {"attn_norm": "ln_1", "mlp_norm": "ln_2"}
+    return (
+        Row("embed.embedding", "transformer.wte.weight"),
+        Row("positions.embedding", "transformer.wpe.weight"),
+        *(Row(f"blocks_{{i}}.{a}.scale", f"{block}.{b}.weight") for a, b in norms.items()),
+        *(Row(f"blocks_{{i}}.{a}.bias", f"{block}.{b}.bias") for a, b in norms.items()),
+        *qkv,
+        *(Row(f"blocks_{{i}}.{a}.kernel", f"{block}.{b}.weight") for a, b in dense.items()),
+        *(Row(f"blocks_{{i}}.{a}.bias", f"{block}.{b}.bias") for a, b in dense.items()),
+        Row("final_norm.scale", "transformer.ln_f.weight"),
+        Row("final_norm.bias", "transformer.ln_f.bias"),
+        Row("unembed.kernel", "lm_head.weight", "transpose"),
+    )
+
+
+def read_gpt2(config: Mapping[str, Any], place: str) -> DecoderConfig:
+    """Reads a `config.json`; raises `CheckpointError` for what this family does not implement."""
+    fields = read_fields(
+        config,
+        place,
+        required=("vocab_size", "n_embd", "n_layer", "n_head"),
+        optional={
+            "n_positions": 1024,
+            "n_inner": None,
+            "layer_norm_epsilon": 1e-5,
+            "activation_function": "gelu_new",
+            "tie_word_embeddings": True,
+            "n_ctx": None,
+        },
+        fixed={
+            "activation_function": tuple(ACTIVATIONS),
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "reorder_and_upcast_attn": (False, True),  # another order of the same operations
+            "add_cross_attention": (False,),
+        },
+    )
+    width, layers, heads = fields["n_embd"], fields["n_layer"], fields["n_head"]
+    return DecoderConfig(
+        vocab_size=fields["vocab_size"],
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=width // heads,
+        mlp_width=fields["n_inner"] or 4 * width,
+        max_length=fields["n_positions"],
+        rotary=(),
+        windows=(None,) * layers,
+        query_scale=(width // heads) ** -0.5,
+        norm=NormKind("layer", fields["layer_norm_epsilon"]),
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        activation=fields["activation_function"],
+        gated=False,
+        tied=fields["tie_word_embeddings"],
+    )
+
+
+GPT2 = Family(
+    "gpt2",
+    DECODER,
+    read_gpt2,
+    gpt2_rows,
+    prefix="transformer.",
+    unused=("*.attn.bias", "*.attn.masked_bias", "lm_head.weight"),  # causal masks; the tied copy
+)

@@ -1,0 +1,74 @@
+"""Runs the tiny models in `transformers`; as a program, records what it computes for the light tests."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RECORDED = Path(__file__).with_name("family_outputs.json")
+
+
+def run(folder: Path, tokens: np.ndarray, mask: np.ndarray, **options: Any) -> Any:
+    """The output of a folder's model in float32 with eager attention; positions count real tokens.
+
+    Raises:
+        AssertionError: a tensor of the folder is not used, or one is missing.
+    """
+    import torch
+    import transformers
+
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    loader = transformers.AutoModel if kind == "bert" else transformers.AutoModelForCausalLM
+    model, info = loader.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+    if kind != "bert":
+        options["position_ids"] = torch.tensor(np.maximum(mask.cumsum(1) - 1, 0))
+    with torch.no_grad():
+        return model(
+            torch.tensor(tokens, dtype=torch.int64),
+            attention_mask=torch.tensor(mask.astype(np.int64)),
+            **options,
+        )
+
+
+def values(folder: Path, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Logits, or the last hidden states of a model that has none.
+
+    Rows run one by one where transformers lets the longest row choose the rotary factors of all.
+    """
+    if "longrope" in (folder / "config.json").read_text() and len(tokens) > 1:
+        rows = [values(folder, tokens[i : i + 1], mask[i : i + 1]) for i in range(len(tokens))]
+        return np.concatenate(rows)
+    output = run(folder, tokens, mask)
+    return (output.logits if "logits" in output else output.last_hidden_state).numpy()
+
+
+def main() -> None:
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from tests.models.tiny_models import CONFIGS, MASK, TOKENS, write
+
+    recorded = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for n, name in enumerate(CONFIGS):
+            found = values(write(Path(folder) / str(n), name), TOKENS, MASK)
+            recorded[name] = [
+                {
+                    "at": at,
+                    "argmax": row[real].argmax(-1).tolist(),
+                    "values": [round(float(value), 5) for value in row[at, :24]],
+                }
+                for row, real, at in zip(found, MASK, [9, 9, 5], strict=True)
+            ]
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(rows)}" for name, rows in recorded.items())
+    RECORDED.write_text("{\n" + lines + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()

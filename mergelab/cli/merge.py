@@ -62,9 +62,11 @@ def command(
     }
     if out is None and not dry_run:
         raise click.UsageError("name the folder to write with --out DIR, or look at the plan with --dry-run")
+    from mergelab.cli.runtime import configure_jax
     from mergelab.merging.plan import make_plan
     from mergelab.merging.recipe import Recipe
 
+    configure_jax()
     loaded = Recipe.load(recipe)
     plan = make_plan(loaded, **planning)
     if dry_run:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergelab.errors import OperatorError
-from mergelab.operators.measures import Measure, Rank, RowOrder, Sum
+from mergelab.operators.measures import Measure, PerBlock, Rank, RowOrder, Sum
 from mergelab.operators.randomness import tensor_key
 from mergelab.operators.region import Region, whole
 from mergelab.operators.row_order import row_order
@@ -110,6 +110,9 @@ def _take(merge: Merge, leaves: list[_Leaf], part: int, measure: int, declared: 
     if isinstance(declared, RowOrder):
         for leaf in leaves:
             leaf.known[part].append(tuple(row_order(k) for k in block(leaf)))
+    elif isinstance(declared, PerBlock):
+        for leaf in leaves:
+            leaf.known[part].append(block(leaf))
     elif isinstance(declared, Sum):
         totals = [block(leaf) for leaf in leaves]
         with jax.enable_x64(not traced):

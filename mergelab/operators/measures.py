@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import jax
 
-__all__ = ["Measure", "Rank", "RowOrder", "Scope", "Sum"]
+__all__ = ["Measure", "PerBlock", "Rank", "RowOrder", "Scope", "Sum"]
 
 Scope = Literal["tensor", "tree"]
 
@@ -60,4 +60,17 @@ class RowOrder:
     of: Callable[..., tuple[jax.Array, ...]]
 
 
-Measure = Sum | Rank | RowOrder
+@dataclass(frozen=True)
+class PerBlock:
+    """Something as large as a block that is used more than once and costly to compute: random masks.
+
+    Attributes:
+        of: `(part, xs, base, region, known) -> pytree` of arrays `[*block]`.
+
+    Its result belongs to a block, not to the tensor.
+    """
+
+    of: Callable[..., Any]
+
+
+Measure = Sum | Rank | RowOrder | PerBlock

@@ -38,8 +38,8 @@ def threefry(
 
 
 def uniform(bits: jax.Array) -> jax.Array:
-    """Maps uint32 bits to float32 in [0, 1): the top 24 bits, each value exactly representable."""
-    return (bits >> jnp.uint32(8)).astype(jnp.float32) * jnp.float32(2.0**-24)
+    """Maps 21 random bits to float32 in [0, 1), each value exactly representable."""
+    return bits.astype(jnp.float32) * jnp.float32(2.0**-21)
 
 
 def tensor_key(seed: int, name: str) -> np.ndarray:

@@ -24,27 +24,46 @@ class Region:
         key: uint32 `[2]`, the tensor's random key (a function of its name and the seed).
         shape: the block's shape (static).
         wide: the dtype sums are accumulated in, `float64` or, under a user's transformation, `float32`.
+        short: whether the first axis is short enough to be summed in float32 before widening, which
+            vector units like (static).
     """
 
     start: Any
     key: Any
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     wide: str = dataclasses.field(default="float32", metadata={"static": True})
+    short: bool = dataclasses.field(default=False, metadata={"static": True})
 
-    def index(self) -> tuple[jax.Array, jax.Array]:
-        """High and low 32-bit words of every element's flat index in its tensor, each `[*shape]`."""
+    def offset(self) -> jax.Array:
+        """Every element's flat index within the block, uint32 `[*shape]`."""
         offset = jnp.zeros(self.shape, jnp.uint32)
         stride = 1
         for axis in reversed(range(len(self.shape))):
             step = jax.lax.broadcasted_iota(jnp.uint32, self.shape, axis)
             offset = offset + step * jnp.uint32(stride)
             stride *= self.shape[axis]
+        return offset
+
+    def index(self) -> tuple[jax.Array, jax.Array]:
+        """High and low 32-bit words of every element's flat index in its tensor, each `[*shape]`."""
+        offset = self.offset()
         low = offset + self.start[1]
         high = jnp.where(low < offset, self.start[0] + jnp.uint32(1), self.start[0])
         return high, low
 
+    def before(self, index: jax.Array) -> jax.Array:
+        """Bool `[*shape]`: which elements have a flat index below `index` (uint32 high and low word)."""
+        # Subtracting two-word numbers once leaves one comparison per element.
+        low = index[1] - self.start[1]
+        high = index[0] - self.start[0] - (index[1] < self.start[1]).astype(jnp.uint32)
+        behind = (index[0] < self.start[0]) | ((index[0] == self.start[0]) & (index[1] < self.start[1]))
+        end = jnp.where(behind, jnp.uint32(0), jnp.where(high > 0, jnp.uint32(0xFFFFFFFF), low))
+        return self.offset() < end
+
     def total(self, x: jax.Array) -> jax.Array:
         """The sum of `x` over the block's axes (its last ones), in the wide dtype."""
+        if self.short:
+            return jnp.sum(jnp.sum(x.astype(jnp.float32), axis=0).astype(self.wide))
         axes = tuple(range(x.ndim - len(self.shape), x.ndim))
         x = x.astype(self.wide)
         # Leading axes first: that order keeps vector lanes apart until the last, short sum.
@@ -52,14 +71,16 @@ class Region:
         return jnp.sum(x, axis=-1)
 
     def random_bits(self, salt: int, model: int) -> jax.Array:
-        """Uniform uint32 `[*shape]` for one model: a pure function of key, salt, model and flat index.
+        """21 uniform random bits per element, uint32 `[*shape]`, for one model.
 
-        One cipher call yields two words, so models `2 j` and `2 j + 1` share a counter.
+        A pure function of key, salt, model and flat index. One cipher call yields 64 bits, so three models
+        share a counter.
         """
-        high, low = self.index()
-        pair = jnp.uint32(model // 2)
-        key = threefry((self.key[0], self.key[1]), (jnp.uint32(salt), pair))
-        return threefry(key, (high, low))[model % 2]
+        key = threefry((self.key[0], self.key[1]), (jnp.uint32(salt), jnp.uint32(model // 3)))
+        first, second = threefry(key, self.index())
+        if model % 3 < 2:
+            return (first, second)[model % 3] >> jnp.uint32(11)
+        return ((first & jnp.uint32(0x7FF)) << jnp.uint32(10)) | (second & jnp.uint32(0x3FF))
 
 
 def whole(shape: tuple[int, ...], key: Any, wide: str) -> Region:

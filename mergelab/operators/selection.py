@@ -61,9 +61,7 @@ def ordered_value(key: jax.Array) -> jax.Array:
 
 def selected(keys: jax.Array, region: Region, selection: Selection) -> jax.Array:
     """Bool `[*block]`: which elements of a block belong to the selection."""
-    high, low = region.index()
-    cut_high, cut_low = selection.cutoff[0], selection.cutoff[1]
-    before = (high < cut_high) | ((high == cut_high) & (low < cut_low))
+    before = region.before(selection.cutoff)
     return (keys > selection.threshold) | ((keys == selection.threshold) & before)
 
 

@@ -10,12 +10,15 @@ from mergelab.operators.algebra import Granularity
 
 __all__ = ["BLOCK_ELEMENTS", "LANES", "Block", "blocks_of", "fold"]
 
-BLOCK_ELEMENTS = 2**20
+BLOCK_ELEMENTS = 2**21
 """Elements per block. A constant, not a setting: partial sums are taken per block, so results are the same
 bytes whatever the memory budget or the number of threads."""
 
 LANES = 1024
-"""The row length flat tensors are folded to."""
+"""The row length flat tensors are folded to; sums run down the columns, which keeps vector units busy."""
+
+
+_FEWEST_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Block:
 def fold(shape: tuple[int, ...], grain: Granularity) -> tuple[int, int]:
     """The 2-D view in which a tensor is cut into groups of rows.
 
-    `element`: rows of 1024, the last one perhaps partial; `row`: the last axis; `column`: all but the first.
+    `element`: rows of `LANES`, the last one perhaps partial; `row`: the last axis; `column`: all but the first.
     """
     size = math.prod(shape)
     if grain == "row":
@@ -68,8 +71,5 @@ def _cut(size: int, rows: int, columns: int, per_block: int) -> Iterator[Block]:
 
 
 def _rounded_up(rows: int) -> int:
-    """The next number with at most two significant bits: few distinct shapes, at most a third padding."""
-    if rows <= 2:
-        return rows
-    unit = 1 << (rows.bit_length() - 2)
-    return -(-rows // unit) * unit
+    """The next power of two, at least 256: every further shape is one more program to trace and compile."""
+    return max(_FEWEST_ROWS, 1 << (rows - 1).bit_length())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,8 +13,9 @@ from mergelab.checkpoints.source import TensorSource
 from mergelab.errors import NonFiniteError
 from mergelab.merging.job import Job
 from mergelab.merging.streaming.blocks import Block
+from mergelab.operators.algebra import Stacked
 
-__all__ = ["Buffers", "InputBlock", "count_nonfinite", "has_nonfinite", "read_block"]
+__all__ = ["Buffers", "InputBlock", "count_nonfinite", "has_nonfinite", "nonfinite_error", "read_block"]
 
 _ALIGNMENT = 64
 """What XLA's CPU backend needs to use memory in place."""
@@ -45,13 +45,13 @@ class Buffers:
 
 @dataclass(frozen=True)
 class InputBlock:
-    """One block of every input, as device arrays `[rows, columns]`.
+    """One block of every input on the device, each `[rows, columns]`.
 
     `buffers` back the arrays: they go back to the pool when the arrays are no longer used.
     """
 
-    values: tuple[Any, ...]
-    base: Any
+    values: tuple[jax.Array, ...] | Stacked
+    base: jax.Array | None
     buffers: tuple[np.ndarray, ...]
 
 
@@ -62,20 +62,32 @@ def read_block(job: Job, block: Block, buffers: Buffers, *, check: bool) -> Inpu
         CheckpointError: an input cannot be read.
         NonFiniteError: `check` is set and an input holds NaN or infinity.
     """
-    taken: list[np.ndarray] = []
-    arrays = []
     sources = (*job.sources, *(() if job.base is None else (job.base,)))
-    for position, source in enumerate(sources):
-        buffer = buffers.take(block.shape[0] * block.shape[1] * source.dtype.itemsize)
-        taken.append(buffer)
+    size = block.shape[0] * block.shape[1]
+    if len({source.dtype for source in sources}) == 1:
+        buffer = buffers.take(len(sources) * size * sources[0].dtype.itemsize)
+        stack = buffer.view(sources[0].dtype).reshape(len(sources), size)
+        for source, flat in zip(sources, stack, strict=True):
+            _fill(source, block, flat)
+        if check and has_nonfinite(stack):
+            raise nonfinite_error(job)
+        array = _on_device(stack.reshape(len(sources), *block.shape))
+        return InputBlock(Stacked(array, job.base is not None), None, (buffer,))
+    taken = tuple(buffers.take(size * source.dtype.itemsize) for source in sources)
+    arrays = []
+    for source, buffer in zip(sources, taken, strict=True):
         flat = buffer.view(source.dtype)
-        source.read_into(block.start, flat[: block.count])
-        flat[block.count :] = 0
+        _fill(source, block, flat)
         if check and has_nonfinite(flat):
-            raise _nonfinite_error(job, position, source)
+            raise nonfinite_error(job)
         arrays.append(_on_device(flat.reshape(block.shape)))
     base = arrays.pop() if job.base is not None else None
-    return InputBlock(tuple(arrays), base, tuple(taken))
+    return InputBlock(tuple(arrays), base, taken)
+
+
+def _fill(source: TensorSource, block: Block, flat: np.ndarray) -> None:
+    source.read_into(block.start, flat[: block.count])
+    flat[block.count :] = 0
 
 
 def _on_device(array: np.ndarray) -> jax.Array:
@@ -117,10 +129,21 @@ def count_nonfinite(source: TensorSource, size: int) -> tuple[int, int]:
     return nans, infinities
 
 
-def _nonfinite_error(job: Job, position: int, source: TensorSource) -> NonFiniteError:
-    nans, infinities = count_nonfinite(source, job.size)
-    model = f" of {job.model_names[position]}" if position < len(job.model_names) else ""
+def nonfinite_error(job: Job) -> NonFiniteError:
+    """Looks through whole inputs for the sentence: which model, and how many values.
+
+    Where all inputs are finite, the merge itself has left the range of the output's dtype.
+    """
+    sources = (*job.sources, *(() if job.base is None else (job.base,)))
+    for position, source in enumerate(sources):
+        nans, infinities = count_nonfinite(source, job.size)
+        if nans or infinities:
+            model = f" of {job.model_names[position]}" if position < len(job.model_names) else ""
+            return NonFiniteError(
+                f"tensor {source.name!r}{model} holds {nans} NaN and {infinities} infinite of {job.size} values; "
+                "repair or replace that checkpoint, or pass --allow-nonfinite to merge it all the same."
+            )
     return NonFiniteError(
-        f"tensor {source.name!r}{model} holds {nans} NaN and {infinities} infinite of {job.size} values; repair or "
-        "replace that checkpoint, or pass --allow-nonfinite to merge it all the same."
+        f"tensor {job.name!r} is finite in every model, but merged it leaves the range of {job.dtype}; choose "
+        "smaller weights or a wider dtype, or pass --allow-nonfinite to write it all the same."
     )

@@ -16,6 +16,9 @@ from mergelab.operators.selection import Selection, split_words
 __all__ = ["Found", "KeySearch"]
 
 _HIGHEST = 0xFFFFFFFF
+_PIECE = 2**16
+_SMALL = 2**13
+_LEVELS = 6
 _ALL = np.full(2, _HIGHEST, np.uint32)
 
 
@@ -28,12 +31,14 @@ class Found:
         inside: keys inside it.
         keys: those inside, in element order; an even subset of them where they were too many.
         complete: whether `keys` is all of them.
+        levels: instead of `keys`, how many equal each of the bracket's few levels.
     """
 
     above: int
     inside: int
     keys: np.ndarray
     complete: bool = True
+    levels: np.ndarray | None = None
 
 
 @dataclass
@@ -54,35 +59,73 @@ class KeySearch:
     threshold: int | None = None
     cutoff: np.ndarray | None = None
     _bounds: tuple[int, int] = (0, _HIGHEST)
+    _levels: np.ndarray | None = None
     _ties: list[int] = field(default_factory=list)
     _ties_kept: int = 0
 
-    def narrow(self, sample: np.ndarray) -> None:
-        """Chooses the bracket from a sample of all keys."""
-        if sample.size:
-            self._bracket(sample, self.size - self.count, self.size)
+    def narrow(self, sample: np.ndarray, *, independent: bool = True) -> None:
+        """Chooses the bracket from a sample of all keys.
 
-    def _bracket(self, sample: np.ndarray, below: int, population: int) -> None:
+        Args:
+            sample: some of the keys.
+            independent: False for a sample of runs, whose neighbours resemble each other, so that it is
+                worth less than its size.
+        """
+        if sample.size:
+            self._bracket(sample, self.size - self.count, self.size, 6 if independent else 24)
+
+    def _bracket(self, sample: np.ndarray, below: int, population: int, errors: float) -> None:
         """Brackets the key with `below` keys under it, some standard errors of the sample to each side."""
         share = below / population
         error = np.sqrt(max(share * (1 - share), 1 / sample.size) / sample.size)
-        # Neighbouring entries resemble each other, so a sample made of runs is worth less than its size.
-        spread = 24 * error + 1 / sample.size
+        spread = errors * error + 1 / sample.size
         first = max(0, int((share - spread) * (sample.size - 1)))
         last = min(sample.size - 1, int(np.ceil((share + spread) * (sample.size - 1))))
-        ordered = np.partition(sample, (first, last))
+        ordered = np.sort(sample)
         self.low = self._bounds[0] if first == 0 else int(ordered[first])
         self.high = self._bounds[1] if last == sample.size - 1 else int(ordered[last])
+        # Keys of 16-bit weights take few values: counting each is far cheaper than collecting their repeats.
+        levels = np.unique(ordered[first : last + 1])
+        few = levels.size <= _LEVELS and levels[0] == self.low and levels[-1] == self.high
+        self._levels = levels if few else None
 
     def look(self, keys: np.ndarray) -> Found:
         """Examines one block of keys (1-D); safe to call from several threads."""
-        above = int(np.count_nonzero(keys > np.uint32(self.high)))
-        if self.low == self.high:
-            return Found(above, int(np.count_nonzero(keys == np.uint32(self.low))), keys[:0])
-        inside = keys[(keys - np.uint32(self.low)) <= np.uint32(self.high - self.low)]
-        if inside.size <= self.limit:
-            return Found(above, inside.size, inside)
-        return Found(above, inside.size, inside[:: -(-inside.size // self.limit)].copy(), complete=False)
+        levels = self._levels
+        if levels is not None and (found := self._count_levels(keys, levels)) is not None:
+            return found
+        low, width = np.uint32(self.low), np.uint32(self.high - self.low)
+        below = inside = 0
+        collected: list[np.ndarray] = []
+        # Pieces that fit the second-level cache make the passes below nearly free.
+        for start in range(0, keys.size, _PIECE):
+            piece = keys[start : start + _PIECE]
+            below += int(np.count_nonzero(piece < low))
+            within = (piece - low) <= width
+            count = int(np.count_nonzero(within))
+            inside += count
+            if count and width:
+                collected.append(np.compress(within, piece))
+        above = keys.size - below - inside
+        found = np.concatenate(collected) if collected else keys[:0]
+        if found.size <= self.limit:
+            return Found(above, inside, found)
+        return Found(above, inside, found[:: -(-found.size // self.limit)].copy(), complete=False)
+
+    def _count_levels(self, keys: np.ndarray, levels: np.ndarray) -> Found | None:
+        """Counts each level; None if the bracket holds other values too."""
+        above = below = 0
+        counts = np.zeros(levels.size, np.int64)
+        for start in range(0, keys.size, _PIECE):
+            piece = keys[start : start + _PIECE]
+            above += int(np.count_nonzero(piece > levels[-1]))
+            below += int(np.count_nonzero(piece < levels[0]))
+            for position, level in enumerate(levels):
+                counts[position] += np.count_nonzero(piece == level)
+        inside = int(counts.sum())
+        if above + inside + below != keys.size:
+            return None
+        return Found(above, inside, keys[:0], levels=counts)
 
     def conclude(self, blocks: list[Found]) -> bool:
         """Takes all blocks of one pass, in order; False if another pass (with a new bracket) is needed."""
@@ -91,31 +134,50 @@ class KeySearch:
         if above >= self.count:
             self._bounds = (self.high + 1, self._bounds[1])
             self.low, self.high = self._bounds
+            self._levels = None
             return False
         if above + inside < self.count:
             self._bounds = (self._bounds[0], self.low - 1)
             self.low, self.high = self._bounds
+            self._levels = None
             return False
         wanted = self.count - above
         if self.low == self.high:
             self._settle(self.low, wanted, [b.inside for b in blocks])
             return True
+        if self._levels is not None:
+            counts = [b.levels for b in blocks if b.levels is not None]
+            if len(counts) < len(blocks):
+                self._levels = None
+                return False
+            return self._conclude_levels(np.stack(counts), wanted)
         collected = np.concatenate([b.keys for b in blocks])
         if not all(b.complete for b in blocks):
             self._tighten(collected, inside - wanted, inside)
             return False
-        position = collected.size - wanted
-        threshold = int(np.partition(collected, position)[position])
+        threshold = _kth_largest(collected, wanted)
         larger = int(np.count_nonzero(collected > threshold))
         self._settle(threshold, wanted - larger, [int(np.count_nonzero(b.keys == threshold)) for b in blocks])
         return True
 
+    def _conclude_levels(self, counts: np.ndarray, wanted: int) -> bool:
+        """Finds the level that holds the wanted key; `counts` is `[blocks, levels]`."""
+        assert self._levels is not None
+        for position in reversed(range(self._levels.size)):
+            total = int(counts[:, position].sum())
+            if wanted <= total:
+                self._settle(int(self._levels[position]), wanted, [int(c) for c in counts[:, position]])
+                return True
+            wanted -= total
+        raise AssertionError("the counts of the levels add up to what lies inside the bracket")
+
     def _tighten(self, sample: np.ndarray, below: int, population: int) -> None:
         """Shrinks a bracket that is right but holds too many keys; at worst it halves."""
         self._bounds = before = (self.low, self.high)
-        self._bracket(sample, below, population)
+        self._bracket(sample, below, population, 24)
         if (self.low, self.high) == before:
             self.high = self.low + (self.high - self.low) // 2
+            self._levels = None
 
     def _settle(self, threshold: int, ties_kept: int, ties: list[int]) -> None:
         self.threshold, self._ties, self._ties_kept = threshold, ties, ties_kept
@@ -139,3 +201,26 @@ class KeySearch:
         """The result."""
         assert self.threshold is not None and self.cutoff is not None
         return Selection(np.uint32(self.threshold), self.cutoff)
+
+
+def _kth_largest(keys: np.ndarray, count: int) -> int:
+    """The `count`-th largest of keys in memory: three-way splits around two sampled pivots.
+
+    Keys of merged 16-bit weights repeat by the thousand, which makes plain quickselect quadratic.
+    """
+    while keys.size > _SMALL:
+        sample = np.sort(keys[:: keys.size // _SMALL])
+        middle = int((1 - count / keys.size) * (sample.size - 1))
+        for position in (min(middle + 200, sample.size - 1), max(middle - 200, 0)):
+            pivot = sample[position]
+            above = keys > pivot
+            larger = int(np.count_nonzero(above))
+            if larger >= count:
+                keys = np.compress(above, keys)
+                break
+            equal = int(np.count_nonzero(keys == pivot))
+            if larger + equal >= count:
+                return int(pivot)
+            keys = np.compress(keys < pivot, keys)
+            count -= larger + equal
+    return int(np.sort(keys)[keys.size - count])

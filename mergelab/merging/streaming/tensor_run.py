@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +14,11 @@ import numpy as np
 
 from mergelab.errors import CheckpointError
 from mergelab.merging.job import Job
-from mergelab.merging.streaming.blocks import LANES, Block, blocks_of
-from mergelab.merging.streaming.inputs import Buffers, InputBlock, read_block
+from mergelab.merging.streaming.blocks import Block, blocks_of
+from mergelab.merging.streaming.inputs import Buffers, InputBlock, has_nonfinite, nonfinite_error, read_block
 from mergelab.merging.streaming.search import KeySearch
-from mergelab.operators.algebra import Merge, finish_measure, measure_block, merge_block
-from mergelab.operators.measures import Measure, Rank, RowOrder, Sum
+from mergelab.operators.algebra import finish_measure, measure_block, merge_block
+from mergelab.operators.measures import Measure, PerBlock, Rank, RowOrder, Sum
 from mergelab.operators.randomness import tensor_key
 from mergelab.operators.region import Region
 from mergelab.operators.row_order import row_order_on_host
@@ -34,7 +35,7 @@ _DEVICE_DTYPES = tuple(
     np.dtype(t)
     for t in (np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
 )
-_SAMPLE_RUNS, _SAMPLE_ROWS = 48, 4
+_SAMPLE_RUNS, _SAMPLE_SHAPE = 48, (4, 1024)
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class TensorRun:
         self.known: list[list[Any]] = [[] for _ in self.merge.parts]
         passes = 1 + len(self.merge.steps())
         self._cache: dict[Block, InputBlock] | None = {} if passes > 1 and job.bytes_in <= limits.cache else None
-        self._orders: dict[tuple[Block, int, int], Any] = {}
+        self._block_results: dict[tuple[Block, int, int], Any] = {}
 
     # --- blocks ---------------------------------------------------------------------------------------
 
@@ -74,7 +75,7 @@ class TensorRun:
         if self._cache is not None and block in self._cache:
             yield self._cache[block]
             return
-        inputs = read_block(self.job, block, self._buffers, check=self._check)
+        inputs = read_block(self.job, block, self._buffers, check=self._check and not self.merge.transparent)
         if self._cache is not None:
             self._cache[block] = inputs
             yield inputs
@@ -84,30 +85,39 @@ class TensorRun:
             self._buffers.give_back(buffer)
 
     def _region(self, block: Block) -> Region:
-        return Region(split_words(block.start), self._key, block.shape, "float64")
+        return Region(split_words(block.start), self._key, block.shape, "float64", short=True)
 
     def _known(self, inputs: InputBlock, block: Block) -> tuple[tuple[Any, ...], ...]:
-        """What is known so far, with the row orders of this block filled in."""
+        """What is known so far, with the results that belong to this block filled in."""
         resolved: list[list[Any]] = [[] for _ in self.known]
         for part, results in enumerate(self.known):
             for measure, result in enumerate(results):
                 if result is _PER_BLOCK:
-                    result = self._row_order(inputs, block, resolved, part, measure)
+                    result = self._of_block(inputs, block, resolved, part, measure)
                 resolved[part].append(result)
         return tuple(map(tuple, resolved))
 
-    def _row_order(self, inputs: InputBlock, block: Block, known: list[list[Any]], part: int, measure: int) -> Any:
+    def _of_block(
+        self, inputs: InputBlock, block: Block, known: list[list[Any]], part: int, measure: int
+    ) -> Any:
+        """A result that belongs to one block: kept with cached inputs, else computed where it is used."""
         place = (block, part, measure)
-        if place not in self._orders:
-            so_far = tuple(map(tuple, known))
-            keys = measure_block(
-                self.merge, inputs.values, inputs.base, self._region(block), so_far, part=part, measure=measure
-            )
-            orders = tuple(row_order_on_host(np.asarray(k)) for k in keys)
-            if self._cache is None:
-                return orders
-            self._orders[place] = orders
-        return self._orders[place]
+        if place in self._block_results:
+            return self._block_results[place]
+        result = measure_block(
+            self.merge,
+            inputs.values,
+            inputs.base,
+            self._region(block),
+            tuple(map(tuple, known)),
+            part=part,
+            measure=measure,
+        )
+        if isinstance(self.merge.parts[part].measures()[measure], RowOrder):
+            result = tuple(row_order_on_host(np.asarray(keys)) for keys in result)
+        if self._cache is not None:
+            self._block_results[place] = result
+        return result
 
     def _measure(self, block: Block, part: int, measure: int) -> Any:
         """One measure of one block, as numpy arrays."""
@@ -124,7 +134,7 @@ class TensorRun:
 
     def take(self, part: int, measure: int, declared: Measure) -> None:
         """Takes one measure of the whole tensor."""
-        if isinstance(declared, RowOrder):
+        if isinstance(declared, RowOrder | PerBlock):
             self.known[part].append(_PER_BLOCK)
         elif isinstance(declared, Sum):
             self.finish_sum(part, measure, self.total(part, measure))
@@ -179,7 +189,7 @@ class TensorRun:
 
         sample = self._sample(part, measure) if kept is None else _strided(list(kept.values()), self.job.size)
         for (stream, _), search in searches.items():
-            search.narrow(sample[stream])
+            search.narrow(sample[stream], independent=kept is not None)
         pending = dict(searches)
         while pending:
 
@@ -197,13 +207,13 @@ class TensorRun:
 
     def _sample(self, part: int, measure: int) -> list[np.ndarray]:
         """Keys of short runs spread evenly over the tensor."""
-        run = LANES * _SAMPLE_ROWS
+        run = math.prod(_SAMPLE_SHAPE)
         if self.merge.grain != "element" or self.job.size < run * _SAMPLE_RUNS:
             chosen = self.blocks[:: max(1, len(self.blocks) // 4)]
         else:
             step = max(1, self.job.size // run // _SAMPLE_RUNS)
             starts = range(0, self.job.size - run + 1, step * run)
-            chosen = tuple(Block(start, run, (_SAMPLE_ROWS, LANES)) for start in starts)
+            chosen = tuple(Block(start, run, _SAMPLE_SHAPE) for start in starts)
         uncached = self._map(lambda b: self.keys(b, part, measure), chosen)
         return [np.concatenate(stream) for stream in zip(*uncached, strict=True)]
 
@@ -225,6 +235,7 @@ class TensorRun:
                 for buffer in inputs.buffers:
                     self._buffers.give_back(buffer)
             self._cache = {}
+            self._block_results = {}
 
     def _write_block(self, block: Block, write: WriteBlock) -> None:
         dtype = self.job.dtype if self.job.dtype in _DEVICE_DTYPES else np.dtype(np.float32)
@@ -232,12 +243,14 @@ class TensorRun:
             known = self._known(inputs, block)
             out = merge_block(self.merge, inputs.values, inputs.base, self._region(block), known, dtype=dtype)
             flat = np.asarray(out).reshape(-1)[: block.count]
+            if self._check and has_nonfinite(flat):
+                raise nonfinite_error(self.job)
             write(self.job.name, block.start, flat if flat.dtype == self.job.dtype else _host_cast(flat, self.job))
 
 
 def _strided(blocks: list[list[np.ndarray]], size: int) -> list[np.ndarray]:
-    """A subset of all keys of every stream, about 2^16 of them."""
-    step = max(1, size >> 16)
+    """A subset of all keys of every stream, about 2^14 of them."""
+    step = max(1, size >> 14)
     return [np.concatenate([keys[::step] for keys in stream]) for stream in zip(*blocks, strict=True)]
 
 

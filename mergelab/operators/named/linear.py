@@ -26,8 +26,10 @@ def linear(weight: Annotated[Any, PerModel()], normalize: bool = True) -> Merge:
         raise OperatorError(
             "linear: the weights sum to 0, so they cannot be normalised; change a weight or set `normalize: false`."
         )
-    reduce = Mean(weights(weight)) if normalize else WeightedSum(weights(weight))
-    return Merge((), reduce, deltas=False)
+    w = weights(weight)
+    if not normalize:
+        return Merge((), WeightedSum(w), deltas=False)
+    return Merge((), WeightedSum(w / w.sum()) if w.ndim else Mean(w), deltas=False)
 
 
 @operator(base="as_input", reference="Wortsman et al., 'Model soups', arXiv 2203.05482")

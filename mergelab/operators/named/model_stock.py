@@ -37,7 +37,7 @@ class ModelStock(Reduction):
 
     def products(self, xs: Arrays, base: Any, region: Region, known: Known) -> Any:
         """Squared norms of the deltas, and inner products of all pairs."""
-        return self._products([x - base for x in xs], region.total)
+        return self._products([rounded(x - base) for x in xs], region.total)
 
     def _products(self, deltas: list[jax.Array], total: Any) -> Any:
         pairs = {
@@ -64,7 +64,7 @@ class ModelStock(Reduction):
     def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> jax.Array:
         assert base is not None
         if self.filter_wise:
-            t = self.ratio(self._products([x - base for x in xs], lambda p: row_sum(rounded(p))))
+            t = self.ratio(self._products([rounded(x - base) for x in xs], lambda p: row_sum(rounded(p))))
         else:
             (t,) = known
         mean = sum(xs[1:], xs[0]) / jnp.float32(len(xs))

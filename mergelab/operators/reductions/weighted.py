@@ -35,6 +35,8 @@ class WeightedSum(Reduction):
 
     weight: Any = 1.0
 
+    transparent: ClassVar[bool] = True
+
     per_model: ClassVar[tuple[str, ...]] = ("weight",)
 
     def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> jax.Array:
@@ -46,6 +48,8 @@ class Mean(Reduction):
     """`sum_i w_i x_i / sum_i w_i`; a weight sum below 1e-8 in magnitude divides by 1 instead."""
 
     weight: Any = 1.0
+
+    transparent: ClassVar[bool] = True
 
     per_model: ClassVar[tuple[str, ...]] = ("weight",)
 

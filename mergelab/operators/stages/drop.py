@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mergelab.operators.algebra import Arrays, Granularity, Known, Stage, algebraic
-from mergelab.operators.measures import Measure, RowOrder
+from mergelab.operators.measures import Measure, PerBlock, RowOrder
 from mergelab.operators.randomness import uniform
 from mergelab.operators.region import Region
 from mergelab.operators.selection import magnitude_key
@@ -39,15 +39,28 @@ class Drop(Stage):
 
     per_model: ClassVar[tuple[str, ...]] = ("density",)
 
-    def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> Arrays:
-        return tuple(self._drop(x, i, region) for i, x in enumerate(xs))
+    def measures(self) -> tuple[Measure, ...]:
+        return (PerBlock(Drop.draw),)
 
-    def _drop(self, x: jax.Array, model: int, region: Region) -> jax.Array:
+    def draw(self, xs: Arrays, base: Any, region: Region, known: Known) -> tuple[jax.Array, ...]:
+        """Which entries are kept, packed by model."""
+        return _packed(
+            [
+                uniform(region.random_bits(_DARE, i)) < _float32(of_model(self.density, i))
+                for i in range(len(xs))
+            ]
+        )
+
+    def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> Arrays:
+        return tuple(
+            jnp.where(_unpacked(known[0], i), self._rescaled(x, i), jnp.float32(0)) for i, x in enumerate(xs)
+        )
+
+    def _rescaled(self, x: jax.Array, model: int) -> jax.Array:
+        if not self.rescale:
+            return x
         density = _float32(of_model(self.density, model))
-        keep = uniform(region.random_bits(_DARE, model)) < density
-        if self.rescale:
-            x = x / jnp.where((density > 0) & (density < 1), density, jnp.float32(1))
-        return jnp.where(keep, x, jnp.float32(0))
+        return x / jnp.where((density > 0) & (density < 1), density, jnp.float32(1))
 
 
 @algebraic
@@ -68,21 +81,45 @@ class MagPrune(Stage):
     per_model: ClassVar[tuple[str, ...]] = ("density", "epsilon")
 
     def measures(self) -> tuple[Measure, ...]:
-        return (RowOrder(MagPrune.keys),)
+        return RowOrder(MagPrune.keys), PerBlock(MagPrune.draw)
 
     def keys(self, xs: Arrays, base: Any, region: Region, known: Known) -> tuple[jax.Array, ...]:
         """Magnitude keys, whose order within each row is wanted."""
         return tuple(magnitude_key(jax.lax.stop_gradient(x)) for x in xs)
 
-    def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> Arrays:
-        return tuple(self._prune(x, order, i, region) for i, (x, order) in enumerate(zip(xs, known[0], strict=True)))
+    def draw(self, xs: Arrays, base: Any, region: Region, known: Known) -> tuple[jax.Array, ...]:
+        """Which entries are kept, packed by model."""
+        return _packed(
+            [
+                uniform(region.random_bits(_DELLA, i)) < self._probability(order, i)
+                for i, order in enumerate(known[0])
+            ]
+        )
 
-    def _prune(self, x: jax.Array, order: jax.Array, model: int, region: Region) -> jax.Array:
+    def _probability(self, order: jax.Array, model: int) -> jax.Array:
         density, epsilon = _float32(of_model(self.density, model)), _float32(of_model(self.epsilon, model))
-        last = max(x.shape[-1] - 1, 1)
-        height = 1 - order.astype(jnp.float32) / jnp.float32(last)
-        centred = jnp.float32(0.5) if x.shape[-1] == 1 else height
+        columns = order.shape[-1]
+        height = 1 - order.astype(jnp.float32) / jnp.float32(max(columns - 1, 1))
+        centred = jnp.float32(0.5) if columns == 1 else height
         probability = density + epsilon * (2 * centred - 1)
-        probability = jnp.where(density >= 1, jnp.float32(1), jnp.where(density <= 0, jnp.float32(0), probability))
-        keep = uniform(region.random_bits(_DELLA, model)) < probability
-        return jnp.where(keep, x, jnp.float32(0))
+        certain = jnp.where(density >= 1, jnp.float32(1), jnp.float32(0))
+        return jnp.where((density >= 1) | (density <= 0), certain, probability)
+
+    def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> Arrays:
+        return tuple(jnp.where(_unpacked(known[1], i), x, jnp.float32(0)) for i, x in enumerate(xs))
+
+
+def _packed(masks: list[jax.Array]) -> tuple[jax.Array, ...]:
+    """Bool masks as bits of uint8 arrays, eight models to an array."""
+    packed = []
+    for first in range(0, len(masks), 8):
+        word = jnp.zeros_like(masks[first], dtype=jnp.uint8)
+        for bit, mask in enumerate(masks[first : first + 8]):
+            word = word | (mask.astype(jnp.uint8) << jnp.uint8(bit))
+        packed.append(word)
+    return tuple(packed)
+
+
+def _unpacked(packed: tuple[jax.Array, ...], model: int) -> jax.Array:
+    """The bool mask of one model."""
+    return (packed[model // 8] >> jnp.uint8(model % 8)) & jnp.uint8(1) == jnp.uint8(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from mergelab.errors import CheckpointError, NonFiniteError
 from mergelab.merging.job import Job
 from mergelab.merging.streaming import blocks, stream_jobs
+from mergelab.operators.measures import Sum
 from tests.operators.cases import CASES, build
 
 SHAPES = {
@@ -22,6 +24,10 @@ SHAPES = {
     "empty": (0, 4),
     "long": (5000,),
 }
+
+# Every shape costs an operator several compiled programs: all meet the first two, one of a kind the rest.
+FEW = ("norm", "deep")
+OF_EACH_KIND = ("ties_rescale", "ties_tree", "della", "nuslerp_row", "nuslerp_column", "karcher")
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,9 @@ class ArrayWriter:
         return {j.name: self.arrays[j.name].reshape(j.shape) for j in jobs}
 
 
-def trees(count: int, dtype: Any = np.float32, seed: int = 0) -> list[dict[str, np.ndarray]]:
-    rng = np.random.default_rng(seed)
-    base = {k: rng.standard_normal(s) for k, s in SHAPES.items()}
+def trees(count: int, dtype: Any, shapes: Iterable[str]) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    base = {k: rng.standard_normal(SHAPES[k]) for k in shapes}
     return [
         {
             k: np.asarray(v + 0.5 * (i > 0) * rng.standard_normal(v.shape)).astype(dtype)
@@ -93,20 +99,29 @@ def streamed(jobs: list[Job], **options: Any) -> dict[str, np.ndarray]:
     return writer.result(jobs)
 
 
-def inputs(case: str, dtype: Any = np.float32) -> tuple[Any, list[Any], Any]:
+def inputs(
+    case: str, dtype: Any = np.float32, shapes: Iterable[str] = tuple(SHAPES)
+) -> tuple[Any, list[Any], Any]:
+    """A case's merge and random models, the base (or None) last."""
     merge, count, with_base = build(case)
-    base, *models = trees(count + 1, dtype)
+    base, *models = trees(count + 1, dtype, shapes)
     return merge, models, base if with_base else None
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_streamed_equals_in_memory_bit_for_bit(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 2048)  # several blocks even for small tensors
-    merge, models, base = inputs(case)
+def test_streamed_equals_in_memory(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1024)  # several blocks even for small tensors
+    merge, models, base = inputs(case, shapes=SHAPES if case in OF_EACH_KIND else FEW)
     expected = merge(models, base, seed=3)
     found = streamed(jobs_for(merge, models, base), seed=3, threads=2)
-    for name in SHAPES:
-        np.testing.assert_array_equal(np.asarray(expected[name]), found[name], err_msg=name)
+    # Sums over a tensor are taken block by block when streaming: their last bits, and so the coefficients
+    # that depend on them, may differ. Everything else is the same to the bit.
+    takes_sums = any(isinstance(declared, Sum) for _, _, declared in merge.steps())
+    for name in models[0]:
+        if takes_sums:
+            np.testing.assert_allclose(np.asarray(expected[name]), found[name], 1e-6, 1e-6, err_msg=name)
+        else:
+            np.testing.assert_array_equal(np.asarray(expected[name]), found[name], err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -114,12 +129,13 @@ def test_streamed_equals_in_memory_bit_for_bit(case: str, monkeypatch: pytest.Mo
 )
 def test_threads_memory_and_order_do_not_change_a_byte(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1024)
-    merge, models, base = inputs(case, ml_dtypes.bfloat16)
+    shapes = ("deep", "norm", "long") if case == "ties_tree" else ("deep", "norm")
+    merge, models, base = inputs(case, ml_dtypes.bfloat16, shapes)
     jobs = jobs_for(merge, models, base, ml_dtypes.bfloat16)
     reference = streamed(jobs, threads=1, memory=2**30)
     for options in ({"threads": 3}, {"memory": 0}, {"memory": 0, "threads": 2}):
         again = streamed(jobs[::-1], **options)
-        for name in SHAPES:
+        for name in shapes:
             assert reference[name].tobytes() == again[name].tobytes(), (name, options)
 
 
@@ -163,7 +179,7 @@ def test_copied_tensors_must_agree() -> None:
     same = Job("ids", (10,), ids.dtype, (ArraySource("ids", ids), ArraySource("ids", ids.copy())))
     np.testing.assert_array_equal(streamed([same])["ids"], ids)
     other = Job("ids", (10,), ids.dtype, (ArraySource("ids", ids), ArraySource("ids", ids + 1)))
-    with pytest.raises(CheckpointError, match="'ids'.*differs between"):
+    with pytest.raises(CheckpointError, match=r"'ids'.*differs between"):
         streamed([other])
 
 

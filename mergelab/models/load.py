@@ -22,7 +22,7 @@ from mergelab.models.shard_reader import Reading, ShardReader
 from mergelab.processes import span_processes, together
 from mergelab.sharding import DEFAULT_RULES, Rules, named_sharding
 
-__all__ = ["load_model", "load_params"]
+__all__ = ["check_dtype", "load_model", "load_params"]
 
 
 def load_model(
@@ -86,7 +86,7 @@ def load_params(
     distributed = mesh is not None and span_processes(mesh.devices.flat)
     arrays: dict[Leaf, jax.Array] = {}
     with together("loading the model", distributed=distributed), ShardReader(tensors) as reader:
-        dtypes = _check(tensors, table, place, unused, None if dtype is None else _dtype(dtype))
+        dtypes = _check(tensors, table, place, unused, None if dtype is None else check_dtype(dtype))
         shardings = {
             leaf: None if mesh is None else named_sharding(mesh, leaf.shape, leaf.axes, rules)
             for leaf in table
@@ -125,7 +125,8 @@ def _to_devices(leaf: Leaf, reading: Reading, sharding: NamedSharding | None) ->
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts, dtype=dtype)
 
 
-def _dtype(dtype: Any) -> np.dtype[Any]:
+def check_dtype(dtype: Any) -> np.dtype[Any]:
+    """The float type that a name or dtype means; raises `CheckpointError` if there is none."""
     found = dtype_from_name(dtype) if isinstance(dtype, str) else np.dtype(dtype)
     if not is_float(found):
         raise CheckpointError(f"a model cannot be loaded as {found}; choose a float type such as bfloat16.")

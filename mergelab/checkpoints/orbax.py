@@ -1,0 +1,108 @@
+"""Trees of arrays in Orbax checkpoints: saved in parallel by all processes, restored onto any mesh."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mergelab.errors import CheckpointError, OutputError
+
+__all__ = ["is_tree", "restore_tree", "save_tree", "tree_shapes"]
+
+_METADATA = "_METADATA"
+
+
+def is_tree(path: Path | str) -> bool:
+    """Whether a folder is an Orbax checkpoint of a tree."""
+    return (Path(path) / _METADATA).is_file()
+
+
+def save_tree(tree: Any, path: Path | str, *, overwrite: bool = False) -> Path:
+    """Writes a tree of arrays; every process writes the shards that its devices hold.
+
+    Orbax makes the folder under another name and renames it when it is complete.
+
+    Args:
+        tree: arrays in dictionaries.
+        path: a folder that does not exist, or is empty.
+        overwrite: replace a folder that is not empty.
+
+    Raises:
+        OutputError: the folder is not empty, or cannot be written.
+    """
+    import orbax.checkpoint as ocp
+
+    out = Path(os.path.abspath(path))
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
+        raise OutputError(f"{out} is not empty; choose another folder or pass --overwrite")
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(out, tree, force=True)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{out}: Orbax could not save there ({error}); check the folder.") from error
+    return out
+
+
+def tree_shapes(path: Path | str) -> dict[str, Any]:
+    """The tree of a checkpoint with `jax.ShapeDtypeStruct` leaves; reads no weights.
+
+    Raises:
+        CheckpointError: the folder holds no Orbax checkpoint of a tree.
+    """
+    import orbax.checkpoint as ocp
+
+    folder = _existing(path)
+    with ocp.StandardCheckpointer() as checkpointer:
+        found = checkpointer.metadata(folder).item_metadata
+    tree: Any = getattr(found, "tree", found)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), np.dtype(leaf.dtype)), tree)
+
+
+def restore_tree(path: Path | str, like: Any) -> Any:
+    """Reads a tree of arrays onto the devices that `like` names, whatever mesh it was saved from.
+
+    Args:
+        path: the checkpoint.
+        like: the same tree with `jax.ShapeDtypeStruct` leaves: shapes, dtypes (cast to) and shardings (a leaf
+            without one goes to the default device).
+
+    Raises:
+        CheckpointError: there is no such checkpoint, its tree or a shape differs, or it is damaged.
+    """
+    import orbax.checkpoint as ocp
+
+    folder = _existing(path)
+    _compare(folder, tree_shapes(folder), like)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or device), like
+    )
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(folder, target)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} cannot be restored ({error}); the checkpoint is damaged.") from error
+
+
+def _existing(path: Path | str) -> Path:
+    folder = Path(os.path.abspath(path))
+    if not is_tree(folder):
+        raise CheckpointError(f"{folder} is no Orbax checkpoint: it has no {_METADATA}; check the path.")
+    return folder
+
+
+def _compare(folder: Path, stored: Any, like: Any) -> None:
+    found, wanted = (
+        {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
+        for leaves in (jax.tree.leaves_with_path(stored), jax.tree.leaves_with_path(like))
+    )
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise CheckpointError(
+                f"{folder}: array {name!r} is {found.get(name, 'missing')} where the model has "
+                f"{wanted.get(name, 'none')}; restore it with the model it was saved from."
+            )

@@ -6,10 +6,12 @@ from mergelab.decoding.progress import Progress, advance, as_partials, start
 from mergelab.decoding.prompts import bucket_size, pad_prompts
 from mergelab.decoding.samplers import Sampler, greedy, row_keys, sample, sampler_from_options
 from mergelab.decoding.stop import Stop, cut_at_strings, stop_at
+from mergelab.decoding.text import Completion, complete
 from mergelab.decoding.transform import History, LogitsTransform, chain
 from mergelab.decoding.truncation import MinP, Temperature, TopK, TopP
 
 __all__ = [
+    "Completion",
     "Generated",
     "History",
     "LogitsTransform",
@@ -27,6 +29,7 @@ __all__ = [
     "begin",
     "bucket_size",
     "chain",
+    "complete",
     "cut_at_strings",
     "generate",
     "greedy",

@@ -1,0 +1,187 @@
+"""A model folder's tokenizer: text to token ids and back, and the ids that begin, end and fill texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from mergelab.checkpoints.json_data import read_json_object
+from mergelab.errors import CheckpointError, MergelabError
+
+__all__ = ["Tokenizer", "load_tokenizer"]
+
+_SPECIAL = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to token ids and back.
+
+    Attributes:
+        backend: the `tokenizers` object, without padding and truncation.
+        special: the special tokens by role, as chat templates name them: `bos_token`, `eos_token`, ...
+        end_ids: the tokens that end a text: those of `generation_config.json`, else the `eos_token`.
+        chat_templates: jinja by name; the usual one is `default`.
+        folder: where it was read, for messages.
+    """
+
+    backend: tokenizers.Tokenizer
+    special: Mapping[str, str]
+    end_ids: tuple[int, ...]
+    chat_templates: Mapping[str, str]
+    folder: Path
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones among them."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def id_of(self, role: str) -> int | None:
+        """The id of a special token, or None; `role` is bos, eos, pad, unk, sep, cls or mask."""
+        token = self.special.get(f"{role}_token")
+        return None if token is None else self.backend.token_to_id(token)
+
+    @property
+    def pad_id(self) -> int:
+        """The id to pad with: that of `pad`, else of the token that ends a text, else 0."""
+        pad = self.id_of("pad")
+        return pad if pad is not None else next(iter(self.end_ids), 0)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: the text; special tokens written out in it become those tokens.
+            add_special_tokens: let the tokenizer add what its file says begins and ends a text. Rendered chat
+                templates hold these already.
+        """
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def encode_batch(
+        self, texts: Sequence[str], *, max_length: int | None = None, pad_left: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of several texts as one array.
+
+        Args:
+            texts: at least one.
+            max_length: cut longer texts, keeping the special tokens that end them; None for no limit.
+            pad_left: pad on the left (generation), not on the right (encoders, training).
+
+        Returns:
+            Tokens int32 `[batch, length]`, and the mask, bool, True for real tokens.
+
+        Raises:
+            MergelabError: there are no texts, or `max_length` leaves no room beside the special tokens.
+        """
+        if not texts:
+            raise MergelabError("encode_batch was given no texts; give it at least one.")
+        encodings = self.backend.encode_batch(list(texts))
+        if max_length is not None:
+            added = self.backend.num_special_tokens_to_add(is_pair=False)
+            if max_length <= added:
+                raise MergelabError(
+                    f"max_length={max_length} leaves no room for text beside the {added} special tokens that "
+                    f"{self.folder / 'tokenizer.json'} adds; give a larger one."
+                )
+            plain = self.backend.encode_batch(list(texts), add_special_tokens=False)
+            for encoding in plain:
+                encoding.truncate(max_length - added)
+            encodings = [self.backend.post_process(encoding, None, True) for encoding in plain]
+        length = max(len(encoding.ids) for encoding in encodings)
+        tokens = np.full((len(texts), length), self.pad_id, np.int32)
+        mask = np.zeros(tokens.shape, bool)
+        for i, encoding in enumerate(encodings):
+            count = len(encoding.ids)
+            place = slice(length - count, length) if pad_left else slice(0, count)
+            tokens[i, place], mask[i, place] = encoding.ids, True
+        return tokens, mask
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """Reads the tokenizer of a model folder: `tokenizer.json` and the small files beside it.
+
+    Raises:
+        CheckpointError: there is no `tokenizer.json`, or one of the files is malformed.
+    """
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json; copy the tokenizer files of the model it was made from, or "
+            "give token ids in place of text."
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises bare Exception
+        raise CheckpointError(
+            f"{path} is not a tokenizer.json as the tokenizers package writes it ({error}); copy it again."
+        ) from error
+    # What a file remembers of its last use for padding would change the ids of a text with its neighbours.
+    backend.no_padding()
+    backend.no_truncation()
+    config = _json(folder / "tokenizer_config.json")
+    _add_missing_tokens(backend, config)
+    special = _special_tokens({**_json(folder / "special_tokens_map.json"), **config})
+    return Tokenizer(backend, special, _end_ids(folder, backend, special), _chat_templates(folder), folder)
+
+
+def _add_missing_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    """Adds tokens that only `tokenizer_config.json` knows, where their ids follow on."""
+    known = backend.get_vocab(with_added_tokens=True)
+    decoder: Mapping[str, Any] = config.get("added_tokens_decoder") or {}
+    for number, definition in sorted(decoder.items(), key=lambda item: int(item[0])):
+        content = definition["content"]
+        if content not in known and int(number) == backend.get_vocab_size(with_added_tokens=True):
+            flags = ("single_word", "lstrip", "rstrip", "normalized")
+            options = {flag: definition[flag] for flag in flags if flag in definition}
+            token = tokenizers.AddedToken(content, special=bool(definition.get("special")), **options)
+            backend.add_special_tokens([token]) if token.special else backend.add_tokens([token])
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for role in _SPECIAL:
+        token = config.get(f"{role}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            found[f"{role}_token"] = token
+    return found
+
+
+def _end_ids(folder: Path, backend: tokenizers.Tokenizer, special: Mapping[str, str]) -> tuple[int, ...]:
+    declared = _json(folder / "generation_config.json").get("eos_token_id")
+    if declared is None and "eos_token" in special:
+        declared = backend.token_to_id(special["eos_token"])
+    if declared is None:
+        declared = _json(folder / "config.json").get("eos_token_id")
+    if declared is None:
+        return ()
+    return tuple(declared) if isinstance(declared, list) else (int(declared),)
+
+
+def _chat_templates(folder: Path) -> dict[str, str]:
+    """Chat templates by name; files of their own win over `tokenizer_config.json`."""
+    templates: dict[str, str] = {}
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        declared = _json(folder / name).get("chat_template")
+        if isinstance(declared, str):
+            templates["default"] = declared
+        elif isinstance(declared, list):
+            templates |= {str(entry["name"]): str(entry["template"]) for entry in declared}
+    named = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        named["default"] = folder / "chat_template.jinja"
+    return templates | {name: path.read_text(encoding="utf-8") for name, path in named.items()}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return read_json_object(path) if path.is_file() else {}

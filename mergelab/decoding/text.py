@@ -1,0 +1,127 @@
+"""Generation from text to text: a tokenizer around the compiled loop, and stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+
+from mergelab.data.tokenizer import Tokenizer
+from mergelab.decoding.generate import begin
+from mergelab.decoding.progress import advance, as_partials
+from mergelab.decoding.prompts import pad_prompts
+from mergelab.decoding.samplers import Sampler, greedy, row_keys
+from mergelab.decoding.stop import cut_at_strings, stop_at
+from mergelab.models.model import Model, Params
+from mergelab.models.sites import Edit
+
+__all__ = ["Completion", "complete", "new_text"]
+
+_CHUNK = 32  # tokens between two looks at the text
+
+
+@dataclass(frozen=True)
+class Completion:
+    """How a prompt goes on.
+
+    Attributes:
+        token_ids: the generated tokens, those that ended it among them.
+        text: their text, without special tokens and without the stop string.
+        stop: why it ended: `token` (one that ends a text, or a stop sequence), `string`, or `length`.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    stop: Literal["token", "string", "length"]
+
+
+def complete(
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampler: Sampler | None = None,
+    key: Key[Array, "*batch"] | int = 0,
+    stop_strings: Sequence[str] = (),
+    end_ids: Sequence[int] | None = None,
+    edit: Mapping[str, Edit] | None = None,
+    add_special_tokens: bool = True,
+) -> list[Completion]:
+    """Continues texts.
+
+    Stop strings are looked for in the text, between pieces of the compiled loop, because one text has many
+    tokenisations: a row may compute up to 31 tokens beyond its stop string, and none of them is returned.
+
+    Args:
+        model: a decoder.
+        params: its parameters.
+        tokenizer: its tokenizer.
+        prompts: texts, or token ids.
+        max_new_tokens: at most so many tokens a prompt.
+        sampler: how tokens are chosen; `greedy()` by default.
+        key: a seed or a key, folded with the prompt's index; or one key per prompt.
+        stop_strings: strings that end a text.
+        end_ids: tokens that end a text; by default `tokenizer.end_ids`.
+        edit: as in `generate`.
+        add_special_tokens: as in `Tokenizer.encode`; False for rendered chat templates.
+
+    Raises:
+        DecodingError: as `generate`; and for an empty stop string.
+    """
+    ids = [
+        tokenizer.encode(p, add_special_tokens=add_special_tokens) if isinstance(p, str) else list(p)
+        for p in prompts
+    ]
+    for string in stop_strings:
+        cut_at_strings("", [string])  # refused before anything is computed
+    stop, edits = stop_at(tokenizer.end_ids if end_ids is None else end_ids), as_partials(edit)
+    sampler, keys = sampler or greedy(), row_keys(key, len(ids))
+    tokens, mask = pad_prompts(ids)
+    progress = begin(model, params, tokens, mask, max_new_tokens=max_new_tokens, stop=stop, edit=edit)
+    found: dict[int, Completion] = {}
+    until = 0
+    while len(found) < len(ids):
+        until = min(until + _CHUNK, max_new_tokens) if stop_strings else max_new_tokens
+        limit = jnp.int32(until)
+        progress = advance(model, params, progress, limit, sampler=sampler, keys=keys, stop=stop, edit=edits)
+        generated, finished = np.asarray(progress.tokens), np.asarray(progress.finished)
+        for row, length in enumerate(np.asarray(progress.lengths).tolist()):
+            if row in found:
+                continue
+            new = generated[row, :length].tolist()
+            completion = _at_stop_string(tokenizer, ids[row], new, stop_strings)
+            if completion is None and (finished[row] or until == max_new_tokens):
+                text = new_text(tokenizer, ids[row], new)
+                completion = Completion(tuple(new), text, "token" if finished[row] else "length")
+            if completion is not None:
+                found[row] = completion
+    return [found[row] for row in range(len(ids))]
+
+
+def new_text(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """The text that `new` adds to `prompt`: what joins words, and half characters, depend on both."""
+    before, after = tokenizer.decode(prompt), tokenizer.decode([*prompt, *new])
+    return after[len(before) :] if after.startswith(before) else tokenizer.decode(new)
+
+
+def _at_stop_string(
+    tokenizer: Tokenizer, prompt: Sequence[int], new: list[int], strings: Sequence[str]
+) -> Completion | None:
+    """The completion that ends with the first stop string, with no token after the one that completes it."""
+    if not strings:
+        return None
+    text, string = cut_at_strings(new_text(tokenizer, prompt, new), strings)
+    if string is None:
+        return None
+    low, high = 1, len(new)  # the fewest tokens whose text holds a stop string
+    while low < high:
+        middle = (low + high) // 2
+        held = cut_at_strings(new_text(tokenizer, prompt, new[:middle]), strings)[1]
+        low, high = (low, middle) if held is not None else (middle + 1, high)
+    return Completion(tuple(new[:low]), text, "string")

@@ -19,6 +19,7 @@ _HIGHEST = 0xFFFFFFFF
 _PIECE = 2**16
 _SMALL = 2**13
 _LEVELS = 6
+_HELD, _FEWEST = 2**23, 1024
 _ALL = np.full(2, _HIGHEST, np.uint32)
 
 
@@ -48,7 +49,8 @@ class KeySearch:
     Attributes:
         count: how many of the largest keys to select, in `[1, size]`.
         size: how many keys there are in all.
-        limit: how many keys a block may hand over; more are subsampled, which costs another pass.
+        limit: how many keys a block may hand over, at most its share of 2^23; more are subsampled, which
+            costs another pass.
     """
 
     count: int
@@ -108,9 +110,11 @@ class KeySearch:
                 collected.append(np.compress(within, piece))
         above = keys.size - below - inside
         found = np.concatenate(collected) if collected else keys[:0]
-        if found.size <= self.limit:
+        # All blocks are held together: each gets its share of what memory allows.
+        limit = min(self.limit, max(_FEWEST, _HELD * keys.size // self.size))
+        if found.size <= limit:
             return Found(above, inside, found)
-        return Found(above, inside, found[:: -(-found.size // self.limit)].copy(), complete=False)
+        return Found(above, inside, found[:: -(-found.size // limit)].copy(), complete=False)
 
     def _count_levels(self, keys: np.ndarray, levels: np.ndarray) -> Found | None:
         """Counts each level; None if the bracket holds other values too."""
@@ -175,6 +179,10 @@ class KeySearch:
         """Shrinks a bracket that is right but holds too many keys; at worst it halves."""
         self._bounds = before = (self.low, self.high)
         self._bracket(sample, below, population, 24)
+        if (self.low, self.high) == before:
+            # Nearly all keys lie where the sample does; if the wanted one does not, few are left to search.
+            self.low, self.high = int(sample.min()), int(sample.max())
+            self._levels = None
         if (self.low, self.high) == before:
             self.high = self.low + (self.high - self.low) // 2
             self._levels = None

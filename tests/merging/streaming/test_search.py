@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from mergelab.merging.streaming import search as search_module
 from mergelab.merging.streaming.search import KeySearch
 from mergelab.operators.selection import Selection, select_on_host
 
@@ -93,6 +94,28 @@ def test_few_keys_may_be_handed_over_and_many_passes_still_end() -> None:
     selection, passes = search(blocks, 1500, keys[::100], limit=8)
     assert kept(keys, selection).sum() == 1500
     assert 1 < passes < 40
+
+
+@pytest.mark.parametrize("from_end", [1, 5, 20])
+@pytest.mark.parametrize("largest", [True, False])
+def test_keys_that_are_nearly_all_equal_are_neither_collected_nor_searched_bit_by_bit(
+    largest: bool, from_end: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_module, "_HELD", 2**12)
+    monkeypatch.setattr(search_module, "_FEWEST", 16)
+    keys = np.full(2**17, 0x3F800000, np.uint32)
+    keys[[0, 70_000, -1]] += np.array([7, 3, 5], np.uint32)
+    keys[[1, 80_000]] -= np.array([7, 3], np.uint32)
+    count = from_end if largest else keys.size - from_end
+    blocks = list(np.split(keys, 32))
+    held = sum(KeySearch(count, keys.size).look(b).keys.size for b in blocks)
+    assert held <= 2**12
+    selection, passes = search(blocks, count, keys[::50])
+    assert passes <= 4
+    order = np.lexsort((np.arange(keys.size), -keys.astype(np.int64)))
+    expected = np.zeros(keys.size, bool)
+    expected[order[:count]] = True
+    np.testing.assert_array_equal(kept(keys, selection), expected)
 
 
 def test_looking_hands_over_no_more_than_the_limit() -> None:

@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 from mergelab.errors import OperatorError
 from mergelab.operators.arithmetic import coefficient, rounded
 from mergelab.operators.in_memory import merge_trees
-from mergelab.operators.measures import Measure
+from mergelab.operators.measures import Measure, Sum
 from mergelab.operators.region import Region
 
 __all__ = ["Granularity", "Inputs", "Merge", "Part", "Reduction", "Stacked", "Stage", "algebraic", "chain"]
@@ -76,8 +76,8 @@ class Part:
             one_for_all = not isinstance(values, list | tuple) and jnp.ndim(values) == 0
             if not one_for_all and len(values) != models:
                 raise OperatorError(
-                    f"{operator}: parameter {field!r} has {len(values)} value(s) for {models} model(s), the base "
-                    "not counted; give one per model, in their order, or a single number for all."
+                    f"{operator}: parameter {field!r} has {len(values)} value(s) for {models} model(s), "
+                    "the base not counted; give one per model, in their order, or a single number for all."
                 )
 
     def check(self, known: Known, name: str) -> None:
@@ -209,9 +209,7 @@ class Merge:
         for part in self.parts:
             part.check_models(models, self.inputs.operator)
 
-    def __call__(
-        self, models: Sequence[Any], base: Any = None, *, seed: int = 0, dtype: Any = None
-    ) -> Any:
+    def __call__(self, models: Sequence[Any], base: Any = None, *, seed: int = 0, dtype: Any = None) -> Any:
         """Merges pytrees of arrays: on one device, sharded, or under `jit`, `vmap` and `grad`.
 
         Args:
@@ -268,12 +266,20 @@ def measure_block(
 def finish_measure(merge: Merge, totals: Any, *, part: int, measure: int) -> Any:
     """Turns a `Sum`'s totals into what its part wants to know."""
     owner = merge.parts[part]
-    return owner.measures()[measure].finish(owner, totals)
+    declared = owner.measures()[measure]
+    assert isinstance(declared, Sum)
+    return declared.finish(owner, totals)
 
 
 @partial(jax.jit, static_argnames=("dtype",))
 def merge_block(
-    merge: Merge, values: Arrays | Stacked, base: jax.Array | None, region: Region, known: Known, *, dtype: Any
+    merge: Merge,
+    values: Arrays | Stacked,
+    base: jax.Array | None,
+    region: Region,
+    known: Known,
+    *,
+    dtype: Any,
 ) -> jax.Array:
     """Merges one block: `[*block]` per model in, `[*block]` of `dtype` out."""
     xs, base = _upto(merge, values, base, region, known, len(merge.stages))
@@ -293,4 +299,3 @@ def chain(*parts: Stage | Reduction, scale: ArrayLike = 1.0, deltas: bool = True
     *stages, reduce = parts
     inputs = Inputs(base="required" if deltas else "optional")
     return Merge(tuple(stages), reduce, scale, deltas, inputs)  # type: ignore[arg-type]
-

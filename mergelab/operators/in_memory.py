@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from mergelab.errors import OperatorError
 from mergelab.operators.measures import Measure, PerBlock, Rank, RowOrder, Sum
@@ -49,7 +50,7 @@ def merge_trees(merge: Merge, models: Sequence[Any], base: Any, *, seed: int, dt
     if not models:
         return base
     names, leaves, structure = same_structure(trees)
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((merge, trees)))
+    traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((merge, trees)))
     outputs: list[Any] = [None] * len(names)
     floats: list[tuple[int, _Leaf]] = []
     for position, name in enumerate(names):
@@ -86,8 +87,8 @@ def _leaf(merge: Merge, name: str, values: list[Any], with_base: bool, seed: int
     shape = jnp.shape(values[0])
     if np.prod(shape, dtype=np.int64) >= 2**32:
         raise OperatorError(
-            f"tensor {name!r} has {np.prod(shape, dtype=np.int64)} elements; merging in memory indexes fewer than "
-            "2^32 per tensor: use the streaming engine (`mergelab.merge`)."
+            f"tensor {name!r} has {np.prod(shape, dtype=np.int64)} elements; merging in memory indexes "
+            "fewer than 2^32 per tensor: use the streaming engine (`mergelab.merge`)."
         )
     key = tensor_key(seed, name)
     if traced:
@@ -97,7 +98,9 @@ def _leaf(merge: Merge, name: str, values: list[Any], with_base: bool, seed: int
     return _Leaf(name, values, base, region, len(merge.parts))
 
 
-def _take(merge: Merge, leaves: list[_Leaf], part: int, measure: int, declared: Measure, traced: bool) -> None:
+def _take(
+    merge: Merge, leaves: list[_Leaf], part: int, measure: int, declared: Measure, traced: bool
+) -> None:
     """Takes one measure of every tensor and files the result with each."""
     from mergelab.operators.algebra import finish_measure, measure_block
 
@@ -131,18 +134,19 @@ def _take(merge: Merge, leaves: list[_Leaf], part: int, measure: int, declared: 
 
 def _rank(counts: Sequence[Sequence[Any]], keys: Any, size: int) -> tuple[tuple[Selection, ...], ...]:
     """Selects in one tensor; looks at the keys only if some count is neither none nor all."""
-    plain = all(not isinstance(c, jax.core.Tracer) for stream in counts for c in stream)
+    plain = all(not isinstance(c, Tracer) for stream in counts for c in stream)
     if plain:
         trivial = [[trivial_selection(int(c), size) for c in stream] for stream in counts]
         if all(s is not None for stream in trivial for s in stream):
             return tuple(tuple(s for s in stream if s is not None) for stream in trivial)
     return tuple(
-        tuple(_select(stream_keys, c) for c in stream) for stream_keys, stream in zip(keys(), counts, strict=True)
+        tuple(_select(stream_keys, c) for c in stream)
+        for stream_keys, stream in zip(keys(), counts, strict=True)
     )
 
 
 def _select(keys: jax.Array, count: Any) -> Selection:
-    traced = isinstance(keys, jax.core.Tracer) or isinstance(count, jax.core.Tracer)
+    traced = isinstance(keys, Tracer) or isinstance(count, Tracer)
     if not traced and len(keys.devices()) == 1 and next(iter(keys.devices())).platform == "cpu":
         return select_on_host(np.asarray(keys), int(count))
     return select_on_device(keys, jnp.asarray(count, jnp.uint32))

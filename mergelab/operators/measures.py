@@ -39,7 +39,8 @@ class Rank:
 
     Attributes:
         of: `(part, xs, base, region, known) -> tuple` of uint32 keys `[*block]`, one per stream.
-        counts: `(part, known, size, models) -> [streams][ranks]`, how many of the largest keys each threshold keeps.
+        counts: `(part, known, size, models) -> [streams][ranks]`, how many of the largest keys each
+            threshold keeps.
         scope: `tensor`, or `tree` to rank over all tensors of the model together.
 
     Its result is `[streams][ranks]` of `selection.Selection`.

@@ -10,7 +10,7 @@ __all__ = ["row_order", "row_order_on_host"]
 
 
 def row_order(keys: jax.Array) -> jax.Array:
-    """int32 `[*block]`: each element's place in its row, 0 for the largest key, lowest index first on ties."""
+    """int32 `[*block]`: each element's place in its row: largest key first, then lowest index."""
     order = jnp.argsort(~keys, axis=-1, stable=True)
     return jnp.argsort(order, axis=-1, stable=True).astype(jnp.int32)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from mergelab.operators.region import Region
 
@@ -67,7 +68,7 @@ def selected(keys: jax.Array, region: Region, selection: Selection) -> jax.Array
 
 def kept_count(fraction: Any, size: int, *, at_least: int = 0) -> Any:
     """`int(fraction * size)`, exactly for a Python number; to float32 for a traced one."""
-    if isinstance(fraction, jax.core.Tracer):
+    if isinstance(fraction, Tracer):
         # A decimal such as .7 is slightly off in float32; the nudge keeps whole products whole.
         raw = jnp.floor(jnp.asarray(fraction, jnp.float32) * jnp.float32(size) * jnp.float32(1 + 2.0**-22))
         return jnp.clip(raw, at_least, size).astype(jnp.uint32)

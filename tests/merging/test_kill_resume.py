@@ -1,4 +1,4 @@
-"""A merge that is killed with SIGKILL, wherever it stands, and resumed writes the bytes of one that was not."""
+"""A merge that is killed with SIGKILL and resumed writes the bytes of one that was not."""
 
 from __future__ import annotations
 

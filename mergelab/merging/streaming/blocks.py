@@ -39,7 +39,8 @@ class Block:
 def fold(shape: tuple[int, ...], grain: Granularity) -> tuple[int, int]:
     """The 2-D view in which a tensor is cut into groups of rows.
 
-    `element`: rows of `LANES`, the last one perhaps partial; `row`: the last axis; `column`: all but the first.
+    `element`: rows of `LANES`, the last one perhaps partial; `row`: the last axis;
+    `column`: all but the first.
     """
     size = math.prod(shape)
     if grain == "row":

@@ -139,11 +139,12 @@ def nonfinite_error(job: Job) -> NonFiniteError:
         nans, infinities = count_nonfinite(source, job.size)
         if nans or infinities:
             model = f" of {job.model_names[position]}" if position < len(job.model_names) else ""
+            found = f"{nans} NaN and {infinities} infinite of {job.size} values"
             return NonFiniteError(
-                f"tensor {source.name!r}{model} holds {nans} NaN and {infinities} infinite of {job.size} values; "
-                "repair or replace that checkpoint, or pass --allow-nonfinite to merge it all the same."
+                f"tensor {source.name!r}{model} holds {found}; repair or replace that checkpoint, or pass "
+                "--allow-nonfinite to merge it all the same."
             )
     return NonFiniteError(
-        f"tensor {job.name!r} is finite in every model, but merged it leaves the range of {job.dtype}; choose "
-        "smaller weights or a wider dtype, or pass --allow-nonfinite to write it all the same."
+        f"tensor {job.name!r} is finite in every model, but merged it leaves the range of {job.dtype}; "
+        "choose smaller weights or a wider dtype, or pass --allow-nonfinite to write it all the same."
     )

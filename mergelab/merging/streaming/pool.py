@@ -55,7 +55,9 @@ class StreamReport:
 
 def default_threads() -> int:
     """One thread per available core, at most 8: beyond that memory bandwidth is the limit."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+    return max(
+        1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    )
 
 
 def limits_for(memory: int, threads: int) -> Limits:
@@ -111,7 +113,13 @@ class _Runner:
     """Two pools: one thread per tensor in progress, and workers that share the blocks of large tensors."""
 
     def __init__(
-        self, writer: Writer, seed: int, limits: Limits, threads: int, check: bool, progress: Callable[[int], None]
+        self,
+        writer: Writer,
+        seed: int,
+        limits: Limits,
+        threads: int,
+        check: bool,
+        progress: Callable[[int], None],
     ) -> None:
         self._writer, self._seed, self._limits, self._threads = writer, seed, limits, threads
         self._check, self._progress = check, progress
@@ -197,9 +205,9 @@ class _Runner:
                 if _read(other, start, count).tobytes() != piece.tobytes():
                     names = job.model_names or tuple(f"model {i}" for i in range(len(job.sources)))
                     raise CheckpointError(
-                        f"tensor {job.name!r} ({first.dtype}) cannot be averaged and differs between {names[0]} and "
-                        f"{names[position]}; make them equal, or take it from one model with a `modules`/`slices` "
-                        "recipe."
+                        f"tensor {job.name!r} ({first.dtype}) cannot be averaged and differs between "
+                        f"{names[0]} and {names[position]}; make them equal, or take it from one model with "
+                        "a `modules` or `slices` recipe."
                     )
             self._write(job.name, start, piece if piece.dtype == job.dtype else piece.astype(job.dtype))
 

@@ -64,7 +64,9 @@ class TensorRun:
         self.blocks = blocks_of(job.shape, self.merge.grain)
         self.known: list[list[Any]] = [[] for _ in self.merge.parts]
         passes = 1 + len(self.merge.steps())
-        self._cache: dict[Block, InputBlock] | None = {} if passes > 1 and job.bytes_in <= limits.cache else None
+        self._cache: dict[Block, InputBlock] | None = (
+            {} if passes > 1 and job.bytes_in <= limits.cache else None
+        )
         self._block_results: dict[tuple[Block, int, int], Any] = {}
 
     # --- blocks ---------------------------------------------------------------------------------------
@@ -126,7 +128,13 @@ class TensorRun:
             wide = isinstance(self.merge.parts[part].measures()[measure], Sum)
             with jax.enable_x64(wide):
                 result = measure_block(
-                    self.merge, inputs.values, inputs.base, self._region(block), known, part=part, measure=measure
+                    self.merge,
+                    inputs.values,
+                    inputs.base,
+                    self._region(block),
+                    known,
+                    part=part,
+                    measure=measure,
                 )
                 return jax.tree.map(np.asarray, result)
 
@@ -182,7 +190,9 @@ class TensorRun:
         streams = sorted({s for s, _ in searches})
         kept: dict[Block, list[np.ndarray]] | None = None
         if self.job.size * 4 * len(streams) <= self._limits.keys:
-            kept = dict(zip(self.blocks, self._map(lambda b: self.keys(b, part, measure), self.blocks), strict=True))
+            kept = dict(
+                zip(self.blocks, self._map(lambda b: self.keys(b, part, measure), self.blocks), strict=True)
+            )
 
         def keys_of(block: Block) -> list[np.ndarray]:
             return self.keys(block, part, measure) if kept is None else kept[block]
@@ -245,7 +255,11 @@ class TensorRun:
             flat = np.asarray(out).reshape(-1)[: block.count]
             if self._check and has_nonfinite(flat):
                 raise nonfinite_error(self.job)
-            write(self.job.name, block.start, flat if flat.dtype == self.job.dtype else _host_cast(flat, self.job))
+            write(
+                self.job.name,
+                block.start,
+                flat if flat.dtype == self.job.dtype else _host_cast(flat, self.job),
+            )
 
 
 def _strided(blocks: list[list[np.ndarray]], size: int) -> list[np.ndarray]:

@@ -27,8 +27,8 @@ def run_tree(runs: Sequence[TensorRun], write: WriteBlock) -> None:
     shape = [[(p, m, type(d)) for p, m, d in run.merge.steps()] for run in runs]
     if any(steps != shape[0] for steps in shape):
         raise OperatorError(
-            "an operator with scope 'tree' looks at all tensors together, so every tensor must use the same one; "
-            "remove the differing slices or modules."
+            "an operator with scope 'tree' looks at all tensors together, so every tensor must use the same "
+            "one; remove the differing slices or modules."
         )
     for part, measure, declared in runs[0].merge.steps():
         if getattr(declared, "scope", "tensor") != "tree":
@@ -48,7 +48,9 @@ def run_tree(runs: Sequence[TensorRun], write: WriteBlock) -> None:
 def _rank(runs: Sequence[TensorRun], part: int, measure: int, declared: Rank) -> None:
     size = sum(run.job.size for run in runs)
     counts = runs[0].counts(part, declared, size)
-    pooled = [[_select(runs, part, measure, s, count, size) for count in stream] for s, stream in enumerate(counts)]
+    pooled = [
+        [_select(runs, part, measure, s, count, size) for count in stream] for s, stream in enumerate(counts)
+    ]
     offset = 0
     for run in runs:
         shared = tuple(tuple(_share(sel, offset, run.job.size) for sel in stream) for stream in pooled)
@@ -56,7 +58,9 @@ def _rank(runs: Sequence[TensorRun], part: int, measure: int, declared: Rank) ->
         offset += run.job.size
 
 
-def _select(runs: Sequence[TensorRun], part: int, measure: int, stream: int, count: int, size: int) -> Selection:
+def _select(
+    runs: Sequence[TensorRun], part: int, measure: int, stream: int, count: int, size: int
+) -> Selection:
     if (trivial := trivial_selection(count, size)) is not None:
         return trivial
     places = [(run, block) for run in runs for block in run.blocks]

@@ -17,7 +17,13 @@ _REFERENCE = "Yu et al., 'Language Models are Super Mario' (DARE), arXiv 2311.03
 
 
 def _dare(
-    weight: Any, density: Any, normalize: bool, rescale: bool, lambda_: Any, rescale_by: RescaleBy, elect: bool
+    weight: Any,
+    density: Any,
+    normalize: bool,
+    rescale: bool,
+    lambda_: Any,
+    rescale_by: RescaleBy,
+    elect: bool,
 ) -> Merge:
     drop = Drop(exact(density), rescale=rescale and rescale_by == "density")
     return task_vector_merge(

@@ -41,7 +41,9 @@ class ModelStock(Reduction):
 
     def _products(self, deltas: list[jax.Array], total: Any) -> Any:
         pairs = {
-            (i, j): total(deltas[i] * deltas[j]) for i in range(len(deltas)) for j in range(i + 1, len(deltas))
+            (i, j): total(deltas[i] * deltas[j])
+            for i in range(len(deltas))
+            for j in range(i + 1, len(deltas))
         }
         return [total(d * d) for d in deltas], [pairs[key] for key in sorted(pairs)]
 

@@ -65,7 +65,8 @@ class MultiSlerp(GramReduction):
         if bool(jnp.any(jnp.isnan(jnp.stack(known[0])))):
             raise OperatorError(
                 f"multislerp: the weighted directions of tensor {name!r} sum to zero (all-zero or antipodal "
-                "tensors), so no point between them is defined; change a weight, or merge this tensor linearly."
+                "tensors), so no point between them is defined; change a weight, or merge this tensor "
+                "linearly."
             )
 
 

@@ -60,7 +60,9 @@ class OverlapPlus(Reduction):
     def measures(self) -> tuple[Measure, ...]:
         return (Sum(OverlapPlus.counts, OverlapPlus.gains),)
 
-    def counts(self, xs: Arrays, base: Any, region: Region, known: Known) -> list[tuple[jax.Array, jax.Array]]:
+    def counts(
+        self, xs: Arrays, base: Any, region: Region, known: Known
+    ) -> list[tuple[jax.Array, jax.Array]]:
         """Per model: shared and unique changed entries."""
         changed, count = _changed(tuple(jax.lax.stop_gradient(x) for x in xs), self.epsilon)
         return [(region.total(c & (count > 1)), region.total(c & (count == 1))) for c in changed]
@@ -71,9 +73,9 @@ class OverlapPlus(Reduction):
         def gain(shared: jax.Array, unique: jax.Array) -> jax.Array:
             dtype = shared.dtype
             ratio = shared / jnp.maximum(unique, jnp.asarray(self.epsilon, dtype))
-            return (1 + jnp.asarray(self.r, dtype) * jnp.clip(ratio, 0, jnp.asarray(self.alpha, dtype))).astype(
-                jnp.float32
-            )
+            return (
+                1 + jnp.asarray(self.r, dtype) * jnp.clip(ratio, 0, jnp.asarray(self.alpha, dtype))
+            ).astype(jnp.float32)
 
         return tuple(gain(shared, unique) for shared, unique in totals)
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from mergelab.operators.algebra import Arrays, Known, Merge, Reduction, Stage, algebraic
 from mergelab.operators.arithmetic import rounded
@@ -50,8 +51,10 @@ class SelectVarying(Stage):
     def kept(self, known: Known, size: int, models: int) -> Sequence[Sequence[Any]]:
         """How many entries are kept."""
         varying = known[0]
-        if isinstance(varying, jax.core.Tracer) or isinstance(self.topk, jax.core.Tracer):
-            count = jnp.floor(varying.astype(jnp.float32) * jnp.asarray(self.topk, jnp.float32) * (1 + 2.0**-22))
+        if isinstance(varying, Tracer) or isinstance(self.topk, Tracer):
+            count = jnp.floor(
+                varying.astype(jnp.float32) * jnp.asarray(self.topk, jnp.float32) * (1 + 2.0**-22)
+            )
             return [[jnp.minimum(count, varying.astype(jnp.float32)).astype(jnp.uint32)]]
         return [[kept_count(self.topk, int(varying))]]
 
@@ -83,7 +86,8 @@ class EnergyMean(Reduction):
         total = sum(means[1:], means[0])
         small = jnp.abs(total) < 1e-6
         return tuple(
-            jnp.where(small, 1 / len(means), m / jnp.where(small, 1, total)).astype(jnp.float32) for m in means
+            jnp.where(small, 1 / len(means), m / jnp.where(small, 1, total)).astype(jnp.float32)
+            for m in means
         )
 
     def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> jax.Array:
@@ -103,6 +107,6 @@ def sce(int8_mask: bool = False, select_topk: Annotated[float, Range(0.0, 1.0)] 
 
     `int8_mask` is accepted for compatibility and changes nothing.
     """
-    keep_all = not isinstance(select_topk, jax.core.Tracer) and select_topk >= 1
+    keep_all = not isinstance(select_topk, Tracer) and select_topk >= 1
     stages = () if keep_all else (SelectVarying(exact(select_topk)),)
     return Merge(stages, EnergyMean())

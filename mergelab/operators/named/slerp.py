@@ -39,7 +39,9 @@ class Slerp(GramReduction):
         return a.astype(jnp.float32), b.astype(jnp.float32)
 
 
-@operator(base="required", max_models=1, reference="Shoemake, 'Animating rotation with quaternion curves', 1985")
+@operator(
+    base="required", max_models=1, reference="Shoemake, 'Animating rotation with quaternion curves', 1985"
+)
 def slerp(t: float) -> Merge:
     """Spherical interpolation from the base (`t` = 0) to the other model (`t` = 1), tensor by tensor.
 

@@ -11,7 +11,11 @@ from mergelab.operators.named.task_vectors import Density, task_vector_merge
 __all__ = ["task_arithmetic"]
 
 
-@operator(base="required", min_models=0, reference="Ilharco et al., 'Editing models with task arithmetic', arXiv 2212.04089")
+@operator(
+    base="required",
+    min_models=0,
+    reference="Ilharco et al., 'Editing models with task arithmetic', arXiv 2212.04089",
+)
 def task_arithmetic(
     weight: Annotated[Any, PerModel()],
     density: Density = 1.0,

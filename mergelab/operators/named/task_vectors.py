@@ -36,7 +36,8 @@ def task_vector_merge(
         scale: lambda.
         elect: whether entries that disagree with the elected sign are dropped.
         rescale: whether sparsifying keeps each tensor's L1 norm (mergekit's `rescale`).
-        ballot, tie: how signs are elected.
+        ballot: what votes, magnitudes or signs.
+        tie: who wins a vote that sums to zero.
     """
     w = weights(weight)
     stages: list[Stage] = []

@@ -26,7 +26,7 @@ def ties(
     elect: Ballot = "sum",
     tie: Tie = "positive",
 ) -> Merge:
-    """TIES-Merging: keep the `density` largest entries of each task vector, elect a sign, average those that agree.
+    """TIES-Merging: keep each task vector's largest entries, elect a sign, average those that agree.
 
     The defaults are mergekit's dialect. The authors' code is `scope="tree"` (thresholds over the whole
     flattened task vector) with `tie="majority"`; `elect="count"` lets signs vote instead of magnitudes.

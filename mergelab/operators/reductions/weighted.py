@@ -55,7 +55,9 @@ class Mean(Reduction):
 
     def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> jax.Array:
         divisor = _weight_sum(self.weight, len(xs))
-        return rounded(_weighted(xs, self.weight)) / jnp.where(jnp.abs(divisor) < 1e-8, jnp.float32(1), divisor)
+        return rounded(_weighted(xs, self.weight)) / jnp.where(
+            jnp.abs(divisor) < 1e-8, jnp.float32(1), divisor
+        )
 
 
 @algebraic

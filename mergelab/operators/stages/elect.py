@@ -69,6 +69,8 @@ class ElectSign(Stage):
         elif self.tie == "majority":
             elected = jnp.where(votes == 0, jnp.sign(known[0]).astype(jnp.float32), elected)
         return tuple(
-            jnp.where(agree(jax.lax.stop_gradient(coefficient(self.weight, i) * x), elected), x, jnp.float32(0))
+            jnp.where(
+                agree(jax.lax.stop_gradient(coefficient(self.weight, i) * x), elected), x, jnp.float32(0)
+            )
             for i, x in enumerate(xs)
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -56,9 +57,10 @@ class RescaleL1(Stage):
 
 def _inward(measure: Measure) -> Measure:
     """The inner stage's measure as the wrapper declares it: its functions still receive the inner stage."""
-    hidden = {
-        field: (lambda part, *args, call=getattr(measure, field): call(part.inner, *args))
-        for field in ("of", "finish", "counts")
-        if hasattr(measure, field)
-    }
+
+    def hide(call: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda part, *arguments: call(part.inner, *arguments)
+
+    fields = [field for field in ("of", "finish", "counts") if hasattr(measure, field)]
+    hidden = {field: hide(getattr(measure, field)) for field in fields}
     return dataclasses.replace(measure, **hidden)

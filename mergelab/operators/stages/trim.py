@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from mergelab.operators.algebra import Arrays, Known, Stage, algebraic
 from mergelab.operators.measures import Measure, Rank, Scope
@@ -27,7 +28,7 @@ def _magnitudes(part: Any, xs: Arrays, base: Any, region: Region, known: Known) 
 
 
 def _is_traced(*values: Any) -> bool:
-    return any(isinstance(v, jax.core.Tracer) for v in values)
+    return any(isinstance(v, Tracer) for v in values)
 
 
 @algebraic

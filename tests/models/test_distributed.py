@@ -42,7 +42,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
     command = [sys.executable, "-m", "tests.models.distributed_worker", str(port)]
     processes = [
         subprocess.Popen(
-            [*command, str(n), str(folder)], cwd=REPOSITORY, env=env, stdout=-1, stderr=subprocess.STDOUT, text=True
+            [*command, str(n), str(folder)],
+            cwd=REPOSITORY,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for n in range(2)
     ]

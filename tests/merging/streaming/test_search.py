@@ -111,7 +111,7 @@ def test_keys_that_are_nearly_all_equal_are_neither_collected_nor_searched_bit_b
     held = sum(KeySearch(count, keys.size).look(b).keys.size for b in blocks)
     assert held <= 2**12
     selection, passes = search(blocks, count, keys[::50])
-    assert passes <= 4
+    assert passes <= 8  # halving the range of keys takes 30
     order = np.lexsort((np.arange(keys.size), -keys.astype(np.int64)))
     expected = np.zeros(keys.size, bool)
     expected[order[:count]] = True

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergelab.cli.meshes import MESH
+from mergelab.cli.model_folder import load_either
 
 if TYPE_CHECKING:
     from mergelab.data.tokenizer import Tokenizer
+    from mergelab.decoding import Sampler
     from mergelab.models.model import Model
 
 __all__ = ["command"]
@@ -75,74 +77,58 @@ def command(
 
     from mergelab.cli.runtime import configure_jax
     from mergelab.data.tokenizer import load_tokenizer
-    from mergelab.models.load import load_model
 
     configure_jax()
     tokenizer = load_tokenizer(path) if prompt is not None or (path / "tokenizer.json").is_file() else None
-    ids = token_ids if tokenizer is None or prompt is None else tokenizer.encode(prompt)
     if options["stops"] and tokenizer is None:
         raise click.UsageError(f"--stop needs a tokenizer to read what was generated; {path} has none")
-    model, params = load_model(path, mesh=_mesh(options["mesh"]), dtype=options["dtype"])
-    generated, finished = _generate(model, params, tokenizer, ids or [], max_new_tokens, path, options)
-    text = None if tokenizer is None else tokenizer.decode(generated)
-    stopped = None
-    if text is not None:
-        from mergelab.decoding import cut_at_strings
-
-        text, stopped = cut_at_strings(text, options["stops"])
-    if as_json:
-        result = {
-            "token_ids": generated,
-            "text": text,
-            "finished": finished or stopped is not None,
-            "prompt_token_ids": ids,
-        }
-        click.echo(json.dumps(result))
-    else:
-        click.echo(",".join(map(str, generated)) if text is None else text)
-
-
-def _mesh(sizes: dict[str, int] | None) -> Any:
-    if sizes is None:
-        return None
-    from mergelab.sharding import make_mesh
-
-    return make_mesh(sizes)
-
-
-def _generate(
-    model: Model,
-    params: Any,
-    tokenizer: Tokenizer | None,
-    ids: Sequence[int],
-    max_new_tokens: int,
-    path: Path,
-    options: dict[str, Any],
-) -> tuple[list[int], bool]:
-    """The new tokens of one prompt, and whether a token that ends a text ended them."""
-    from mergelab.decoding import generate, pad_prompts, sampler_from_options, stop_at
-
+    ids = token_ids if tokenizer is None or prompt is None else tokenizer.encode(prompt)
+    model, params = load_either(path, options["mesh"], options["dtype"])
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "sampler": _sampler(options),
+        "key": options["seed"],
+    }
     ends = () if options["ignore_end"] else _end_ids(tokenizer, model, path)
+    found = _continue(model, params, tokenizer, ids or [], ends, options["stops"], settings)
+    if as_json:
+        click.echo(json.dumps({**found, "prompt_token_ids": ids}))
+    else:
+        click.echo(",".join(map(str, found["token_ids"])) if tokenizer is None else found["text"])
+
+
+def _sampler(options: Mapping[str, Any]) -> Sampler:
+    from mergelab.decoding import sampler_from_options
+
     temperature = 1.0 if options["temperature"] is None else options["temperature"]
-    sampler = sampler_from_options(
+    return sampler_from_options(
         temperature=None if options["greedy"] else temperature,
         top_k=options["top_k"],
         top_p=options["top_p"],
         min_p=options["min_p"],
         repetition_penalty=options["repetition_penalty"],
     )
+
+
+def _continue(
+    model: Model,
+    params: Any,
+    tokenizer: Tokenizer | None,
+    ids: Sequence[int],
+    ends: Sequence[int],
+    stops: Sequence[str],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """New tokens, their text (None without a tokenizer), and why they end: `token`, `string` or `length`."""
+    from mergelab.decoding import complete, generate, pad_prompts, stop_at
+
+    if tokenizer is not None:
+        (found,) = complete(model, params, tokenizer, [ids], stop_strings=stops, end_ids=ends, **settings)
+        return {"token_ids": list(found.token_ids), "text": found.text, "stop": found.stop}
     tokens, mask = pad_prompts([ids])
-    found = generate(
-        model,
-        params,
-        tokens,
-        mask,
-        max_new_tokens=max_new_tokens,
-        sampler=sampler,
-        key=options["seed"],
-        stop=stop_at(ends),
-    )
-    return found.rows()[0], bool(found.finished[0])
+    generated = generate(model, params, tokens, mask, stop=stop_at(ends), **settings)
+    stop = "token" if generated.finished[0] else "length"
+    return {"token_ids": generated.rows()[0], "text": None, "stop": stop}
 
 
 def _end_ids(tokenizer: Tokenizer | None, model: Model, path: Path) -> tuple[int, ...]:

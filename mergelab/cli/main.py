@@ -17,7 +17,7 @@ __all__ = ["SECTIONS", "CommandTable", "Failure", "cli", "main"]
 SECTIONS: Mapping[str, Sequence[str]] = {
     "Start here": ("quickstart",),
     "Merge models": ("merge", "soup", "extract-lora"),
-    "Run models": ("generate",),
+    "Run models": ("generate", "convert"),
     "Look things up": ("inspect", "operators"),
 }
 """Commands by the heading they stand under; the module `mergelab.cli.NAME` holds each as `command`."""

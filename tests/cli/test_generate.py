@@ -78,7 +78,7 @@ def test_greedy_is_the_likeliest_token_each_time(model: tuple[Model, Any], tmp_p
     expected = by_hand(*model, [1, 2, 3], 6)
     result = run(tmp_path, "--token-ids", "1,2,3", "--max-new-tokens", "6", "--greedy")
     assert result["token_ids"] == expected
-    assert (result["text"], result["finished"], result["prompt_token_ids"]) == (None, False, [1, 2, 3])
+    assert (result["text"], result["stop"], result["prompt_token_ids"]) == (None, "length", [1, 2, 3])
     other = run(tmp_path, "--token-ids", "1,2,4", "--max-new-tokens", "6", "--greedy")
     assert other["token_ids"] != expected
 
@@ -105,7 +105,7 @@ def test_the_end_of_text_ends_it(model: tuple[Model, Any], tmp_path: Path) -> No
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
     arguments = ["--token-ids", "1,2,3", "--max-new-tokens", "6", "--greedy"]
     result = run(tmp_path, *arguments)
-    assert result["token_ids"] == tokens[: tokens.index(end) + 1] and result["finished"]
+    assert result["token_ids"] == tokens[: tokens.index(end) + 1] and result["stop"] == "token"
     assert run(tmp_path, *arguments, "--ignore-end")["token_ids"] == tokens
 
 
@@ -113,17 +113,14 @@ def test_the_end_of_text_ends_it(model: tuple[Model, Any], tmp_path: Path) -> No
 def test_texts_go_in_and_out(model: tuple[Model, Any], tmp_path: Path) -> None:
     tokens = by_hand(*model, [5, 7], 5)
     words = [WORDS[token] for token in tokens]
+    text = " " + " ".join(words)
     arguments = ["--prompt", "w5 w7", "--max-new-tokens", "5", "--greedy"]
     result = run(tmp_path, *arguments)
-    assert (result["prompt_token_ids"], result["token_ids"], result["text"]) == (
-        [5, 7],
-        tokens,
-        " ".join(words),
-    )
+    assert (result["prompt_token_ids"], result["token_ids"], result["text"]) == ([5, 7], tokens, text)
     plain = CliRunner().invoke(cli, ["generate", str(tmp_path / "model"), *arguments])
-    assert plain.stdout == " ".join(words) + "\n"
+    assert plain.stdout == text + "\n"
     stopped = run(tmp_path, *arguments, "--stop", words[3])
-    assert stopped["text"] == " ".join(words).split(words[3])[0] and stopped["finished"]
+    assert (stopped["text"], stopped["stop"]) == (text.split(words[3])[0], "string")
 
 
 @pytest.mark.parametrize(

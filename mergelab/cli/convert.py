@@ -1,0 +1,77 @@
+"""`mergelab convert`: a model in another form, another dtype, or other files."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mergelab.cli.meshes import MESH
+from mergelab.cli.model_folder import load_either
+from mergelab.cli.sizes import SIZE, readable
+
+__all__ = ["command"]
+
+
+@click.command("convert")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    type=click.Choice(["huggingface", "orbax"]),
+    default="huggingface",
+    show_default=True,
+    help="The form to write.",
+)
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Stored dtype.")
+@click.option("--shard-size", type=SIZE, default="5GB", show_default=True, help="Size of one weight file.")
+@click.option("--mesh", type=MESH, metavar="AXES", help="Spread the model over devices on the way: fsdp=8.")
+@click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(
+    source: Path,
+    out: Path,
+    to: str,
+    dtype: str | None,
+    shard_size: int,
+    mesh: dict[str, int] | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write the model in SOURCE to the folder OUT in another form, dtype or file size.
+
+    SOURCE is a Hugging Face folder or an Orbax one; either form can be written. Tokenizer and other small
+    files come along. What is not asked to change keeps its bytes.
+
+    \b
+    Examples:
+      mergelab convert model half --dtype bfloat16
+      mergelab convert model parts --shard-size 1GB
+      mergelab convert model model.orbax --to orbax --mesh fsdp=8
+      mergelab convert model.orbax model --to huggingface
+    """
+    started = time.perf_counter()
+    import jax
+
+    from mergelab.errors import OutputError
+    from mergelab.merging.extra_files import donor_files
+    from mergelab.models.orbax_folder import save_orbax
+    from mergelab.models.save import save_model
+
+    if out.resolve() == source.resolve():
+        raise OutputError(f"{out} is the model itself; choose another folder to write.")
+    model, params = load_either(source, mesh, dtype)
+    files: dict[str, Any] = donor_files(source, None) if source.is_dir() else {}
+    if to == "orbax":
+        save_orbax(model, params, out, files=files, overwrite=overwrite)
+    else:
+        save_model(model, params, out, files=files, shard_bytes=shard_size, overwrite=overwrite)
+    seconds = time.perf_counter() - started
+    nbytes = sum(array.nbytes for array in jax.tree.leaves(params))
+    if as_json:
+        click.echo(json.dumps({"out": str(out), "form": to, "bytes": nbytes, "seconds": seconds}))
+    else:
+        click.echo(f"{out}: {readable(nbytes)} of parameters in {to} form, in {seconds:.1f} s")

@@ -109,7 +109,7 @@ class KeySearch:
             if count and width:
                 collected.append(np.compress(within, piece))
         above = keys.size - below - inside
-        found = np.concatenate(collected) if collected else keys[:0]
+        found = np.concatenate(collected) if collected else _none()
         # All blocks are held together: each gets its share of what memory allows.
         limit = min(self.limit, max(_FEWEST, _HELD * keys.size // self.size))
         if found.size <= limit:
@@ -129,7 +129,7 @@ class KeySearch:
         inside = int(counts.sum())
         if above + inside + below != keys.size:
             return None
-        return Found(above, inside, keys[:0], levels=counts)
+        return Found(above, inside, _none(), levels=counts)
 
     def conclude(self, blocks: list[Found]) -> bool:
         """Takes all blocks of one pass, in order; False if another pass (with a new bracket) is needed."""
@@ -232,3 +232,8 @@ def _kth_largest(keys: np.ndarray, count: int) -> int:
             keys = np.compress(keys < pivot, keys)
             count -= larger + equal
     return int(np.sort(keys)[keys.size - count])
+
+
+def _none() -> np.ndarray:
+    """No keys; unlike an empty slice of a block's keys it does not keep that block in memory."""
+    return np.empty(0, np.uint32)

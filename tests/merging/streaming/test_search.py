@@ -118,6 +118,17 @@ def test_keys_that_are_nearly_all_equal_are_neither_collected_nor_searched_bit_b
     np.testing.assert_array_equal(kept(keys, selection), expected)
 
 
+@pytest.mark.parametrize("value", [3, 4, 9])
+def test_what_is_found_in_a_block_does_not_keep_the_block_alive(value: int) -> None:
+    keys = np.full(1000, value, np.uint32)
+    whole, bracketed, levelled = (KeySearch(500, 1000, limit=10) for _ in range(3))
+    bracketed.low, bracketed.high = 4, 5
+    levelled.narrow(np.array([4, 5, 4, 5], np.uint32))
+    for one in (whole, bracketed, levelled):
+        assert not np.may_share_memory(one.look(keys).keys, keys)
+        assert one.look(keys).keys.base is None
+
+
 def test_looking_hands_over_no_more_than_the_limit() -> None:
     keys = np.arange(1000, dtype=np.uint32)
     found = KeySearch(10, 1000, limit=16).look(keys)

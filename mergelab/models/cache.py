@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-__all__ = ["Cache", "new_cache"]
+__all__ = ["ArrayLeaf", "Cache", "new_cache"]
+
+# A field of a pytree. While JAX transforms the tree it also holds shapes, shardings and batched arrays, so
+# what it holds is not checked at run time.
+if TYPE_CHECKING:
+    ArrayLeaf = jax.Array
+else:
+    ArrayLeaf = Any
 
 
 @jax.tree_util.register_dataclass
@@ -22,14 +30,14 @@ class Cache:
 
     Attributes:
         keys, values: per layer, `[batch, slots, kv_heads, head_dim]`.
-        mask: True where a slot holds a real token.
-        length: how many slots are filled, a scalar.
+        mask: `[batch, slots]` bool, True where a slot holds a real token.
+        length: how many slots are filled, an int32 scalar.
     """
 
-    keys: tuple[Float[Array, "batch slots kv_heads head_dim"], ...]
-    values: tuple[Float[Array, "batch slots kv_heads head_dim"], ...]
-    mask: Bool[Array, "batch slots"]
-    length: Int[Array, ""]
+    keys: tuple[ArrayLeaf, ...]
+    values: tuple[ArrayLeaf, ...]
+    mask: ArrayLeaf
+    length: ArrayLeaf
 
     @property
     def slots(self) -> int:

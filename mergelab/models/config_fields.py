@@ -16,6 +16,7 @@ INERT = frozenset(
         "_attn_implementation",
         "_attn_implementation_autoset",
         "_name_or_path",
+        "_num_labels",
         "architectures",
         "attention_dropout",
         "attention_probs_dropout_prob",
@@ -32,6 +33,7 @@ INERT = frozenset(
         "hidden_dropout_prob",
         "id2label",
         "initializer_range",
+        "is_llama_config",
         "label2id",
         "output_router_logits",
         "pad_token_id",
@@ -46,6 +48,7 @@ INERT = frozenset(
         "summary_use_proj",
         "task_specific_params",
         "torch_dtype",
+        "transformers.js_config",
         "transformers_version",
         "use_cache",
     }

@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from mergelab.errors import MergelabError
-from mergelab.models.cache import Cache, new_cache
+from mergelab.models.cache import ArrayLeaf, Cache, new_cache
 from mergelab.models.declaration import Leaf
 from mergelab.models.family import Family
 from mergelab.models.sites import Edit, Shape, Tap
@@ -37,9 +37,9 @@ class Output:
         cache: the cache with the new tokens, if one was given.
     """
 
-    logits: Float[Array, "batch length vocab"] | None
-    hidden: Float[Array, "batch length width"] | None
-    captured: dict[str, Array]
+    logits: ArrayLeaf | None
+    hidden: ArrayLeaf | None
+    captured: dict[str, ArrayLeaf]
     cache: Cache | None
 
 

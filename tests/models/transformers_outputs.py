@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 RECORDED = Path(__file__).with_name("family_outputs.json")
+RECORDED_SITES = Path(__file__).with_name("family_sites.json")
 
 
 def run(folder: Path, tokens: np.ndarray, mask: np.ndarray, **options: Any) -> Any:
@@ -50,14 +51,29 @@ def values(folder: Path, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return (output.logits if "logits" in output else output.last_hidden_state).numpy()
 
 
+def hidden_and_patterns(folder: Path, tokens: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    """`states [layers + 1, batch, length, width]` and `patterns [layers, batch, heads, query, key]`."""
+    output = run(folder, tokens, mask, output_hidden_states=True, output_attentions=True)
+    return {
+        "states": np.stack([state.numpy() for state in output.hidden_states]),
+        "patterns": np.stack([pattern.numpy() for pattern in output.attentions]),
+    }
+
+
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from tests.models.tiny_models import CONFIGS, MASK, TOKENS, write
 
-    recorded = {}
+    recorded, sites = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for n, name in enumerate(CONFIGS):
-            found = values(write(Path(folder) / str(n), name), TOKENS, MASK)
+            written = write(Path(folder) / str(n), name)
+            found = values(written, TOKENS, MASK)
+            inner = hidden_and_patterns(written, TOKENS, MASK)
+            sites[name] = {
+                "states": inner["states"][:, 1, 9, :6].astype(float).round(5).tolist(),
+                "patterns": inner["patterns"][:, 1, :2, 9].astype(float).round(5).tolist(),
+            }
             recorded[name] = [
                 {
                     "at": at,
@@ -66,8 +82,9 @@ def main() -> None:
                 }
                 for row, real, at in zip(found, MASK, [9, 9, 5], strict=True)
             ]
-    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(rows)}" for name, rows in recorded.items())
-    RECORDED.write_text("{\n" + lines + "\n}\n")
+    for path, content in ((RECORDED, recorded), (RECORDED_SITES, sites)):
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(rows)}" for name, rows in content.items())
+        path.write_text("{\n" + lines + "\n}\n")
 
 
 if __name__ == "__main__":

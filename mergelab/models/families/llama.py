@@ -48,7 +48,9 @@ LLAMA_UNUSED = ("*.rotary_emb.inv_freq", "lm_head.weight")
 def read_llama(config: Mapping[str, Any], place: str) -> DecoderConfig:
     """Reads a `config.json`; raises `CheckpointError` for what this family does not implement."""
     optional = {"max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False}
-    fields = read_usual_fields(config, place, optional, {"hidden_act": ("silu",)})
+    fields = read_usual_fields(
+        config, place, optional, {"hidden_act": ("silu",), "rope_interleaved": (False,)}
+    )
     bias = fields["attention_bias"]
     return usual_decoder(fields, place, qkv_bias=bias, out_bias=bias, mlp_bias=fields["mlp_bias"])
 

@@ -228,22 +228,25 @@ class _Counting(NodeTransformer):
     """Puts the environment's `tick`, `emit` and `joined` into a parsed template."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
-        node = self.generic_visit(node)
+        self.generic_visit(node)  # changes it in place
         if node.test is not None:
             node.test = nodes.And(_own("tick"), node.test)
         return self._begin(node)
 
     def visit_Macro(self, node: nodes.Macro) -> nodes.Macro:
-        return self._begin(self.generic_visit(node))
+        self.generic_visit(node)
+        return self._begin(node)
 
     def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.CallBlock:
-        return self._begin(self.generic_visit(node))
+        self.generic_visit(node)
+        return self._begin(node)
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Call:
-        return _own("joined", *self.generic_visit(node).nodes)
+        self.generic_visit(node)
+        return _own("joined", *node.nodes)
 
     def visit_Output(self, node: nodes.Output) -> nodes.Output:
-        node = self.generic_visit(node)
+        self.generic_visit(node)
         written = (nodes.Const(n.data) if isinstance(n, nodes.TemplateData) else n for n in node.nodes)
         node.nodes = [_own("emit", value) for value in written]
         return node

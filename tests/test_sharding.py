@@ -25,7 +25,7 @@ def test_rules_map_logical_axes_to_mesh_axes() -> None:
     assert partition_spec(("batch", "length", None)) == PartitionSpec(("data", "fsdp"), None, None)
     assert partition_spec(("experts", "embed", "mlp")) == PartitionSpec("tensor", "fsdp", None)
     assert partition_spec(("mlp",), {"mlp": ("fsdp", "tensor")}) == PartitionSpec(("fsdp", "tensor"))
-    with pytest.raises(MeshError, match="'head'.*did you mean 'heads'"):
+    with pytest.raises(MeshError, match=r"'head'.*did you mean 'heads'"):
         partition_spec(("head",))
 
 

@@ -83,6 +83,11 @@ class Layout:
         """The axes of the view in the order the parameter runs over them."""
         return tuple(itertools.chain.from_iterable(self.axes))
 
+    @cached_property
+    def storage_order(self) -> tuple[int, ...]:
+        """The parameter's axes in the order the file runs over them."""
+        return tuple(sorted(range(len(self.axes)), key=lambda axis: self.axes[axis]))
+
     def forward(self, stored: np.ndarray) -> np.ndarray:
         """The parameter that a stored tensor holds; a view of it where numpy can give one."""
         window = stored.reshape(self.view)[slices(self.window)]

@@ -21,7 +21,7 @@ from mergelab.models.declaration import Leaf, Piece, get_leaf, stored_shapes
 from mergelab.models.layout import Box, box_shape, normalise, slices, whole
 from mergelab.models.model import Model
 from mergelab.models.regions import blocks, intersection, join, relative, runs
-from mergelab.models.shard_reader import aligned_empty
+from mergelab.models.staging import aligned_empty
 from mergelab.processes import together
 
 __all__ = ["SHARD_BYTES", "save_model", "save_params"]

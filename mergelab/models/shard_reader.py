@@ -15,18 +15,17 @@ import numpy as np
 from mergelab.checkpoints.runs import read_runs
 from mergelab.checkpoints.source import TensorSource
 from mergelab.errors import NonFiniteError
-from mergelab.models import transposed_copy
 from mergelab.models.declaration import Leaf
 from mergelab.models.layout import Box, box_shape, box_size, slices
 from mergelab.models.regions import blocks, intersection, join, relative, runs, widen
+from mergelab.models.staging import Staging, aligned_empty
 
-__all__ = ["Reading", "ShardReader", "aligned_empty"]
+__all__ = ["Reading", "ShardReader"]
 
 _DIRECT = 16 << 20
 """Bytes read at once where they go straight to their place."""
 _STAGED = 1 << 20
-"""Bytes read at once where they are transposed, cast or shared out: they should stay in a core's cache."""
-_ALIGNMENT = 64
+"""Bytes read at once where they are cast or shared out: they should stay in a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,8 @@ class Reading:
     """Slices of one leaf that are being read.
 
     Attributes:
-        arrays: for each box asked for, the memory its elements go to, aligned for JAX to use without a copy.
+        arrays: for each box asked for, the memory its elements go to: 64-byte aligned, and in the order of
+            the file, so that a transposed leaf is a transposed view.
         tasks: done when the arrays are filled.
     """
 
@@ -67,7 +67,8 @@ class ShardReader:
     def __init__(self, tensors: Mapping[str, TensorSource], threads: int | None = None) -> None:
         self._tensors = tensors
         self._pool = ThreadPoolExecutor(threads or min(8, len(os.sched_getaffinity(0))))
-        self._staging = threading.local()
+        self._memory = Staging()
+        self._own = threading.local()
 
     def __enter__(self) -> ShardReader:
         return self
@@ -82,7 +83,7 @@ class ShardReader:
             CheckpointError: a file is truncated, has changed, or cannot be read.
             NonFiniteError: a value leaves the range of `dtype`.
         """
-        arrays = {box: aligned_empty(box_shape(box), dtype) for box in boxes}
+        arrays = {box: self._empty_in_file_order(leaf, box_shape(box), dtype) for box in boxes}
         targets: dict[str, list[_Target]] = {}
         for box, array in arrays.items():
             for name, source, target in leaf.pullback(box):
@@ -95,6 +96,15 @@ class ShardReader:
             for task, *arguments in self._tasks(self._tensors[name], leaf.layout.view, wanted)
         ]
         return Reading(arrays, tasks)
+
+    def give_back(self, array: np.ndarray) -> None:
+        """Lets the memory of an array that was read, and is not needed any more, be used for the next."""
+        self._memory.give_back(array)
+
+    def _empty_in_file_order(self, leaf: Leaf, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        stacked = int(leaf.stack > 0)
+        order = [*range(stacked), *(axis + stacked for axis in leaf.layout.storage_order)]
+        return self._memory.take([shape[axis] for axis in order], dtype).transpose(np.argsort(order))
 
     def _tasks(self, source: TensorSource, view: tuple[int, ...], wanted: list[_Target]) -> list[Any]:
         width = source.dtype.itemsize
@@ -122,37 +132,31 @@ class ShardReader:
         for target in wanted:
             shared = intersection(block, target.source)
             if shared is not None:
-                part = _cast(data[slices(relative(shared, block))], target.place.dtype, source.name)
-                transposed_copy.copy(part, target.place[slices(relative(shared, target.source))])
+                part = data[slices(relative(shared, block))]
+                _convert(part, target.place[slices(relative(shared, target.source))], source.name)
 
     def _buffer(self, size: int, dtype: np.dtype[Any]) -> np.ndarray:
-        """This thread's own staging memory, seen as `size` elements."""
-        held: np.ndarray | None = getattr(self._staging, "memory", None)
+        """This thread's own memory, seen as `size` elements."""
+        held: np.ndarray | None = getattr(self._own, "memory", None)
         if held is None or held.nbytes < size * dtype.itemsize:
-            held = self._staging.memory = aligned_empty(
+            held = self._own.memory = aligned_empty(
                 (max(_STAGED, size * dtype.itemsize),), np.dtype(np.uint8)
             )
         return held[: size * dtype.itemsize].view(dtype)
 
 
-def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
-    """An uninitialised C-contiguous array that starts at a multiple of 64 bytes."""
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
-
-
-def _cast(array: np.ndarray, dtype: np.dtype[Any], name: str) -> np.ndarray:
-    if array.dtype == dtype:
-        return array
+def _convert(part: np.ndarray, place: np.ndarray, name: str) -> None:
+    """Puts `part` into `place`, rounded to its dtype."""
+    if part.dtype == place.dtype:
+        bits = f"u{part.itemsize}"  # numpy copies integers faster than bfloat16
+        np.copyto(place.view(bits), part.view(bits))
+        return
     with np.errstate(over="ignore"):
-        found = array.astype(dtype)
-    if ml_dtypes.finfo(dtype).max < ml_dtypes.finfo(array.dtype).max:
-        lost = int(np.count_nonzero(np.isfinite(array) & ~np.isfinite(found)))
+        np.copyto(place, part, casting="unsafe")
+    if ml_dtypes.finfo(place.dtype).max < ml_dtypes.finfo(part.dtype).max:
+        lost = int(np.count_nonzero(np.isfinite(part) & ~np.isfinite(place)))
         if lost:
             raise NonFiniteError(
-                f"tensor {name!r} has {lost} values beyond the range of {dtype}, in a block of {array.size}; "
-                "load the model as bfloat16 or float32."
+                f"tensor {name!r} has {lost} values beyond the range of {place.dtype}, in a block of "
+                f"{part.size}; load the model as bfloat16 or float32."
             )
-    return found

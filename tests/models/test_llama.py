@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from mergelab.errors import CheckpointError, OutputError
 from mergelab.models import llama
 from mergelab.models.llama import LlamaConfig
+from tests.models.tiny_models import weights
 
 SMALL = LlamaConfig(
     vocab_size=61,
@@ -38,20 +39,11 @@ TOKENS = np.array([[3, 14, 15, 9, 26, 5, 35, 8, 58, 9], [60, 0, 0, 1, 2, 3, 5, 8
 RECORDED = Path(__file__).with_name("llama_logits.json")
 
 
-def weights(config: LlamaConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """HF tensors large enough that attention is far from uniform; norm scales around 1."""
-    rng = np.random.default_rng(seed)
-    return {
-        leaf.hf_name: (rng.normal(0.0, 0.4, leaf.hf_shape) + ("norm" in leaf.hf_name)).astype(np.float32)
-        for leaf in llama.leaves(config)
-    }
-
-
 def write(folder: Path, config: LlamaConfig, **changes: object) -> Path:
     folder.mkdir(exist_ok=True)
     fields = {name: value for name, value in (config.to_hf() | changes).items() if value != "absent"}
     (folder / "config.json").write_text(json.dumps(fields))
-    save_file(weights(config), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights(config.model), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

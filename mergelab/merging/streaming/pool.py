@@ -89,9 +89,13 @@ def stream_jobs(
 
     Raises:
         CheckpointError: an input is unreadable, or NaN or infinite; integer tensors differ between models.
-        OperatorError: an operator has no meaningful result for some tensor.
+        OperatorError: a merge is given other numbers of models or values than it takes, or has no meaningful
+            result for some tensor.
         OutputError: the output cannot be written.
     """
+    for job in jobs:
+        if job.merge is not None:
+            job.merge.check(len(job.sources), job.base is not None)
     started = time.perf_counter()
     todo = [job for job in jobs if job.name not in writer.done and job.size]
     threads = threads or default_threads()

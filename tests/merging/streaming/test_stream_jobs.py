@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mergelab.errors import CheckpointError, NonFiniteError
+from mergelab.errors import CheckpointError, NonFiniteError, OperatorError
 from mergelab.merging.job import Job
 from mergelab.merging.streaming import blocks, stream_jobs
 from mergelab.operators.measures import Sum
@@ -192,3 +192,11 @@ def test_tensors_already_done_are_left_alone() -> None:
     assert (report.tensors, report.reused) == (len(jobs) - 1, 1)
     assert not writer.written["wide"].any()
     assert report.bytes_out == sum(j.bytes_out for j in jobs if j.name != "wide")
+
+
+def test_wrong_numbers_of_models_are_refused_before_anything_is_read() -> None:
+    merge, models, base = inputs("ties")
+    with pytest.raises(OperatorError, match="weight"):
+        streamed(jobs_for(merge, models[:2], base))
+    with pytest.raises(OperatorError, match="base"):
+        streamed(jobs_for(merge, models, None))

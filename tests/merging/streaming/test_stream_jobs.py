@@ -196,7 +196,7 @@ def test_tensors_already_done_are_left_alone() -> None:
 
 def test_wrong_numbers_of_models_are_refused_before_anything_is_read() -> None:
     merge, models, base = inputs("ties")
-    with pytest.raises(OperatorError, match="weight"):
+    with pytest.raises(OperatorError, match="for 2 model"):
         streamed(jobs_for(merge, models[:2], base))
     with pytest.raises(OperatorError, match="base"):
         streamed(jobs_for(merge, models, None))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from tokenizers import Tokenizer
 
 from mergelab import __version__
@@ -19,7 +20,7 @@ from mergelab.quickstart.evaluate import bits_per_byte, summed_loss
 from mergelab.quickstart.settings import QuickstartSettings
 from mergelab.quickstart.train import train_lm
 
-__all__ = ["Family", "train_tokenizer"]
+__all__ = ["Family", "fresh_params", "train_tokenizer"]
 
 _REPORT_EVERY = 5  # steps; between reports they are dispatched ahead of their execution
 
@@ -28,6 +29,18 @@ def train_tokenizer(corpus: Corpus, settings: QuickstartSettings) -> str:
     """`tokenizer.json` of a BPE tokenizer that has seen the training text of all domains, and no other."""
     texts = (document.text for documents in corpus.train.values() for document in documents)
     return train_bpe(texts, settings.model.vocab_size).to_str()
+
+
+def fresh_params(model: llama.LlamaConfig, seed: int) -> llama.Params:
+    """Initial parameters with token embeddings of unit length.
+
+    At the usual deviation of 0.02 what the blocks add drowns the tokens, and so short a training spends its
+    first hundred steps on undoing that.
+    """
+    params = llama.init(model, seed)
+    embedding = params["embed"]["embedding"]
+    length = jnp.linalg.norm(embedding, axis=-1, keepdims=True)
+    return params | {"embed": {"embedding": embedding / jnp.broadcast_to(length, embedding.shape)}}
 
 
 class Family:
@@ -58,7 +71,7 @@ class Family:
         domains, steps = (
             (DOMAINS, self.settings.base) if start is None else ((name,), self.settings.specialist)
         )
-        params = llama.init(self.settings.model, self.seed) if start is None else llama.load(start)[1]
+        params = fresh_params(self.settings.model, self.seed) if start is None else llama.load(start)[1]
         documents = [document for domain in domains for document in self.corpus.train[domain]]
         stream = token_stream(self._encode(documents), END_OF_TEXT_ID)
         seed = self.seed * (1 + len(DOMAINS)) + ("base", *DOMAINS).index(name)

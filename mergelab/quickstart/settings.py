@@ -71,7 +71,7 @@ PRESETS: Mapping[str, QuickstartSettings] = {
         held_out_bytes=40_000,
         model=_llama(vocab=1024, width=128, hidden=384, layers=4, heads=2, context=128),
         batch=16,
-        base=TrainSettings(steps=400, learning_rate=4e-3),
+        base=TrainSettings(steps=400, learning_rate=3e-3),
         specialist=TrainSettings(steps=80, learning_rate=5e-4, warmup_steps=10),
     ),
     "tiny": QuickstartSettings(

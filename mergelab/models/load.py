@@ -129,10 +129,8 @@ def _to_devices(
         dtype = next(iter(read.values())).dtype if read else None
         array = jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts, dtype=dtype)
     jax.block_until_ready(array)
-    aliased = any(device.platform == "cpu" for device in array.sharding.addressable_devices)
     for part in read.values():
-        if not (aliased and part.flags.c_contiguous):
-            reader.give_back(part)
+        reader.give_back(part)
     return array
 
 

@@ -98,13 +98,20 @@ class ShardReader:
         return Reading(arrays, tasks)
 
     def give_back(self, array: np.ndarray) -> None:
-        """Lets the memory of an array that was read, and is not needed any more, be used for the next."""
-        self._memory.give_back(array)
+        """Lets the memory of an array that was read, and is not needed any more, be used for the next.
+
+        An array that is contiguous is left alone: JAX may have made its memory its own.
+        """
+        if not array.flags.c_contiguous:
+            self._memory.give_back(array)
 
     def _empty_in_file_order(self, leaf: Leaf, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
         stacked = int(leaf.stack > 0)
         order = [*range(stacked), *(axis + stacked for axis in leaf.layout.storage_order)]
-        return self._memory.take([shape[axis] for axis in order], dtype).transpose(np.argsort(order))
+        turned = [axis for axis in order if shape[axis] != 1]
+        # Only memory that will be given back is shared: a small array must not keep a large piece of it.
+        empty = aligned_empty if turned == sorted(turned) else self._memory.take
+        return empty([shape[axis] for axis in order], dtype).transpose(np.argsort(order))
 
     def _tasks(self, source: TensorSource, view: tuple[int, ...], wanted: list[_Target]) -> list[Any]:
         width = source.dtype.itemsize

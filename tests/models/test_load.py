@@ -1,4 +1,4 @@
-"""Loading: every slice of every layout on every mesh is the file's; each byte is read once; faults are named."""
+"""Loading: every slice on every mesh is the file's, each byte is read once, and faults are named."""
 
 from __future__ import annotations
 

@@ -20,7 +20,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # A first example may compile for seconds, and a shared machine stalls: time says nothing about a law.
-hypothesis.settings.register_profile("mergelab", deadline=None, max_examples=25, derandomize=True)
+hypothesis.settings.register_profile(
+    "mergelab",
+    deadline=None,
+    max_examples=25,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("mergelab")
 
 REPOSITORY = Path(__file__).resolve().parent.parent

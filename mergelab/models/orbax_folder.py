@@ -1,4 +1,8 @@
-"""A model as an Orbax folder: `config.json`, and in `params/` the parameters as this library keeps them."""
+"""A model as an Orbax folder: `config.json`, and in `params/` the parameters as this library keeps them.
+
+`tensors.json` lists the HF tensors the parameters came from: files of one configuration may differ in them (a
+prefix of all names, a pooling layer), and going back to HF files must restore those.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from mergelab.checkpoints.file_names import check_file_name
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.orbax import is_tree, restore_tree, save_tree, tree_shapes
 from mergelab.errors import CheckpointError
-from mergelab.models.declaration import get_leaf, tree_from_leaves
+from mergelab.models.declaration import get_leaf, stored_shapes, tree_from_leaves
 from mergelab.models.families import model_from_config
 from mergelab.models.load import check_dtype
 from mergelab.models.model import Model, Params
@@ -25,6 +29,7 @@ from mergelab.sharding import DEFAULT_RULES, Rules, named_sharding
 __all__ = ["is_orbax_model", "load_orbax", "save_orbax"]
 
 _PARAMS = "params"
+_TENSORS = "tensors.json"
 
 
 def is_orbax_model(path: str | Path) -> bool:
@@ -56,7 +61,8 @@ def save_orbax(
     out = Path(path)
     distributed = jax.process_count() > 1 and any(not a.is_fully_addressable for a in jax.tree.leaves(params))
     save_tree(params, out / _PARAMS, overwrite=overwrite)
-    texts = {"config.json": (json.dumps(dict(model.hf_config), indent=2) + "\n").encode()}
+    data = {"config.json": dict(model.hf_config), _TENSORS: {"names": [*stored_shapes(model.table())]}}
+    texts = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in data.items()}
     with together("writing the config", distributed=distributed):
         if not distributed or jax.process_index() == 0:
             for name, content in {**texts, **(files or {})}.items():
@@ -80,6 +86,10 @@ def load_orbax(
                 f"{folder} is no model in Orbax form: it has no {_PARAMS}/; check the path."
             )
         model = model_from_config(read_json_object(folder / "config.json"), str(folder / "config.json"))
+        names = read_json_object(folder / _TENSORS).get("names")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(f"{folder / _TENSORS} lists no tensor names; save the model again.")
+        model = model.for_tensors(names)
         stored = tree_shapes(folder / _PARAMS)
         wanted = None if dtype is None else check_dtype(dtype)
         like = {}

@@ -101,8 +101,23 @@ def test_orbax_folders_go_from_mesh_to_mesh_and_back_to_files(tmp_path: Path) ->
     (folder / "config.json").write_text(json.dumps({**CONFIGS["mixtral"], "num_hidden_layers": 3}))
     with pytest.raises(CheckpointError, match="lacks the parameter 'blocks_2"):
         load_orbax(folder)
+    (folder / "tensors.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="lists no tensor names"):
+        load_orbax(folder)
     with pytest.raises(CheckpointError, match="no model in Orbax form"):
         load_orbax(tmp_path / "in")
+
+
+def test_names_without_their_prefix_come_back_without_it(tmp_path: Path) -> None:
+    written(tmp_path / "in", "gpt2", "float32")
+    tensors = load_file(tmp_path / "in" / "model.safetensors")
+    bare = {name.removeprefix("transformer."): array for name, array in tensors.items()}
+    assert bare.keys() != tensors.keys()
+    save_file(bare, tmp_path / "in" / "model.safetensors")
+    model, params = load_model(tmp_path / "in")
+    assert same_bytes(save_model(model, params, tmp_path / "out"), bare)
+    again = load_orbax(save_orbax(model, params, tmp_path / "orbax"))
+    assert same_bytes(save_model(*again, tmp_path / "again"), bare)
 
 
 def merged(*folders: Path, operator: str, mesh: Any, **parameters: Any) -> tuple[Any, Any, str]:

@@ -57,8 +57,9 @@ def test_the_help_imports_nothing_heavy() -> None:
 
 
 def test_the_import_is_quick() -> None:
-    program = "import time; t = time.perf_counter(); import mergelab; print(time.perf_counter() - t)"
-    assert min(float(fresh(program)) for _ in range(3)) < 0.05
+    """Quick in processor time, which a busy machine does not stretch as it does the clock."""
+    program = "import time; t = time.process_time(); import mergelab; print(time.process_time() - t)"
+    assert min(float(fresh(program)) for _ in range(5)) < 0.05
 
 
 @pytest.mark.parametrize("name", MODULES)

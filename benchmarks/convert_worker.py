@@ -73,8 +73,8 @@ def _mergelab(folder: Path, sizes: dict[str, int] | None) -> Callable[[], int]:
 
 def transformers(folder: Path) -> Callable[[], int]:
     """Uses transformers. Every page of every weight is touched: it may be mapped and not yet read."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
 
     def load() -> int:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)

@@ -53,8 +53,8 @@ def mergelab_program(folder: str, dtype: str) -> Program:
 
 def transformers_program(folder: str, dtype: str) -> Program:
     """That of `transformers`: its forward pass, and `generate` with its default cache."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))

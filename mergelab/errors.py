@@ -21,6 +21,7 @@ __all__ = [
     "OperatorError",
     "OutputError",
     "RecipeError",
+    "SAEError",
     "SiteError",
     "did_you_mean",
 ]
@@ -67,6 +68,10 @@ class OutputError(MergelabError):
 
 class EvaluationError(MergelabError):
     """An evaluator failed or returned something that is not the declared metrics."""
+
+
+class SAEError(MergelabError, ValueError):
+    """A sparse autoencoder, its training recipe or its data that do not fit together."""
 
 
 class SiteError(MergelabError, ValueError):

@@ -1,0 +1,1 @@
+"""Sparse autoencoders: variants, training, finished dictionaries, their files, evaluation."""

@@ -1,0 +1,102 @@
+"""How a sparse autoencoder is trained: every hyper-parameter that is not the variant's, with its default."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mergelab.errors import SAEError
+
+__all__ = ["Recipe"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The recipe of "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093), each piece a switch.
+
+    Attributes:
+        steps: optimiser steps in all.
+        batch_size: tokens per step, over all devices.
+        learning_rate: peak learning rate; None chooses it from the number of latents and the steps
+            (`mergelab.sae.schedule.automatic_learning_rate`).
+        warmup: part of the training over which the learning rate rises linearly from 0.
+        decay: part of the training, at its end, over which it falls linearly to 0.
+        b1: Adam's decay of the mean gradient.
+        b2: Adam's decay of the mean square gradient.
+        eps: Adam's epsilon.
+        clip: global norm to which gradients are clipped; None does not.
+        ema: decay of the moving average of the parameters that is kept beside them; 0 keeps none.
+        aux_k: dead latents that help a token; None takes the power of two nearest to half the width of the
+            targets, 0 switches AuxK off.
+        aux_coefficient: of the auxiliary loss.
+        dead_after_tokens: a latent that has not fired for so many tokens is dead; None takes 10 million, or a
+            tenth of a shorter training.
+        project_gradients: removes the part of a decoder gradient that is parallel to its row, which only
+            the renormalisation would undo.
+        unit_decoder: renormalises the decoder's rows after each step, where the variant keeps them at norm 1.
+        center: starts `b_pre` at the geometric median of a sample; otherwise at 0.
+        normalize: scales inputs to unit variance per coordinate while training; folded into the weights
+            of the finished dictionary.
+        tie_initial: starts the encoder as the decoder's transpose; otherwise independently.
+        compute_dtype: of the factors of the encoder's product, `float32` or `bfloat16`; state is float32.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float | None = None
+    warmup: float = 0.05
+    decay: float = 0.8
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 6.25e-10
+    clip: float | None = None
+    ema: float = 0.999
+    aux_k: int | None = None
+    aux_coefficient: float = 1 / 32
+    dead_after_tokens: int | None = None
+    project_gradients: bool = True
+    unit_decoder: bool = True
+    center: bool = True
+    normalize: bool = True
+    tie_initial: bool = True
+    compute_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise SAEError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("warmup", "decay", "b1", "b2", "ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SAEError(f"{name} is {getattr(self, name)}; it must be from 0 to 1.")
+        if self.warmup + self.decay > 1:
+            raise SAEError(
+                f"warmup={self.warmup} and decay={self.decay} are parts of one training; "
+                "they must not add to more than 1."
+            )
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise SAEError(f"compute_dtype is {self.compute_dtype!r}; it may be 'float32' or 'bfloat16'.")
+        for name in ("learning_rate", "clip"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise SAEError(f"{name} is {value}; it must be above 0.")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen in the whole training."""
+        return self.steps * self.batch_size
+
+    @property
+    def dead_after(self) -> int:
+        """Tokens without firing after which a latent counts as dead."""
+        if self.dead_after_tokens is not None:
+            return self.dead_after_tokens
+        return min(10_000_000, max(self.tokens // 10, 1))
+
+    def auxiliary_k(self, width: int) -> int:
+        """Dead latents that help a token whose target has this width."""
+        return self.aux_k if self.aux_k is not None else 2 ** max(round_log2(width / 2), 0)
+
+
+def round_log2(x: float) -> int:
+    """The exponent of the power of two nearest to x on a logarithmic scale."""
+    return round(math.log2(x)) if x > 1 else 0

@@ -1,0 +1,90 @@
+"""One step of Adam under the constraints of a dictionary: decoder rows of norm 1, and an average kept beside.
+
+Order of arXiv 2406.04093's code: project the gradients, clip, Adam, renormalise, average.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mergelab.sae.recipe import Recipe
+from mergelab.sae.schedule import learning_rate
+from mergelab.sae.shards import Shards
+from mergelab.sae.sparse.rows import row_dot
+from mergelab.sae.state import TrainState
+from mergelab.sae.variants.variant import Params, Variant
+
+__all__ = ["REPLICATED", "averaged_params", "gradient_norm", "unit_rows", "update"]
+
+REPLICATED = frozenset({"decoder_bias", "skip"})
+"""Parameters that every shard of latents holds whole; the others are split by their first axis."""
+
+
+def unit_rows(matrix: Array) -> Array:
+    """Rows scaled to norm 1: `[n, d]`."""
+    return matrix * jax.lax.rsqrt(row_dot(matrix, matrix) + 1e-30)[:, None]
+
+
+def without_parallel(grad: Array, rows: Array) -> Array:
+    """The gradient without its component along each unit row: `[n, d]`, `[n, d]`."""
+    return grad - row_dot(grad, rows)[:, None] * rows
+
+
+def gradient_norm(grads: Params, shards: Shards) -> Array:
+    """The norm of all gradients together, over all shards of latents."""
+
+    def square(names: list[str]) -> Array:
+        return sum((jnp.sum(grads[name] ** 2) for name in names), start=jnp.zeros(()))
+
+    split = [name for name in grads if name not in REPLICATED]
+    whole = [name for name in grads if name in REPLICATED]
+    return jnp.sqrt(shards.sum_latents(square(split)) + square(whole))
+
+
+def update(
+    variant: Variant, recipe: Recipe, state: TrainState, grads: Params, shards: Shards
+) -> tuple[TrainState, dict[str, Array]]:
+    """Applies gradients, summed over the batch; returns the next state and what happened.
+
+    `quiet` and `statistics` are left as they are: they belong to the loss.
+    """
+    unit = variant.unit_decoder and recipe.unit_decoder
+    if unit and recipe.project_gradients:
+        grads = {**grads, "decoder": without_parallel(grads["decoder"], state.params["decoder"])}
+    norm = gradient_norm(grads, shards)
+    if recipe.clip is not None:
+        factor = jnp.minimum(recipe.clip / jnp.maximum(norm, 1e-30), 1.0)
+        grads = {name: grad * factor for name, grad in grads.items()}
+    rate = learning_rate(recipe, state.peak, state.step)
+    count = state.step.astype(jnp.float32) + 1
+    warm_mean, warm_square = 1 - recipe.b1**count, 1 - recipe.b2**count
+    mean = {name: recipe.b1 * state.mean[name] + (1 - recipe.b1) * grad for name, grad in grads.items()}
+    square = {
+        name: recipe.b2 * state.square[name] + (1 - recipe.b2) * grad * grad for name, grad in grads.items()
+    }
+    params = {
+        name: param - rate * (mean[name] / warm_mean) / (jnp.sqrt(square[name] / warm_square) + recipe.eps)
+        for name, param in state.params.items()
+    }
+    if unit:
+        params["decoder"] = unit_rows(params["decoder"])
+    average = {
+        name: recipe.ema * total + (1 - recipe.ema) * params[name] for name, total in state.average.items()
+    }
+    stepped = replace(state, params=params, mean=mean, square=square, average=average, step=state.step + 1)
+    return stepped, {"learning_rate": rate, "grad_norm": norm}
+
+
+def averaged_params(state: TrainState, ema: float) -> Params:
+    """The moving average of the parameters, its weights summing to 1; the parameters where none is kept."""
+    if not state.average:
+        return state.params
+    weight = 1 - ema ** state.step.astype(jnp.float32)
+    return {
+        name: jnp.where(state.step > 0, total / jnp.maximum(weight, 1e-30), state.params[name])
+        for name, total in state.average.items()
+    }

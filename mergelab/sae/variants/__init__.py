@@ -1,0 +1,67 @@
+"""Kinds of sparse autoencoders, one file each: hyper-parameters, how codes are made, what is minimised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from mergelab.errors import SAEError, did_you_mean
+from mergelab.sae.variants.batch_top_k import BatchTopK
+from mergelab.sae.variants.crosscoder import crosscoder
+from mergelab.sae.variants.gated import Gated
+from mergelab.sae.variants.jump_relu import JumpReLU
+from mergelab.sae.variants.matryoshka import Matryoshka
+from mergelab.sae.variants.multi_top_k import MultiTopK
+from mergelab.sae.variants.relu import ReLU
+from mergelab.sae.variants.top_k import TopK
+from mergelab.sae.variants.transcoder import transcoder
+from mergelab.sae.variants.variant import Context, Encoded, Outcome, Params, Variant
+
+__all__ = [
+    "VARIANTS",
+    "BatchTopK",
+    "Context",
+    "Encoded",
+    "Gated",
+    "JumpReLU",
+    "Matryoshka",
+    "MultiTopK",
+    "Outcome",
+    "Params",
+    "ReLU",
+    "TopK",
+    "Variant",
+    "crosscoder",
+    "make_variant",
+    "transcoder",
+]
+
+VARIANTS: Mapping[str, type[Variant]] = {
+    kind.name: kind for kind in (TopK, MultiTopK, BatchTopK, JumpReLU, Gated, ReLU, Matryoshka)
+}
+"""Variants by the name a configuration gives them."""
+
+
+def make_variant(name: str, **options: Any) -> Variant:
+    """The variant of this name with these hyper-parameters.
+
+    Raises:
+        SAEError: there is no such variant, it has no such option, or a value is out of range.
+    """
+    if name not in VARIANTS:
+        raise SAEError(
+            f"there is no SAE variant {name!r}{did_you_mean(name, VARIANTS)}; "
+            f"the variants are {', '.join(VARIANTS)}."
+        )
+    known = [option.name for option in fields(VARIANTS[name])]
+    for option in options:
+        if option not in known:
+            raise SAEError(
+                f"the SAE variant {name!r} has no option {option!r}{did_you_mean(option, known)}; "
+                f"its options are {', '.join(known)}."
+            )
+    missing = [option for option in ("d_in", "n_latents") if option not in options]
+    if missing:
+        raise SAEError(f"the SAE variant {name!r} needs {' and '.join(missing)}.")
+    return VARIANTS[name](**options)

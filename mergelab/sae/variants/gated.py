@@ -1,0 +1,69 @@
+"""Gated: one path decides which latents are active, another how much (arXiv 2404.16014)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from mergelab.sae.sparse.codes import DenseCodes
+from mergelab.sae.sparse.encode import pre_activations
+from mergelab.sae.variants.live import live_bias
+from mergelab.sae.variants.relu import warmed
+from mergelab.sae.variants.variant import Context, Encoded, Outcome, Params, Variant
+
+__all__ = ["Gated"]
+
+
+@dataclass(frozen=True)
+class Gated(Variant):
+    """`z = (g > 0) * relu(exp(magnitude_scale) p + magnitude_bias)`: `p = encoder (x - b)`, `g = p +
+    encoder_bias`.
+
+    The loss adds `l1 * sum relu(g)` and the error of reconstructing from `relu(g)` with the decoder held
+    fixed, which trains the gate.
+
+    Attributes:
+        l1: the penalty's coefficient, for inputs of unit variance per coordinate.
+        l1_warmup: part of the training over which it rises from 0.
+    """
+
+    l1: float = 1e-2
+    l1_warmup: float = 0.05
+
+    name: ClassVar[str] = "gated"
+    revives: ClassVar[bool] = False
+
+    def own_params(self) -> Params:
+        return {
+            "magnitude_scale": jnp.zeros(self.n_latents),
+            "magnitude_bias": jnp.zeros(self.n_latents),
+        }
+
+    def _gate(self, params: Params, x: Array, context: Context) -> Array:
+        return pre_activations(x, params["encoder"], live_bias(params, context), context.compute_dtype)
+
+    def encode(self, params: Params, x: Array, context: Context) -> Encoded:
+        gate = self._gate(params, x, context)
+        size = jnp.exp(params["magnitude_scale"])[None, :] * (gate - live_bias(params, context)[None, :])
+        codes = jnp.where(gate > 0, jnp.maximum(size + params["magnitude_bias"][None, :], 0), 0)
+        return Encoded(DenseCodes(codes, context.shards))
+
+    def loss(self, params: Params, x: Array, y: Array, context: Context) -> tuple[Array, Outcome]:
+        loss, outcome = super().loss(params, x, y, context)
+        gate = jnp.maximum(self._gate(params, self.center(params, x, context.shards), context), 0)
+        fixed = {name: lax.stop_gradient(params[name]) for name in ("decoder", "decoder_bias")}
+        from_gate = self.reconstruct({**params, **fixed}, DenseCodes(gate, context.shards), x, context)
+        sizes = context.shards.join_latents(context.mean(gate.sum(axis=1)))
+        penalty = warmed(self.l1, self.l1_warmup, context.progress) * sizes
+        return loss + penalty + context.nmse(y - from_gate), outcome
+
+    def export(self, params: Params, statistics: Mapping[str, Array]) -> dict[str, Any]:
+        return {
+            "activation": "gated",
+            "magnitude_scale": params["magnitude_scale"],
+            "magnitude_bias": params["magnitude_bias"],
+        }

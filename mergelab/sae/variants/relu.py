@@ -1,0 +1,53 @@
+"""ReLU with an L1 penalty weighted by the decoder's norms (Anthropic's April 2024 update).
+
+The decoder is not kept at unit norm: weighing each code by the norm of its row leaves nothing to gain from
+small codes and large rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from jax import Array
+
+from mergelab.sae.sparse.codes import DenseCodes
+from mergelab.sae.sparse.encode import pre_activations
+from mergelab.sae.variants.live import live_bias
+from mergelab.sae.variants.variant import Context, Encoded, Params, Variant
+
+__all__ = ["ReLU", "warmed"]
+
+
+def warmed(coefficient: float, warmup: float, progress: Array) -> Array:
+    """A penalty's coefficient, rising linearly over the first `warmup` of the training."""
+    return coefficient * jnp.minimum(progress / max(warmup, 1e-9), 1.0)
+
+
+@dataclass(frozen=True)
+class ReLU(Variant):
+    """`z = relu(encoder (x - b) + encoder_bias)`, loss `nmse + l1 * mean sum_i z_i |d_i|`.
+
+    Attributes:
+        l1: the penalty's coefficient, for inputs of unit variance per coordinate.
+        l1_warmup: part of the training over which it rises from 0.
+    """
+
+    l1: float = 1e-2
+    l1_warmup: float = 0.05
+
+    name: ClassVar[str] = "relu"
+    unit_decoder: ClassVar[bool] = False
+    revives: ClassVar[bool] = False
+
+    def encode(self, params: Params, x: Array, context: Context) -> Encoded:
+        pre = pre_activations(x, params["encoder"], live_bias(params, context), context.compute_dtype)
+        codes = jnp.maximum(pre, 0)
+        sizes = context.mean(codes @ self.decoder_norms(params["decoder"]))
+        penalty = context.shards.join_latents(warmed(self.l1, self.l1_warmup, context.progress) * sizes)
+        return Encoded(DenseCodes(codes, context.shards), penalty)
+
+    def export(self, params: Params, statistics: Mapping[str, Array]) -> dict[str, Any]:
+        return {"activation": "relu"}

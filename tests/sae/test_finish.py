@@ -1,0 +1,91 @@
+"""A finished dictionary makes of raw activations what the training made of normalised ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mergelab.errors import SAEError
+from mergelab.sae.dictionary import Dictionary, DictionaryConfig
+from mergelab.sae.finish import finished_dictionary
+from mergelab.sae.initialize import initialize
+from mergelab.sae.recipe import Recipe
+from mergelab.sae.step import make_step
+from mergelab.sae.variants import Context, make_variant
+
+D, N, BATCH = 12, 48, 64
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("topk", {"k": 4}),
+    ("topk", {"k": 4, "d_out": 7, "skip": True}),
+    ("multi_topk", {"k": 4}),
+    ("batch_topk", {"k": 4}),
+    ("jump_relu", {"l0": 4.0}),
+    ("gated", {}),
+    ("relu", {"l1": 0.1}),
+    ("matryoshka", {"k": 4}),
+    ("topk", {"k": 4, "sites": 3}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_raw_inputs_give_the_trained_reconstruction(name: str, options: dict[str, Any]) -> None:
+    ema = 0.0 if name == "batch_topk" else 0.9
+    variant = make_variant(name, d_in=D, n_latents=N, **options)
+    recipe = Recipe(steps=12, batch_size=BATCH, learning_rate=1e-2, ema=ema)
+    rng = np.random.default_rng(0)
+    x = (5 + 3 * rng.standard_normal((BATCH, D))).astype(np.float32)
+    y = (2 - 0.2 * rng.standard_normal((BATCH, variant.width_out))).astype(np.float32)
+    y = x if variant.d_out is None else y
+    state = initialize(variant, recipe, jax.random.key(0), x, y)
+    step = make_step(variant, recipe)
+    for _ in range(12):
+        state, _ = step(state, jnp.asarray(x), jnp.asarray(y))
+    dictionary = finished_dictionary(variant, recipe, state)
+    params = state.params if not ema else {k: v / (1 - ema**12) for k, v in state.average.items()}
+    context = Context(BATCH, state.mse_scale, jnp.float32(1), state.statistics)
+    _, outcome = variant.loss(params, state.read(jnp.asarray(x)), state.target(jnp.asarray(y)), context)
+    made = state.target(jnp.asarray(y)) - outcome.error
+    made = made / state.target.scale + state.target.mean[None, :]
+    if dictionary.config.activation == "batch_topk":
+        # Its threshold is a running mean over batches; with this batch's the codes are this batch's.
+        kept = np.asarray(getattr(outcome.codes, "values"))  # noqa: B009
+        least = kept[kept > 0].min() * (1 - 1e-6) / float(state.read.scale)
+        assert 0.2 < least / float(np.asarray(dictionary.threshold)[0]) < 5
+        dictionary = replace(dictionary, threshold=jnp.full(N, least, jnp.float32))
+    mine = np.asarray(dictionary(jnp.asarray(x)))
+    np.testing.assert_allclose(mine, made, atol=2e-4)
+    assert np.abs(mine - mine[0]).max() > 1e-2  # it depends on the input
+
+
+def test_a_top_k_dictionary_in_pairs_is_the_dense_one() -> None:
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((D, N), (N,), (N, D), (D,))]
+    dictionary = Dictionary(*arrays, config=DictionaryConfig(k=5, subtract_b_dec=True)).checked()
+    x = jnp.asarray(rng.standard_normal((9, D)), jnp.float32)
+    values, indices = dictionary.sparse_codes(x)
+    codes = dictionary.encode(x)
+    np.testing.assert_allclose(np.take_along_axis(np.asarray(codes), np.asarray(indices), 1), values)
+    np.testing.assert_allclose(dictionary.decode_sparse(values, indices), dictionary(x), atol=1e-5)
+    normal = replace(dictionary, config=replace(dictionary.config, normalization="layer_norm"))
+    mean = np.asarray(x).mean(axis=1, keepdims=True)
+    scale = np.asarray(x).std(axis=1, keepdims=True, ddof=1) + 1e-5
+    wanted = np.asarray(dictionary((x - mean) / scale)) * scale + mean
+    np.testing.assert_allclose(normal(x), wanted, atol=2e-5)
+
+
+def test_dictionaries_that_do_not_fit_are_refused() -> None:
+    shapes = {"W_enc": (4, 8), "b_enc": (8,), "W_dec": (8, 4), "b_dec": (4,)}
+    arrays: dict[str, Any] = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    with pytest.raises(SAEError, match="b_enc has shape \\[7\\]"):
+        Dictionary(**{**arrays, "b_enc": jnp.ones(7)}, config=DictionaryConfig(k=2)).checked()
+    with pytest.raises(SAEError, match="needs threshold"):
+        Dictionary(**arrays, config=DictionaryConfig("jump_relu")).checked()
+    with pytest.raises(SAEError, match="only 8 latents"):
+        Dictionary(**arrays, config=DictionaryConfig(k=9)).checked()
+    with pytest.raises(SAEError, match="needs k"):
+        DictionaryConfig("topk")

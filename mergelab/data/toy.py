@@ -1,0 +1,169 @@
+"""Toy truth: activations made of known sparse features, on which a dictionary's recovery can be measured.
+
+    row = codes @ features + mean + noise,        codes[i] = (feature i is on) * |N(0, 1)|
+
+Features are directions drawn uniformly from the unit sphere. Feature i, counted from 1, is on with
+probability proportional to `i^-exponent`, at most 1, scaled so that `l0` features are on in an average row;
+what is on has a half-normal magnitude. This is the setting of "Toy models of superposition"
+(transformer-circuits.pub, 2022) with the frequencies of words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from mergelab.errors import SAEError
+
+__all__ = ["BLOCK_ROWS", "ToyTruth"]
+
+BLOCK_ROWS = 1024
+"""Rows that are drawn together: the unit in which the generator can be started anywhere."""
+
+_FEATURES, _MEAN, _ROWS, _SAMPLE = range(4)  # separate streams of random numbers under one seed
+
+
+@dataclass(frozen=True)
+class ToyTruth:
+    """A source of activations with known features.
+
+    A row depends on `seed` and its number alone, so that a reader may start anywhere and still see the rows
+    an uninterrupted one sees. Two sources that differ only in `rows` agree on the rows both have.
+
+    Attributes:
+        d_in: width of an activation.
+        n_features: how many true features.
+        l0: features on in an average row.
+        exponent: of the power law of their frequencies; 0 makes all equally frequent.
+        group_size: features, neighbours in frequency, that tend to be on together; 1 makes all independent.
+        lift: how much likelier two features of a group are on together than if they were independent; less
+            where a feature is on in more than one of `lift` rows. Frequencies stay as they are.
+        mean_norm: norm of a vector that is added to every row.
+        noise: standard deviation of Gaussian noise in each coordinate.
+        rows: how many rows the source has.
+        seed: of features and rows.
+    """
+
+    d_in: int = 128
+    n_features: int = 1024
+    l0: float = 8.0
+    exponent: float = 0.6
+    group_size: int = 1
+    lift: float = 1.0
+    mean_norm: float = 0.0
+    noise: float = 0.0
+    rows: int = 2_560_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("d_in", "n_features", "group_size", "rows"):
+            if getattr(self, name) < 1:
+                raise SAEError(f"{name} of the toy truth is {getattr(self, name)}; it must be at least 1.")
+        for name in ("exponent", "mean_norm", "noise", "seed"):
+            if not getattr(self, name) >= 0:
+                raise SAEError(f"{name} of the toy truth is {getattr(self, name)}; it must be at least 0.")
+        if not 0 < self.l0 <= self.n_features:
+            raise SAEError(
+                f"l0 of the toy truth is {self.l0}; it must be above 0 and at most "
+                f"n_features={self.n_features}."
+            )
+        if not self.lift >= 1:
+            raise SAEError(f"lift of the toy truth is {self.lift}; it must be at least 1.")
+
+    @property
+    def d_out(self) -> int:
+        """Width of the targets: the activations themselves."""
+        return self.d_in
+
+    @cached_property
+    def features(self) -> np.ndarray:
+        """`[n_features, d_in]`, float32, rows of norm 1, the most frequent first."""
+        rows = self._stream(_FEATURES).standard_normal((self.n_features, self.d_in))
+        return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+    @cached_property
+    def mean(self) -> np.ndarray:
+        """`[d_in]`, float32, of norm `mean_norm`: what is added to every row."""
+        direction = self._stream(_MEAN).standard_normal(self.d_in)
+        return (direction * (self.mean_norm / np.linalg.norm(direction))).astype(np.float32)
+
+    @cached_property
+    def probabilities(self) -> np.ndarray:
+        """`[n_features]`, float64, falling: how often each feature is on; they sum to `l0`."""
+        weights = np.arange(1, self.n_features + 1, dtype=np.float64) ** -self.exponent
+        found = np.zeros(self.n_features)
+        # What would be on more than always is always on, and the rest share what is left of l0.
+        for certain in range(self.n_features + 1):
+            found[:certain] = 1.0
+            if certain < self.n_features:
+                found[certain:] = weights[certain:] * ((self.l0 - certain) / weights[certain:].sum())
+            if found.max() <= 1:
+                break
+        return found
+
+    def codes(self, start: int, stop: int) -> np.ndarray:
+        """True magnitudes behind rows `start` to `stop`: `[stop - start, n_features]`, float32, >= 0."""
+        return self._between(start, stop, codes=True)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop`: `[stop - start, d_in]`, float32.
+
+        Raises:
+            SAEError: the source does not have these rows.
+        """
+        return self._between(start, stop, codes=False)
+
+    def sample(self, count: int, seed: int = 0) -> np.ndarray:
+        """Rows that are none of those that `read` gives: `[count, d_in]`, float32.
+
+        Args:
+            count: how many.
+            seed: another one gives other rows of the same features.
+        """
+        blocks = -(-count // BLOCK_ROWS)
+        streams = [self._stream(_SAMPLE, seed, block) for block in range(blocks)]
+        rows = [self._rows(*self._draw(stream)) for stream in streams]
+        return np.concatenate([np.empty((0, self.d_in), np.float32), *rows])[:count]
+
+    def _between(self, start: int, stop: int, *, codes: bool) -> np.ndarray:
+        if not 0 <= start <= stop <= self.rows:
+            raise SAEError(
+                f"rows {start} to {stop} were asked of a toy truth that has rows 0 to {self.rows}; "
+                "raise its `rows` or read fewer."
+            )
+        width = self.n_features if codes else self.d_in
+        pieces = [np.empty((0, width), np.float32)]
+        for block in range(start // BLOCK_ROWS, -(-stop // BLOCK_ROWS)):
+            drawn = self._draw(self._stream(_ROWS, block))
+            whole = drawn[0] if codes else self._rows(*drawn)
+            first = block * BLOCK_ROWS
+            pieces.append(whole[max(start - first, 0) : stop - first])
+        return np.concatenate(pieces)
+
+    def _stream(self, *path: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *path])
+
+    def _draw(self, stream: np.random.Generator) -> tuple[np.ndarray, np.random.Generator]:
+        """Codes of one block, `[BLOCK_ROWS, n_features]`, and the stream, which noise is drawn from."""
+        chance = self.probabilities
+        on = np.ones((BLOCK_ROWS, self.n_features), bool)
+        if self.group_size > 1 and self.lift > 1:
+            # A gate for each group and row; given an open gate, features are independent. P(i and j) is then
+            # gate * (p_i / gate) * (p_j / gate) = p_i p_j / gate, and P(i) is p_i.
+            group = np.arange(self.n_features) // self.group_size
+            gates = np.maximum(1 / self.lift, np.maximum.reduceat(chance, np.unique(group) * self.group_size))
+            on = (stream.random((BLOCK_ROWS, len(gates)), np.float32) < gates)[:, group]
+            chance = chance / gates[group]
+        on &= stream.random(on.shape, np.float32) < chance.astype(np.float32)
+        row, feature = np.nonzero(on)
+        codes = np.zeros(on.shape, np.float32)
+        codes[row, feature] = np.abs(stream.standard_normal(len(row), np.float32))
+        return codes, stream
+
+    def _rows(self, codes: np.ndarray, stream: np.random.Generator) -> np.ndarray:
+        rows = codes @ self.features + self.mean
+        if self.noise:
+            rows += self.noise * stream.standard_normal(rows.shape, np.float32)
+        return rows

@@ -1,0 +1,1 @@
+"""How good a dictionary is: reconstruction and sparsity, recovery of known features, baselines."""

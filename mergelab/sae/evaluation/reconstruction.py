@@ -1,0 +1,218 @@
+"""How well codes reconstruct activations, and how sparse they are: float64 sums over batches on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import numpy as np
+
+from mergelab.errors import SAEError
+
+__all__ = ["Coder", "Reconstruction", "Totals", "density_histogram", "evaluate_reconstruction"]
+
+Codes = np.ndarray | tuple[np.ndarray, np.ndarray]
+"""Dense `[rows, n_latents]`, or sparse: values and indices, both `[rows, k]`. Above 0 is active."""
+
+
+class Coder(Protocol):
+    """Anything that encodes to dense codes `[rows, n_latents]` and decodes them, such as a dictionary."""
+
+    def encode(self, x: Any, /) -> Any: ...
+
+    def decode(self, codes: Any, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What an evaluation found.
+
+    Attributes:
+        rows: how many activations were seen.
+        mse: mean squared error per coordinate.
+        nmse: mean squared error over that of the best constant, which is the mean of the same rows: 1 is as
+            good as knowing nothing of a row, 0 is exact.
+        explained_variance: 1 - variance of the error over variance of the activations, both summed over
+            coordinates: a constant error costs nothing here.
+        l0: latents active in an average row.
+        alive: the part of the latents active in at least one of the rows.
+        cosine: mean cosine of a row and its reconstruction; a pair with a zero vector in it counts 0.
+        l2_ratio: mean of the norm of a reconstruction over that of its row, rows of norm 0 left out.
+        relative_bias: `E |x_hat|^2 / E (x_hat . x)`, the relative reconstruction bias of arXiv 2404.16014:
+            below 1 where reconstructions are too short (shrinkage). NaN where nothing is reconstructed.
+        densities: `[n_latents]`, float64: the part of the rows in which each latent is active.
+    """
+
+    rows: int
+    mse: float
+    nmse: float
+    explained_variance: float
+    l0: float
+    alive: float
+    cosine: float
+    l2_ratio: float
+    relative_bias: float
+    densities: np.ndarray
+
+    def scalars(self) -> dict[str, float]:
+        """All figures but `densities`, ready for JSON."""
+        return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "densities"}
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the rows seen so far; adding a batch gives new ones.
+
+    Attributes:
+        origin: `[d]`, the mean of the first batch; sums of `x` are taken about it, so that a mean much larger
+            than the spread costs no digits.
+        rows: rows seen.
+        x: `[d]`, sum of `x - origin`.
+        square: sum of `|x - origin|^2`.
+        error: `[d]`, sum of `x - x_hat`.
+        error_square: sum of `|x - x_hat|^2`.
+        cosine: sum of cosines.
+        ratio: sum of ratios of norms.
+        ratios: rows that have one.
+        out_square: sum of `|x_hat|^2`.
+        product: sum of `x . x_hat`.
+        active: `[n_latents]`, int64, rows in which each latent is active.
+    """
+
+    origin: np.ndarray
+    rows: int
+    x: np.ndarray
+    square: float
+    error: np.ndarray
+    error_square: float
+    cosine: float
+    ratio: float
+    ratios: int
+    out_square: float
+    product: float
+    active: np.ndarray
+
+    @classmethod
+    def zero(cls, first: Any, n_latents: int) -> Totals:
+        """Before any row; `first [rows, d]` is the first batch of targets, whose mean is the origin."""
+        origin = np.asarray(first, np.float64).mean(axis=0)
+        none, active = np.zeros(len(origin)), np.zeros(n_latents, np.int64)
+        return cls(origin, 0, none, 0.0, none, 0.0, 0.0, 0.0, 0, 0.0, 0.0, active)
+
+    def add(self, x: Any, x_hat: Any, codes: Any) -> Totals:
+        """Adds a batch.
+
+        Args:
+            x: `[rows, d]`, what is to be reconstructed.
+            x_hat: `[rows, d]`.
+            codes: dense `[rows, n_latents]`, or a tuple of values and indices `[rows, k]`.
+
+        Raises:
+            SAEError: shapes do not fit together.
+        """
+        x, out = np.asarray(x, np.float64), np.asarray(x_hat, np.float64)
+        if x.shape != out.shape or x.ndim != 2 or x.shape[1] != len(self.origin):
+            raise SAEError(
+                f"activations of shape {list(x.shape)} and reconstructions of shape {list(out.shape)} do not "
+                f"fit together; expected [rows, {len(self.origin)}] for both."
+            )
+        centred, error = x - self.origin, x - out
+        norm, out_norm = np.linalg.norm(x, axis=1), np.linalg.norm(out, axis=1)
+        dot, norms = (x * out).sum(axis=1), norm * out_norm
+        return Totals(
+            origin=self.origin,
+            rows=self.rows + len(x),
+            x=self.x + centred.sum(axis=0),
+            square=self.square + float((centred * centred).sum()),
+            error=self.error + error.sum(axis=0),
+            error_square=self.error_square + float((error * error).sum()),
+            cosine=self.cosine + float((dot[norms > 0] / norms[norms > 0]).sum()),
+            ratio=self.ratio + float((out_norm[norm > 0] / norm[norm > 0]).sum()),
+            ratios=self.ratios + int((norm > 0).sum()),
+            out_square=self.out_square + float((out_norm * out_norm).sum()),
+            product=self.product + float(dot.sum()),
+            active=self.active + _active(codes, len(x), len(self.active)),
+        )
+
+    def result(self) -> Reconstruction:
+        """The figures.
+
+        Raises:
+            SAEError: no rows were added, or they do not vary.
+        """
+        spread = self.square - float(self.x @ self.x) / max(self.rows, 1)
+        if not spread > 0:
+            raise SAEError(
+                f"the {self.rows} activations evaluated on do not vary, so errors have no scale; "
+                "give more rows."
+            )
+        varying = self.error_square - float(self.error @ self.error) / self.rows
+        return Reconstruction(
+            rows=self.rows,
+            mse=self.error_square / (self.rows * len(self.origin)),
+            nmse=self.error_square / spread,
+            explained_variance=1 - varying / spread,
+            l0=float(self.active.sum()) / self.rows,
+            alive=float((self.active > 0).mean()),
+            cosine=self.cosine / self.rows,
+            l2_ratio=self.ratio / max(self.ratios, 1),
+            relative_bias=self.out_square / self.product if self.product else float("nan"),
+            densities=self.active / self.rows,
+        )
+
+
+def evaluate_reconstruction(
+    coder: Coder, batches: Iterable[Any], targets: Iterable[Any] | None = None
+) -> Reconstruction:
+    """Encodes and decodes batches `[rows, d_in]` of any lengths.
+
+    Args:
+        coder: what to evaluate.
+        batches: activations.
+        targets: `[rows, d_out]` for each batch, where they are not the activations themselves (a transcoder).
+
+    Raises:
+        SAEError: there are no batches, they do not vary, or targets are missing or too many.
+    """
+    totals: Totals | None = None
+    pairs = ((batch, batch) for batch in batches) if targets is None else zip(batches, targets, strict=True)
+    for batch, target in pairs:
+        codes = coder.encode(batch)
+        if totals is None:
+            totals = Totals.zero(target, codes.shape[1])
+        totals = totals.add(target, coder.decode(codes), codes)
+    if totals is None:
+        raise SAEError("there are no activations to evaluate on; give at least one batch.")
+    return totals.result()
+
+
+def density_histogram(densities: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, int]:
+    """Counts latents by the logarithm to base 10 of their density; those never active are counted apart.
+
+    Args:
+        densities: `[n_latents]`, from 0 to 1.
+        edges: `[bins + 1]`, rising, such as `np.arange(-6, 0.5, 0.5)`; what lies outside falls in the
+            bins at the ends.
+
+    Returns:
+        Counts `[bins]`, int64, and how many latents were never active.
+    """
+    active = densities[densities > 0]
+    counts, _ = np.histogram(np.clip(np.log10(active), edges[0], edges[-1]), edges)
+    return counts, len(densities) - len(active)
+
+
+def _active(codes: Any, rows: int, n_latents: int) -> np.ndarray:
+    if isinstance(codes, tuple):
+        values, indices = (np.asarray(part) for part in codes)
+        if values.shape != indices.shape or len(values) != rows:
+            raise SAEError(
+                f"sparse codes have values of shape {list(values.shape)} and indices of shape "
+                f"{list(indices.shape)}; expected [{rows}, k] for both."
+            )
+        return np.bincount(indices[values > 0], minlength=n_latents).astype(np.int64)
+    codes = np.asarray(codes)
+    if codes.shape != (rows, n_latents):
+        raise SAEError(f"codes have shape {list(codes.shape)}; expected [{rows}, {n_latents}].")
+    return (codes > 0).sum(axis=0)

@@ -1,0 +1,135 @@
+"""Activations in `.npy` and `.safetensors` files, `[tokens, d]` each, read by ranges of rows."""
+
+from __future__ import annotations
+
+import bisect
+import glob
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from mergelab.checkpoints import TensorSource, open_safetensors
+from mergelab.errors import CheckpointError, NonFiniteError
+
+__all__ = ["ActivationFiles", "open_activation_files"]
+
+TENSOR = "activations"
+"""The tensor's name in a safetensors file; a file with a single tensor may call it anything."""
+
+
+@dataclass(frozen=True)
+class _Shard:
+    path: Path
+    rows: int
+    width: int
+    dtype: np.dtype
+    tensor: TensorSource | None  # None: a .npy file
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        if self.tensor is None:
+            # Mapped anew each time: what is read is copied, and no file stays open.
+            piece = np.load(self.path, mmap_mode="r", allow_pickle=False)[start:stop]
+        else:
+            piece = np.empty((stop - start, self.width), self.dtype)
+            self.tensor.read_into(start * self.width, piece.reshape(-1))
+        rows = np.asarray(piece, np.float32)
+        if not np.isfinite(rows).all():
+            row = start + int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
+            raise NonFiniteError(
+                f"{self.path}: row {row} holds NaN or infinity; remove it or find where it comes from"
+            )
+        return rows
+
+
+@dataclass(frozen=True)
+class ActivationFiles:
+    """Rows of several files, one after the other in the order of their names."""
+
+    shards: tuple[_Shard, ...]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(shard.rows for shard in self.shards))
+
+    @property
+    def rows(self) -> int:
+        """Rows of all files together."""
+        return self._ends[-1]
+
+    @property
+    def d_in(self) -> int:
+        """Width of a row."""
+        return self.shards[0].width
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop`: `[stop - start, d_in]`, float32.
+
+        Raises:
+            NonFiniteError: a row holds NaN or infinity.
+            CheckpointError: a file cannot be read.
+        """
+        pieces = []
+        index = bisect.bisect_right(self._ends, start)
+        while start < stop:
+            shard, first = self.shards[index], self._ends[index] - self.shards[index].rows
+            end = min(stop, self._ends[index])
+            pieces.append(shard.read(start - first, end - first))
+            start, index = end, index + 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def open_activation_files(patterns: str | Path | Sequence[str | Path]) -> ActivationFiles:
+    """Opens the files that match, reading their headers only.
+
+    Args:
+        patterns: a path or glob such as `acts/*.npy`, or several.
+
+    Raises:
+        CheckpointError: nothing matches, a file is not `[tokens, d]` floats, or widths differ.
+    """
+    given = [patterns] if isinstance(patterns, str | Path) else list(patterns)
+    paths = []
+    for pattern in map(str, given):
+        found = sorted(glob.glob(pattern)) or ([pattern] if Path(pattern).exists() else [])
+        if not found:
+            raise CheckpointError(f"{pattern}: no file matches; expected .npy or .safetensors activations")
+        paths += map(Path, found)
+    shards = tuple(_open(path) for path in paths)
+    for shard in shards:
+        if shard.width != shards[0].width:
+            raise CheckpointError(
+                f"{shard.path}: activations are {shard.width} wide, but those of {shards[0].path} "
+                f"{shards[0].width}; give files of one site"
+            )
+    shards = tuple(shard for shard in shards if shard.rows)
+    if not shards:
+        raise CheckpointError(f"{paths[0]}: the files hold no rows")
+    return ActivationFiles(shards)
+
+
+def _open(path: Path) -> _Shard:
+    if path.suffix == ".npy":
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise CheckpointError(f"{path}: not a readable .npy file ({error}); write it again") from error
+        shape, dtype, tensor = array.shape, array.dtype, None
+    elif path.suffix == ".safetensors":
+        tensors = open_safetensors(path).tensors
+        if TENSOR not in tensors and len(tensors) != 1:
+            raise CheckpointError(
+                f"{path}: holds {len(tensors)} tensors, none of them {TENSOR!r}; name the activations so"
+            )
+        tensor = tensors[TENSOR] if TENSOR in tensors else next(iter(tensors.values()))
+        shape, dtype = tensor.shape, tensor.dtype
+    else:
+        raise CheckpointError(f"{path}: activations are read from .npy and .safetensors files")
+    if len(shape) != 2 or not shape[1] or dtype.name not in ("float32", "float16", "bfloat16", "float64"):
+        raise CheckpointError(
+            f"{path}: holds {dtype.name} of shape {list(shape)}; expected floats of shape [tokens, d]"
+        )
+    return _Shard(path, shape[0], shape[1], dtype, tensor)

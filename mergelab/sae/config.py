@@ -1,0 +1,219 @@
+"""The YAML of `mergelab sae train`: what dictionary, from what data, trained how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mergelab.errors import SAEError, did_you_mean
+from mergelab.sae.recipe import Recipe
+from mergelab.sae.variants import Variant, make_variant
+
+__all__ = ["CheckpointSection", "DataSection", "SAESection", "TrainConfig", "TrainSection", "load_config"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SAESection(BaseModel):
+    """The dictionary: `variant`, and its hyper-parameters (`mergelab.sae.variants`) under their own names.
+
+    Attributes:
+        variant: a name of `mergelab.sae.variants.VARIANTS`.
+        d_in: width of the activations; taken from the data where it is left away.
+        n_latents: how many latents.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    variant: str = "topk"
+    d_in: int | None = None
+    n_latents: int
+
+    def build(self, d_in: int, d_out: int | None) -> Variant:
+        """The variant, for data of these widths.
+
+        Raises:
+            SAEError: an option is unknown or out of range, or `d_in` is not that of the data.
+        """
+        if self.d_in not in (None, d_in):
+            raise SAEError(
+                f"sae.d_in is {self.d_in}, but the data is {d_in} wide; correct it or leave it away."
+            )
+        options = {"n_latents": self.n_latents, **(self.model_extra or {})}
+        if d_out is not None and options.setdefault("d_out", d_out) != d_out:
+            raise SAEError(f"sae.d_out is {options['d_out']}, but the targets are {d_out} wide.")
+        if isinstance(options.get("prefixes"), list):
+            options["prefixes"] = tuple(options["prefixes"])
+        return make_variant(self.variant, d_in=d_in, **options)
+
+
+class DataSection(_Section):
+    """Where activations come from.
+
+    Attributes:
+        kind: `files`: arrays `[tokens, d]` in `.npy` or `.safetensors` files; `toy`: generated with known
+        features. path: of `files`: a path or glob, or several.
+        target_path: of `files`, for a transcoder: the targets of the same tokens.
+        toy: of `toy`: options of `mergelab.data.toy.ToyTruth`.
+        buffer_rows: rows that are shuffled together.
+    """
+
+    kind: Literal["files", "toy"]
+    path: str | list[str] | None = None
+    target_path: str | list[str] | None = None
+    toy: dict[str, Any] = Field(default_factory=dict)
+    buffer_rows: int = Field(default=65_536, ge=1)
+
+
+class TrainSection(_Section):
+    """How it is trained; what is left away has the recipe's default (`mergelab.sae.recipe.Recipe`).
+
+    Attributes:
+        batch_size: tokens per step.
+        tokens: tokens in all; the last, incomplete batch is left away.
+        seed: of parameters and order.
+        lr: peak learning rate, or `auto`.
+    """
+
+    batch_size: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    seed: int = Field(default=0, ge=0)
+    lr: float | Literal["auto"] = "auto"
+    warmup: float = 0.05
+    decay: float = 0.8
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 6.25e-10
+    clip: float | None = None
+    ema: float = 0.999
+    aux_k: int | None = None
+    aux_coefficient: float = 1 / 32
+    dead_after_tokens: int | None = None
+    project_gradients: bool = True
+    unit_decoder: bool = True
+    center: bool = True
+    normalize: bool = True
+    tie_initial: bool = True
+    compute_dtype: str = "float32"
+
+    def build(self) -> Recipe:
+        """The recipe.
+
+        Raises:
+            SAEError: a value is out of range, or there are fewer tokens than a batch has.
+        """
+        if self.tokens < self.batch_size:
+            raise SAEError(f"train.tokens is {self.tokens}, less than one batch of {self.batch_size}.")
+        options = self.model_dump(exclude={"tokens", "seed", "lr"})
+        rate = None if self.lr == "auto" else self.lr
+        return Recipe(steps=self.tokens // self.batch_size, learning_rate=rate, **options)
+
+
+class CheckpointSection(_Section):
+    """What is kept on the way.
+
+    Attributes:
+        every: steps between checkpoints.
+        keep: how many of the last are kept.
+        log_every: steps between lines of metrics.
+    """
+
+    every: int = Field(default=1000, ge=1)
+    keep: int = Field(default=2, ge=1)
+    log_every: int = Field(default=50, ge=1)
+
+
+class TrainConfig(_Section):
+    """All of it.
+
+    Attributes:
+        sae: the dictionary.
+        data: the activations.
+        train: the recipe.
+        checkpoint: what is kept on the way.
+        mesh: devices along the axes `data` and `latents`; one device where it is left away.
+        metadata: kept in the finished dictionary: `site`, `model`, ....
+    """
+
+    sae: SAESection
+    data: DataSection
+    train: TrainSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    mesh: dict[str, int] | None = None
+    metadata: dict[str, Any] = Field(default_factory=dict)
+
+
+def load_config(
+    config: TrainConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()
+) -> TrainConfig:
+    """Reads and checks a configuration.
+
+    Args:
+        config: a YAML file, or what it would hold.
+        overrides: `section.key=value`, value in YAML; they win over the file.
+
+    Raises:
+        SAEError: the file cannot be read, a key is unknown, or a value has the wrong type; the message names
+            every such field.
+    """
+    name = "the configuration"
+    if isinstance(config, TrainConfig):
+        data: Any = config.model_dump()
+    elif isinstance(config, Mapping):
+        data = {key: value for key, value in config.items()}
+    else:
+        name = str(config)
+        try:
+            data = yaml.safe_load(Path(config).read_text())
+        except OSError as error:
+            raise SAEError(f"{name}: cannot be read ({error.strerror}); give a YAML file.") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise SAEError(f"{name}: not YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(data, dict):
+        raise SAEError(f"{name}: expected the sections sae, data and train, found {type(data).__name__}.")
+    for override in overrides:
+        data = _with_override(data, override)
+    try:
+        return TrainConfig.model_validate(data)
+    except ValidationError as error:
+        raise SAEError("\n".join(f"{name}: {_sentence(fault)}" for fault in error.errors())) from error
+
+
+def _with_override(data: dict[str, Any], override: str) -> dict[str, Any]:
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise SAEError(f"--set {override}: expected section.key=value, such as train.seed=1.")
+    changed = dict(data)
+    here = changed
+    for key in keys[:-1]:
+        inner = here.get(key)
+        here[key] = dict(inner) if isinstance(inner, dict) else {}
+        here = here[key]
+    here[keys[-1]] = yaml.safe_load(text)
+    return changed
+
+
+_SECTIONS: Mapping[str, type[BaseModel]] = {
+    "data": DataSection,
+    "train": TrainSection,
+    "checkpoint": CheckpointSection,
+}
+
+
+def _sentence(fault: Any) -> str:
+    path = [str(part) for part in fault["loc"]]
+    where = ".".join(path)
+    if fault["type"] == "extra_forbidden":
+        section = _SECTIONS.get(path[0], TrainConfig) if len(path) > 1 else TrainConfig
+        return f"{where} is not a known key{did_you_mean(path[-1], section.model_fields)}."
+    if fault["type"] == "missing":
+        return f"{where} is missing."
+    said = fault["msg"][:1].lower() + fault["msg"][1:]
+    return f"{where}: {said}, found {fault['input']!r}."

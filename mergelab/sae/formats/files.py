@@ -1,0 +1,88 @@
+"""Finds out which library wrote a dictionary, and reads it; writes one for another library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergelab.errors import CheckpointError, SAEError, did_you_mean
+from mergelab.sae.dictionary import Dictionary
+from mergelab.sae.formats.own import FORMAT, read_own, write_own
+
+__all__ = ["FORMATS", "FileFormat", "load_dictionary", "save_dictionary"]
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """One library's files.
+
+    Attributes:
+        read: makes a dictionary of a folder or file.
+        write: writes a dictionary to a new folder or file.
+        recognise: whether a folder or file is of this format.
+        looks_for: what `recognise` looks for, in words.
+    """
+
+    read: Callable[[Path], Dictionary]
+    write: Callable[[Dictionary, Path], None]
+    recognise: Callable[[Path], bool]
+    looks_for: str
+
+
+FORMATS: Mapping[str, FileFormat] = {
+    "mergelab": FileFormat(read_own, write_own, lambda p: _says(p, FORMAT), "cfg.json of this library"),
+}
+"""Formats by the name `mergelab sae export --format` gives them."""
+
+
+def _says(path: Path, words: str) -> bool:
+    cfg = path / "cfg.json"
+    return cfg.is_file() and words in cfg.read_text(errors="replace")[:4096]
+
+
+def load_dictionary(path: str | Path, format: str | None = None) -> Dictionary:
+    """Reads a finished dictionary.
+
+    Args:
+        path: a folder, or a file for formats that are one.
+        format: a name of `FORMATS`; found out from the files where it is left away.
+
+    Raises:
+        CheckpointError: there is nothing there, or nothing of a known format.
+        SAEError: there is no such format.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such file or folder")
+    if format is not None:
+        return _format(format).read(path)
+    for kind in FORMATS.values():
+        if kind.recognise(path):
+            return kind.read(path)
+    wanted = "; ".join(f"{name}: {kind.looks_for}" for name, kind in FORMATS.items())
+    raise CheckpointError(f"{path}: not a dictionary of a known format ({wanted}); name its format")
+
+
+def save_dictionary(dictionary: Dictionary, path: str | Path, format: str = "mergelab") -> None:
+    """Writes a finished dictionary.
+
+    Args:
+        dictionary: what to write.
+        path: a new folder, or a new file for formats that are one.
+        format: a name of `FORMATS`.
+
+    Raises:
+        SAEError: there is no such format, or it cannot express this dictionary.
+        OutputError: the path is taken, or cannot be written.
+    """
+    _format(format).write(dictionary.checked(), Path(path))
+
+
+def _format(name: str) -> FileFormat:
+    if name not in FORMATS:
+        raise SAEError(
+            f"there is no dictionary format {name!r}{did_you_mean(name, FORMATS)}; "
+            f"the formats are {', '.join(FORMATS)}."
+        )
+    return FORMATS[name]

@@ -1,0 +1,97 @@
+"""The library's own files: `cfg.json` and `sae.safetensors`, ready to use on raw activations."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from mergelab.checkpoints import open_safetensors, read_whole
+from mergelab.checkpoints.json_data import read_json_object
+from mergelab.errors import CheckpointError, OutputError, SAEError
+from mergelab.sae.dictionary import Dictionary, DictionaryConfig
+
+__all__ = ["FORMAT", "read_own", "write_folder", "write_own"]
+
+FORMAT = "mergelab-sae-1"
+"""The value of `format` in `cfg.json`."""
+
+_CFG, _WEIGHTS = "cfg.json", "sae.safetensors"
+
+
+def write_own(dictionary: Dictionary, path: Path) -> None:
+    """Writes `cfg.json` and `sae.safetensors` into a new folder.
+
+    The tensors are those of `Dictionary`: `W_enc [d_in, n]`, `b_enc [n]`, `W_dec [n, d_out]`, `b_dec
+    [d_out]`, and what the activation needs besides.
+    """
+    settings = asdict(dictionary.config)
+    sizes = {"d_in": dictionary.d_in, "d_out": dictionary.d_out, "n_latents": dictionary.n_latents}
+    write_folder(
+        path,
+        {_CFG: json.dumps({"format": FORMAT, **sizes, **settings}, indent=2) + "\n"},
+        {_WEIGHTS: dictionary.as_numpy()},
+    )
+
+
+def write_folder(
+    path: Path, texts: Mapping[str, str], tensors: Mapping[str, Mapping[str, np.ndarray]]
+) -> None:
+    """Makes a folder of texts and safetensors files; it appears under its name when it is complete.
+
+    Raises:
+        OutputError: the folder is not empty, or cannot be written.
+    """
+    path = Path(os.path.abspath(path))
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError(f"{path} is not empty; choose another folder")
+    work = path.with_name(f".{path.name}.partial")
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        for name, text in texts.items():
+            (work / name).write_text(text)
+        for name, arrays in tensors.items():
+            save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, work / name)
+        if path.exists():
+            path.rmdir()
+        work.rename(path)
+    except OSError as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); check the disk") from error
+
+
+def read_own(path: Path) -> Dictionary:
+    """Reads what `write_own` wrote.
+
+    Raises:
+        CheckpointError: a file is missing, or says things that do not fit together.
+    """
+    settings: dict[str, Any] = dict(read_json_object(path / _CFG))
+    if settings.pop("format", None) != FORMAT:
+        raise CheckpointError(f"{path / _CFG}: expected format {FORMAT!r}; it was written by something else")
+    sizes = {name: settings.pop(name, None) for name in ("d_in", "d_out", "n_latents")}
+    tensors = open_safetensors(path / _WEIGHTS).tensors
+    known = [field for field in Dictionary.__dataclass_fields__ if field != "config"]
+    unknown = [name for name in tensors if name not in known]
+    missing = [name for name in ("W_enc", "b_enc", "W_dec", "b_dec") if name not in tensors]
+    if unknown or missing:
+        said = f"has no tensor {missing[0]!r}" if missing else f"has a tensor {unknown[0]!r} of no known use"
+        raise CheckpointError(f"{path / _WEIGHTS}: {said}; write the dictionary again")
+    arrays = {name: jnp.asarray(read_whole(tensor)) for name, tensor in tensors.items()}
+    try:
+        found = Dictionary(**arrays, config=DictionaryConfig(**settings)).checked()
+    except (SAEError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    mine = {"d_in": found.d_in, "d_out": found.d_out, "n_latents": found.n_latents}
+    if sizes != mine:
+        raise CheckpointError(f"{path / _CFG}: says {sizes}, but the tensors have {mine}")
+    return found

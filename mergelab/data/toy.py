@@ -49,7 +49,7 @@ class ToyTruth:
     d_in: int = 128
     n_features: int = 1024
     l0: float = 8.0
-    exponent: float = 0.6
+    exponent: float = 0.7
     group_size: int = 1
     lift: float = 1.0
     mean_norm: float = 0.0

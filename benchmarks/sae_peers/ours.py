@@ -1,0 +1,57 @@
+"""mergelab's own trainer as the benchmarks see it, and two baselines: a frozen decoder, no training."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.sae_peers.problem import Arrays, Problem
+from mergelab.sae.evaluation.baselines import freeze_decoder
+from mergelab.sae.finish import finished_dictionary
+from mergelab.sae.initialize import initialize
+from mergelab.sae.recipe import Recipe
+from mergelab.sae.step import make_step
+from mergelab.sae.variants import make_variant
+
+__all__ = ["build"]
+
+
+def build(name: str, problem: Problem, sample: np.ndarray) -> Ours:
+    """Builds it from the sample, or from the few rows there are where only time counts."""
+    return Ours(name, problem, sample)
+
+
+class Ours:
+    """One training by `mergelab.sae`, all settings but the learning rate at their defaults."""
+
+    def __init__(self, name: str, problem: Problem, sample: np.ndarray) -> None:
+        self.name = name
+        self.variant = make_variant("topk", d_in=problem.d, n_latents=problem.n, k=problem.k)
+        self.recipe = Recipe(
+            steps=problem.steps, batch_size=problem.batch, learning_rate=problem.learning_rate
+        )
+        self.state = initialize(self.variant, self.recipe, jax.random.key(problem.seed), sample)
+        self.learning_rate = float(self.state.peak)
+        self.update = make_step(self.variant, self.recipe)
+        if name == "frozen decoder":
+            self.update = freeze_decoder(self.update, self.state, self.recipe.ema)
+
+    def silence(self, count: int) -> None:
+        self.state.params["encoder_bias"] = self.state.params["encoder_bias"].at[:count].set(-100.0)
+        quiet = self.state.quiet.at[:count].set(2**30)
+        self.state = type(self.state)(**{**vars(self.state), "quiet": quiet})
+
+    def step(self, x: np.ndarray) -> None:
+        if self.name == "random":
+            return
+        batch = jnp.asarray(x)
+        self.state, metrics = self.update(self.state, batch, batch)
+        metrics["loss"].block_until_ready()
+
+    def arrays(self) -> Arrays:
+        found = finished_dictionary(self.variant, self.recipe, self.state)
+        arrays = {name: np.asarray(getattr(found, name)) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+        if not found.config.subtract_b_dec:
+            arrays["b_enc"] = arrays["b_enc"] + arrays["b_dec"] @ arrays["W_enc"]
+        return arrays

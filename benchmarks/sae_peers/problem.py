@@ -1,0 +1,87 @@
+"""What every trainer of the SAE benchmarks is given, what it must offer, and how it is built by name.
+
+A trainer's module is imported only when it is built: each needs a library of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+__all__ = ["TRAINERS", "Arrays", "Problem", "Trainer", "build"]
+
+Arrays = dict[str, np.ndarray]
+"""`W_enc [d, n]`, `b_enc [n]`, `W_dec [n, d]`, `b_dec [d]`: codes are those of the k largest of
+`(x - b_dec) W_enc + b_enc` that are above 0."""
+
+TRAINERS = {
+    "mergelab": "ours",
+    "frozen decoder": "ours",
+    "random": "ours",
+    "sparsify+Adam": "eleuther",
+    "sparsify": "eleuther",
+    "SAELens": "saelens",
+    "dictionary_learning": "dictionary_learning_trainer",
+}
+"""Trainers by the name tables give them, and the module of this folder that builds them."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One training.
+
+    Attributes:
+        d: width of the activations.
+        n: latents.
+        k: latents per token.
+        batch: tokens per step.
+        steps: steps in all.
+        seed: of the initial parameters.
+        learning_rate: None is the trainer's default.
+        auxiliary: switches AuxK on where it is off by default (sparsify), so that dead latents cost every
+            trainer what reviving them costs.
+    """
+
+    d: int
+    n: int
+    k: int
+    batch: int
+    steps: int
+    seed: int = 0
+    learning_rate: float | None = None
+    auxiliary: bool = False
+
+
+class Trainer(Protocol):
+    """A training that is stepped from outside."""
+
+    learning_rate: float
+    """The peak learning rate it runs at."""
+
+    def step(self, x: np.ndarray) -> None:
+        """One full training step on `[batch, d]`, float32; it returns when parameters are updated."""
+        ...
+
+    def silence(self, count: int) -> None:
+        """Makes the first `count` latents dead for good: a bias of -100, counters past all thresholds."""
+        ...
+
+    def arrays(self) -> Arrays:
+        """The dictionary as it would be saved now."""
+        ...
+
+
+def build(name: str, problem: Problem, sample: np.ndarray) -> Trainer:
+    """Builds a trainer.
+
+    Args:
+        name: of `TRAINERS`.
+        problem: what to train.
+        sample: `[rows, d]` activations for an initialisation that looks at data; the peers use their first
+            batch instead.
+    """
+    module = importlib.import_module(f"benchmarks.sae_peers.{TRAINERS[name]}")
+    return module.build(name, problem, sample)

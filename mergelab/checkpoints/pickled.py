@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,15 @@ _STORAGES = {
 
 @dataclass(frozen=True)
 class PickledFile:
-    """A torch checkpoint whose description has been read: its tensors and the digest of that description."""
+    """A torch checkpoint whose description has been read: its tensors and the digest of that description.
+
+    `values` holds the entries beside the tensors that are plain data, where they were allowed.
+    """
 
     file: WeightFile
     tensors: dict[str, TensorSource]
     header_sha256: str
+    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,15 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
-def open_pickled(path: Path | str) -> PickledFile:
+def open_pickled(path: Path | str, *, values: bool = False) -> PickledFile:
     """Reads the description of a torch checkpoint; runs nothing of it and reads no weights.
 
     The tensors are those of the state dict: the file's own mapping of names to tensors, or the one under the
     first of `WRAPPERS` present. Non-contiguous tensors are gathered when read.
+
+    Args:
+        path: the file.
+        values: allows numbers, words and mappings of them beside the tensors, and returns them.
 
     Raises:
         CheckpointError: not a torch zip file, a legacy or compressed one, a forbidden global or opcode, a
@@ -108,9 +116,10 @@ def open_pickled(path: Path | str) -> PickledFile:
         return _find_storage(identity, f"{root}/data/", entries, str(path))
 
     found = read_pickle(pickle, allowed=_allowed(str(path)), persistent=persistent, place=str(path))
+    plain = _take_plain(found) if values and isinstance(found, dict) else {}
     state = _state_dict(found, str(path))
     tensors = {name: _source(name, tensor, file) for name, tensor in state.items()}
-    return PickledFile(file, tensors, hashlib.sha256(pickle).hexdigest())
+    return PickledFile(file, tensors, hashlib.sha256(pickle).hexdigest(), plain)
 
 
 def _find_storage(
@@ -237,6 +246,18 @@ def _state_dict(found: Any, place: str) -> dict[str, _Tensor]:
                 "a tensor; save a state dict of tensors alone"
             )
     return state
+
+
+def _take_plain(found: dict[Any, Any]) -> dict[str, Any]:
+    """Takes out of a mapping what is a number, a word, or a mapping of such."""
+    names = [name for name, value in found.items() if isinstance(name, str) and _is_plain(value)]
+    return {name: found.pop(name) for name in names}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    return value is None or isinstance(value, str | int | float | bool)
 
 
 def _has_tensors(mapping: dict[Any, Any]) -> bool:

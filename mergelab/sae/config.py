@@ -98,7 +98,7 @@ class TrainSection(_Section):
     project_gradients: bool = True
     unit_decoder: bool = True
     center: bool = True
-    normalize: bool = True
+    normalize: str = "scale"
     tie_initial: bool = True
     compute_dtype: str = "float32"
 

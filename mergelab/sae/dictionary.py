@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from mergelab.errors import SAEError
+from mergelab.sae.layer_norm import layer_norm
 from mergelab.sae.sparse.rows import sum_of_rows
 from mergelab.sae.sparse.top_k import top_k
 
@@ -20,8 +21,6 @@ __all__ = ["ACTIVATIONS", "Dictionary", "DictionaryConfig"]
 
 ACTIVATIONS = ("topk", "batch_topk", "jump_relu", "relu", "gated")
 NORMALIZATIONS = ("none", "layer_norm")
-
-_LAYER_NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,6 @@ class DictionaryConfig:
         subtract_b_dec: whether `b_dec` is subtracted from the input before it is encoded.
         normalization: `none`, or `layer_norm`: each token loses its mean over the width and is divided by its
             unbiased standard deviation + 1e-5, and the reconstruction is put back (OpenAI's).
-        rescale_by_decoder_norm: whether `topk` chooses by pre-activation times decoder norm (SAELens).
         sites: how many activations stand side by side in the input, for a crosscoder.
         metadata: what else is known: `site`, `model`, `model_hash`, training figures. Plain JSON.
     """
@@ -44,7 +42,6 @@ class DictionaryConfig:
     k: int | None = None
     subtract_b_dec: bool = False
     normalization: str = "none"
-    rescale_by_decoder_norm: bool = False
     sites: int = 1
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
@@ -141,9 +138,7 @@ class Dictionary:
     def _normalized(self, x: Array) -> tuple[Array, Array | None, Array | None]:
         if self.config.normalization == "none":
             return x, None, None
-        mean = x.mean(axis=-1, keepdims=True)
-        scale = x.std(axis=-1, keepdims=True, ddof=1) + _LAYER_NORM_EPS
-        return (x - mean) / scale, mean, scale
+        return layer_norm(x)
 
     def pre_activations(self, x: Array) -> Array:
         """`[tokens, d_in]` -> `[tokens, n]`: before the activation; the gate's, for `gated`."""
@@ -151,11 +146,6 @@ class Dictionary:
         if self.config.subtract_b_dec:
             x = x - self.b_dec[None, :]
         return x @ self.W_enc + self.b_enc[None, :]
-
-    def _score(self, pre: Array) -> Array:
-        if not self.config.rescale_by_decoder_norm:
-            return pre
-        return pre * jnp.linalg.norm(self.W_dec, axis=1)[None, :]
 
     def encode(self, x: Array) -> Array:
         """The codes, dense: `[tokens, d_in]` -> `[tokens, n]`."""
@@ -176,10 +166,8 @@ class Dictionary:
 
     def _chosen(self, pre: Array) -> tuple[Array, Array]:
         assert self.config.k is not None
-        score, indices = top_k(self._score(pre), self.config.k)
-        if self.config.rescale_by_decoder_norm:
-            score = jnp.take_along_axis(pre, indices, axis=1)
-        return jnp.maximum(score, 0), indices
+        values, indices = top_k(pre, self.config.k)
+        return jnp.maximum(values, 0), indices
 
     def sparse_codes(self, x: Array) -> tuple[Array, Array]:
         """Values and latents of the k active ones: `[tokens, d_in]` -> `[tokens, k]` twice, for `topk`.

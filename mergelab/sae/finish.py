@@ -71,6 +71,7 @@ def finished_dictionary(
             activation=said["activation"],
             k=said.get("k"),
             sites=variant.sites,
+            normalization="layer_norm" if recipe.normalize == "layer_norm" else "none",
             metadata=dict(metadata or {}),
         ),
         **extras,

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from mergelab.errors import SAEError
+from mergelab.sae.layer_norm import layer_norm
 from mergelab.sae.median import geometric_median
 from mergelab.sae.recipe import Recipe
 from mergelab.sae.schedule import automatic_learning_rate
@@ -63,6 +64,10 @@ def initialize(
         SAEError: a sample has the wrong width, holds NaN or infinity, or does not vary.
     """
     x = _checked("sample", sample, variant.d_in)
+    if recipe.normalize == "layer_norm":
+        if variant.d_out is not None:
+            raise SAEError("layer_norm cannot be undone for a transcoder's targets; use normalize='scale'.")
+        x = layer_norm(x)[0]
     if variant.d_out is None:
         y = x
     elif target_sample is None:
@@ -117,5 +122,5 @@ def _normalization(recipe: Recipe, x: Array, *, center: bool) -> Affine:
     mean = geometric_median(x) if center and recipe.center else jnp.zeros(x.shape[1])
     spread = x - x.mean(axis=0)[None, :]
     variance = jnp.mean(spread * spread)
-    scale = jax.lax.rsqrt(jnp.maximum(variance, 1e-30)) if recipe.normalize else jnp.ones(())
+    scale = jax.lax.rsqrt(jnp.maximum(variance, 1e-30)) if recipe.normalize == "scale" else jnp.ones(())
     return Affine(mean, jnp.asarray(scale, jnp.float32))

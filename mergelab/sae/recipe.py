@@ -35,8 +35,9 @@ class Recipe:
             the renormalisation would undo.
         unit_decoder: renormalises the decoder's rows after each step, where the variant keeps them at norm 1.
         center: starts `b_pre` at the geometric median of a sample; otherwise at 0.
-        normalize: scales inputs to unit variance per coordinate while training; folded into the weights
-            of the finished dictionary.
+        normalize: `scale` brings inputs to unit variance per coordinate while training, which is folded into
+            the weights of the finished dictionary; `layer_norm` normalises each token, which the dictionary
+            then does too; `none` does neither.
         tie_initial: starts the encoder as the decoder's transpose; otherwise independently.
         compute_dtype: of the factors of the encoder's product, `float32` or `bfloat16`; state is float32.
     """
@@ -57,7 +58,7 @@ class Recipe:
     project_gradients: bool = True
     unit_decoder: bool = True
     center: bool = True
-    normalize: bool = True
+    normalize: str = "scale"
     tie_initial: bool = True
     compute_dtype: str = "float32"
 
@@ -75,6 +76,8 @@ class Recipe:
             )
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise SAEError(f"compute_dtype is {self.compute_dtype!r}; it may be 'float32' or 'bfloat16'.")
+        if self.normalize not in ("scale", "layer_norm", "none"):
+            raise SAEError(f"normalize is {self.normalize!r}; it may be 'scale', 'layer_norm' or 'none'.")
         for name in ("learning_rate", "clip"):
             value = getattr(self, name)
             if value is not None and value <= 0:

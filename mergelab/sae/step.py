@@ -13,6 +13,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mergelab.errors import MeshError
+from mergelab.sae.layer_norm import layer_norm
 from mergelab.sae.recipe import Recipe
 from mergelab.sae.revive import auxiliary_gradients
 from mergelab.sae.shards import Shards
@@ -45,7 +46,8 @@ def train_step(
     """
     tokens = x.shape[0] * shards.num_data_shards()
     same = x is y
-    x = state.read(x.astype(jnp.float32))
+    x = x.astype(jnp.float32)
+    x = state.read(layer_norm(x)[0] if recipe.normalize == "layer_norm" else x)
     y = x if same else state.target(y.astype(jnp.float32))
     n_local = state.quiet.shape[0]
     live = None

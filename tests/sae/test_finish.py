@@ -14,6 +14,7 @@ from mergelab.errors import SAEError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.finish import finished_dictionary
 from mergelab.sae.initialize import initialize
+from mergelab.sae.layer_norm import layer_norm
 from mergelab.sae.recipe import Recipe
 from mergelab.sae.step import make_step
 from mergelab.sae.variants import Context, make_variant
@@ -29,14 +30,18 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("relu", {"l1": 0.1}),
     ("matryoshka", {"k": 4}),
     ("topk", {"k": 4, "sites": 3}),
+    ("topk", {"k": 4, "normalize": "none"}),
+    ("topk", {"k": 4, "normalize": "layer_norm"}),
 ]
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_raw_inputs_give_the_trained_reconstruction(name: str, options: dict[str, Any]) -> None:
+    options = dict(options)
     ema = 0.0 if name == "batch_topk" else 0.9
+    normalize = options.pop("normalize", "scale")
     variant = make_variant(name, d_in=D, n_latents=N, **options)
-    recipe = Recipe(steps=12, batch_size=BATCH, learning_rate=1e-2, ema=ema)
+    recipe = Recipe(steps=12, batch_size=BATCH, learning_rate=1e-2, ema=ema, normalize=normalize)
     rng = np.random.default_rng(0)
     x = (5 + 3 * rng.standard_normal((BATCH, D))).astype(np.float32)
     y = (2 - 0.2 * rng.standard_normal((BATCH, variant.width_out))).astype(np.float32)
@@ -48,9 +53,13 @@ def test_raw_inputs_give_the_trained_reconstruction(name: str, options: dict[str
     dictionary = finished_dictionary(variant, recipe, state)
     params = state.params if not ema else {k: v / (1 - ema**12) for k, v in state.average.items()}
     context = Context(BATCH, state.mse_scale, jnp.float32(1), state.statistics)
-    _, outcome = variant.loss(params, state.read(jnp.asarray(x)), state.target(jnp.asarray(y)), context)
-    made = state.target(jnp.asarray(y)) - outcome.error
-    made = made / state.target.scale + state.target.mean[None, :]
+    read, mean, scale = jnp.asarray(x), 0.0, 1.0
+    if normalize == "layer_norm":
+        read, mean, scale = layer_norm(read)
+    target = state.target(read if variant.d_out is None else jnp.asarray(y))
+    _, outcome = variant.loss(params, state.read(read), target, context)
+    made = (target - outcome.error) / state.target.scale + state.target.mean[None, :]
+    made = made * scale + mean
     if dictionary.config.activation == "batch_topk":
         # Its threshold is a running mean over batches; with this batch's the codes are this batch's.
         kept = np.asarray(getattr(outcome.codes, "values"))  # noqa: B009

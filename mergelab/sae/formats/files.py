@@ -8,7 +8,12 @@ from pathlib import Path
 
 from mergelab.errors import CheckpointError, SAEError, did_you_mean
 from mergelab.sae.dictionary import Dictionary
+from mergelab.sae.formats.dictionary_learning import read_dictionary_learning, write_dictionary_learning
+from mergelab.sae.formats.gemma_scope import read_gemma_scope, read_gemma_scope_2, write_gemma_scope
+from mergelab.sae.formats.openai import read_openai, write_openai
 from mergelab.sae.formats.own import FORMAT, read_own, write_own
+from mergelab.sae.formats.saelens import WEIGHTS, read_saelens, write_saelens
+from mergelab.sae.formats.sparsify import read_sparsify, write_sparsify
 
 __all__ = ["FORMATS", "FileFormat", "load_dictionary", "save_dictionary"]
 
@@ -30,8 +35,42 @@ class FileFormat:
     looks_for: str
 
 
+def _no_writer(dictionary: Dictionary, path: Path) -> None:
+    raise SAEError("dictionaries of Gemma Scope 2 can be read, not written; export to 'gemma-scope'.")
+
+
 FORMATS: Mapping[str, FileFormat] = {
     "mergelab": FileFormat(read_own, write_own, lambda p: _says(p, FORMAT), "cfg.json of this library"),
+    "saelens": FileFormat(
+        read_saelens, write_saelens, lambda p: (p / WEIGHTS).is_file(), f"cfg.json and {WEIGHTS}"
+    ),
+    "sparsify": FileFormat(
+        read_sparsify,
+        write_sparsify,
+        lambda p: (p / "sae.safetensors").is_file() and _says(p, '"expansion_factor"'),
+        "cfg.json and sae.safetensors",
+    ),
+    "dictionary_learning": FileFormat(
+        read_dictionary_learning,
+        write_dictionary_learning,
+        lambda p: (p / "ae.pt").is_file(),
+        "ae.pt and config.json",
+    ),
+    "openai": FileFormat(
+        read_openai, write_openai, lambda p: p.is_file() and p.suffix == ".pt", "a file NAME.pt"
+    ),
+    "gemma-scope": FileFormat(
+        read_gemma_scope,
+        write_gemma_scope,
+        lambda p: p.suffix == ".npz" or (p / "params.npz").is_file(),
+        "params.npz",
+    ),
+    "gemma-scope-2": FileFormat(
+        read_gemma_scope_2,
+        _no_writer,
+        lambda p: (p / "params.safetensors").is_file(),
+        "params.safetensors",
+    ),
 }
 """Formats by the name `mergelab sae export --format` gives them."""
 

@@ -1,0 +1,114 @@
+"""dictionary_learning: `ae.pt` and `config.json`, read and written without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mergelab.checkpoints import open_pickled, read_whole
+from mergelab.checkpoints.json_data import read_json_object
+from mergelab.checkpoints.pickle_writer import write_pickled
+from mergelab.errors import CheckpointError, OutputError
+from mergelab.sae.dictionary import Dictionary, DictionaryConfig
+from mergelab.sae.formats.convert import arrays_of, refuse, subtracting_b_dec, transposed
+
+__all__ = ["read_dictionary_learning", "write_dictionary_learning"]
+
+_TOP_K = "AutoEncoderTopK"
+_BATCH = ("BatchTopKSAE", "MatryoshkaBatchTopKSAE")
+
+
+def read_dictionary_learning(path: Path) -> Dictionary:
+    """Reads a folder with `ae.pt` and `config.json`.
+
+    Raises:
+        CheckpointError: a file is missing, or the class of the dictionary is not supported.
+    """
+    config = read_json_object(path / "config.json")
+    trainer: Any = config.get("trainer")
+    kind = trainer.get("dict_class") if isinstance(trainer, dict) else None
+    tensors = open_pickled(path / "ae.pt").tensors
+    n = tensors["b_enc"].shape[0] if "b_enc" in tensors else 0
+    if kind == "JumpReluAutoEncoder":
+        wanted = {"W_enc": True, "W_dec": True, "b_enc": True, "b_dec": True, "threshold": True}
+        found = arrays_of(tensors, wanted, path / "ae.pt")
+        return Dictionary(**found, config=DictionaryConfig("jump_relu")).checked()
+    if kind != _TOP_K and kind not in _BATCH:
+        raise CheckpointError(
+            f"{path / 'config.json'}: trainer.dict_class {kind!r} is not supported; "
+            f"{_TOP_K}, {', '.join(_BATCH)} and JumpReluAutoEncoder are"
+        )
+    if kind == "MatryoshkaBatchTopKSAE":
+        wanted = {"W_enc": True, "W_dec": True, "b_enc": True, "b_dec": True}
+        found = arrays_of(tensors, wanted, path / "ae.pt")
+    else:
+        wanted = {"encoder.weight": True, "encoder.bias": True, "decoder.weight": True, "b_dec": True}
+        raw = arrays_of(tensors, wanted, path / "ae.pt")
+        found = {
+            "W_enc": raw["encoder.weight"].T,
+            "b_enc": raw["encoder.bias"],
+            "W_dec": raw["decoder.weight"].T,
+            "b_dec": raw["b_dec"],
+        }
+    n = found["b_enc"].shape[0]
+    if kind == _TOP_K:
+        k = int(read_whole(tensors["k"])) if "k" in tensors else int(trainer["k"])
+        return Dictionary(**found, config=DictionaryConfig("topk", k, subtract_b_dec=True)).checked()
+    if "threshold" not in tensors:
+        raise CheckpointError(f"{path / 'ae.pt'}: has no threshold, which a batch-top-k dictionary needs")
+    threshold = np.full(n, float(read_whole(tensors["threshold"])), np.float32)
+    settings = DictionaryConfig("batch_topk", int(trainer["k"]), subtract_b_dec=True)
+    return Dictionary(**found, threshold=found["b_enc"] * 0 + threshold, config=settings).checked()
+
+
+def write_dictionary_learning(dictionary: Dictionary, path: Path) -> None:
+    """Writes a folder for `dictionary_learning.utils.load_dictionary`.
+
+    Raises:
+        SAEError: the library has no class for the dictionary.
+        OutputError: the folder is taken, or cannot be written.
+    """
+    config = dictionary.config
+    if config.activation not in ("topk", "jump_relu", "batch_topk"):
+        raise refuse(
+            "dictionary_learning", f"the activation {config.activation!r}", "'mergelab' or 'saelens'"
+        )
+    if config.normalization != "none" or dictionary.W_skip is not None or dictionary.d_in != dictionary.d_out:
+        raise refuse("dictionary_learning", "a normalisation, a skip path or two widths", "'mergelab'")
+    trainer: dict[str, Any] = {"activation_dim": dictionary.d_in, "dict_size": dictionary.n_latents}
+    if config.activation == "topk":
+        arrays = subtracting_b_dec(dictionary).as_numpy()
+        trainer |= {"dict_class": _TOP_K, "k": config.k}
+        tree: dict[str, Any] = {
+            "b_dec": arrays["b_dec"],
+            "k": np.array(config.k, np.int64),
+            "threshold": np.array(-1.0, np.float32),
+            "decoder.weight": transposed(arrays["W_dec"]),
+            "encoder.weight": transposed(arrays["W_enc"]),
+            "encoder.bias": arrays["b_enc"],
+        }
+    else:
+        if config.subtract_b_dec:
+            raise refuse("dictionary_learning", "a threshold on inputs less b_dec", "'mergelab' or 'saelens'")
+        trainer |= {"dict_class": "JumpReluAutoEncoder"}
+        tree = dictionary.as_numpy()
+    path = Path(os.path.abspath(path))
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError(f"{path} is not empty; choose another folder")
+    work = path.with_name(f".{path.name}.partial")
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        write_pickled(work / "ae.pt", tree)
+        (work / "config.json").write_text(json.dumps({"trainer": trainer}, indent=2) + "\n")
+        if path.exists():
+            path.rmdir()
+        work.rename(path)
+    except OSError as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); check the disk") from error

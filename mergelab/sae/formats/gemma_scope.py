@@ -1,0 +1,83 @@
+"""Gemma Scope: `params.npz` (JumpReLU), and version 2's `params.safetensors` with an affine skip path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from mergelab.checkpoints import open_safetensors
+from mergelab.errors import CheckpointError, OutputError
+from mergelab.sae.dictionary import Dictionary, DictionaryConfig
+from mergelab.sae.formats.convert import arrays_of, refuse
+
+__all__ = ["read_gemma_scope", "read_gemma_scope_2", "write_gemma_scope"]
+
+_NPZ = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+
+
+def read_gemma_scope(path: Path) -> Dictionary:
+    """Reads `params.npz`: arrays only; nothing in it is unpickled.
+
+    Raises:
+        CheckpointError: not such a file.
+    """
+    file = path / "params.npz" if path.is_dir() else path
+    try:
+        with np.load(file, allow_pickle=False) as held:
+            missing = [name for name in _NPZ if name not in held]
+            if missing:
+                raise CheckpointError(f"{file}: has no array {missing[0]!r}, only {', '.join(held)}")
+            arrays = {name: jnp.asarray(held[name].astype(np.float32)) for name in _NPZ}
+    except (OSError, ValueError, EOFError) as error:
+        raise CheckpointError(f"{file}: not a readable .npz file ({error}); download it again") from error
+    return Dictionary(**arrays, config=DictionaryConfig("jump_relu")).checked()
+
+
+def read_gemma_scope_2(path: Path) -> Dictionary:
+    """Reads version 2's `params.safetensors`.
+
+    Raises:
+        CheckpointError: not such a file.
+    """
+    file = path / "params.safetensors" if path.is_dir() else path
+    wanted = {name: True for name in ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")}
+    found = arrays_of(open_safetensors(file).tensors, {**wanted, "affine_skip_connection": False}, file)
+    skip: Array | None = found.get("affine_skip_connection")
+    return Dictionary(
+        W_enc=found["w_enc"],
+        b_enc=found["b_enc"],
+        W_dec=found["w_dec"],
+        b_dec=found["b_dec"],
+        threshold=found["threshold"],
+        W_skip=skip,
+        config=DictionaryConfig("jump_relu"),
+    ).checked()
+
+
+def write_gemma_scope(dictionary: Dictionary, path: Path) -> None:
+    """Writes a folder with `params.npz`.
+
+    Raises:
+        SAEError: the dictionary has no threshold, or something the format has no place for.
+        OutputError: the file exists, or cannot be written.
+    """
+    config = dictionary.config
+    if config.activation not in ("jump_relu", "batch_topk"):
+        raise refuse("gemma-scope", f"the activation {config.activation!r}", "'mergelab' or 'saelens'")
+    if config.normalization != "none" or config.subtract_b_dec or dictionary.W_skip is not None:
+        raise refuse("gemma-scope", "a normalisation, a subtracted b_dec or a skip path", "'mergelab'")
+    file = path / "params.npz"
+    if file.exists():
+        raise OutputError(f"{file} exists; choose another folder")
+    partial = path / ".params.partial.npz"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        arrays = dictionary.as_numpy()
+        np.savez(partial, allow_pickle=False, **{name: arrays[name] for name in _NPZ})
+        partial.rename(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); check the disk") from error

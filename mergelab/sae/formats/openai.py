@@ -1,0 +1,106 @@
+"""OpenAI's `sparse_autoencoder` (version 5): one `.pt` file, read and written without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mergelab.checkpoints import open_pickled
+from mergelab.checkpoints.pickle_writer import write_pickled
+from mergelab.errors import CheckpointError, OutputError
+from mergelab.sae.dictionary import Dictionary, DictionaryConfig
+from mergelab.sae.formats.convert import arrays_of, refuse, subtracting_b_dec, transposed
+
+__all__ = ["read_openai", "write_openai"]
+
+
+def read_openai(path: Path, k: int | None = None) -> Dictionary:
+    """Reads an autoencoder of OpenAI's release.
+
+    Its loader normalises each token exactly where the file says `TopK`, so the dictionary does too
+    (`normalization` is `layer_norm`).
+
+    Args:
+        path: the file.
+        k: latents per token, where the file does not say.
+
+    Raises:
+        CheckpointError: it is another kind of file.
+    """
+    opened = open_pickled(path, values=True)
+    wanted = {"encoder.weight": True, "decoder.weight": True, "pre_bias": True, "latent_bias": True}
+    found = arrays_of(opened.tensors, wanted, path)
+    said = _settings(opened.values)
+    kind = said.get("activation", "ReLU")
+    k = said.get("k", k)
+    if kind == "TopK" and k is None:
+        raise CheckpointError(f"{path}: does not say k; pass it")
+    if kind not in ("TopK", "ReLU"):
+        raise CheckpointError(f"{path}: activation {kind!r} is not supported; 'TopK' and 'ReLU' are")
+    top = kind == "TopK"
+    return Dictionary(
+        W_enc=found["encoder.weight"].T,
+        b_enc=found["latent_bias"],
+        W_dec=found["decoder.weight"].T,
+        b_dec=found["pre_bias"],
+        config=DictionaryConfig(
+            "topk" if top else "relu",
+            k if top else None,
+            subtract_b_dec=True,
+            normalization="layer_norm" if top else "none",
+        ),
+    ).checked()
+
+
+def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`activation` and `k`, which stand beside the tensors."""
+    inner = values.get("activation_state_dict")
+    k = inner.get("k") if isinstance(inner, Mapping) else None
+    said: dict[str, Any] = {"k": k} if isinstance(k, int) else {}
+    if isinstance(values.get("activation"), str):
+        said["activation"] = values["activation"]
+    return said
+
+
+def write_openai(dictionary: Dictionary, path: Path) -> None:
+    """Writes a `.pt` file for OpenAI's `sparse_autoencoder.Autoencoder.from_state_dict`.
+
+    Raises:
+        SAEError: the dictionary is neither a top-k one with `layer_norm` nor a ReLU one without.
+        OutputError: the file exists, or cannot be written.
+    """
+    config = dictionary.config
+    fits = (config.activation, config.normalization) in (("topk", "layer_norm"), ("relu", "none"))
+    if not fits:
+        raise refuse(
+            "openai", f"{config.activation!r} with {config.normalization!r}", "'mergelab' or 'saelens'"
+        )
+    if dictionary.d_in != dictionary.d_out or dictionary.W_skip is not None:
+        raise refuse("openai", "a transcoder", "'mergelab' or 'sparsify'")
+    arrays = subtracting_b_dec(dictionary).as_numpy()
+    n = dictionary.n_latents
+    tree: dict[str, Any] = {
+        "pre_bias": arrays["b_dec"],
+        "latent_bias": arrays["b_enc"],
+        "stats_last_nonzero": np.zeros(n, np.int64),
+        "latents_activation_frequency": np.zeros(n, np.float32),
+        "latents_mean_square": np.zeros(n, np.float32),
+        "encoder.weight": transposed(arrays["W_enc"]),
+        "decoder.weight": transposed(arrays["W_dec"]),
+        "activation": "TopK" if config.activation == "topk" else "ReLU",
+    }
+    if config.activation == "topk":
+        tree["activation_state_dict"] = {"k": config.k, "postact_fn": "ReLU"}
+    if path.exists():
+        raise OutputError(f"{path} exists; choose another name")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_pickled(partial, tree)
+        partial.rename(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); check the disk") from error

@@ -1,0 +1,257 @@
+"""Files of other libraries: theirs are read to the same codes and outputs, ours come back unchanged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mergelab.errors import CheckpointError, OutputError, SAEError
+from mergelab.sae.dictionary import Dictionary, DictionaryConfig
+from mergelab.sae.formats import FORMATS, load_dictionary, save_dictionary
+
+RECORDED = Path(__file__).parent / "recorded"
+D, N = 8, 24
+
+
+def _dictionary(activation: str = "topk", **config: Any) -> Dictionary:
+    rng = np.random.default_rng(3)
+
+    def array(*shape: int) -> Any:
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    extras: dict[str, Any] = {}
+    if activation in ("jump_relu", "batch_topk"):
+        extras["threshold"] = jnp.abs(array(N))
+    if activation == "gated":
+        extras = {"magnitude_scale": 0.1 * array(N), "magnitude_bias": array(N)}
+    if config.pop("skip", False):
+        extras["W_skip"] = array(D, D)
+    k = 4 if activation in ("topk", "batch_topk") else None
+    settings = DictionaryConfig(activation, k, **config)
+    return Dictionary(array(D, N), array(N), array(N, D), array(D), settings, **extras).checked()
+
+
+@pytest.mark.parametrize("folder", sorted(p.name for p in RECORDED.iterdir()))
+def test_what_other_libraries_wrote_means_the_same_here(folder: str) -> None:
+    expected = load_file(RECORDED / folder / "expected.safetensors")
+    path = RECORDED / folder
+    dictionary = load_dictionary(path / "autoencoder.pt" if folder == "openai" else path)
+    x = jnp.asarray(expected["x"])
+    codes = np.asarray(dictionary.encode(x))
+    if folder == "dictionary_learning_AutoEncoderTopK":
+        assert dictionary.config.k == 4
+    np.testing.assert_allclose(codes, expected["codes"], atol=2e-5)
+    # SAELens divides by a standard deviation + 1e-5, and multiplies by one without.
+    out = dictionary.reconstruct(x, jnp.asarray(codes))
+    np.testing.assert_allclose(out, expected["out"], atol=5e-5, rtol=2e-5)
+    assert (codes > 0).any() and (codes == 0).any()
+
+
+WRITTEN: list[tuple[str, Dictionary]] = [
+    ("mergelab", _dictionary("topk", sites=2, metadata={"site": "blocks.1.resid_post"})),
+    ("mergelab", _dictionary("gated")),
+    ("mergelab", _dictionary("batch_topk", normalization="layer_norm")),
+    ("mergelab", _dictionary("topk", skip=True)),
+    ("saelens", _dictionary("topk", subtract_b_dec=True)),
+    ("saelens", _dictionary("gated")),
+    ("saelens", _dictionary("jump_relu", subtract_b_dec=True)),
+    ("saelens", _dictionary("relu", normalization="layer_norm")),
+    ("saelens", _dictionary("batch_topk")),
+    ("saelens", _dictionary("relu", skip=True)),
+    ("sparsify", _dictionary("topk")),
+    ("sparsify", _dictionary("topk", skip=True)),
+    ("dictionary_learning", _dictionary("topk")),
+    ("dictionary_learning", _dictionary("jump_relu")),
+    ("openai", _dictionary("topk", normalization="layer_norm")),
+    ("openai", _dictionary("relu")),
+    ("gemma-scope", _dictionary("jump_relu")),
+]
+
+
+@pytest.mark.parametrize(("name", "dictionary"), WRITTEN)
+def test_what_is_written_is_read_to_the_same_function(
+    tmp_path: Path, name: str, dictionary: Dictionary
+) -> None:
+    path = tmp_path / ("sae.pt" if name == "openai" else "sae")
+    save_dictionary(dictionary, path, name)
+    found = load_dictionary(path)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((6, D)), jnp.float32)
+    np.testing.assert_allclose(found.encode(x), dictionary.encode(x), atol=2e-5)
+    np.testing.assert_allclose(found(x), dictionary(x), atol=5e-5)
+    assert (np.asarray(found.encode(x)) > 0).any()
+    if name == "mergelab":
+        assert found.config == dictionary.config
+    with pytest.raises(OutputError):
+        save_dictionary(dictionary, path, name)
+
+
+def _lay_out(path: Path) -> dict[str, Any]:
+    tensors = {name: list(value.shape) for name, value in load_file(path).items()}
+    return dict(sorted(tensors.items()))
+
+
+@pytest.mark.parametrize(
+    ("name", "recorded", "dictionary", "weights"),
+    [
+        ("saelens", "saelens_topk", _dictionary("topk", subtract_b_dec=True), "sae_weights.safetensors"),
+        ("saelens", "saelens_gated", _dictionary("gated"), "sae_weights.safetensors"),
+        ("saelens", "saelens_jumprelu", _dictionary("jump_relu"), "sae_weights.safetensors"),
+        ("sparsify", "sparsify_sae", _dictionary("topk"), "sae.safetensors"),
+        ("sparsify", "sparsify_skip", _dictionary("topk", skip=True), "sae.safetensors"),
+    ],
+)
+def test_what_is_written_has_the_libraries_own_layout(
+    tmp_path: Path, name: str, recorded: str, dictionary: Dictionary, weights: str
+) -> None:
+    save_dictionary(dictionary, tmp_path / "sae", name)
+    assert _lay_out(tmp_path / "sae" / weights) == _lay_out(RECORDED / recorded / weights)
+    mine = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    theirs = json.loads((RECORDED / recorded / "cfg.json").read_text())
+    assert set(theirs) - {"device", "metadata"} <= set(mine)
+    for key in ("architecture", "activation", "k", "d_in", "d_sae", "transcode", "skip_connection"):
+        assert mine.get(key) == theirs.get(key)
+
+
+@pytest.mark.parametrize(
+    ("name", "dictionary", "words"),
+    [
+        ("sparsify", _dictionary("jump_relu"), "'jump_relu'.*export to 'mergelab'"),
+        ("sparsify", _dictionary("topk", normalization="layer_norm"), "'layer_norm'"),
+        ("openai", _dictionary("topk"), "'topk' with 'none'"),
+        ("gemma-scope", _dictionary("relu"), "'relu'"),
+        ("dictionary_learning", _dictionary("gated"), "'gated'"),
+        ("saelens", _dictionary("topk", skip=True), "transcoder"),
+        ("gemma-scope-2", _dictionary("jump_relu"), "read, not written"),
+        ("saelenz", _dictionary(), "did you mean 'saelens'"),
+    ],
+)
+def test_what_a_format_cannot_say_is_refused(
+    tmp_path: Path, name: str, dictionary: Dictionary, words: str
+) -> None:
+    with pytest.raises(SAEError, match=words):
+        save_dictionary(dictionary, tmp_path / "sae", name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_gemma_scope_2_is_read(tmp_path: Path) -> None:
+    dictionary = _dictionary("jump_relu", skip=True)
+    names = {"W_enc": "w_enc", "W_dec": "w_dec", "W_skip": "affine_skip_connection"}
+    arrays = {names.get(name, name): value for name, value in dictionary.as_numpy().items()}
+    save_file(arrays, tmp_path / "params.safetensors")
+    x = jnp.ones((3, D))
+    np.testing.assert_allclose(load_dictionary(tmp_path)(x), dictionary(x), atol=1e-5)
+
+
+def _truncated(path: Path) -> None:
+    file = path / "sae.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def _other_sizes(path: Path) -> None:
+    cfg = json.loads((path / "cfg.json").read_text())
+    (path / "cfg.json").write_text(json.dumps({**cfg, "n_latents": 7}))
+
+
+def _unknown_key(path: Path) -> None:
+    cfg = json.loads((path / "cfg.json").read_text())
+    (path / "cfg.json").write_text(json.dumps({**cfg, "sparseness": 7}))
+
+
+def _renamed(path: Path) -> None:
+    arrays = load_file(path / "sae.safetensors")
+    save_file({"W": arrays.pop("W_enc"), **arrays}, path / "sae.safetensors")
+
+
+@pytest.mark.parametrize("spoil", [_truncated, _other_sizes, _unknown_key, _renamed])
+def test_spoilt_files_are_refused(tmp_path: Path, spoil: Any) -> None:
+    save_dictionary(_dictionary(), tmp_path / "sae")
+    spoil(tmp_path / "sae")
+    with pytest.raises(CheckpointError, match="sae"):
+        load_dictionary(tmp_path / "sae")
+
+
+def test_files_that_could_run_something_are_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "params.npz", W_enc=np.array([{}], object))
+    with pytest.raises(CheckpointError, match=r"not a readable|no array"):
+        load_dictionary(tmp_path)
+    with zipfile.ZipFile(tmp_path / "bad.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", b"cos\nsystem\n(S'true'\ntR.")
+        archive.writestr("archive/data/0", rng.bytes(4))
+    with pytest.raises(CheckpointError):
+        load_dictionary(tmp_path / "bad.pt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="not a dictionary of a known format"):
+        load_dictionary(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_dictionary(tmp_path / "none")
+
+
+_LOAD = """
+import json, sys
+import numpy as np, torch
+from pathlib import Path
+root = Path(sys.argv[1])
+x = torch.tensor(np.load(root / "x.npy"))
+for folder in sorted(root.iterdir()):
+    if folder.name.startswith("saelens"):
+        from sae_lens import SAE
+        model = SAE.load_from_disk(folder)
+        codes = model.encode(x); out = model(x)
+    elif folder.name.startswith("sparsify"):
+        from sparsify import SparseCoder
+        model = SparseCoder.load_from_disk(folder)
+        out = model(x).sae_out
+    elif folder.name.startswith("dictionary"):
+        from dictionary_learning.utils import load_dictionary
+        model, _ = load_dictionary(str(folder), "cpu")
+        out = model.decode(model.encode(x))
+    elif folder.suffix == ".pt":
+        state = torch.load(folder, weights_only=True)
+        mean = x.mean(-1, keepdim=True); scale = (x - mean).std(-1, keepdim=True) + 1e-5
+        top = state["activation"] == "TopK"
+        z = (x - mean) / scale if top else x
+        pre = (z - state["pre_bias"]) @ state["encoder.weight"].T + state["latent_bias"]
+        codes = pre.relu()
+        if top:
+            values, indices = pre.topk(state["activation_state_dict"]["k"])
+            codes = torch.zeros_like(pre).scatter(1, indices, values.relu())
+        out = codes @ state["decoder.weight"].T + state["pre_bias"]
+        out = out * scale + mean if top else out
+    else:
+        continue
+    np.save(root / f"out_{folder.name}.npy", out.detach().numpy())
+"""
+
+
+@pytest.mark.oracle
+def test_the_libraries_themselves_read_what_is_written(tmp_path: Path) -> None:
+    python = os.environ.get("MERGELAB_SAE_PEERS")
+    if not python:
+        pytest.skip("set MERGELAB_SAE_PEERS to a Python with sae-lens, eai-sparsify and dictionary-learning")
+    x = np.random.default_rng(0).standard_normal((6, D)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    wanted = {}
+    for i, (name, dictionary) in enumerate(WRITTEN):
+        if name in ("mergelab", "gemma-scope"):
+            continue
+        path = tmp_path / f"{name}{i}{'.pt' if name == 'openai' else ''}"
+        save_dictionary(dictionary, path, name)
+        wanted[path.name] = np.asarray(dictionary(jnp.asarray(x)))
+    subprocess.run([python, "-c", _LOAD, str(tmp_path)], check=True)
+    assert len(wanted) > 10
+    for name, out in wanted.items():
+        np.testing.assert_allclose(np.load(tmp_path / f"out_{name}.npy"), out, atol=1e-4, rtol=2e-5, err_msg=name)
+
+
+def test_every_format_is_tested() -> None:
+    assert {name for name, _ in WRITTEN} | {"gemma-scope-2"} == set(FORMATS)

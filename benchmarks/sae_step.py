@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe
+from benchmarks.merge import back_memory
 from benchmarks.sae_peers.problem import Problem
 from benchmarks.table import replace_section
 
@@ -41,6 +42,8 @@ CASES = {
 
 DEAD = (0.0, 0.1)
 
+_FREE = 0.8  # of the best matrix product: below it, another program had the processor
+
 AIMS = {("A", 0.0): 1.5, ("B", 0.0): 2.5, ("C", 0.0): 2.5}
 """Times as fast as sparsify; with dead latents, 2 times as fast as every peer."""
 
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                     runs = results["runs"].setdefault(f"{case}/{dead}/{program}", [])
                     if len(runs) > turn:
                         continue
-                    runs.append(_turn(program, CASES[case], dead, options))
+                    runs.append(_undisturbed(program, CASES[case], dead, options, results["runs"]))
                     cached.write_text(json.dumps(results, indent=1))
                     speed = runs[-1]["tokens_per_second"]
                     print(f"{turn + 1}: {case} dead {dead} {program}: {speed:.0f} tokens/s", file=sys.stderr)
@@ -91,6 +94,30 @@ def run_worker(asked: Mapping[str, Any], peers: Path | None) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def _undisturbed(
+    program: str, problem: Problem, dead: float, options: argparse.Namespace, runs: Mapping[str, Any]
+) -> dict[str, float]:
+    """A turn in which the machine was free, as far as that can be had.
+
+    One whose matrix product, timed in the same process after the steps, ran well below the best that its
+    library has shown is taken again; the least disturbed is kept.
+    """
+    best = max((run["gemm_flops"] for run in _of_library(program, runs)), default=0.0)
+    turns: list[dict[str, float]] = []
+    while len(turns) <= options.retakes:
+        back_memory()
+        turns.append(_turn(program, problem, dead, options))
+        if turns[-1]["gemm_flops"] >= _FREE * best:
+            break
+    return max(turns, key=lambda turn: turn["gemm_flops"])
+
+
+def _of_library(program: str, runs: Mapping[str, Any]) -> list[dict[str, float]]:
+    """All turns whose matrix product ran on the same library, XLA or torch."""
+    own = program == "mergelab"
+    return [run for key, group in runs.items() if key.endswith("/mergelab") == own for run in group]
+
+
 def _turn(program: str, problem: Problem, dead: float, options: argparse.Namespace) -> dict[str, float]:
     asked = {"do": "time", "trainer": program, "problem": asdict(problem), "dead": dead}
     found = run_worker({**asked, "seconds": options.seconds}, options.peers_env)
@@ -111,10 +138,11 @@ def render(results: Mapping[str, Any]) -> str:
     """The table: one row per case and program, then the machine."""
     head = ["case", "program", "tokens/s", "mergelab is times as fast", "aim", "of peak GEMM", "memory MB"]
     runs: Mapping[str, list[dict[str, float]]] = results["runs"]
-    everything = [run for group in runs.values() for run in group]
-    ours = [run["gemm_flops"] for name, group in runs.items() if name.endswith("/mergelab") for run in group]
-    theirs = [run["gemm_flops"] for run in everything if run["gemm_flops"] not in ours]
-    peak = max((*ours, *theirs))
+    products = {
+        library: [run["gemm_flops"] for run in _of_library(program, runs)]
+        for library, program in (("XLA", "mergelab"), ("torch", "peers"))
+    }
+    peak = max(flops for found in products.values() for flops in found)
     rows = []
     for name, group in runs.items():
         case, dead, program = name.split("/")
@@ -129,7 +157,11 @@ def render(results: Mapping[str, Any]) -> str:
         figures = [f"{speed:,.0f}", ratio, f"{aim:g}" if aim else "", f"{part:.0%}", f"{memory / 1e6:,.0f}"]
         rows.append([label, program, *figures])
     turns = sorted({len(group) for group in runs.values()})
-    peaks = [f"{name} {max(found) / 1e9:.0f}" for name, found in (("XLA", ours), ("torch", theirs)) if found]
+    peaks = [
+        f"{name} {max(found) / 1e9:.0f} (in the most disturbed turn {min(found) / 1e9:.0f})"
+        for name, found in products.items()
+        if found
+    ]
     machine = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---", "---", *["---:"] * 5], *rows)) + (
         f"\n\nMedians of {' to '.join(map(str, turns))} turns, float32, two threads. Fastest product of two "
@@ -161,12 +193,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10, help="least seconds of timed steps in a turn")
+    parser.add_argument("--retakes", type=int, default=2, help="how often a disturbed turn is taken again")
     parser.add_argument("--resume", action="store_true", help="keep the turns that --work holds already")
     parser.add_argument("--quick", action="store_true", help="a tiny case: shows that it runs, not how fast")
     parser.add_argument("--publish", action="store_true", help="write the table of benchmarks/README.md")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.only, options.repeats, options.seconds = ["tiny"], 1, 0.1
+        options.only, options.repeats, options.seconds, options.retakes = ["tiny"], 1, 0.1, 0
     if set(options.programs) != {"mergelab"} and not options.peers_env:
         parser.error("the peers need an environment of their own: --peers-env VENV, or --programs mergelab")
     if options.peers_env and not (options.peers_env / "bin" / "python").is_file():

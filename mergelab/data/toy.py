@@ -48,12 +48,12 @@ class ToyTruth:
 
     d_in: int = 128
     n_features: int = 1024
-    l0: float = 8.0
-    exponent: float = 0.7
+    l0: float | int = 8
+    exponent: float | int = 0.7
     group_size: int = 1
-    lift: float = 1.0
-    mean_norm: float = 0.0
-    noise: float = 0.0
+    lift: float | int = 1.0
+    mean_norm: float | int = 0.0
+    noise: float | int = 0.0
     rows: int = 2_560_000
     seed: int = 0
 

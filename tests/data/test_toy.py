@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mergelab.data.activations import ActivationSource, ActivationStream
 from mergelab.data.toy import BLOCK_ROWS, ToyTruth
 from mergelab.errors import SAEError
 
@@ -66,6 +67,21 @@ def test_reading_may_start_anywhere() -> None:
     assert not np.isclose(whole[:BLOCK_ROWS], whole[BLOCK_ROWS : 2 * BLOCK_ROWS]).any(axis=1).all()
     assert not np.array_equal(replace(SMALL, seed=1).read(0, 10), whole[:10])
     assert not np.array_equal(replace(SMALL, seed=1).features, SMALL.features)
+
+
+def test_it_is_a_source_that_streams_and_resumes() -> None:
+    source: ActivationSource = replace(SMALL, rows=4000)
+    assert isinstance(source, ActivationSource)
+    stream = ActivationStream(source, 500, seed=1, buffer_rows=2048)
+    batches = [next(stream) for _ in range(10)]  # into a second epoch
+    for batch in batches:
+        np.testing.assert_array_equal(batch.input, source.read(0, 4000)[batch.rows])
+    again = ActivationStream(source, 500, seed=1, buffer_rows=2048)
+    for _ in range(6):
+        next(again)
+    resumed = ActivationStream(source, 500, seed=1, buffer_rows=2048)
+    resumed.restore(again.state())
+    np.testing.assert_array_equal(next(resumed).input, batches[6].input)
 
 
 def test_a_sample_is_its_own_rows() -> None:

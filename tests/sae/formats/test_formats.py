@@ -250,7 +250,9 @@ def test_the_libraries_themselves_read_what_is_written(tmp_path: Path) -> None:
     subprocess.run([python, "-c", _LOAD, str(tmp_path)], check=True)
     assert len(wanted) > 10
     for name, out in wanted.items():
-        np.testing.assert_allclose(np.load(tmp_path / f"out_{name}.npy"), out, atol=1e-4, rtol=2e-5, err_msg=name)
+        np.testing.assert_allclose(
+            np.load(tmp_path / f"out_{name}.npy"), out, atol=1e-4, rtol=2e-5, err_msg=name
+        )
 
 
 def test_every_format_is_tested() -> None:

@@ -1,0 +1,30 @@
+"""`mergelab sae`: train sparse autoencoders, judge them, and put them in other libraries' files."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+from mergelab.cli.main import CommandTable
+
+__all__ = ["command"]
+
+
+class _SAETable(CommandTable):
+    """Subcommands live in `mergelab.cli.sae_NAME`."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        return importlib.import_module(f"mergelab.cli.sae_{cmd_name}").command
+
+
+@click.command(
+    "sae",
+    cls=_SAETable,
+    sections={"Sparse autoencoders": ("train", "eval", "export")},
+    epilog="`mergelab sae COMMAND --help` shows a command's options with examples.",
+)
+def command() -> None:
+    """Train sparse autoencoders on activations, judge them, export them."""

@@ -1,0 +1,62 @@
+"""`mergelab sae train`: from a configuration to a finished dictionary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = ["command"]
+
+
+@click.command("train")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder for the run.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Overrides CONFIG; repeatable."
+)
+@click.option("--resume", is_flag=True, help="Go on with a run that was stopped.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(config: Path, out: Path, overrides: tuple[str, ...], resume: bool, as_json: bool) -> None:
+    """Train a sparse autoencoder as the YAML file CONFIG says.
+
+    OUT/final gets the dictionary (cfg.json, sae.safetensors), OUT/metrics.jsonl the metrics, OUT/checkpoints
+    what
+    --resume goes on from. A run that was killed and resumed ends in the bytes of one that was not.
+
+    \b
+    Examples:
+      mergelab sae train configs/sae/toy.yaml --out toy
+      mergelab sae train sae.yaml --out run --set train.lr=1e-3 --set sae.k=64
+      mergelab sae train sae.yaml --out run --resume
+    """
+    from tqdm import tqdm
+
+    from mergelab.sae.training import train
+
+    with tqdm(unit="step", disable=as_json or None, dynamic_ncols=True) as bar:
+
+        def progress(done: int, total: int, metrics: Mapping[str, float]) -> None:
+            bar.total = total
+            bar.set_postfix(
+                loss=f"{metrics['loss']:.4f}",
+                nmse=f"{metrics['nmse']:.4f}",
+                dead=f"{metrics['dead_fraction']:.1%}",
+                tok_s=f"{metrics['tokens_per_second']:,.0f}",
+                refresh=False,
+            )
+            bar.update(done - bar.n)
+
+        result = train(config, out, resume=resume, overrides=overrides, progress=progress)
+    if as_json:
+        said: dict[str, Any] = {"path": str(result.path), "steps": result.steps, "metrics": result.metrics}
+        click.echo(json.dumps(said))
+        return
+    last = result.metrics
+    click.echo(
+        f"nmse {last['nmse']:.4f}  L0 {last['l0']:.1f}  dead {last['dead_fraction']:.2%}  "
+        f"{last['tokens']:,.0f} tokens at {last['tokens_per_second']:,.0f} a second\n{result.path}"
+    )

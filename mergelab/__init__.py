@@ -20,7 +20,10 @@ __version__ = "0.1.0"
 __all__ = ["Recipe", "__version__", "errors", "merge", "operators"]
 
 _NAMES = {"merge": "mergelab.merging.merge", "Recipe": "mergelab.merging.recipe"}
-_ROOMS = ("checkpoints", "data", "errors", "merging", "models", "operators", "quickstart", "report", "trees")
+_ROOMS = (
+    "checkpoints", "data", "decoding", "errors", "merging", "models",
+    "operators", "quickstart", "report", "sae", "sharding", "trees",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ import pytest
 
 from mergelab import Recipe
 from mergelab.errors import RecipeError
+from mergelab.sae.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -42,7 +43,13 @@ def fenced(text: str, language: str) -> list[str]:
 
 
 RECIPES = [
-    (page.name, n, yaml) for page in PAGES for n, yaml in enumerate(fenced(page.read_text("utf-8"), "yaml"))
+    (page.name, n, yaml)
+    for page in PAGES
+    for n, yaml in enumerate(fenced(page.read_text("utf-8"), "yaml"))
+    if not yaml.startswith("sae:")
+]
+TRAININGS = [
+    text for page in PAGES for text in fenced(page.read_text("utf-8"), "yaml") if text.startswith("sae:")
 ]
 
 
@@ -65,6 +72,13 @@ def test_the_recipes_in_the_pages_are_valid(page: str, number: int, text: str) -
     assert recipe.model_texts()
     with pytest.raises(RecipeError, match="merge_metod"):
         Recipe.parse(text.replace("merge_method", "merge_metod"), source=page)
+
+
+@pytest.mark.parametrize("text", TRAININGS)
+def test_the_trainings_in_the_pages_are_valid(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "sae.yaml"
+    file.write_text(text)
+    assert load_config(file).train.build().steps > 0
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(REPOSITORY)))

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import describe
-from benchmarks.sae_peers.problem import TRAINERS, Arrays
+from benchmarks.sae_peers.problem import TRAINERS, Arrays, decode, encode
 from benchmarks.sae_presets import PRESETS, Preset
 from benchmarks.sae_step import REPOSITORY, run_worker
 from benchmarks.table import replace_section
@@ -135,12 +135,8 @@ def judge(arrays: Arrays, truth: ToyTruth, k: int) -> dict[str, float]:
     totals = Totals.zero(rows, len(arrays["W_dec"]))
     for start in range(0, len(rows), BLOCK_ROWS):
         x = rows[start : start + BLOCK_ROWS]
-        pre = (x - arrays["b_dec"]) @ arrays["W_enc"] + arrays["b_enc"]
-        indices = np.argpartition(pre, -k, axis=1)[:, -k:]
-        values = np.maximum(np.take_along_axis(pre, indices, axis=1), 0)
-        codes = np.zeros_like(pre)
-        np.put_along_axis(codes, indices, values, axis=1)
-        totals = totals.add(x, codes @ arrays["W_dec"] + arrays["b_dec"], (values, indices))
+        values, indices = encode(arrays, x, k)
+        totals = totals.add(x, decode(arrays, values, indices), (values, indices))
     found = totals.result()
     recovered = recovery(truth.features, arrays["W_dec"])
     return {

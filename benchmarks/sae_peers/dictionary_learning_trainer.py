@@ -46,6 +46,10 @@ class DictionaryLearning:
         self.trainer.update(self.done, torch.from_numpy(x))
         self.done += 1
 
+    def reconstruct(self, x: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return self.trainer.ae(torch.from_numpy(x)).numpy()
+
     def arrays(self) -> Arrays:
         ae = self.trainer.ae
         return {

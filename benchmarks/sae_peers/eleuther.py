@@ -6,6 +6,9 @@ default, sign descent with a schedule-free average. Its AuxK is off unless asked
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from schedulefree import ScheduleFreeWrapper  # pyright: ignore[reportMissingImports]
@@ -76,15 +79,25 @@ class Sparsify:
             self.quiet += len(batch)
             self.quiet[out.latent_indices.flatten()] = 0
 
+    def reconstruct(self, x: np.ndarray) -> np.ndarray:
+        with torch.no_grad(), self._averaged():
+            return self.sae(torch.from_numpy(x)).sae_out.numpy()
+
     def arrays(self) -> Arrays:
-        if self.averaging is not None and self.started:
-            self.averaging.eval()
-        found = {
-            "W_enc": self.sae.encoder.weight.detach().T.numpy().copy(),
-            "b_enc": self.sae.encoder.bias.detach().numpy().copy(),
-            "W_dec": self.sae.W_dec.detach().numpy().copy(),
-            "b_dec": self.sae.b_dec.detach().numpy().copy(),
-        }
-        if self.averaging is not None and self.started:
-            self.averaging.train()
-        return found
+        with self._averaged():
+            return {
+                "W_enc": self.sae.encoder.weight.detach().T.numpy().copy(),
+                "b_enc": self.sae.encoder.bias.detach().numpy().copy(),
+                "W_dec": self.sae.W_dec.detach().numpy().copy(),
+                "b_dec": self.sae.b_dec.detach().numpy().copy(),
+            }
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The parameters are those that would be saved: the schedule-free average, where there is one."""
+        if self.averaging is None or not self.started:
+            yield
+            return
+        self.averaging.eval()
+        yield
+        self.averaging.train()

@@ -49,6 +49,10 @@ class Ours:
         self.state, metrics = self.update(self.state, batch, batch)
         metrics["loss"].block_until_ready()
 
+    def reconstruct(self, x: np.ndarray) -> np.ndarray:
+        found = finished_dictionary(self.variant, self.recipe, self.state)
+        return np.asarray(found(jnp.asarray(x)))
+
     def arrays(self) -> Arrays:
         found = finished_dictionary(self.variant, self.recipe, self.state)
         arrays = {name: np.asarray(getattr(found, name)) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-__all__ = ["TRAINERS", "Arrays", "Problem", "Trainer", "build"]
+__all__ = ["TRAINERS", "Arrays", "Problem", "Trainer", "build", "decode", "encode"]
 
 Arrays = dict[str, np.ndarray]
 """`W_enc [d, n]`, `b_enc [n]`, `W_dec [n, d]`, `b_dec [d]`: codes are those of the k largest of
@@ -69,9 +69,27 @@ class Trainer(Protocol):
         """Makes the first `count` latents dead for good: a bias of -100, counters past all thresholds."""
         ...
 
+    def reconstruct(self, x: np.ndarray) -> np.ndarray:
+        """Reconstructions of `[rows, d]` by the trainer's own code."""
+        ...
+
     def arrays(self) -> Arrays:
         """The dictionary as it would be saved now."""
         ...
+
+
+def encode(arrays: Arrays, x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of activations `[rows, d]`: values and indices, both `[rows, k]`."""
+    pre = (x - arrays["b_dec"]) @ arrays["W_enc"] + arrays["b_enc"]
+    indices = np.argpartition(pre, -k, axis=1)[:, -k:]
+    return np.maximum(np.take_along_axis(pre, indices, axis=1), 0), indices
+
+
+def decode(arrays: Arrays, values: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Reconstructions `[rows, d]`."""
+    codes = np.zeros((len(values), len(arrays["W_dec"])), np.float32)
+    np.put_along_axis(codes, indices, values, axis=1)
+    return codes @ arrays["W_dec"] + arrays["b_dec"]
 
 
 def build(name: str, problem: Problem, sample: np.ndarray) -> Trainer:

@@ -44,6 +44,10 @@ class SAELens:
         self.trainer.step(torch.from_numpy(x))
         self.trainer.n_training_steps += 1
 
+    def reconstruct(self, x: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return self.trainer.sae(torch.from_numpy(x)).numpy()
+
     def arrays(self) -> Arrays:
         sae = self.trainer.sae
         # It selects by pre-activation times decoder norm; the same with the norms folded in.

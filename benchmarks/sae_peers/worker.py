@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.sae_peers.problem import Problem, build
+from benchmarks.sae_peers.problem import Problem, build, decode, encode
 
 __all__ = ["main"]
 
@@ -68,7 +68,14 @@ def _train(asked: dict[str, Any], problem: Problem) -> dict[str, Any]:
         first = step * problem.batch
         trainer.step(np.array(rows[first : first + problem.batch]))
     seconds = time.perf_counter() - started
-    np.savez(asked["out"], allow_pickle=False, **trainer.arrays())
+    arrays = trainer.arrays()
+    x = np.array(rows[:256])
+    own, saved = trainer.reconstruct(x), decode(arrays, *encode(arrays, x, problem.k))
+    # A near tie for the last place may be decided differently, in a row or two.
+    agree = (np.abs(own - saved).max(axis=1) < 1e-3 * np.abs(own).max()).mean()
+    if agree < 0.98:
+        raise RuntimeError(f"the saved arrays reconstruct {agree:.0%} of the rows as the trainer itself does")
+    np.savez(asked["out"], allow_pickle=False, **arrays)
     return {"train_seconds": seconds, "learning_rate": trainer.learning_rate}
 
 

@@ -10,10 +10,12 @@ what is on has a half-normal magnitude. This is the setting of "Toy models of su
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from mergelab.errors import SAEError
 
@@ -105,7 +107,7 @@ class ToyTruth:
 
     def codes(self, start: int, stop: int) -> np.ndarray:
         """True magnitudes behind rows `start` to `stop`: `[stop - start, n_features]`, float32, >= 0."""
-        return self._between(start, stop, codes=True)
+        return self._between(start, stop, self.n_features, lambda codes, _: codes.toarray())
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop`: `[stop - start, d_in]`, float32.
@@ -113,7 +115,7 @@ class ToyTruth:
         Raises:
             SAEError: the source does not have these rows.
         """
-        return self._between(start, stop, codes=False)
+        return self._between(start, stop, self.d_in, self._rows)
 
     def sample(self, count: int, seed: int = 0) -> np.ndarray:
         """Rows that are none of those that `read` gives: `[count, d_in]`, float32.
@@ -127,43 +129,67 @@ class ToyTruth:
         rows = [self._rows(*self._draw(stream)) for stream in streams]
         return np.concatenate([np.empty((0, self.d_in), np.float32), *rows])[:count]
 
-    def _between(self, start: int, stop: int, *, codes: bool) -> np.ndarray:
+    def _between(
+        self,
+        start: int,
+        stop: int,
+        width: int,
+        make: Callable[[csr_array, np.random.Generator], np.ndarray],
+    ) -> np.ndarray:
         if not 0 <= start <= stop <= self.rows:
             raise SAEError(
                 f"rows {start} to {stop} were asked of a toy truth that has rows 0 to {self.rows}; "
                 "raise its `rows` or read fewer."
             )
-        width = self.n_features if codes else self.d_in
         pieces = [np.empty((0, width), np.float32)]
         for block in range(start // BLOCK_ROWS, -(-stop // BLOCK_ROWS)):
-            drawn = self._draw(self._stream(_ROWS, block))
-            whole = drawn[0] if codes else self._rows(*drawn)
             first = block * BLOCK_ROWS
-            pieces.append(whole[max(start - first, 0) : stop - first])
+            drawn = make(*self._draw(self._stream(_ROWS, block)))
+            pieces.append(drawn[max(start - first, 0) : stop - first])
         return np.concatenate(pieces)
 
     def _stream(self, *path: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *path])
 
-    def _draw(self, stream: np.random.Generator) -> tuple[np.ndarray, np.random.Generator]:
+    def _draw(self, stream: np.random.Generator) -> tuple[csr_array, np.random.Generator]:
         """Codes of one block, `[BLOCK_ROWS, n_features]`, and the stream, which noise is drawn from."""
         chance = self.probabilities
-        on = np.ones((BLOCK_ROWS, self.n_features), bool)
-        if self.group_size > 1 and self.lift > 1:
+        group = np.arange(self.n_features) // self.group_size
+        gates = np.ones(group[-1] + 1)
+        if self.lift > 1 and self.group_size > 1:
             # A gate for each group and row; given an open gate, features are independent. P(i and j) is then
             # gate * (p_i / gate) * (p_j / gate) = p_i p_j / gate, and P(i) is p_i.
-            group = np.arange(self.n_features) // self.group_size
-            gates = np.maximum(1 / self.lift, np.maximum.reduceat(chance, np.unique(group) * self.group_size))
-            on = (stream.random((BLOCK_ROWS, len(gates)), np.float32) < gates)[:, group]
+            starts = np.arange(0, self.n_features, self.group_size)
+            gates = np.maximum(1 / self.lift, np.maximum.reduceat(chance, starts))
             chance = chance / gates[group]
-        on &= stream.random(on.shape, np.float32) < chance.astype(np.float32)
-        row, feature = np.nonzero(on)
-        codes = np.zeros(on.shape, np.float32)
-        codes[row, feature] = np.abs(stream.standard_normal(len(row), np.float32))
-        return codes, stream
+        row, feature = _independent_events(chance, stream)
+        if (gates < 1).any():
+            is_open = stream.random((BLOCK_ROWS, len(gates)), np.float32) < gates
+            kept = is_open[row, group[feature]]
+            row, feature = row[kept], feature[kept]
+        magnitudes = np.abs(stream.standard_normal(len(row), np.float32))
+        return csr_array((magnitudes, (row, feature)), shape=(BLOCK_ROWS, self.n_features)), stream
 
-    def _rows(self, codes: np.ndarray, stream: np.random.Generator) -> np.ndarray:
+    def _rows(self, codes: csr_array, stream: np.random.Generator) -> np.ndarray:
         rows = codes @ self.features + self.mean
         if self.noise:
             rows += self.noise * stream.standard_normal(rows.shape, np.float32)
         return rows
+
+
+def _independent_events(chance: np.ndarray, stream: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and features that are on in one block, where feature i is on with probability `chance[i]`.
+
+    A cell that receives at least one event of a Poisson process of rate -log(1 - p) is on with probability p,
+    independently of all others: far fewer random numbers than cells.
+    """
+    certain = np.flatnonzero(chance >= 1)
+    rate = -np.log1p(-np.where(chance < 1, chance, 0))
+    total = np.cumsum(rate)
+    count = stream.poisson(BLOCK_ROWS * total[-1])
+    feature = np.searchsorted(total, total[-1] * stream.random(count), side="right")
+    row = stream.integers(0, BLOCK_ROWS, count)
+    # A draw at the very end of the range would fall behind the last feature of positive rate.
+    cells = np.unique(row * len(chance) + np.minimum(feature, np.flatnonzero(rate).max(initial=0)))
+    always = (np.arange(BLOCK_ROWS)[:, None] * len(chance) + certain).ravel()
+    return np.divmod(np.concatenate([cells, always]), len(chance))

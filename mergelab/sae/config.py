@@ -57,16 +57,28 @@ class DataSection(_Section):
     """Where activations come from.
 
     Attributes:
-        kind: `files`: arrays `[tokens, d]` in `.npy` or `.safetensors` files; `toy`: generated with known
-        features. path: of `files`: a path or glob, or several.
+        kind: `files`: arrays `[tokens, d]` in `.npy` or `.safetensors` files, such as `mergelab activations`
+            writes; `model`: a model computes them while the training runs; `toy`: generated with known
+            features.
+        path: of `files`: a path or glob, or several.
         target_path: of `files`, for a transcoder: the targets of the same tokens.
+        model: of `model`: a Hugging Face folder with its tokenizer.
+        site: of `model`: such as `blocks.8.resid_post`.
+        target_site: of `model`, for a transcoder.
+        text: of `model`: a text file, or several.
+        context: of `model`: tokens in a context.
         toy: of `toy`: options of `mergelab.data.toy.ToyTruth`.
         buffer_rows: rows that are shuffled together.
     """
 
-    kind: Literal["files", "toy"]
+    kind: Literal["files", "model", "toy"]
     path: str | list[str] | None = None
     target_path: str | list[str] | None = None
+    model: str | None = None
+    site: str | None = None
+    target_site: str | None = None
+    text: str | list[str] | None = None
+    context: int = Field(default=64, ge=1)
     toy: dict[str, Any] = Field(default_factory=dict)
     buffer_rows: int = Field(default=65_536, ge=1)
 

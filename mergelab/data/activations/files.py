@@ -17,6 +17,9 @@ from mergelab.errors import CheckpointError, NonFiniteError
 
 __all__ = ["ActivationFiles", "open_activation_files"]
 
+SCALES = "scales"
+"""The tensor of a safetensors file that multiplies int8 rows, one number for each."""
+
 TENSOR = "activations"
 """The tensor's name in a safetensors file; a file with a single tensor may call it anything."""
 
@@ -28,6 +31,7 @@ class _Shard:
     width: int
     dtype: np.dtype
     tensor: TensorSource | None  # None: a .npy file
+    scales: TensorSource | None = None  # of int8 rows
 
     def read(self, start: int, stop: int) -> np.ndarray:
         if self.tensor is None:
@@ -37,6 +41,10 @@ class _Shard:
             piece = np.empty((stop - start, self.width), self.dtype)
             self.tensor.read_into(start * self.width, piece.reshape(-1))
         rows = np.asarray(piece, np.float32)
+        if self.scales is not None:
+            scales = np.empty(stop - start, np.float32)
+            self.scales.read_into(start, scales)
+            rows = rows * scales[:, None]
         if not np.isfinite(rows).all():
             row = start + int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
             raise NonFiniteError(
@@ -117,9 +125,10 @@ def _open(path: Path) -> _Shard:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise CheckpointError(f"{path}: not a readable .npy file ({error}); write it again") from error
-        shape, dtype, tensor = array.shape, array.dtype, None
+        shape, dtype, tensor, scales = array.shape, array.dtype, None, None
     elif path.suffix == ".safetensors":
-        tensors = open_safetensors(path).tensors
+        tensors = dict(open_safetensors(path).tensors)
+        scales = tensors.pop(SCALES, None)
         if TENSOR not in tensors and len(tensors) != 1:
             raise CheckpointError(
                 f"{path}: holds {len(tensors)} tensors, none of them {TENSOR!r}; name the activations so"
@@ -128,8 +137,11 @@ def _open(path: Path) -> _Shard:
         shape, dtype = tensor.shape, tensor.dtype
     else:
         raise CheckpointError(f"{path}: activations are read from .npy and .safetensors files")
-    if len(shape) != 2 or not shape[1] or dtype.name not in ("float32", "float16", "bfloat16", "float64"):
+    kinds = ("int8",) if scales is not None else ("float32", "float16", "bfloat16", "float64")
+    if len(shape) != 2 or not shape[1] or dtype.name not in kinds:
         raise CheckpointError(
             f"{path}: holds {dtype.name} of shape {list(shape)}; expected floats of shape [tokens, d]"
         )
-    return _Shard(path, shape[0], shape[1], dtype, tensor)
+    if scales is not None and (scales.shape != shape[:1] or scales.dtype != np.float32):
+        raise CheckpointError(f"{path}: {SCALES!r} must be float32 of shape [{shape[0]}], one for each row")
+    return _Shard(path, shape[0], shape[1], dtype, tensor, scales)

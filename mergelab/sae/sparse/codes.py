@@ -1,7 +1,7 @@
 """Codes of a batch, as (value, index) pairs or dense and masked: two ways to compute the same thing.
 
 Pairs cost `2 * tokens * d * n` FLOPs for the encoder and little more; dense codes cost five such products,
-but run as plain matrix products. Pairs win where few of many latents fire (`n / k` above ~256 on a CPU) and
+but run as plain matrix products. Pairs win where few of many latents fire (`n / k` above ~32 on a CPU) and
 on GPUs; dense codes win for small dictionaries, and on TPUs, which have no fast gather.
 """
 

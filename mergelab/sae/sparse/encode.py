@@ -16,7 +16,7 @@ from mergelab.sae.sparse.top_k import Largest, largest, top_k
 
 __all__ = ["pre_activations", "prefers_dense", "top_k_codes"]
 
-_DENSE_BELOW = 160
+_DENSE_BELOW = 32
 """Latents per active latent under which dense codes are faster on a CPU (benchmarks/sae_step.py)."""
 
 _SPARE = 4

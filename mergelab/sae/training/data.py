@@ -8,6 +8,7 @@ from mergelab.data.activations import ActivationSource, open_activation_files
 from mergelab.data.toy import ToyTruth
 from mergelab.errors import SAEError, did_you_mean
 from mergelab.sae.config import DataSection
+from mergelab.sae.model_source import open_model_activations
 
 __all__ = ["open_data"]
 
@@ -29,6 +30,15 @@ def open_data(section: DataSection, tokens: int) -> tuple[ActivationSource, Acti
             if name not in known:
                 raise SAEError(f"data.toy.{name} is not a known key{did_you_mean(name, known)}.")
         return ToyTruth(**{"rows": tokens, **section.toy}), None
+    if section.kind == "model":
+        for name in ("model", "site", "text"):
+            if getattr(section, name) is None:
+                raise SAEError(f"data.{name} is missing: data of kind 'model' needs model, site and text.")
+        assert section.model is not None and section.site is not None and section.text is not None
+        sites = [section.site, *([section.target_site] if section.target_site else [])]
+        texts = [section.text] if isinstance(section.text, str) else section.text
+        found = open_model_activations(section.model, sites, texts, length=section.context)
+        return found.at(section.site), found.at(section.target_site) if section.target_site else None
     if section.path is None:
         raise SAEError("data.path is missing: data of kind 'files' needs the files' path or glob.")
     target = None if section.target_path is None else open_activation_files(section.target_path)

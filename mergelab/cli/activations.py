@@ -1,0 +1,66 @@
+"""`mergelab activations`: what a model computes at its sites, written as training data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+__all__ = ["command"]
+
+
+@click.command("activations")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--site", "sites", multiple=True, required=True, help="Such as blocks.8.resid_post; repeatable."
+)
+@click.option(
+    "--text", "texts", multiple=True, required=True, type=click.Path(path_type=Path), help="Repeatable."
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@click.option("--context", type=click.IntRange(1), default=64, show_default=True, help="Tokens in a context.")
+@click.option("--tokens", type=click.IntRange(1), help="At most so many; all of the text if not given.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "int8"]), default="float32", show_default=True,
+    help="Stored dtype; int8 has a scale for each row.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(
+    model: Path,
+    sites: tuple[str, ...],
+    texts: tuple[Path, ...],
+    out: Path,
+    context: int,
+    tokens: int | None,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Write the activations of MODEL at its sites on text files.
+
+    OUT gets files SITE-00000.safetensors with rows [tokens, d_model], tokens.safetensors with the token of
+    each row, and store.json. `mergelab inspect MODEL` lists the sites.
+
+    \b
+    Examples:
+      mergelab activations model --site blocks.8.resid_post --text corpus.txt --out acts
+      mergelab activations model --site blocks.2.mlp.pre --site blocks.2.mlp.out --text a.txt --out acts
+      --dtype int8
+    """
+    from tqdm import tqdm
+
+    from mergelab.sae.activation_store import write_store
+    from mergelab.sae.model_source import open_model_activations
+
+    source = open_model_activations(model, sites, texts, length=context)
+    with tqdm(unit="row", disable=as_json or None, dynamic_ncols=True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        rows = write_store(source, out, model=model, rows=tokens, dtype=dtype, progress=progress)
+    if as_json:
+        click.echo(json.dumps({"path": str(out), "rows": rows, "sites": list(sites)}))
+    else:
+        click.echo(f"{rows:,} rows of {', '.join(sites)}\n{out}")

@@ -1,0 +1,184 @@
+"""Activations of a model as a source of rows: computed when they are read, from the tokens they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergelab.data.packing import pack_stream
+from mergelab.data.tokenizer import load_tokenizer
+from mergelab.errors import NonFiniteError, SAEError
+from mergelab.models.load import load_model
+from mergelab.models.model import Model
+
+__all__ = ["ModelActivations", "SiteActivations", "contexts_of_texts", "open_model_activations"]
+
+
+@dataclass(frozen=True)
+class ModelActivations:
+    """Activations at sites of a model, row by row of the tokens.
+
+    Row `r` belongs to `tokens[r // length, r % length]`, which leads back to its text. Any range of rows can
+    be read, so a shuffled stream over them stands and goes on exactly as over files; several sites come of
+    one forward pass.
+
+    Attributes:
+        model: the model.
+        params: its parameters, on any mesh.
+        tokens: int32 `[contexts, length]`, whole contexts.
+        sites: names of sites of shape `[batch, length, d]`.
+        batch: contexts in one forward pass.
+    """
+
+    model: Model
+    params: Any
+    tokens: np.ndarray
+    sites: tuple[str, ...]
+    batch: int = 32
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 2 or not self.tokens.size:
+            raise SAEError(
+                f"tokens have shape {list(self.tokens.shape)}; expected whole contexts [n, length]."
+            )
+        for site in self.sites:
+            shape = self.model.sites().get(site)
+            if shape is not None and len(shape) != 3:
+                raise SAEError(
+                    f"the site {site!r} has shape {list(shape)}; a dictionary reads [batch, length, width]."
+                )
+        object.__setattr__(self, "_last", {})
+
+    @property
+    def rows(self) -> int:
+        """How many tokens there are."""
+        return self.tokens.size
+
+    @cached_property
+    def _forward(self) -> Any:
+        def run(params: Any, tokens: jax.Array) -> list[jax.Array]:
+            found = self.model.apply(params, tokens, capture=self.sites, logits=False).captured
+            return [found[site].astype(jnp.float32) for site in self.sites]
+
+        return jax.jit(run)
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """Width of each site."""
+        shapes = jax.eval_shape(self._forward, self.params, jnp.zeros((1, self.tokens.shape[1]), jnp.int32))
+        return tuple(shape.shape[-1] for shape in shapes)
+
+    def read_sites(self, start: int, stop: int) -> tuple[np.ndarray, ...]:
+        """Rows `start` to `stop` of every site: `[stop - start, d]`, float32, in the order of `sites`.
+
+        Raises:
+            NonFiniteError: an activation is NaN or infinite.
+        """
+        last: dict[Any, tuple[np.ndarray, ...]] = getattr(self, "_last")  # noqa: B009
+        if (start, stop) not in last:
+            last.clear()  # inputs and targets of a transcoder are read one after the other
+            last[(start, stop)] = self._compute(start, stop)
+        return last[(start, stop)]
+
+    def _compute(self, start: int, stop: int) -> tuple[np.ndarray, ...]:
+        length = self.tokens.shape[1]
+        first, end = start // length, -(-stop // length)
+        parts: list[list[np.ndarray]] = []
+        for at in range(first, end, self.batch):
+            tokens = self.tokens[at : min(at + self.batch, end)]
+            # One shape for all passes: the last is filled up, and what fills it dropped.
+            filled = np.pad(tokens, ((0, self.batch - len(tokens)), (0, 0)))
+            found = self._forward(self.params, jnp.asarray(filled, jnp.int32))
+            parts.append([np.asarray(x)[: len(tokens)].reshape(-1, x.shape[-1]) for x in found])
+        rows = [np.concatenate(site) for site in zip(*parts, strict=True)]
+        rows = [site[start - first * length : stop - first * length] for site in rows]
+        for name, site in zip(self.sites, rows, strict=True):
+            if not np.isfinite(site).all():
+                raise NonFiniteError(f"activations of the site {name!r} are not finite; try float32 weights")
+        return tuple(rows)
+
+    def at(self, site: str) -> SiteActivations:
+        """One of the sites, as a source."""
+        return SiteActivations(self, self.sites.index(site))
+
+
+@dataclass(frozen=True)
+class SiteActivations:
+    """One site of `ModelActivations`: a source of rows."""
+
+    of: ModelActivations
+    index: int
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return self.of.rows
+
+    @property
+    def d_in(self) -> int:
+        """Width of a row."""
+        return self.of.widths[self.index]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop`: `[stop - start, d_in]`, float32."""
+        return self.of.read_sites(start, stop)[self.index]
+
+
+def contexts_of_texts(folder: Path, texts: Sequence[str], length: int) -> np.ndarray:
+    """Texts in the tokens of a model's folder, joined and cut: int32 `[contexts, length]`, without the rest.
+
+    Raises:
+        SAEError: the texts do not fill one context.
+    """
+    tokenizer = load_tokenizer(folder)
+    ends = next(iter(tokenizer.end_ids), None)
+    documents = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    packed = pack_stream(documents, length, separator=ends)
+    whole = packed.tokens[packed.mask.all(axis=1)]
+    if not len(whole):
+        raise SAEError(f"the texts do not fill one context of {length} tokens; give more text.")
+    return whole
+
+
+def open_model_activations(
+    model: str | Path,
+    sites: Sequence[str],
+    texts: Sequence[str | Path],
+    *,
+    length: int = 64,
+    dtype: Any = None,
+    mesh: Any = None,
+) -> ModelActivations:
+    """Activations of a model's folder on text files.
+
+    Args:
+        model: a Hugging Face folder with its tokenizer.
+        sites: names, such as `blocks.8.resid_post`.
+        texts: UTF-8 files.
+        length: of a context, in tokens.
+        dtype: of the weights; the stored one if None.
+        mesh: devices to spread the model over.
+
+    Raises:
+        SAEError: a text cannot be read, or the texts are too short.
+        SiteError: the model has no such site.
+        CheckpointError: the model cannot be read.
+    """
+    read = []
+    for path in map(Path, texts):
+        try:
+            read.append(path.read_text(encoding="utf-8", errors="replace"))
+        except OSError as error:
+            raise SAEError(f"{path}: the text cannot be read ({error.strerror}).") from error
+    loaded, params = load_model(model, mesh=mesh, dtype=dtype)
+    tokens = contexts_of_texts(Path(model), read, length)
+    found = ModelActivations(loaded, params, tokens, tuple(sites))
+    _ = found.widths  # names of sites are checked here, before anything is computed
+    return found

@@ -1,0 +1,140 @@
+"""Activations of a model: the rows of its sites, any range of them, as files and as training data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors.numpy import load_file
+
+from mergelab.cli.main import cli
+from mergelab.data.activations import ActivationStream, open_activation_files
+from mergelab.data.bpe import train_bpe
+from mergelab.errors import OutputError, SAEError, SiteError
+from mergelab.models import llama
+from mergelab.sae.activation_store import quantized, write_store
+from mergelab.sae.model_source import ModelActivations, open_model_activations
+from mergelab.sae.training import train
+
+SITES = ("blocks.0.resid_post", "blocks.1.mlp.out")
+TEXT = "def add(a, b):\n    return a + b\n\nfor number in range(10):\n    print(add(number, 1))\n" * 60
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    config = llama.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+    )  # fmt: skip
+    tokenizer = train_bpe([TEXT], 300).to_str()
+    llama.save(llama.init(config, 0), config, path / "model", files={"tokenizer.json": tokenizer.encode()})
+    (path / "text.txt").write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(folder: Path) -> ModelActivations:
+    return open_model_activations(folder / "model", SITES, [folder / "text.txt"], length=16)
+
+
+def test_rows_are_those_of_the_forward_pass(source: ModelActivations) -> None:
+    found = source.model.apply(
+        source.params, jnp.asarray(source.tokens), capture=SITES, logits=False
+    ).captured
+    for index, site in enumerate(SITES):
+        whole = np.asarray(found[site]).reshape(-1, 32)
+        assert source.at(site).rows == len(whole) == source.tokens.size
+        for start, stop in ((0, 16), (5, 7), (15, 50), (source.rows - 3, source.rows)):
+            rows = source.read_sites(start, stop)[index]
+            np.testing.assert_allclose(rows, whole[start:stop], atol=1e-5)
+    assert np.abs(source.read_sites(0, 16)[0] - source.read_sites(16, 32)[0]).max() > 1e-3
+
+
+def test_rows_lead_back_to_their_tokens(source: ModelActivations) -> None:
+    stream = ActivationStream(source.at(SITES[0]), 32, target=source.at(SITES[1]), seed=1)
+    batch = next(stream)
+    context, position = np.divmod(batch.rows, 16)
+    again = source.model.apply(
+        source.params, jnp.asarray(source.tokens[context]), capture=SITES, logits=False
+    ).captured
+    mine = np.asarray(again[SITES[0]])[np.arange(32), position]
+    np.testing.assert_allclose(batch.input, mine, atol=1e-5)
+    np.testing.assert_allclose(batch.target, np.asarray(again[SITES[1]])[np.arange(32), position], atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 0.0), ("bfloat16", 2**-8), ("int8", 1 / 250)])
+def test_a_store_is_read_as_it_was_written(
+    folder: Path, source: ModelActivations, tmp_path: Path, dtype: str, error: float
+) -> None:
+    rows = write_store(source, tmp_path / "acts", model=folder / "model", rows=200, dtype=dtype)
+    assert rows == 192  # whole contexts
+    for index, site in enumerate(SITES):
+        files = open_activation_files(tmp_path / "acts" / f"{site}-*.safetensors")
+        wanted = source.read_sites(0, rows)[index]
+        off = np.abs(files.read(0, rows) - wanted).max(axis=1) / np.abs(wanted).max(axis=1)
+        assert off.max() <= error
+    tokens = load_file(tmp_path / "acts" / "tokens.safetensors")["tokens"]
+    np.testing.assert_array_equal(tokens, source.tokens.reshape(-1)[:rows])
+    facts = json.loads((tmp_path / "acts" / "store.json").read_text())
+    assert facts["sites"] == dict.fromkeys(SITES, 32) and len(facts["model_sha256"]) == 64
+    with pytest.raises(OutputError, match="not empty"):
+        write_store(source, tmp_path / "acts", model=folder / "model")
+
+
+def test_a_begun_store_goes_on_and_is_no_one_elses(
+    folder: Path, source: ModelActivations, tmp_path: Path
+) -> None:
+    def stop(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_store(source, tmp_path / "acts", model=folder / "model", progress=stop)
+    assert not (tmp_path / "acts").exists()
+    with pytest.raises(OutputError, match="begun work of another call"):
+        write_store(source, tmp_path / "acts", model=folder / "model", dtype="int8")
+    assert write_store(source, tmp_path / "acts", model=folder / "model") == source.rows
+
+
+def test_quantisation_is_off_by_half_a_step() -> None:
+    rows = np.random.default_rng(0).standard_normal((50, 9)).astype(np.float32)
+    rows[7] = 0
+    values, scales = quantized(rows)
+    assert (np.abs(values * scales[:, None] - rows) <= scales[:, None] * 0.5001).all()
+
+
+def test_the_command_and_a_training_on_the_model(folder: Path, tmp_path: Path) -> None:
+    command = ["activations", folder / "model", "--site", SITES[0], "--text", folder / "text.txt"]
+    result = CliRunner().invoke(cli, [*map(str, command), "--out", str(tmp_path / "acts"), "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output.splitlines()[-1])["rows"] > 500
+    model = {
+        "kind": "model",
+        "model": str(folder / "model"),
+        "site": SITES[0],
+        "text": str(folder / "text.txt"),
+    }
+    sae = {"n_latents": 64, "k": 4}
+    budget = {"batch_size": 64, "tokens": 1280, "lr": 1e-3}
+    online = train({"sae": sae, "data": model, "train": budget}, tmp_path / "online")
+    files = {"kind": "files", "path": str(tmp_path / "acts" / "blocks*.safetensors")}
+    offline = train({"sae": sae, "data": files, "train": budget}, tmp_path / "offline")
+    np.testing.assert_allclose(online.dictionary.W_dec, offline.dictionary.W_dec, atol=1e-3)
+    both = {**model, "target_site": SITES[1]}
+    transcoder = train({"sae": sae, "data": both, "train": budget}, tmp_path / "transcoder").dictionary
+    assert transcoder.W_dec.shape == (64, 32) and not np.allclose(transcoder.W_dec, online.dictionary.W_dec)
+
+
+def test_what_cannot_be_read_is_said(folder: Path) -> None:
+    with pytest.raises(SiteError, match=r"blocks\.9"):
+        open_model_activations(folder / "model", ["blocks.9.resid_post"], [folder / "text.txt"])
+    with pytest.raises(SAEError, match="reads"):
+        open_model_activations(folder / "model", ["blocks.0.attn.pattern"], [folder / "text.txt"])
+    with pytest.raises(SAEError, match="do not fill one context"):
+        open_model_activations(folder / "model", SITES, [folder / "text.txt"], length=10**6)
+    with pytest.raises(SAEError, match="cannot be read"):
+        open_model_activations(folder / "model", SITES, [folder / "none.txt"])

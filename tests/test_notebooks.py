@@ -12,7 +12,11 @@ from nbclient.exceptions import CellExecutionError
 REPOSITORY = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(REPOSITORY.glob("colab/*.ipynb"))
 # What each prints once its point is made.
-PRINTED = {"merging.ipynb": "memory against disk:", "models.ipynb": "saved is what was loaded: True"}
+PRINTED = {
+    "merging.ipynb": "memory against disk:",
+    "models.ipynb": "saved is what was loaded: True",
+    "sae.ipynb": "the same dictionary in SAELens files: True",
+}
 
 
 def execute(notebook: nbformat.NotebookNode, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:

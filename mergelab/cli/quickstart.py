@@ -87,11 +87,22 @@ def _summary(results: Results, out: Path) -> str:
             "",
             *results.verdict,
             "",
+            _features(results),
+            "",
             f"report   {out / 'report.html'}",
             f"figure   {out / 'figure.png'}",
             f"numbers  {out / 'results.json'}",
-            f"models   {out / 'models'}, {out / 'merges'}",
+            f"models   {out / 'models'}, {out / 'merges'}, {out / 'sae' / 'final'}",
         ]
+    )
+
+
+def _features(results: Results) -> str:
+    figures = results.features["figures"]
+    return (
+        f"A sparse autoencoder of {figures['latents']} latents on {figures['site']} of the base model leaves "
+        f"{figures['nmse']:.1%} of the variance of held-out activations unexplained with {figures['l0']:.0f} "
+        f"latents a token;\nthe report shows {len(results.features['latents'])} of them in the text."
     )
 
 

@@ -27,4 +27,11 @@ class _SAETable(CommandTable):
     epilog="`mergelab sae COMMAND --help` shows a command's options with examples.",
 )
 def command() -> None:
-    """Train sparse autoencoders on activations, judge them, export them."""
+    """Train sparse autoencoders on activations, judge them, export them.
+
+    \b
+    Examples:
+      mergelab sae train configs/sae/toy.yaml --out toy
+      mergelab sae eval toy --data heldout.npy
+      mergelab sae export toy --format saelens --out toy-saelens
+    """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 __all__ = ["ModelScore", "Results", "retained_gain", "score_models", "verdict"]
@@ -44,6 +44,7 @@ class Results:
         verdict: sentences computed from the scores.
         facts: where the numbers come from: text sizes, model size, versions, seed.
         seconds: wall time of each stage when it last ran.
+        features: of the autoencoder on the base model: its figures on held-out text, and some latents.
     """
 
     domains: tuple[str, ...]
@@ -51,6 +52,7 @@ class Results:
     verdict: tuple[str, ...]
     facts: Mapping[str, str]
     seconds: Mapping[str, float]
+    features: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `results.json`."""

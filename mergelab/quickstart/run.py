@@ -1,14 +1,16 @@
-"""The quickstart from end to end: tokenizer, base, specialists, merges, scores; each stage done once."""
+"""The quickstart end to end: tokenizer, base, specialists, merges, scores, features; each stage done once."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from mergelab.data.corpus import DOMAINS, gather
 from mergelab.merging import merge
 from mergelab.quickstart.family import Family, train_tokenizer
+from mergelab.quickstart.features import find_features, train_autoencoder
 from mergelab.quickstart.recipes import copy_recipe
 from mergelab.quickstart.results import Results, score_models, verdict
 from mergelab.quickstart.settings import QuickstartSettings
@@ -30,7 +32,7 @@ def run(
 ) -> Results:
     """Trains, merges and scores the model family; what an earlier run with equal settings made is kept.
 
-    Writes `models/NAME`, `merges/RECIPE` (HF folders), `recipes/RECIPE.yaml` and `results.json` in `out`.
+    Writes `models/NAME`, `merges/RECIPE` (HF folders), `recipes/RECIPE.yaml`, `sae` and `results.json`.
 
     Args:
         out: the output folder.
@@ -77,7 +79,22 @@ def run(
         bits[name] = stages.run(f"evaluate {name}", folder_key, lambda _, f=folder: family.evaluate(out / f))
         on_progress("evaluate", number, len(keys))
 
+    def train_sae(path: Path) -> object:
+        documents = [document for domain in DOMAINS for document in corpus.train[domain]]
+        return train_autoencoder(
+            out / "models" / "base", documents, settings.autoencoder, path, seed,
+            lambda done, total: on_progress("autoencoder", done, total),
+        )  # fmt: skip
+
+    def show_features(_: Path) -> object:
+        documents = [document for domain in DOMAINS for document in corpus.held_out[domain]]
+        return asdict(find_features(out / "models" / "base", out / "sae", documents, settings.autoencoder))
+
+    stages.run("train autoencoder", key, train_sae, "sae")
+    features = stages.run("find features", key, show_features)
+
     scores = score_models(bits, DOMAINS)
-    results = Results(DOMAINS, scores, verdict(scores, DOMAINS), family.facts(), stages.seconds)
+    judged = verdict(scores, DOMAINS)
+    results = Results(DOMAINS, scores, judged, family.facts(), stages.seconds, features)
     (out / "results.json").write_text(json.dumps(results.to_dict(), indent=2) + "\n", encoding="utf-8")
     return results

@@ -24,6 +24,25 @@ ALL_RECIPES = (
 
 
 @dataclass(frozen=True)
+class AutoencoderSettings:
+    """Size of the autoencoder and of its training.
+
+    Attributes:
+        site: where it reads the base model.
+        n_latents, k: the dictionary.
+        tokens, batch_size: of the training.
+        context: tokens in a context.
+    """
+
+    site: str
+    n_latents: int
+    k: int
+    tokens: int
+    batch_size: int
+    context: int
+
+
+@dataclass(frozen=True)
 class QuickstartSettings:
     """Sizes of the corpus, the model and the training runs.
 
@@ -33,6 +52,7 @@ class QuickstartSettings:
         batch: windows per training step.
         base: training of the base model, on the three domains mixed.
         specialist: fine-tuning of the base on one domain.
+        autoencoder: of the sparse autoencoder on the base model.
         recipes: file names, without `.yaml`, in `configs/quickstart`.
     """
 
@@ -42,6 +62,7 @@ class QuickstartSettings:
     batch: int
     base: TrainSettings
     specialist: TrainSettings
+    autoencoder: AutoencoderSettings
     recipes: tuple[str, ...] = ALL_RECIPES
 
     @property
@@ -73,6 +94,7 @@ PRESETS: Mapping[str, QuickstartSettings] = {
         batch=16,
         base=TrainSettings(steps=400, learning_rate=3e-3),
         specialist=TrainSettings(steps=80, learning_rate=5e-4, warmup_steps=10),
+        autoencoder=AutoencoderSettings("blocks.2.resid_post", 1024, 16, 500_000, 1024, context=64),
     ),
     "tiny": QuickstartSettings(
         train_bytes=60_000,
@@ -81,6 +103,7 @@ PRESETS: Mapping[str, QuickstartSettings] = {
         batch=8,
         base=TrainSettings(steps=40, learning_rate=5e-3, warmup_steps=4),
         specialist=TrainSettings(steps=15, learning_rate=2e-3, warmup_steps=2),
+        autoencoder=AutoencoderSettings("blocks.0.resid_post", 128, 4, 20_000, 256, context=32),
         recipes=("linear", "task_arithmetic_1.0", "slerp"),
     ),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 __all__ = ["Comparison", "Score", "cells", "in_reading_order"]
 
@@ -36,6 +36,8 @@ class Comparison(Protocol):
     def facts(self) -> Mapping[str, str]: ...
     @property
     def seconds(self) -> Mapping[str, float]: ...
+    @property
+    def features(self) -> Mapping[str, Any]: ...
 
 
 def in_reading_order(comparison: Comparison) -> list[Score]:

@@ -79,6 +79,19 @@ def test_the_merge_is_the_merge_of_these_models(done: SimpleNamespace) -> None:
         assert not np.array_equal(tensor, models[0][name])
 
 
+def test_the_autoencoder_explains_the_base_model_and_is_shown_in_the_text(done: SimpleNamespace) -> None:
+    settings = PRESETS["tiny"].autoencoder
+    weights = load_file(done.out / "sae" / "final" / "sae.safetensors")
+    assert weights["W_dec"].shape == (settings.n_latents, PRESETS["tiny"].model.hidden_size)
+    figures, latents = done.data["features"]["figures"], done.data["features"]["latents"]
+    assert figures["nmse"] < 0.6 and figures["l0"] <= settings.k
+    assert f"{figures['nmse']:.1%}" in done.result.output
+    assert latents
+    for latent in latents:
+        strengths = [max(strength for _, strength in example) for example in latent["examples"]]
+        assert strengths == sorted(strengths, reverse=True) and strengths[0] == pytest.approx(1, abs=1e-4)
+
+
 def test_a_merge_is_a_model_with_its_tokenizer(done: SimpleNamespace) -> None:
     config, _ = llama.load(done.out / "merges" / "slerp")
     assert config == PRESETS["tiny"].model

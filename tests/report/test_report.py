@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,7 @@ class Comparison:
     verdict: tuple[str, ...]
     facts: dict[str, str]
     seconds: dict[str, float]
+    features: dict[str, Any]
 
 
 RESULTS = Comparison(
@@ -46,6 +48,17 @@ RESULTS = Comparison(
     verdict=("One helped & one did not.",),
     facts={"seed": "0"},
     seconds={"train base": 1.25, "merge": 2.0},
+    features={
+        "figures": {
+            "site": "blocks.1.resid_post",
+            "latents": 64,
+            "k": 4,
+            "nmse": 0.25,
+            "l0": 4.0,
+            "alive": 1.0,
+        },
+        "latents": [{"latent": 7, "density": 0.01, "examples": [[("if", 0.1), (" <x>", 1.0)]]}],
+    },
 )
 
 
@@ -103,4 +116,6 @@ def test_the_page_escapes_text_marks_the_best_and_loads_nothing() -> None:
     assert re.findall(r'class="best">([\d.]+)<', page) == ["1.000", "2.200", "1.700"]
     assert page.index(">base<") < page.index(">code</th>\n<td") < page.index(">worse<")
     assert "3 s in all" in page
+    assert '<span style="--s: 0.10">if</span><span style="--s: 1.00"> &lt;x&gt;</span>' in page
+    assert "normalised MSE 0.250" in page
     assert not re.search(r"""(src|href|srcset)=["'](?!data:)|@import|url\(|<script""", page)

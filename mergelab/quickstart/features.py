@@ -1,0 +1,118 @@
+"""The quickstart's autoencoder: trained on the base model's middle layer, with some of its features shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mergelab.data.corpus import Document
+from mergelab.models.load import load_model
+from mergelab.quickstart.settings import AutoencoderSettings
+from mergelab.sae.evaluation.examples import survey
+from mergelab.sae.evaluation.reconstruction import Totals
+from mergelab.sae.formats import load_dictionary
+from mergelab.sae.model_source import ModelActivations, contexts_of_texts
+from mergelab.sae.training import train
+
+__all__ = ["Features", "find_features", "train_autoencoder"]
+
+_SHOWN, _EXAMPLES = 8, 3
+_RARE, _COMMON = 2e-4, 2e-2  # densities between which a latent is neither a fluke nor about everything
+
+
+@dataclass(frozen=True)
+class Features:
+    """An autoencoder's figures on held-out text, and a few of its latents.
+
+    Attributes:
+        figures: normalised MSE, L0 and so on, held out; the dictionary's sizes.
+        latents: per latent its number, density, and contexts as (token text, strength 0 to 1) pairs.
+    """
+
+    figures: Mapping[str, float | str]
+    latents: Sequence[Mapping[str, Any]]
+
+
+def train_autoencoder(
+    model: Path,
+    documents: Sequence[Document],
+    settings: AutoencoderSettings,
+    path: Path,
+    seed: int,
+    on_step: Callable[[int, int], None],
+) -> dict[str, float]:
+    """Trains it on the base model's training text, into `path`, as `mergelab sae train` does.
+
+    Returns:
+        The metrics of the last step.
+    """
+    text = path.with_name(f"{path.name}.txt")
+    text.write_text("\n\n".join(document.text for document in documents), encoding="utf-8")
+    config = {
+        "sae": {"variant": "topk", "n_latents": settings.n_latents, "k": settings.k},
+        "data": {
+            "kind": "model",
+            "model": str(model),
+            "site": settings.site,
+            "text": str(text),
+            "context": settings.context,
+        },
+        "train": {"batch_size": settings.batch_size, "tokens": settings.tokens, "seed": seed},
+        "checkpoint": {"log_every": 10},
+    }
+    result = train(config, path, progress=lambda done, total, _: on_step(done, total))
+    return {name: result.metrics[name] for name in ("nmse", "dead_fraction", "l0")}
+
+
+def find_features(
+    model: Path, dictionary_folder: Path, documents: Sequence[Document], settings: AutoencoderSettings
+) -> Features:
+    """Judges the autoencoder on held-out text and takes the latents that are strongest there."""
+    dictionary = load_dictionary(dictionary_folder / "final")
+    loaded, params = load_model(model)
+    tokens = contexts_of_texts(model, [document.text for document in documents], settings.context)
+    source = ModelActivations(loaded, params, tokens, (settings.site,))
+    found = survey(dictionary, source, count=_EXAMPLES)
+    rows = source.read_sites(0, source.rows)[0]
+    codes = dictionary.encode(jnp.asarray(rows))
+    totals = Totals.zero(rows, dictionary.n_latents)
+    result = totals.add(rows, np.asarray(dictionary.decode(codes)), np.asarray(codes)).result()
+    telling = (found.density >= _RARE) & (found.density <= _COMMON)
+    order = np.argsort(np.where(telling, found.peak, -1), kind="stable")[::-1]
+    chosen = [int(latent) for latent in order[:_SHOWN] if telling[latent]]
+    words = _token_texts(model)
+    latents = [
+        {
+            "latent": latent,
+            "density": float(found.density[latent]),
+            "examples": [
+                [
+                    (words(token), code / float(found.peak[latent]))
+                    for token, code in zip(example.tokens, example.codes, strict=True)
+                ]
+                for example in found.examples[latent]
+            ],
+        }
+        for latent in chosen
+    ]
+    figures: dict[str, float | str] = {
+        "site": settings.site,
+        "latents": dictionary.n_latents,
+        "k": settings.k,
+        "nmse": result.nmse,
+        "l0": result.l0,
+        "alive": result.alive,
+    }
+    return Features(figures, latents)
+
+
+def _token_texts(model: Path) -> Callable[[int], str]:
+    from mergelab.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    return lambda token: tokenizer.decode([token], skip_special_tokens=False)

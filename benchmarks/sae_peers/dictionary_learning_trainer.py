@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 from dictionary_learning.trainers.top_k import TopKTrainer  # pyright: ignore[reportMissingImports]
 
 from benchmarks.sae_peers.problem import Arrays, Problem

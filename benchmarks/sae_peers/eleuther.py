@@ -10,11 +10,11 @@ import contextlib
 from collections.abc import Iterator
 
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 from schedulefree import ScheduleFreeWrapper  # pyright: ignore[reportMissingImports]
 from sparsify import SparseCoder, SparseCoderConfig, TrainConfig  # pyright: ignore[reportMissingImports]
 from sparsify.sign_sgd import SignSGD  # pyright: ignore[reportMissingImports]
-from transformers import get_linear_schedule_with_warmup
+from transformers import get_linear_schedule_with_warmup  # pyright: ignore[reportMissingImports]
 
 from benchmarks.sae_peers.problem import Arrays, Problem
 

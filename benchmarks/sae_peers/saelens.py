@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig  # pyright: ignore[reportMissingImports]
 from sae_lens.config import SAETrainerConfig  # pyright: ignore[reportMissingImports]
 from sae_lens.training.sae_trainer import SAETrainer  # pyright: ignore[reportMissingImports]

@@ -90,7 +90,7 @@ def _gemm(trainer: str, size: int = 2048, turns: int = 8) -> float:
         def run() -> None:
             product(matrix).block_until_ready()
     else:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
 
         tensor = torch.from_numpy(a)
 

@@ -130,14 +130,14 @@ def _compile(
     batch: int | None,
     length: int | None,
 ) -> dict[str, Any]:
-    from mergelab.models.topology import compile_for_topology
+    from mergelab.models.topology import compile_forward
 
     pass_ = {
         "batch": batch or mesh.get("data", 1) * mesh.get("fsdp", 1),
         "length": length or min(2048, model.config.max_length),
         "dtype": dtype or "bfloat16",
     }
-    report = compile_for_topology(model, topology, mesh, **pass_)
+    report = compile_forward(model, topology, mesh, **pass_)
     return {
         "topology": topology,
         "mesh": mesh,

@@ -23,7 +23,7 @@ class _SAETable(CommandTable):
 @click.command(
     "sae",
     cls=_SAETable,
-    sections={"Sparse autoencoders": ("train", "eval", "export")},
+    sections={"Sparse autoencoders": ("train", "eval", "export", "plan")},
     epilog="`mergelab sae COMMAND --help` shows a command's options with examples.",
 )
 def command() -> None:

@@ -23,9 +23,9 @@ __all__ = ["command"]
 def command(config: Path, out: Path, overrides: tuple[str, ...], resume: bool, as_json: bool) -> None:
     """Train a sparse autoencoder as the YAML file CONFIG says.
 
-    OUT/final gets the dictionary (cfg.json, sae.safetensors), OUT/metrics.jsonl the metrics, OUT/checkpoints
-    what
-    --resume goes on from. A run that was killed and resumed ends in the bytes of one that was not.
+    OUT/final gets the dictionary (cfg.json, sae.safetensors), OUT/metrics.jsonl the metrics,
+    OUT/checkpoints what --resume goes on from. A run that was killed and resumed ends in the bytes
+    of one that was not.
 
     \b
     Examples:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from mergelab.errors import SAEError
 from mergelab.sae.layer_norm import layer_norm
 from mergelab.sae.median import geometric_median
+from mergelab.sae.placement import state_shardings
 from mergelab.sae.recipe import Recipe
 from mergelab.sae.schedule import automatic_learning_rate
 from mergelab.sae.state import Affine, TrainState
 from mergelab.sae.update import unit_rows
 from mergelab.sae.variants.variant import Params, Variant
 
-__all__ = ["SAMPLE_ROWS", "initial_params", "initialize"]
+__all__ = ["SAMPLE_ROWS", "SampleFacts", "fresh_state", "initial_params", "initialize", "sample_shapes"]
 
 SAMPLE_ROWS = 32_768
 """Activations from which the centre, the scale and the loss constant are taken, at most."""
@@ -33,7 +37,7 @@ def initial_params(variant: Variant, key: Array, *, tie: bool = True) -> Params:
     decoder_key, encoder_key = jax.random.split(key)
     decoder = unit_rows(jax.random.normal(decoder_key, (n, d_out)))
     tied = tie and variant.d_out is None
-    encoder = decoder + 0 if tied else unit_rows(jax.random.normal(encoder_key, (n, d_in)))
+    encoder = decoder if tied else unit_rows(jax.random.normal(encoder_key, (n, d_in)))
     params = {
         "encoder": encoder,
         "encoder_bias": jnp.zeros(n),
@@ -50,6 +54,8 @@ def initialize(
     key: Array,
     sample: np.ndarray | Array,
     target_sample: np.ndarray | Array | None = None,
+    *,
+    mesh: Mesh | None = None,
 ) -> TrainState:
     """The state before the first step.
 
@@ -59,10 +65,82 @@ def initialize(
         key: a `jax.random` key; the same key gives the same parameters whatever the mesh.
         sample: `[rows, d_in]` activations, of which at most the first `SAMPLE_ROWS` are used.
         target_sample: `[rows, d_out]`, for a transcoder: the targets of the same tokens.
+        mesh: axes `data` and `latents`; each device makes its own part of the state, so that no one ever
+            holds all of it. In a distributed run every process makes the same call with the same sample.
 
     Raises:
         SAEError: a sample has the wrong width, holds NaN or infinity, or does not vary.
+        MeshError: the latents do not divide by the mesh.
     """
+    build = partial(fresh_state, variant, recipe)
+    facts = _sample_facts(variant, recipe, sample, target_sample)
+    # Plain numbers: every process of a distributed run passes its own, equal copy.
+    arguments = jax.tree.map(np.asarray, (jax.random.key_data(key), facts))
+    shardings = None if mesh is None else state_shardings(jax.eval_shape(build, *arguments), mesh)
+    return jax.jit(build, out_shardings=shardings)(*arguments)
+
+
+def fresh_state(variant: Variant, recipe: Recipe, key_data: Array, facts: SampleFacts) -> TrainState:
+    """The state before the first step, from what the sample says: a pure function.
+
+    Args:
+        variant: the dictionary's hyper-parameters.
+        recipe: the training's.
+        key_data: of the `jax.random` key.
+        facts: of the sample.
+    """
+    params = initial_params(variant, jax.random.wrap_key_data(key_data), tie=recipe.tie_initial)
+    params["decoder_bias"] = facts.center
+
+    def zeros() -> Params:
+        return {name: jnp.zeros_like(value) for name, value in params.items()}
+
+    peak = recipe.learning_rate or automatic_learning_rate(variant.n_latents, recipe.steps)
+    return TrainState(
+        params=params,
+        mean=zeros(),
+        square=zeros(),
+        average=zeros() if recipe.ema else {},
+        quiet=jnp.zeros(variant.n_latents, jnp.int32),
+        step=jnp.zeros((), jnp.int32),
+        peak=jnp.asarray(peak, jnp.float32),
+        mse_scale=facts.mse_scale,
+        read=facts.read,
+        target=facts.target,
+        statistics=variant.own_statistics(),
+        trial={},
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SampleFacts:
+    """What a training takes from a sample of its activations.
+
+    Attributes:
+        center: `[d_out]`, where `b_pre` starts.
+        mse_scale: one over the variance of the normalised targets.
+        read: normalisation of the inputs.
+        target: normalisation of the targets.
+    """
+
+    center: Array
+    mse_scale: Array
+    read: Affine
+    target: Affine
+
+
+def sample_shapes(variant: Variant) -> SampleFacts:
+    """The shapes of a sample's facts, for compiling without a sample."""
+
+    def array(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    d_in, d_out = variant.d_in, variant.width_out
+    return SampleFacts(array(d_out), array(), Affine(array(d_in), array()), Affine(array(d_out), array()))
+
+
+def _sample_facts(variant: Variant, recipe: Recipe, sample: Any, target_sample: Any) -> SampleFacts:
     x = _checked("sample", sample, variant.d_in)
     if recipe.normalize == "layer_norm":
         if variant.d_out is not None:
@@ -77,31 +155,14 @@ def initialize(
     read = _normalization(recipe, x, center=variant.d_out is not None)
     target = _normalization(recipe, y, center=False)
     y = target(y)
-    params = initial_params(variant, key, tie=recipe.tie_initial)
-    if recipe.center:
-        params["decoder_bias"] = geometric_median(y)
     spread = y - y.mean(axis=0)[None, :]
     variance = jnp.mean(spread * spread)
     if not float(variance) > 0:
         raise SAEError(
             "the sample of activations does not vary, so there is nothing to learn; check the data."
         )
-    peak = recipe.learning_rate or automatic_learning_rate(variant.n_latents, recipe.steps)
-    zeros = {name: jnp.zeros_like(value) for name, value in params.items()}
-    return TrainState(
-        params=params,
-        mean=zeros,
-        square={name: value + 0 for name, value in zeros.items()},
-        average={name: value + 0 for name, value in zeros.items()} if recipe.ema else {},
-        quiet=jnp.zeros(variant.n_latents, jnp.int32),
-        step=jnp.zeros((), jnp.int32),
-        peak=jnp.asarray(peak, jnp.float32),
-        mse_scale=1 / variance,
-        read=read,
-        target=target,
-        statistics=variant.own_statistics(),
-        trial={},
-    )
+    center = geometric_median(y) if recipe.center else jnp.zeros(variant.width_out)
+    return SampleFacts(center, 1 / variance, read, target)
 
 
 def _checked(name: str, sample: Any, width: int) -> Array:

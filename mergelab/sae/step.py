@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
-from mergelab.errors import MeshError
 from mergelab.sae.layer_norm import layer_norm
+from mergelab.sae.placement import mesh_axes, state_specs
 from mergelab.sae.recipe import Recipe
 from mergelab.sae.revive import auxiliary_gradients
 from mergelab.sae.shards import Shards
 from mergelab.sae.state import TrainState
-from mergelab.sae.update import REPLICATED, update
+from mergelab.sae.update import update
 from mergelab.sae.variants.variant import Context, Variant
 
-__all__ = ["Metrics", "Step", "make_step", "place_batch", "place_state", "state_specs", "train_step"]
+__all__ = ["Metrics", "Step", "make_step", "train_step"]
 
 Metrics = dict[str, Array]
 """float32 scalars: `loss`, `nmse`, `auxiliary`, `l0`, `dead_fraction`, `learning_rate`, `grad_norm`."""
@@ -99,61 +97,6 @@ def train_step(
     return replace(state, quiet=quiet, statistics=dict(outcome.statistics)), metrics
 
 
-def state_specs(state: TrainState, latents: str | None = "latents") -> TrainState:
-    """How a state lies on a mesh: a tree of specs like it, rows of latents split, the rest whole."""
-
-    def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
-        group = path[0].name
-        if group == "quiet":
-            return PartitionSpec(latents)
-        if group in ("params", "mean", "square", "average") and path[1].key not in REPLICATED:
-            return PartitionSpec(latents, *(None,) * (leaf.ndim - 1))
-        return PartitionSpec()
-
-    return jax.tree_util.tree_map_with_path(spec, state)
-
-
-def _axes(mesh: Mesh) -> tuple[str | None, str | None]:
-    unknown = set(mesh.axis_names) - {"data", "latents"}
-    if unknown:
-        raise MeshError(
-            f"the mesh has an axis {sorted(unknown)[0]!r}; an SAE is trained over 'data' and 'latents'."
-        )
-    return tuple(name if name in mesh.axis_names else None for name in ("data", "latents"))  # pyright: ignore
-
-
-def place_state(state: TrainState, mesh: Mesh) -> TrainState:
-    """Puts a state, the same in every process, on a mesh, its latents split over the axis `latents`.
-
-    Raises:
-        MeshError: the latents do not divide by that axis.
-    """
-    _, latents = _axes(mesh)
-    n = state.quiet.shape[0]
-    if latents and n % mesh.shape[latents]:
-        raise MeshError(
-            f"{n} latents cannot be split over {mesh.shape[latents]} devices; choose a number that divides."
-        )
-
-    def put(leaf: Array, spec: PartitionSpec) -> Array:
-        sharding = NamedSharding(mesh, spec)
-        host = np.asarray(leaf)
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-    return jax.tree.map(put, state, state_specs(state, latents))
-
-
-def place_batch(batch: np.ndarray, mesh: Mesh) -> Array:
-    """Puts this process's rows of a batch on the mesh, split over the axis `data`.
-
-    Args:
-        batch: `[tokens of this process, d]`: all of the batch where one process holds all shards of data.
-        mesh: the mesh.
-    """
-    data, _ = _axes(mesh)
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(data, None)), batch)
-
-
 def make_step(variant: Variant, recipe: Recipe, mesh: Mesh | None = None, *, trials: bool = False) -> Step:
     """The compiled step: `state, metrics = step(state, x, y)`; the state that is passed in is used up.
 
@@ -169,7 +112,7 @@ def make_step(variant: Variant, recipe: Recipe, mesh: Mesh | None = None, *, tri
     """
     platform = (mesh.devices.flat[0] if mesh is not None else jax.devices()[0]).platform
     platform = "gpu" if platform in ("cuda", "rocm") else platform
-    data, latents = _axes(mesh) if mesh is not None else (None, None)
+    data, latents = mesh_axes(mesh) if mesh is not None else (None, None)
     shards = Shards(latents=latents, data=data, trials="trials" if trials else None, platform=platform)
     autoencoder = variant.d_out is None
 

@@ -10,8 +10,7 @@ import pytest
 
 from mergelab.errors import DependencyError, MeshError
 from mergelab.models.families import model_from_config
-from mergelab.models.topology import compile_for_topology
-from mergelab.models.topology_worker import collectives
+from mergelab.models.topology import compile_forward
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -32,8 +31,8 @@ needs_compiler = pytest.mark.skipif(
 def test_tensor_parallelism_divides_memory_and_adds_reductions() -> None:
     before = dict(os.environ)
     model = model_from_config(CONFIG)
-    alone = compile_for_topology(model, "v5e:2x2", {"data": 4}, batch=4, length=128)
-    split = compile_for_topology(model, "v5e:2x2", {"tensor": 4}, batch=4, length=128)
+    alone = compile_forward(model, "v5e:2x2", {"data": 4}, batch=4, length=128)
+    split = compile_forward(model, "v5e:2x2", {"tensor": 4}, batch=4, length=128)
     assert os.environ == before
     assert (alone.chips, split.chips) == (4, 4)
     parameters = 2 * sum(leaf.size for leaf in model.table())
@@ -61,21 +60,10 @@ def test_what_does_not_fit_is_an_error_with_the_compilers_reason(
 ) -> None:
     model = model_from_config(CONFIG | changes)
     with pytest.raises(MeshError, match=message):
-        compile_for_topology(model, topology, mesh, batch=4, length=8)
+        compile_forward(model, topology, mesh, batch=4, length=8)
 
 
 def test_without_the_compiler_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DependencyError, match=r"mergelab\[tpu-aot\]"):
-        compile_for_topology(model_from_config(CONFIG), "v5e:2x2", {"data": 4}, batch=4, length=8)
-
-
-def test_collectives_are_read_off_a_program() -> None:
-    program = """
-  %fusion = bf16[4,8]{1,0:T(8,128)(2,1)} fusion(%all-reduce.1), kind=kLoop
-  %all-reduce.1 = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} all-reduce(%p), channel_id=1
-  %all-reduce.2 = (f32[2]{0}, f32[3]{0}) all-reduce(%p, %q), channel_id=2
-  %ag = (bf16[2,8]{1,0}, bf16[8,8]{1,0}) all-gather-start(%p), dimensions={0}
-  %agd = bf16[8,8]{1,0} all-gather-done(%ag)
-"""
-    assert collectives(program) == {"all-reduce": (2, 64 + 20), "all-gather": (1, 128)}
+        compile_forward(model_from_config(CONFIG), "v5e:2x2", {"data": 4}, batch=4, length=8)

@@ -12,9 +12,10 @@ import pytest
 
 from mergelab.errors import MeshError, SAEError
 from mergelab.sae.initialize import initialize
+from mergelab.sae.placement import place_batch, place_state
 from mergelab.sae.recipe import Recipe
 from mergelab.sae.state import TrainState
-from mergelab.sae.step import make_step, place_batch, place_state
+from mergelab.sae.step import make_step
 from mergelab.sae.update import averaged_params
 from mergelab.sae.variants import Variant, make_variant
 from mergelab.sharding import make_mesh
@@ -156,6 +157,19 @@ def test_counters_of_dead_latents() -> None:
     state, _ = _run(variant, RECIPE, 3)
     quiet = np.asarray(state.quiet)
     assert set(np.unique(quiet)) <= {0, BATCH, 2 * BATCH, 3 * BATCH} and (quiet == 0).any()
+
+
+@pytest.mark.parametrize("sizes", [{"latents": 8}, {"data": 2, "latents": 4}, {"data": 8}], ids=str)
+def test_a_mesh_starts_from_the_same_parameters_each_device_making_its_own(sizes: dict[str, int]) -> None:
+    variant = make_variant("topk", d_in=D, n_latents=N, k=4)
+    sample = np.random.default_rng(0).standard_normal((64, D), np.float32)
+    whole = initialize(variant, RECIPE, jax.random.key(5), sample)
+    parted = initialize(variant, RECIPE, jax.random.key(5), sample, mesh=make_mesh(sizes))
+    assert jax.tree.structure(parted) == jax.tree.structure(whole)
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(parted), strict=True):
+        np.testing.assert_allclose(other, np.asarray(one), rtol=0, atol=1e-7)
+    rows = {shard.data.shape[0] for shard in parted.params["encoder"].addressable_shards}
+    assert rows == {N // sizes.get("latents", 1)}
 
 
 @pytest.mark.parametrize(

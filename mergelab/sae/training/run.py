@@ -22,9 +22,10 @@ from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.finish import finished_dictionary
 from mergelab.sae.formats import save_dictionary
 from mergelab.sae.initialize import SAMPLE_ROWS, initialize
+from mergelab.sae.placement import place_batch
 from mergelab.sae.recipe import Recipe
 from mergelab.sae.state import TrainState
-from mergelab.sae.step import Metrics, Step, make_step, place_batch, place_state
+from mergelab.sae.step import Metrics, Step, make_step
 from mergelab.sae.training.checkpoints import Checkpoints
 from mergelab.sae.training.data import open_data
 from mergelab.sae.training.metrics import MetricsFile
@@ -178,8 +179,7 @@ def _start(
     )
     key = jax.random.key(settings.train.seed)
     target = None if variant.d_out is None else sample.target
-    state = initialize(variant, recipe, key, sample.input, target)
-    return state if mesh is None else place_state(state, mesh)
+    return initialize(variant, recipe, key, sample.input, target, mesh=mesh)
 
 
 class _Run:

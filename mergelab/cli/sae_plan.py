@@ -1,0 +1,86 @@
+"""`mergelab sae plan`: a training step compiled for chips that are not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mergelab.cli.meshes import MESH
+from mergelab.cli.sizes import readable
+
+if TYPE_CHECKING:
+    from mergelab.sae.plan import StepPlan
+
+__all__ = ["command"]
+
+
+@click.command("plan")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--topology", required=True, metavar="NAME", help="A TPU slice: v5e:4x4, v5p:4x8x8, v6e:16x16.")
+@click.option(
+    "--mesh", type=MESH, help="How its chips share the work, instead of CONFIG's: data=1,latents=256."
+)
+@click.option(
+    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Overrides CONFIG; repeatable."
+)
+@click.option("--d-out", type=click.IntRange(1), help="Width of the targets, for a transcoder.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+def command(
+    config: Path,
+    topology: str,
+    mesh: dict[str, int] | None,
+    overrides: tuple[str, ...],
+    d_out: int | None,
+    as_json: bool,
+) -> None:
+    """Compile the training step of CONFIG for a TPU slice that need not be there.
+
+    Shows the bytes each chip needs, what the chips exchange, the operations of a step, and a lower bound of
+    its time. Needs the TPU compiler, pip install 'mergelab[tpu-aot]', but no TPU and no data.
+
+    \b
+    Examples:
+      mergelab sae plan configs/sae/pod-16m.yaml --topology v5p:4x8x8 --mesh data=1,latents=256
+      mergelab sae plan sae.yaml --topology v5e:2x4 --mesh data=2,latents=4 --set train.batch_size=4096
+    """
+    import dataclasses
+
+    from mergelab.sae.config import load_config
+    from mergelab.sae.plan import plan_step
+
+    settings = load_config(config, overrides)
+    plan = plan_step(settings, topology, mesh, d_out=d_out)
+    if as_json:
+        said = dataclasses.asdict(plan) | {"peak": plan.report.peak, "bound_seconds": plan.bound.seconds}
+        click.echo(json.dumps(said, indent=2))
+        return
+    click.echo(_text(plan, settings.train.batch_size))
+
+
+def _text(plan: StepPlan, batch_size: int) -> str:
+    report, bound = plan.report, plan.bound
+    axes = ",".join(f"{name}={size}" for name, size in plan.mesh.items())
+    slowest = max(("compute", "memory", "network"), key=lambda part: getattr(bound, part))
+    lines = [
+        f"a step of {batch_size:,} tokens, {plan.parameters:,} parameters, {readable(plan.state)} of state, "
+        f"on each of {report.chips} chips ({report.device}) of {plan.topology} as {axes}",
+        f"  state and batch    {readable(report.arguments)}",
+        f"  temporaries        {readable(report.temporaries)}",
+        f"  together           {readable(report.peak)} of {readable(plan.chip.memory)}",
+        f"  operations         {report.flops:.3g} floating-point",
+        f"  memory traffic     {readable(report.traffic)}",
+    ]
+    for exchange in report.collectives:
+        lines.append(f"  {exchange.kind:<18} {exchange.count} x, {readable(exchange.nbytes)} in all")
+    return "\n".join(
+        [
+            *lines,
+            f"roofline: no step can take less than {1000 * bound.seconds:.3g} ms ({slowest}), "
+            f"{batch_size / bound.seconds:,.0f} tokens a second at most; a bound, not a measurement",
+            "operations and traffic include AuxK as if every latent were dead",
+            f"compiled in {report.seconds:.1f} s",
+        ]
+    )

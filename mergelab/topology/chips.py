@@ -1,0 +1,77 @@
+"""What chips can do at most, and the least time a compiled program can take on one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mergelab.errors import MeshError
+from mergelab.topology.report import ChipReport
+
+__all__ = ["Chip", "Roofline", "chip_of", "roofline"]
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A kind of chip, by its vendor's figures.
+
+    Attributes:
+        flops: bfloat16 operations per second.
+        bandwidth: bytes per second between the chip and its memory.
+        memory: bytes of that memory.
+        network: bytes per second to all of the chip's neighbours together, in one direction.
+    """
+
+    flops: float
+    bandwidth: float
+    memory: float
+    network: float
+
+
+# docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, "System architecture"; half of the bidirectional bandwidth
+# between chips that is given there.
+_CHIPS = {
+    "v4": Chip(275e12, 1.228e12, 32 * 2**30, 300e9),
+    "v5e": Chip(197e12, 0.819e12, 16 * 2**30, 200e9),
+    "v5p": Chip(459e12, 2.765e12, 95 * 2**30, 600e9),
+    "v6e": Chip(918e12, 1.640e12, 32 * 2**30, 400e9),
+}
+
+
+def chip_of(topology: str) -> Chip:
+    """The chip a topology such as `v5p:4x8x8` is made of.
+
+    Raises:
+        MeshError: its figures are not known here.
+    """
+    kind = topology.partition(":")[0]
+    if kind not in _CHIPS:
+        raise MeshError(
+            f"{topology}: the figures of {kind!r} chips are not known; known are {', '.join(_CHIPS)}."
+        )
+    return _CHIPS[kind]
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Least seconds that each part of a chip is busy in one run; what is slowest bounds the run from below.
+
+    Attributes:
+        compute: all operations at the chip's peak in bfloat16.
+        memory: all traffic at the memory's peak.
+        network: all results of exchanges at the peak of the chip's links.
+    """
+
+    compute: float
+    memory: float
+    network: float
+
+    @property
+    def seconds(self) -> float:
+        """The bound, if all three overlap."""
+        return max(self.compute, self.memory, self.network)
+
+
+def roofline(report: ChipReport, chip: Chip) -> Roofline:
+    """A lower bound of a program's time, from the compiler's own counts; not a prediction."""
+    exchanged = sum(collective.nbytes for collective in report.collectives)
+    return Roofline(report.flops / chip.flops, report.traffic / chip.bandwidth, exchanged / chip.network)

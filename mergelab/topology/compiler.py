@@ -1,0 +1,82 @@
+"""Runs the TPU compiler in a process of its own.
+
+Its settings (no TPU, no metadata server) must be in the environment before JAX starts and must not stay in
+the caller's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mergelab.errors import DependencyError, MeshError
+from mergelab.topology.report import ChipReport, Collective
+
+__all__ = ["compile_for_topology"]
+
+
+def compile_for_topology(
+    program: str,
+    topology: str,
+    mesh: Mapping[str, int],
+    request: Mapping[str, Any],
+    *,
+    timeout: float = 900.0,
+) -> ChipReport:
+    """Compiles a program for a TPU topology; needs no TPU. It proves what fits, never how fast it is.
+
+    Args:
+        program: `module:function` of a function `(mesh, request) -> jax.stages.Lowered`; the compiler's
+            process imports it.
+        topology: such as `v5e:4x4`, `v6e:16x16`, `v5p:4x8x8`.
+        mesh: the sizes of the mesh's axes; one may be -1.
+        request: what the function is given: plain data, as JSON holds it.
+        timeout: seconds after which the compiler is stopped.
+
+    Raises:
+        DependencyError: the TPU compiler is not installed.
+        MeshError: no such topology, a mesh that does not fit it, or a program that does not fit the chips.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise DependencyError(
+            "compiling for a TPU needs libtpu, which is not installed; install mergelab[tpu-aot]."
+        )
+    question = {"program": program, "topology": topology, "sizes": dict(mesh), "request": dict(request)}
+    answer = _ask(question, timeout)
+    if "error" in answer:
+        raise MeshError(f"{topology}: {answer['error']}")
+    collectives = tuple(Collective(**found) for found in answer.pop("collectives"))
+    return ChipReport(**answer, collectives=collectives)
+
+
+def _ask(question: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+    """Runs the compiler's process; it answers in a file, because libraries write to its output."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        # Plain CPU arrays, and no question to the metadata server that TPU machines have.
+        settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_LOG_DIR": "disabled"}
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "mergelab.topology.worker", str(answer)],
+                input=json.dumps(question),
+                env=kept | settings | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired:
+            return {
+                "error": f"the compiler did not finish in {timeout:g} s; choose a smaller batch or model."
+            }
+        if done.returncode or not answer.is_file():
+            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            return {"error": f"the compiler's process failed: {lines[-1]}"}
+        return json.loads(answer.read_text(encoding="utf-8"))

@@ -1,0 +1,67 @@
+"""The process behind `mergelab.topology.compiler`: compiles one program for chips that are not there."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mergelab.errors import MeshError
+from mergelab.topology.program import collectives
+from mergelab.topology.report import ChipReport, Collective
+
+__all__ = ["main"]
+
+
+def _mesh(topology: str, sizes: Mapping[str, int]) -> Any:
+    from jax.experimental import mesh_utils, topologies
+    from jax.sharding import AxisType, Mesh
+
+    devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    known = math.prod(size for size in sizes.values() if size != -1)
+    shape = {name: len(devices) // known if size == -1 else size for name, size in sizes.items()}
+    if math.prod(shape.values()) != len(devices):
+        raise MeshError(f"a mesh of {shape} cannot be laid over its {len(devices)} chips.")
+    grid = mesh_utils.create_device_mesh(tuple(shape.values()), devices, allow_split_physical_axes=True)
+    return Mesh(grid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _compile(program: str, topology: str, sizes: Mapping[str, int], request: Mapping[str, Any]) -> ChipReport:
+    mesh = _mesh(topology, sizes)
+    module, _, function = program.partition(":")
+    started = time.perf_counter()
+    compiled = getattr(importlib.import_module(module), function)(mesh, request).compile()
+    seconds = time.perf_counter() - started
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    exchanged = collectives(compiled.as_text() or "")
+    return ChipReport(
+        chips=mesh.devices.size,
+        device=mesh.devices.flat[0].device_kind,
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        flops=float(cost.get("flops", 0.0)),
+        traffic=float(cost.get("bytes accessed", 0.0)),
+        collectives=tuple(Collective(kind, *numbers) for kind, numbers in sorted(exchanged.items())),
+        seconds=seconds,
+    )
+
+
+def main() -> None:
+    """Reads a request from standard input, writes the answer to the file that the argument names."""
+    try:
+        answer = asdict(_compile(**json.load(sys.stdin)))
+    except Exception as error:  # the compiler's errors have many types; the parent raises its own
+        answer = {"error": " ".join(str(error).split())[:600] or type(error).__name__}
+    Path(sys.argv[1]).write_text(json.dumps(answer), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ from mergelab.errors import MeshError
 from mergelab.sae.state import TrainState
 from mergelab.sae.update import REPLICATED
 
-__all__ = ["mesh_axes", "place_batch", "place_state", "state_shardings", "state_specs"]
+__all__ = ["batch_part", "mesh_axes", "place_batch", "place_state", "state_shardings", "state_specs"]
 
 
 def mesh_axes(mesh: Mesh) -> tuple[str | None, str | None]:
@@ -73,12 +73,43 @@ def place_state(state: TrainState, mesh: Mesh) -> TrainState:
     return jax.tree.map(put, state, state_shardings(state, mesh))
 
 
+def batch_part(mesh: Mesh | None) -> tuple[int, int]:
+    """Which part of every batch this process reads, of how many: those of its devices' shards of data.
+
+    Processes that hold other latents of the same tokens read the same part.
+
+    Raises:
+        MeshError: this process's devices hold shards of data that are not neighbours, or there are several
+            processes and no mesh.
+    """
+    if mesh is None:
+        if jax.process_count() > 1:
+            raise MeshError(
+                f"{jax.process_count()} processes train together: say how, with a mesh such as "
+                f"{{data: {jax.device_count()}}}."
+            )
+        return 0, 1
+    data, _ = mesh_axes(mesh)
+    size = mesh.shape[data] if data else 1
+    held = NamedSharding(mesh, PartitionSpec(data)).addressable_devices_indices_map((size,)).values()
+    places = sorted({range(size)[index[0]][0] for index in held if index is not None})
+    first, count = places[0], len(places)
+    if places != list(range(first, first + count)) or size % count or first % count:
+        raise MeshError(
+            f"the devices of one process hold parts {places} of {size} of a batch, which are not one piece; "
+            "choose another size for the mesh's axis 'data'."
+        )
+    return first // count, size // count
+
+
 def place_batch(batch: np.ndarray, mesh: Mesh) -> Array:
     """Puts this process's rows of a batch on the mesh, split over the axis `data`.
 
     Args:
-        batch: `[tokens of this process, d]`: all of the batch where one process holds all shards of data.
+        batch: `[tokens of this process, d]`: the part of the batch that `batch_part` names.
         mesh: the mesh.
     """
     data, _ = mesh_axes(mesh)
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(data, None)), batch)
+    sharding = NamedSharding(mesh, PartitionSpec(data, None))
+    rows = batch.shape[0] * batch_part(mesh)[1]
+    return jax.make_array_from_process_local_data(sharding, batch, (rows, batch.shape[1]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from jax.sharding import Mesh
 
 from mergelab.data.activations import ActivationStream, Batch, Prefetch, Trace
 from mergelab.errors import OutputError, SAEError
+from mergelab.processes import together
 from mergelab.sae.config import TrainConfig, load_config
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.finish import finished_dictionary
 from mergelab.sae.formats import save_dictionary
 from mergelab.sae.initialize import SAMPLE_ROWS, initialize
-from mergelab.sae.placement import place_batch
+from mergelab.sae.placement import batch_part, place_batch
 from mergelab.sae.recipe import Recipe
 from mergelab.sae.state import TrainState
 from mergelab.sae.step import Metrics, Step, make_step
@@ -71,7 +72,7 @@ def train(
     """Trains a sparse autoencoder and writes it to `OUT/final`.
 
     `OUT` also gets `config.yaml`, `metrics.jsonl` and `checkpoints/`. In a distributed run every process
-    makes this call; each reads its part of every batch.
+    makes this call on a shared file system; each reads the rows its devices need.
 
     Args:
         config: a YAML file or what it would hold (`mergelab.sae.config`).
@@ -94,16 +95,20 @@ def train(
     variant = settings.sae.build(source.d_in, None if target is None else target.d_in)
     mesh = None if settings.mesh is None else make_mesh(settings.mesh)
     _check_batch(recipe, mesh)
+    part, parts = batch_part(mesh)
     stream = ActivationStream(
         source,
         recipe.batch_size,
         seed=settings.train.seed,
         target=target,
         buffer_rows=settings.data.buffer_rows,
-        process=jax.process_index(),
-        processes=jax.process_count(),
+        process=part,
+        processes=parts,
     )
-    _claim(out, settings, resume)
+    distributed = jax.process_count() > 1
+    with together("opening the run's folder", distributed=distributed):
+        if jax.process_index() == 0:
+            _claim(out, settings, resume)
     state = _start(variant, recipe, settings, stream, mesh)
     step = make_step(variant, recipe, mesh)
     with Checkpoints(out / "checkpoints", settings.checkpoint.keep) as checkpoints:
@@ -114,8 +119,9 @@ def train(
         run = _Run(settings, recipe, step, checkpoints, out, progress)
         state, trace = run.steps(state, done or 0, stream, mesh)
     dictionary = _finish(variant, recipe, state, settings, run.last)
-    if jax.process_index() == 0:
-        save_dictionary(dictionary, out / "final")
+    with together("writing the dictionary", distributed=distributed):
+        if jax.process_index() == 0:
+            save_dictionary(dictionary, out / "final")
     return Result(out / "final", dictionary, recipe.steps, run.last, trace)
 
 
@@ -134,12 +140,11 @@ def _claim(out: Path, settings: TrainConfig, resume: bool) -> None:
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} is not empty and holds no run; choose another folder")
-    if jax.process_index() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
-        partial = out / ".config.yaml.partial"
-        partial.write_text(text)
-        partial.rename(written)
+    out.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+    partial = out / ".config.yaml.partial"
+    partial.write_text(text)
+    partial.rename(written)
 
 
 def _first_difference(before: Any, now: Any, path: str = "") -> str | None:
@@ -264,10 +269,11 @@ class _Run:
 def _finish(
     variant: Variant, recipe: Recipe, state: TrainState, settings: TrainConfig, last: Mapping[str, float]
 ) -> Dictionary:
+    # Adam's moments stay where they are.
+    needed = replace(state, mean={}, square={})
     if jax.process_count() > 1:
-        state = multihost_utils.process_allgather(state, tiled=True)
-    else:
-        state = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), state)
+        needed = multihost_utils.process_allgather(needed, tiled=True)
+    here = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), needed)
     summary = {name: last[name] for name in ("nmse", "l0", "dead_fraction", "tokens") if name in last}
     metadata = {**settings.metadata, "variant": variant.name, "training": summary}
-    return finished_dictionary(variant, recipe, state, metadata=metadata)
+    return finished_dictionary(variant, recipe, here, metadata=metadata)

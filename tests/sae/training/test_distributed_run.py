@@ -1,0 +1,78 @@
+"""Two real processes train one dictionary: the one that a single process trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from mergelab.sae.training import train
+from mergelab.sae.training.metrics import read_metrics
+from tests.sae.training.distributed_worker import CONFIG, MESHES
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder that two processes worked in, and what each of them reported."""
+    folder = tmp_path_factory.mktemp("distributed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "tests.sae.training.distributed_worker", str(port)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(n), str(folder)],
+            cwd=repository,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for n in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(o[-3000:] for o in outputs)
+    return folder, [json.loads((folder / f"report-{n}.json").read_text()) for n in range(2)]
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_two_processes_train_what_one_trains(run: tuple[Path, list[Any]], tmp_path: Path, name: str) -> None:
+    folder, reports = run
+    train(CONFIG, tmp_path / "alone")
+    expected = load_file(tmp_path / "alone" / "final" / "sae.safetensors")
+    found = load_file(folder / name / "final" / "sae.safetensors")
+    assert found.keys() == expected.keys()
+    for tensor, value in expected.items():
+        # Reductions run in another order: float tolerance after 24 steps of Adam.
+        np.testing.assert_allclose(found[tensor], value, rtol=0, atol=2e-5)
+    assert reports[0][name] == reports[1][name]
+    alone = read_metrics(tmp_path / "alone" / "metrics.jsonl")[-1]
+    for metric, value in reports[0][name].items():
+        assert value == pytest.approx(alone[metric], rel=1e-4, abs=1e-6)
+
+
+def test_a_stopped_run_ends_in_the_same_bytes(run: tuple[Path, list[Any]]) -> None:
+    folder, reports = run
+    assert all(report["stopped"] for report in reports)
+    whole = folder / "each process its tokens" / "final" / "sae.safetensors"
+    assert (folder / "resumed" / "final" / "sae.safetensors").read_bytes() == whole.read_bytes()
+
+
+def test_faults_are_said_in_every_process(run: tuple[Path, list[Any]]) -> None:
+    _, reports = run
+    for report in reports:
+        assert "2 processes train together: say how, with a mesh" in report["no mesh"]
+        assert "a finished run is there" in report["occupied"]

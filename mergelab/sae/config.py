@@ -150,6 +150,7 @@ class TrainConfig(_Section):
         train: the recipe.
         checkpoint: what is kept on the way.
         mesh: devices along the axes `data` and `latents`; one device where it is left away.
+        log_to: where metrics go besides `metrics.jsonl`: `tensorboard`, `wandb`.
         metadata: kept in the finished dictionary: `site`, `model`, ....
     """
 
@@ -158,6 +159,7 @@ class TrainConfig(_Section):
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
     mesh: dict[str, int] | None = None
+    log_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     metadata: dict[str, Any] = Field(default_factory=dict)
 
 

@@ -29,6 +29,7 @@ from mergelab.sae.state import TrainState
 from mergelab.sae.step import Metrics, Step, make_step
 from mergelab.sae.training.checkpoints import Checkpoints
 from mergelab.sae.training.data import open_data
+from mergelab.sae.training.loggers import Logger, open_loggers
 from mergelab.sae.training.metrics import MetricsFile
 from mergelab.sae.variants import Variant
 from mergelab.sharding import make_mesh
@@ -152,7 +153,7 @@ def _first_difference(before: Any, now: Any, path: str = "") -> str | None:
         for key in (*before, *(key for key in now if key not in before)):
             place = f"{path}.{key}" if path else str(key)
             # Where a run may go on differently: its devices, and what is kept on the way.
-            if place not in ("mesh", "checkpoint"):
+            if place not in ("mesh", "checkpoint", "log_to"):
                 found = _first_difference(before.get(key), now.get(key), place)
                 if found is not None:
                     return found
@@ -201,9 +202,9 @@ class _Run:
     ) -> None:
         self.recipe, self.step, self.checkpoints = recipe, step, checkpoints
         self.every, self.log_every = settings.checkpoint.every, settings.checkpoint.log_every
-        self.out, self.progress = out, progress
+        self.settings, self.out, self.progress = settings, out, progress
         self.last: dict[str, float] = {}
-        self._file: MetricsFile | None = None
+        self._loggers: list[Logger] = []
         self._began = (0.0, 0)
 
     def steps(
@@ -217,7 +218,11 @@ class _Run:
             return x, x if batch.target is batch.input else put(batch.target)
 
         if jax.process_index() == 0:
-            self._file = MetricsFile(self.out / "metrics.jsonl", done)
+            config = self.settings.model_dump(mode="json")
+            self._loggers = [
+                *open_loggers(self.settings.log_to, self.out, config, done),
+                MetricsFile(self.out / "metrics.jsonl", done),
+            ]
         waiting: tuple[int, Metrics] | None = None
         self._began = (time.perf_counter(), done)
         try:
@@ -239,8 +244,8 @@ class _Run:
                         self.checkpoints.save(number, state, batches.state())
                 return state, batches.trace
         finally:
-            if self._file is not None:
-                self._file.close()
+            for logger in self._loggers:
+                logger.close()
 
     def _log(self, number: int, metrics: Metrics) -> None:
         line = {name: float(np.asarray(value)) for name, value in metrics.items()}
@@ -260,8 +265,8 @@ class _Run:
             **line,
             "tokens_per_second": rate,
         }
-        if self._file is not None:
-            self._file.write(self.last)
+        for logger in self._loggers:
+            logger.write(self.last)
         if self.progress is not None:
             self.progress(number, self.recipe.steps, self.last)
 

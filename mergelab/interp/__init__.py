@@ -1,0 +1,1 @@
+"""Interpretability on named sites: edits, patching, lenses, attribution, probes, abliteration."""

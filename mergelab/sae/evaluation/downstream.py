@@ -1,0 +1,159 @@
+"""What a reconstruction costs the model: its next-token loss with the dictionary spliced in at its site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergelab.errors import SAEError
+from mergelab.sae.dictionary import Dictionary
+from mergelab.sae.evaluation.host import check_reads
+from mergelab.sae.evaluation.passes import passes, read_batches, splice
+from mergelab.sae.model_source import ModelActivations
+
+__all__ = ["Downstream", "compute_equivalent", "evaluate_downstream", "require_logits"]
+
+
+@dataclass(frozen=True)
+class Downstream:
+    """Losses of one model on one text, in nats per predicted token.
+
+    Attributes:
+        tokens: predicted tokens; the first of each context is none.
+        ce: cross-entropy of the model as it is.
+        ce_spliced: with the site replaced by its reconstruction.
+        ce_zero: with the site replaced by zero.
+        ce_mean: with the site replaced by its mean over the text.
+        kl: `KL(as it is || spliced)` of the next-token distributions.
+    """
+
+    tokens: int
+    ce: float
+    ce_spliced: float
+    ce_zero: float
+    ce_mean: float
+    kl: float
+
+    @property
+    def delta_ce(self) -> float:
+        """`ce_spliced - ce`."""
+        return self.ce_spliced - self.ce
+
+    @property
+    def recovered_zero(self) -> float:
+        """`(ce_zero - ce_spliced) / (ce_zero - ce)`: 1 is lossless, 0 as bad as zero ablation."""
+        return _recovered(self.ce_zero, self.ce_spliced, self.ce)
+
+    @property
+    def recovered_mean(self) -> float:
+        """`(ce_mean - ce_spliced) / (ce_mean - ce)`: 1 is lossless, 0 as bad as mean ablation."""
+        return _recovered(self.ce_mean, self.ce_spliced, self.ce)
+
+
+def _recovered(ablated: float, spliced: float, plain: float) -> float:
+    return (ablated - spliced) / (ablated - plain) if ablated != plain else float("nan")
+
+
+def evaluate_downstream(
+    dictionary: Dictionary, source: ModelActivations, *, contexts: int | None = None
+) -> Downstream:
+    """Runs the model as it is, spliced, and ablated in both ways (arXiv 2406.04093, section 4.1).
+
+    Args:
+        dictionary: reads and reconstructs the first of the source's sites.
+        source: model and text.
+        contexts: use so many of the text's; all by default.
+
+    Raises:
+        SAEError: the dictionary does not fit the site, or the model predicts no tokens.
+    """
+    check_reads(dictionary, source)
+    require_logits(source)
+    site = source.sites[0]
+
+    def losses(params: Any, dictionary: Dictionary, mean: jax.Array, tokens: jax.Array) -> jax.Array:
+        def log_probabilities(edit: Any) -> jax.Array:
+            out = source.model.apply(params, tokens, edit=edit).logits
+            assert out is not None
+            return jax.nn.log_softmax(out[:, :-1])
+
+        def cross_entropy(logp: jax.Array) -> jax.Array:
+            return -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0].sum(axis=1)
+
+        plain = log_probabilities(None)
+        spliced = log_probabilities({site: splice(dictionary)})
+        zero = log_probabilities({site: jnp.zeros_like})
+        middle = log_probabilities(
+            {site: lambda x: jnp.broadcast_to(mean[None, None].astype(x.dtype), x.shape)}
+        )
+        kl = (jnp.exp(plain) * (plain - spliced)).sum(axis=(1, 2))
+        return jnp.stack([*(cross_entropy(logp) for logp in (plain, spliced, zero, middle)), kl])
+
+    mean = jnp.asarray(_mean_activation(source, contexts), jnp.float32)
+    run = jax.jit(losses)
+    tokens = source.tokens[:contexts]
+    total = np.zeros(5)
+    for batch, real in passes(tokens, source.batch):
+        found = np.asarray(run(source.params, dictionary, mean, batch), np.float64)
+        total += found[:, :real].sum(axis=1)
+    predicted = len(tokens) * (tokens.shape[1] - 1)
+    return Downstream(predicted, *(float(value) for value in total / predicted))
+
+
+def compute_equivalent(steps: np.ndarray, losses: np.ndarray, loss: float) -> float:
+    """The part of a model's training after which it had this loss (arXiv 2406.04093, section 4.1).
+
+    The curve is what the model's own checkpoints lose on the same text. It is made monotone by leaving out
+    points that do not improve on all before them, and interpolated linearly in the logarithm of the step.
+
+    Args:
+        steps: `[points]`, rising, above 0.
+        losses: `[points]`, in the unit of `loss`.
+        loss: of the model with the dictionary spliced in.
+
+    Returns:
+        From 0 to 1, as a part of the last step; 1 where the loss is at least as good as the curve's best,
+        NaN where it is above its first.
+
+    Raises:
+        SAEError: the curve has fewer than two points, or its steps do not rise from above 0.
+    """
+    steps, losses = np.asarray(steps, np.float64), np.asarray(losses, np.float64)
+    if len(steps) < 2 or steps.shape != losses.shape or steps[0] <= 0 or (np.diff(steps) <= 0).any():
+        raise SAEError(
+            f"the curve has {len(steps)} steps and {len(losses)} losses; expected two or more of each, steps "
+            "rising from above 0."
+        )
+    if loss > losses[0]:
+        return float("nan")
+    best = np.minimum.accumulate(losses)
+    kept = np.concatenate([[True], best[1:] < best[:-1]])
+    if loss <= best[-1]:
+        return 1.0
+    # np.interp wants rising abscissae: losses fall along the curve.
+    log_step = np.interp(loss, losses[kept][::-1], np.log(steps[kept])[::-1])
+    return float(np.exp(log_step) / steps[-1])
+
+
+def require_logits(source: ModelActivations) -> None:
+    """Checks that the model predicts next tokens.
+
+    Raises:
+        SAEError: it does not.
+    """
+    if not source.model.family.architecture.causal:
+        raise SAEError(
+            f"a {source.model.family.model_type!r} model predicts no next tokens, so nothing downstream can "
+            "be measured; ask for other metrics."
+        )
+
+
+def _mean_activation(source: ModelActivations, contexts: int | None) -> np.ndarray:
+    total, rows = np.zeros(source.widths[0]), 0
+    for x in read_batches(source, contexts):
+        total, rows = total + x.sum(axis=0, dtype=np.float64), rows + len(x)
+    return total / rows

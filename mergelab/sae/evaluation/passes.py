@@ -1,0 +1,44 @@
+"""Cuts contexts into forward passes of one shape, and puts a dictionary's reconstruction into them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergelab.models.sites import Edit
+from mergelab.sae.dictionary import Dictionary
+from mergelab.sae.model_source import ModelActivations
+
+__all__ = ["passes", "read_batches", "splice"]
+
+
+def passes(tokens: np.ndarray, batch: int) -> Iterator[tuple[jax.Array, int]]:
+    """`[contexts, length]` -> batches int32 `[batch, length]`, and how many of their rows are real.
+
+    The last is filled up with its first row, so that all passes run one compiled program.
+    """
+    for start in range(0, len(tokens), batch):
+        part = tokens[start : start + batch]
+        filler = np.broadcast_to(part[:1], (batch - len(part), *part.shape[1:]))
+        yield jnp.asarray(np.concatenate([part, filler]), jnp.int32), len(part)
+
+
+def read_batches(source: ModelActivations, contexts: int | None = None) -> Iterator[np.ndarray]:
+    """Activations of the source's first site, pass by pass: float32 `[rows, d]`, rows in order."""
+    total, length = source.tokens.shape
+    total = min(total, contexts or total)
+    for start in range(0, total, source.batch):
+        yield source.read_sites(start * length, min(start + source.batch, total) * length)[0]
+
+
+def splice(dictionary: Dictionary) -> Edit:
+    """An edit `[batch, length, d]` -> its reconstruction, in the activation's own dtype."""
+
+    def reconstruct(x: jax.Array) -> jax.Array:
+        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        return dictionary(rows).reshape(x.shape).astype(x.dtype)
+
+    return reconstruct

@@ -1,0 +1,101 @@
+"""Splicing a dictionary in: losses as by hand, recovered loss, compute equivalence, the host's hash."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mergelab.errors import SAEError
+from mergelab.models import llama
+from mergelab.models.load import load_model
+from mergelab.sae.dictionary import Dictionary, DictionaryConfig
+from mergelab.sae.evaluation.downstream import Downstream, compute_equivalent, evaluate_downstream
+from mergelab.sae.evaluation.host import check_host, open_host
+from mergelab.sharding import make_mesh
+from tests.sae.evaluation.trained_host import LENGTH, SITE, Host
+
+
+def _identity(d: int) -> Dictionary:
+    eye = jnp.eye(d)
+    both = jnp.concatenate([eye, -eye])
+    config = DictionaryConfig(activation="relu")
+    return Dictionary(both.T, jnp.zeros(2 * d), both, jnp.zeros(d), config).checked()
+
+
+@pytest.fixture(scope="module")
+def found(host: Host) -> Downstream:
+    return evaluate_downstream(host.dictionary, host.source)
+
+
+def test_losses_are_those_of_forward_passes(host: Host, found: Downstream) -> None:
+    source, tokens = host.source, jnp.asarray(host.source.tokens)
+    x = source.model.apply(source.params, tokens, capture=[SITE]).captured[SITE]
+    x_hat = host.dictionary(x.reshape(-1, 32)).reshape(x.shape)
+    mean = jnp.broadcast_to(x.mean(axis=(0, 1), keepdims=True), x.shape)
+    logp = []
+    for value in (x, x_hat, jnp.zeros_like(x), mean):
+        logits = source.model.apply(source.params, tokens, edit={SITE: lambda _, v=value: v}).logits
+        assert logits is not None
+        logp.append(np.asarray(jax.nn.log_softmax(logits[:, :-1]), np.float64))
+    targets = np.asarray(tokens[:, 1:, None])
+    wanted = [-np.take_along_axis(p, targets, axis=-1).mean() for p in logp]
+    got = [found.ce, found.ce_spliced, found.ce_zero, found.ce_mean]
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    kl = (np.exp(logp[0]) * (logp[0] - logp[1])).sum(axis=-1).mean()
+    assert found.kl == pytest.approx(kl, rel=1e-4) and found.tokens == targets.size
+
+
+def test_a_trained_dictionary_keeps_what_an_exact_one_keeps_and_a_zero_one_loses(
+    host: Host, found: Downstream
+) -> None:
+    assert 0 < found.delta_ce < 0.5 * (found.ce_zero - found.ce)
+    assert found.recovered_zero > 0.7 and found.recovered_mean > 0.5
+    exact = evaluate_downstream(_identity(32), host.source, contexts=8)
+    assert exact.recovered_mean == pytest.approx(1, abs=1e-4) and exact.kl == pytest.approx(0, abs=1e-6)
+    nothing = replace(host.dictionary, W_dec=jnp.zeros((96, 32)), b_dec=jnp.zeros(32))
+    zero = evaluate_downstream(nothing, host.source, contexts=8)
+    assert zero.recovered_zero == pytest.approx(0, abs=1e-6) and zero.kl > 0.1
+
+
+def test_a_mesh_changes_nothing(host: Host) -> None:
+    mesh = make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
+    model, params = load_model(host.folder, mesh=mesh)
+    spread = replace(host.source, model=model, params=params)
+    one = evaluate_downstream(host.dictionary, host.source, contexts=8)
+    many = evaluate_downstream(host.dictionary, spread, contexts=8)
+    assert many.ce_spliced == pytest.approx(one.ce_spliced, rel=1e-5)
+    assert many.kl == pytest.approx(one.kl, rel=1e-3)
+
+
+def test_compute_equivalence_inverts_the_curve(host: Host) -> None:
+    steps, losses = np.array([10, 100, 50_000, 100_000]), np.array([5.0, 4.0, 4.2, 3.0])
+    assert compute_equivalent(steps, losses, 5.0) == pytest.approx(1e-4)
+    assert compute_equivalent(steps, losses, 4.0) == pytest.approx(1e-3)  # 4.2 improves on nothing
+    assert compute_equivalent(steps, losses, 3.5) == pytest.approx(np.sqrt(100 * 1e5) / 1e5)
+    assert compute_equivalent(steps, losses, 2.0) == 1 and np.isnan(compute_equivalent(steps, losses, 5.1))
+    with pytest.raises(SAEError, match="rising"):
+        compute_equivalent(steps[::-1], losses, 4.0)
+
+
+def test_another_model_is_refused_unless_any_will_do(host: Host) -> None:
+    assert check_host(host.dictionary, host.folder)
+    other = host.folder.with_name("other")
+    tokenizer = (host.folder / "tokenizer.json").read_bytes()
+    llama.save(llama.init(host.config, 1), host.config, other, files={"tokenizer.json": tokenizer})
+    with pytest.raises(SAEError, match="belongs to a model with"):
+        open_host(host.dictionary, other, [host.held_out], length=LENGTH)
+    source = open_host(host.dictionary, other, [host.held_out], length=LENGTH, any_model=True)
+    assert source.sites == (SITE,) and not check_host(host.dictionary, other, any_model=True)
+    nameless = replace(host.dictionary, config=replace(host.dictionary.config, metadata={}))
+    assert not check_host(nameless, other)
+    with pytest.raises(SAEError, match="which site"):
+        open_host(nameless, other, [host.held_out])
+
+
+def test_what_does_not_fit_is_said(host: Host) -> None:
+    with pytest.raises(SAEError, match="32 wide"):
+        evaluate_downstream(_identity(24), host.source)

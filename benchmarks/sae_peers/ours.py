@@ -35,7 +35,7 @@ class Ours:
         self.learning_rate = float(self.state.peak)
         self.update = make_step(self.variant, self.recipe)
         if name == "frozen decoder":
-            self.update = freeze_decoder(self.update, self.state, self.recipe.ema)
+            self.update = freeze_decoder(self.update, self.state, self.recipe.ema_decay)
 
     def silence(self, count: int) -> None:
         self.state.params["encoder_bias"] = self.state.params["encoder_bias"].at[:count].set(-100.0)

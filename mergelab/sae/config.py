@@ -103,10 +103,11 @@ class TrainSection(_Section):
     b2: float = 0.999
     eps: float = 6.25e-10
     clip: float | None = None
-    ema: float = 0.999
+    ema: float | None = None
     aux_k: int | None = None
     aux_coefficient: float = 1 / 32
     dead_after_tokens: int | None = None
+    lift: float = 2.0
     project_gradients: bool = True
     unit_decoder: bool = True
     center: bool = True

@@ -40,7 +40,7 @@ def finished_dictionary(
         use_average: takes the moving average of the parameters, where the recipe keeps one.
         metadata: kept in the dictionary's configuration.
     """
-    params = averaged_params(state, recipe.ema) if use_average else state.params
+    params = averaged_params(state, recipe.ema_decay) if use_average else state.params
     said = variant.export(params, state.statistics)
     scale_in, scale_out = state.read.scale, state.target.scale
     encoder, decoder = params["encoder"], params["decoder"]

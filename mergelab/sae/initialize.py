@@ -100,7 +100,7 @@ def fresh_state(variant: Variant, recipe: Recipe, key_data: Array, facts: Sample
         params=params,
         mean=zeros(),
         square=zeros(),
-        average=zeros() if recipe.ema else {},
+        average=zeros() if recipe.ema_decay else {},
         quiet=jnp.zeros(variant.n_latents, jnp.int32),
         step=jnp.zeros((), jnp.int32),
         peak=jnp.asarray(peak, jnp.float32),

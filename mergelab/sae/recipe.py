@@ -25,12 +25,16 @@ class Recipe:
         b2: Adam's decay of the mean square gradient.
         eps: Adam's epsilon.
         clip: global norm to which gradients are clipped; None does not.
-        ema: decay of the moving average of the parameters that is kept beside them; 0 keeps none.
+        ema: decay of the moving average of the parameters that is kept beside them; None averages over a
+            fiftieth of the training, at most 1000 steps (the paper's 0.999); 0 keeps none.
         aux_k: dead latents that help a token; None takes the power of two nearest to half the width of the
             targets, 0 switches AuxK off.
         aux_coefficient: of the auxiliary loss.
         dead_after_tokens: a latent that has not fired for so many tokens is dead; None takes 10 million, or a
             tenth of a shorter training.
+        lift: a latent that has been quiet for a sixteenth of that has its bias raised by so many learning
+            rates a step, until it fires; 0 switches this off. It is not of the paper: AuxK alone teaches dead
+            latents codes as small as the error they explain, too small to be among the k largest again.
         project_gradients: removes the part of a decoder gradient that is parallel to its row, which only
             the renormalisation would undo.
         unit_decoder: renormalises the decoder's rows after each step, where the variant keeps them at norm 1.
@@ -51,10 +55,11 @@ class Recipe:
     b2: float = 0.999
     eps: float = 6.25e-10
     clip: float | None = None
-    ema: float = 0.999
+    ema: float | None = None
     aux_k: int | None = None
     aux_coefficient: float = 1 / 32
     dead_after_tokens: int | None = None
+    lift: float = 2.0
     project_gradients: bool = True
     unit_decoder: bool = True
     center: bool = True
@@ -67,7 +72,8 @@ class Recipe:
             if getattr(self, name) < 1:
                 raise SAEError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         for name in ("warmup", "decay", "b1", "b2", "ema"):
-            if not 0 <= getattr(self, name) <= 1:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
                 raise SAEError(f"{name} is {getattr(self, name)}; it must be from 0 to 1.")
         if self.warmup + self.decay > 1:
             raise SAEError(
@@ -78,6 +84,8 @@ class Recipe:
             raise SAEError(f"compute_dtype is {self.compute_dtype!r}; it may be 'float32' or 'bfloat16'.")
         if self.normalize not in ("scale", "layer_norm", "none"):
             raise SAEError(f"normalize is {self.normalize!r}; it may be 'scale', 'layer_norm' or 'none'.")
+        if self.lift < 0:
+            raise SAEError(f"lift is {self.lift}; it must be at least 0.")
         for name in ("learning_rate", "clip"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -94,6 +102,16 @@ class Recipe:
         if self.dead_after_tokens is not None:
             return self.dead_after_tokens
         return min(10_000_000, max(self.tokens // 10, 1))
+
+    @property
+    def lift_after(self) -> int:
+        """Tokens without firing after which a latent's bias is raised."""
+        return max(self.dead_after // 16, 1)
+
+    @property
+    def ema_decay(self) -> float:
+        """Decay of the moving average of the parameters."""
+        return self.ema if self.ema is not None else 1 - 1 / min(max(self.steps / 50, 1), 1000)
 
     def auxiliary_k(self, width: int) -> int:
         """Dead latents that help a token whose target has this width."""

@@ -65,9 +65,9 @@ def train_step(
 
     fired = shards.any_data(outcome.codes.fired())
     quiet = jnp.where(fired, 0, jnp.minimum(state.quiet + tokens, _LONGEST_QUIET))
-    dead = quiet >= recipe.dead_after
+    dead, lifted = quiet >= recipe.dead_after, quiet >= recipe.lift_after
     if live is not None:
-        dead = dead & live
+        dead, lifted = dead & live, lifted & live
     auxiliary = jnp.zeros(())
     if variant.revives:
         auxiliary, grads = auxiliary_gradients(
@@ -84,7 +84,8 @@ def train_step(
             compute_dtype=recipe.compute_dtype,
         )
     grads = shards.sum_data(grads)
-    state, happened = update(variant, recipe, state, grads, shards)
+    raises = variant.revives and recipe.lift > 0
+    state, happened = update(variant, recipe, state, grads, shards, lifted if raises else None)
     total = variant.n_latents if live is None else state.trial["n_latents"].astype(jnp.float32)
     metrics = {
         "loss": shards.sum_data(loss) + recipe.aux_coefficient * shards.sum_data(auxiliary),

@@ -46,9 +46,22 @@ def gradient_norm(grads: Params, shards: Shards) -> Array:
 
 
 def update(
-    variant: Variant, recipe: Recipe, state: TrainState, grads: Params, shards: Shards
+    variant: Variant,
+    recipe: Recipe,
+    state: TrainState,
+    grads: Params,
+    shards: Shards,
+    lifted: Array | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Applies gradients, summed over the batch; returns the next state and what happened.
+
+    Args:
+        variant: the dictionary's hyper-parameters.
+        recipe: the training's.
+        state: before the step.
+        grads: like its parameters.
+        shards: the mesh axes.
+        lifted: `[n]`, bool: latents whose bias is raised, whatever their gradients.
 
     `quiet` and `statistics` are left as they are: they belong to the loss.
     """
@@ -72,8 +85,11 @@ def update(
     }
     if unit:
         params["decoder"] = unit_rows(params["decoder"])
+    if lifted is not None:
+        params["encoder_bias"] = params["encoder_bias"] + jnp.where(lifted, recipe.lift * rate, 0.0)
     average = {
-        name: recipe.ema * total + (1 - recipe.ema) * params[name] for name, total in state.average.items()
+        name: recipe.ema_decay * total + (1 - recipe.ema_decay) * params[name]
+        for name, total in state.average.items()
     }
     stepped = replace(state, params=params, mean=mean, square=square, average=average, step=state.step + 1)
     return stepped, {"learning_rate": rate, "grad_norm": norm}

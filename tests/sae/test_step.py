@@ -140,7 +140,7 @@ def test_the_average_follows_its_formula() -> None:
         state, _ = step(state, jnp.asarray(x), jnp.asarray(x))
         snapshots.append(np.array(state.params["encoder"]))
     wanted = np.tensordot(weights, np.stack(snapshots), 1) / weights.sum()
-    np.testing.assert_allclose(averaged_params(state, recipe.ema)["encoder"], wanted, atol=1e-5)
+    np.testing.assert_allclose(averaged_params(state, recipe.ema_decay)["encoder"], wanted, atol=1e-5)
 
 
 def test_gradients_are_clipped_by_their_global_norm() -> None:
@@ -157,6 +157,35 @@ def test_counters_of_dead_latents() -> None:
     state, _ = _run(variant, RECIPE, 3)
     quiet = np.asarray(state.quiet)
     assert set(np.unique(quiet)) <= {0, BATCH, 2 * BATCH, 3 * BATCH} and (quiet == 0).any()
+
+
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "latents": 4}], ids=str)
+@pytest.mark.parametrize("lift", [0.0, 3.0])
+def test_the_bias_of_a_quiet_latent_rises(lift: float, mesh: dict[str, int] | None) -> None:
+    recipe = replace(RECIPE, aux_k=0, lift=lift, dead_after_tokens=16 * 2 * BATCH, warmup=0.0, decay=0.0)
+    assert recipe.lift_after == 2 * BATCH
+    variant = make_variant("topk", d_in=D, n_latents=N, k=4)
+    start = _start(variant, recipe)
+    far = N - 1
+    bias = start.params["encoder_bias"].at[far].set(-100.0)
+    state = replace(start, params={**start.params, "encoder_bias": bias})
+    laid = None if mesh is None else make_mesh(mesh)
+    state = state if laid is None else place_state(state, laid)
+    step = make_step(variant, recipe, laid)
+    for x in _batches(6):
+        batch = jnp.asarray(x) if laid is None else place_batch(x, laid)
+        state, _ = step(state, batch, batch)
+    # Quiet for 2 batches after the second step: raised in the second to the sixth.
+    raised = np.asarray(state.params["encoder_bias"])[far] + 100
+    np.testing.assert_allclose(raised, 5 * lift * 3e-3, rtol=0, atol=2e-5)
+    assert np.asarray(state.quiet)[far] == 6 * BATCH
+
+
+def test_the_average_is_over_a_part_of_a_short_training() -> None:
+    assert Recipe(steps=2500, batch_size=1).ema_decay == pytest.approx(0.98)
+    assert Recipe(steps=10**6, batch_size=1).ema_decay == pytest.approx(0.999)
+    assert Recipe(steps=10, batch_size=1).ema_decay == 0
+    assert Recipe(steps=2500, batch_size=1, ema=0.9).ema_decay == 0.9
 
 
 @pytest.mark.parametrize("sizes", [{"latents": 8}, {"data": 2, "latents": 4}, {"data": 8}], ids=str)

@@ -1,12 +1,15 @@
 """Shuffled batches of activations, epoch after epoch, whose place is one number.
 
-Each epoch, blocks of neighbouring rows are put in a new order; several blocks at a time are read into a
-buffer and their rows shuffled there. Everything follows from the seed, the epoch and the position, so a
-stream goes on from any position exactly as if it had never stopped, without reading what came before.
+Each epoch, blocks of neighbouring rows are put in a new order; several blocks at a time, a group, are read
+into a buffer. A group is cut into lanes of equal length, each shuffled by itself, and a batch takes as many
+rows of every lane: a process that needs a part of each batch reads its lanes and nothing else, and batches
+are the same however many processes share them. Everything follows from the seed, the epoch and the position,
+so a stream goes on from any position exactly as if it had never stopped, without reading what came before.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,6 +22,7 @@ from mergelab.errors import SAEError
 __all__ = ["ActivationStream", "Batch"]
 
 _BLOCK_ROWS = 1024
+_LANES = 64  # at most, and so the most processes that can share a batch
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,12 @@ class ActivationStream:
         batch_size: rows of a batch, over all processes.
         seed: of the order.
         target: what to reconstruct, row by row, for a transcoder; by default the input itself.
-        buffer_rows: rows that are shuffled together, at least; the memory of the stream is about this many
-        rows. process: which part of each batch this process reads, of `processes` equal ones. Side by side
-            the parts are the batch that one process would read.
-        processes: how many share a batch.
+        buffer_rows: rows of a group, at least; the memory of the stream over all processes is about this many
+            rows.
+        process: which part of each batch this process reads, of `processes` equal ones. Side by side the
+            parts are the batch that one process would read.
+        processes: how many share a batch, a power of two. Fewer rows than there are lanes may be left out
+            of an epoch, others each time.
 
     Raises:
         SAEError: the source has fewer rows than a batch, or sizes do not fit.
@@ -72,13 +78,20 @@ class ActivationStream:
             raise SAEError(
                 f"inputs have {source.rows} rows but targets {target.rows}; they must be the same tokens."
             )
-        if batch_size % processes:
-            raise SAEError(f"batch_size is {batch_size}, which {processes} processes cannot share equally.")
+        lanes = math.gcd(batch_size, _LANES)
+        if lanes % processes:
+            raise SAEError(
+                f"batch_size is {batch_size}, which {processes} processes cannot share equally; a power of "
+                f"two of them, up to {_LANES}, can share a multiple of their number."
+            )
         self.source, self.target = source, target
         self.batch_size, self.seed = batch_size, seed
-        self.process, self.processes = process, processes
+        self.process, self.processes, self.lanes = process, processes, lanes
         self.blocks_at_once = max(-(-buffer_rows // _BLOCK_ROWS), -(-batch_size // _BLOCK_ROWS))
         self.position = 0
+        self._blocks = -(-source.rows // _BLOCK_ROWS)
+        self._first_rows = source.rows - (self._blocks - 1) * _BLOCK_ROWS
+        self._starts = self._lane_starts()
         self._group = lru_cache(maxsize=2)(self._read_group)
         self._order = lru_cache(maxsize=2)(self._shuffle_blocks)
 
@@ -89,6 +102,7 @@ class ActivationStream:
             "seed": self.seed,
             "rows": self.source.rows,
             "blocks_at_once": self.blocks_at_once,
+            "lanes": self.lanes,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -110,44 +124,64 @@ class ActivationStream:
         return self
 
     def __next__(self) -> Batch:
-        share = self.batch_size // self.processes
-        start = self.position + self.process * share
-        pieces, wanted = [], share
+        place, wanted = self.position // self.lanes, self.batch_size // self.lanes
+        pieces = []
         while wanted:
-            piece = self._from(start, wanted)
-            pieces.append(piece)
-            start, wanted = start + len(piece[2]), wanted - len(piece[2])
-        x, y, rows = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+            pieces.append(self._from(place, wanted))
+            taken = pieces[-1][2].shape[1]
+            place, wanted = place + taken, wanted - taken
+        x, y, rows = (np.concatenate(parts, axis=1) for parts in zip(*pieces, strict=True))
         self.position += self.batch_size
-        return Batch(x, x if self.target is None else y, rows)
+        x = x.reshape(-1, x.shape[-1])
+        return Batch(x, x if self.target is None else y.reshape(-1, y.shape[-1]), rows.reshape(-1))
 
-    def _from(self, position: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Up to `wanted` rows from a position on, as far as its buffer goes."""
-        epoch, place = divmod(position, self.source.rows)
-        _, starts = self._order(epoch)
-        group = int(np.searchsorted(starts, place, side="right")) - 1
-        x, y, rows = self._group(epoch, group)
-        first = place - int(starts[group])
+    def _from(self, place: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Up to `wanted` rows of each of this process's lanes from a place on, as far as their group goes."""
+        epoch, place = divmod(place, int(self._starts[-1]))
+        group = int(np.searchsorted(self._starts, place, side="right")) - 1
+        first = place - int(self._starts[group])
         taken = slice(first, first + wanted)
-        return x[taken], y[taken], rows[taken]
+        x, y, rows = self._group(epoch, group)
+        return x[:, taken], y[:, taken], rows[:, taken]
 
-    def _shuffle_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The blocks of an epoch in order, and the place at which each group of them begins."""
-        total = self.source.rows
-        blocks = -(-total // _BLOCK_ROWS)
-        order = np.random.default_rng([self.seed, epoch]).permutation(blocks)
-        sizes = np.minimum(_BLOCK_ROWS, total - order * _BLOCK_ROWS)
-        ends = np.cumsum(np.add.reduceat(sizes, np.arange(0, blocks, self.blocks_at_once)))
-        return order, np.concatenate([[0], ends[:-1]])
+    def _lane_starts(self) -> np.ndarray:
+        """The place at which each group begins, in rows of one lane, and where the epoch ends."""
+        sizes = np.full(self._blocks, _BLOCK_ROWS)
+        sizes[0] = self._first_rows
+        groups = np.add.reduceat(sizes, np.arange(0, self._blocks, self.blocks_at_once))
+        return np.concatenate([[0], np.cumsum(groups // self.lanes)])
+
+    def _shuffle_blocks(self, epoch: int) -> np.ndarray:
+        """The blocks of an epoch in order; a short last block comes first, so that groups keep sizes."""
+        short = int(self._first_rows < _BLOCK_ROWS)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self._blocks - short)
+        return np.concatenate([[self._blocks - 1], order]) if short else order
 
     def _read_group(self, epoch: int, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        order, _ = self._order(epoch)
-        blocks = order[group * self.blocks_at_once : (group + 1) * self.blocks_at_once]
-        spans = [(b * _BLOCK_ROWS, min((b + 1) * _BLOCK_ROWS, self.source.rows)) for b in blocks.tolist()]
-        rows = np.concatenate([np.arange(*span) for span in spans])
-        mixed = np.random.default_rng([self.seed, epoch, group]).permutation(len(rows))
-        x = np.concatenate([self.source.read(*span) for span in spans])[mixed]
-        y = x
-        if self.target is not None:
-            y = np.concatenate([self.target.read(*span) for span in spans])[mixed]
-        return x, y, rows[mixed]
+        """This process's lanes of a group: `[lanes, rows of a lane, d]`, and `[lanes, rows of a lane]`."""
+        blocks = self._order(epoch)[group * self.blocks_at_once : (group + 1) * self.blocks_at_once]
+        numbers = np.concatenate(
+            [
+                np.arange(b * _BLOCK_ROWS, min((b + 1) * _BLOCK_ROWS, self.source.rows))
+                for b in blocks.tolist()
+            ]
+        )
+        if len(numbers) % self.lanes:  # others are left out in each epoch
+            numbers = np.roll(
+                numbers, np.random.default_rng([self.seed, epoch, group]).integers(len(numbers))
+            )
+        length = len(numbers) // self.lanes
+        mine = np.arange(self.lanes).reshape(self.processes, -1)[self.process]
+        numbers = numbers[mine[0] * length : (mine[-1] + 1) * length]
+        lanes = [np.random.default_rng([self.seed, epoch, group, lane]).permutation(length) for lane in mine]
+        mixed = np.stack(lanes) + (np.arange(len(mine)) * length)[:, None]
+        x = _read(self.source, numbers)[mixed]
+        y = x if self.target is None else _read(self.target, numbers)[mixed]
+        return x, y, numbers[mixed]
+
+
+def _read(source: ActivationSource, numbers: np.ndarray) -> np.ndarray:
+    """Rows by number, neighbours in one piece."""
+    cuts = np.flatnonzero(np.diff(numbers) != 1) + 1
+    spans = [(int(part[0]), int(part[-1]) + 1) for part in np.split(numbers, cuts)]
+    return np.concatenate([source.read(*span) for span in spans])

@@ -39,11 +39,20 @@ def _take(stream: ActivationStream, count: int) -> list[Batch]:
 @given(rows=st.integers(100, 6000), batch=st.integers(1, 100), seed=st.integers(0, 99))
 def test_every_row_once_an_epoch(rows: int, batch: int, seed: int) -> None:
     stream = ActivationStream(Numbered(rows), batch, seed=seed, buffer_rows=2048)
-    seen = np.concatenate([b.rows for b in _take(stream, 2 * rows // batch + 1)])
-    first, second = seen[:rows], seen[rows : 2 * rows - batch]
-    np.testing.assert_array_equal(np.sort(first), np.arange(rows))
-    assert len(np.unique(second)) == len(second)
-    assert rows < 200 or (first[: len(second)] != second).mean() > 0.9  # a new order each epoch
+    lanes = stream.lanes
+    epoch = rows - rows % lanes  # what the lanes share equally
+    taken = np.concatenate([b.rows.reshape(lanes, -1) for b in _take(stream, 2 * rows // batch + 1)], axis=1)
+    first, second = taken[:, : epoch // lanes], taken[:, epoch // lanes : 2 * epoch // lanes]
+    assert len(np.unique(first)) == epoch and 0 <= first.min() <= first.max() < rows
+    assert len(np.unique(second)) == second.size
+    shared = first[:, : second.shape[1]]
+    assert rows < 200 or (shared != second).mean() > 0.9  # a new order each epoch
+
+
+def test_no_row_is_left_out_for_ever() -> None:
+    stream = ActivationStream(Numbered(1000), 64, seed=0)
+    assert len(np.unique(np.concatenate([b.rows for b in _take(stream, 15)]))) == 960
+    assert len(np.unique(np.concatenate([b.rows for b in _take(stream, 60)]))) == 1000
 
 
 def test_rows_carry_their_numbers_and_targets_their_rows() -> None:
@@ -70,16 +79,18 @@ def test_a_stream_goes_on_where_it_stood(at: int, batch: int) -> None:
     assert source.read_rows <= 5000 + 3 * batch + 6 * 2048  # nothing that came before was read
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_share_a_batch(processes: int) -> None:
-    whole = ActivationStream(Numbered(5000), 64, seed=3, buffer_rows=1024)
+@pytest.mark.parametrize("processes", [2, 4, 32])
+def test_processes_share_a_batch_and_the_reading(processes: int) -> None:
+    whole = ActivationStream(Numbered(50_000), 64, seed=3, buffer_rows=8192)
+    sources = [Numbered(50_000) for _ in range(processes)]
     parts = [
-        ActivationStream(Numbered(5000), 64, seed=3, buffer_rows=1024, process=i, processes=processes)
-        for i in range(processes)
+        ActivationStream(source, 64, seed=3, buffer_rows=8192, process=i, processes=processes)
+        for i, source in enumerate(sources)
     ]
-    for _ in range(100):
+    for _ in range(780):
         together = np.concatenate([next(part).rows for part in parts])
         np.testing.assert_array_equal(together, next(whole).rows)
+    assert [source.read_rows for source in sources] == [50_000 // 64 * 64 // processes] * processes
 
 
 def test_rows_of_far_blocks_meet() -> None:
@@ -93,8 +104,9 @@ def test_what_cannot_be_shuffled_or_resumed_is_refused() -> None:
         ActivationStream(Numbered(10), 11)
     with pytest.raises(SAEError, match="same tokens"):
         ActivationStream(Numbered(10), 2, target=Numbered(11))
-    with pytest.raises(SAEError, match="3 processes"):
-        ActivationStream(Numbered(10), 4, processes=3)
+    for batch, processes in ((4, 3), (6, 4)):
+        with pytest.raises(SAEError, match=f"{processes} processes cannot share"):
+            ActivationStream(Numbered(10), batch, processes=processes)
     state = ActivationStream(Numbered(10), 2, seed=1).state()
     with pytest.raises(SAEError, match="seed=1"):
         ActivationStream(Numbered(10), 2, seed=2).restore(state)

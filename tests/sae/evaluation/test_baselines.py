@@ -41,9 +41,9 @@ def _train(change: Callable[[TrainState], Step], steps: int) -> tuple[TrainState
 
 
 def test_a_frozen_decoder_keeps_its_directions_and_learns_to_encode(step: Step) -> None:
-    state, started, nmse = _train(lambda initial: freeze_decoder(step, initial, RECIPE.ema), 300)
+    state, started, nmse = _train(lambda initial: freeze_decoder(step, initial, RECIPE.ema_decay), 300)
     np.testing.assert_array_equal(state.params["decoder"], started)
-    np.testing.assert_allclose(averaged_params(state, RECIPE.ema)["decoder"], started, atol=1e-6)
+    np.testing.assert_allclose(averaged_params(state, RECIPE.ema_decay)["decoder"], started, atol=1e-6)
     assert np.abs(np.asarray(state.params["encoder"]) - started).max() > 0.1
     trained, start, nmse_trained = _train(lambda _: step, 300)
     np.testing.assert_array_equal(start, started)

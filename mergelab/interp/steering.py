@@ -1,0 +1,119 @@
+"""Steering: adds a vector to a site while the model runs, and makes such vectors from two sets of prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.tree_util import Partial
+from jaxtyping import Bool, Float
+
+from mergelab.errors import SAEError, SiteError
+from mergelab.interp.collect import collect
+from mergelab.interp.vectors import mean_difference, mean_norm, principal_difference, with_strength
+from mergelab.models.model import Model, Params
+from mergelab.models.sites import Edit
+from mergelab.sae.dictionary import Dictionary
+
+__all__ = ["SteeringVector", "add_vector", "latent_direction", "steering_vector"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SteeringVector:
+    """A direction at a site, and the length of what is usually there.
+
+    Attributes:
+        vector: float32 `[width]`, of any length.
+        norm: mean length of the activations it was made from.
+    """
+
+    vector: Float[Array, " width"]
+    norm: Float[Array, ""]
+
+    def edit(self, strength: Any, *, where: Bool[Array, "batch length"] | None = None) -> Edit:
+        """Adds the direction at length `strength * norm`; a negative strength steers away.
+
+        Args:
+            strength: in units of the mean activation norm; may be traced.
+            where: the tokens to change; all by default.
+        """
+        return add_vector(with_strength(self.vector, strength, self.norm), where=where)
+
+
+def add_vector(vector: Float[Array, " width"], *, where: Bool[Array, "batch length"] | None = None) -> Edit:
+    """An edit `x -> x + vector` at every token, or at those where `where` is True.
+
+    It holds arrays, so that another vector of the same width compiles nothing anew.
+    """
+    return Partial(_added, jnp.asarray(vector, jnp.float32), where)
+
+
+def steering_vector(
+    model: Model,
+    params: Params,
+    site: str,
+    positive: Any,
+    negative: Any,
+    *,
+    masks: tuple[Any, Any] = (None, None),
+    position: int | None = -1,
+    method: Literal["mean", "pca"] = "mean",
+    batch: int = 32,
+) -> SteeringVector:
+    """From what a site holds on two sets of prompts.
+
+    Args:
+        model: the model.
+        params: its parameters.
+        site: of shape `[batch, length, width]`.
+        positive: tokens `[prompts, length]` of what to steer towards.
+        negative: of what to steer away from; for `pca`, row by row the counterparts of `positive`.
+        masks: True for real tokens, for each set.
+        position: of the token to read in each prompt; -1 is the last real one, None all of them.
+        method: `mean` of the differences (contrastive activation addition, arXiv:2312.06681), or their first
+            principal axis (arXiv:2310.01405).
+        batch: prompts in one pass.
+
+    Raises:
+        SiteError: the site is no stream of vectors, or the sets do not pair up for `pca`.
+    """
+    if len(model.sites().get(site, (0, 0, 0))) != 3:
+        raise SiteError(
+            f"the site {site!r} has shape {list(model.sites()[site])}; a vector is added to [batch, length, "
+            "width]."
+        )
+    read = [
+        jnp.asarray(collect(model, params, tokens, site, mask=mask, position=position, batch=batch)[site])
+        for tokens, mask in zip((positive, negative), masks, strict=True)
+    ]
+    vector = (mean_difference if method == "mean" else principal_difference)(read[0], read[1])
+    return SteeringVector(vector, mean_norm(jnp.concatenate(read)))
+
+
+def latent_direction(dictionary: Dictionary, latent: int, activations: Any) -> SteeringVector:
+    """The decoder row of a latent, as a steering vector.
+
+    Args:
+        dictionary: of the site that is steered.
+        latent: which.
+        activations: `[rows, width]` at the site, to measure their mean length.
+
+    Raises:
+        SAEError: there is no such latent.
+    """
+    if not 0 <= latent < dictionary.n_latents:
+        raise SAEError(f"latent {latent} does not exist: the dictionary has {dictionary.n_latents}.")
+    vector = jnp.asarray(dictionary.W_dec[latent], jnp.float32)
+    return SteeringVector(vector, mean_norm(jnp.asarray(np.asarray(activations, np.float32))))
+
+
+def _added(vector: Array, where: Array | None, x: Array) -> Array:
+    added = jnp.broadcast_to(vector, x.shape)
+    if where is not None:
+        added = added * where[..., None].astype(jnp.float32)
+    return (x.astype(jnp.float32) + added).astype(x.dtype)

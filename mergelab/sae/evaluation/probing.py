@@ -1,0 +1,187 @@
+"""Logistic probes on latents: the best single one of all, and the best few together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from mergelab.errors import SAEError
+
+__all__ = ["ProbeLoss", "SparseProbe", "best_probes", "fit_logistic", "probe_losses", "sparse_probe"]
+
+_ITERATIONS = 50
+_RIDGE = 1e-6  # on standardised inputs: keeps separable classes from running away
+
+
+@dataclass(frozen=True)
+class ProbeLoss:
+    """The best one-dimensional probe of a task.
+
+    Attributes:
+        loss: its mean cross-entropy, in nats per token.
+        latent: which latent it reads.
+        prior: the cross-entropy of always saying the class's frequency: what a useless latent gives.
+    """
+
+    loss: float
+    latent: int
+    prior: float
+
+
+@dataclass(frozen=True)
+class SparseProbe:
+    """A probe on a few latents, judged on rows it was not fitted on.
+
+    Attributes:
+        latents: which it reads.
+        loss: held-out cross-entropy, in nats per token.
+        accuracy: held-out share of rows put right.
+        f1: held-out F1 of the positive class; 0 where nothing is found.
+    """
+
+    latents: tuple[int, ...]
+    loss: float
+    accuracy: float
+    f1: float
+
+
+def fit_logistic(x: Array, y: Array) -> tuple[Array, Array, Array]:
+    """Logistic regression by Newton's method, the step halved while it would not improve.
+
+    Args:
+        x: `[rows, k]`, float32; constant columns get weight 0.
+        y: `[rows]`, 0 or 1.
+
+    Returns:
+        Weights `[k]`, bias (scalar), and the mean cross-entropy in nats (scalar). The weights are those of no
+        penalty but 5e-7 times the square of each weight on standardised columns.
+    """
+    mean, scale = x.mean(axis=0), x.std(axis=0)
+    scale = jnp.where(scale > 0, scale, 1)
+    z = jnp.concatenate([(x - mean[None]) / scale[None], jnp.ones((len(x), 1), x.dtype)], axis=1)
+    penalty = jnp.full(z.shape[1], _RIDGE, x.dtype).at[-1].set(0)
+    y = y.astype(x.dtype)
+    rate = jnp.clip(y.mean(), 1e-6, 1 - 1e-6)
+
+    def objective(w: Array) -> Array:
+        logits = z @ w
+        return (jax.nn.softplus(logits) - y * logits).mean() + 0.5 * (penalty * w * w).sum()
+
+    def improve(_: int, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        w, loss, damping = state
+        p = jax.nn.sigmoid(z @ w)
+        gradient = z.T @ (p - y) / len(x) + penalty * w
+        weight = jnp.maximum(p * (1 - p), 1e-7)
+        hessian = (z * weight[:, None]).T @ z / len(x) + jnp.diag(penalty)
+        there = w - damping * jnp.linalg.solve(hessian, gradient)
+        value = objective(there)
+        better = value <= loss
+        w, loss = jnp.where(better, there, w), jnp.where(better, value, loss)
+        return w, loss, jnp.where(better, jnp.minimum(2 * damping, 1), damping / 4)
+
+    start = jnp.zeros(z.shape[1], x.dtype).at[-1].set(jnp.log(rate / (1 - rate)))
+    w, _, _ = lax.fori_loop(0, _ITERATIONS, improve, (start, objective(start), jnp.ones((), x.dtype)))
+    logits = z @ w
+    loss = (jax.nn.softplus(logits) - y * logits).mean()
+    weights = w[:-1] / scale
+    return weights, w[-1] - (weights * mean).sum(), loss
+
+
+@partial(jax.jit, static_argnames="piece")
+def _losses(values: Array, labels: Array, piece: int) -> Array:
+    columns = values.T.reshape(-1, piece, len(values))
+
+    def some(group: Array) -> Array:
+        return jax.vmap(lambda column: fit_logistic(column[:, None], labels)[2])(group)
+
+    return lax.map(some, columns).reshape(-1)
+
+
+def probe_losses(values: np.ndarray, labels: np.ndarray, *, piece: int = 64) -> np.ndarray:
+    """Cross-entropy of the best logistic probe on each column alone, all solved at once.
+
+    Args:
+        values: `[rows, n]`; for a dictionary, its pre-activations (arXiv 2406.04093, section 4.2).
+        labels: `[rows]`, bool, both classes present.
+        piece: columns solved together: memory is `4 * rows * piece` bytes a few times over.
+
+    Returns:
+        `[n]`, float32, nats per row.
+
+    Raises:
+        SAEError: a class is missing.
+    """
+    _check(values, labels)
+    n = values.shape[1]
+    filled = np.pad(values, ((0, 0), (0, -n % piece)))
+    return np.asarray(_losses(jnp.asarray(filled, jnp.float32), jnp.asarray(labels), piece))[:n]
+
+
+def best_probes(values: np.ndarray, tasks: Mapping[str, np.ndarray]) -> dict[str, ProbeLoss]:
+    """The probe loss of every task: the least over latents.
+
+    Args:
+        values: `[rows, n]`.
+        tasks: labels `[rows]`, bool, by name.
+
+    Raises:
+        SAEError: a task lacks a class.
+    """
+    found = {}
+    for name, labels in tasks.items():
+        losses = probe_losses(values, labels)
+        p = float(labels.mean())
+        prior = -(p * np.log(p) + (1 - p) * np.log(1 - p))
+        found[name] = ProbeLoss(float(losses.min()), int(losses.argmin()), float(prior))
+    return found
+
+
+def sparse_probe(codes: np.ndarray, labels: np.ndarray, k: int, *, seed: int = 0) -> SparseProbe:
+    """Fits a probe on the k latents whose means differ most between the classes (arXiv 2305.01610).
+
+    Half of the rows, drawn at random, choose and fit; the other half judges.
+
+    Args:
+        codes: `[rows, n]`.
+        labels: `[rows]`, bool.
+        k: latents it may read.
+        seed: of the halves.
+
+    Raises:
+        SAEError: a class is missing in either half, or there are fewer than k latents.
+    """
+    if not 1 <= k <= codes.shape[1]:
+        raise SAEError(f"k is {k}; a probe may read 1 to {codes.shape[1]} latents.")
+    order = np.random.default_rng(seed).permutation(len(codes))
+    train, test = order[: len(order) // 2], order[len(order) // 2 :]
+    _check(codes[train], labels[train])
+    _check(codes[test], labels[test])
+    x, y = codes[train], labels[train]
+    gap = np.abs(x[y].mean(axis=0) - x[~y].mean(axis=0))
+    latents = np.argsort(-gap, kind="stable")[:k]
+    weights, bias, _ = jax.jit(fit_logistic)(jnp.asarray(x[:, latents], jnp.float32), jnp.asarray(y))
+    logits = codes[test][:, latents] @ np.asarray(weights) + float(bias)
+    truth = labels[test]
+    said = logits > 0
+    hits = int((said & truth).sum())
+    return SparseProbe(
+        latents=tuple(int(latent) for latent in latents),
+        loss=float((np.logaddexp(0, logits) - truth * logits).mean()),
+        accuracy=float((said == truth).mean()),
+        f1=2 * hits / max(int(said.sum()) + int(truth.sum()), 1),
+    )
+
+
+def _check(values: np.ndarray, labels: Sequence[bool] | np.ndarray) -> None:
+    share = float(np.mean(labels))
+    if len(values) != len(labels) or not 0 < share < 1:
+        raise SAEError(
+            f"{len(values)} rows have {len(labels)} labels, {share:.1%} of them true; expected as many of "
+            "each, and both classes."
+        )

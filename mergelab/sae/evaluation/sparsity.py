@@ -1,0 +1,170 @@
+"""How local the effects of latents are: the sparsity of what an ablation does to the logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from mergelab.errors import SAEError
+from mergelab.sae.dictionary import Dictionary
+from mergelab.sae.evaluation.downstream import require_logits
+from mergelab.sae.evaluation.host import check_reads
+from mergelab.sae.evaluation.passes import passes
+from mergelab.sae.model_source import ModelActivations
+
+__all__ = ["AblationSparsity", "channel_sparsity", "effect_sparsity", "latent_sparsity"]
+
+HORIZON = 16
+"""Tokens over which effects are counted, the ablated one first: T of arXiv 2406.04093, section 4.5."""
+
+
+@dataclass(frozen=True)
+class AblationSparsity:
+    """The effects of single ablations.
+
+    Attributes:
+        sparsity: mean of `(L1 / L2)^2 / (V T)` over ablations: the effective share of the V T logits that
+            one moves, from `1 / (V T)` to 1; lower is more local.
+        error: standard error of the mean.
+        ablations: how many had any effect.
+    """
+
+    sparsity: float
+    error: float
+    ablations: int
+
+
+def effect_sparsity(differences: Array) -> Array:
+    """`(L1 / L2)^2 / (V T)` of logit differences, each token's median subtracted.
+
+    Args:
+        differences: `[..., T, V]`, before the softmax.
+
+    Returns:
+        `[...]`, NaN where nothing moved.
+    """
+    off = differences - jnp.median(differences, axis=-1, keepdims=True)
+    l1, square = jnp.abs(off).sum(axis=(-2, -1)), jnp.square(off).sum(axis=(-2, -1))
+    share = l1 * l1 / (square * (off.shape[-1] * off.shape[-2]))
+    return jnp.where(square > 0, share, jnp.nan)
+
+
+def latent_sparsity(
+    dictionary: Dictionary,
+    source: ModelActivations,
+    *,
+    samples: int = 256,
+    horizon: int = HORIZON,
+    seed: int = 0,
+) -> AblationSparsity:
+    """Ablates latents one at a time, each at one token, the error of the reconstruction kept.
+
+    Args:
+        dictionary: reads the first of the source's sites.
+        source: model and text.
+        samples: random tokens, at each of which one of the active latents is ablated; a token counts as often
+            as it has active latents, so the mean is that over all pairs of token and active latent.
+        horizon: tokens over which effects are counted.
+        seed: of the choice.
+
+    Raises:
+        SAEError: the dictionary does not fit the site, contexts are shorter than the horizon, or nothing is
+            active.
+    """
+    check_reads(dictionary, source)
+
+    def change(dictionary: Dictionary, x: Array, lot: Array) -> tuple[Array, Array]:
+        codes = dictionary.encode(x)
+        active = codes > 0
+        count = active.sum(axis=1, dtype=jnp.int32)
+        # The lot picks one of the active latents, each as likely as the others.
+        place = jnp.floor(lot * count.astype(lot.dtype)).astype(jnp.int32)
+        chosen = active & (jnp.cumsum(active, axis=1, dtype=jnp.int32) - 1 == place[:, None])
+        without = jnp.where(chosen, 0, codes)
+        return dictionary.reconstruct(x, without) - dictionary.reconstruct(x, codes), count
+
+    return _sparsity(source, lambda x, lot: change(dictionary, x, lot), samples, horizon, seed)
+
+
+def channel_sparsity(
+    source: ModelActivations, *, samples: int = 256, horizon: int = HORIZON, seed: int = 0
+) -> AblationSparsity:
+    """Sets channels of the source's first site to zero, each at one token: what latents compare with.
+
+    At a residual site these are residual channels; at `blocks.{i}.mlp.post` they are neurons.
+
+    Args:
+        source: model and text.
+        samples: random pairs of token and channel.
+        horizon: tokens over which effects are counted.
+        seed: of the choice.
+
+    Raises:
+        SAEError: contexts are shorter than the horizon, or the model predicts no tokens.
+    """
+
+    def change(x: Array, lot: Array) -> tuple[Array, Array]:
+        channel = jnp.floor(lot * x.shape[1]).astype(jnp.int32)
+        chosen = jnp.arange(x.shape[1], dtype=jnp.int32)[None] == channel[:, None]
+        return jnp.where(chosen, -x, 0), jnp.ones(len(x), jnp.int32)
+
+    return _sparsity(source, change, samples, horizon, seed)
+
+
+def _sparsity(
+    source: ModelActivations, change: Any, samples: int, horizon: int, seed: int
+) -> AblationSparsity:
+    require_logits(source)
+    contexts, length = source.tokens.shape
+    if length < horizon:
+        raise SAEError(
+            f"contexts have {length} tokens, fewer than the horizon of {horizon}; make them longer."
+        )
+    site = source.sites[0]
+    rng = np.random.default_rng(seed)
+    chosen = rng.integers(0, contexts, samples)
+    positions = rng.integers(0, length - horizon + 1, samples)
+    lots = rng.random(samples)
+
+    def run(params: Any, tokens: Array, position: Array, lot: Array) -> tuple[Array, Array]:
+        rows = jnp.arange(len(tokens))
+        plain = source.model.apply(params, tokens, capture=[site])
+        x = plain.captured[site]
+        difference, weight = change(x[rows, position].astype(jnp.float32), lot)
+        edit = {site: lambda value: value.at[rows, position].add(difference.astype(value.dtype))}
+        ablated = source.model.apply(params, tokens, edit=edit)
+        assert plain.logits is not None and ablated.logits is not None
+        moved = jax.vmap(lambda d, p: lax.dynamic_slice_in_dim(d, p, horizon))(
+            ablated.logits - plain.logits, position
+        )
+        return effect_sparsity(moved), weight
+
+    compiled = jax.jit(run)
+    found, weights = [], []
+    for start, (tokens, real) in zip(
+        range(0, samples, source.batch), passes(source.tokens[chosen], source.batch), strict=True
+    ):
+        position, lot = (
+            np.pad(part[start : start + source.batch], (0, source.batch - real)) for part in (positions, lots)
+        )
+        share, weight = compiled(
+            source.params, tokens, jnp.asarray(position, jnp.int32), jnp.asarray(lot, jnp.float32)
+        )
+        found.append(np.asarray(share, np.float64)[:real])
+        weights.append(np.asarray(weight, np.float64)[:real])
+    return _mean(np.concatenate(found), np.concatenate(weights))
+
+
+def _mean(shares: np.ndarray, weights: np.ndarray) -> AblationSparsity:
+    moved = np.isfinite(shares) & (weights > 0)
+    shares, weights = shares[moved], weights[moved]
+    if not len(shares):
+        raise SAEError("no ablation moved a logit: nothing is active in the text, or the site leads nowhere.")
+    mean = float((weights * shares).sum() / weights.sum())
+    error = float(np.sqrt((weights**2 * (shares - mean) ** 2).sum()) / weights.sum())
+    return AblationSparsity(mean, error, len(shares))

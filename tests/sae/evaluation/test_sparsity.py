@@ -1,0 +1,73 @@
+"""Ablation sparsity: the measure on known effects, the ablation as by hand, latents against channels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mergelab.errors import SAEError
+from mergelab.sae.evaluation.sparsity import channel_sparsity, effect_sparsity, latent_sparsity
+from tests.sae.evaluation.trained_host import SITE, Host
+
+
+def test_the_measure_counts_what_moves() -> None:
+    v, t = 101, 4
+    one = np.zeros((t, v), np.float32)
+    one[0, 3] = 5
+    assert effect_sparsity(jnp.asarray(one)) == pytest.approx(1 / (v * t))
+    some = np.zeros((t, v), np.float32)
+    some[:2, :25] = np.array([2.0, -2.0])[:, None]  # 50 equal effects
+    assert effect_sparsity(jnp.asarray(some)) == pytest.approx(50 / (v * t))
+    # A shift of all logits of a token changes no probability, and counts for nothing.
+    assert effect_sparsity(jnp.asarray(some + np.arange(t)[:, None])) == pytest.approx(50 / (v * t), rel=1e-4)
+    assert np.isnan(effect_sparsity(jnp.ones((t, v))))
+
+
+def test_an_ablation_is_the_subtraction_of_what_the_latent_writes(host: Host) -> None:
+    few = replace(host.source, tokens=host.source.tokens[:1], batch=4)
+    # A dictionary of which one latent is ever active, at every token: the lot has no choice.
+    d = host.dictionary
+    alone = replace(
+        d,
+        W_enc=jnp.zeros_like(d.W_enc),
+        b_enc=jnp.zeros_like(d.b_enc).at[5].set(3.0),
+        config=replace(d.config, k=1),
+    )
+    found = latent_sparsity(alone, few, samples=6, horizon=8, seed=3)
+    assert found.ablations == 6
+    rng = np.random.default_rng(3)
+    rng.integers(0, 1, 6)
+    positions = rng.integers(0, 32 - 8 + 1, 6)
+    tokens = jnp.asarray(few.tokens)
+    plain = few.model.apply(few.params, tokens).logits
+    wanted = []
+    for p in positions.tolist():
+        logits = few.model.apply(
+            few.params, tokens, edit={SITE: lambda x, p=p: x.at[0, p].add(-3.0 * d.W_dec[5])}
+        ).logits
+        assert logits is not None and plain is not None
+        moved = np.asarray(logits - plain, np.float64)[0, p : p + 8]
+        moved -= np.median(moved, axis=-1, keepdims=True)
+        wanted.append(np.abs(moved).sum() ** 2 / ((moved**2).sum() * moved.size))
+    assert found.sparsity == pytest.approx(np.mean(wanted), rel=1e-3)
+    assert found.error == pytest.approx(np.std(wanted) / np.sqrt(6), rel=1e-2)
+
+
+def test_latents_neurons_and_residual_channels(host: Host) -> None:
+    latents = latent_sparsity(host.dictionary, host.source, samples=64)
+    channels = channel_sparsity(host.source, samples=64)
+    neurons = channel_sparsity(replace(host.source, sites=("blocks.0.mlp.post",)), samples=64)
+    for found in (latents, channels, neurons):
+        assert 1 / (16 * 384) < found.sparsity < 1 and 0 < found.error < found.sparsity
+        assert found.ablations == 64
+
+
+def test_what_cannot_be_measured_is_said(host: Host) -> None:
+    with pytest.raises(SAEError, match="fewer than the horizon"):
+        channel_sparsity(host.source, horizon=33)
+    silent = replace(host.dictionary, b_enc=jnp.full(96, -1e6))
+    with pytest.raises(SAEError, match="no ablation moved"):
+        latent_sparsity(silent, host.source, samples=8)

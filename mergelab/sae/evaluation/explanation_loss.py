@@ -1,0 +1,124 @@
+"""What explanations are worth to the model: its loss with simulated activations in place of the true ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from mergelab.sae.dictionary import Dictionary
+from mergelab.sae.evaluation.downstream import require_logits
+from mergelab.sae.evaluation.host import check_reads
+from mergelab.sae.evaluation.n2g import Explanation, Match, judge_explanation
+from mergelab.sae.evaluation.passes import passes
+from mergelab.sae.model_source import ModelActivations
+
+__all__ = ["ExplanationScore", "score_explanations"]
+
+
+@dataclass(frozen=True)
+class ExplanationScore:
+    """Explanations of some latents, judged on held-out text.
+
+    Attributes:
+        matches: precision and recall, in the order of the explanations.
+        tokens: predicted tokens of the losses below.
+        ce: cross-entropy of the model as it is, nats per token.
+        ce_simulated: with the explained latents at their simulated activations, all else kept.
+        ce_ablated: with the explained latents at zero, all else kept.
+    """
+
+    matches: tuple[Match, ...]
+    tokens: int
+    ce: float
+    ce_simulated: float
+    ce_ablated: float
+
+    @property
+    def precision(self) -> float:
+        """Mean over the explanations that name a token."""
+        return _mean([match.precision for match in self.matches])
+
+    @property
+    def recall(self) -> float:
+        """Mean over the latents that are active."""
+        return _mean([match.recall for match in self.matches])
+
+    @property
+    def delta_ce(self) -> float:
+        """`ce_simulated - ce`, the explanation loss, in nats per token."""
+        return self.ce_simulated - self.ce
+
+    @property
+    def recovered(self) -> float:
+        """`(ce_ablated - ce_simulated) / (ce_ablated - ce)`: 1 is as good as the latents themselves."""
+        gap = self.ce_ablated - self.ce
+        return (self.ce_ablated - self.ce_simulated) / gap if gap else float("nan")
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def score_explanations(
+    dictionary: Dictionary, source: ModelActivations, explanations: Sequence[Explanation]
+) -> ExplanationScore:
+    """Simulates the latents on a text, compares, and splices the simulations in with the error kept.
+
+    Args:
+        dictionary: reads the first of the source's sites.
+        source: model and text; a text the explanations are not made of.
+        explanations: of distinct latents.
+
+    Raises:
+        SAEError: the dictionary does not fit the site, or the model predicts no tokens.
+    """
+    check_reads(dictionary, source)
+    require_logits(source)
+    site = source.sites[0]
+    latents = jnp.asarray([explanation.latent for explanation in explanations], jnp.int32)
+
+    def run(params: Any, dictionary: Dictionary, tokens: Array, simulated: Array) -> tuple[Array, Array]:
+        def replaced(values: Array) -> Any:
+            def edit(x: Array) -> Array:
+                rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+                codes = dictionary.encode(rows)
+                changed = codes.at[:, latents].set(values.reshape(len(rows), -1))
+                change = dictionary.reconstruct(rows, changed) - dictionary.reconstruct(rows, codes)
+                return x + change.reshape(x.shape).astype(x.dtype)
+
+            return {site: edit}
+
+        def loss(edit: Any) -> tuple[Array, Array]:
+            out = source.model.apply(params, tokens, edit=edit, capture=[site])
+            assert out.logits is not None
+            logp = jax.nn.log_softmax(out.logits[:, :-1])
+            chosen = jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)
+            return -chosen[..., 0].sum(axis=1), out.captured[site]
+
+        plain, x = loss(None)
+        codes = dictionary.encode(x.reshape(-1, x.shape[-1]).astype(jnp.float32))[:, latents]
+        losses = [plain, loss(replaced(simulated))[0], loss(replaced(jnp.zeros_like(simulated)))[0]]
+        return jnp.stack(losses), codes.reshape(simulated.shape)
+
+    compiled = jax.jit(run)
+    total = np.zeros(3)
+    promised: list[np.ndarray] = []
+    true: list[np.ndarray] = []
+    for tokens, real in passes(source.tokens, source.batch):
+        rows = np.asarray(tokens).tolist()
+        simulated = np.stack([[e.simulate(row) for e in explanations] for row in rows]).transpose(0, 2, 1)
+        losses, codes = compiled(source.params, dictionary, tokens, jnp.asarray(simulated))
+        total += np.asarray(losses, np.float64)[:, :real].sum(axis=1)
+        promised.append(simulated[:real])
+        true.append(np.asarray(codes)[:real])
+    said, there = np.concatenate(promised), np.concatenate(true)
+    matches = tuple(judge_explanation(said[..., i], there[..., i]) for i in range(len(explanations)))
+    predicted = len(source.tokens) * (source.tokens.shape[1] - 1)
+    return ExplanationScore(matches, predicted, *(float(value) for value in total / predicted))

@@ -1,0 +1,104 @@
+"""Feature absorption: tokens of a class on which its own latents are silent and another stands in for them.
+
+After "A is for absorption" (Chanin et al., arXiv 2409.14507): a class that a probe tells from the activations
+has main latents; where those fail on a token of the class, and the one latent that writes most along the
+probe's direction accounts for it alone, that latent has absorbed the feature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergelab.errors import SAEError
+from mergelab.sae.dictionary import Dictionary
+from mergelab.sae.evaluation.probing import fit_logistic, sparse_probe
+
+__all__ = ["Absorption", "absorption"]
+
+
+@dataclass(frozen=True)
+class Absorption:
+    """Absorption of one class.
+
+    Attributes:
+        rate: absorbed tokens over the tokens of the class that the probe gets right.
+        missed: tokens of the class that the probe gets right and no main latent is active on, over the same.
+        main: latents that stand for the class: more than one where the feature has split.
+        absorbing: latents that took it over, the most frequent first.
+    """
+
+    rate: float
+    missed: float
+    main: tuple[int, ...]
+    absorbing: tuple[int, ...]
+
+
+def absorption(
+    dictionary: Dictionary,
+    x: np.ndarray,
+    labels: np.ndarray,
+    *,
+    max_main: int = 5,
+    gain: float = 0.03,
+    cosine: float = 0.025,
+    share: float = 0.4,
+    seed: int = 0,
+) -> Absorption:
+    """Measures it on activations with labels.
+
+    Args:
+        dictionary: reads and reconstructs the activations.
+        x: `[rows, d]`, float32.
+        labels: `[rows]`, bool: the class.
+        max_main: main latents at most.
+        gain: a further main latent is one that raises the F1 of a sparse probe by so much.
+        cosine: least cosine of an absorbing latent's direction with the probe's.
+        share: least part of the reconstruction's projection on the probe that an absorbing latent writes.
+        seed: of the halves that fit and judge probes.
+
+    Raises:
+        SAEError: a class is missing, or the probe gets no token of the class right.
+    """
+    codes = np.asarray(jax.jit(lambda d, x: d.encode(x))(dictionary, jnp.asarray(x)))
+    main = _main_latents(codes, labels, max_main, gain, seed)
+    weights, bias, _ = jax.jit(fit_logistic)(jnp.asarray(x), jnp.asarray(labels))
+    direction = np.asarray(weights, np.float64)
+    right = labels & (x @ direction + float(bias) > 0)
+    if not right.any():
+        raise SAEError(
+            "the probe gets no token of the class right, so the site does not hold it; take another."
+        )
+    missed = right & (codes[:, main] <= 0).all(axis=1)
+    unit = direction / np.linalg.norm(direction)
+    decoder = np.asarray(dictionary.W_dec, np.float64)
+    along = decoder @ unit
+    written = codes[missed] * along[None]
+    largest = written.argmax(axis=1)
+    projection = written.sum(axis=1)
+    rows = np.arange(len(written))
+    alike = along[largest] / np.maximum(np.linalg.norm(decoder[largest], axis=1), 1e-12)
+    taken = (alike >= cosine) & (written[rows, largest] > 0) & (written[rows, largest] >= share * projection)
+    who, counts = np.unique(largest[taken], return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return Absorption(
+        rate=float(taken.sum() / right.sum()),
+        missed=float(missed.sum() / right.sum()),
+        main=main,
+        absorbing=tuple(int(latent) for latent in who[order]),
+    )
+
+
+def _main_latents(
+    codes: np.ndarray, labels: np.ndarray, most: int, gain: float, seed: int
+) -> tuple[int, ...]:
+    best = sparse_probe(codes, labels, 1, seed=seed)
+    for k in range(2, min(most, codes.shape[1]) + 1):
+        found = sparse_probe(codes, labels, k, seed=seed)
+        if found.f1 < best.f1 + gain:
+            break
+        best = found
+    return best.latents

@@ -1,0 +1,151 @@
+"""A trained dictionary with another sparsity: more or fewer active latents than it learned with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from mergelab.errors import SAEError
+from mergelab.sae.dictionary import Dictionary
+from mergelab.sae.evaluation.matching import match_features
+from mergelab.sae.evaluation.reconstruction import Totals
+
+__all__ = ["RecallPoint", "RecoveryPoint", "progressive_recovery", "recall_against_sparsity"]
+__all__ += ["with_threshold", "with_top_k"]
+
+
+def with_top_k(dictionary: Dictionary, k: int) -> Dictionary:
+    """The same arrays, keeping the k largest pre-activations of each token.
+
+    Raises:
+        SAEError: the dictionary is gated, or has fewer latents.
+    """
+    _check_path(dictionary)
+    return replace(dictionary, config=replace(dictionary.config, activation="topk", k=k)).checked()
+
+
+def with_threshold(dictionary: Dictionary, threshold: float) -> Dictionary:
+    """The same arrays, keeping the pre-activations above one threshold for all latents (JumpReLU).
+
+    Raises:
+        SAEError: the dictionary is gated.
+    """
+    _check_path(dictionary)
+    config = replace(dictionary.config, activation="jump_relu", k=None)
+    level = jnp.full(dictionary.n_latents, threshold, dictionary.b_enc.dtype)
+    return replace(dictionary, threshold=level, config=config).checked()
+
+
+def _check_path(dictionary: Dictionary) -> None:
+    if dictionary.config.activation == "gated":
+        raise SAEError("a gated dictionary measures by another path than it selects by; its rule stays.")
+
+
+@dataclass(frozen=True)
+class RecoveryPoint:
+    """One setting of the rule that selects latents.
+
+    Attributes:
+        k: latents kept per token, or None for a threshold.
+        threshold: above which latents are kept, or None for a k.
+        l0: latents active in an average row.
+        nmse: normalised mean squared error.
+        explained_variance: 1 - variance of the error over that of the activations.
+    """
+
+    k: int | None
+    threshold: float | None
+    l0: float
+    nmse: float
+    explained_variance: float
+
+
+def progressive_recovery(
+    dictionary: Dictionary,
+    x: np.ndarray,
+    *,
+    ks: Sequence[int] = (),
+    thresholds: Sequence[float] = (),
+    batch: int = 4096,
+) -> list[RecoveryPoint]:
+    """Reconstruction at other sparsities than the trained one (arXiv 2406.04093, section 5.3).
+
+    Args:
+        dictionary: as trained.
+        x: `[rows, d]`, float32.
+        ks: latents per token to keep, each tried alone.
+        thresholds: thresholds to keep latents above, each tried alone.
+        batch: rows at a time.
+
+    Raises:
+        SAEError: the dictionary is gated, or a k is not among 1 to its latents.
+    """
+    run = jax.jit(_codes_and_output)
+    points: list[RecoveryPoint] = []
+    trials = [(with_top_k(dictionary, k), k, None) for k in ks]
+    trials += [(with_threshold(dictionary, t), None, t) for t in thresholds]
+    for trial, k, threshold in trials:
+        totals = Totals.zero(x[:batch], dictionary.n_latents)
+        for start in range(0, len(x), batch):
+            codes, out = run(trial, jnp.asarray(x[start : start + batch]))
+            totals = totals.add(x[start : start + batch], np.asarray(out), np.asarray(codes))
+        found = totals.result()
+        points.append(RecoveryPoint(k, threshold, found.l0, found.nmse, found.explained_variance))
+    return points
+
+
+def _codes_and_output(dictionary: Dictionary, x: Array) -> tuple[Array, Array]:
+    codes = dictionary.encode(x)
+    return codes, dictionary.reconstruct(x, codes)
+
+
+@dataclass(frozen=True)
+class RecallPoint:
+    """How well active latents tell which true features are on, at one k.
+
+    Attributes:
+        k: latents kept per token.
+        recall: of the pairs of row and feature that are on, the part whose matched latent is active.
+        precision: of the pairs of row and active matched latent, the part whose feature is on.
+    """
+
+    k: int
+    recall: float
+    precision: float
+
+
+def recall_against_sparsity(
+    dictionary: Dictionary,
+    x: np.ndarray,
+    features: np.ndarray,
+    present: np.ndarray,
+    ks: Sequence[int],
+) -> list[RecallPoint]:
+    """Recall of known features as more latents are kept; each feature is matched to one latent.
+
+    Args:
+        dictionary: as trained.
+        x: `[rows, d]`, float32.
+        features: `[n_features, d]`, their directions.
+        present: `[rows, n_features]`, bool: which are on.
+        ks: latents per token to keep.
+
+    Raises:
+        SAEError: the dictionary is gated, a k is out of range, or widths differ.
+    """
+    truth = replace(dictionary, W_dec=jnp.asarray(features))
+    matched = match_features(truth, dictionary)
+    known = matched.latent >= 0
+    latents, on = matched.latent[known], present[:, known]
+    encode = jax.jit(lambda d, x: d.encode(x))
+    points = []
+    for k in ks:
+        active = np.asarray(encode(with_top_k(dictionary, k), jnp.asarray(x)))[:, latents] > 0
+        hits = int((active & on).sum())
+        points.append(RecallPoint(k, hits / max(int(on.sum()), 1), hits / max(int(active.sum()), 1)))
+    return points

@@ -48,7 +48,7 @@ def test_the_weight_edit_is_the_runtime_edit(name: str) -> None:
     assert np.abs(logits(model, params) - at_runtime).max() > 1e-2
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ("llama", "gpt2", "gemma2", "mixtral"))
 def test_nothing_along_the_direction_reaches_the_stream(name: str) -> None:
     model, params = tiny(name)
     direction = np.random.default_rng(2).normal(size=model.config.width)

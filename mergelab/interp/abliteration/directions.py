@@ -1,0 +1,162 @@
+"""Difference-of-means directions: what distinguishes two sets of prompts, at every layer and last token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from mergelab.errors import MergelabError, NonFiniteError
+from mergelab.interp.abliteration.prompts import Prompts
+from mergelab.interp.abliteration.writers import check_decoder
+from mergelab.models.model import Model, Params
+
+__all__ = ["Directions", "find_directions", "mean_activations"]
+
+_SAME = 1e-5
+"""A difference below this part of the means is rounding: at layer 0 the last token is the same everywhere."""
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Means of the stream before each block, over two sets of prompts.
+
+    Attributes:
+        harmful: float64 `[positions, layers, width]`; the last position is the prompt's last token.
+        harmless: the same, of the other set.
+        orthogonal: whether the difference loses its part along the harmless mean.
+    """
+
+    harmful: np.ndarray
+    harmless: np.ndarray
+    orthogonal: bool = False
+
+    @property
+    def raw(self) -> np.ndarray:
+        """`mean(harmful) - mean(harmless)`, float32 `[positions, layers, width]`: what `induce` adds.
+
+        Exactly zero where the two means are equal up to rounding.
+        """
+        difference = self.harmful - self.harmless
+        size = np.maximum(_norm(self.harmful), _norm(self.harmless))
+        difference = np.where(_norm(difference) > _SAME * size, difference, 0.0)
+        if self.orthogonal:
+            mean = self.harmless / np.maximum(_norm(self.harmless), np.finfo(np.float64).tiny)
+            rest = difference - (difference * mean).sum(-1, keepdims=True) * mean
+            difference = np.where(_norm(rest) > _SAME * _norm(difference), rest, 0.0)
+        return difference.astype(np.float32)
+
+    @property
+    def valid(self) -> np.ndarray:
+        """Bool `[positions, layers]`: where there is a direction at all."""
+        return _norm(self.raw)[..., 0] > 0
+
+    @property
+    def unit(self) -> np.ndarray:
+        """The directions at length 1, float32 `[positions, layers, width]`; zero where there is none."""
+        raw = self.raw
+        return raw / np.where(self.valid, _norm(raw)[..., 0], 1.0)[..., None].astype(np.float32)
+
+
+def _norm(x: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def find_directions(
+    model: Model,
+    params: Params,
+    harmful: Prompts,
+    harmless: Prompts,
+    *,
+    positions: int = 1,
+    batch: int = 32,
+    winsorize: float | None = None,
+    orthogonal: bool = False,
+) -> Directions:
+    """The directions from `harmless` to `harmful` prompts.
+
+    Args:
+        model: a decoder.
+        params: its parameters, on any mesh.
+        harmful: prompts with the property.
+        harmless: prompts without it.
+        positions: at how many of the last tokens to look (`post_instruction_tokens`).
+        batch: prompts in one forward pass.
+        winsorize: clip each activation vector to this quantile of its own magnitudes before averaging, such
+            as 0.995: a few enormous coordinates (as Gemma has) would else decide every direction.
+        orthogonal: take out of each difference its part along the harmless mean, which ablation would remove
+            from all prompts.
+
+    Raises:
+        MergelabError: the model is an encoder, a prompt is shorter than `positions`, or the quantile is none.
+        NonFiniteError: an activation is NaN or infinite.
+
+    Reference: Arditi et al. 2024, arXiv:2406.11717, section 2.3.
+    """
+    means = [
+        mean_activations(model, params, prompts, positions=positions, batch=batch, winsorize=winsorize)
+        for prompts in (harmful, harmless)
+    ]
+    return Directions(means[0], means[1], orthogonal)
+
+
+def mean_activations(
+    model: Model,
+    params: Params,
+    prompts: Prompts,
+    *,
+    positions: int = 1,
+    batch: int = 32,
+    winsorize: float | None = None,
+) -> np.ndarray:
+    """Mean over prompts of the stream before each block, at the last tokens: `[positions, layers, width]`.
+
+    Sums are float32 within a batch and float64 between batches. Arguments and errors are those of
+    `find_directions`.
+    """
+    check_decoder(model)
+    if not 1 <= positions <= prompts.shortest:
+        raise MergelabError(
+            f"the last {positions} tokens were asked for, but the shortest prompt has {prompts.shortest}; "
+            "ask for fewer, and at least 1."
+        )
+    if winsorize is not None and not 0 < winsorize <= 1:
+        raise MergelabError(f"winsorize is {winsorize}; expected a quantile above 0 and at most 1.")
+    total = np.zeros((positions, model.config.layers, model.config.width))
+    for part in prompts.batches(batch):
+        counted = np.arange(len(part.tokens)) < part.real
+        found = _summed(
+            model, params, part.tokens, part.mask, counted, winsorize or 1.0, positions, winsorize is not None
+        )
+        total += np.asarray(found, np.float64)
+    if not np.isfinite(total).all():
+        layer = int(np.argwhere(~np.isfinite(total))[0, 1])
+        raise NonFiniteError(
+            f"activations of 'blocks.{layer}.resid_pre' are not finite; load the weights as float32."
+        )
+    return total / len(prompts)
+
+
+@partial(jax.jit, static_argnames=("model", "positions", "clip"))
+def _summed(
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "batch length"],
+    mask: Bool[Array, "batch length"],
+    counted: Bool[Array, " batch"],
+    quantile: Float[Array, ""],
+    positions: int,
+    clip: bool,
+) -> Float[Array, "positions layers width"]:
+    """Sums over the counted rows of a batch."""
+    sites = [f"blocks.{i}.resid_pre" for i in range(model.config.layers)]
+    seen = model.apply(params, tokens, mask=mask, capture=sites, logits=False).captured
+    x = jnp.stack([seen[site][:, -positions:].astype(jnp.float32) for site in sites], axis=2)
+    if clip:
+        bound = jnp.quantile(jnp.abs(x), quantile, axis=-1, keepdims=True)
+        x = jnp.clip(x, -bound, bound)
+    return jnp.sum(jnp.where(counted[:, None, None, None], x, 0.0), axis=0)

@@ -1,0 +1,164 @@
+"""Sets of prompts: read from files, put into a model's chat format, and cut into left-padded batches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mergelab.data.chat import Message, chat_text
+from mergelab.data.tokenizer import Tokenizer
+from mergelab.decoding import pad_prompts
+from mergelab.errors import MergelabError
+
+__all__ = ["Batch", "Prompts", "encode_prompts", "post_instruction_tokens", "read_prompts"]
+
+_PROBES = ("Name three rivers.", "How does a kettle know when to stop?")
+"""Two instructions with nothing in common at their ends."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts of one forward pass.
+
+    Attributes:
+        tokens: int32 `[batch, length]`.
+        mask: bool `[batch, length]`, True for real tokens.
+        real: how many rows are prompts; the rest repeat the last one, to keep the shape.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    real: int
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts as one array, padded on the left: their last tokens stand in the last column.
+
+    Attributes:
+        tokens: int32 `[n, length]`.
+        mask: bool `[n, length]`, True for real tokens.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]], pad_id: int = 0) -> Prompts:
+        """Stacks token ids.
+
+        Raises:
+            DecodingError: there are none, or an empty one.
+        """
+        return cls(*pad_prompts(rows, pad_id))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def shortest(self) -> int:
+        """Tokens of the shortest prompt."""
+        return int(self.mask.sum(axis=1).min())
+
+    def rows(self) -> list[list[int]]:
+        """The token ids of each prompt, without padding."""
+        return [row[real].tolist() for row, real in zip(self.tokens, self.mask, strict=True)]
+
+    def split(self, share: float) -> tuple[Prompts, Prompts]:
+        """The first `share` of the prompts, and the rest; both hold at least one.
+
+        Raises:
+            MergelabError: there are fewer than two prompts.
+        """
+        if len(self) < 2:
+            raise MergelabError(
+                f"{len(self)} prompt cannot be split into one set to find directions and one to choose among "
+                "them; give more prompts."
+            )
+        cut = min(max(round(share * len(self)), 1), len(self) - 1)
+        return Prompts(self.tokens[:cut], self.mask[:cut]), Prompts(self.tokens[cut:], self.mask[cut:])
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """All prompts in order, in batches of exactly `min(size, n)` rows."""
+        size = min(size, len(self))
+        for start in range(0, len(self), size):
+            chosen = np.minimum(np.arange(start, start + size), len(self) - 1)
+            yield Batch(self.tokens[chosen], self.mask[chosen], min(size, len(self) - start))
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a file: one a line; in a `.jsonl` file, JSON strings or objects with a `prompt`.
+
+    Raises:
+        MergelabError: the file cannot be read as UTF-8, holds no prompts, or a line is not such JSON.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MergelabError(f"{path} cannot be read as UTF-8 text ({error}); check the path.") from error
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if path.suffix == ".jsonl":
+        prompts = [_from_json(path, number, line) for number, line in numbered]
+    else:
+        prompts = [line for _, line in numbered]
+    if not prompts:
+        raise MergelabError(f"{path} holds no prompts; write one on each line.")
+    return prompts
+
+
+def _from_json(path: Path, number: int, line: str) -> str:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found = None
+    if isinstance(found, dict):
+        found = found.get("prompt")
+    if not isinstance(found, str) or not found:
+        raise MergelabError(
+            f'{path}, line {number}: {line[:60]!r} is neither a JSON string nor an object with a "prompt"; '
+            "correct the line, or name the file .txt for plain lines."
+        )
+    return found
+
+
+def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], *, system: str | None = None) -> Prompts:
+    """Prompts as the user's turns of the model's chat template; as plain text where it has none.
+
+    Args:
+        tokenizer: the model's.
+        texts: the instructions.
+        system: a system turn before each, for templates.
+
+    Raises:
+        ChatTemplateError: the template refuses the turns.
+        MergelabError: a system turn is given to a model without a template.
+    """
+    if "default" not in tokenizer.chat_templates:
+        if system is not None:
+            raise MergelabError(
+                f"{tokenizer.folder} has no chat template, so that a system prompt has no place; leave it "
+                "away."
+            )
+        return Prompts.of([tokenizer.encode(text) for text in texts], tokenizer.pad_id)
+    first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    chats = [chat_text(tokenizer, [*first, {"role": "user", "content": text}]) for text in texts]
+    return Prompts.of([tokenizer.encode(chat, add_special_tokens=False) for chat in chats], tokenizer.pad_id)
+
+
+def post_instruction_tokens(tokenizer: Tokenizer) -> int:
+    """How many tokens every prompt ends with alike: what the template puts after the instruction, at least 1.
+
+    At those tokens a model has read the whole instruction, and nothing else differs.
+    """
+    if "default" not in tokenizer.chat_templates:
+        return 1
+    one, other = encode_prompts(tokenizer, _PROBES).rows()
+    count = 0
+    while count < min(len(one), len(other)) and one[-1 - count] == other[-1 - count]:
+        count += 1
+    return max(count, 1)

@@ -1,0 +1,199 @@
+"""Chooses the direction whose removal ends refusals at the least cost elsewhere, and keeps every figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mergelab.errors import EvaluationError, MergelabError
+from mergelab.interp.abliteration.ablation import Ablation
+from mergelab.interp.abliteration.directions import Directions
+from mergelab.interp.abliteration.prompts import Prompts
+from mergelab.interp.abliteration.runtime import ablate, induce
+from mergelab.interp.abliteration.scores import check_refusal_ids, first_token_scores
+from mergelab.models.model import Model, Params
+
+__all__ = ["Candidate", "Filters", "Selection", "select_direction"]
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What a direction must satisfy to be chosen.
+
+    Attributes:
+        max_kl: the most its removal may change the first token of harmless answers, in nats on average.
+        min_induced: the least refusal score, in log-odds, of harmless prompts to which it is added.
+        max_depth: only layers below this share of all; later ones lie too near to the output tokens.
+    """
+
+    max_kl: float = 0.1
+    min_induced: float = 0.0
+    max_depth: float = 0.8
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One direction and what it does, on prompts that were not used to find it.
+
+    Attributes:
+        position: from the prompt's end, -1 being its last token.
+        layer: the block before which it was found.
+        refusal: mean refusal score of harmful prompts when it is removed everywhere; less is better.
+        induced: mean refusal score of harmless prompts when it is added at its layer.
+        kl: mean divergence of the first token of harmless answers when it is removed, in nats.
+        rejected: why it cannot be chosen, or None.
+    """
+
+    position: int
+    layer: int
+    refusal: float
+    induced: float
+    kl: float
+    rejected: str | None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The chosen direction, and all that were tried.
+
+    Attributes:
+        chosen: its figures.
+        direction: float32 `[width]`, of length 1.
+        raw: the difference of means it comes from, `[width]`.
+        refusal_before: mean refusal score of the harmful prompts without any edit.
+        harmless_before: the same of the harmless prompts.
+        trace: every candidate, in order of position and layer.
+    """
+
+    chosen: Candidate
+    direction: np.ndarray
+    raw: np.ndarray
+    refusal_before: float
+    harmless_before: float
+    trace: tuple[Candidate, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures, without the vectors."""
+        return {
+            "chosen": asdict(self.chosen),
+            "refusal_before": self.refusal_before,
+            "harmless_before": self.harmless_before,
+            "trace": [asdict(candidate) for candidate in self.trace],
+        }
+
+
+def select_direction(
+    model: Model,
+    params: Params,
+    directions: Directions,
+    harmful: Prompts,
+    harmless: Prompts,
+    refusal_ids: Sequence[int],
+    *,
+    filters: Filters | None = None,
+    batch: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> Selection:
+    """The direction with the least refusal score among those that pass the filters.
+
+    Three passes for each candidate, all of one compiled program: removed on harmful prompts, removed
+    on harmless ones, and added on harmless ones. Nothing is computed for layers beyond the depth filter.
+
+    Args:
+        model: a decoder.
+        params: its parameters.
+        directions: the candidates.
+        harmful: prompts that were not used to find them.
+        harmless: the same.
+        refusal_ids: tokens that begin a refusal.
+        filters: what is required; Arditi et al.'s thresholds by default.
+        batch: prompts in one forward pass.
+        progress: called with the number of candidates done and of all.
+
+    Raises:
+        EvaluationError: no candidate passes; the message says what the best ones failed.
+        MergelabError: the directions are not of this model, or there are no such tokens.
+
+    Reference: Arditi et al. 2024, arXiv:2406.11717, section 2.3 and appendix C.
+    """
+    filters = filters or Filters()
+    ids = check_refusal_ids(model, refusal_ids)
+    positions, layers, width = directions.raw.shape
+    if (layers, width) != (model.config.layers, model.config.width):
+        raise MergelabError(
+            f"the directions are for {layers} layers of width {width}, but the model has "
+            f"{model.config.layers} of width {model.config.width}; find them with this model."
+        )
+    score = partial(_score, model, params, ids, batch)
+    refused, _, _ = score(harmful)
+    answered, _, before = score(harmless)
+    unit, raw, valid = directions.unit, directions.raw, directions.valid
+    depth = sum(layer < filters.max_depth * layers for layer in range(layers))
+    tried = [(p, layer) for p in range(positions) for layer in range(depth) if valid[p, layer]]
+    trace = []
+    for done, (p, layer) in enumerate(tried, 1):
+        refusal, _, _ = score(harmful, removed=unit[p, layer])
+        _, kl, _ = score(harmless, removed=unit[p, layer], before=before)
+        induced, _, _ = score(harmless, added=raw[p, layer], layer=layer)
+        figures = (float(refusal.mean()), float(induced.mean()), float(kl.mean()))
+        trace.append(Candidate(p - positions, layer, *figures, _rejected(*figures, filters)))
+        if progress is not None:
+            progress(done, len(tried))
+    passing = [candidate for candidate in trace if candidate.rejected is None]
+    if not passing:
+        raise EvaluationError(_none_passes(trace, filters))
+    chosen = min(passing, key=lambda candidate: candidate.refusal)
+    place = chosen.position + positions, chosen.layer
+    return Selection(
+        chosen, unit[place], raw[place], float(refused.mean()), float(answered.mean()), tuple(trace)
+    )
+
+
+def _score(
+    model: Model,
+    params: Params,
+    ids: np.ndarray,
+    batch: int,
+    prompts: Prompts,
+    *,
+    removed: np.ndarray | None = None,
+    added: np.ndarray | None = None,
+    layer: int = 0,
+    before: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores with one direction removed everywhere, or one added at a layer: the same program for both."""
+    layers, nothing = model.config.layers, np.zeros(model.config.width, np.float32)
+    vectors = np.zeros((layers, model.config.width), np.float32)
+    vectors[layer] = nothing if added is None else added
+    ablation = Ablation.everywhere(jnp.asarray(nothing if removed is None else removed), layers)
+    edit = ablate(model, params, ablation) | induce(jnp.asarray(vectors))
+    return first_token_scores(model, params, prompts, ids, edit=edit, before=before, batch=batch)
+
+
+def _rejected(refusal: float, induced: float, kl: float, filters: Filters) -> str | None:
+    if not np.isfinite([refusal, induced, kl]).all():
+        return "a figure is not finite"
+    if kl > filters.max_kl:
+        return f"KL {kl:.3g} is above {filters.max_kl:g}"
+    if induced < filters.min_induced:
+        return f"induced refusal {induced:.3g} is below {filters.min_induced:g}"
+    return None
+
+
+def _none_passes(trace: Sequence[Candidate], filters: Filters) -> str:
+    if not trace:
+        return (
+            f"no direction lies before {filters.max_depth:g} of the layers with two different means; give "
+            "other prompts, more positions, or a larger depth."
+        )
+    best = min(trace, key=lambda candidate: candidate.refusal)
+    return (
+        f"none of {len(trace)} directions passes the filters; the one that ends refusals best (position "
+        f"{best.position}, layer {best.layer}, refusal score {best.refusal:.3g}) was rejected: "
+        f"{best.rejected}; give more or purer prompts, or other filters."
+    )

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float
 
@@ -60,7 +61,7 @@ def orthogonalise(
 
 
 def writer_terms(
-    model: Model, writer: Writer, ablation: Ablation, gain: Array | None
+    model: Model, writer: Writer, ablation: Ablation, gain: Array | np.ndarray | None
 ) -> tuple[Float[Array, " width"], Float[Array, ""]]:
     """The direction and the weight for one parameter.
 
@@ -76,7 +77,7 @@ def writer_terms(
     row = 0 if writer.layer is None else writer.layer + 1
     direction = ablation.directions[row]
     if gain is not None:
-        direction = unit(direction * (gain.astype(jnp.float32) + model.config.norm.offset))
+        direction = unit(direction * (jnp.asarray(gain, jnp.float32) + model.config.norm.offset))
     if writer.layer is None:
         return direction, ablation.embeddings
     weights = ablation.attention if writer.component == "attention" else ablation.mlp

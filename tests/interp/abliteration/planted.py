@@ -81,7 +81,7 @@ def plant(seed: int = 0, steps: int = 220) -> Planted:
     sets = [prompts(8192, seed + 100 + harmful, bool(harmful)) for harmful in (0, 1)]
     tokens = np.concatenate([found for found, _ in sets])
     answers = np.concatenate([sets[0][1], np.full(8192, REFUSE)]).astype(np.int32)
-    rows = np.random.default_rng(seed).integers(0, len(tokens), (steps, 64))
+    rows = np.random.default_rng(seed).integers(0, len(tokens), (steps, 32))
     optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 4e-3, 20, steps), weight_decay=0.01)
 
     def loss(params: Params, tokens: jax.Array, answers: jax.Array) -> jax.Array:

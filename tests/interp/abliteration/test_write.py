@@ -1,0 +1,169 @@
+"""The streamed edit of a folder gives the weights of the in-memory edit, and no half-written folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mergelab.checkpoints import open_checkpoint
+from mergelab.errors import CheckpointError, MergelabError, NonFiniteError, OutputError
+from mergelab.interp.abliteration.ablation import Ablation, unit
+from mergelab.interp.abliteration.stored_matrix import edited_blocks
+from mergelab.interp.abliteration.weights import KeepNorms, abliterate_params, orthogonalise
+from mergelab.interp.abliteration.write import write_abliterated
+from mergelab.interp.abliteration.writers import writers
+from mergelab.models.declaration import get_leaf
+from mergelab.models.families import model_from_config
+from mergelab.models.load import load_model
+from mergelab.models.model import Model
+from tests.models.tiny_models import CONFIGS, write
+
+
+def some_ablation(model: Model, embeddings: float = 1.0) -> Ablation:
+    """Another direction for every block, and shares above and below 1."""
+    layers, width = model.config.layers, model.config.width
+    rng = np.random.default_rng(7)
+    directions = unit(jnp.asarray(rng.normal(size=(layers + 1, width)), jnp.float32))
+    shares = jnp.asarray(rng.uniform(0.3, 1.2, (2, layers)), jnp.float32)
+    return Ablation(directions, jnp.float32(embeddings), shares[0], shares[1])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_stores_its_writers_as_plain_matrices(name: str) -> None:
+    model = model_from_config(CONFIGS[name])
+    if not model.family.architecture.causal:
+        return
+    for writer in writers(model):
+        assert writer.leaf.layout.view == writer.leaf.layout.stored_shape
+        assert writer.leaf.axes[-1] == "embed"
+        assert writer.leaf.hf_shape[writer.leaf.layout.axes[-1][0]] == model.config.width
+
+
+@pytest.mark.parametrize("keep_norms", [None, "written", "coordinate"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma2"])
+def test_the_folder_holds_the_in_memory_edit(name: str, keep_norms: KeepNorms, tmp_path: Path) -> None:
+    source = write(tmp_path / "model", name)
+    (source / "tokenizer.json").write_text("{}")
+    model, params = load_model(source)
+    ablation = some_ablation(model)
+    done: list[int] = []
+    out = write_abliterated(
+        source,
+        tmp_path / "out",
+        ablation,
+        keep_norms=keep_norms,
+        files={"README.md": b"card"},
+        progress=done.append,
+    )
+    expected = abliterate_params(model, params, ablation, keep_norms=keep_norms)
+    _, found = load_model(out)
+    for leaf in model.table():
+        np.testing.assert_allclose(get_leaf(found, leaf), get_leaf(expected, leaf), atol=2e-6)
+    changed = {w.leaf.hf_names for w in writers(model)}
+    before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    same = {n for n in before if before[n].tobytes() == after[n].tobytes()}
+    assert same == before.keys() - {n for names in changed for n in names}
+    assert sum(done) == sum(x.nbytes for x in before.values())
+    assert {p.name for p in out.iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("keep_norms", [None, "written", "coordinate"])
+def test_blocks_are_the_whole(dtype: Any, keep_norms: KeepNorms, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    matrix = rng.normal(size=(37, 24)).astype(dtype)  # [in, width]
+    r = np.asarray(unit(jnp.asarray(rng.normal(size=24), jnp.float32)))
+    save_file({"in": matrix, "out": np.ascontiguousarray(matrix.T)}, tmp_path / "m.safetensors")
+    tensors = open_checkpoint(tmp_path / "m.safetensors").tensors
+    expected = np.asarray(orthogonalise(jnp.asarray(matrix), jnp.asarray(r), 0.8, keep_norms=keep_norms))
+    for name, axis in (("in", 1), ("out", 0)):
+        for block in (1, 100, 1 << 20):
+            pieces = list(edited_blocks(tensors[name], r, 0.8, axis=axis, keep_norms=keep_norms, block=block))
+            starts = np.cumsum([0, *(piece.size for _, piece in pieces[:-1])])
+            assert [start for start, _ in pieces] == starts.tolist()
+            found = np.concatenate([piece for _, piece in pieces]).reshape(tensors[name].shape)
+            assert found.dtype == dtype
+            found = (found if axis == 1 else found.T).astype(np.float32)
+            tolerance = 1e-6 if dtype == np.float32 else 2e-2  # one unit in the last place of bfloat16
+            np.testing.assert_allclose(found, expected.astype(np.float32), atol=tolerance)
+            assert np.abs(found - matrix.astype(np.float32)).max() > 0.1
+
+
+def test_a_stored_copy_of_a_tied_embedding_is_edited_with_it(tmp_path: Path) -> None:
+    source = write(tmp_path / "model", "gpt2")
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].copy()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    model, _ = load_model(source)
+    out = write_abliterated(source, tmp_path / "out", some_ablation(model))
+    found = load_file(out / "model.safetensors")
+    np.testing.assert_array_equal(found["lm_head.weight"], found["transformer.wte.weight"])
+    assert np.abs(found["lm_head.weight"] - tensors["lm_head.weight"]).max() > 0.01
+
+
+def test_an_interrupted_write_is_resumed_and_never_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "model", "llama")
+    model, _ = load_model(source)
+    ablation = some_ablation(model)
+    whole = write_abliterated(source, tmp_path / "whole", ablation)
+    seen: list[int] = []
+
+    def fail(count: int) -> None:
+        seen.append(count)
+        if len(seen) >= 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_abliterated(source, tmp_path / "out", ablation, progress=fail)
+    assert not (tmp_path / "out").exists()
+    other = some_ablation(model, embeddings=0.5)
+    with pytest.raises(OutputError, match="the directions or their weights differ"):
+        write_abliterated(source, tmp_path / "out", other, resume=True)
+    again: list[int] = []
+    out = write_abliterated(source, tmp_path / "out", ablation, resume=True, progress=again.append)
+    assert 0 < sum(again) < sum(x.nbytes for x in load_file(out / "model.safetensors").values())
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_faults_name_the_tensor(tmp_path: Path) -> None:
+    source = write(tmp_path / "model", "llama")
+    model, _ = load_model(source)
+    ablation = some_ablation(model)
+    with pytest.raises(OutputError, match="is not empty"):
+        write_abliterated(source, source, ablation)
+    with pytest.raises(MergelabError, match=r"expected \[3, 24\]"):
+        write_abliterated(source, tmp_path / "out", Ablation.everywhere(jnp.ones(24), 3))
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+
+    def replaced(change: dict[str, np.ndarray]) -> None:
+        save_file({**tensors, **change}, source / "model.safetensors", metadata={"format": "pt"})
+
+    replaced({name: tensors[name].astype(np.int8)})
+    with pytest.raises(CheckpointError, match=f"{name}' is int8.*dequantise"):
+        write_abliterated(source, tmp_path / "out", ablation)
+    replaced({name: np.where(tensors[name] > 1, np.nan, tensors[name]).astype(np.float32)})
+    with pytest.raises(NonFiniteError, match=f"'{name}' holds NaN"):
+        write_abliterated(source, tmp_path / "out", ablation)
+    del tensors[name]
+    replaced({})
+    with pytest.raises(CheckpointError, match=f"lacks the tensor '{name}'"):
+        write_abliterated(source, tmp_path / "out", ablation)
+    (source / "config.json").write_text(json.dumps(CONFIGS["bert"]))
+    with pytest.raises(MergelabError):
+        write_abliterated(source, tmp_path / "out", ablation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -94,22 +95,24 @@ def write_abliterated(
     }
     plan = plan_shards(specs, shard_bytes)
     with CheckpointWriter(out, plan, identity, resume=resume, overwrite=overwrite) as writer:
+        failed = threading.Event()
 
         def write(name: str) -> None:
-            tensor = checkpoint.tensors[name]
-            for start, piece in _pieces(tensor, edits.get(name), keep_norms):
-                writer.write(name, start, piece)
-                if progress is not None:
-                    progress(piece.nbytes)
+            try:
+                for start, piece in _pieces(checkpoint.tensors[name], edits.get(name), keep_norms):
+                    if failed.is_set():  # in another thread, which says why
+                        return
+                    writer.write(name, start, piece)
+                    if progress is not None:
+                        progress(piece.nbytes)
+            except BaseException:
+                failed.set()
+                raise
 
         with ThreadPoolExecutor(_THREADS) as pool:
-            waiting = [pool.submit(write, name) for name in checkpoint.tensors if name not in writer.done]
-            try:
-                for one in waiting:
-                    one.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+            remaining = [name for name in checkpoint.tensors if name not in writer.done]
+            for result in [pool.submit(write, name) for name in remaining]:
+                result.result()
         for name, text in content.items():
             writer.add_file(name, text)
         return writer.commit()

@@ -114,9 +114,7 @@ def test_a_stored_copy_of_a_tied_embedding_is_edited_with_it(tmp_path: Path) -> 
     assert np.abs(found["lm_head.weight"] - tensors["lm_head.weight"]).max() > 0.01
 
 
-def test_an_interrupted_write_is_resumed_and_never_shows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_write_is_resumed_and_never_shows(tmp_path: Path) -> None:
     source = write(tmp_path / "model", "llama")
     model, _ = load_model(source)
     ablation = some_ablation(model)

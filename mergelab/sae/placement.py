@@ -31,15 +31,16 @@ def mesh_axes(mesh: Mesh) -> tuple[str | None, str | None]:
 
 
 def state_specs(state: TrainState, latents: str | None = "latents") -> TrainState:
-    """How a state lies on a mesh: a tree of specs like it, rows of latents split, the rest whole."""
+    """How a state lies on a mesh: a tree of specs like it, rows of latents split, the rest whole.
+
+    A sweep's states, stacked along a leading axis, are whole along it: every device has its part of each.
+    """
+    stacked = (None,) * state.step.ndim
 
     def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         group = path[0].name
-        if group == "quiet":
-            return PartitionSpec(latents)
-        if group in ("params", "mean", "square", "average") and path[1].key not in REPLICATED:
-            return PartitionSpec(latents, *(None,) * (leaf.ndim - 1))
-        return PartitionSpec()
+        split = group in ("params", "mean", "square", "average") and path[1].key not in REPLICATED
+        return PartitionSpec(*stacked, latents) if split or group == "quiet" else PartitionSpec()
 
     return jax.tree_util.tree_map_with_path(spec, state)
 
@@ -51,7 +52,7 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
         MeshError: the latents do not divide by the axis that splits them, or the mesh has another axis.
     """
     _, latents = mesh_axes(mesh)
-    n = state.quiet.shape[0]
+    n = state.quiet.shape[-1]
     if latents and n % mesh.shape[latents]:
         raise MeshError(
             f"{n} latents cannot be split over {mesh.shape[latents]} devices; choose a number that divides."

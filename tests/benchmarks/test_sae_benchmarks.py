@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import sae_quality, sae_step
+from benchmarks import sae_ablation, sae_quality, sae_step
 from benchmarks.sae_presets import PRESETS
 from benchmarks.table import replace_section
 from mergelab.data.toy import BLOCK_ROWS, ToyTruth
+from mergelab.sae.recipe import Recipe
 
 # Features that do not overlap: the dictionary that is the truth makes no error at all.
 EASY = ToyTruth(d_in=16, n_features=16, l0=2.0, exponent=0.0, rows=1024)
@@ -136,7 +137,24 @@ def test_a_disturbed_turn_is_taken_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert [run["gemm_flops"] for run in runs["tiny/0.0/mergelab"]] == [100.0, 70.0]
 
 
-@pytest.mark.parametrize(("name", "program"), [("step", sae_step), ("quality", sae_quality)])
+def test_the_ablation_knows_its_settings_and_goes_on_where_it_stood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for changes in sae_ablation.WITHOUT.values():
+        Recipe(steps=10, batch_size=8, **changes)
+    few = {name: sae_ablation.WITHOUT[name] for name in ("the defaults", "inputs not scaled")}
+    monkeypatch.setattr(sae_ablation, "WITHOUT", few)
+    asked = ["--work", str(tmp_path), "--preset", "tiny", "--seeds", "1"]
+    runs = sae_ablation.main(asked)["runs"]
+    assert runs.keys() == few.keys() and all(0 < run["nmse"] < 0.5 for (run,) in runs.values())
+    monkeypatch.setattr(sae_ablation, "_train", lambda *_: pytest.fail("it was measured already"))
+    assert sae_ablation.main(asked)["runs"] == runs
+
+
+PROGRAMS = {"step": sae_step, "quality": sae_quality, "ablation": sae_ablation}
+
+
+@pytest.mark.parametrize(("name", "program"), PROGRAMS.items())
 def test_the_published_table_is_that_of_the_recorded_run(repository: Path, name: str, program: Any) -> None:
     recorded = repository / "benchmarks" / "results" / f"sae_{name}.json"
     if not recorded.is_file():

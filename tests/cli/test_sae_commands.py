@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from mergelab.cli.main import cli
+from mergelab.quickstart.settings import PRESETS
 from mergelab.sae.config import load_config
 from mergelab.sae.formats import load_dictionary
 
@@ -72,3 +73,12 @@ def test_shipped_configurations_are_valid(repository: Path) -> None:
         config = load_config(file)
         assert config.train.build().steps > 0
         config.sae.build(config.sae.d_in or 128, None)
+
+
+def test_the_quickstarts_configuration_is_what_the_quickstart_does(repository: Path) -> None:
+    config = load_config(repository / "configs" / "sae" / "quickstart.yaml")
+    settings = PRESETS["default"].autoencoder
+    shown = (config.data.site, config.sae.n_latents, (config.sae.model_extra or {})["k"], config.train.tokens)
+    assert shown == (settings.site, settings.n_latents, settings.k, settings.tokens)
+    assert (config.train.batch_size, config.data.context) == (settings.batch_size, settings.context)
+    assert str(config.data.text).endswith("/sae.txt") and str(config.data.model).endswith("/models/base")

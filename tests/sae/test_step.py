@@ -95,7 +95,8 @@ def test_a_transcoder_on_a_mesh_changes_nothing() -> None:
     assert log[-1]["nmse"] < log[0]["nmse"]
 
 
-def test_a_sweep_is_the_trainings_one_by_one() -> None:
+@pytest.mark.parametrize("sizes", [None, {"data": 2, "latents": 4}], ids=str)
+def test_a_sweep_is_the_trainings_one_by_one(sizes: dict[str, int] | None) -> None:
     wide = make_variant("topk", d_in=D, n_latents=N, k=6)
     trials = [(1e-3, 6, N), (3e-3, 4, N), (3e-3, 4, 48)]
     starts = [
@@ -106,10 +107,13 @@ def test_a_sweep_is_the_trainings_one_by_one() -> None:
         for rate, k, n in trials
     ]
     state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
-    step = make_step(wide, RECIPE, trials=True)
+    mesh = None if sizes is None else make_mesh(sizes)
+    state = state if mesh is None else place_state(state, mesh)
+    step = make_step(wide, RECIPE, mesh, trials=True)
     log: dict[str, Any] = {}
     for x in _batches(8):
-        state, log = step(state, jnp.asarray(x), jnp.asarray(x))
+        batch = jnp.asarray(x) if mesh is None else place_batch(x, mesh)
+        state, log = step(state, batch, batch)
     for i, (rate, k, n) in enumerate(trials):
         if n != N:
             continue

@@ -15,7 +15,7 @@ from mergelab.errors import SiteError
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit, match_sites
 
-__all__ = ["Patterns", "batches", "check_prompts", "collect", "stream_sites"]
+__all__ = ["Patterns", "batches", "check_pairs", "check_prompts", "collect", "stream_sites"]
 
 Patterns = str | Sequence[str]
 """Names or glob patterns of sites."""
@@ -94,6 +94,22 @@ def check_prompts(tokens: Any, mask: Any = None) -> tuple[np.ndarray, np.ndarray
             "expected [prompts, length] for both, with at least one prompt."
         )
     return tokens, real
+
+
+def check_pairs(source: Any, target: Any, mask: Any = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Two sets of token ids int32 and their common mask bool, all `[prompts, length]` on the host.
+
+    Raises:
+        SiteError: the shapes differ.
+    """
+    source, real = check_prompts(source, mask)
+    target, _ = check_prompts(target)
+    if source.shape != target.shape:
+        raise SiteError(
+            f"source prompts of shape {list(source.shape)} and target prompts of shape {list(target.shape)} "
+            "do not pair up; pad them to one length with corresponding tokens in the same places."
+        )
+    return source, target, real
 
 
 def batches(total: int, size: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -111,8 +111,12 @@ def write_abliterated(
 
         with ThreadPoolExecutor(_THREADS) as pool:
             remaining = [name for name in checkpoint.tensors if name not in writer.done]
-            for result in [pool.submit(write, name) for name in remaining]:
-                result.result()
+            try:
+                for result in [pool.submit(write, name) for name in remaining]:
+                    result.result()
+            except BaseException:
+                failed.set()
+                raise
         for name, text in content.items():
             writer.add_file(name, text)
         return writer.commit()

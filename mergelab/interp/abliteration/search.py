@@ -1,0 +1,172 @@
+"""Searches over what an abliteration removes and where, and reports what every trial costs and gains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from mergelab.data.windows import EvaluationWindows
+from mergelab.errors import MergelabError
+from mergelab.interp.abliteration.judge import Judge
+from mergelab.interp.abliteration.prompts import Prompts
+from mergelab.interp.abliteration.scores import check_refusal_ids, first_token_scores
+from mergelab.interp.abliteration.space import Space
+from mergelab.interp.abliteration.weights import KeepNorms
+from mergelab.models.model import Model, Params
+
+__all__ = ["SearchResult", "Trial", "frontier", "search_ablation"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of the space and its figures, on prompts that were not used to find directions.
+
+    Attributes:
+        parameters: by name, as `Space` describes them.
+        refusal: mean probability that the first token of an answer to a harmful prompt is a refusal token.
+        kl: mean KL in nats of the first token of harmless answers, from the unedited model's.
+        loss: cross-entropy on the text, nats per token; None without a text.
+    """
+
+    parameters: Mapping[str, float]
+    refusal: float
+    kl: float
+    loss: float | None
+
+    @property
+    def figures(self) -> tuple[float, ...]:
+        """What is to be small."""
+        return (self.refusal, self.kl) if self.loss is None else (self.refusal, self.kl, self.loss)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Every trial in order, the first being the plain removal everywhere.
+
+    Attributes:
+        trials: the trials.
+        frontier: those that no other beats in every figure, by refusal.
+        baseline: the figures of the unedited model: refusal, KL (0) and loss.
+    """
+
+    trials: tuple[Trial, ...]
+    frontier: tuple[Trial, ...]
+    baseline: Trial
+
+    def best(self, max_kl: float) -> Trial:
+        """The trial that refuses least among those of at most `max_kl`.
+
+        Raises:
+            MergelabError: none moves harmless answers so little.
+        """
+        passing = [trial for trial in self.trials if trial.kl <= max_kl]
+        if not passing:
+            least = min(trial.kl for trial in self.trials)
+            raise MergelabError(
+                f"no trial has a KL of at most {max_kl:g} (the least is {least:.3g}); search longer, or "
+                "allow more."
+            )
+        return min(passing, key=lambda trial: (trial.refusal, trial.kl))
+
+
+def frontier(trials: tuple[Trial, ...]) -> tuple[Trial, ...]:
+    """The trials that no other equals or beats in every figure while beating it in one, by refusal."""
+    figures = np.array([trial.figures for trial in trials])
+    no_worse = (figures[:, None] <= figures[None]).all(-1)
+    better = (figures[:, None] < figures[None]).any(-1)
+    beaten = np.flatnonzero((no_worse & better).any(axis=0)).tolist()
+    kept = (trial for n, trial in enumerate(trials) if n not in beaten)
+    return tuple(sorted(kept, key=lambda trial: trial.refusal))
+
+
+def search_ablation(
+    model: Model,
+    params: Params,
+    space: Space,
+    harmful: Prompts,
+    harmless: Prompts,
+    refusal_ids: Sequence[int],
+    *,
+    trials: int = 64,
+    rounds: int = 4,
+    kl_weight: float = 1.0,
+    loss_weight: float = 1.0,
+    keep_norms: KeepNorms = None,
+    windows: EvaluationWindows | None = None,
+    batch: int = 16,
+    at_once: int = 4,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> SearchResult:
+    """Random points, then moves along each coordinate from the best one, halved when none improves.
+
+    The search descends in `refusal + kl_weight * kl + loss_weight * (loss - loss of the unedited model)`; all
+    trials are reported, and the frontier does not depend on the weights.
+
+    Trials are measured as they would be written: by site edits, vmapped over `at_once` trials that share the
+    weights, or one after the other by edited weights where norms are kept or a tied embedding is edited.
+    Equal arguments give equal trials.
+
+    Args:
+        model: a decoder.
+        params: its parameters, on any mesh.
+        space: the parameters and their ranges.
+        harmful: prompts that were not used to find the directions.
+        harmless: the same.
+        refusal_ids: tokens that begin a refusal.
+        trials: random points; the first is the plain removal everywhere.
+        rounds: of moves along coordinates, each with two trials for every coordinate.
+        kl_weight: how much a nat of KL counts against a refusal.
+        loss_weight: how much a nat of loss on the text does.
+        keep_norms: norms that the matrices keep.
+        windows: a text whose loss is a third figure, or None.
+        batch: prompts (or windows) in one forward pass.
+        at_once: trials in one forward pass.
+        seed: draws the points.
+        progress: called with the number of trials done and of all.
+
+    Raises:
+        MergelabError: there are no trials, or no such tokens.
+    """
+    if trials < 1:
+        raise MergelabError(f"the search was given {trials} trials; give it at least 1.")
+    ids = check_refusal_ids(model, refusal_ids)
+    by_sites = keep_norms is None and not model.config.tied
+    judge = Judge(model, params, space, ids, keep_norms, by_sites, batch, at_once if by_sites else 1)
+    _, _, before = first_token_scores(model, params, harmless, ids, batch=batch)
+    judge_all = partial(judge.figures, harmful=harmful, harmless=harmless, before=before, windows=windows)
+    nothing = judge_all(space.nothing()[None])[0]
+    size, total = len(space.names), trials + rounds * 2 * len(space.names)
+    points = [space.plain(), *space.draw(trials - 1, seed)]
+    figures: list[np.ndarray] = []
+
+    def measure(new: np.ndarray) -> None:
+        for start in range(0, len(new), judge.at_once):
+            figures.extend(judge_all(new[start : start + judge.at_once]))
+            if progress is not None:
+                progress(len(figures), total)
+
+    def cost(row: np.ndarray) -> float:
+        value = row[0] + kl_weight * row[1] + (loss_weight * (row[2] - nothing[2]) if len(row) > 2 else 0.0)
+        return float(value) if np.isfinite(value) else np.inf
+
+    measure(np.stack(points))
+    step = 0.25
+    for _ in range(rounds):
+        best = min(range(len(figures)), key=lambda i: cost(figures[i]))
+        moves = np.concatenate([np.eye(size), -np.eye(size)]) * step * (space.high - space.low)[None]
+        new = space.clip(points[best][None] + moves)
+        points += list(new)
+        measure(new)
+        if min(cost(row) for row in figures[-len(new) :]) >= cost(figures[best]):
+            step /= 2
+    found = tuple(_trial(space, point, row) for point, row in zip(points, figures, strict=True))
+    return SearchResult(found, frontier(found), _trial(space, space.nothing(), nothing))
+
+
+def _trial(space: Space, point: np.ndarray, row: np.ndarray) -> Trial:
+    parameters = dict(zip(space.names, map(float, point), strict=True))
+    return Trial(parameters, float(row[0]), float(row[1]), float(row[2]) if len(row) > 2 else None)

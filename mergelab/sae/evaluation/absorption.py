@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mergelab.errors import SAEError
 from mergelab.sae.dictionary import Dictionary
+from mergelab.sae.evaluation.passes import encode
 from mergelab.sae.evaluation.probing import fit_logistic, sparse_probe
 
 __all__ = ["Absorption", "absorption"]
@@ -63,9 +63,9 @@ def absorption(
     Raises:
         SAEError: a class is missing, or the probe gets no token of the class right.
     """
-    codes = np.asarray(jax.jit(lambda d, x: d.encode(x))(dictionary, jnp.asarray(x)))
+    codes = np.asarray(encode(dictionary, jnp.asarray(x)))
     main = _main_latents(codes, labels, max_main, gain, seed)
-    weights, bias, _ = jax.jit(fit_logistic)(jnp.asarray(x), jnp.asarray(labels))
+    weights, bias, _ = fit_logistic(jnp.asarray(x), jnp.asarray(labels))
     direction = np.asarray(weights, np.float64)
     right = labels & (x @ direction + float(bias) > 0)
     if not right.any():

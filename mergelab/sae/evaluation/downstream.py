@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from mergelab.errors import SAEError
+from mergelab.models.model import Model
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.host import check_reads
 from mergelab.sae.evaluation.passes import passes, read_batches, splice
@@ -73,35 +76,40 @@ def evaluate_downstream(
     """
     check_reads(dictionary, source)
     require_logits(source)
-    site = source.sites[0]
-
-    def losses(params: Any, dictionary: Dictionary, mean: jax.Array, tokens: jax.Array) -> jax.Array:
-        def log_probabilities(edit: Any) -> jax.Array:
-            out = source.model.apply(params, tokens, edit=edit).logits
-            assert out is not None
-            return jax.nn.log_softmax(out[:, :-1])
-
-        def cross_entropy(logp: jax.Array) -> jax.Array:
-            return -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0].sum(axis=1)
-
-        plain = log_probabilities(None)
-        spliced = log_probabilities({site: splice(dictionary)})
-        zero = log_probabilities({site: jnp.zeros_like})
-        middle = log_probabilities(
-            {site: lambda x: jnp.broadcast_to(mean[None, None].astype(x.dtype), x.shape)}
-        )
-        kl = (jnp.exp(plain) * (plain - spliced)).sum(axis=(1, 2))
-        return jnp.stack([*(cross_entropy(logp) for logp in (plain, spliced, zero, middle)), kl])
-
     mean = jnp.asarray(_mean_activation(source, contexts), jnp.float32)
-    run = jax.jit(losses)
     tokens = source.tokens[:contexts]
     total = np.zeros(5)
     for batch, real in passes(tokens, source.batch):
-        found = np.asarray(run(source.params, dictionary, mean, batch), np.float64)
+        found = np.asarray(
+            _losses(source.params, dictionary, mean, batch, model=source.model, site=source.sites[0]),
+            np.float64,
+        )
         total += found[:, :real].sum(axis=1)
     predicted = len(tokens) * (tokens.shape[1] - 1)
     return Downstream(predicted, *(float(value) for value in total / predicted))
+
+
+@partial(jax.jit, static_argnames=("model", "site"))
+def _losses(
+    params: Any, dictionary: Dictionary, mean: Array, tokens: Array, *, model: Model, site: str
+) -> Array:
+    """Sums over each context, `[5, batch]`, in the order of the fields of `Downstream`."""
+
+    def log_probabilities(edit: Any) -> Array:
+        out = model.apply(params, tokens, edit=edit).logits
+        assert out is not None
+        return jax.nn.log_softmax(out[:, :-1])
+
+    def middle(x: Array) -> Array:
+        return jnp.broadcast_to(mean[None, None].astype(x.dtype), x.shape)
+
+    def cross_entropy(logp: Array) -> Array:
+        return -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0].sum(axis=1)
+
+    edits = (None, {site: splice(dictionary)}, {site: jnp.zeros_like}, {site: middle})
+    found = [log_probabilities(edit) for edit in edits]
+    kl = (jnp.exp(found[0]) * (found[0] - found[1])).sum(axis=(1, 2))
+    return jnp.stack([*(cross_entropy(logp) for logp in found), kl])
 
 
 def compute_equivalent(steps: np.ndarray, losses: np.ndarray, loss: float) -> float:

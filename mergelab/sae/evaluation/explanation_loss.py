@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from mergelab.models.model import Model
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.downstream import require_logits
 from mergelab.sae.evaluation.host import check_reads
@@ -81,40 +83,23 @@ def score_explanations(
     """
     check_reads(dictionary, source)
     require_logits(source)
-    site = source.sites[0]
     latents = jnp.asarray([explanation.latent for explanation in explanations], jnp.int32)
 
-    def run(params: Any, dictionary: Dictionary, tokens: Array, simulated: Array) -> tuple[Array, Array]:
-        def replaced(values: Array) -> Any:
-            def edit(x: Array) -> Array:
-                rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-                codes = dictionary.encode(rows)
-                changed = codes.at[:, latents].set(values.reshape(len(rows), -1))
-                change = dictionary.reconstruct(rows, changed) - dictionary.reconstruct(rows, codes)
-                return x + change.reshape(x.shape).astype(x.dtype)
-
-            return {site: edit}
-
-        def loss(edit: Any) -> tuple[Array, Array]:
-            out = source.model.apply(params, tokens, edit=edit, capture=[site])
-            assert out.logits is not None
-            logp = jax.nn.log_softmax(out.logits[:, :-1])
-            chosen = jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)
-            return -chosen[..., 0].sum(axis=1), out.captured[site]
-
-        plain, x = loss(None)
-        codes = dictionary.encode(x.reshape(-1, x.shape[-1]).astype(jnp.float32))[:, latents]
-        losses = [plain, loss(replaced(simulated))[0], loss(replaced(jnp.zeros_like(simulated)))[0]]
-        return jnp.stack(losses), codes.reshape(simulated.shape)
-
-    compiled = jax.jit(run)
     total = np.zeros(3)
     promised: list[np.ndarray] = []
     true: list[np.ndarray] = []
     for tokens, real in passes(source.tokens, source.batch):
         rows = np.asarray(tokens).tolist()
         simulated = np.stack([[e.simulate(row) for e in explanations] for row in rows]).transpose(0, 2, 1)
-        losses, codes = compiled(source.params, dictionary, tokens, jnp.asarray(simulated))
+        losses, codes = _losses(
+            source.params,
+            dictionary,
+            latents,
+            tokens,
+            jnp.asarray(simulated),
+            model=source.model,
+            site=source.sites[0],
+        )
         total += np.asarray(losses, np.float64)[:, :real].sum(axis=1)
         promised.append(simulated[:real])
         true.append(np.asarray(codes)[:real])
@@ -122,3 +107,39 @@ def score_explanations(
     matches = tuple(judge_explanation(said[..., i], there[..., i]) for i in range(len(explanations)))
     predicted = len(source.tokens) * (source.tokens.shape[1] - 1)
     return ExplanationScore(matches, predicted, *(float(value) for value in total / predicted))
+
+
+@partial(jax.jit, static_argnames=("model", "site"))
+def _losses(
+    params: Any,
+    dictionary: Dictionary,
+    latents: Array,
+    tokens: Array,
+    simulated: Array,
+    *,
+    model: Model,
+    site: str,
+) -> tuple[Array, Array]:
+    """Sums over each context `[3, batch]`: as it is, simulated, ablated; and the true codes."""
+
+    def replaced(values: Array) -> Any:
+        def edit(x: Array) -> Array:
+            rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+            codes = dictionary.encode(rows)
+            changed = codes.at[:, latents].set(values.reshape(len(rows), -1))
+            change = dictionary.reconstruct(rows, changed) - dictionary.reconstruct(rows, codes)
+            return x + change.reshape(x.shape).astype(x.dtype)
+
+        return {site: edit}
+
+    def loss(edit: Any) -> tuple[Array, Array]:
+        out = model.apply(params, tokens, edit=edit, capture=[site])
+        assert out.logits is not None
+        logp = jax.nn.log_softmax(out.logits[:, :-1])
+        chosen = jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)
+        return -chosen[..., 0].sum(axis=1), out.captured[site]
+
+    plain, x = loss(None)
+    codes = dictionary.encode(x.reshape(-1, x.shape[-1]).astype(jnp.float32))[:, latents]
+    losses = [plain, loss(replaced(simulated))[0], loss(replaced(jnp.zeros_like(simulated)))[0]]
+    return jnp.stack(losses), codes.reshape(simulated.shape)

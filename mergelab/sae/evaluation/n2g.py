@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from mergelab.models.model import Model
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.examples import Example
 from mergelab.sae.evaluation.host import check_reads
@@ -174,15 +175,6 @@ class _Activation:
 
     def __init__(self, dictionary: Dictionary, source: ModelActivations) -> None:
         self.dictionary, self.source = dictionary, source
-        site = source.sites[0]
-
-        def run(params: Any, dictionary: Dictionary, tokens: Array, mask: Array, latents: Array) -> Array:
-            x = source.model.apply(params, tokens, mask=mask, capture=[site], logits=False).captured[site]
-            rows = jnp.arange(len(tokens))
-            last = mask.sum(axis=1, dtype=jnp.int32) - 1
-            return dictionary.encode(x[rows, last].astype(jnp.float32))[rows, latents]
-
-        self._run = jax.jit(run)
 
     def __call__(self, texts: Sequence[tuple[int, Sequence[int]]]) -> np.ndarray:
         """Pairs of latent and tokens -> float32 `[texts]`."""
@@ -195,12 +187,30 @@ class _Activation:
             latents = np.zeros(batch, np.int32)
             for row, (latent, ids) in enumerate(part):
                 tokens[row, : len(ids)], mask[row, : len(ids)], latents[row] = ids, True, latent
-            values = self._run(
+            arrays = (jnp.asarray(part) for part in (tokens, mask, latents))
+            values = _last_activation(
                 self.source.params,
                 self.dictionary,
-                jnp.asarray(tokens),
-                jnp.asarray(mask),
-                jnp.asarray(latents),
+                *arrays,
+                model=self.source.model,
+                site=self.source.sites[0],
             )
             found.append(np.asarray(values)[: len(part)])
         return np.concatenate(found)
+
+
+@partial(jax.jit, static_argnames=("model", "site"))
+def _last_activation(
+    params: Any,
+    dictionary: Dictionary,
+    tokens: Array,
+    mask: Array,
+    latents: Array,
+    *,
+    model: Model,
+    site: str,
+) -> Array:
+    x = model.apply(params, tokens, mask=mask, capture=[site], logits=False).captured[site]
+    rows = jnp.arange(len(tokens))
+    last = mask.sum(axis=1, dtype=jnp.int32) - 1
+    return dictionary.encode(x[rows, last].astype(jnp.float32))[rows, latents]

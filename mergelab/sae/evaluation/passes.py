@@ -12,7 +12,7 @@ from mergelab.models.sites import Edit
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.model_source import ModelActivations
 
-__all__ = ["passes", "read_batches", "splice"]
+__all__ = ["encode", "encode_and_reconstruct", "passes", "read_batches", "splice"]
 
 
 def passes(tokens: np.ndarray, batch: int) -> Iterator[tuple[jax.Array, int]]:
@@ -42,3 +42,16 @@ def splice(dictionary: Dictionary) -> Edit:
         return dictionary(rows).reshape(x.shape).astype(x.dtype)
 
     return reconstruct
+
+
+@jax.jit
+def encode(dictionary: Dictionary, x: jax.Array) -> jax.Array:
+    """`[rows, d_in]` -> codes `[rows, n]`; one program for each shape and kind of dictionary."""
+    return dictionary.encode(x)
+
+
+@jax.jit
+def encode_and_reconstruct(dictionary: Dictionary, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`[rows, d_in]` -> codes `[rows, n]` and the reconstruction `[rows, d_out]`."""
+    codes = dictionary.encode(x)
+    return codes, dictionary.reconstruct(x, codes)

@@ -51,6 +51,7 @@ class SparseProbe:
     f1: float
 
 
+@jax.jit
 def fit_logistic(x: Array, y: Array) -> tuple[Array, Array, Array]:
     """Logistic regression by Newton's method, the step halved while it would not improve.
 
@@ -165,7 +166,7 @@ def sparse_probe(codes: np.ndarray, labels: np.ndarray, k: int, *, seed: int = 0
     x, y = codes[train], labels[train]
     gap = np.abs(x[y].mean(axis=0) - x[~y].mean(axis=0))
     latents = np.argsort(-gap, kind="stable")[:k]
-    weights, bias, _ = jax.jit(fit_logistic)(jnp.asarray(x[:, latents], jnp.float32), jnp.asarray(y))
+    weights, bias, _ = fit_logistic(jnp.asarray(x[:, latents], jnp.float32), jnp.asarray(y))
     logits = codes[test][:, latents] @ np.asarray(weights) + float(bias)
     truth = labels[test]
     said = logits > 0

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from mergelab.errors import SAEError
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.matching import match_features
+from mergelab.sae.evaluation.passes import encode, encode_and_reconstruct
 from mergelab.sae.evaluation.reconstruction import Totals
 
 __all__ = ["RecallPoint", "RecoveryPoint", "progressive_recovery", "recall_against_sparsity"]
@@ -85,23 +84,17 @@ def progressive_recovery(
     Raises:
         SAEError: the dictionary is gated, or a k is not among 1 to its latents.
     """
-    run = jax.jit(_codes_and_output)
     points: list[RecoveryPoint] = []
     trials = [(with_top_k(dictionary, k), k, None) for k in ks]
     trials += [(with_threshold(dictionary, t), None, t) for t in thresholds]
     for trial, k, threshold in trials:
         totals = Totals.zero(x[:batch], dictionary.n_latents)
         for start in range(0, len(x), batch):
-            codes, out = run(trial, jnp.asarray(x[start : start + batch]))
+            codes, out = encode_and_reconstruct(trial, jnp.asarray(x[start : start + batch]))
             totals = totals.add(x[start : start + batch], np.asarray(out), np.asarray(codes))
         found = totals.result()
         points.append(RecoveryPoint(k, threshold, found.l0, found.nmse, found.explained_variance))
     return points
-
-
-def _codes_and_output(dictionary: Dictionary, x: Array) -> tuple[Array, Array]:
-    codes = dictionary.encode(x)
-    return codes, dictionary.reconstruct(x, codes)
 
 
 @dataclass(frozen=True)
@@ -142,7 +135,6 @@ def recall_against_sparsity(
     matched = match_features(truth, dictionary)
     known = matched.latent >= 0
     latents, on = matched.latent[known], present[:, known]
-    encode = jax.jit(lambda d, x: d.encode(x))
     points = []
     for k in ks:
         active = np.asarray(encode(with_top_k(dictionary, k), jnp.asarray(x)))[:, latents] > 0

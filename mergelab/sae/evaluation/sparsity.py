@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ import numpy as np
 from jax import Array, lax
 
 from mergelab.errors import SAEError
+from mergelab.models.model import Model
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.downstream import require_logits
 from mergelab.sae.evaluation.host import check_reads
@@ -78,17 +81,7 @@ def latent_sparsity(
     """
     check_reads(dictionary, source)
 
-    def change(dictionary: Dictionary, x: Array, lot: Array) -> tuple[Array, Array]:
-        codes = dictionary.encode(x)
-        active = codes > 0
-        count = active.sum(axis=1, dtype=jnp.int32)
-        # The lot picks one of the active latents, each as likely as the others.
-        place = jnp.floor(lot * count.astype(lot.dtype)).astype(jnp.int32)
-        chosen = active & (jnp.cumsum(active, axis=1, dtype=jnp.int32) - 1 == place[:, None])
-        without = jnp.where(chosen, 0, codes)
-        return dictionary.reconstruct(x, without) - dictionary.reconstruct(x, codes), count
-
-    return _sparsity(source, lambda x, lot: change(dictionary, x, lot), samples, horizon, seed)
+    return _sparsity(source, _latent_change, dictionary, samples, horizon, seed)
 
 
 def channel_sparsity(
@@ -107,17 +100,62 @@ def channel_sparsity(
     Raises:
         SAEError: contexts are shorter than the horizon, or the model predicts no tokens.
     """
+    return _sparsity(source, _channel_change, None, samples, horizon, seed)
 
-    def change(x: Array, lot: Array) -> tuple[Array, Array]:
-        channel = jnp.floor(lot * x.shape[1]).astype(jnp.int32)
-        chosen = jnp.arange(x.shape[1], dtype=jnp.int32)[None] == channel[:, None]
-        return jnp.where(chosen, -x, 0), jnp.ones(len(x), jnp.int32)
 
-    return _sparsity(source, change, samples, horizon, seed)
+_Change = Callable[[Any, Array, Array], tuple[Array, Array]]
+"""Dictionary, activations `[batch, d]`, lots `[batch]` in [0, 1) -> what to add to each, and its weight."""
+
+
+def _latent_change(dictionary: Dictionary, x: Array, lot: Array) -> tuple[Array, Array]:
+    codes = dictionary.encode(x)
+    active = codes > 0
+    count = active.sum(axis=1, dtype=jnp.int32)
+    # The lot picks one of the active latents, each as likely as the others.
+    place = jnp.floor(lot * count.astype(lot.dtype)).astype(jnp.int32)
+    chosen = active & (jnp.cumsum(active, axis=1, dtype=jnp.int32) - 1 == place[:, None])
+    without = jnp.where(chosen, 0, codes)
+    return dictionary.reconstruct(x, without) - dictionary.reconstruct(x, codes), count
+
+
+def _channel_change(_: None, x: Array, lot: Array) -> tuple[Array, Array]:
+    channel = jnp.floor(lot * x.shape[1]).astype(jnp.int32)
+    chosen = jnp.arange(x.shape[1], dtype=jnp.int32)[None] == channel[:, None]
+    return jnp.where(chosen, -x, 0), jnp.ones(len(x), jnp.int32)
+
+
+@partial(jax.jit, static_argnames=("model", "site", "change", "horizon"))
+def _ablate(
+    params: Any,
+    dictionary: Dictionary | None,
+    tokens: Array,
+    position: Array,
+    lot: Array,
+    *,
+    model: Model,
+    site: str,
+    change: _Change,
+    horizon: int,
+) -> tuple[Array, Array]:
+    rows = jnp.arange(len(tokens))
+    plain = model.apply(params, tokens, capture=[site])
+    x = plain.captured[site]
+    difference, weight = change(dictionary, x[rows, position].astype(jnp.float32), lot)
+    edit = {site: lambda value: value.at[rows, position].add(difference.astype(value.dtype))}
+    ablated = model.apply(params, tokens, edit=edit)
+    assert plain.logits is not None and ablated.logits is not None
+    moved = ablated.logits - plain.logits
+    seen = jax.vmap(lambda one, at: lax.dynamic_slice_in_dim(one, at, horizon))(moved, position)
+    return effect_sparsity(seen), weight
 
 
 def _sparsity(
-    source: ModelActivations, change: Any, samples: int, horizon: int, seed: int
+    source: ModelActivations,
+    change: _Change,
+    dictionary: Dictionary | None,
+    samples: int,
+    horizon: int,
+    seed: int,
 ) -> AblationSparsity:
     require_logits(source)
     contexts, length = source.tokens.shape
@@ -125,26 +163,11 @@ def _sparsity(
         raise SAEError(
             f"contexts have {length} tokens, fewer than the horizon of {horizon}; make them longer."
         )
-    site = source.sites[0]
     rng = np.random.default_rng(seed)
     chosen = rng.integers(0, contexts, samples)
     positions = rng.integers(0, length - horizon + 1, samples)
     lots = rng.random(samples)
 
-    def run(params: Any, tokens: Array, position: Array, lot: Array) -> tuple[Array, Array]:
-        rows = jnp.arange(len(tokens))
-        plain = source.model.apply(params, tokens, capture=[site])
-        x = plain.captured[site]
-        difference, weight = change(x[rows, position].astype(jnp.float32), lot)
-        edit = {site: lambda value: value.at[rows, position].add(difference.astype(value.dtype))}
-        ablated = source.model.apply(params, tokens, edit=edit)
-        assert plain.logits is not None and ablated.logits is not None
-        moved = jax.vmap(lambda d, p: lax.dynamic_slice_in_dim(d, p, horizon))(
-            ablated.logits - plain.logits, position
-        )
-        return effect_sparsity(moved), weight
-
-    compiled = jax.jit(run)
     found, weights = [], []
     for start, (tokens, real) in zip(
         range(0, samples, source.batch), passes(source.tokens[chosen], source.batch), strict=True
@@ -152,8 +175,16 @@ def _sparsity(
         position, lot = (
             np.pad(part[start : start + source.batch], (0, source.batch - real)) for part in (positions, lots)
         )
-        share, weight = compiled(
-            source.params, tokens, jnp.asarray(position, jnp.int32), jnp.asarray(lot, jnp.float32)
+        share, weight = _ablate(
+            source.params,
+            dictionary,
+            tokens,
+            jnp.asarray(position, jnp.int32),
+            jnp.asarray(lot, jnp.float32),
+            model=source.model,
+            site=source.sites[0],
+            change=change,
+            horizon=horizon,
         )
         found.append(np.asarray(share, np.float64)[:real])
         weights.append(np.asarray(weight, np.float64)[:real])

@@ -55,7 +55,7 @@ def train_host(folder: Path) -> Host:
     data = {"kind": "model", "model": str(model), "site": SITE, "text": str(text), "context": LENGTH}
     result = train(
         {
-            "sae": {"variant": "topk", "n_latents": 96, "k": 8},
+            "sae": {"variant": "topk", "n_latents": 96, "k": 4},
             "data": data,
             "train": {"batch_size": 256, "tokens": 256 * 200, "lr": 4e-3},
             "metadata": {"site": SITE, "model_hash": weights_sha256(model)},

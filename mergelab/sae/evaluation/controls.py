@@ -1,0 +1,76 @@
+"""Dictionaries to compare with: untrained, with a frozen decoder, and of a model that knows nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+
+from mergelab.data.activations import ActivationStream
+from mergelab.errors import SAEError, did_you_mean
+from mergelab.sae.dictionary import Dictionary
+from mergelab.sae.evaluation.baselines import freeze_decoder, random_state
+from mergelab.sae.finish import finished_dictionary
+from mergelab.sae.initialize import SAMPLE_ROWS, initialize
+from mergelab.sae.model_source import ModelActivations
+from mergelab.sae.recipe import Recipe
+from mergelab.sae.step import make_step
+from mergelab.sae.variants import TopK
+
+__all__ = ["CONTROLS", "control_dictionary", "random_model"]
+
+CONTROLS = ("random", "frozen decoder", "random model")
+"""An untrained dictionary; one whose encoder alone was trained; one fully trained on a random model."""
+
+
+def random_model(source: ModelActivations, seed: int = 0) -> ModelActivations:
+    """The same text through the same architecture with fresh parameters."""
+    return replace(source, params=source.model.init(seed))
+
+
+def control_dictionary(
+    kind: str,
+    source: ModelActivations,
+    *,
+    n_latents: int,
+    k: int,
+    steps: int = 500,
+    batch_size: int = 1024,
+    seed: int = 0,
+) -> Dictionary:
+    """Makes a top-k dictionary of the source's first site.
+
+    Args:
+        kind: one of `CONTROLS`.
+        source: the activations it is fitted to; for `random model`, those of that model (`random_model`).
+        n_latents: of the dictionary that is judged.
+        k: active latents per token, about as many as its L0.
+        steps: of the training.
+        batch_size: at most; a text with fewer rows has batches of all of them.
+        seed: of parameters and order.
+
+    Raises:
+        SAEError: there is no such kind, or k is out of range.
+    """
+    if kind not in CONTROLS:
+        raise SAEError(f"there is no control {kind!r}{did_you_mean(kind, CONTROLS)}; known: {CONTROLS}.")
+    rows = source.at(source.sites[0])
+    variant = TopK(d_in=rows.d_in, n_latents=n_latents, k=k)
+    recipe = Recipe(steps=steps, batch_size=min(batch_size, source.rows))
+    key = jax.random.key(seed)
+    # Another order than the training's own.
+    sample = next(ActivationStream(rows, min(source.rows, SAMPLE_ROWS), seed=seed + 1)).input
+    metadata = {"control": kind}
+    if kind == "random":
+        state = random_state(variant, key, sample)
+        return finished_dictionary(variant, recipe, state, use_average=False, metadata=metadata)
+    state = initialize(variant, recipe, key, sample)
+    step = make_step(variant, recipe)
+    if kind == "frozen decoder":
+        step = freeze_decoder(step, state, recipe.ema_decay)
+    stream = ActivationStream(rows, recipe.batch_size, seed=seed)
+    for _ in range(recipe.steps):
+        x = jnp.asarray(next(stream).input)
+        state, _ = step(state, x, x)
+    return finished_dictionary(variant, recipe, state, metadata=metadata)

@@ -1,0 +1,181 @@
+"""All evaluations of a dictionary on its model and a text, each figure with its unit and its yardstick."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from mergelab.errors import SAEError, did_you_mean
+from mergelab.sae.dictionary import Dictionary
+from mergelab.sae.evaluation.controls import control_dictionary, random_model
+from mergelab.sae.evaluation.host import check_reads
+from mergelab.sae.evaluation.metrics import METRICS, Evidence, Score
+from mergelab.sae.model_source import ModelActivations
+
+__all__ = ["Scorecard", "applicable_metrics", "control_scorecard", "halves", "scorecard", "seed_spread"]
+
+
+@dataclass(frozen=True)
+class Scorecard:
+    """What was found of one dictionary.
+
+    Attributes:
+        scores: by name, such as `downstream.delta_ce`.
+        seconds: by metric, its wall time, compilation included.
+    """
+
+    scores: Mapping[str, Score]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def values(self) -> dict[str, float]:
+        """The figures alone."""
+        return {name: score.value for name, score in self.scores.items()}
+
+
+def applicable_metrics(source: ModelActivations, *, labelled: bool) -> tuple[str, ...]:
+    """The metrics this model and text allow: some need next-token logits, some labels of tokens."""
+    causal = source.model.family.architecture.causal
+    return tuple(
+        name
+        for name, metric in METRICS.items()
+        if (causal or not metric.needs_logits) and (labelled or not metric.needs_labels)
+    )
+
+
+def halves(source: ModelActivations) -> tuple[ModelActivations, ModelActivations]:
+    """The first half of a text's contexts, which fits, and the second, which judges.
+
+    Raises:
+        SAEError: there is only one context.
+    """
+    count = len(source.tokens) // 2
+    if not count:
+        raise SAEError("one context cannot both fit and judge; give more text.")
+    return replace(source, tokens=source.tokens[:count]), replace(source, tokens=source.tokens[count:])
+
+
+def scorecard(
+    dictionary: Dictionary,
+    source: ModelActivations,
+    *,
+    metrics: Sequence[str] | None = None,
+    labels: Mapping[str, np.ndarray] | None = None,
+    mask_token: int = 0,
+    curve: tuple[np.ndarray, np.ndarray] | None = None,
+    samples: int = 256,
+    explained: int = 32,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda metric: None,
+) -> Scorecard:
+    """Runs evaluations.
+
+    What must be fitted (explanations) is fitted on the first half of the contexts; every figure is of the
+    second half.
+
+    Args:
+        dictionary: reads and reconstructs the first of the source's sites.
+        source: the dictionary's host (`mergelab.sae.evaluation.host.open_host`) and a text it was not
+            trained on.
+        metrics: names of `METRICS`; all that apply by default.
+        labels: answers to probing tasks, bool `[contexts, length]`, for the contexts of the source.
+        mask_token: for explanations, takes the place of a token.
+        curve: steps and losses of the host's training, for the compute equivalent.
+        samples: ablations per kind of unit.
+        explained: latents that are explained.
+        seed: of everything drawn.
+        progress: is told the name of each metric before it runs.
+
+    Raises:
+        SAEError: a metric is unknown or cannot be had of this model and text, or the dictionary does not fit.
+    """
+    check_reads(dictionary, source)
+    possible = applicable_metrics(source, labelled=labels is not None)
+    for name in metrics or ():
+        if name not in METRICS:
+            raise SAEError(
+                f"there is no metric {name!r}{did_you_mean(name, METRICS)}; known: {', '.join(METRICS)}."
+            )
+        if name not in possible:
+            needs = (
+                "labels of tokens" if METRICS[name].needs_labels and labels is None else "next-token logits"
+            )
+            raise SAEError(f"the metric {name!r} needs {needs}, which are not there; leave it away.")
+    fit, judge = halves(source)
+    answers = {task: label[len(fit.tokens) :] for task, label in (labels or {}).items()}
+    evidence = Evidence(fit, judge, answers, mask_token, curve, samples, explained, seed)
+    scores: dict[str, Score] = {}
+    seconds: dict[str, float] = {}
+    for name in possible if metrics is None else metrics:
+        progress(name)
+        started = time.perf_counter()
+        scores |= {f"{name}.{part}": score for part, score in METRICS[name].measure(dictionary, evidence)}
+        seconds[name] = time.perf_counter() - started
+    return Scorecard(scores, seconds)
+
+
+def control_scorecard(
+    kind: str,
+    dictionary: Dictionary,
+    source: ModelActivations,
+    *,
+    k: int,
+    steps: int = 500,
+    metrics: Sequence[str] | None = None,
+    labels: Mapping[str, np.ndarray] | None = None,
+    mask_token: int = 0,
+    samples: int = 256,
+    explained: int = 32,
+    seed: int = 0,
+) -> Scorecard:
+    """The same evaluations of a control (`mergelab.sae.evaluation.controls`), fitted on the first half.
+
+    A random model's dictionary is judged on that model: what an evaluation finds there, it does not find
+    because the host has learned something.
+
+    Args:
+        kind: one of `CONTROLS`.
+        dictionary: what is compared; the control has as many latents.
+        source: as for `scorecard`.
+        k: the control's active latents per token.
+        steps: of its training.
+        metrics: as for `scorecard`.
+        labels: as for `scorecard`.
+        mask_token: as for `scorecard`.
+        samples: as for `scorecard`.
+        explained: as for `scorecard`.
+        seed: of everything drawn.
+
+    Raises:
+        SAEError: as `scorecard` and `control_dictionary`.
+    """
+    host = random_model(source, seed) if kind == "random model" else source
+    fit, _ = halves(host)
+    control = control_dictionary(kind, fit, n_latents=dictionary.n_latents, k=k, steps=steps, seed=seed)
+    return scorecard(
+        control,
+        host,
+        metrics=metrics,
+        labels=labels,
+        mask_token=mask_token,
+        samples=samples,
+        explained=explained,
+        seed=seed,
+    )
+
+
+def seed_spread(cards: Sequence[Scorecard]) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation (n - 1) of every score over trainings that differ in their seed.
+
+    Args:
+        cards: two or more, of the same metrics.
+
+    Raises:
+        SAEError: there are fewer than two, or their metrics differ.
+    """
+    if len(cards) < 2 or len({tuple(card.scores) for card in cards}) > 1:
+        raise SAEError(f"the spread of {len(cards)} scorecards; expected two or more of the same metrics.")
+    columns = {name: np.array([card.scores[name].value for card in cards]) for name in cards[0].scores}
+    return {name: (float(v.mean()), float(v.std(ddof=1))) for name, v in columns.items()}

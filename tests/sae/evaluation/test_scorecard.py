@@ -1,0 +1,98 @@
+"""A scorecard holds what its parts find, tells trained from random, and says what it cannot measure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mergelab.errors import SAEError
+from mergelab.sae.dictionary import Dictionary
+from mergelab.sae.evaluation.controls import control_dictionary, random_model
+from mergelab.sae.evaluation.downstream import evaluate_downstream
+from mergelab.sae.evaluation.metrics import METRICS
+from mergelab.sae.evaluation.probing_tasks import label_texts
+from mergelab.sae.evaluation.scorecard import Scorecard, control_scorecard, halves, scorecard, seed_spread
+from mergelab.sae.evaluation.summary import densities, reconstruction_on_model
+from tests.sae.evaluation.trained_host import LENGTH, Host
+
+
+@pytest.fixture(scope="module")
+def card(host: Host) -> Scorecard:
+    labels = label_texts(host.folder, [host.held_out], LENGTH).labels
+    steps, losses = (np.array(part) for part in zip(*host.curve, strict=True))
+    return scorecard(
+        host.dictionary, host.source, labels=labels, samples=32, explained=6, curve=(steps, losses)
+    )
+
+
+def test_every_metric_is_there_with_its_unit(card: Scorecard) -> None:
+    assert {name.split(".")[0] for name in card.scores} == set(card.seconds) == set(METRICS)
+    for name, score in card.scores.items():
+        assert score.against and (np.isfinite(score.value) or name == "downstream.compute_equivalent"), name
+    values = card.values()
+    assert (
+        values["probing.relative_loss"] < 0.9 and 0 < values["probing.f1_1"] <= values["probing.f1_5"] + 0.1
+    )
+    assert values["progressive.nmse_k1"] > values["progressive.nmse_k2"] > values["reconstruction.nmse"]
+    assert 0 <= values["absorption.rate"] < 1 <= values["absorption.split"]
+
+
+def test_scores_are_those_of_the_second_half(host: Host, card: Scorecard) -> None:
+    fit, judge = halves(host.source)
+    assert len(fit.tokens) + len(judge.tokens) == len(host.source.tokens)
+    found = reconstruction_on_model(host.dictionary, judge)
+    assert card.values()["reconstruction.nmse"] == found.nmse
+    assert densities(found.densities).counts.sum() == round(found.alive * 96)
+    assert card.values()["downstream.delta_ce"] == evaluate_downstream(host.dictionary, judge).delta_ce
+    assert found.nmse != reconstruction_on_model(host.dictionary, fit).nmse
+
+
+@pytest.fixture(scope="module")
+def controls(host: Host) -> dict[str, Dictionary]:
+    fit, _ = halves(host.source)
+    kinds = ("random", "frozen decoder")
+    return {kind: control_dictionary(kind, fit, n_latents=96, k=4, steps=60) for kind in kinds}
+
+
+def test_controls_are_worse(host: Host, card: Scorecard, controls: dict[str, Dictionary]) -> None:
+    mine, errors = card.values(), {}
+    for kind, control in controls.items():
+        found = scorecard(control, host.source, metrics=["reconstruction", "downstream"]).values()
+        errors[kind] = found["reconstruction.nmse"]
+        assert found["downstream.delta_ce"] > 1.2 * mine["downstream.delta_ce"]
+        assert found["downstream.recovered_zero"] < mine["downstream.recovered_zero"]
+    assert errors["random"] > 1.1 * errors["frozen decoder"] > 1.3 * mine["reconstruction.nmse"]
+    again = control_scorecard("random", host.dictionary, host.source, k=4, metrics=["reconstruction"])
+    assert again.values()["reconstruction.nmse"] == pytest.approx(errors["random"], rel=1e-6)
+
+
+def test_controls_are_what_they_are_called(host: Host, controls: dict[str, Dictionary]) -> None:
+    random, frozen = controls["random"], controls["frozen decoder"]
+    np.testing.assert_allclose(np.asarray(frozen.W_dec), np.asarray(random.W_dec), atol=1e-6)
+    assert np.abs(np.asarray(frozen.W_enc) - np.asarray(random.W_enc)).max() > 1e-3
+    other = random_model(host.source, 1)
+    assert np.abs(other.read_sites(0, 32)[0] - host.source.read_sites(0, 32)[0]).max() > 0.01
+    with pytest.raises(SAEError, match="did you mean 'random'"):
+        control_dictionary("randm", host.source, n_latents=64, k=4)
+
+
+def test_spread_over_seeds(card: Scorecard) -> None:
+    shifted = {name: replace(score, value=score.value + 2) for name, score in card.scores.items()}
+    spread = seed_spread([card, Scorecard(shifted)])
+    mean, deviation = spread["reconstruction.nmse"]
+    assert mean == pytest.approx(card.values()["reconstruction.nmse"] + 1)
+    assert deviation == pytest.approx(np.sqrt(2))
+    with pytest.raises(SAEError, match="two or more"):
+        seed_spread([card])
+
+
+def test_what_cannot_be_measured_is_said(host: Host) -> None:
+    with pytest.raises(SAEError, match="did you mean 'downstream'"):
+        scorecard(host.dictionary, host.source, metrics=["downstrem"])
+    with pytest.raises(SAEError, match="labels of tokens"):
+        scorecard(host.dictionary, host.source, metrics=["probing"])
+    one = replace(host.source, tokens=host.source.tokens[:1])
+    with pytest.raises(SAEError, match="one context"):
+        scorecard(host.dictionary, one, metrics=["reconstruction"])

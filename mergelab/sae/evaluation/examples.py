@@ -6,12 +6,12 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mergelab.errors import SAEError
 from mergelab.sae.dictionary import Dictionary
+from mergelab.sae.evaluation.passes import encode
 from mergelab.sae.model_source import ModelActivations
 
 __all__ = ["Example", "Survey", "survey"]
@@ -81,11 +81,13 @@ def survey(
         )
     total, length = source.tokens.shape
     total = min(total, contexts or total)
-    encode = jax.jit(lambda d, x: d.encode(x))
     active = np.zeros(dictionary.n_latents, np.int64)
     peak = np.zeros(dictionary.n_latents, np.float32)
     wanted = range(dictionary.n_latents) if latents is None else latents
     heaps: dict[int, list[tuple[float, int, tuple[float, ...]]]] = {int(latent): [] for latent in wanted}
+    # What a latent's peak in a context must exceed to be kept; nothing does for those not asked for.
+    floor = np.full(dictionary.n_latents, np.inf, np.float32)
+    floor[list(heaps)] = 0
     for start in range(0, total, source.batch):
         stop = min(start + source.batch, total)
         rows = source.read_sites(start * length, stop * length)[0]
@@ -95,14 +97,15 @@ def survey(
         codes = codes.reshape(stop - start, length, -1)
         peaks = codes.max(axis=1)
         peak = np.maximum(peak, peaks.max(axis=0))
-        for latent, heap in heaps.items():
-            column = peaks[:, latent]
-            for i in np.flatnonzero(column > (heap[0][0] if len(heap) == count else 0)).tolist():
-                item = (float(column[i]), -(start + i), tuple(codes[i, :, latent].tolist()))
-                if len(heap) < count:
-                    heapq.heappush(heap, item)
-                else:
-                    heapq.heappushpop(heap, item)
+        for i, latent in np.argwhere(peaks > floor[None]).tolist():
+            heap = heaps[latent]
+            item = (float(peaks[i, latent]), -(start + i), tuple(codes[i, :, latent].tolist()))
+            if len(heap) < count:
+                heapq.heappush(heap, item)
+            elif item[0] > heap[0][0]:
+                heapq.heapreplace(heap, item)
+            if len(heap) == count:
+                floor[latent] = heap[0][0]
     examples = {
         latent: [
             Example(-place, tuple(source.tokens[-place].tolist()), values)

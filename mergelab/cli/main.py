@@ -18,7 +18,7 @@ SECTIONS: Mapping[str, Sequence[str]] = {
     "Start here": ("quickstart",),
     "Merge models": ("merge", "soup", "extract-lora"),
     "Run models": ("generate", "convert"),
-    "Train and judge features": ("activations", "sae"),
+    "Train and judge features": ("activations", "sae", "abliterate"),
     "Look things up": ("inspect", "operators"),
 }
 """Commands by the heading they stand under; the module `mergelab.cli.NAME` holds each as `command`."""

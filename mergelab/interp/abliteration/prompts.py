@@ -82,6 +82,11 @@ class Prompts:
         cut = min(max(round(share * len(self)), 1), len(self) - 1)
         return Prompts(self.tokens[:cut], self.mask[:cut]), Prompts(self.tokens[cut:], self.mask[cut:])
 
+    def shuffled(self, seed: int) -> Prompts:
+        """The same prompts in an order that the seed decides."""
+        order = np.random.default_rng(seed).permutation(len(self))
+        return Prompts(self.tokens[order], self.mask[order])
+
     def batches(self, size: int) -> Iterator[Batch]:
         """All prompts in order, in batches of exactly `min(size, n)` rows."""
         size = min(size, len(self))
@@ -150,15 +155,17 @@ def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], *, system: str | 
     return Prompts.of([tokenizer.encode(chat, add_special_tokens=False) for chat in chats], tokenizer.pad_id)
 
 
-def post_instruction_tokens(tokenizer: Tokenizer) -> int:
+def post_instruction_tokens(tokenizer: Tokenizer, texts: Sequence[str] = ()) -> int:
     """How many tokens every prompt ends with alike: what the template puts after the instruction, at least 1.
 
     At those tokens a model has read the whole instruction, and nothing else differs.
+
+    Args:
+        tokenizer: the model's.
+        texts: instructions that must agree in those tokens, besides two that have nothing in common.
     """
     if "default" not in tokenizer.chat_templates:
         return 1
-    one, other = encode_prompts(tokenizer, _PROBES).rows()
-    count = 0
-    while count < min(len(one), len(other)) and one[-1 - count] == other[-1 - count]:
-        count += 1
-    return max(count, 1)
+    prompts = encode_prompts(tokenizer, [*_PROBES, *texts])
+    alike = (prompts.tokens == prompts.tokens[:1]).all(axis=0)[::-1][: prompts.shortest]
+    return max(int(np.argmin([*alike, False])), 1)

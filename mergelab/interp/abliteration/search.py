@@ -44,7 +44,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Every trial in order, the first being the plain removal everywhere.
+    """Every trial in order, the first being the starting point.
 
     Attributes:
         trials: the trials.
@@ -94,6 +94,7 @@ def search_ablation(
     rounds: int = 4,
     kl_weight: float = 1.0,
     loss_weight: float = 1.0,
+    start: np.ndarray | None = None,
     keep_norms: KeepNorms = None,
     windows: EvaluationWindows | None = None,
     batch: int = 16,
@@ -117,10 +118,11 @@ def search_ablation(
         harmful: prompts that were not used to find the directions.
         harmless: the same.
         refusal_ids: tokens that begin a refusal.
-        trials: random points; the first is the plain removal everywhere.
+        trials: random points, `start` counted.
         rounds: of moves along coordinates, each with two trials for every coordinate.
         kl_weight: how much a nat of KL counts against a refusal.
         loss_weight: how much a nat of loss on the text does.
+        start: the first point; the plain removal everywhere (`Space.plain()`) if None.
         keep_norms: norms that the matrices keep.
         windows: a text whose loss is a third figure, or None.
         batch: prompts (or windows) in one forward pass.
@@ -140,7 +142,7 @@ def search_ablation(
     judge_all = partial(judge.figures, harmful=harmful, harmless=harmless, before=before, windows=windows)
     nothing = judge_all(space.nothing()[None])[0]
     size, total = len(space.names), trials + rounds * 2 * len(space.names)
-    points = [space.plain(), *space.draw(trials - 1, seed)]
+    points = [space.plain() if start is None else space.clip(start), *space.draw(trials - 1, seed)]
     figures: list[np.ndarray] = []
 
     def measure(new: np.ndarray) -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from mergelab.interp.abliteration.prompts import Prompts
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model, Params
+from mergelab.models.save import save_model
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -103,3 +109,30 @@ def plant(seed: int = 0, steps: int = 220) -> Planted:
     for chosen in rows:
         params, state = step(params, state, jnp.asarray(tokens[chosen]), jnp.asarray(answers[chosen]))
     return Planted(model, params)
+
+
+WORDS = ("<bos>", "Refused", "<end>", "<turn>", "<answer>", "<unk>", "Never", ".")
+TEMPLATE = "<bos>{% for m in messages %} {{ m['content'] }}{% endfor %} <turn> <answer>"
+
+
+def text_of(tokens: np.ndarray) -> str:
+    """The instruction of a prompt: its words, without what the chat template adds."""
+    return " ".join(_word(int(token)) for token in tokens[1:-2])
+
+
+def _word(token: int) -> str:
+    return WORDS[token] if token < len(WORDS) else f"w{token}"
+
+
+def write_folder(planted: Planted, folder: Path) -> Path:
+    """The model as a Hugging Face folder, with a tokenizer of words and a chat template."""
+    vocab = {_word(token): token for token in range(CONFIG["vocab_size"])}
+    tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.add_special_tokens(["<bos>", "<end>", "<turn>", "<answer>"])
+    settings = {"bos_token": "<bos>", "eos_token": "<end>", "chat_template": TEMPLATE}
+    files = {
+        "tokenizer.json": tokenizer.to_str().encode(),
+        "tokenizer_config.json": json.dumps(settings).encode(),
+    }
+    return save_model(planted.model, planted.params, folder, files=files)

@@ -1,0 +1,132 @@
+"""`mergelab abliterate`: take the direction of refusals out of a model's weights, and measure both."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mergelab.cli.meshes import MESH
+
+__all__ = ["command"]
+
+
+@click.command("abliterate")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--harmful", required=True, type=click.Path(path_type=Path), help="Prompts it refuses.")
+@click.option("--harmless", required=True, type=click.Path(path_type=Path), help="Prompts it answers.")
+@click.option("--out", "-o", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--text", type=click.Path(path_type=Path), help="A text to measure the loss on.")
+@click.option(
+    "--refusal", "phrases", multiple=True, metavar="PHRASE", help="What refusals begin with; repeatable."
+)
+@click.option("--system", help="A system prompt before every prompt.")
+@click.option(
+    "--positions", type=click.IntRange(1), help="Last tokens to look at.  [default: the template's]"
+)
+@click.option("--winsorize", type=click.FloatRange(0, 1, min_open=True), help="Clip to this quantile first.")
+@click.option("--orthogonal", is_flag=True, help="Keep the part along the mean of harmless prompts.")
+@click.option("--max-kl", default=0.1, show_default=True, help="Nats that harmless answers may move.")
+@click.option("--min-induced", default=0.0, show_default=True, help="Least refusal score when added.")
+@click.option("--max-depth", default=0.8, show_default=True, help="Part of the layers to look at.")
+@click.option(
+    "--keep-norms", type=click.Choice(["written", "coordinate"]), help="Norms that edited matrices keep."
+)
+@click.option("--trials", default=0, show_default=True, help="Search layers and weights with so many trials.")
+@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Prompts at a time.")
+@click.option("--seed", default=0, show_default=True, help="Shuffles prompts and draws trials.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="To measure in.")
+@click.option("--mesh", type=MESH, metavar="AXES", help="Spread the model over devices, as in tensor=4.")
+@click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")
+@click.option("--resume", is_flag=True, help="Go on with an output that was interrupted.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def command(
+    model: Path,
+    harmful: Path,
+    harmless: Path,
+    out: Path,
+    text: Path | None,
+    phrases: tuple[str, ...],
+    mesh: dict[str, int] | None,
+    dtype: str | None,
+    overwrite: bool,
+    resume: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Take out of MODEL the direction along which it refuses.
+
+    The direction is the difference of the means of two sets of prompts, chosen by what its removal and its
+    addition do. OUT gets the edited model, with abliteration.json and a README.md that state refusals, KL
+    and loss before and after on prompts kept aside. Prompts stand one a line, or as JSON strings in .jsonl
+    files. docs/abliteration.md says what this removes and what it does not.
+
+    \b
+    Examples:
+      mergelab abliterate model --harmful harmful.txt --harmless harmless.txt --out edited
+      mergelab abliterate model --harmful a.txt --harmless b.txt --out edited --text prose.txt --trials 64
+      mergelab abliterate model --harmful a.txt --harmless b.txt --out edited --refusal "Das kann ich nicht"
+    """
+    from mergelab.errors import MergelabError
+    from mergelab.interp.abliteration import Filters, Settings, abliterate, read_prompts
+    from mergelab.sharding import make_mesh
+
+    filters = Filters(*(options.pop(name) for name in ("max_kl", "min_induced", "max_depth")))
+    if phrases:
+        options["phrases"] = phrases
+    try:
+        prose = None if text is None else text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MergelabError(f"{text} cannot be read as UTF-8 text ({error}); check the path.") from error
+    with _Bar(quiet=as_json) as bar:
+        report = abliterate(
+            model,
+            out,
+            read_prompts(harmful),
+            read_prompts(harmless),
+            settings=Settings(filters=filters, **options),
+            text=prose,
+            mesh=None if mesh is None else make_mesh(mesh),
+            dtype=dtype,
+            overwrite=overwrite,
+            resume=resume,
+            progress=bar.show,
+        )
+    if as_json:
+        click.echo(json.dumps(report.to_json()))
+        return
+    chosen = report.selection.chosen
+    click.echo(f"direction before block {chosen.layer}, token {chosen.position}")
+    click.echo("\n".join(report.table()))
+    click.echo(str(out))
+
+
+class _Bar:
+    """One progress bar for each thing that is done."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._what = ""
+        self._bar: Any = None
+
+    def show(self, what: str, done: int, total: int) -> None:
+        """Moves the bar of `what`, which replaces another's."""
+        from tqdm import tqdm
+
+        if what != self._what:
+            self.__exit__()
+            self._what = what
+            self._bar = tqdm(
+                total=total, desc=what, file=sys.stderr, disable=self._quiet or None, leave=False
+            )
+        self._bar.update(done - self._bar.n)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

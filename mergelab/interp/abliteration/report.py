@@ -1,0 +1,162 @@
+"""What an abliteration measured, as JSON for programs and as a model card for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import yaml
+
+from mergelab import __version__
+from mergelab.interp.abliteration.ablation import Ablation
+from mergelab.interp.abliteration.behaviour import Behaviour
+from mergelab.interp.abliteration.search import SearchResult, Trial
+from mergelab.interp.abliteration.selection import Selection
+from mergelab.interp.abliteration.weights import KeepNorms
+
+__all__ = ["Report"]
+
+_CAUTION = """\
+The edit removes one direction of the residual stream, along which this model told prompts that it refuses
+from prompts that it answers. It removes the first step of refusing, not what the model knows: nothing was
+learnt and nothing unlearnt. It is no measure of what remains: prompts unlike the ones above may still be
+refused, warnings inside answers stay, and what else shared the direction is changed with it. The figures are
+of the first tokens of answers and of phrases, not of whether an answer is right, useful or dangerous.
+
+The model no longer declines what it was trained to decline. It is made for studying what safety training does
+to weights, and for testing defences that do not rest on refusals alone; it is not made to be deployed.
+"""
+_ROWS = {
+    "harmful_refusals": "harmful prompts refused (answers with a refusal phrase)",
+    "harmless_refusals": "harmless prompts refused",
+    "harmful_score": "refusal score of harmful prompts (mean log-odds of a refusing first token)",
+    "harmless_score": "refusal score of harmless prompts",
+    "kl": "KL of the first token of harmless answers from the unedited model's (nats)",
+    "loss": "cross-entropy on the text (nats per token)",
+    "perplexity": "perplexity on the text",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that was measured.
+
+    Attributes:
+        model: the folder that was edited.
+        prompts: harmful and harmless prompts used to find directions, to choose, and to measure.
+        selection: the chosen direction and every candidate's figures.
+        search: the trials of a search, or None.
+        trial: the trial that was written, or None.
+        ablation: what was removed.
+        keep_norms: norms that the matrices kept.
+        phrases: what counted as a refusal.
+        before: the unedited model, on the prompts left for measuring.
+        after: the edited one, on the same.
+    """
+
+    model: str
+    prompts: dict[str, tuple[int, int]]
+    selection: Selection
+    search: SearchResult | None
+    trial: Trial | None
+    ablation: Ablation
+    keep_norms: KeepNorms
+    phrases: Sequence[str]
+    before: Behaviour
+    after: Behaviour
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        weights = {
+            name: np.asarray(getattr(self.ablation, name)).tolist()
+            for name in ("embeddings", "attention", "mlp")
+        }
+        found = {
+            "mergelab": __version__,
+            "model": self.model,
+            "prompts": {name: list(counts) for name, counts in self.prompts.items()},
+            "refusal_phrases": list(self.phrases),
+            "before": self._figures(self.before),
+            "after": self._figures(self.after),
+            "weights": {**weights, "keep_norms": self.keep_norms},
+            "selection": self.selection.to_json(),
+        }
+        if self.search is not None and self.trial is not None:
+            found["search"] = {
+                "chosen": asdict(self.trial),
+                "baseline": asdict(self.search.baseline),
+                "frontier": [asdict(trial) for trial in self.search.frontier],
+                "trials": [asdict(trial) for trial in self.search.trials],
+            }
+        return found
+
+    def files(self, name: str) -> dict[str, bytes]:
+        """`abliteration.json` and `README.md` for the output folder of this name."""
+        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
+        return {"abliteration.json": text.encode(), "README.md": self.card(name).encode()}
+
+    def card(self, name: str) -> str:
+        """The model card: what was done, what was measured before and after, what it does not mean."""
+        front = {
+            "library_name": "transformers",
+            "tags": ["mergelab", "abliteration"],
+            "base_model": [self.model],
+        }
+        chosen, counts = self.selection.chosen, self.prompts
+        lines = [
+            "---",
+            yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
+            "---",
+            "",
+            f"# {name}",
+            "",
+            f"`{self.model}`, edited with mergelab {__version__}: a direction was taken out of the matrices "
+            "that write to the residual stream (abliteration; Arditi et al. 2024, arXiv:2406.11717).",
+            "",
+            "## Measured before and after",
+            "",
+            f"On {counts['measured'][0]} harmful and {counts['measured'][1]} harmless prompts that were used "
+            "neither to find the direction nor to choose it.",
+            "",
+            *self.table(),
+            "",
+            "## What was done",
+            "",
+            f"- Direction: difference of means over {counts['found'][0]} harmful and {counts['found'][1]} "
+            f"harmless prompts, at token {chosen.position} from the end, before block {chosen.layer}; chosen "
+            f"among {len(self.selection.trace)} candidates on {counts['chosen'][0]} and "
+            f"{counts['chosen'][1]} other prompts.",
+            *([] if self.trial is None else [self._searched(self.trial)]),
+            f"- Norms kept: {self.keep_norms or 'none'}.",
+            "- Every candidate's figures, and the weights of each layer: `abliteration.json`.",
+            "",
+            "## What this means, and what it does not",
+            "",
+            _CAUTION,
+        ]
+        return "\n".join(lines)
+
+    def table(self) -> list[str]:
+        """The figures before and after, as lines of a Markdown table."""
+        before, after = self._figures(self.before), self._figures(self.after)
+        lines = ["| | before | after |", "| --- | --- | --- |"]
+        for name, label in _ROWS.items():
+            if before[name] is not None:
+                lines.append(f"| {label} | {_cell(name, before[name])} | {_cell(name, after[name])} |")
+        return lines
+
+    def _searched(self, trial: Trial) -> str:
+        assert self.search is not None
+        values = ", ".join(f"{name} {value:.3g}" for name, value in trial.parameters.items())
+        return f"- A search of {len(self.search.trials)} trials over what is removed where chose: {values}."
+
+    @staticmethod
+    def _figures(behaviour: Behaviour) -> dict[str, Any]:
+        return asdict(behaviour) | {"perplexity": behaviour.perplexity}
+
+
+def _cell(name: str, value: float) -> str:
+    return f"{value:.1%}" if name.endswith("refusals") else f"{value:.4g}"

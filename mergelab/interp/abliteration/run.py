@@ -1,0 +1,287 @@
+"""From a model folder and two sets of prompts to an edited folder with a report: all of `abliterate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mergelab.checkpoints.work_folder import WorkFolder
+from mergelab.data.tokenizer import Tokenizer, load_tokenizer
+from mergelab.data.windows import EvaluationWindows
+from mergelab.errors import MergelabError
+from mergelab.interp.abliteration.ablation import Ablation
+from mergelab.interp.abliteration.behaviour import (
+    REFUSAL_PHRASES,
+    measure_behaviour,
+    refusal_tokens,
+    text_windows,
+)
+from mergelab.interp.abliteration.directions import Directions, find_directions
+from mergelab.interp.abliteration.prompts import Prompts, encode_prompts, post_instruction_tokens
+from mergelab.interp.abliteration.report import Report
+from mergelab.interp.abliteration.scores import check_refusal_ids
+from mergelab.interp.abliteration.search import SearchResult, Trial, search_ablation
+from mergelab.interp.abliteration.selection import Filters, Selection, select_direction
+from mergelab.interp.abliteration.space import Space
+from mergelab.interp.abliteration.weights import KeepNorms, abliterate_params
+from mergelab.interp.abliteration.write import write_abliterated
+from mergelab.interp.abliteration.writers import check_decoder
+from mergelab.models.load import load_model
+from mergelab.models.model import Model, Params
+
+__all__ = ["Progress", "Settings", "abliterate"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+_FEWEST = 5
+"""Prompts of each kind: at least one to choose with and one to measure on, and a few to average."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How directions are found, chosen and removed.
+
+    Attributes:
+        phrases: what marks an answer as a refusal; their first tokens begin refusals.
+        system: a system turn before every prompt, or None.
+        positions: last tokens to look at; what the chat template puts after the instruction if None.
+        winsorize, orthogonal: as in `find_directions`.
+        filters: what a direction must satisfy; `max_kl` holds for the trial of a search too.
+        keep_norms: norms that the matrices keep.
+        trials, rounds: of a search (`search_ablation`); with 0 trials the direction is removed everywhere.
+        max_new_tokens: of each answer that is looked through for phrases.
+        batch: prompts in one forward pass.
+        text_length: tokens in a window of the text whose loss is measured.
+        seed: shuffles the prompts and draws the trials.
+    """
+
+    phrases: Sequence[str] = REFUSAL_PHRASES
+    system: str | None = None
+    positions: int | None = None
+    winsorize: float | None = None
+    orthogonal: bool = False
+    filters: Filters = field(default_factory=Filters)
+    keep_norms: KeepNorms = None
+    trials: int = 0
+    rounds: int = 4
+    max_new_tokens: int = 32
+    batch: int = 16
+    text_length: int = 256
+    seed: int = 0
+
+
+def abliterate(
+    source: str | Path,
+    out: str | Path,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    *,
+    settings: Settings | None = None,
+    text: str | None = None,
+    mesh: Any = None,
+    dtype: Any = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Finds the direction of refusals, chooses it, takes it out of a copy of the weights, and measures both.
+
+    Three fifths of the prompts find directions, one fifth chooses, one fifth measures. The model is in memory
+    once, and what is edited of it a second time while the edited model is measured; the output is streamed
+    from the source's files.
+
+    Args:
+        source: a Hugging Face folder of a decoder, with its tokenizer.
+        out: the folder to write; `abliteration.json` and `README.md` in it hold the report.
+        harmful: instructions that the model refuses, at least 5.
+        harmless: instructions that it answers, as alike as may be otherwise.
+        settings: how; by default as in the paper.
+        text: a text whose loss is measured before and after, or None.
+        mesh: where the weights go, or None.
+        dtype: the dtype to measure in; the stored one if None. Weights are written as stored.
+        overwrite: replace a folder that is not empty.
+        resume: go on with an interrupted output. What was measured is measured again, what was written is
+            kept; the result is the same.
+        progress: told what is being done.
+
+    Returns:
+        The report.
+
+    Raises:
+        MergelabError: prompts are too few, the model is an encoder, or a setting has no meaning.
+        EvaluationError: no direction passes the filters; nothing is written.
+        CheckpointError: the model cannot be read.
+        OutputError: the folder cannot be written.
+    """
+    settings = settings or Settings()
+    for name, prompts in (("harmful", harmful), ("harmless", harmless)):
+        if len(prompts) < _FEWEST:
+            raise MergelabError(
+                f"there are {len(prompts)} {name} prompts; give at least {_FEWEST}, better some hundreds."
+            )
+    WorkFolder(Path(out)).prepare(0, resume=resume, overwrite=overwrite)
+    tokenizer = load_tokenizer(source)
+    ids = refusal_tokens(tokenizer, settings.phrases)
+    model, params = load_model(source, mesh=mesh, dtype=dtype)
+    check_decoder(model)
+    bad = _Parts.of(tokenizer, harmful, settings)
+    good = _Parts.of(tokenizer, harmless, settings)
+    windows = None if text is None else _windows(model, tokenizer, text, settings.text_length)
+    tell = progress or (lambda what, done, total: None)
+
+    tell("finding directions", 0, 1)
+    positions = settings.positions or post_instruction_tokens(tokenizer, [*harmful, *harmless])
+    directions = find_directions(
+        model,
+        params,
+        bad.find,
+        good.find,
+        positions=positions,
+        batch=settings.batch,
+        winsorize=settings.winsorize,
+        orthogonal=settings.orthogonal,
+    )
+    tell("finding directions", 1, 1)
+    selection = select_direction(
+        model,
+        params,
+        directions,
+        bad.choose,
+        good.choose,
+        ids,
+        filters=settings.filters,
+        batch=settings.batch,
+        progress=lambda done, total: tell("choosing a direction", done, total),
+    )
+    ablation = Ablation.everywhere(jnp.asarray(selection.direction), model.config.layers)
+    search, trial = None, None
+    if settings.trials:
+        search, trial, ablation = _search(
+            model, params, directions, selection, bad.choose, good.choose, ids, windows, settings, tell
+        )
+
+    check_refusal_ids(model, ids)
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "phrases": settings.phrases,
+        "max_new_tokens": settings.max_new_tokens,
+        "windows": windows,
+        "batch": settings.batch,
+    }
+    tell("measuring", 0, 2)
+    refusal_ids = np.asarray(ids, np.int32)
+    before, logits = measure_behaviour(model, params, bad.measure, good.measure, refusal_ids, **options)
+    tell("measuring", 1, 2)
+    edited = abliterate_params(model, params, ablation, keep_norms=settings.keep_norms)
+    del params
+    after, _ = measure_behaviour(
+        model, edited, bad.measure, good.measure, refusal_ids, before=logits, **options
+    )
+    del edited
+    tell("measuring", 2, 2)
+    report = Report(
+        model=str(source),
+        prompts={
+            "found": (len(bad.find), len(good.find)),
+            "chosen": (len(bad.choose), len(good.choose)),
+            "measured": (len(bad.measure), len(good.measure)),
+        },
+        selection=selection,
+        search=search,
+        trial=trial,
+        ablation=jax.device_get(ablation),
+        keep_norms=settings.keep_norms,
+        phrases=settings.phrases,
+        before=before,
+        after=after,
+    )
+    _write(source, out, report, overwrite, resume, tell)
+    return report
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Prompts of one kind: to find directions, to choose one, and to measure what it does."""
+
+    find: Prompts
+    choose: Prompts
+    measure: Prompts
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, texts: Sequence[str], settings: Settings) -> _Parts:
+        prompts = encode_prompts(tokenizer, texts, system=settings.system).shuffled(settings.seed)
+        find, rest = prompts.split(0.6)
+        return cls(find, *rest.split(0.5))
+
+
+def _windows(model: Model, tokenizer: Tokenizer, text: str, length: int) -> EvaluationWindows:
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    if not tokens:
+        raise MergelabError("the text to measure the loss on is empty; give another, or none.")
+    begin = tokenizer.id_of("bos")
+    separator = begin if begin is not None else tokenizer.pad_id
+    return text_windows(tokens, separator, min(length, model.config.max_length))
+
+
+def _search(
+    model: Model,
+    params: Params,
+    directions: Directions,
+    selection: Selection,
+    harmful: Prompts,
+    harmless: Prompts,
+    ids: Sequence[int],
+    windows: EvaluationWindows | None,
+    settings: Settings,
+    tell: Progress,
+) -> tuple[SearchResult, Trial, Ablation]:
+    space = Space.of(directions, selection.chosen.position)
+    search = search_ablation(
+        model,
+        params,
+        space,
+        harmful,
+        harmless,
+        ids,
+        trials=settings.trials,
+        rounds=settings.rounds,
+        start=space.plain(selection.chosen.layer),
+        keep_norms=settings.keep_norms,
+        windows=windows,
+        batch=settings.batch,
+        seed=settings.seed,
+        progress=lambda done, total: tell("searching", done, total),
+    )
+    trial = search.best(settings.filters.max_kl)
+    return search, trial, space.ablation(jnp.asarray(list(trial.parameters.values()), jnp.float32))
+
+
+def _write(
+    source: str | Path, out: str | Path, report: Report, overwrite: bool, resume: bool, tell: Progress
+) -> None:
+    from mergelab.checkpoints import open_checkpoint
+
+    total = sum(file.file.size for file in open_checkpoint(source).files)
+    written = 0
+
+    def advance(count: int) -> None:
+        nonlocal written
+        written += count
+        tell("writing", written, total)
+
+    write_abliterated(
+        source,
+        out,
+        report.ablation,
+        keep_norms=report.keep_norms,
+        files=report.files(Path(out).name),
+        overwrite=overwrite,
+        resume=resume,
+        progress=advance,
+    )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.tree_util import Partial
 
-__all__ = ["Metric", "logit_difference", "token_log_probability"]
+__all__ = ["Metric", "logit_difference", "token_log_probability", "token_probability"]
 
 Metric = Callable[[Array], Array]
 """`logits [batch, length, vocab] -> [batch]`, jittable.
@@ -39,6 +39,12 @@ def token_log_probability(tokens: Any, positions: Any = None) -> Metric:
     return Partial(_log_probability, tokens, _places(positions, tokens))
 
 
+def token_probability(tokens: Any, positions: Any = None) -> Metric:
+    """The probability of a token; arguments as in `logit_difference`."""
+    tokens = jnp.asarray(tokens, jnp.int32)
+    return Partial(_probability, tokens, _places(positions, tokens))
+
+
 def _places(positions: Any, like: Array) -> Array:
     return jnp.broadcast_to(jnp.asarray(-1 if positions is None else positions, jnp.int32), like.shape)
 
@@ -58,3 +64,7 @@ def _difference(right: Array, wrong: Array, positions: Array, logits: Array) -> 
 
 def _log_probability(tokens: Array, positions: Array, logits: Array) -> Array:
     return _pick(jax.nn.log_softmax(_at(logits, positions), axis=-1), tokens)
+
+
+def _probability(tokens: Array, positions: Array, logits: Array) -> Array:
+    return jnp.exp(_log_probability(tokens, positions, logits))

@@ -1,0 +1,144 @@
+"""What heads do, read from their weights alone: QK and OV circuits, composition, copying.
+
+Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits". With row vectors, a head attends by
+`x Q K^T x'` and moves `x V O`. Both are products of thin matrices, and are never multiplied out. Rotary
+positions and the factors of norms, which depend on the data, are left away; norms' gains are folded in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+
+from mergelab.interp.readout import norm_gain, require_decoder, unembedding
+from mergelab.models.model import Model, Params
+
+__all__ = ["HeadWeights", "composition_scores", "copying_scores", "head_weights"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class HeadWeights:
+    """The matrices of every query head, float32; heads that share keys and values repeat theirs.
+
+    Attributes:
+        q: `[layers, heads, width, head_dim]`.
+        k: the same.
+        v: the same.
+        o: `[layers, heads, head_dim, width]`.
+    """
+
+    q: Float[Array, "layers heads width head_dim"]
+    k: Float[Array, "layers heads width head_dim"]
+    v: Float[Array, "layers heads width head_dim"]
+    o: Float[Array, "layers heads head_dim width"]
+
+    def ov(self, layer: int, head: int) -> Float[Array, "width width"]:
+        """`V O`: what a head writes for each direction it reads."""
+        return jnp.matmul(self.v[layer, head], self.o[layer, head], precision="highest")
+
+    def qk(self, layer: int, head: int) -> Float[Array, "width width"]:
+        """`Q K^T`: the score of each pair of directions at the query and at the key."""
+        return jnp.matmul(self.q[layer, head], self.k[layer, head].T, precision="highest")
+
+
+def head_weights(model: Model, params: Params) -> HeadWeights:
+    """Takes the heads of all layers apart, with the gains (and centring) of the norms before and after them.
+
+    Raises:
+        SiteError: the model is an encoder.
+    """
+    require_decoder(model)
+    c = model.config
+    found: dict[str, list[Array]] = {name: [] for name in "qkvo"}
+    for i in range(c.layers):
+        attention = params[f"blocks_{i}"]["attn"]
+        gain = norm_gain(model, params, f"blocks_{i}", "attn_norm")
+        for name in "qkv":
+            kernel = attention[name]["kernel"].astype(jnp.float32) * gain[:, None]
+            if c.norm.kind == "layer":
+                kernel = kernel - kernel.mean(axis=0, keepdims=True)
+            heads = kernel.reshape(c.width, -1, c.head_dim).swapaxes(0, 1)
+            found[name].append(jnp.repeat(heads, c.heads // heads.shape[0], axis=0))
+        kernel = attention["o"]["kernel"].astype(jnp.float32)
+        if c.block == "sandwich":
+            kernel = kernel * norm_gain(model, params, f"blocks_{i}", "attn", "out_norm")[None]
+        found["o"].append(kernel.reshape(c.heads, c.head_dim, c.width))
+    return HeadWeights(*(jnp.stack(found[name]) for name in "qkvo"))
+
+
+def composition_scores(weights: HeadWeights, kind: Literal["q", "k", "v"]) -> np.ndarray:
+    """How much of what later heads read through Q, K or V is what earlier heads write.
+
+    `|V1 O1 M2|_F / (|V1 O1|_F |M2|_F)`, where `M2` is `Q2 K2^T`, `K2 Q2^T` or `V2 O2`. Random matrices do not
+    give 0: compare with scores of shuffled or fresh weights.
+
+    Returns:
+        float32 `[layers, heads, layers, heads]`, earlier head first; NaN where it is not in an earlier layer.
+    """
+    found = np.array(_compositions(weights, kind))
+    layers = np.arange(len(found))
+    later = layers[:, None] < layers[None]
+    return np.where(later[:, None, :, None], found, np.nan).astype(np.float32)
+
+
+def copying_scores(model: Model, params: Params) -> np.ndarray:
+    """Whether heads raise the logits of the tokens they attend to: `sum(l) / sum(|l|)`, -1 to 1.
+
+    `l` are the eigenvalues of the full OV circuit `E V O U`, `[vocab, vocab]` (`E` the embedding, `U` the
+    unembedding with the gain of the last norm); those that are not 0 are the eigenvalues of the small
+    `O U E V`.
+
+    Returns:
+        float32 `[layers, heads]`.
+
+    Raises:
+        SiteError: the model is an encoder.
+    """
+    weights = head_weights(model, params)
+    small = np.asarray(_small_circuits(model, params, weights), np.float64)
+    values = np.linalg.eigvals(small)
+    sizes = np.abs(values).sum(axis=-1)
+    return (values.sum(axis=-1).real / np.where(sizes > 0, sizes, 1)).astype(np.float32)
+
+
+@partial(jax.jit, static_argnames="kind")
+def _compositions(weights: HeadWeights, kind: str) -> Array:
+    into, out = {
+        "q": (weights.q, weights.k),
+        "k": (weights.k, weights.q),
+        "v": (weights.v, weights.o.swapaxes(-1, -2)),
+    }[kind]
+    read = jnp.einsum("lhwd,lhwe->lhde", weights.v, weights.v, precision="highest")
+    written = jnp.einsum("lhdw,lhew->lhde", weights.o, weights.o, precision="highest")
+    # |A B^T|_F^2 = tr(A^T A B^T B), for thin A and B.
+    first = jnp.sqrt(jnp.einsum("lhde,lhed->lh", read, written, precision="highest"))
+
+    def with_layer(pair: tuple[Array, Array]) -> Array:
+        x, y = pair  # of one later layer, [heads, width, head_dim]
+        ends = jnp.einsum("gwd,gwe->gde", y, y, precision="highest")
+        second = jnp.sqrt(jnp.einsum("gwd,gwe,ged->g", x, x, ends, precision="highest"))
+        middle = jnp.einsum("lhdw,gwe->lhgde", weights.o, x, precision="highest")
+        squared = jnp.einsum("lhgde,lhdf,lhgfk,gke->lhg", middle, read, middle, ends, precision="highest")
+        norms = jnp.einsum("lh,g->lhg", first, second)
+        return jnp.sqrt(jnp.maximum(squared, 0)) / jnp.where(norms > 0, norms, 1)
+
+    found = jax.lax.map(with_layer, (into, out))  # [later, layers, heads, heads]
+    return jnp.moveaxis(found, 0, 2)
+
+
+@partial(jax.jit, static_argnames="model")
+def _small_circuits(model: Model, params: Params, weights: HeadWeights) -> Array:
+    embedding = params["embed"]["embedding"].astype(jnp.float32)
+    kernel = unembedding(model, params).astype(jnp.float32) * norm_gain(model, params, "final_norm")[:, None]
+    if model.config.norm.kind == "layer":
+        kernel = kernel - kernel.mean(axis=0, keepdims=True)
+    around = jnp.matmul(kernel, embedding, precision="highest")
+    return jnp.einsum("lhdw,wx,lhxe->lhde", weights.o, around, weights.v, precision="highest")

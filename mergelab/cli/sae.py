@@ -1,4 +1,4 @@
-"""`mergelab sae`: train sparse autoencoders, judge them, and put them in other libraries' files."""
+"""`mergelab sae`: train sparse autoencoders, judge and look at them, put them in other libraries' files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _SAETable(CommandTable):
 @click.command(
     "sae",
     cls=_SAETable,
-    sections={"Sparse autoencoders": ("train", "eval", "export", "plan")},
+    sections={"Sparse autoencoders": ("train", "eval", "features", "export", "plan")},
     epilog="`mergelab sae COMMAND --help` shows a command's options with examples.",
 )
 def command() -> None:
@@ -33,5 +33,6 @@ def command() -> None:
     Examples:
       mergelab sae train configs/sae/toy.yaml --out toy
       mergelab sae eval toy --data heldout.npy
+      mergelab sae features run --model model --text corpus.txt --out features.html
       mergelab sae export toy --format saelens --out toy-saelens
     """

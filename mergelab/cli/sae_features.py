@@ -1,0 +1,116 @@
+"""`mergelab sae features`: a page on which the latents of a dictionary can be searched, sorted and read."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import click
+
+__all__ = ["command"]
+
+
+@click.command("features")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--model", required=True, type=click.Path(path_type=Path), help="The folder of its model.")
+@click.option(
+    "--text", "texts", multiple=True, required=True, type=click.Path(path_type=Path), help="Repeatable."
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A new .html file.")
+@click.option("--site", help="Such as blocks.8.resid_post; what the dictionary says, if not given.")
+@click.option("--context", type=click.IntRange(2), default=64, show_default=True, help="Tokens in a context.")
+@click.option("--latents", type=click.IntRange(1), default=2000, show_default=True, help="At most so many.")
+@click.option("--examples", type=click.IntRange(1), default=8, show_default=True, help="Contexts per latent.")
+@click.option(
+    "--explain",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="So many of the strongest get token patterns (N2G), with precision and recall.",
+)
+@click.option("--neuronpedia", type=click.Path(path_type=Path), help="Also write Neuronpedia's JSON here.")
+@click.option("--any-model", is_flag=True, help="Accept a model other than the recorded one.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(
+    source: Path,
+    model: Path,
+    texts: tuple[Path, ...],
+    out: Path,
+    site: str | None,
+    context: int,
+    latents: int,
+    examples: int,
+    explain: int,
+    neuronpedia: Path | None,
+    any_model: bool,
+    as_json: bool,
+) -> None:
+    """Write one HTML file with the latents of the dictionary in SOURCE.
+
+    It shows each latent's strongest contexts in the text, how often and how strongly it is active, which
+    tokens it promotes, and which latents it is active with. It needs no network and no server.
+
+    \b
+    Examples:
+      mergelab sae features run --model model --text corpus.txt --out features.html
+      mergelab sae features run --model model --text a.py --out f.html --explain 50 --neuronpedia f.json
+    """
+    from functools import cache
+
+    from mergelab.cli.sae_folder import open_dictionary
+    from mergelab.data.tokenizer import load_tokenizer
+    from mergelab.errors import OutputError
+    from mergelab.report.features import render_features
+    from mergelab.sae.evaluation.gallery import explain_gallery, make_gallery
+    from mergelab.sae.evaluation.host import open_host
+    from mergelab.sae.evaluation.neuronpedia import neuronpedia_batch
+
+    for path in filter(None, (out, neuronpedia)):
+        if path.exists():
+            raise OutputError(f"{path} is there already; choose another name")
+    dictionary = open_dictionary(source)
+    host = open_host(dictionary, model, texts, site=site, length=context, any_model=any_model)
+    tokenizer = load_tokenizer(model)
+
+    @cache
+    def words(token: int) -> str:
+        return tokenizer.decode([token], skip_special_tokens=False)
+
+    gallery = make_gallery(dictionary, host, most=latents, examples=examples)
+    if explain:
+        gallery = explain_gallery(gallery, dictionary, host, count=explain, mask_token=tokenizer.pad_id)
+    facts = {
+        "model": str(model),
+        "site": gallery.site,
+        "latents": f"{len(gallery.latents):,} of {dictionary.n_latents:,}",
+        "text": f"{gallery.survey.rows:,} tokens",
+    }
+    page = render_features(gallery, words, title=f"Features of {source.name}", facts=facts)
+    _write(out, page)
+    if neuronpedia is not None:
+        layer = int(gallery.site.split(".")[1]) if gallery.site.startswith("blocks.") else 0
+        batch = neuronpedia_batch(
+            gallery, dictionary, words, model_id=model.name, sae_id=source.name, layer=layer
+        )
+        _write(neuronpedia, json.dumps(batch, ensure_ascii=False))
+    if as_json:
+        click.echo(
+            json.dumps({"path": str(out), "latents": len(gallery.latents), "rows": gallery.survey.rows})
+        )
+    else:
+        click.echo(f"{len(gallery.latents):,} latents on {gallery.survey.rows:,} tokens\n{out}")
+
+
+def _write(path: Path, text: str) -> None:
+    """Under its name when it is complete."""
+    from mergelab.errors import OutputError
+
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror}); check the folder and the disk"
+        ) from error

@@ -1,0 +1,118 @@
+"""`mergelab sae eval` and `sae features` on a text and a model of random weights: mechanics only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from mergelab.checkpoints.digest import weights_sha256
+from mergelab.cli.main import cli
+from mergelab.data.bpe import train_bpe
+from mergelab.models import llama
+from mergelab.sae.dictionary import Dictionary, DictionaryConfig
+from mergelab.sae.formats import save_dictionary
+
+SITE = "blocks.0.resid_post"
+TEXT = "def add(a, b):\n    return a + b\n\nfor number in range(10):\n    print(add(number, 1))  # Sum\n" * 20
+
+
+def _invoke(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("features")
+    config = llama.LlamaConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8, max_position_embeddings=32,
+    )  # fmt: skip
+    files = {"tokenizer.json": train_bpe([TEXT], 300).to_str().encode()}
+    for seed, name in enumerate(("model", "other")):
+        llama.save(llama.init(config, seed), config, path / name, files=files)
+    (path / "text.py").write_text(TEXT)
+    for seed in range(2):
+        rows = np.random.default_rng(seed).standard_normal((40, 16)).astype(np.float32)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        metadata = {"site": SITE, "model_hash": weights_sha256(path / "model")}
+        config_ = DictionaryConfig(k=3, metadata=metadata)
+        arrays = (jnp.asarray(rows.T), jnp.zeros(40), jnp.asarray(rows), jnp.zeros(16))
+        save_dictionary(Dictionary(*arrays, config=config_), path / f"seed{seed}")
+    return path
+
+
+def test_eval_on_text_says_units_and_yardsticks(folder: Path) -> None:
+    asked = ("sae", "eval", folder / "seed0", "--model", folder / "model", "--text", folder / "text.py")
+    asked = (*asked, "--context", 16, "--metrics", "reconstruction,downstream")
+    (folder / "curve.json").write_text("[[10, 9.0], [100, 3.0]]")
+    code, said = _invoke(*asked, "--curve", folder / "curve.json", "--json")
+    found = json.loads(said.splitlines()[-1])
+    scores = found["dictionaries"][str(folder / "seed0")]
+    assert code == 0 and found["host_checked"] and set(found["seconds"]) == {"reconstruction", "downstream"}
+    assert scores["downstream.delta_ce"]["unit"] == "nats / token"
+    assert 0.1 < scores["downstream.compute_equivalent"]["value"] < 1
+    few = [*asked[:-1], "reconstruction"]
+    code, said = _invoke(*few, "--controls", "--control-steps", 2)
+    header, _, *rows = said[said.index("score") :].splitlines()
+    assert code == 0 and all(kind in header for kind in ("random", "frozen decoder", "random model"))
+    assert "reconstruction.nmse" in rows[0] and len(rows) == 9
+
+
+def test_several_seeds_have_a_spread(folder: Path) -> None:
+    common = ("--model", folder / "model", "--text", folder / "text.py", "--context", 16)
+    values = []
+    for seeds in (["seed0"], ["seed1"], ["seed0", "seed1"]):
+        sources = [folder / seed for seed in seeds]
+        code, said = _invoke("sae", "eval", *sources, *common, "--metrics", "reconstruction")
+        line = next(line for line in said.splitlines() if line.startswith("reconstruction.nmse"))
+        values.append([float(cell) for cell in line.split()[1 : len(seeds) + 1]])
+        assert code == 0
+    (one,), (two,), (mean, deviation) = values
+    assert mean == pytest.approx((one + two) / 2, rel=1e-3)
+    assert deviation == pytest.approx(abs(one - two) / 2**0.5, rel=1e-2) and deviation > 0
+
+
+def test_features_write_a_page_and_neuronpedias_json(folder: Path, tmp_path: Path) -> None:
+    common = ("--model", folder / "model", "--text", folder / "text.py", "--context", 16)
+    out, batch = tmp_path / "page.html", tmp_path / "batch.json"
+    asked = ("sae", "features", folder / "seed0", *common, "--out", out, "--latents", 12)
+    code, said = _invoke(*asked, "--explain", 3, "--examples", 2, "--neuronpedia", batch, "--json")
+    assert code == 0 and json.loads(said)["latents"] == 12
+    text = out.read_text()
+    data = json.loads(text[text.index('id="data">') + 10 : text.index("</script>")])
+    assert len(data["features"]) == 12 and sum("patterns" in f for f in data["features"]) == 3
+    written = json.loads(batch.read_text())
+    assert written["layer"] == 0 and len(written["features"]) == 12
+    for feature, shown in zip(written["features"], data["features"], strict=True):
+        assert feature["feature_index"] == shown["i"] and len(feature["activations"]) == len(
+            shown["examples"]
+        )
+        assert len(feature["freq_hist_data_bar_heights"]) == len(feature["freq_hist_data_bar_values"])
+        assert len(feature["logits_hist_data_bar_heights"]) == len(feature["logits_hist_data_bar_values"])
+        assert feature["pos_values"] == sorted(feature["pos_values"], reverse=True)
+        top = feature["activations"][0]
+        assert len(top["tokens"]) == len(top["values"]) == 16
+        assert top["values"][top["qualifying_token_index"]] == feature["maxActApprox"]
+    code, said = _invoke(*asked)
+    assert code == 2 and "is there already" in said
+
+
+def test_faults_are_said(folder: Path, tmp_path: Path) -> None:
+    common = ("--text", folder / "text.py", "--context", 16, "--model", folder / "other")
+    code, said = _invoke("sae", "features", folder / "seed0", *common, "--out", tmp_path / "x.html")
+    assert (
+        code == 2
+        and said.startswith("error:")
+        and "--any-model" in said
+        and not (tmp_path / "x.html").exists()
+    )
+    code, said = _invoke("sae", "eval", folder / "seed0", *common, "--metrics", "downstrem", "--any-model")
+    assert code == 2 and "did you mean 'downstream'" in said
+    code, said = _invoke("sae", "eval", folder / "seed0")
+    assert code == 2 and "either --data" in said

@@ -91,24 +91,31 @@ class Space:
 
     def ablation(self, points: Float[Array, "*points parameters"]) -> Ablation:
         """What a point removes; of several points, a stack of ablations."""
-        return jax.vmap(self._ablation)(points) if points.ndim > 1 else self._ablation(points)
+        directions, names = jnp.asarray(self.directions), self.names
+        return _stack(directions, points, names) if points.ndim > 1 else _one(directions, points, names)
 
-    def _ablation(self, point: Float[Array, " parameters"]) -> Ablation:
-        value = dict(zip(self.names, point, strict=True))
-        own = jnp.asarray(self.directions)
-        layers = len(own)
-        below = jnp.clip(jnp.floor(value["source"]).astype(jnp.int32), 0, layers - 1)
-        above = jnp.minimum(below + 1, layers - 1)
-        share = value["source"] - below.astype(jnp.float32)
-        shared = unit((1 - share) * own[below] + share * own[above])
-        blocks = jnp.where(value["own"] > 0.5, own, jnp.broadcast_to(shared[None], own.shape))
-        attention, mlp = (
-            LayerKernel(
-                value[f"{part}.peak"],
-                value[f"{part}.center"],
-                value[f"{part}.peak"] * value[f"{part}.edge"],
-                value[f"{part}.reach"],
-            ).weights(layers)
-            for part in ("attention", "mlp")
-        )
-        return Ablation(jnp.concatenate([shared[None], blocks]), value["embeddings"], attention, mlp)
+
+def _ablation(
+    own: Float[Array, "layers width"], point: Float[Array, " parameters"], names: tuple[str, ...]
+) -> Ablation:
+    value = dict(zip(names, point, strict=True))
+    layers = len(own)
+    below = jnp.clip(jnp.floor(value["source"]).astype(jnp.int32), 0, layers - 1)
+    above = jnp.minimum(below + 1, layers - 1)
+    share = value["source"] - below.astype(jnp.float32)
+    shared = unit((1 - share) * own[below] + share * own[above])
+    blocks = jnp.where(value["own"] > 0.5, own, jnp.broadcast_to(shared[None], own.shape))
+    attention, mlp = (
+        LayerKernel(
+            value[f"{part}.peak"],
+            value[f"{part}.center"],
+            value[f"{part}.peak"] * value[f"{part}.edge"],
+            value[f"{part}.reach"],
+        ).weights(layers)
+        for part in ("attention", "mlp")
+    )
+    return Ablation(jnp.concatenate([shared[None], blocks]), value["embeddings"], attention, mlp)
+
+
+_one = jax.jit(_ablation, static_argnums=2)
+_stack = jax.jit(jax.vmap(_ablation, in_axes=(None, 0, None)), static_argnums=2)

@@ -75,13 +75,13 @@ def writer_terms(
         gain: the stored scale that `writer.gain` names, or None.
     """
     row = 0 if writer.layer is None else writer.layer + 1
-    direction = ablation.directions[row]
+    direction = ablation.directions[jnp.int32(row)]  # one gather for all rows, where a number compiles anew
     if gain is not None:
         direction = unit(direction * (jnp.asarray(gain, jnp.float32) + model.config.norm.offset))
     if writer.layer is None:
         return direction, ablation.embeddings
     weights = ablation.attention if writer.component == "attention" else ablation.mlp
-    return direction, weights[writer.layer]
+    return direction, weights[jnp.int32(writer.layer)]
 
 
 def check_ablation(model: Model, ablation: Ablation) -> None:

@@ -74,20 +74,26 @@ class Planted:
         self, params: Params, tokens: np.ndarray, answers: np.ndarray, **options: Any
     ) -> tuple[float, float]:
         """The same, with other parameters."""
-        logits = self.model.apply(params, jnp.asarray(tokens), **options).logits
-        assert logits is not None
+        logits = _logits(self.model, params, jnp.asarray(tokens), **options)
         first = np.asarray(logits[:, -1].argmax(-1))
         return float((first == REFUSE).mean()), float((first == answers).mean())
 
 
-def plant(seed: int = 0, steps: int = 220) -> Planted:
+@partial(jax.jit, static_argnames="model")
+def _logits(model: Model, params: Params, tokens: jax.Array, edit: Any = None) -> jax.Array:
+    logits = model.apply(params, tokens, edit=edit).logits
+    assert logits is not None
+    return logits
+
+
+def plant(seed: int = 1, steps: int = 220) -> Planted:
     """Trains the model: next token after the prompt, and END after that."""
     model = model_from_config(CONFIG)
     params = model.init(seed)
     sets = [prompts(8192, seed + 100 + harmful, bool(harmful)) for harmful in (0, 1)]
     tokens = np.concatenate([found for found, _ in sets])
     answers = np.concatenate([sets[0][1], np.full(8192, REFUSE)]).astype(np.int32)
-    rows = np.random.default_rng(seed).integers(0, len(tokens), (steps, 32))
+    rows = np.random.default_rng(seed).integers(0, len(tokens), (steps, 64))
     optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 4e-3, 20, steps), weight_decay=0.01)
 
     def loss(params: Params, tokens: jax.Array, answers: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,10 +17,10 @@ from mergelab.interp.abliteration.weights import abliterate_params, orthogonalis
 from mergelab.interp.abliteration.writers import writers
 from mergelab.models.declaration import get_leaf
 from mergelab.models.families import model_from_config
-from mergelab.models.model import Model, Params
+from mergelab.models.model import Model, Output, Params
 from tests.models.tiny_models import CONFIGS, MASK, TOKENS, tiny
 
-FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2", "gemma3", "mixtral", "phi3", "qwen3")
+FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2", "mixtral", "qwen3")
 
 
 def random_ablation(model: Model, seed: int = 0) -> Ablation:
@@ -31,9 +32,13 @@ def random_ablation(model: Model, seed: int = 0) -> Ablation:
     return Ablation(directions, jnp.float32(0.0 if model.config.tied else 0.9), shares[0], shares[1])
 
 
-def logits(model: Model, params: Params, **options: Any) -> np.ndarray:
-    found = model.apply(params, jnp.asarray(TOKENS), mask=jnp.asarray(MASK), **options)
-    return np.where(MASK[..., None], np.asarray(found.logits), 0.0)
+@partial(jax.jit, static_argnames=("model", "capture"))
+def run(model: Model, params: Params, edit: Any = None, capture: tuple[str, ...] = ()) -> Output:
+    return model.apply(params, jnp.asarray(TOKENS), mask=jnp.asarray(MASK), capture=capture, edit=edit)
+
+
+def logits(model: Model, params: Params, edit: Any = None) -> np.ndarray:
+    return np.where(MASK[..., None], np.asarray(run(model, params, edit).logits), 0.0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -53,11 +58,11 @@ def test_nothing_along_the_direction_reaches_the_stream(name: str) -> None:
     model, params = tiny(name)
     direction = np.random.default_rng(2).normal(size=model.config.width)
     ablation = Ablation.everywhere(jnp.asarray(direction, jnp.float32), model.config.layers)
-    capture = ["embed", "blocks.*.attn.out", "blocks.*.mlp.out", "blocks.*.resid_post"]
+    capture = ("embed", "blocks.*.attn.out", "blocks.*.mlp.out", "blocks.*.resid_post")
     r = np.asarray(ablation.directions[0])
 
     def part(params: Params) -> list[float]:
-        seen = model.apply(params, jnp.asarray(TOKENS), capture=capture).captured
+        seen = run(model, params, capture=capture).captured
         return [float(np.abs(np.asarray(x) @ r).max()) for x in seen.values()]
 
     assert min(part(params)) > 1e-2
@@ -68,8 +73,8 @@ def test_a_tied_output_embedding_loses_the_direction_too() -> None:
     model, params = tiny("gpt2")
     ablation = Ablation.everywhere(jnp.arange(24, dtype=jnp.float32) - 9.0, model.config.layers)
     r = np.asarray(ablation.directions[0])
-    found = model.apply(params, jnp.asarray(TOKENS), edit=ablate(model, params, ablation))
-    edited = model.apply(abliterate_params(model, params, ablation), jnp.asarray(TOKENS))
+    found = run(model, params, ablate(model, params, ablation))
+    edited = run(model, abliterate_params(model, params, ablation))
     assert found.hidden is not None and found.logits is not None and edited.logits is not None
     rest = (np.asarray(found.hidden) @ r)[..., None] * (np.asarray(params["embed"]["embedding"]) @ r)
     assert np.abs(rest).max() > 1e-2
@@ -141,8 +146,8 @@ def test_the_in_memory_edit_keeps_dtypes_and_shardings() -> None:
 def test_adding_and_kernels() -> None:
     model, params = tiny("llama")
     vectors = jnp.zeros((2, 24)).at[1].set(1.0)
-    seen = model.apply(params, jnp.asarray(TOKENS), capture=["blocks.*.resid_pre"], edit=induce(vectors))
-    plain = model.apply(params, jnp.asarray(TOKENS), capture=["blocks.*.resid_pre"])
+    seen = run(model, params, induce(vectors), capture=("blocks.*.resid_pre",))
+    plain = run(model, params, capture=("blocks.*.resid_pre",))
     difference = seen.captured["blocks.1.resid_pre"] - plain.captured["blocks.1.resid_pre"]
     np.testing.assert_allclose(difference, 1.0, atol=1e-5)
     np.testing.assert_array_equal(LayerKernel(1.0, 2.0, 0.5, 2.0).weights(6), [0.5, 0.75, 1, 0.75, 0.5, 0])

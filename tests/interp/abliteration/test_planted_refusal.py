@@ -53,14 +53,16 @@ def test_adding_the_direction_makes_harmless_prompts_refuse(planted: Planted, se
 
 
 def test_the_weight_edit_is_the_hook(planted: Planted, selection: Selection) -> None:
+    model, params = planted.model, planted.params
     ablation = Ablation.everywhere(jnp.asarray(selection.direction), 4)
-    edited = abliterate_params(planted.model, planted.params, ablation)
-    tokens = jnp.asarray(HARMFUL[0])
-    by_weights = planted.model.apply(edited, tokens).logits
-    by_hook = planted.model.apply(
-        planted.params, tokens, edit=ablate(planted.model, planted.params, ablation)
-    ).logits
-    np.testing.assert_allclose(np.asarray(by_weights), np.asarray(by_hook), atol=1e-4)
+    tokens = prompt_set(64, 3, True)
+    edited = abliterate_params(model, params, ablation)
+    ids = np.array([REFUSE], np.int32)
+    _, _, by_weights = first_token_scores(model, edited, tokens, ids, batch=64)
+    hooks = ablate(model, params, ablation)
+    _, _, by_hook = first_token_scores(model, params, tokens, ids, edit=hooks, batch=64)
+    np.testing.assert_allclose(by_weights, by_hook, atol=1e-4)
+    assert np.abs(first_token_scores(model, params, tokens, ids, batch=64)[2] - by_hook).max() > 1.0
 
 
 def test_the_last_tokens_direction_is_zero_before_block_0_and_nothing_else_is(
@@ -103,9 +105,15 @@ def test_every_candidate_is_recorded_and_the_filters_decide(
     assert all(c.kl <= 0.1 and c.induced >= 0 and c.refusal >= selection.chosen.refusal for c in passing)
     assert selection.refusal_before > 4 > -4 > selection.harmless_before
     assert len(selection.to_json()["trace"]) == 6
-    sets = prompt_set(32, 3, True), prompt_set(32, 4, False)
+    sets = prompt_set(64, 3, True), prompt_set(64, 4, False)
     few = select_direction(
-        planted.model, planted.params, directions, *sets, [REFUSE], filters=Filters(max_depth=0.75, max_kl=9)
+        planted.model,
+        planted.params,
+        directions,
+        *sets,
+        [REFUSE],
+        filters=Filters(max_depth=0.75, max_kl=9),
+        batch=64,
     )
     assert max(c.layer for c in few.trace) == 2
     with pytest.raises(EvaluationError, match=r"none of 6 directions passes the filters.*rejected: induced"):
@@ -116,6 +124,7 @@ def test_every_candidate_is_recorded_and_the_filters_decide(
             *sets,
             [REFUSE],
             filters=Filters(min_induced=99.0, max_kl=99.0, max_depth=1.0),
+            batch=64,
         )
 
 

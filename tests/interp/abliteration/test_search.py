@@ -42,7 +42,7 @@ def found(planted: Planted, space: Space) -> SearchResult:
         rounds=2,
         windows=text_windows(text(), 0, 9),
         batch=64,
-        at_once=8,
+        at_once=4,
     )
 
 

@@ -46,6 +46,7 @@ WITHOUT: Mapping[str, Mapping[str, Any]] = {
     "no warm-up": {"warmup": 0.0},
     "no average": {"ema": 0.0},
     "average over 1000 steps": {"ema": 0.999},
+    "encoder started as the transpose itself": {"initial_scale": 1.0},
     "encoder not started as the transpose": {"tie_initial": False},
     "b_pre started at 0": {"center": False},
     "gradients not projected": {"project_gradients": False},

@@ -98,7 +98,7 @@ class TrainSection(_Section):
     seed: int = Field(default=0, ge=0)
     lr: float | Literal["auto"] = "auto"
     warmup: float = 0.05
-    decay: float = 0.8
+    decay: float = 0.95
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 6.25e-10
@@ -113,6 +113,7 @@ class TrainSection(_Section):
     center: bool = True
     normalize: str = "scale"
     tie_initial: bool = True
+    initial_scale: float | None = None
     compute_dtype: str = "float32"
 
     def build(self) -> Recipe:

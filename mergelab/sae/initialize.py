@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
+from scipy.special import betaincinv
 
 from mergelab.errors import SAEError
 from mergelab.sae.layer_norm import layer_norm
@@ -22,22 +23,39 @@ from mergelab.sae.state import Affine, TrainState
 from mergelab.sae.update import unit_rows
 from mergelab.sae.variants.variant import Params, Variant
 
-__all__ = ["SAMPLE_ROWS", "SampleFacts", "fresh_state", "initial_params", "initialize", "sample_shapes"]
+__all__ = [
+    "SAMPLE_ROWS",
+    "SampleFacts",
+    "best_initial_scale",
+    "fresh_state",
+    "initial_params",
+    "initialize",
+    "sample_shapes",
+]
 
 SAMPLE_ROWS = 32_768
 """Activations from which the centre, the scale and the loss constant are taken, at most."""
 
 
-def initial_params(variant: Variant, key: Array, *, tie: bool = True) -> Params:
-    """Decoder rows uniform on the sphere, the encoder their transpose, biases 0.
+def initial_params(variant: Variant, key: Array, *, tie: bool = True, scale: float | None = None) -> Params:
+    """Decoder rows uniform on the sphere, the encoder their transpose times a scale, biases 0.
 
-    With `tie=False`, or where input and target differ in width, the encoder's rows are drawn for themselves.
+    Args:
+        variant: the dictionary's hyper-parameters.
+        key: a `jax.random` key.
+        tie: False draws the encoder's rows for themselves, as is done where there is a target.
+        scale: of a tied encoder; None takes `best_initial_scale` for variants that keep k latents, and 1 for
+            others.
     """
     n, d_in, d_out = variant.n_latents, variant.d_in, variant.width_out
     decoder_key, encoder_key = jax.random.split(key)
     decoder = unit_rows(jax.random.normal(decoder_key, (n, d_out)))
     tied = tie and variant.d_out is None
-    encoder = decoder if tied else unit_rows(jax.random.normal(encoder_key, (n, d_in)))
+    if tied:
+        k = getattr(variant, "k", None)
+        encoder = decoder * (scale or (best_initial_scale(n, d_in, k) if k else 1.0))
+    else:
+        encoder = unit_rows(jax.random.normal(encoder_key, (n, d_in)))
     params = {
         "encoder": encoder,
         "encoder_bias": jnp.zeros(n),
@@ -46,6 +64,27 @@ def initial_params(variant: Variant, key: Array, *, tie: bool = True) -> Params:
         **variant.own_params(),
     }
     return {**params, "skip": jnp.zeros((d_in, d_out))} if variant.skip else params
+
+
+def best_initial_scale(n_latents: int, d_in: int, k: int) -> float:
+    """The scale of a transposed encoder with which the first reconstructions err least.
+
+    The k rows that agree most with an activation agree with each other too, so together they overshoot it.
+    With cosines c of random directions, the sum of `c row` has a part `S = sum(c^2)` along the activation
+    and a squared norm of `S^2 + S - sum(c^4)`, whatever the activations are.
+
+    Args:
+        n_latents: rows.
+        d_in: their width, at least 2.
+        k: latents that are kept.
+    """
+    if d_in < 2:
+        return 1.0
+    tail = (np.arange(k) + 0.5) / n_latents  # where the k largest of n cosines lie, on average
+    # The square of a cosine has a Beta(1/2, (d - 1)/2) distribution, and one minus it the mirrored one.
+    squares = 1 - betaincinv((d_in - 1) / 2, 0.5, 2 * tail[tail < 0.5])
+    along = squares.sum()
+    return float(along / (along**2 + along - (squares**2).sum()))
 
 
 def initialize(
@@ -89,7 +128,8 @@ def fresh_state(variant: Variant, recipe: Recipe, key_data: Array, facts: Sample
         key_data: of the `jax.random` key.
         facts: of the sample.
     """
-    params = initial_params(variant, jax.random.wrap_key_data(key_data), tie=recipe.tie_initial)
+    key = jax.random.wrap_key_data(key_data)
+    params = initial_params(variant, key, tie=recipe.tie_initial, scale=recipe.initial_scale)
     params["decoder_bias"] = facts.center
 
     def zeros() -> Params:

@@ -42,7 +42,9 @@ class Recipe:
         normalize: `scale` brings inputs to unit variance per coordinate while training, which is folded into
             the weights of the finished dictionary; `layer_norm` normalises each token, which the dictionary
             then does too; `none` does neither.
-        tie_initial: starts the encoder as the decoder's transpose; otherwise independently.
+        tie_initial: starts the encoder as the decoder's transpose, scaled; otherwise independently.
+        initial_scale: that scale; None takes the one with which the first reconstructions err least
+            (`mergelab.sae.initialize.best_initial_scale`), 1 is the paper's.
         compute_dtype: of the factors of the encoder's product, `float32` or `bfloat16`; state is float32.
     """
 
@@ -50,7 +52,7 @@ class Recipe:
     batch_size: int
     learning_rate: float | None = None
     warmup: float = 0.05
-    decay: float = 0.8
+    decay: float = 0.95
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 6.25e-10
@@ -65,6 +67,7 @@ class Recipe:
     center: bool = True
     normalize: str = "scale"
     tie_initial: bool = True
+    initial_scale: float | None = None
     compute_dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -86,7 +89,7 @@ class Recipe:
             raise SAEError(f"normalize is {self.normalize!r}; it may be 'scale', 'layer_norm' or 'none'.")
         if self.lift < 0:
             raise SAEError(f"lift is {self.lift}; it must be at least 0.")
-        for name in ("learning_rate", "clip"):
+        for name in ("learning_rate", "clip", "initial_scale"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise SAEError(f"{name} is {value}; it must be above 0.")

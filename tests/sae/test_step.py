@@ -98,10 +98,11 @@ def test_a_transcoder_on_a_mesh_changes_nothing() -> None:
 @pytest.mark.parametrize("sizes", [None, {"data": 2, "latents": 4}], ids=str)
 def test_a_sweep_is_the_trainings_one_by_one(sizes: dict[str, int] | None) -> None:
     wide = make_variant("topk", d_in=D, n_latents=N, k=6)
+    recipe = replace(RECIPE, initial_scale=0.5)  # else it would follow the variant's k
     trials = [(1e-3, 6, N), (3e-3, 4, N), (3e-3, 4, 48)]
     starts = [
         replace(
-            _start(wide, replace(RECIPE, learning_rate=rate)),
+            _start(wide, replace(recipe, learning_rate=rate)),
             trial={"k": jnp.int32(k), "n_latents": jnp.int32(n)},
         )
         for rate, k, n in trials
@@ -109,7 +110,7 @@ def test_a_sweep_is_the_trainings_one_by_one(sizes: dict[str, int] | None) -> No
     state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
     mesh = None if sizes is None else make_mesh(sizes)
     state = state if mesh is None else place_state(state, mesh)
-    step = make_step(wide, RECIPE, mesh, trials=True)
+    step = make_step(wide, recipe, mesh, trials=True)
     log: dict[str, Any] = {}
     for x in _batches(8):
         batch = jnp.asarray(x) if mesh is None else place_batch(x, mesh)
@@ -117,8 +118,8 @@ def test_a_sweep_is_the_trainings_one_by_one(sizes: dict[str, int] | None) -> No
     for i, (rate, k, n) in enumerate(trials):
         if n != N:
             continue
-        recipe = replace(RECIPE, learning_rate=rate)
-        alone, mine = _run(make_variant("topk", d_in=D, n_latents=N, k=k), recipe, 8)
+        one = replace(recipe, learning_rate=rate)
+        alone, mine = _run(make_variant("topk", d_in=D, n_latents=N, k=k), one, 8)
         for key, value in alone.params.items():
             np.testing.assert_allclose(state.params[key][i], value, rtol=1e-3, atol=2e-4, err_msg=key)
         np.testing.assert_allclose(log["nmse"][i], mine[-1]["nmse"], rtol=1e-4)

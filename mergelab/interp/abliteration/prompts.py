@@ -155,17 +155,17 @@ def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], *, system: str | 
     return Prompts.of([tokenizer.encode(chat, add_special_tokens=False) for chat in chats], tokenizer.pad_id)
 
 
-def post_instruction_tokens(tokenizer: Tokenizer, texts: Sequence[str] = ()) -> int:
+def post_instruction_tokens(tokenizer: Tokenizer, *sets: Prompts) -> int:
     """How many tokens every prompt ends with alike: what the template puts after the instruction, at least 1.
 
     At those tokens a model has read the whole instruction, and nothing else differs.
 
     Args:
         tokenizer: the model's.
-        texts: instructions that must agree in those tokens, besides two that have nothing in common.
+        *sets: prompts that must agree in those tokens, besides two that have nothing else in common.
     """
-    if "default" not in tokenizer.chat_templates:
-        return 1
-    prompts = encode_prompts(tokenizer, [*_PROBES, *texts])
-    alike = (prompts.tokens == prompts.tokens[:1]).all(axis=0)[::-1][: prompts.shortest]
+    sets = (encode_prompts(tokenizer, _PROBES), *sets)
+    shortest = min(prompts.shortest for prompts in sets)
+    endings = np.concatenate([prompts.tokens[:, -shortest:] for prompts in sets])[:, ::-1]
+    alike = (endings == endings[:1]).all(axis=0)
     return max(int(np.argmin([*alike, False])), 1)

@@ -130,13 +130,13 @@ def abliterate(
     ids = refusal_tokens(tokenizer, settings.phrases)
     model, params = load_model(source, mesh=mesh, dtype=dtype)
     check_decoder(model)
-    bad = _Parts.of(tokenizer, harmful, settings)
-    good = _Parts.of(tokenizer, harmless, settings)
+    sets = [encode_prompts(tokenizer, texts, system=settings.system) for texts in (harmful, harmless)]
+    positions = settings.positions or post_instruction_tokens(tokenizer, *sets)
+    bad, good = (_Parts.of(prompts.shuffled(settings.seed)) for prompts in sets)
     windows = None if text is None else _windows(model, tokenizer, text, settings.text_length)
     tell = progress or (lambda what, done, total: None)
 
     tell("finding directions", 0, 1)
-    positions = settings.positions or post_instruction_tokens(tokenizer, [*harmful, *harmless])
     directions = find_directions(
         model,
         params,
@@ -214,8 +214,7 @@ class _Parts:
     measure: Prompts
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, texts: Sequence[str], settings: Settings) -> _Parts:
-        prompts = encode_prompts(tokenizer, texts, system=settings.system).shuffled(settings.seed)
+    def of(cls, prompts: Prompts) -> _Parts:
         find, rest = prompts.split(0.6)
         return cls(find, *rest.split(0.5))
 

@@ -27,7 +27,7 @@ from tests.interp.abliteration.planted import REFUSE, Planted, prompts, text_of,
 
 
 def texts(harmful: bool) -> list[str]:
-    return [text_of(row) for row in prompts(320, 40 + harmful, harmful)[0]]
+    return [text_of(row) for row in prompts(60, 40 + harmful, harmful)[0]]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def folder(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(folder: Path, out: Path, *more: str) -> Any:
     sets = ["--harmful", str(folder / "harmful.txt"), "--harmless", str(folder / "harmless.jsonl")]
-    options = ["--refusal", "Refused", "--max-depth", "1", "--batch", "64", *more]
+    options = ["--refusal", "Refused", "--max-depth", "1", "--batch", "12", *more]
     arguments = ["abliterate", str(folder / "model"), *sets, "--out", str(out), *options]
     return CliRunner().invoke(cli, arguments, catch_exceptions=False)
 
@@ -55,10 +55,10 @@ def test_the_command_writes_an_edited_folder_and_says_what_it_measured(
     report = json.loads(result.stdout)
     before, after = report["before"], report["after"]
     assert before["harmful_refusals"] == 1.0 and before["harmless_refusals"] == 0.0 and before["kl"] < 1e-6
-    assert after["harmful_refusals"] <= 0.04 and after["harmless_refusals"] == 0.0 and 0 < after["kl"] < 0.1
+    assert after["harmful_refusals"] <= 0.1 and after["harmless_refusals"] == 0.0 and 0 < after["kl"] < 0.1
     assert after["harmful_score"] < 0 < before["harmful_score"]
     assert before["loss"] > 0 and after["perplexity"] == pytest.approx(np.exp(after["loss"]))
-    assert report["prompts"] == {"found": [192, 192], "chosen": [64, 64], "measured": [64, 64]}
+    assert report["prompts"] == {"found": [36, 36], "chosen": [12, 12], "measured": [12, 12]}
     assert report == json.loads((tmp_path / "edited" / "abliteration.json").read_text())
     card = (tmp_path / "edited" / "README.md").read_text()
     assert "| harmful prompts refused (answers with a refusal phrase) | 100.0% |" in card
@@ -75,7 +75,7 @@ def test_the_command_writes_an_edited_folder_and_says_what_it_measured(
 
 def test_a_search_chooses_what_is_written(folder: Path, tmp_path: Path) -> None:
     settings = Settings(
-        phrases=("Refused",), filters=Filters(max_kl=0.05, max_depth=1.0), trials=6, rounds=0, batch=64
+        phrases=("Refused",), filters=Filters(max_kl=0.05, max_depth=1.0), trials=6, rounds=0, batch=12
     )
     told: list[tuple[str, int, int]] = []
     report = abliterate(
@@ -104,7 +104,7 @@ def test_a_search_chooses_what_is_written(folder: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_is_written_where_no_direction_passes(folder: Path, tmp_path: Path) -> None:
-    settings = Settings(phrases=("Refused",), filters=Filters(min_induced=99.0), batch=64)
+    settings = Settings(phrases=("Refused",), filters=Filters(min_induced=99.0), batch=12)
     with pytest.raises(EvaluationError, match="passes the filters"):
         abliterate(folder / "model", tmp_path / "out", texts(True), texts(False), settings=settings)
     with pytest.raises(MergelabError, match="4 harmful prompts; give at least 5"):
@@ -114,10 +114,11 @@ def test_nothing_is_written_where_no_direction_passes(folder: Path, tmp_path: Pa
 
 def test_prompts_come_in_the_models_chat_format(folder: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(folder / "model")
-    tokens, _ = prompts(320, 41, True)
+    tokens, _ = prompts(60, 41, True)
     encoded = encode_prompts(tokenizer, read_prompts(folder / "harmful.txt"))
     np.testing.assert_array_equal(encoded.tokens, tokens)
-    assert post_instruction_tokens(tokenizer, texts(True)) == 2
+    assert post_instruction_tokens(tokenizer, encoded) == 2
+    assert post_instruction_tokens(tokenizer, Prompts(tokens[:, 1:-1], encoded.mask[:, 2:])) == 1
     assert refusal_tokens(tokenizer, ["Refused"]) == [REFUSE]
     assert read_prompts(folder / "harmless.jsonl") == texts(False)
     (tmp_path / "bad.jsonl").write_text('"fine"\n{"instruction": "no"}\n')

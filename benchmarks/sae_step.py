@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.machine import describe
 from benchmarks.merge import back_memory
-from benchmarks.sae_peers.problem import Problem
+from benchmarks.sae_peers.problem import TRAINERS, Problem
 from benchmarks.table import replace_section
 
 __all__ = ["CASES", "PROGRAMS", "main", "render", "run_worker"]
@@ -30,7 +30,7 @@ __all__ = ["CASES", "PROGRAMS", "main", "render", "run_worker"]
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results" / "sae_step.json"
 
-PROGRAMS = ("mergelab", "sparsify+Adam", "SAELens", "dictionary_learning")
+PROGRAMS = ("mergelab", "mergelab bfloat16", "sparsify+Adam", "SAELens", "dictionary_learning")
 
 CASES = {
     "A": Problem(d=768, n=8192, k=32, batch=1024, steps=10_000, auxiliary=True),
@@ -81,7 +81,7 @@ def run_worker(asked: Mapping[str, Any], peers: Path | None) -> dict[str, Any]:
     Raises:
         RuntimeError: it failed; the message holds the end of what it wrote to stderr.
     """
-    own = asked["trainer"] in ("mergelab", "frozen decoder", "random")
+    own = TRAINERS[asked["trainer"]] == "ours"
     python = sys.executable if own or peers is None else str(peers / "bin" / "python")
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
@@ -114,8 +114,8 @@ def _undisturbed(
 
 def _of_library(program: str, runs: Mapping[str, Any]) -> list[dict[str, float]]:
     """All turns whose matrix product ran on the same library, XLA or torch."""
-    own = program == "mergelab"
-    return [run for key, group in runs.items() if key.endswith("/mergelab") == own for run in group]
+    own = program.startswith("mergelab")
+    return [run for key, group in runs.items() if ("/mergelab" in key) == own for run in group]
 
 
 def _turn(program: str, problem: Problem, dead: float, options: argparse.Namespace) -> dict[str, float]:
@@ -171,7 +171,7 @@ def render(results: Mapping[str, Any]) -> str:
 
 
 def _aim(case: str, dead: float, program: str) -> float | None:
-    if program == "mergelab" or case == "tiny":
+    if program.startswith("mergelab") or case == "tiny":
         return None
     if dead:
         return 2.0
@@ -200,7 +200,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.quick:
         options.only, options.repeats, options.seconds, options.retakes = ["tiny"], 1, 0.1, 0
-    if set(options.programs) != {"mergelab"} and not options.peers_env:
+    if any(TRAINERS[program] != "ours" for program in options.programs) and not options.peers_env:
         parser.error("the peers need an environment of their own: --peers-env VENV, or --programs mergelab")
     if options.peers_env and not (options.peers_env / "bin" / "python").is_file():
         parser.error(f"--peers-env {options.peers_env}: no bin/python there")

@@ -23,13 +23,16 @@ def build(name: str, problem: Problem, sample: np.ndarray) -> Ours:
 
 
 class Ours:
-    """One training by `mergelab.sae`, all settings but the learning rate at their defaults."""
+    """One training by `mergelab.sae`; learning rate and precision apart, all settings at their defaults."""
 
     def __init__(self, name: str, problem: Problem, sample: np.ndarray) -> None:
         self.name = name
         self.variant = make_variant("topk", d_in=problem.d, n_latents=problem.n, k=problem.k)
         self.recipe = Recipe(
-            steps=problem.steps, batch_size=problem.batch, learning_rate=problem.learning_rate
+            steps=problem.steps,
+            batch_size=problem.batch,
+            learning_rate=problem.learning_rate,
+            compute_dtype="bfloat16" if name.endswith("bfloat16") else "float32",
         )
         self.state = initialize(self.variant, self.recipe, jax.random.key(problem.seed), sample)
         self.learning_rate = float(self.state.peak)

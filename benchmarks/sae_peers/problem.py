@@ -19,6 +19,7 @@ Arrays = dict[str, np.ndarray]
 
 TRAINERS = {
     "mergelab": "ours",
+    "mergelab bfloat16": "ours",
     "frozen decoder": "ours",
     "random": "ours",
     "sparsify+Adam": "eleuther",

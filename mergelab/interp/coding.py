@@ -15,6 +15,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from mergelab.errors import SAEError
+from mergelab.interp.pieces import map_pieces
 
 __all__ = ["elastic_net", "hard_threshold", "lasso", "matching_pursuit", "orthogonal_matching_pursuit"]
 
@@ -39,7 +40,7 @@ def orthogonal_matching_pursuit(x: Rows, atoms: Atoms, k: int, *, tokens_at_once
         SAEError: shapes do not fit together, or k is not within 1 and d.
     """
     x, atoms = _checked(x, atoms, k)
-    return _omp(x, atoms, k, min(tokens_at_once, len(x)))
+    return _omp(x, atoms, k, tokens_at_once)
 
 
 def matching_pursuit(
@@ -51,7 +52,7 @@ def matching_pursuit(
     side are taken. Arguments and errors as for `orthogonal_matching_pursuit`.
     """
     x, atoms = _checked(x, atoms, k)
-    return _mp(x, atoms, k, nonnegative, min(tokens_at_once, len(x)))
+    return _mp(x, atoms, k, nonnegative, tokens_at_once)
 
 
 def lasso(
@@ -110,7 +111,7 @@ def elastic_net(
         raise SAEError(f"penalties are {l1} and {l2}; give 0 or more.")
     return _proximal(
         x, atoms, jnp.float32(l1), jnp.float32(l2), jnp.float32(tolerance),
-        nonnegative, accelerate, steps, min(tokens_at_once, len(x)),
+        nonnegative, accelerate, steps, tokens_at_once,
     )  # fmt: skip
 
 
@@ -123,7 +124,7 @@ def hard_threshold(
     correlations. Arguments and errors as for `matching_pursuit`.
     """
     x, atoms = _checked(x, atoms, k)
-    return _iht(x, atoms, k, nonnegative, steps, min(tokens_at_once, len(x)))
+    return _iht(x, atoms, k, nonnegative, steps, tokens_at_once)
 
 
 def _checked(x: Any, atoms: Any, k: int) -> tuple[Array, Array]:
@@ -181,7 +182,7 @@ def _omp(x: Array, atoms: Array, k: int, at_once: int) -> Array:
         values = jax.scipy.linalg.solve_triangular(triangle, _dot(basis, row))
         return jnp.zeros(n).at[taken].set(values)
 
-    return lax.map(code, x, batch_size=at_once)
+    return map_pieces(code, x, at_once)
 
 
 @partial(jax.jit, static_argnames=("k", "nonnegative", "at_once"))
@@ -199,7 +200,7 @@ def _mp(x: Array, atoms: Array, k: int, nonnegative: bool, at_once: int) -> Arra
 
         return lax.fori_loop(0, k, step, (row, jnp.zeros(len(atoms))))[1] / norms
 
-    return lax.map(code, x, batch_size=at_once)
+    return map_pieces(code, x, at_once)
 
 
 @partial(jax.jit, static_argnames=("nonnegative", "accelerate", "steps", "at_once"))
@@ -238,7 +239,7 @@ def _proximal(
         zero = jnp.zeros(len(atoms))
         return lax.while_loop(going, step, (zero, zero, jnp.float32(1), jnp.int32(0), jnp.bool_(True)))[0]
 
-    return lax.map(code, x, batch_size=at_once)
+    return map_pieces(code, x, at_once)
 
 
 @partial(jax.jit, static_argnames=("k", "nonnegative", "steps", "at_once"))
@@ -254,7 +255,7 @@ def _iht(x: Array, atoms: Array, k: int, nonnegative: bool, steps: int, at_once:
 
         return lax.fori_loop(0, steps, step, jnp.zeros(len(atoms)))
 
-    return lax.map(code, x, batch_size=at_once)
+    return map_pieces(code, x, at_once)
 
 
 def _largest_eigenvalue(atoms: Array) -> Array:

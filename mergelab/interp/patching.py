@@ -21,6 +21,7 @@ from jax.tree_util import Partial
 from mergelab.errors import SiteError
 from mergelab.interp.collect import Patterns, batches, check_pairs, stream_sites
 from mergelab.interp.metrics import Metric
+from mergelab.interp.pieces import map_pieces
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit
 
@@ -95,7 +96,7 @@ def patch_grid(
     for rows, count in batches(len(source), batch):
         scored = rows_of(metric, rows, len(source))
         taken, there = _run(model, params, source[rows], real[rows], scored, names)
-        here = _run(model, params, target[rows], real[rows], scored, ())[1]
+        here = _run(model, params, target[rows], real[rows], scored, names)[1]
         found = patched_metrics(
             model, params, target[rows], real[rows], taken, cells, scored, cells_at_once=cells_at_once
         )
@@ -200,7 +201,7 @@ def patched_metrics(
         edits = {name: Partial(_replaced, values[name], i, cell) for i, name in enumerate(names)}
         return metric(_logits(model, params, tokens, mask, edits))
 
-    return jax.lax.map(one, cells, batch_size=min(cells_at_once, cells.shape[0]))
+    return map_pieces(one, cells, cells_at_once)
 
 
 def rows_of(metric: Metric, rows: np.ndarray, prompts: int) -> Metric:

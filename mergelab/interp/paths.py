@@ -19,6 +19,7 @@ from mergelab.errors import SiteError
 from mergelab.interp.collect import Patterns, batches, check_pairs, stream_sites
 from mergelab.interp.metrics import Metric
 from mergelab.interp.patching import PatchGrid, cell_grid, rows_of
+from mergelab.interp.pieces import map_pieces
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit
 
@@ -64,18 +65,22 @@ def path_patching(
         A grid with one position: `[prompts, senders, 1]`, or `[prompts, senders, 1, heads]`.
 
     Raises:
-        SiteError: a sender does not come before every receiver, or as `patch_grid`.
+        SiteError: a sender does not come before every receiver, a receiver has no such head, or as
+            `patch_grid`.
     """
     sent, received = stream_sites(model, senders), stream_sites(model, receivers)
     source, target, real = check_pairs(source, target, mask)
     held, frozen = _held_fixed(model, sent, received)
+    if receiver_head is not None:
+        _check_head(model, received, receiver_head)
     cells, shape = cell_grid(model, sent, 1, by_head)
     parts: list[tuple[np.ndarray, ...]] = []
     for rows, count in batches(len(source), batch):
         found = _paths(
             model, params, source[rows], target[rows], real[rows], cells, frozen[cells[:, 0]],
             rows_of(metric, rows, len(source)),
-            sent=sent, received=received, held=held, head=receiver_head, at_once=paths_at_once,
+            np.int32(-1 if receiver_head is None else receiver_head),
+            sent=sent, received=received, held=held, at_once=paths_at_once,
         )  # fmt: skip
         parts.append(tuple(np.asarray(value).T[:count] for value in found))
     patched, there, here = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -102,7 +107,17 @@ def _held_fixed(
     return held, frozen
 
 
-@partial(jax.jit, static_argnames=("model", "sent", "received", "held", "head", "at_once"))
+def _check_head(model: Model, receivers: tuple[str, ...], head: int) -> None:
+    for name in receivers:
+        shape = model.sites()[name]
+        if len(shape) != 4 or not isinstance(shape[2], int) or not 0 <= head < shape[2]:
+            raise SiteError(
+                f"the receiver {name!r} has shape {list(shape)}, and so no head {head}; leave receiver_head "
+                "away, or take a site [batch, length, heads, head_dim] that has it."
+            )
+
+
+@partial(jax.jit, static_argnames=("model", "sent", "received", "held", "at_once"))
 def _paths(
     model: Model,
     params: Params,
@@ -112,11 +127,11 @@ def _paths(
     cells: Array,
     frozen: Array,
     metric: Metric,
+    head: Array,
     *,
     sent: tuple[str, ...],
     received: tuple[str, ...],
     held: tuple[str, ...],
-    head: int | None,
     at_once: int,
 ) -> tuple[Array, Array, Array]:
     """The metric by path `[paths, batch]`, and of source and target `[batch]`."""
@@ -143,7 +158,7 @@ def _paths(
         heard = {name: Partial(_heard, told[name], head) for name in received}
         return run(target, (), heard)[1]
 
-    found = jax.lax.map(lambda pair: one(*pair), (cells, frozen), batch_size=min(at_once, cells.shape[0]))
+    found = map_pieces(lambda pair: one(*pair), (cells, frozen), at_once)
     return found, there, here
 
 
@@ -161,5 +176,8 @@ def _on_the_path(
     return jnp.where(chosen, new, x)
 
 
-def _heard(told: Array, head: int | None, x: Array) -> Array:
-    return told if head is None else x.at[:, :, head].set(told[:, :, head])
+def _heard(told: Array, head: Array, x: Array) -> Array:
+    if x.ndim != 4:
+        return told
+    chosen = ((head == jnp.arange(x.shape[2])) | (head < 0)).reshape(1, 1, -1, 1)
+    return jnp.where(jnp.broadcast_to(chosen, x.shape), told, x)

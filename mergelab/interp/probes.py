@@ -15,6 +15,7 @@ from jax import Array
 from jaxtyping import Float
 
 from mergelab.errors import SiteError
+from mergelab.interp.pieces import map_pieces
 
 __all__ = ["Probe", "fit_linear", "fit_logistic", "fit_ridge"]
 
@@ -90,7 +91,7 @@ def fit_logistic(x: Any, y: Any, l2: float = 1.0, *, steps: int = 50, targets_at
             f"target {int(jnp.argmax((share <= 0) | (share >= 1)))} is the same in all {len(y)} rows, so "
             "nothing separates them; give rows of both kinds."
         )
-    return _logistic(x, y, jnp.float32(l2), steps, min(targets_at_once, y.shape[1]))
+    return _logistic(x, y, jnp.float32(l2), steps, targets_at_once)
 
 
 @jax.jit
@@ -137,7 +138,7 @@ def _logistic(x: Array, y: Array, l2: Array, steps: int, at_once: int) -> Probe:
 
         return jax.lax.while_loop(going, newton, (jnp.zeros(width + 1), jnp.int32(0), jnp.bool_(True)))[0]
 
-    beta = jax.lax.map(fit, y.T, batch_size=at_once).T
+    beta = map_pieces(fit, y.T, at_once).T
     return Probe(beta[:-1], beta[-1] - jnp.matmul(mean, beta[:-1], precision="highest"))
 
 

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mergelab.errors import SiteError
 from mergelab.interp.attribution import direct_logit_attribution
 from tests.interp.planted import planted
+from tests.interp.running import logits_of
 from tests.models.tiny_models import MASK, TOKENS, tiny
 
-DECODERS = [
-    "gpt2", "gpt_neox", "llama, one key head, tied, biases", "mixtral", "gemma2", "qwen3",
-]  # fmt: skip
+DECODERS = ["gpt2", "gpt_neox", "mixtral", "gemma2"]
 RIGHT, WRONG = np.array([4, 9, 30]), np.array([7, 2, 5])
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_parts_sum_to_the_logit(name: str) -> None:
     model, params = tiny(name)
-    out = model.apply(params, jnp.asarray(TOKENS), mask=jnp.asarray(MASK)).logits
-    assert out is not None
-    logits, cap = np.asarray(out), model.config.logit_cap
+    logits, cap = logits_of(model, params, TOKENS, mask=MASK), model.config.logit_cap
     if cap is not None:
         logits = cap * np.arctanh(logits / cap)
     expected = logits[np.arange(3), :, RIGHT] - logits[np.arange(3), :, WRONG]
-    found = direct_logit_attribution(model, params, TOKENS, RIGHT, WRONG, mask=MASK, batch=2)
+    found = direct_logit_attribution(model, params, TOKENS, RIGHT, WRONG, mask=MASK)
     heads = direct_logit_attribution(model, params, TOKENS, RIGHT, WRONG, mask=MASK, by_head=True)
     scale = np.abs(expected[MASK]).max()
     tolerance = 1e-2 * scale if cap is not None else 1e-5 * scale  # arctanh loses digits near the cap

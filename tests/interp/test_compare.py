@@ -12,6 +12,7 @@ from mergelab.interp.compare import compare_next_tokens
 from mergelab.interp.metrics import logit_difference
 from mergelab.interp.swapping import swap_layers
 from mergelab.models.model import Params
+from tests.interp.running import logits_of
 from tests.models.tiny_models import MASK, TOKENS, params_of, tiny, weights
 
 
@@ -21,8 +22,7 @@ def test_sets_of_next_tokens_are_those_of_the_logits() -> None:
     last = np.array([9, 9, 5])
     logp = []
     for model, params in (one, other):
-        out = model.apply(params, jnp.asarray(TOKENS), mask=jnp.asarray(MASK)).logits
-        assert out is not None
+        out = logits_of(model, params, TOKENS, mask=MASK)
         logp.append(np.asarray(jax.nn.log_softmax(out))[np.arange(3), last])
     tops = [np.argsort(-table, axis=1)[:, :6] for table in logp]
     np.testing.assert_array_equal(found.first, tops[0])
@@ -72,10 +72,7 @@ def test_two_changes_share_the_effect_and_a_metric_can_be_given() -> None:
     assert (np.abs(found.alone - found.first[:, None]).max(axis=0) > 1e-2).tolist() == [0, 1, 1, 0, 0]
     # Leaving one change away is having the other alone.
     np.testing.assert_allclose(found.without[:, 1], found.alone[:, 2], rtol=1e-5)
-    logits = model.apply(
-        changed(first, other, ("blocks_1", "mlp")), jnp.asarray(TOKENS), mask=jnp.asarray(MASK)
-    ).logits
-    assert logits is not None
+    logits = logits_of(model, changed(first, other, ("blocks_1", "mlp")), TOKENS, mask=MASK)
     np.testing.assert_allclose(found.alone[0, 2], logits[0, 9, 4] - logits[0, 9, 7], rtol=1e-4)
 
 

@@ -15,6 +15,7 @@ from mergelab.interp.steering import add_vector
 from mergelab.interp.values import tokens_of_values, value_search
 from tests.interp.domains import OWN, Trained, lines, neutral
 from tests.interp.planted import planted
+from tests.interp.running import logits_of, sites_of
 from tests.models.tiny_models import tiny
 
 HALF = 6
@@ -35,7 +36,7 @@ def test_scores_find_planted_patterns() -> None:
     }
     found = head_scores(model, params, half=HALF, prompts=5, first=0, lowest=1, batch=2, edit=edits)
     tokens = jnp.asarray(repeated_tokens(12, HALF, 5, first=0, lowest=1))
-    logits = jax.jit(lambda: model.apply(params, tokens, edit=edits).logits)()[:, -HALF:-1]
+    logits = logits_of(model, params, tokens, edit=edits)[:, -HALF:-1]
     logp = jax.nn.log_softmax(logits)
     loss = -jnp.take_along_axis(logp, tokens[:, -HALF + 1 :, None], axis=-1).mean()
     assert found.repeated_loss == pytest.approx(float(loss), rel=1e-4)
@@ -115,16 +116,13 @@ def test_a_function_vector_carries_the_task(domains: Trained) -> None:
     assert len(found.heads) == 3 and found.effects[found.heads[0]] == found.effects.max() > 1e-3
     everything = function_vector(model, params, shown, bare, answers, top=8, batch=24)
     assert len(set(everything.heads)) == 8
-    out = model.apply(params, jnp.asarray(shown, jnp.int32), capture=["blocks.*.attn.out"]).captured
-    total = sum(np.asarray(value)[:, -1].mean(axis=0) for value in out.values())
+    out = sites_of(model, params, shown, "blocks.*.attn.out")
+    total = sum(value[:, -1].mean(axis=0) for value in out.values())
     np.testing.assert_allclose(everything.vector, total, atol=1e-4)
 
-    @jax.jit
-    def domain(vector: jax.Array) -> jax.Array:
-        edit = {"blocks.0.resid_post": add_vector(vector)}
-        logits = model.apply(params, jnp.asarray(bare), edit=edit).logits
-        assert logits is not None
-        return jax.nn.softmax(logits[:, -1])[:, 12:22].sum(axis=1).mean()
+    def domain(vector: jax.Array) -> float:
+        logits = logits_of(model, params, bare, edit={"blocks.0.resid_post": add_vector(vector)})
+        return float(jax.nn.softmax(logits[:, -1])[:, 12:22].sum(axis=1).mean())
 
     noise = jnp.asarray(rng.normal(size=(4, 32)), jnp.float32)
     length = jnp.linalg.norm(found.vector)

@@ -14,6 +14,7 @@ from mergelab.errors import SAEError
 from mergelab.interp.latents import ablate, add, clamp, scale, splice
 from tests.interp.dictionaries import random_dictionary
 from tests.interp.domains import Trained, lines
+from tests.interp.running import logits_of
 
 SITE = "blocks.0.resid_post"
 KINDS: list[dict[str, Any]] = [
@@ -91,15 +92,12 @@ def test_edits_run_in_a_model_and_compile_once(domains: Trained) -> None:
     traced = 0
 
     @jax.jit
-    def logits(edit: Any) -> jax.Array:
+    def logits(edit: Any) -> Any:
         nonlocal traced
         traced += 1
-        out = domains.model.apply(domains.params, tokens, edit={SITE: edit}).logits
-        assert out is not None
-        return out
+        return domains.model.apply(domains.params, tokens, edit={SITE: edit}).logits
 
-    plain = domains.model.apply(domains.params, tokens).logits
-    assert plain is not None
+    plain = logits_of(domains.model, domains.params, tokens)
     np.testing.assert_allclose(logits(add(dictionary, 1, 0.0)), plain, atol=1e-5)
     assert np.abs(np.asarray(logits(add(dictionary, 2, 3.0)) - plain)).max() > 1e-2
     assert traced == 1

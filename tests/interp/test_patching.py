@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import Partial
@@ -14,6 +13,7 @@ from mergelab.interp.paths import path_patching
 from tests.interp.domains import Trained, lines
 from tests.interp.meshes import on_mesh
 from tests.interp.planted import planted
+from tests.interp.running import logits_of, sites_of
 
 LENGTH = 5
 TARGET = np.random.default_rng(1).integers(0, 12, (3, LENGTH)).astype(np.int32)
@@ -37,10 +37,9 @@ def test_patching_finds_the_planted_path() -> None:
         (0, 1), (0, 3), (1, 2),
     }  # fmt: skip
     # A cell is the pass in which that activation is replaced.
-    taken = model.apply(params, jnp.asarray(SOURCE), capture=["blocks.0.attn.z"]).captured["blocks.0.attn.z"]
+    taken = sites_of(model, params, SOURCE, "blocks.0.attn.z")["blocks.0.attn.z"]
     edit = {"blocks.0.attn.z": lambda z: z.at[:, 3, 1].set(taken[:, 3, 1])}
-    logits = model.apply(params, jnp.asarray(TARGET), edit=edit).logits
-    assert logits is not None
+    logits = logits_of(model, params, TARGET, edit=edit)
     np.testing.assert_allclose(heads.patched[:, 0, 3, 1], logits[:, -1, 1] - logits[:, -1, 2], rtol=1e-5)
     assert (np.abs(heads.effect[:, 0, 3, 1]) > 1e-3).all()
     assert not big[0, :-1, 3].any() and not big[1, :-1, 2].any(), "writers of logits act at the last token"
@@ -69,22 +68,23 @@ def test_attribution_patching_is_the_first_order(domains: Trained) -> None:
 def test_path_patching_keeps_the_two_ways_apart() -> None:
     model, params = planted()
     direct = path_patching(model, params, SOURCE, TARGET, "blocks.0.attn.z", "logits", METRIC, by_head=True)
-    through = path_patching(
-        model, params, SOURCE, TARGET, "blocks.0.attn.z", "blocks.1.attn.v", METRIC, by_head=True, batch=2
-    )
-    assert direct.patched.shape == through.patched.shape == (3, 1, 1, 4)
-    one, other = np.abs(direct.recovered[0, 0]), np.abs(through.recovered[0, 0])
+
+    def through(head: int | None) -> np.ndarray:
+        found = path_patching(
+            model, params, SOURCE, TARGET, "blocks.0.attn.z", "blocks.1.attn.v", METRIC, by_head=True,
+            receiver_head=head, batch=2,
+        )  # fmt: skip
+        assert found.patched.shape == (3, 1, 1, 4)
+        return np.abs(found.recovered[0, 0])
+
+    one, other = np.abs(direct.recovered[0, 0]), through(None)
     assert one.argmax() == 3 and other.argmax() == 1
     assert np.delete(one, 3).max() < 0.01 < 0.05 < one[3]
     assert np.delete(other, 1).max() < 0.01 < 0.5 < other[1]
-    # Both ways together are what patching the whole of block 0's attention does.
-    whole = patch_grid(model, params, SOURCE, TARGET, "blocks.0.attn.out", METRIC)
-    assert direct.recovered.sum() + through.recovered.sum() == pytest.approx(1, abs=0.02)
-    assert whole.recovered.sum() == pytest.approx(1, abs=0.05)
-    deaf = path_patching(
-        model, params, SOURCE, TARGET, "blocks.0.attn.z", "blocks.1.attn.v", METRIC, receiver_head=0
-    )
-    assert np.abs(deaf.recovered).max() < 1e-6
+    # The two ways together are all there is, and of the receiver's heads only the second reads.
+    assert one.sum() + other.sum() == pytest.approx(1, abs=0.02)
+    np.testing.assert_allclose(through(2), other, atol=1e-6)
+    assert through(0).max() < 1e-6
 
 
 def test_grids_do_not_depend_on_batches_or_on_the_mesh(domains: Trained) -> None:
@@ -110,3 +110,7 @@ def test_what_cannot_be_patched_is_refused() -> None:
         patch_grid(model, params, SOURCE, TARGET, "embed", logit_difference([1, 1], [2, 2]))
     with pytest.raises(SiteError, match="does not come before"):
         path_patching(model, params, SOURCE, TARGET, "blocks.1.attn.z", "blocks.1.attn.v", METRIC)
+    with pytest.raises(SiteError, match="no head 4"):
+        path_patching(
+            model, params, SOURCE, TARGET, "blocks.0.attn.z", "blocks.1.attn.v", METRIC, receiver_head=4
+        )

@@ -14,6 +14,7 @@ from mergelab.interp.steering import SteeringVector, add_vector, latent_directio
 from mergelab.interp.vectors import mean_difference, principal_difference, project_out, unit, with_strength
 from tests.interp.dictionaries import random_dictionary
 from tests.interp.domains import LENGTH, Trained, lines, neutral, share_of
+from tests.interp.running import sites_of
 
 SITE = "blocks.0.resid_post"
 
@@ -21,14 +22,12 @@ SITE = "blocks.0.resid_post"
 def test_collect_reads_what_the_model_holds(domains: Trained) -> None:
     tokens = lines(0, 5)
     mask = np.arange(LENGTH)[None] < np.array([16, 3, 9, 1, 16])[:, None]
-    found = domains.model.apply(
-        domains.params, jnp.asarray(tokens), mask=jnp.asarray(mask), capture=["blocks.*.resid_post"]
-    ).captured
+    found = sites_of(domains.model, domains.params, tokens, "blocks.*.resid_post", mask=mask)
     every = collect(domains.model, domains.params, tokens, "blocks.*.resid_post", mask=mask, batch=2)
     assert list(every) == ["blocks.0.resid_post", "blocks.1.resid_post"]
-    last = collect(domains.model, domains.params, tokens, SITE, mask=mask, position=-1, batch=3)[SITE]
-    np.testing.assert_allclose(every[SITE], np.asarray(found[SITE])[mask], atol=1e-5)
-    expected = np.asarray(found[SITE])[np.arange(5), mask.sum(axis=1) - 1]
+    last = collect(domains.model, domains.params, tokens, SITE, mask=mask, position=-1, batch=2)[SITE]
+    np.testing.assert_allclose(every[SITE], found[SITE][mask], atol=1e-5)
+    expected = found[SITE][np.arange(5), mask.sum(axis=1) - 1]
     np.testing.assert_allclose(last, expected, atol=1e-5)
     with pytest.raises(SiteError, match="prompt 3 has 1 tokens, so none at position 1"):
         collect(domains.model, domains.params, tokens, SITE, mask=mask, position=1)

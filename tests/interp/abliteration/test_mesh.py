@@ -10,7 +10,7 @@ import numpy as np
 
 from mergelab.interp.abliteration.ablation import Ablation
 from mergelab.interp.abliteration.directions import Directions, mean_activations
-from mergelab.interp.abliteration.runtime import ablate
+from mergelab.interp.abliteration.runtime import ablate, induce
 from mergelab.interp.abliteration.scores import first_token_scores
 from mergelab.models.load import load_model
 from mergelab.models.save import save_model
@@ -28,9 +28,11 @@ def test_a_mesh_changes_nothing(planted: Planted, directions: Directions, tmp_pa
     np.testing.assert_allclose(means, directions.harmful, atol=1e-4)
     ablation = Ablation.everywhere(jnp.asarray(directions.unit[1, 2]), 4)
     ids = np.array([REFUSE], np.int32)
-    few = prompt_set(16, 3, True)
+    few = prompt_set(64, 3, True)
     spread, one = (
-        first_token_scores(model, p, few, ids, edit=ablate(model, p, ablation))
+        first_token_scores(
+            model, p, few, ids, edit=ablate(model, p, ablation) | induce(jnp.zeros((4, 64))), batch=64
+        )
         for p in (params, planted.params)
     )
     np.testing.assert_allclose(spread[0], one[0], atol=1e-3)

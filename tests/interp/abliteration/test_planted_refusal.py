@@ -59,7 +59,8 @@ def test_the_weight_edit_is_the_hook(planted: Planted, selection: Selection) -> 
     edited = abliterate_params(model, params, ablation)
     ids = np.array([REFUSE], np.int32)
     _, _, by_weights = first_token_scores(model, edited, tokens, ids, batch=64)
-    hooks = ablate(model, params, ablation)
+    nothing = induce(jnp.zeros((4, 64)))  # the sites of the selection's own program
+    hooks = ablate(model, params, ablation) | nothing
     _, _, by_hook = first_token_scores(model, params, tokens, ids, edit=hooks, batch=64)
     np.testing.assert_allclose(by_weights, by_hook, atol=1e-4)
     assert np.abs(first_token_scores(model, params, tokens, ids, batch=64)[2] - by_hook).max() > 1.0
@@ -169,5 +170,3 @@ def test_faults_are_named(planted: Planted, directions: Directions) -> None:
         select_direction(
             model, params, Directions(np.zeros((1, 3, 64)), np.ones((1, 3, 64))), short, short, [REFUSE]
         )
-    scores, kl, logits = first_token_scores(model, params, short, np.array([REFUSE], np.int32))
-    assert scores.shape == (2,) and not kl.any() and logits.shape == (2, 96)

@@ -27,7 +27,7 @@ from tests.interp.abliteration.planted import REFUSE, Planted, prompts, text_of,
 
 
 def texts(harmful: bool) -> list[str]:
-    return [text_of(row) for row in prompts(60, 40 + harmful, harmful)[0]]
+    return [text_of(row) for row in prompts(40, 40 + harmful, harmful)[0]]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def folder(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(folder: Path, out: Path, *more: str) -> Any:
     sets = ["--harmful", str(folder / "harmful.txt"), "--harmless", str(folder / "harmless.jsonl")]
-    options = ["--refusal", "Refused", "--max-depth", "1", "--batch", "12", *more]
+    options = ["--refusal", "Refused", "--max-depth", "1", "--batch", "8", *more]
     arguments = ["abliterate", str(folder / "model"), *sets, "--out", str(out), *options]
     return CliRunner().invoke(cli, arguments, catch_exceptions=False)
 
@@ -58,7 +58,7 @@ def test_the_command_writes_an_edited_folder_and_says_what_it_measured(
     assert after["harmful_refusals"] <= 0.1 and after["harmless_refusals"] == 0.0 and 0 < after["kl"] < 0.1
     assert after["harmful_score"] < 0 < before["harmful_score"]
     assert before["loss"] > 0 and after["perplexity"] == pytest.approx(np.exp(after["loss"]))
-    assert report["prompts"] == {"found": [36, 36], "chosen": [12, 12], "measured": [12, 12]}
+    assert report["prompts"] == {"found": [24, 24], "chosen": [8, 8], "measured": [8, 8]}
     assert report == json.loads((tmp_path / "edited" / "abliteration.json").read_text())
     card = (tmp_path / "edited" / "README.md").read_text()
     assert "| harmful prompts refused (answers with a refusal phrase) | 100.0% |" in card
@@ -75,7 +75,7 @@ def test_the_command_writes_an_edited_folder_and_says_what_it_measured(
 
 def test_a_search_chooses_what_is_written(folder: Path, tmp_path: Path) -> None:
     settings = Settings(
-        phrases=("Refused",), filters=Filters(max_kl=0.05, max_depth=1.0), trials=6, rounds=0, batch=12
+        phrases=("Refused",), filters=Filters(max_kl=0.05, max_depth=1.0), trials=6, rounds=0, batch=8
     )
     told: list[tuple[str, int, int]] = []
     report = abliterate(
@@ -104,7 +104,7 @@ def test_a_search_chooses_what_is_written(folder: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_is_written_where_no_direction_passes(folder: Path, tmp_path: Path) -> None:
-    settings = Settings(phrases=("Refused",), filters=Filters(min_induced=99.0), batch=12)
+    settings = Settings(phrases=("Refused",), filters=Filters(min_induced=99.0), batch=8)
     with pytest.raises(EvaluationError, match="passes the filters"):
         abliterate(folder / "model", tmp_path / "out", texts(True), texts(False), settings=settings)
     with pytest.raises(MergelabError, match="4 harmful prompts; give at least 5"):
@@ -114,7 +114,7 @@ def test_nothing_is_written_where_no_direction_passes(folder: Path, tmp_path: Pa
 
 def test_prompts_come_in_the_models_chat_format(folder: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(folder / "model")
-    tokens, _ = prompts(60, 41, True)
+    tokens, _ = prompts(40, 41, True)
     encoded = encode_prompts(tokenizer, read_prompts(folder / "harmful.txt"))
     np.testing.assert_array_equal(encoded.tokens, tokens)
     assert post_instruction_tokens(tokenizer, encoded) == 2

@@ -35,7 +35,13 @@ __all__ = ["command"]
 @click.option(
     "--keep-norms", type=click.Choice(["written", "coordinate"]), help="Norms that edited matrices keep."
 )
-@click.option("--trials", default=0, show_default=True, help="Search layers and weights with so many trials.")
+@click.option(
+    "--trials",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of a search over layers and weights.",
+)
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Prompts at a time.")
 @click.option("--seed", default=0, show_default=True, help="Shuffles prompts and draws trials.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="To measure in.")

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mergelab.checkpoints import open_checkpoint
 from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.data.tokenizer import Tokenizer, load_tokenizer
 from mergelab.data.windows import EvaluationWindows
@@ -127,9 +128,9 @@ def abliterate(
             )
     WorkFolder(Path(out)).prepare(0, resume=resume, overwrite=overwrite)
     tokenizer = load_tokenizer(source)
-    ids = refusal_tokens(tokenizer, settings.phrases)
     model, params = load_model(source, mesh=mesh, dtype=dtype)
     check_decoder(model)
+    ids = check_refusal_ids(model, refusal_tokens(tokenizer, settings.phrases))
     sets = [encode_prompts(tokenizer, texts, system=settings.system) for texts in (harmful, harmless)]
     positions = settings.positions or post_instruction_tokens(tokenizer, *sets)
     bad, good = (_Parts.of(prompts.shuffled(settings.seed)) for prompts in sets)
@@ -166,7 +167,6 @@ def abliterate(
             model, params, directions, selection, bad.choose, good.choose, ids, windows, settings, tell
         )
 
-    check_refusal_ids(model, ids)
     options: dict[str, Any] = {
         "tokenizer": tokenizer,
         "phrases": settings.phrases,
@@ -175,14 +175,11 @@ def abliterate(
         "batch": settings.batch,
     }
     tell("measuring", 0, 2)
-    refusal_ids = np.asarray(ids, np.int32)
-    before, logits = measure_behaviour(model, params, bad.measure, good.measure, refusal_ids, **options)
+    before, logits = measure_behaviour(model, params, bad.measure, good.measure, ids, **options)
     tell("measuring", 1, 2)
     edited = abliterate_params(model, params, ablation, keep_norms=settings.keep_norms)
     del params
-    after, _ = measure_behaviour(
-        model, edited, bad.measure, good.measure, refusal_ids, before=logits, **options
-    )
+    after, _ = measure_behaviour(model, edited, bad.measure, good.measure, ids, before=logits, **options)
     del edited
     tell("measuring", 2, 2)
     report = Report(
@@ -235,7 +232,7 @@ def _search(
     selection: Selection,
     harmful: Prompts,
     harmless: Prompts,
-    ids: Sequence[int],
+    ids: np.ndarray,
     windows: EvaluationWindows | None,
     settings: Settings,
     tell: Progress,
@@ -264,8 +261,6 @@ def _search(
 def _write(
     source: str | Path, out: str | Path, report: Report, overwrite: bool, resume: bool, tell: Progress
 ) -> None:
-    from mergelab.checkpoints import open_checkpoint
-
     total = sum(file.file.size for file in open_checkpoint(source).files)
     written = 0
 

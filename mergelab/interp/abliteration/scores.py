@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-def check_refusal_ids(model: Model, ids: Sequence[int]) -> np.ndarray:
+def check_refusal_ids(model: Model, ids: Sequence[int] | np.ndarray) -> np.ndarray:
     """The ids as int32, each once.
 
     Raises:

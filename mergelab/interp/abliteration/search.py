@@ -88,7 +88,7 @@ def search_ablation(
     space: Space,
     harmful: Prompts,
     harmless: Prompts,
-    refusal_ids: Sequence[int],
+    refusal_ids: Sequence[int] | np.ndarray,
     *,
     trials: int = 64,
     rounds: int = 4,

@@ -93,7 +93,7 @@ def select_direction(
     directions: Directions,
     harmful: Prompts,
     harmless: Prompts,
-    refusal_ids: Sequence[int],
+    refusal_ids: Sequence[int] | np.ndarray,
     *,
     filters: Filters | None = None,
     batch: int = 32,

@@ -69,7 +69,7 @@ def write_abliterated(
         shard_bytes: weights go into several files if they are larger.
         overwrite: replace a folder that is not empty.
         resume: go on with an output of the same source and ablation that was interrupted.
-        progress: called with the bytes written since the last call, from several threads.
+        progress: called with the bytes written since the last call; never twice at a time.
 
     Returns:
         The folder.
@@ -95,7 +95,7 @@ def write_abliterated(
     }
     plan = plan_shards(specs, shard_bytes)
     with CheckpointWriter(out, plan, identity, resume=resume, overwrite=overwrite) as writer:
-        failed = threading.Event()
+        failed, telling = threading.Event(), threading.Lock()
 
         def write(name: str) -> None:
             try:
@@ -104,7 +104,8 @@ def write_abliterated(
                         return
                     writer.write(name, start, piece)
                     if progress is not None:
-                        progress(piece.nbytes)
+                        with telling:
+                            progress(piece.nbytes)
             except BaseException:
                 failed.set()
                 raise

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergelab.cli.meshes import MESH
+
 if TYPE_CHECKING:
     from mergelab.sae.evaluation.scorecard import Scorecard
 
@@ -44,6 +46,7 @@ __all__ = ["command"]
 @click.option(
     "--curve", type=click.Path(path_type=Path), help="JSON [[step, loss], ...] of the model's training."
 )
+@click.option("--mesh", type=MESH, metavar="AXES", help="Spread the model over devices: tensor=8.")
 @click.option("--any-model", is_flag=True, help="Accept a model other than the recorded one.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of everything drawn.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
@@ -137,11 +140,15 @@ def _on_text(
     from mergelab.sae.evaluation.host import check_host, check_reads, open_host
     from mergelab.sae.evaluation.probing_tasks import label_texts
     from mergelab.sae.evaluation.scorecard import control_scorecard, scorecard
+    from mergelab.sharding import make_mesh
 
     model, texts, length = options["model"], options["texts"], options["context"]
+    mesh = None if options["mesh"] is None else make_mesh(options["mesh"])
     opened = [open_dictionary(source) for source in sources]
     first = opened[0]
-    host = open_host(first, model, texts, site=options["site"], length=length, any_model=options["any_model"])
+    host = open_host(
+        first, model, texts, site=options["site"], length=length, any_model=options["any_model"], mesh=mesh
+    )
     checked = [check_host(one, model, any_model=options["any_model"]) for one in opened]
     for one in opened:
         check_reads(one, host)

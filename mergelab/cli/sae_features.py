@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from mergelab.cli.meshes import MESH
+
 __all__ = ["command"]
 
 
@@ -30,6 +32,7 @@ __all__ = ["command"]
     help="So many of the strongest get token patterns (N2G), with precision and recall.",
 )
 @click.option("--neuronpedia", type=click.Path(path_type=Path), help="Also write Neuronpedia's JSON here.")
+@click.option("--mesh", type=MESH, metavar="AXES", help="Spread the model over devices: tensor=8.")
 @click.option("--any-model", is_flag=True, help="Accept a model other than the recorded one.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
@@ -43,6 +46,7 @@ def command(
     examples: int,
     explain: int,
     neuronpedia: Path | None,
+    mesh: dict[str, int] | None,
     any_model: bool,
     as_json: bool,
 ) -> None:
@@ -58,6 +62,8 @@ def command(
     """
     from functools import cache
 
+    from tqdm import tqdm
+
     from mergelab.cli.sae_folder import open_dictionary
     from mergelab.data.tokenizer import load_tokenizer
     from mergelab.errors import OutputError
@@ -65,19 +71,29 @@ def command(
     from mergelab.sae.evaluation.gallery import explain_gallery, make_gallery
     from mergelab.sae.evaluation.host import open_host
     from mergelab.sae.evaluation.neuronpedia import neuronpedia_batch
+    from mergelab.sharding import make_mesh
 
     for path in filter(None, (out, neuronpedia)):
         if path.exists():
             raise OutputError(f"{path} is there already; choose another name")
     dictionary = open_dictionary(source)
-    host = open_host(dictionary, model, texts, site=site, length=context, any_model=any_model)
+    devices = None if mesh is None else make_mesh(mesh)
+    host = open_host(dictionary, model, texts, site=site, length=context, any_model=any_model, mesh=devices)
     tokenizer = load_tokenizer(model)
 
     @cache
     def words(token: int) -> str:
         return tokenizer.decode([token], skip_special_tokens=False)
 
-    gallery = make_gallery(dictionary, host, most=latents, examples=examples)
+    with tqdm(unit="context", disable=as_json or None, dynamic_ncols=True) as bar:
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if done < bar.n or bar.total != total:
+                bar.reset(total)
+            bar.set_description_str(stage, refresh=False)
+            bar.update(done - bar.n)
+
+        gallery = make_gallery(dictionary, host, most=latents, examples=examples, progress=progress)
     if explain:
         gallery = explain_gallery(gallery, dictionary, host, count=explain, mask_token=tokenizer.pad_id)
     facts = {

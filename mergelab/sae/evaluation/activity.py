@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -47,6 +48,7 @@ def activity(
     bins: int = 20,
     most: int = 6,
     contexts: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Activity:
     """One pass over a text; memory is `4 m^2` bytes besides the codes of a pass.
 
@@ -58,6 +60,7 @@ def activity(
         bins: of a histogram.
         most: neighbours per latent, fewer where there are not so many latents.
         contexts: use so many of the text's; all by default.
+        progress: is told contexts done and contexts in all.
 
     Raises:
         SAEError: the dictionary does not fit the site.
@@ -69,13 +72,15 @@ def activity(
     histogram, total = np.zeros((m, bins), np.int64), np.zeros(m)
     # Counts of one pass are exact in float32; their sum over passes is taken in float64.
     together = np.zeros((m, m))
-    for x in read_batches(source, contexts):
+    every = min(len(source.tokens), contexts or len(source.tokens))
+    for number, x in enumerate(read_batches(source, contexts), 1):
         filled = np.pad(x, ((0, rows - len(x)), (0, 0)))
         real = jnp.arange(rows) < len(x)
         counts, sums, both = _count(dictionary, jnp.asarray(filled), real, chosen, scale, bins=bins)
         histogram += np.asarray(counts)
         total += np.asarray(sums, np.float64)
         together += np.asarray(both)
+        progress(min(number * source.batch, every), every)
     times = np.diag(together).copy()
     norm = np.sqrt(np.maximum(times, 1))
     alike = together / norm[:, None] / norm[None, :]

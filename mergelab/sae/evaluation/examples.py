@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -61,6 +61,7 @@ def survey(
     count: int = 5,
     latents: Sequence[int] | None = None,
     contexts: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Survey:
     """Runs a dictionary over a text once, keeping each latent's strongest contexts.
 
@@ -70,6 +71,7 @@ def survey(
         count: contexts kept per latent; of equal ones the first.
         latents: those to keep examples of; all by default.
         contexts: use so many of the text's; all by default.
+        progress: is told contexts done and contexts in all.
 
     Raises:
         SAEError: the dictionary reads activations of another width.
@@ -106,6 +108,7 @@ def survey(
                 heapq.heapreplace(heap, item)
             if len(heap) == count:
                 floor[latent] = heap[0][0]
+        progress(stop, total)
     examples = {
         latent: [
             Example(-place, tuple(source.tokens[-place].tolist()), values)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -67,6 +68,7 @@ def make_gallery(
     most: int = 2000,
     examples: int = 8,
     latents: Sequence[int] | None = None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Gallery:
     """Gathers it in three passes over the text.
 
@@ -76,16 +78,20 @@ def make_gallery(
         most: latents shown.
         examples: contexts per latent.
         latents: those to show; by default `choose_latents`.
+        progress: is told the pass over the text, its contexts done and in all.
 
     Raises:
         SAEError: the dictionary does not fit the site.
     """
     if latents is None:
-        chosen = choose_latents(survey(dictionary, source, latents=[]).density, most)
+        density = survey(dictionary, source, latents=[], progress=partial(progress, "density")).density
+        chosen = choose_latents(density, most)
     else:
         chosen = np.asarray(sorted(latents), np.int64)
-    seen = survey(dictionary, source, count=examples, latents=chosen.tolist())
-    happened = activity(dictionary, source, chosen, seen.peak)
+    seen = survey(
+        dictionary, source, count=examples, latents=chosen.tolist(), progress=partial(progress, "examples")
+    )
+    happened = activity(dictionary, source, chosen, seen.peak, progress=partial(progress, "activity"))
     causal = source.model.family.architecture.causal
     reaches = causal and len(chosen) > 0 and dictionary.d_out == source.model.config.width
     effects = logit_effects(dictionary, source, chosen) if reaches else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from mergelab.models.sites import Edit
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.model_source import ModelActivations
 
-__all__ = ["encode", "encode_and_reconstruct", "passes", "read_batches", "splice"]
+__all__ = ["anonymous", "encode", "encode_and_reconstruct", "passes", "read_batches", "splice"]
 
 
 def passes(tokens: np.ndarray, batch: int) -> Iterator[tuple[jax.Array, int]]:
@@ -42,6 +43,11 @@ def splice(dictionary: Dictionary) -> Edit:
         return dictionary(rows).reshape(x.shape).astype(x.dtype)
 
     return reconstruct
+
+
+def anonymous(dictionary: Dictionary) -> Dictionary:
+    """The dictionary without metadata: what differs in that alone shares compiled programs."""
+    return replace(dictionary, config=replace(dictionary.config, metadata={}))
 
 
 @jax.jit

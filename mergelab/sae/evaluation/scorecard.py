@@ -13,6 +13,7 @@ from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.controls import control_dictionary, random_model
 from mergelab.sae.evaluation.host import check_reads
 from mergelab.sae.evaluation.metrics import METRICS, Evidence, Score
+from mergelab.sae.evaluation.passes import anonymous
 from mergelab.sae.model_source import ModelActivations
 
 __all__ = ["Scorecard", "applicable_metrics", "control_scorecard", "halves", "scorecard", "seed_spread"]
@@ -103,6 +104,7 @@ def scorecard(
                 "labels of tokens" if METRICS[name].needs_labels and labels is None else "next-token logits"
             )
             raise SAEError(f"the metric {name!r} needs {needs}, which are not there; leave it away.")
+    dictionary = anonymous(dictionary)
     fit, judge = halves(source)
     answers = {task: label[len(fit.tokens) :] for task, label in (labels or {}).items()}
     evidence = Evidence(fit, judge, answers, mask_token, curve, samples, explained, seed)

@@ -15,7 +15,7 @@ from mergelab.errors import SAEError
 from mergelab.models.model import Model
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.host import check_reads
-from mergelab.sae.evaluation.passes import passes, read_batches, splice
+from mergelab.sae.evaluation.passes import mean_activation, passes, splice
 from mergelab.sae.model_source import ModelActivations
 
 __all__ = ["Downstream", "compute_equivalent", "evaluate_downstream", "require_logits"]
@@ -76,7 +76,7 @@ def evaluate_downstream(
     """
     check_reads(dictionary, source)
     require_logits(source)
-    mean = jnp.asarray(_mean_activation(source, contexts), jnp.float32)
+    mean = jnp.asarray(mean_activation(source, contexts), jnp.float32)
     tokens = source.tokens[:contexts]
     total = np.zeros(5)
     for batch, real in passes(tokens, source.batch):
@@ -158,10 +158,3 @@ def require_logits(source: ModelActivations) -> None:
             f"a {source.model.family.model_type!r} model predicts no next tokens, so nothing downstream can "
             "be measured; ask for other metrics."
         )
-
-
-def _mean_activation(source: ModelActivations, contexts: int | None) -> np.ndarray:
-    total, rows = np.zeros(source.widths[0]), 0
-    for x in read_batches(source, contexts):
-        total, rows = total + x.sum(axis=0, dtype=np.float64), rows + len(x)
-    return total / rows

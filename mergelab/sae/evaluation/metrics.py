@@ -13,6 +13,7 @@ from mergelab.errors import SAEError
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.absorption import absorption
 from mergelab.sae.evaluation.downstream import compute_equivalent, evaluate_downstream
+from mergelab.sae.evaluation.embeddings import evaluate_embeddings
 from mergelab.sae.evaluation.examples import survey
 from mergelab.sae.evaluation.explanation_loss import score_explanations
 from mergelab.sae.evaluation.n2g import explain
@@ -76,11 +77,13 @@ class Metric:
     Attributes:
         measure: gives names and scores.
         needs_logits: whether the model must predict next tokens.
+        needs_encoder: whether it must be an encoder, which makes vectors of texts.
         needs_labels: whether tokens must have labels.
     """
 
     measure: Callable[[Dictionary, Evidence], Iterator[tuple[str, Score]]]
     needs_logits: bool = False
+    needs_encoder: bool = False
     needs_labels: bool = False
 
 
@@ -111,6 +114,15 @@ def _downstream(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[st
     if evidence.curve is not None:
         part = compute_equivalent(*evidence.curve, found.ce_spliced)
         yield "compute_equivalent", Score(part, "", "part of the host's training with the same loss")
+
+
+def _embeddings(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[str, Score]]:
+    found = evaluate_embeddings(dictionary, evidence.judge)
+    against = f"embeddings of {found.contexts} contexts, mean of their last states"
+    yield "cosine", Score(found.cosine, "", f"{against}; 1 is lossless")
+    yield "recovered", Score(found.recovered, "", "of the cosine; 1 lossless, 0 as bad as mean ablation")
+    yield "rank", Score(found.rank, "", "Spearman over pairs of contexts, of their similarity; 1 is lossless")
+    yield "nearest", Score(found.nearest, "", "part of the contexts that keep their nearest; 1 is lossless")
 
 
 def _columns(
@@ -201,6 +213,7 @@ def _progressive(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[s
 METRICS: Mapping[str, Metric] = {
     "reconstruction": Metric(_reconstruction),
     "downstream": Metric(_downstream, needs_logits=True),
+    "embeddings": Metric(_embeddings, needs_encoder=True),
     "probing": Metric(_probing, needs_labels=True),
     "absorption": Metric(_absorption, needs_labels=True),
     "sparsity": Metric(_sparsity, needs_logits=True),

@@ -13,7 +13,15 @@ from mergelab.models.sites import Edit
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.model_source import ModelActivations
 
-__all__ = ["anonymous", "encode", "encode_and_reconstruct", "passes", "read_batches", "splice"]
+__all__ = [
+    "anonymous",
+    "encode",
+    "encode_and_reconstruct",
+    "mean_activation",
+    "passes",
+    "read_batches",
+    "splice",
+]
 
 
 def passes(tokens: np.ndarray, batch: int) -> Iterator[tuple[jax.Array, int]]:
@@ -33,6 +41,14 @@ def read_batches(source: ModelActivations, contexts: int | None = None) -> Itera
     total = min(total, contexts or total)
     for start in range(0, total, source.batch):
         yield source.read_sites(start * length, min(start + source.batch, total) * length)[0]
+
+
+def mean_activation(source: ModelActivations, contexts: int | None = None) -> np.ndarray:
+    """The mean of the source's first site over the tokens: float64 `[d]`."""
+    total, rows = np.zeros(source.widths[0]), 0
+    for x in read_batches(source, contexts):
+        total, rows = total + x.sum(axis=0, dtype=np.float64), rows + len(x)
+    return total / rows
 
 
 def splice(dictionary: Dictionary) -> Edit:

@@ -12,7 +12,7 @@ from mergelab.errors import SAEError, did_you_mean
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.controls import control_dictionary, random_model
 from mergelab.sae.evaluation.host import check_reads
-from mergelab.sae.evaluation.metrics import METRICS, Evidence, Score
+from mergelab.sae.evaluation.metrics import METRICS, Evidence, Metric, Score
 from mergelab.sae.evaluation.passes import anonymous
 from mergelab.sae.model_source import ModelActivations
 
@@ -37,13 +37,17 @@ class Scorecard:
 
 
 def applicable_metrics(source: ModelActivations, *, labelled: bool) -> tuple[str, ...]:
-    """The metrics this model and text allow: some need next-token logits, some labels of tokens."""
+    """The metrics this model and text allow: some need next-token logits, an encoder or labels of tokens."""
+    return tuple(name for name, metric in METRICS.items() if _lacking(metric, source, labelled) is None)
+
+
+def _lacking(metric: Metric, source: ModelActivations, labelled: bool) -> str | None:
     causal = source.model.family.architecture.causal
-    return tuple(
-        name
-        for name, metric in METRICS.items()
-        if (causal or not metric.needs_logits) and (labelled or not metric.needs_labels)
-    )
+    if metric.needs_logits and not causal:
+        return "next-token logits"
+    if metric.needs_encoder and causal:
+        return "an encoder's embeddings of texts"
+    return "labels of tokens" if metric.needs_labels and not labelled else None
 
 
 def halves(source: ModelActivations) -> tuple[ModelActivations, ModelActivations]:
@@ -99,10 +103,7 @@ def scorecard(
             raise SAEError(
                 f"there is no metric {name!r}{did_you_mean(name, METRICS)}; known: {', '.join(METRICS)}."
             )
-        if name not in possible:
-            needs = (
-                "labels of tokens" if METRICS[name].needs_labels and labels is None else "next-token logits"
-            )
+        if needs := _lacking(METRICS[name], source, labels is not None):
             raise SAEError(f"the metric {name!r} needs {needs}, which are not there; leave it away.")
     dictionary = anonymous(dictionary)
     fit, judge = halves(source)

@@ -28,7 +28,7 @@ def card(host: Host) -> Scorecard:
 
 
 def test_every_metric_is_there_with_its_unit(card: Scorecard) -> None:
-    assert {name.split(".")[0] for name in card.scores} == set(card.seconds) == set(METRICS)
+    assert {name.split(".")[0] for name in card.scores} == set(card.seconds) == set(METRICS) - {"embeddings"}
     for name, score in card.scores.items():
         assert score.against and (np.isfinite(score.value) or name == "downstream.compute_equivalent"), name
     values = card.values()
@@ -93,6 +93,8 @@ def test_what_cannot_be_measured_is_said(host: Host) -> None:
         scorecard(host.dictionary, host.source, metrics=["downstrem"])
     with pytest.raises(SAEError, match="labels of tokens"):
         scorecard(host.dictionary, host.source, metrics=["probing"])
+    with pytest.raises(SAEError, match="an encoder's embeddings"):
+        scorecard(host.dictionary, host.source, metrics=["embeddings"])
     one = replace(host.source, tokens=host.source.tokens[:1])
     with pytest.raises(SAEError, match="one context"):
         scorecard(host.dictionary, one, metrics=["reconstruction"])

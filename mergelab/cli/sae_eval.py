@@ -34,8 +34,8 @@ __all__ = ["command"]
 @click.option(
     "--metrics",
     metavar="A,B",
-    help="Of: reconstruction, downstream, probing, absorption, sparsity, explanations, progressive. All that "
-    "apply, if not given.",
+    help="Of: reconstruction, downstream, embeddings, probing, absorption, sparsity, explanations, "
+    "progressive. All that apply, if not given.",
 )
 @click.option(
     "--controls", is_flag=True, help="Also judge a random, a frozen-decoder and a random-model one."
@@ -44,7 +44,10 @@ __all__ = ["command"]
     "--control-steps", type=click.IntRange(1), default=500, show_default=True, help="Of their training."
 )
 @click.option(
-    "--curve", type=click.Path(path_type=Path), help="JSON [[step, loss], ...] of the model's training."
+    "--curve",
+    type=click.Path(path_type=Path),
+    help="Of the model's training: a folder with checkpoints in folders named by their step, or JSON "
+    "[[step, loss], ...].",
 )
 @click.option("--mesh", type=MESH, metavar="AXES", help="Spread the model over devices: tensor=8.")
 @click.option("--any-model", is_flag=True, help="Accept a model other than the recorded one.")
@@ -160,6 +163,7 @@ def _on_text(
         "mask_token": load_tokenizer(model).pad_id,
         "seed": options["seed"],
     }
+    curve = _curve(options["curve"], host, mesh)
     columns: dict[str, Scorecard] = {}
     with tqdm(unit="metric", disable=quiet or None, dynamic_ncols=True) as bar:
 
@@ -168,7 +172,7 @@ def _on_text(
             bar.update()
 
         for source, one in zip(sources, opened, strict=True):
-            columns[str(source)] = scorecard(one, host, curve=_curve(options), progress=progress, **common)
+            columns[str(source)] = scorecard(one, host, curve=curve, progress=progress, **common)
         for kind in CONTROLS if options["controls"] else ():
             bar.set_description(kind)
             k = first.config.k or _active(first, host)
@@ -184,14 +188,17 @@ def _active(dictionary: Any, host: Any) -> int:
     return max(1, min(round(found.l0), dictionary.n_latents))
 
 
-def _curve(options: Mapping[str, Any]) -> tuple[Any, Any] | None:
+def _curve(path: Path | None, host: Any, mesh: Any) -> tuple[Any, Any] | None:
     import numpy as np
 
     from mergelab.errors import SAEError
+    from mergelab.sae.evaluation.curve import loss_curve
+    from mergelab.sae.evaluation.scorecard import halves
 
-    path = options["curve"]
     if path is None:
         return None
+    if path.is_dir():
+        return loss_curve(path, halves(host)[1], mesh=mesh)
     try:
         points = np.array(json.loads(path.read_text()), np.float64)
     except (OSError, ValueError) as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from tokenizers import Tokenizer
 
 from mergelab import __version__
@@ -20,8 +21,9 @@ from mergelab.quickstart.evaluate import bits_per_byte, summed_loss
 from mergelab.quickstart.settings import QuickstartSettings
 from mergelab.quickstart.train import train_lm
 
-__all__ = ["Family", "fresh_params", "train_tokenizer"]
+__all__ = ["Family", "checkpoint_steps", "fresh_params", "train_tokenizer"]
 
+_CHECKPOINTS = 8  # of a training, at steps evenly spaced in their logarithm
 _REPORT_EVERY = 5  # steps; between reports they are dispatched ahead of their execution
 
 
@@ -43,6 +45,12 @@ def fresh_params(model: llama.LlamaConfig, seed: int) -> llama.Params:
     return params | {"embed": {"embedding": embedding / jnp.broadcast_to(length, embedding.shape)}}
 
 
+def checkpoint_steps(steps: int) -> tuple[int, ...]:
+    """The steps after which a training of so many keeps a checkpoint; the last is among them."""
+    spaced = np.geomspace(max(1, steps // 80), steps, _CHECKPOINTS)
+    return tuple(sorted({round(float(step)) for step in spaced}))
+
+
 class Family:
     """Trains and scores models of one shape; the compiled programs are shared by all of them."""
 
@@ -55,7 +63,13 @@ class Family:
         self._loss = summed_loss(self._apply)
 
     def train(
-        self, name: str, start: Path | None, path: Path, on_step: Callable[[int, int], None]
+        self,
+        name: str,
+        start: Path | None,
+        path: Path,
+        on_step: Callable[[int, int], None],
+        *,
+        checkpoints: Path | None = None,
     ) -> dict[str, float]:
         """Trains `base` from scratch on all domains, or the specialist of a domain from the model at `start`.
 
@@ -64,6 +78,7 @@ class Family:
             start: HF folder to start from; None for fresh parameters.
             path: HF folder to write.
             on_step: called now and then with the steps done and the steps in all.
+            checkpoints: write HF folders named by their step here, eight evenly spaced in its logarithm.
 
         Returns:
             The loss of the first step and the mean over the last twenty, in nats per token.
@@ -76,14 +91,18 @@ class Family:
         stream = token_stream(self._encode(documents), END_OF_TEXT_ID)
         seed = self.seed * (1 + len(DOMAINS)) + ("base", *DOMAINS).index(name)
         batches = random_windows(stream, self.settings.context, self.settings.batch, seed)
+        files = tokenizer_files(self.tokenizer, self.settings.context)
+        kept = checkpoint_steps(steps.steps) if checkpoints else ()
 
         def report(step: int, params: llama.Params) -> None:
+            if checkpoints and step in kept:
+                llama.save(params, self.settings.model, checkpoints / str(step), files)
             if step % _REPORT_EVERY == 0 or step == steps.steps:
                 jax.block_until_ready(params)
                 on_step(step, steps.steps)
 
         params, losses = train_lm(self._apply, params, batches, steps, on_step=report)
-        llama.save(params, self.settings.model, path, tokenizer_files(self.tokenizer, self.settings.context))
+        llama.save(params, self.settings.model, path, files)
         return {"first_loss": round(float(losses[0]), 4), "last_loss": round(float(losses[-20:].mean()), 4)}
 
     def evaluate(self, folder: Path) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mergelab.checkpoints.digest import weights_sha256
 from mergelab.data.corpus import Document
 from mergelab.models.load import load_model
 from mergelab.quickstart.settings import AutoencoderSettings
@@ -64,6 +65,7 @@ def train_autoencoder(
         },
         "train": {"batch_size": settings.batch_size, "tokens": settings.tokens, "seed": seed},
         "checkpoint": {"log_every": 10},
+        "metadata": {"site": settings.site, "model": str(model), "model_hash": weights_sha256(model)},
     }
     result = train(config, path, progress=lambda done, total, _: on_step(done, total))
     return {name: result.metrics[name] for name in ("nmse", "dead_fraction", "l0")}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 
-from mergelab.data.corpus import DOMAINS, gather
+from mergelab.data.corpus import DOMAINS, Document, gather
 from mergelab.merging import merge
 from mergelab.quickstart.family import Family, train_tokenizer
 from mergelab.quickstart.features import find_features, train_autoencoder
 from mergelab.quickstart.recipes import copy_recipe
 from mergelab.quickstart.results import Results, score_models, verdict
 from mergelab.quickstart.settings import QuickstartSettings
-from mergelab.quickstart.stages import Stages, stage_key
+from mergelab.quickstart.stages import Stages, remove, stage_key
 
 __all__ = ["Progress", "run"]
 
@@ -32,7 +33,8 @@ def run(
 ) -> Results:
     """Trains, merges and scores the model family; what an earlier run with equal settings made is kept.
 
-    Writes `models/NAME`, `merges/RECIPE` (HF folders), `recipes/RECIPE.yaml`, `sae` and `results.json`.
+    Writes `models/NAME`, `merges/RECIPE`, `checkpoints/STEP` of the base (HF folders), `recipes/RECIPE.yaml`,
+    `sae`, `held-out.txt` and `results.json`.
 
     Args:
         out: the output folder.
@@ -59,7 +61,16 @@ def run(
         keys[folder] = key
 
         def train(path: Path, name: str = name, stage: str = stage, start: Path | None = start) -> object:
-            return family.train(name, start, path, lambda done, total: on_progress(stage, done, total))
+            checkpoints = None if start else out / "checkpoints"
+            if checkpoints:
+                remove(checkpoints)  # of a training that was stopped
+            return family.train(
+                name,
+                start,
+                path,
+                lambda done, total: on_progress(stage, done, total),
+                checkpoints=checkpoints,
+            )
 
         stages.run(stage, key, train, folder)
 
@@ -93,8 +104,15 @@ def run(
     stages.run("train autoencoder", key, train_sae, "sae")
     features = stages.run("find features", key, show_features)
 
+    (out / "held-out.txt").write_text(_mixed(corpus.held_out), encoding="utf-8")
     scores = score_models(bits, DOMAINS)
     judged = verdict(scores, DOMAINS)
     results = Results(DOMAINS, scores, judged, family.facts(), stages.seconds, features)
     (out / "results.json").write_text(json.dumps(results.to_dict(), indent=2) + "\n", encoding="utf-8")
     return results
+
+
+def _mixed(documents: Mapping[str, Sequence[Document]]) -> str:
+    """The documents of all domains in turn, so that both halves of the text are alike."""
+    turns = zip_longest(*documents.values())
+    return "\n\n".join(document.text for turn in turns for document in turn if document is not None)

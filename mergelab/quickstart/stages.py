@@ -14,7 +14,7 @@ from typing import Any
 from mergelab import __version__
 from mergelab.errors import OutputError
 
-__all__ = ["Stages", "stage_key"]
+__all__ = ["Stages", "remove", "stage_key"]
 
 RECORD = "stages.json"
 
@@ -68,7 +68,7 @@ class Stages:
         if self._done.pop(name, None):
             self._write()  # before its product goes, so that a stop in between is not taken for success
         if product is not None:
-            _remove(target)
+            remove(target)
             target.parent.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
         value = work(target)
@@ -93,7 +93,8 @@ class Stages:
         os.replace(partial, self.record)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Deletes a file or a folder with all that is in it, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -18,6 +18,7 @@ from mergelab.data.corpus import DOMAINS
 from mergelab.merging import Recipe
 from mergelab.models import llama
 from mergelab.operators import OPERATORS
+from mergelab.quickstart.family import checkpoint_steps
 from mergelab.quickstart.recipes import copy_recipe, recipe_folder
 from mergelab.quickstart.settings import ALL_RECIPES, PRESETS
 
@@ -90,6 +91,28 @@ def test_the_autoencoder_explains_the_base_model_and_is_shown_in_the_text(done: 
     for latent in latents:
         strengths = [max(strength for _, strength in example) for example in latent["examples"]]
         assert strengths == sorted(strengths, reverse=True) and strengths[0] == pytest.approx(1, abs=1e-4)
+
+
+def test_its_checkpoints_say_what_training_the_autoencoder_is_worth(done: SimpleNamespace) -> None:
+    steps = checkpoint_steps(PRESETS["tiny"].base.steps)
+    assert {path.name for path in (done.out / "checkpoints").iterdir()} == {str(step) for step in steps}
+    assert steps[-1] == PRESETS["tiny"].base.steps and 6 <= len(steps) <= 8
+    last, base = (
+        done.out / path / "model.safetensors" for path in (f"checkpoints/{steps[-1]}", "models/base")
+    )
+    assert last.read_bytes() == base.read_bytes()
+    asked = ["sae", "eval", done.out / "sae", "--model", done.out / "models" / "base", "--json"]
+    asked += ["--text", done.out / "held-out.txt", "--curve", done.out / "checkpoints", "--context", 32]
+    result = CliRunner().invoke(cli, [str(word) for word in [*asked, "--metrics", "downstream"]])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["host_checked"]
+    assert 0 < found["dictionaries"][str(done.out / "sae")]["downstream.compute_equivalent"]["value"] < 1
+
+
+def test_checkpoints_are_evenly_spaced_in_the_logarithm() -> None:
+    assert checkpoint_steps(400) == (5, 9, 17, 33, 61, 114, 214, 400)
+    assert checkpoint_steps(3) == (1, 2, 3) and checkpoint_steps(1) == (1,)
 
 
 def test_a_merge_is_a_model_with_its_tokenizer(done: SimpleNamespace) -> None:

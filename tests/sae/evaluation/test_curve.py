@@ -1,0 +1,52 @@
+"""The curve of a training is its checkpoints' losses on the very text that judges."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mergelab.errors import SAEError
+from mergelab.models import llama
+from mergelab.sae.evaluation.curve import loss_curve
+from mergelab.sae.evaluation.downstream import compute_equivalent, evaluate_downstream
+from mergelab.sharding import make_mesh
+from tests.sae.evaluation.trained_host import Host
+
+
+@pytest.fixture(scope="module")
+def checkpoints(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The host at its end, and a quarter of the way to it from random weights."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    _, end = llama.load(host.folder)
+    early = jax.tree.map(lambda a, b: 0.25 * a + 0.75 * b, end, llama.init(host.config, 0))
+    for step, params in ((150, end), (9, early)):
+        llama.save(params, host.config, folder / str(step))
+    (folder / "notes").mkdir()
+    return folder
+
+
+def test_losses_are_those_of_an_evaluation(host: Host, checkpoints: Path) -> None:
+    steps, losses = loss_curve(checkpoints, host.source)
+    found = evaluate_downstream(host.dictionary, host.source)
+    assert steps.tolist() == [9, 150] and losses[0] > losses[1] + 0.5
+    assert losses[1] == pytest.approx(found.ce, rel=1e-5)
+    assert 9 / 150 < compute_equivalent(steps, losses, found.ce_spliced) < 1
+    part = loss_curve(checkpoints, replace(host.source, tokens=host.source.tokens[:5]))[1]
+    assert abs(part - losses).max() > 1e-3
+    mesh = make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
+    np.testing.assert_allclose(loss_curve(checkpoints, host.source, mesh=mesh)[1], losses, rtol=1e-5)
+
+
+def test_what_is_no_curve_is_said(host: Host, checkpoints: Path, tmp_path: Path) -> None:
+    (tmp_path / "10").mkdir()
+    with pytest.raises(SAEError, match="1 folders named by a training step"):
+        loss_curve(tmp_path, host.source)
+    small = replace(host.config, intermediate_size=16)
+    for step in (20, 30):
+        llama.save(llama.init(small, 0), small, tmp_path / "other" / str(step))
+    with pytest.raises(SAEError, match="another shape"):
+        loss_curve(tmp_path / "other", host.source)

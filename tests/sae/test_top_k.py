@@ -12,6 +12,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from mergelab.sae.shards import Shards
+from mergelab.sae.sparse import search as searching
+from mergelab.sae.sparse.search import pre_activations, search
 from mergelab.sae.sparse.threshold import kth_largest
 from mergelab.sae.sparse.top_k import largest, top_k
 from mergelab.sharding import make_mesh
@@ -50,7 +52,7 @@ def test_shards_keep_exactly_the_elements_of_the_whole_row(k: int, distinct: int
     shards = Shards(latents="latents")
 
     def mask(part: jax.Array) -> jax.Array:
-        best = largest(part, k, shards)
+        best = largest(*top_k(part, min(k, part.shape[1])), k, shards)
         rows = jnp.arange(part.shape[0])[:, None]
         return jnp.zeros(part.shape, bool).at[rows, best.indices].set(best.among(k))
 
@@ -67,3 +69,19 @@ def test_counts_find_the_kth_largest(seed: int, k: int, distinct: int) -> None:
     found = kth_largest(jnp.asarray(x), k, lambda f: f.sum(axis=1, dtype=jnp.int32, keepdims=True))
     wanted = np.sort(x, axis=1)[:, ::-1][:, k - 1 : k] if k <= 50 else np.zeros((4, 1))
     np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 5, 12, 37])
+def test_a_search_in_pieces_finds_what_the_whole_has(
+    rows: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = np.random.default_rng(rows)
+    x, encoder = (jnp.asarray(draw.integers(-3, 4, shape), jnp.float32) for shape in ((37, 16), (640, 16)))
+    bias = jnp.asarray(draw.integers(-9, 10, 640), jnp.float32)
+    # Of such whole numbers every product is exact, in half precision too, and many are equal.
+    values, indices = lax.top_k(pre_activations(x, encoder, bias), 6)
+    monkeypatch.setattr(searching, "_PIECE_BYTES", rows * 640 * 4)
+    found = search(x, encoder, bias, 6, "cpu", dtype)
+    np.testing.assert_array_equal(found[0], values)
+    np.testing.assert_array_equal(found[1], indices)

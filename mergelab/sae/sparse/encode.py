@@ -11,16 +11,14 @@ from jax import Array, lax
 
 from mergelab.sae.shards import Shards
 from mergelab.sae.sparse.codes import Codes, DenseCodes, SparseCodes
-from mergelab.sae.sparse.rows import add_rows, dot_with_rows, sum_of_rows
+from mergelab.sae.sparse.rows import add_rows, sum_of_rows
+from mergelab.sae.sparse.search import pre_activations, search
 from mergelab.sae.sparse.top_k import Largest, largest, top_k
 
-__all__ = ["pre_activations", "prefers_dense", "top_k_codes"]
+__all__ = ["prefers_dense", "top_k_codes"]
 
 _DENSE_BELOW = 32
 """Latents per active latent under which dense codes are faster on a CPU (benchmarks/sae_step.py)."""
-
-_SPARE = 4
-"""With half-precision screening, `k / _SPARE` more candidates than k are scored again in float32."""
 
 
 def prefers_dense(n_latents: int, k: int, platform: str) -> bool:
@@ -28,34 +26,9 @@ def prefers_dense(n_latents: int, k: int, platform: str) -> bool:
     return platform == "tpu" or (platform == "cpu" and n_latents < _DENSE_BELOW * k)
 
 
-def pre_activations(x: Array, encoder: Array, bias: Array, compute_dtype: str = "float32") -> Array:
-    """`x @ encoder.T + bias`: `[tokens, d_in]`, `[n, d_in]`, `[n]` -> `[tokens, n]`, float32.
-
-    Args:
-        x: activations.
-        encoder: rows of encoder weights.
-        bias: of the latents.
-        compute_dtype: what the factors of the product are rounded to; sums are float32.
-    """
-    product = lax.dot_general(
-        x.astype(compute_dtype),
-        encoder.astype(compute_dtype),
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
-    return product + bias[None, :]
-
-
 def _best(x: Array, encoder: Array, bias: Array, k: int, shards: Shards, compute_dtype: str) -> Largest:
-    if compute_dtype == "float32":
-        return largest(pre_activations(x, encoder, bias), k, shards)
-    # Half precision only chooses whom to look at: their values, and the choice among them, are float32.
-    rough = pre_activations(x, encoder, bias, compute_dtype)
-    _, candidates = top_k(rough, min(k + k // _SPARE, rough.shape[1]), shards.platform)
-    candidates = jnp.sort(candidates, axis=-1)  # so that ties go to the lowest index
-    exact = dot_with_rows(x, candidates, encoder, shards.platform) + bias[candidates]
-    best = largest(exact, k, shards)
-    return Largest(best.values, jnp.take_along_axis(candidates, best.indices, axis=1), best.winners, shards)
+    found = search(x, encoder, bias, min(k, encoder.shape[0]), shards.platform, compute_dtype)
+    return largest(*found, k, shards)
 
 
 def _forward(
@@ -102,7 +75,7 @@ def top_k_codes(
         k_max: the largest of them.
         shards: the mesh axes.
         dense: whether to return dense codes.
-        compute_dtype: see `pre_activations`; pairs are scored again in float32.
+        compute_dtype: see `search` and, for dense codes, `pre_activations`.
 
     Returns:
         Codes for each of `ks`. Ties go to the lowest latent.
@@ -115,7 +88,8 @@ def top_k_codes(
             for k in ks
         ]
     pre = pre_activations(x, encoder, bias, compute_dtype)
-    best = largest(lax.stop_gradient(pre), k_max, shards)
+    found = top_k(lax.stop_gradient(pre), min(k_max, pre.shape[1]), shards.platform)
+    best = largest(*found, k_max, shards)
     return [DenseCodes(jnp.where(_kept(pre, best, k), jnp.maximum(pre, 0), 0), shards) for k in ks]
 
 

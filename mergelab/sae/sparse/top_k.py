@@ -90,16 +90,16 @@ class Largest:
         return jnp.arange(own, dtype=jnp.int32)[None, :] < kept
 
 
-def largest(x: Array, k: int, shards: Shards = ONE_DEVICE) -> Largest:
-    """The k largest of each row of `x`, whose columns may be split over the mesh.
+def largest(values: Array, indices: Array, k: int, shards: Shards = ONE_DEVICE) -> Largest:
+    """The k largest of each row, from the largest of each shard's columns.
 
     Args:
-        x: `[tokens, n_local]`, this shard's columns, no NaN.
+        values: `[tokens, own]`, the largest of this shard, falling; k of them if it has so many columns.
+        indices: `[tokens, own]`, int32, their columns.
         k: how many over all shards.
         shards: the mesh axes.
     """
-    own = min(k, x.shape[-1])
-    values, indices = top_k(x, own, shards.platform)
+    own = values.shape[-1]
     everyone = shards.gather_latents(values)
     if shards.latents is None:
         winners = jnp.broadcast_to(jnp.arange(own, dtype=jnp.int32), values.shape)

@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from mergelab.errors import SAEError
 from mergelab.sae.sparse.codes import DenseCodes
-from mergelab.sae.sparse.encode import pre_activations
+from mergelab.sae.sparse.search import pre_activations
 from mergelab.sae.sparse.threshold import kth_largest
 from mergelab.sae.variants.live import live_bias
 from mergelab.sae.variants.variant import Context, Encoded, Params, Variant

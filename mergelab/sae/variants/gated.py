@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from mergelab.sae.sparse.codes import DenseCodes
-from mergelab.sae.sparse.encode import pre_activations
+from mergelab.sae.sparse.search import pre_activations
 from mergelab.sae.variants.live import live_bias
 from mergelab.sae.variants.relu import warmed
 from mergelab.sae.variants.variant import Context, Encoded, Outcome, Params, Variant

@@ -17,7 +17,7 @@ from jax import Array
 
 from mergelab.errors import SAEError
 from mergelab.sae.sparse.codes import DenseCodes
-from mergelab.sae.sparse.encode import pre_activations
+from mergelab.sae.sparse.search import pre_activations
 from mergelab.sae.variants.live import live_bias
 from mergelab.sae.variants.relu import warmed
 from mergelab.sae.variants.variant import Context, Encoded, Params, Variant

@@ -48,7 +48,7 @@ class Budget:
         steps: loop passes, macro calls, calls and filters.
         characters: written in all; no single value may be larger either.
         elements: of one value, nested ones counted as often as they appear.
-        seconds: of wall time, in case the steps are slow ones.
+        seconds: of the thread's processor time, in case the steps are slow ones.
     """
 
     steps: int = 300_000
@@ -60,7 +60,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         self._limit = self.characters
-        self._end = time.monotonic() + self.seconds
+        self._end = time.thread_time() + self.seconds
 
     def step(self) -> None:
         """Counts a step.
@@ -69,7 +69,7 @@ class Budget:
             ChatTemplateError: no steps, or no time, are left.
         """
         self.steps -= 1
-        if self.steps < 0 or time.monotonic() > self._end:
+        if self.steps < 0 or time.thread_time() > self._end:
             raise ChatTemplateError(
                 "the chat template does not end (it ran out of its steps or seconds); use another template."
             )

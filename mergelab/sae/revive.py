@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from mergelab.sae.shards import Shards
-from mergelab.sae.sparse.search import pre_activations
 from mergelab.sae.sparse.rows import row_dot
+from mergelab.sae.sparse.search import pre_activations
 from mergelab.sae.sparse.threshold import kth_largest
 from mergelab.sae.variants.variant import Params, Variant
 

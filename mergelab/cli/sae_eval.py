@@ -160,7 +160,7 @@ def _on_text(
     common: dict[str, Any] = {
         "metrics": asked,
         "labels": labels,
-        "mask_token": load_tokenizer(model).pad_id,
+        "mask_token": load_tokenizer(model).mask_id,
         "seed": options["seed"],
     }
     curve = _curve(options["curve"], host, mesh)

@@ -83,7 +83,7 @@ def command(
 
     @cache
     def words(token: int) -> str:
-        return tokenizer.decode([token], skip_special_tokens=False)
+        return tokenizer.piece(token)
 
     with tqdm(unit="context", disable=as_json or None, dynamic_ncols=True) as bar:
 
@@ -95,7 +95,7 @@ def command(
 
         gallery = make_gallery(dictionary, host, most=latents, examples=examples, progress=progress)
     if explain:
-        gallery = explain_gallery(gallery, dictionary, host, count=explain, mask_token=tokenizer.pad_id)
+        gallery = explain_gallery(gallery, dictionary, host, count=explain, mask_token=tokenizer.mask_id)
     facts = {
         "model": str(model),
         "site": gallery.site,

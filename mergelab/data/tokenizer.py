@@ -52,6 +52,27 @@ class Tokenizer:
         pad = self.id_of("pad")
         return pad if pad is not None else next(iter(self.end_ids), 0)
 
+    @property
+    def mask_id(self) -> int:
+        """The id that takes a token's place: that of `mask`, else `pad_id`."""
+        mask = self.id_of("mask")
+        return mask if mask is not None else self.pad_id
+
+    @property
+    def frame(self) -> tuple[int, int] | None:
+        """The tokens between which an encoder's text stands (`cls` and `sep`), or None."""
+        begin, end = self.id_of("cls"), self.id_of("sep")
+        return None if begin is None or end is None else (begin, end)
+
+    def piece(self, token: int) -> str:
+        """The text of one token as it stands within a text, with the space before it if it brings one."""
+        raw = self.backend.id_to_token(token) or ""
+        decoder = self.backend.decoder
+        if isinstance(decoder, tokenizers.decoders.WordPiece):
+            return raw.removeprefix(decoder.prefix) if raw.startswith(decoder.prefix) else f" {raw}"
+        text = self.decode([token], skip_special_tokens=False)
+        return f" {text}" if raw.startswith("▁") and not text.startswith(" ") else text
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.
 

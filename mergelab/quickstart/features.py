@@ -116,5 +116,4 @@ def find_features(
 def _token_texts(model: Path) -> Callable[[int], str]:
     from mergelab.data.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(model)
-    return lambda token: tokenizer.decode([token], skip_special_tokens=False)
+    return load_tokenizer(model).piece

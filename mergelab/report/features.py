@@ -76,8 +76,8 @@ def page_data(gallery: Gallery, words: Callable[[int], str]) -> dict[str, Any]:
                 used |= {int(t) for t in tokens}
         if latent in gallery.explained:
             explanation, match = gallery.explained[latent]
-            feature["patterns"] = [list(pattern.tokens) for pattern in explanation.patterns]
-            used |= {t for pattern in explanation.patterns for t in pattern.tokens if t is not None}
+            feature["patterns"] = [[list(p.tokens), list(p.after)] for p in explanation.patterns]
+            used |= {t for p in explanation.patterns for t in (*p.tokens, *p.after) if t is not None}
             # NaN is no JSON.
             feature["precision"] = _short(match.precision) if match.precision == match.precision else None
             feature["recall"] = _short(match.recall) if match.recall == match.recall else None

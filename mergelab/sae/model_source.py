@@ -18,7 +18,13 @@ from mergelab.errors import NonFiniteError, SAEError
 from mergelab.models.load import load_model
 from mergelab.models.model import Model
 
-__all__ = ["ModelActivations", "SiteActivations", "contexts_of_texts", "open_model_activations"]
+__all__ = [
+    "ModelActivations",
+    "SiteActivations",
+    "contexts_of_texts",
+    "cut_contexts",
+    "open_model_activations",
+]
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class ModelActivations:
         tokens: int32 `[contexts, length]`, whole contexts.
         sites: names of sites of shape `[batch, length, d]`.
         batch: contexts in one forward pass.
+        framed: whether the first and the last token of each context are none of its text: `[CLS]`, `[SEP]`.
     """
 
     model: Model
@@ -42,6 +49,7 @@ class ModelActivations:
     tokens: np.ndarray
     sites: tuple[str, ...]
     batch: int = 32
+    framed: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or not self.tokens.size:
@@ -134,17 +142,39 @@ class SiteActivations:
 def contexts_of_texts(folder: Path, texts: Sequence[str], length: int) -> np.ndarray:
     """Texts in the tokens of a model's folder, joined and cut: int32 `[contexts, length]`, without the rest.
 
+    A token that ends texts stands between them; where the tokenizer frames texts, each context is framed.
+
     Raises:
         SAEError: the texts do not fill one context.
     """
     tokenizer = load_tokenizer(folder)
-    ends = next(iter(tokenizer.end_ids), None)
     documents = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    packed = pack_stream(documents, length, separator=ends)
-    whole = packed.tokens[packed.mask.all(axis=1)]
+    return cut_contexts(documents, length, next(iter(tokenizer.end_ids), None), tokenizer.frame)
+
+
+def cut_contexts(
+    documents: Sequence[Sequence[int]], length: int, separator: int | None, frame: tuple[int, int] | None
+) -> np.ndarray:
+    """Documents joined and cut: int32 `[contexts, length]`, without the rest.
+
+    Args:
+        documents: of numbers, such as token ids.
+        length: of a context, its frame included.
+        separator: follows each document; None for none.
+        frame: begins and ends each context; None for none.
+
+    Raises:
+        SAEError: they do not fill one context.
+    """
+    room = length if frame is None else length - 2
+    packed = pack_stream(documents, room, separator=separator) if room > 0 else None
+    whole = packed.tokens[packed.mask.all(axis=1)] if packed is not None else np.zeros((0, 0), np.int32)
     if not len(whole):
         raise SAEError(f"the texts do not fill one context of {length} tokens; give more text.")
-    return whole
+    if frame is None:
+        return whole
+    begin, end = (np.full((len(whole), 1), token, np.int32) for token in frame)
+    return np.concatenate([begin, whole, end], axis=1)
 
 
 def open_model_activations(
@@ -179,6 +209,7 @@ def open_model_activations(
             raise SAEError(f"{path}: the text cannot be read ({error.strerror}).") from error
     loaded, params = load_model(model, mesh=mesh, dtype=dtype)
     tokens = contexts_of_texts(Path(model), read, length)
-    found = ModelActivations(loaded, params, tokens, tuple(sites))
+    framed = load_tokenizer(model).frame is not None
+    found = ModelActivations(loaded, params, tokens, tuple(sites), framed=framed)
     _ = found.widths  # names of sites are checked here, before anything is computed
     return found

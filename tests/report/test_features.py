@@ -18,7 +18,7 @@ from mergelab.sae.evaluation.activity import Activity
 from mergelab.sae.evaluation.examples import Example, Survey
 from mergelab.sae.evaluation.gallery import Gallery
 from mergelab.sae.evaluation.logit_effects import LogitEffects
-from mergelab.sae.evaluation.n2g import Explanation, Match, Pattern
+from mergelab.sae.evaluation.patterns import Explanation, Match, Pattern
 
 WORDS = ["</script>", " return", " the", "\n", " élan", " def", "<b>x</b>", " cat"]
 
@@ -43,7 +43,8 @@ def _gallery(latents: int = 3, length: int = 6, examples: int = 2) -> Gallery:
     effects = LogitEffects(
         numbers, tokens, values, tokens[:, ::-1], -values, np.ones((latents, 3)), np.ones((latents, 4))
     )
-    explained = {2: (Explanation(2, (Pattern((5, None, 1), 1.0),)), Match(0.5, float("nan"), 3))}
+    patterns = (Pattern((5, None, 1), 1.0), Pattern((5, 1), 1.0, (None, 2)))
+    explained = {2: (Explanation(2, patterns), Match(0.5, float("nan"), 3))}
     return Gallery(
         "blocks.0.resid_post", Survey(99, rng.random(n), peak, found), happened, effects, explained
     )
@@ -74,6 +75,7 @@ def test_the_page_holds_the_gallery_and_nothing_from_elsewhere(page: Path) -> No
     assert feature["i"] == 2 and feature["precision"] == 0.5 and feature["recall"] is None
     assert [marks for _, marks in feature["examples"]] == [[5, 99], [5, 89]]
     assert data["words"][str(data["contexts"]["4"][5])] == " return"
+    assert feature["patterns"] == [[[5, None, 1], []], [[5, 1], [None, 2]]]
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +137,8 @@ def test_the_script_alone_finds_and_sorts(page: Path, repository: Path, tmp_path
     const texts = data.features.map((f) => searchable(data, f));
     const ask = (q, sort) => found(data, texts, q, sort).map((f) => f.i);
     console.log(JSON.stringify([ask("return", "i"), ask("#4", "peak"), ask("", "precision"), ask("", "i"),
-      readAddress("#latent=7&sort=nonsense"), activations(data.features[0], 0, 6)]));
+      readAddress("#latent=7&sort=nonsense"), activations(data.features[0], 0, 6),
+      data.features[1].patterns.map((pattern) => pattern_text(data, pattern))]));
     """
     (tmp_path / "run.js").write_text(script + calls, encoding="utf-8")
     (tmp_path / "data.json").write_text(json.dumps(_data(page)), encoding="utf-8")
@@ -143,6 +146,7 @@ def test_the_script_alone_finds_and_sorts(page: Path, repository: Path, tmp_path
         [node, tmp_path / "run.js", tmp_path / "data.json"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    by_text, by_number, by_precision, by_i, address, values = json.loads(done.stdout)
+    by_text, by_number, by_precision, by_i, address, values, patterns = json.loads(done.stdout)
     assert by_text == [2] and by_number == [4] and by_precision == [2, 0, 4] and by_i == [0, 2, 4]
     assert address == {"q": "#7", "sort": "peak"} and values == [0, 0, 0, 0, 0, 1]
+    assert patterns == [" def∗ return", " def⟦ return⟧∗ the"]

@@ -103,6 +103,15 @@ function effects(data, name, list) {
   return element("p", { class: "tokens" }, element("span", { class: "soft" }, name + "  "), words);
 }
 
+/* A pattern ends in the active token; where an encoder needs tokens after it, it stands in brackets. */
+function pattern_text(data, [before, after]) {
+  const words = before.map((token) => (token === null ? "∗" : shown(data.words[token])));
+  if (!after.length) return words.join("");
+  const active = words.pop();
+  const rest = after.map((token) => (token === null ? "∗" : shown(data.words[token])));
+  return words.join("") + "⟦" + active + "⟧" + rest.join("");
+}
+
 function article(data, feature) {
   const facts = [`density ${feature.density}`, `peak ${feature.peak}`, `mean ${feature.mean}`];
   if (feature.precision !== undefined) {
@@ -114,7 +123,7 @@ function article(data, feature) {
   const side = element("div", {}, bars(feature.bars));
   if (feature.up) side.append(effects(data, "promotes", feature.up), effects(data, "suppresses", feature.down));
   if (feature.patterns) {
-    const spelt = feature.patterns.map((p) => p.map((t) => (t === null ? "∗" : shown(data.words[t]))).join(""));
+    const spelt = feature.patterns.map((pattern) => pattern_text(data, pattern));
     side.append(element("p", { class: "tokens" }, element("span", { class: "soft" }, "patterns  "), spelt.join("   ")));
   }
   const near = element("p", { class: "tokens" }, element("span", { class: "soft" }, "active with  "));

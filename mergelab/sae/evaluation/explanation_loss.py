@@ -16,8 +16,8 @@ from mergelab.models.model import Model
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.downstream import require_logits
 from mergelab.sae.evaluation.host import check_reads
-from mergelab.sae.evaluation.n2g import Explanation, Match, judge_explanation
 from mergelab.sae.evaluation.passes import passes
+from mergelab.sae.evaluation.patterns import Explanation, Match, judge_explanation, mean_match
 from mergelab.sae.model_source import ModelActivations
 
 __all__ = ["ExplanationScore", "score_explanations"]
@@ -44,12 +44,12 @@ class ExplanationScore:
     @property
     def precision(self) -> float:
         """Mean over the explanations that name a token."""
-        return _mean([match.precision for match in self.matches])
+        return mean_match(self.matches)[0]
 
     @property
     def recall(self) -> float:
         """Mean over the latents that are active."""
-        return _mean([match.recall for match in self.matches])
+        return mean_match(self.matches)[1]
 
     @property
     def delta_ce(self) -> float:
@@ -61,11 +61,6 @@ class ExplanationScore:
         """`(ce_ablated - ce_simulated) / (ce_ablated - ce)`: 1 is as good as the latents themselves."""
         gap = self.ce_ablated - self.ce
         return (self.ce_ablated - self.ce_simulated) / gap if gap else float("nan")
-
-
-def _mean(values: Sequence[float]) -> float:
-    known = [value for value in values if not np.isnan(value)]
-    return float(np.mean(known)) if known else float("nan")
 
 
 def score_explanations(

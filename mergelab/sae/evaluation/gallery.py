@@ -11,9 +11,9 @@ import numpy as np
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.activity import Activity, activity
 from mergelab.sae.evaluation.examples import Survey, survey
-from mergelab.sae.evaluation.explanation_loss import score_explanations
 from mergelab.sae.evaluation.logit_effects import LogitEffects, logit_effects
-from mergelab.sae.evaluation.n2g import Explanation, Match, explain
+from mergelab.sae.evaluation.n2g import explain, match_explanations
+from mergelab.sae.evaluation.patterns import Explanation, Match
 from mergelab.sae.evaluation.scorecard import halves
 from mergelab.sae.model_source import ModelActivations
 
@@ -106,13 +106,13 @@ def explain_gallery(
     They are made of the first half of the text and judged on the second.
 
     Raises:
-        SAEError: the text has one context, or the model predicts no tokens.
+        SAEError: the text has one context.
     """
     order = np.argsort(-gallery.survey.peak[gallery.latents], kind="stable")[:count]
     chosen = gallery.latents[order].tolist()
     fit, judge = halves(source)
     found = survey(dictionary, fit, count=8, latents=chosen).examples
     made = explain(dictionary, fit, found, mask_token=mask_token)
-    score = score_explanations(dictionary, judge, list(made.values()))
-    explained = dict(zip(made, zip(made.values(), score.matches, strict=True), strict=True))
+    matches = match_explanations(dictionary, judge, list(made.values()))
+    explained = dict(zip(made, zip(made.values(), matches, strict=True), strict=True))
     return Gallery(gallery.site, gallery.survey, gallery.activity, gallery.effects, explained)

@@ -15,9 +15,10 @@ from mergelab.sae.evaluation.absorption import absorption
 from mergelab.sae.evaluation.downstream import compute_equivalent, evaluate_downstream
 from mergelab.sae.evaluation.embeddings import evaluate_embeddings
 from mergelab.sae.evaluation.examples import survey
-from mergelab.sae.evaluation.explanation_loss import score_explanations
-from mergelab.sae.evaluation.n2g import explain
+from mergelab.sae.evaluation.explanation_loss import ExplanationScore, score_explanations
+from mergelab.sae.evaluation.n2g import explain, match_explanations
 from mergelab.sae.evaluation.passes import read_batches
+from mergelab.sae.evaluation.patterns import mean_match
 from mergelab.sae.evaluation.probing import best_probes, sparse_probe
 from mergelab.sae.evaluation.progressive import progressive_recovery
 from mergelab.sae.evaluation.sparsity import channel_sparsity, latent_sparsity
@@ -190,10 +191,15 @@ def _explanations(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[
     chosen = np.random.default_rng(evidence.seed).permutation(active)[: evidence.explained]
     examples = survey(dictionary, evidence.fit, count=8, latents=chosen.tolist()).examples
     explained = explain(dictionary, evidence.fit, examples, mask_token=evidence.mask_token)
-    found = score_explanations(dictionary, evidence.judge, list(explained.values()))
+    causal = evidence.judge.model.family.architecture.causal
+    judge = score_explanations if causal else match_explanations
+    found = judge(dictionary, evidence.judge, list(explained.values()))
+    matches = found.matches if isinstance(found, ExplanationScore) else found
     many = f"N2G of {len(explained)} latents, on text they are not made of"
-    yield "precision", Score(found.precision, "", f"{many}; 1 perfect")
-    yield "recall", Score(found.recall, "", f"{many}; 1 perfect")
+    for name, value in zip(("precision", "recall"), mean_match(matches), strict=True):
+        yield name, Score(value, "", f"{many}; 1 perfect")
+    if not isinstance(found, ExplanationScore):
+        return  # an encoder predicts nothing that an explanation could cost
     yield "delta_ce", Score(found.delta_ce, "nats / token", "these latents simulated; 0 is lossless")
     yield "recovered", Score(found.recovered, "", "1 lossless, 0 as bad as these latents at zero")
 
@@ -217,7 +223,7 @@ METRICS: Mapping[str, Metric] = {
     "probing": Metric(_probing, needs_labels=True),
     "absorption": Metric(_absorption, needs_labels=True),
     "sparsity": Metric(_sparsity, needs_logits=True),
-    "explanations": Metric(_explanations, needs_logits=True),
+    "explanations": Metric(_explanations),
     "progressive": Metric(_progressive),
 }
 """Evaluations by name, in the order a scorecard runs them."""

@@ -1,15 +1,15 @@
 """Explains latents by token patterns (N2G, Foote et al., arXiv 2305.19911, constants of arXiv 2406.04093).
 
 An example is cut off after its strongest token and shortened to the shortest suffix that keeps half of the
-activation; tokens of it that may be masked without losing half become wildcards. The patterns of a latent
-form a trie read backwards from the active token.
+activation; tokens of it that may be masked without losing half become wildcards. An encoder sees what comes
+after a token too: its examples are not cut off but shortened from both ends, first from the left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,89 +21,153 @@ from mergelab.models.model import Model
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.examples import Example
 from mergelab.sae.evaluation.host import check_reads
+from mergelab.sae.evaluation.passes import encode, read_batches
+from mergelab.sae.evaluation.patterns import Explanation, Match, Pattern, judge_explanation
 from mergelab.sae.model_source import ModelActivations
 
-__all__ = ["Explanation", "Match", "Pattern", "explain", "judge_explanation"]
+__all__ = ["Variant", "explain", "find_patterns", "match_explanations"]
 
 KEPT = 0.5
-"""The part of an activation that a suffix keeps; a token is a wildcard if masking it costs less than it."""
+"""The part of an activation that a cut keeps; a token is a wildcard if masking it costs less than it."""
 
-_VALUE = "value"
+_LENGTH_STEP = 16  # lengths are padded to a multiple of this, so that few of them are compiled
 
 
 @dataclass(frozen=True)
-class Pattern:
-    """A sequence of tokens that ends in the active one.
+class Variant:
+    """A text of which one latent's activation at one token is asked.
 
     Attributes:
-        tokens: in reading order; None stands for any token.
-        activation: mean activation of the examples it comes from.
+        latent: its number.
+        tokens: the text.
+        at: the token's place.
     """
-
-    tokens: tuple[int | None, ...]
-    activation: float
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """The patterns of a latent."""
 
     latent: int
-    patterns: tuple[Pattern, ...]
-
-    @cached_property
-    def _trie(self) -> dict[Any, Any]:
-        root: dict[Any, Any] = {}
-        for pattern in self.patterns:
-            node = root
-            for token in reversed(pattern.tokens):
-                node = node.setdefault(token, {})
-            node[_VALUE] = pattern.activation
-        return root
-
-    def simulate(self, tokens: Sequence[int]) -> np.ndarray:
-        """The activation the patterns promise at each token of a context: float32 `[length]`.
-
-        Of the patterns that match, the longest counts, and of those the strongest; 0 where none does.
-        """
-        found = np.zeros(len(tokens), np.float32)
-        for end in range(len(tokens)):
-            nodes, at = [self._trie], end
-            while nodes and at >= 0:
-                nodes = [node[step] for node in nodes for step in (tokens[at], None) if step in node]
-                promised = [node[_VALUE] for node in nodes if _VALUE in node]
-                if promised:
-                    found[end] = max(promised)
-                at -= 1
-        return found
+    tokens: tuple[int, ...]
+    at: int
 
 
 @dataclass(frozen=True)
-class Match:
-    """How well an explanation tells where its latent is active.
+class _Case:
+    """An example, and the window `[start, stop)` of it that is left; what is outside `[low, high)` stays."""
 
-    Attributes:
-        precision: of the tokens it names, the part where the latent is active; NaN if it names none.
-        recall: of the tokens where the latent is active, the part it names; NaN if there are none.
-        active: tokens where the latent is active.
-    """
+    latent: int
+    tokens: tuple[int, ...]
+    at: int
+    low: int
+    high: int
+    start: int
+    stop: int
+    activation: float = 0.0
 
-    precision: float
-    recall: float
-    active: int
+    @classmethod
+    def of(cls, latent: int, example: Example, *, causal: bool, framed: bool) -> _Case:
+        at = int(np.argmax(example.codes))
+        tokens = example.tokens[: at + 1] if causal else example.tokens
+        low, high = (1, len(tokens) - 1) if framed and not causal else (0, len(tokens))
+        return cls(latent, tokens, at, low, high, low, high)
+
+    def variant(self) -> Variant:
+        tokens = self.tokens[: self.low] + self.tokens[self.start : self.stop] + self.tokens[self.high :]
+        at = self.at
+        if at >= self.high:
+            at += self.low + self.stop - self.start - self.high
+        elif at >= self.low:
+            at += self.low - self.start
+        return Variant(self.latent, tokens, at)
+
+    def starts(self) -> list[_Case]:
+        """Shortened from the left by more and more."""
+        last = min(max(self.at, self.low), self.high)
+        return [replace(self, start=start) for start in range(self.low, last + 1)]
+
+    def stops(self) -> list[_Case]:
+        """Shortened from the right by less and less."""
+        first = min(max(self.at + 1, self.start), self.high)
+        return [replace(self, stop=stop) for stop in range(first, self.high + 1)]
+
+    def places(self) -> list[int]:
+        """Of the tokens that may be part of the pattern."""
+        return sorted({*range(self.start, self.stop), self.at})
+
+    def masked(self, place: int, mask_token: int) -> _Case:
+        tokens = (*self.tokens[:place], mask_token, *self.tokens[place + 1 :])
+        return replace(self, tokens=tokens)
+
+    def pattern(self, saliency: np.ndarray) -> tuple[tuple[int | None, ...], tuple[int | None, ...]]:
+        """The tokens up to the active one, and those after it, from the first to the last that is needed."""
+        places = self.places()
+        needed = [place for place, value in zip(places, saliency, strict=True) if value >= KEPT]
+        if not needed:
+            return (self.tokens[self.at],), ()  # a pattern of wildcards would match everything
+        first, last = min(*needed, self.at), max(*needed, self.at)
+        shown = [
+            self.tokens[place] if place in needed else None for place in places if first <= place <= last
+        ]
+        return tuple(shown[: self.at - first + 1]), tuple(shown[self.at - first + 1 :])
 
 
-def judge_explanation(simulated: np.ndarray, codes: np.ndarray) -> Match:
-    """Compares simulated with true activations of one latent, on text the explanation is not made of.
+def find_patterns(
+    examples: Mapping[int, Sequence[Example]],
+    activation: Callable[[Sequence[Variant]], np.ndarray],
+    *,
+    mask_token: int,
+    causal: bool = True,
+    framed: bool = False,
+) -> dict[int, Explanation]:
+    """The patterns of latents whose activation can be asked for any text.
 
     Args:
-        simulated: from `Explanation.simulate`, of any shape.
-        codes: of the same shape.
+        examples: by latent.
+        activation: float32 `[variants]`; it is asked two or three times for many variants at once.
+        mask_token: takes the place of a token to see what it does.
+        causal: whether tokens see only what comes before them.
+        framed: whether the first and the last token of each context always stay (`ModelActivations.framed`).
     """
-    said, active = simulated > 0, codes > 0
-    hits = int((said & active).sum())
-    named, there = int(said.sum()), int(active.sum())
-    return Match(hits / named if named else float("nan"), hits / there if there else float("nan"), there)
+
+    def ask(groups: Sequence[Sequence[_Case]]) -> list[np.ndarray]:
+        values = activation([case.variant() for group in groups for case in group])
+        return np.split(values, np.cumsum([len(group) for group in groups])[:-1]) if groups else []
+
+    cases = [
+        _Case.of(latent, example, causal=causal, framed=framed)
+        for latent, found in examples.items()
+        for example in found
+        if example.peak > 0
+    ]
+    groups = [case.starts() for case in cases]
+    asked = ask(groups)
+    whole = [float(values[0]) for values in asked]
+    cases = [
+        _kept(group, values, full, last=True)
+        for group, values, full in zip(groups, asked, whole, strict=True)
+    ]
+    if not causal:
+        groups = [case.stops() for case in cases]
+        asked = ask(groups)
+        cases = [
+            _kept(group, values, full, last=False)
+            for group, values, full in zip(groups, asked, whole, strict=True)
+        ]
+    masked = ask([[case.masked(place, mask_token) for place in case.places()] for case in cases])
+    made: dict[int, dict[tuple[Any, Any], list[float]]] = {latent: {} for latent in examples}
+    for case, without, full in zip(cases, masked, whole, strict=True):
+        saliency = 1 - without / max(case.activation, float(np.finfo(np.float32).tiny))
+        made[case.latent].setdefault(case.pattern(saliency), []).append(full)
+    return {
+        latent: Explanation(
+            latent, tuple(Pattern(p, float(np.mean(v)), after) for (p, after), v in kept.items())
+        )
+        for latent, kept in made.items()
+    }
+
+
+def _kept(group: Sequence[_Case], values: np.ndarray, full: float, *, last: bool) -> _Case:
+    """The last, or the first, that keeps enough of the whole example's activation."""
+    enough = np.flatnonzero(values >= KEPT * full)
+    chosen = int(enough[-1 if last else 0])
+    return replace(group[chosen], activation=float(values[chosen]))
 
 
 def explain(
@@ -119,98 +183,81 @@ def explain(
         dictionary: reads the first of the source's sites.
         source: the model; its `batch` is the number of variants of examples in one pass.
         examples: by latent, such as `survey` finds.
-        mask_token: takes the place of a token to see what it does, such as the tokenizer's padding.
+        mask_token: takes the place of a token to see what it does, such as `Tokenizer.mask_id`.
 
     Raises:
         SAEError: the dictionary does not fit the site.
     """
     check_reads(dictionary, source)
-    activation = _Activation(dictionary, source)
-    cut = [
-        (latent, list(example.tokens[: int(np.argmax(example.codes)) + 1]))
-        for latent, found in examples.items()
-        for example in found
-        if example.peak > 0
+    causal = source.model.family.architecture.causal
+    activation = partial(_activations, dictionary, source)
+    return find_patterns(examples, activation, mask_token=mask_token, causal=causal, framed=source.framed)
+
+
+def match_explanations(
+    dictionary: Dictionary, source: ModelActivations, explanations: Sequence[Explanation]
+) -> tuple[Match, ...]:
+    """Precision and recall of explanations on a text, without running the model beyond the site.
+
+    Args:
+        dictionary: reads the first of the source's sites.
+        source: model and text; a text the explanations are not made of.
+        explanations: in any order, which the result has too.
+
+    Raises:
+        SAEError: the dictionary does not fit the site.
+    """
+    check_reads(dictionary, source)
+    latents = np.array([explanation.latent for explanation in explanations], np.int64)
+    rows = source.batch * source.tokens.shape[1]
+    true = [
+        np.asarray(encode(dictionary, jnp.asarray(np.pad(x, ((0, rows - len(x)), (0, 0))))))[
+            : len(x), latents
+        ]
+        for x in read_batches(source)
     ]
-    suffixes = [(latent, tokens[start:]) for latent, tokens in cut for start in range(len(tokens))]
-    values = activation(suffixes)
-    shortest: list[tuple[int, list[int]]] = []
-    reference: list[float] = []
-    at = 0
-    for latent, tokens in cut:
-        mine = values[at : at + len(tokens)]
-        at += len(tokens)
-        start = int(np.flatnonzero(mine >= KEPT * mine[0]).max())
-        shortest.append((latent, tokens[start:]))
-        reference.append(float(mine[0]))
-    masked = [
-        (latent, [*tokens[:i], mask_token, *tokens[i + 1 :]])
-        for latent, tokens in shortest
-        for i in range(len(tokens))
-    ]
-    whole, without = activation(shortest), activation(masked)
-    patterns: dict[int, dict[tuple[int | None, ...], list[float]]] = {latent: {} for latent in examples}
-    at = 0
-    for (latent, tokens), full, peak in zip(shortest, whole, reference, strict=True):
-        saliency = 1 - without[at : at + len(tokens)] / max(full, np.finfo(np.float32).tiny)
-        at += len(tokens)
-        pattern = _pattern(tokens, saliency)
-        patterns[latent].setdefault(pattern, []).append(peak)
-    return {
-        latent: Explanation(latent, tuple(Pattern(p, float(np.mean(v))) for p, v in found.items()))
-        for latent, found in patterns.items()
-    }
+    codes = np.concatenate(true)
+    contexts = source.tokens.tolist()
+    return tuple(
+        judge_explanation(np.concatenate([explanation.simulate(tokens) for tokens in contexts]), codes[:, i])
+        for i, explanation in enumerate(explanations)
+    )
 
 
-def _pattern(tokens: Sequence[int], saliency: np.ndarray) -> tuple[int | None, ...]:
-    needed = saliency >= KEPT
-    if not needed.any():
-        return (tokens[-1],)  # no token alone is needed; a pattern of wildcards would match everything
-    first = int(np.argmax(needed))
-    return tuple(token if need else None for token, need in zip(tokens[first:], needed[first:], strict=True))
-
-
-class _Activation:
-    """The activation of a latent on the last token of short texts, in passes of one shape."""
-
-    def __init__(self, dictionary: Dictionary, source: ModelActivations) -> None:
-        self.dictionary, self.source = dictionary, source
-
-    def __call__(self, texts: Sequence[tuple[int, Sequence[int]]]) -> np.ndarray:
-        """Pairs of latent and tokens -> float32 `[texts]`."""
-        batch, length = self.source.batch, self.source.tokens.shape[1]
-        found = [np.zeros(0, np.float32)]
-        for start in range(0, len(texts), batch):
-            part = texts[start : start + batch]
-            tokens, mask = np.zeros((batch, length), np.int32), np.zeros((batch, length), bool)
-            mask[:, 0] = True  # also of the rows that fill up the last pass
-            latents = np.zeros(batch, np.int32)
-            for row, (latent, ids) in enumerate(part):
-                tokens[row, : len(ids)], mask[row, : len(ids)], latents[row] = ids, True, latent
-            arrays = (jnp.asarray(part) for part in (tokens, mask, latents))
-            values = _last_activation(
-                self.source.params,
-                self.dictionary,
-                *arrays,
-                model=self.source.model,
-                site=self.source.sites[0],
-            )
-            found.append(np.asarray(values)[: len(part)])
-        return np.concatenate(found)
+def _activations(dictionary: Dictionary, source: ModelActivations, variants: Sequence[Variant]) -> np.ndarray:
+    """Float32 `[variants]`, in passes of few shapes: texts of like length run together."""
+    batch, most = source.batch, source.tokens.shape[1]
+    order = sorted(range(len(variants)), key=lambda i: len(variants[i].tokens))
+    found = np.zeros(len(variants), np.float32)
+    for begin in range(0, len(order), batch):
+        part = order[begin : begin + batch]
+        length = min(most, -(-len(variants[part[-1]].tokens) // _LENGTH_STEP) * _LENGTH_STEP)
+        tokens, mask = np.zeros((batch, length), np.int32), np.zeros((batch, length), bool)
+        mask[:, 0] = True  # also of the rows that fill up the last pass
+        latents, places = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
+        for row, i in enumerate(part):
+            variant = variants[i]
+            tokens[row, : len(variant.tokens)] = variant.tokens
+            mask[row, : len(variant.tokens)] = True
+            latents[row], places[row] = variant.latent, variant.at
+        arrays = (jnp.asarray(array) for array in (tokens, mask, latents, places))
+        values = _activation_at(source.params, dictionary, *arrays, model=source.model, site=source.sites[0])
+        found[part] = np.asarray(values)[: len(part)]
+    return found
 
 
 @partial(jax.jit, static_argnames=("model", "site"))
-def _last_activation(
+def _activation_at(
     params: Any,
     dictionary: Dictionary,
     tokens: Array,
     mask: Array,
     latents: Array,
+    places: Array,
     *,
     model: Model,
     site: str,
 ) -> Array:
     x = model.apply(params, tokens, mask=mask, capture=[site], logits=False).captured[site]
     rows = jnp.arange(len(tokens))
-    last = mask.sum(axis=1, dtype=jnp.int32) - 1
-    return dictionary.encode(x[rows, last].astype(jnp.float32))[rows, latents]
+    return dictionary.encode(x[rows, places].astype(jnp.float32))[rows, latents]

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mergelab.data.packing import pack_stream
 from mergelab.data.tokenizer import load_tokenizer
 from mergelab.errors import SAEError
+from mergelab.sae.model_source import cut_contexts
 
 __all__ = ["TASKS", "LabelledTokens", "character_labels", "label_texts"]
 
@@ -137,14 +137,12 @@ def label_texts(model: Path, texts: Sequence[Path], length: int) -> LabelledToke
         bits = (labels.T.astype(np.int64) << np.arange(len(_NAMES))).sum(axis=1)
         documents.append(encoding.ids)
         answers.append([_answer(bits, solid, span) for span in encoding.offsets])
-    end = next(iter(tokenizer.end_ids), None)
-    packed = pack_stream(documents, length, separator=end)
-    packed_bits = pack_stream(answers, length, separator=None if end is None else 0).tokens
-    whole = packed.mask.all(axis=1)
-    if not whole.any():
-        raise SAEError(f"the texts do not fill one context of {length} tokens; give more text.")
-    labels = {name: (packed_bits[whole] >> i & 1).astype(bool) for i, name in enumerate(_NAMES)}
-    return LabelledTokens(packed.tokens[whole], labels)
+    end, frame = next(iter(tokenizer.end_ids), None), tokenizer.frame
+    tokens = cut_contexts(documents, length, end, frame)
+    # Tokens that are none of the text are a no to every task.
+    packed = cut_contexts(answers, length, None if end is None else 0, None if frame is None else (0, 0))
+    labels = {name: (packed >> i & 1).astype(bool) for i, name in enumerate(_NAMES)}
+    return LabelledTokens(tokens, labels)
 
 
 def _answer(bits: np.ndarray, solid: np.ndarray, span: tuple[int, int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
-from mergelab.sae.evaluation.examples import survey
+from mergelab.sae.evaluation.examples import Example, survey
 from mergelab.sae.evaluation.explanation_loss import score_explanations
-from mergelab.sae.evaluation.n2g import Explanation, Pattern, explain, judge_explanation
+from mergelab.sae.evaluation.n2g import Variant, explain, find_patterns, match_explanations
+from mergelab.sae.evaluation.patterns import Explanation, Pattern, judge_explanation
 from mergelab.sae.model_source import ModelActivations
+from tests.sae.evaluation.tiny_encoder import Encoder
 from tests.sae.evaluation.trained_host import Host
 
 
@@ -66,6 +69,73 @@ def test_a_token_detector_is_explained_by_its_token(host: Host) -> None:
     wrong = [replace(e, latent=working[(i + 1) % len(working)]) for i, e in enumerate(explained.values())]
     bad = score_explanations(dictionary, source, wrong)
     assert bad.precision == bad.recall == 0 and abs(bad.delta_ce) > 0.3 * effect
+
+
+def _rule(variants: Sequence[Variant]) -> np.ndarray:
+    """A latent that is active on 7, twice as much if 3 follows two tokens later, and not at all after 9."""
+    found = []
+    for variant in variants:
+        before, here, after = np.split(np.array(variant.tokens), [variant.at, variant.at + 1])
+        value = 2.0 if len(after) > 1 and after[1] == 3 else 0.4
+        found.append(value if here == 7 and 9 not in before[-1:] else 0.0)
+    return np.array(found, np.float32)
+
+
+def _example(tokens: Sequence[int], at: int) -> Example:
+    return Example(0, tuple(tokens), tuple(float(i == at) for i in range(len(tokens))))
+
+
+def test_an_encoders_patterns_reach_beyond_the_active_token() -> None:
+    examples = {4: [_example([1, 5, 7, 8, 3, 6, 2], 2)]}
+    found = find_patterns(examples, _rule, mask_token=0, causal=False, framed=True)
+    assert found[4].patterns == (Pattern((7,), 2.0, (None, 3)),)
+    np.testing.assert_array_equal(found[4].simulate([7, 4, 3, 7, 7, 3]), [2, 0, 0, 2, 0, 0])
+    causal = find_patterns(examples, _rule, mask_token=0)
+    assert causal[4].patterns == (Pattern((7,), np.float32(0.4)),)
+
+
+def test_a_frame_stays_and_may_be_what_is_active() -> None:
+    seen: list[Variant] = []
+
+    def first(variants: Sequence[Variant]) -> np.ndarray:
+        """Active on the frame's first token where an 8 is anywhere."""
+        seen.extend(variants)
+        return np.array([float(v.at == 0 and 8 in v.tokens) for v in variants], np.float32)
+
+    found = find_patterns({0: [_example([1, 5, 8, 6, 2], 0)]}, first, mask_token=0, causal=False, framed=True)
+    assert all(variant.tokens[0] in (1, 0) and variant.tokens[-1] == 2 for variant in seen)
+    assert found[0].patterns == (Pattern((None,), 1.0, (None, 8)),)
+
+    def last(variants: Sequence[Variant]) -> np.ndarray:
+        return np.array([float(v.at == len(v.tokens) - 1 and 5 in v.tokens) for v in variants], np.float32)
+
+    found = find_patterns({0: [_example([1, 5, 8, 6, 2], 4)]}, last, mask_token=0, causal=False, framed=True)
+    assert found[0].patterns == (Pattern((5, None, None, None), 1.0),)
+
+
+def test_an_encoders_latents_are_explained_and_judged(encoder: Encoder) -> None:
+    source = replace(encoder.source, tokens=encoder.source.tokens[:12])
+    found = survey(encoder.dictionary, source, count=2)
+    chosen = [int(i) for i in np.argsort(-found.density) if found.density[i] < 0.1][:4]
+    explained = explain(
+        encoder.dictionary, source, {i: found.examples[i] for i in chosen}, mask_token=encoder.mask_id
+    )
+    for latent, explanation in explained.items():
+        for example in found.examples[latent]:
+            assert explanation.simulate(example.tokens)[int(np.argmax(example.codes))] > 0
+    matches = match_explanations(encoder.dictionary, source, list(explained.values()))
+    again = match_explanations(encoder.dictionary, replace(source, batch=5), list(explained.values()))
+    assert matches == again and all(match.recall > 0 for match in matches)
+    rows = np.asarray(encoder.dictionary.encode(jnp.asarray(source.read_sites(0, source.rows)[0])))
+    assert [match.active for match in matches] == (rows[:, chosen] > 0).sum(axis=0).tolist()
+
+
+def test_matches_are_those_of_the_explanation_loss(host: Host) -> None:
+    source = replace(host.source, tokens=host.source.tokens[:6])
+    explanations = [Explanation(i, (Pattern((int(source.tokens[0, i]),), 1.0),)) for i in range(4)]
+    wanted = score_explanations(host.dictionary, source, explanations).matches
+    found = match_explanations(host.dictionary, source, explanations)
+    np.testing.assert_equal([vars(match) for match in found], [vars(match) for match in wanted])
 
 
 def test_a_trained_dictionarys_latents(host: Host) -> None:

@@ -5,12 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
 
 from mergelab.data.tokenizer import Tokenizer
 from mergelab.data.windows import EvaluationWindows, evaluation_windows
@@ -19,6 +15,7 @@ from mergelab.errors import MergelabError
 from mergelab.interp.abliteration.prompts import Prompts
 from mergelab.interp.abliteration.scores import first_token_scores
 from mergelab.models.model import Model, Params
+from mergelab.models.text_loss import summed_loss
 
 __all__ = [
     "REFUSAL_PHRASES",
@@ -113,26 +110,8 @@ def text_loss(model: Model, params: Params, windows: EvaluationWindows, *, batch
         windows: the text (`text_windows`).
         batch: windows in one forward pass.
     """
-    total = 0.0
-    for start in range(0, len(windows.tokens), batch):
-        rows = np.minimum(np.arange(start, start + batch), len(windows.tokens) - 1)
-        counted = windows.is_target[rows] & (np.arange(start, start + batch) < len(windows.tokens))[:, None]
-        total += float(_summed_loss(model, params, windows.tokens[rows], counted))
+    total = summed_loss(model, params, windows.tokens, windows.is_target, batch=batch)
     return total / int(windows.is_target.sum())
-
-
-@partial(jax.jit, static_argnames="model")
-def _summed_loss(
-    model: Model,
-    params: Params,
-    tokens: Int[Array, "batch length_plus_1"],
-    counted: Bool[Array, "batch length"],
-) -> Float[Array, ""]:
-    logits = model.apply(params, tokens[:, :-1]).logits
-    assert logits is not None
-    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    losses = jax.nn.logsumexp(logits, axis=-1) - chosen
-    return jnp.sum(jnp.where(counted, losses, 0.0))
 
 
 def measure_behaviour(

@@ -5,17 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
+from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.data.windows import evaluation_windows
 from mergelab.errors import CheckpointError, EvaluationError
-from mergelab.models import llama
+from mergelab.models.load import load_model
+from mergelab.models.text_loss import summed_loss
 
 __all__ = ["METRIC", "TextLoss"]
 
@@ -24,7 +22,7 @@ METRIC = "bits_per_byte"
 
 @dataclass(frozen=True)
 class TextLoss:
-    """Scores a Llama-shaped checkpoint folder by its loss on a text: bits per UTF-8 byte, lower is better.
+    """Scores a folder with a causal model by its loss on a text: bits per UTF-8 byte, lower is better.
 
     Bits per byte do not depend on the tokenizer, so models with different vocabularies compare.
 
@@ -54,27 +52,19 @@ class TextLoss:
         """Returns `{"bits_per_byte": loss}` for the model in `folder`.
 
         Raises:
-            CheckpointError: the folder is not a Llama checkpoint with a `tokenizer.json`.
+            CheckpointError: the folder holds no causal model of a supported family, or no `tokenizer.json`.
         """
         text = self._read()
-        config, params = llama.load(folder)
         tokens = _tokenize(folder, text)
-        length = min(self.length, config.max_position_embeddings)
-        separator = next((t for t in (config.bos_token_id, config.eos_token_id) if t is not None), 0)
-        windows = evaluation_windows([tokens], separator, length, len(text.encode()))
-        nats = 0.0
-        for start in range(0, len(windows.tokens), self.batch):
-            rows = slice(start, start + self.batch)
-            # Short last batches are filled with rows that count for nothing: one shape, one program.
-            missing = ((0, self.batch - len(windows.tokens[rows])), (0, 0))
-            nats += float(
-                _loss(
-                    config,
-                    params,
-                    np.pad(windows.tokens[rows], missing),
-                    np.pad(windows.is_target[rows], missing),
-                )
+        model, params = load_model(folder, dtype=np.float32)
+        if not model.family.architecture.causal:
+            raise CheckpointError(
+                f"{folder} holds a {model.family.model_type!r} model, which predicts no next token; score it "
+                "with a command of your own."
             )
+        length = min(self.length, model.config.max_length)
+        windows = evaluation_windows([tokens], _separator(folder), length, len(text.encode()))
+        nats = summed_loss(model, params, windows.tokens, windows.is_target, batch=self.batch)
         return {METRIC: nats / math.log(2) / windows.num_bytes}
 
     def _read(self) -> str:
@@ -98,15 +88,11 @@ def _tokenize(folder: Path, text: str) -> list[int]:
     return Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False).ids
 
 
-@partial(jax.jit, static_argnums=0)
-def _loss(
-    config: llama.LlamaConfig,
-    params: llama.Params,
-    tokens: Int[Array, "batch length_plus_1"],
-    is_target: Array,
-) -> Float[Array, ""]:
-    """Summed cross-entropy of the target tokens, in nats."""
-    logits = llama.apply(config, params, tokens[:, :-1])
-    log_probabilities = jax.nn.log_softmax(logits, axis=-1)
-    chosen = jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1)[..., 0]
-    return -jnp.sum(jnp.where(is_target, chosen, jnp.zeros_like(chosen)))
+def _separator(folder: Path) -> int:
+    """The token a window that begins the text sees before it: bos, or eos, or else token 0."""
+    config = open_checkpoint(folder).config
+    for name in ("bos_token_id", "eos_token_id"):
+        found = config.get(name)
+        if found is not None:
+            return int(found[0] if isinstance(found, list) else found)
+    return 0

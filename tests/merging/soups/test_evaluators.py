@@ -8,6 +8,7 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +19,8 @@ from mergelab.errors import CheckpointError, EvaluationError
 from mergelab.merging.soups.command import CommandEvaluator
 from mergelab.merging.soups.text_loss import TextLoss
 from mergelab.models import llama
+from mergelab.models.families import model_from_config
+from mergelab.models.save import save_model
 
 TEXT = "the soup of the day is the mean of the pots; naïve cooks weigh it.\n" * 5
 CONFIG = llama.LlamaConfig(
@@ -33,6 +36,17 @@ CONFIG = llama.LlamaConfig(
     bos_token_id=0,
     eos_token_id=0,
 )
+_SIZES: dict[str, dict[str, Any]] = {
+    "gpt2": {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32},
+    "bert": {
+        "model_type": "bert",
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 32,
+    },
+}
 
 
 def python(code: str) -> str:
@@ -113,6 +127,24 @@ def test_the_loss_on_a_text_is_its_definition(model: Path, tmp_path: Path) -> No
     llama.save(swapped, CONFIG, other)
     shutil.copy(model / "tokenizer.json", other)
     assert TextLoss(text, length=32, batch=3)(other)["bits_per_byte"] != pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_the_loss_on_a_text_of_other_families(family: str, model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "valid.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    tiny = model_from_config(_SIZES[family] | {"vocab_size": CONFIG.vocab_size})
+    save_model(tiny, tiny.init(0), tmp_path / "tiny")
+    shutil.copy(model / "tokenizer.json", tmp_path / "tiny")
+    if family == "bert":
+        with pytest.raises(CheckpointError, match="predicts no next token"):
+            TextLoss(text)(tmp_path / "tiny")
+    else:  # untrained: about as uncertain as can be
+        from tokenizers import Tokenizer
+
+        tokens = len(Tokenizer.from_file(str(model / "tokenizer.json")).encode(TEXT).ids)
+        even = tokens * math.log2(CONFIG.vocab_size) / len(TEXT.encode())
+        assert TextLoss(text, length=32)(tmp_path / "tiny")["bits_per_byte"] == pytest.approx(even, rel=0.05)
 
 
 def test_what_a_text_loss_needs(model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,51 @@
+"""Cross-entropy of a causal model on windows of tokens, in batches of one shape."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from mergelab.models.model import Model, Params
+
+__all__ = ["summed_loss"]
+
+
+def summed_loss(
+    model: Model, params: Params, tokens: np.ndarray, is_target: np.ndarray, *, batch: int = 8
+) -> float:
+    """`sum of -ln p(target | the tokens before it in its window)`, in nats.
+
+    Args:
+        model: a decoder.
+        params: its parameters, on any mesh.
+        tokens: int32 `[windows, length + 1]`; the first column is context only.
+        is_target: bool `[windows, length]`, which of the others count.
+        batch: windows in one forward pass.
+    """
+    total = 0.0
+    for start in range(0, len(tokens), batch):
+        # A short last batch is filled with windows that count for nothing: one shape, one program.
+        missing = ((0, batch - len(tokens[start : start + batch])), (0, 0))
+        rows = np.pad(tokens[start : start + batch], missing)
+        counted = np.pad(is_target[start : start + batch], missing)
+        total += float(_summed_loss(model, params, rows, counted))
+    return total
+
+
+@partial(jax.jit, static_argnames="model")
+def _summed_loss(
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "batch length_plus_1"],
+    counted: Bool[Array, "batch length"],
+) -> Float[Array, ""]:
+    logits = model.apply(params, tokens[:, :-1]).logits
+    assert logits is not None
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    losses = jax.nn.logsumexp(logits, axis=-1) - chosen
+    return jnp.sum(jnp.where(counted, losses, 0.0))

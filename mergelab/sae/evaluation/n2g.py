@@ -78,12 +78,12 @@ class _Case:
         return Variant(self.latent, tokens, at)
 
     def starts(self) -> list[_Case]:
-        """Shortened from the left by more and more."""
+        """Shortened from the left, the shortest first."""
         last = min(max(self.at, self.low), self.high)
-        return [replace(self, start=start) for start in range(self.low, last + 1)]
+        return [replace(self, start=start) for start in range(last, self.low - 1, -1)]
 
     def stops(self) -> list[_Case]:
-        """Shortened from the right by less and less."""
+        """Shortened from the right, the shortest first."""
         first = min(max(self.at + 1, self.start), self.high)
         return [replace(self, stop=stop) for stop in range(first, self.high + 1)]
 
@@ -120,7 +120,7 @@ def find_patterns(
 
     Args:
         examples: by latent.
-        activation: float32 `[variants]`; it is asked two or three times for many variants at once.
+        activation: float32 `[variants]`; it is asked a few times for many variants at once.
         mask_token: takes the place of a token to see what it does.
         causal: whether tokens see only what comes before them.
         framed: whether the first and the last token of each context always stay (`ModelActivations.framed`).
@@ -136,20 +136,14 @@ def find_patterns(
         for example in found
         if example.peak > 0
     ]
-    groups = [case.starts() for case in cases]
-    asked = ask(groups)
-    whole = [float(values[0]) for values in asked]
     cases = [
-        _kept(group, values, full, last=True)
-        for group, values, full in zip(groups, asked, whole, strict=True)
+        replace(case, activation=float(values[0]))
+        for case, values in zip(cases, ask([[case] for case in cases]), strict=True)
     ]
+    whole = [case.activation for case in cases]
+    cases = _shortest([case.starts() for case in cases], whole, ask)
     if not causal:
-        groups = [case.stops() for case in cases]
-        asked = ask(groups)
-        cases = [
-            _kept(group, values, full, last=False)
-            for group, values, full in zip(groups, asked, whole, strict=True)
-        ]
+        cases = _shortest([case.stops() for case in cases], whole, ask)
     masked = ask([[case.masked(place, mask_token) for place in case.places()] for case in cases])
     made: dict[int, dict[tuple[Any, Any], list[float]]] = {latent: {} for latent in examples}
     for case, without, full in zip(cases, masked, whole, strict=True):
@@ -163,11 +157,26 @@ def find_patterns(
     }
 
 
-def _kept(group: Sequence[_Case], values: np.ndarray, full: float, *, last: bool) -> _Case:
-    """The last, or the first, that keeps enough of the whole example's activation."""
-    enough = np.flatnonzero(values >= KEPT * full)
-    chosen = int(enough[-1 if last else 0])
-    return replace(group[chosen], activation=float(values[chosen]))
+def _shortest(
+    groups: Sequence[Sequence[_Case]],
+    whole: Sequence[float],
+    ask: Callable[[Sequence[Sequence[_Case]]], list[np.ndarray]],
+) -> list[_Case]:
+    """Of each group the first that keeps enough of the whole example's activation, as its last does."""
+    found = [group[-1] for group in groups]
+    pending, begin, end = list(range(len(groups))), 0, 4
+    while pending:  # most need few tokens: the long ones are asked for the rest only
+        asked = ask([groups[i][begin:end] for i in pending])
+        missing = []
+        for i, values in zip(pending, asked, strict=True):
+            enough = np.flatnonzero(values >= KEPT * whole[i])
+            if len(enough):
+                case = groups[i][begin + int(enough[0])]
+                found[i] = replace(case, activation=float(values[enough[0]]))
+            elif end < len(groups[i]):
+                missing.append(i)
+        pending, begin, end = missing, end, 2 * end
+    return found
 
 
 def explain(

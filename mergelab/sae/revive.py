@@ -30,7 +30,8 @@ def _capacities(n: int) -> list[int]:
     size = 256
     while size < n:
         sizes.append(size)
-        size *= 4
+        # What is cheap anyway need not be cut to measure.
+        size *= 4 if size < 1024 else 2
     return [*sizes, n]
 
 
@@ -77,9 +78,12 @@ def auxiliary_gradients(
     scale = jnp.where(variance > 0, 1 / jnp.maximum(variance, 1e-30), 0.0)
 
     def loss(rows: Params, shared: Params) -> Array:
-        pre = pre_activations(
-            variant.center(shared, x, shards), rows["encoder"], rows["encoder_bias"], compute_dtype
-        )
+        # The gradient of what centres the inputs is a sum over tokens, so it is taken through a bias that is
+        # zero: through the inputs it would be a product of their size.
+        centred = lax.stop_gradient(variant.center(shared, x, shards))
+        moved = variant.center(shared, jnp.zeros_like(x[:1]), shards)
+        nothing = (moved - lax.stop_gradient(moved)) @ lax.stop_gradient(rows["encoder"]).T
+        pre = pre_activations(centred, rows["encoder"], rows["encoder_bias"] + nothing[0], compute_dtype)
         codes = jnp.maximum(pre, 0)
         least = kth_largest(
             codes, k, lambda flags: shards.sum_latents(flags.sum(axis=1, dtype=jnp.int32, keepdims=True))

@@ -81,7 +81,7 @@ def test_a_search_in_pieces_finds_what_the_whole_has(
     bias = jnp.asarray(draw.integers(-9, 10, 640), jnp.float32)
     # Of such whole numbers every product is exact, in half precision too, and many are equal.
     values, indices = lax.top_k(pre_activations(x, encoder, bias), 6)
-    monkeypatch.setattr(searching, "_PIECE_BYTES", rows * 640 * 4)
+    monkeypatch.setitem(searching._PIECE_BYTES, "cpu", rows * 640 * 4)
     found = search(x, encoder, bias, 6, "cpu", dtype)
     np.testing.assert_array_equal(found[0], values)
     np.testing.assert_array_equal(found[1], indices)

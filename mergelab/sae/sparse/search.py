@@ -12,12 +12,13 @@ from mergelab.sae.sparse.top_k import top_k
 
 __all__ = ["pre_activations", "search"]
 
-_PIECE_BYTES = 1 << 26
-"""Of the pre-activations a CPU holds at a time: touching new memory for all of them costs it more than the
+_PIECE_ROWS = {"cpu": 256}
+"""Tokens at a time: touching new memory for the pre-activations of all of them costs a CPU more than the
 products of small pieces do (benchmarks/sae_step.py)."""
 
+_PIECE_BYTES = {"cpu": 1 << 26}
 _LARGE_PIECE_BYTES = 1 << 30
-"""The same for an accelerator, which needs large products, but has only so much memory."""
+"""Of the pre-activations held at a time. An accelerator wants large products, but has only so much memory."""
 
 _SPARE = 4
 """With half-precision screening, `k / _SPARE` more candidates than k are scored again in float32."""
@@ -71,15 +72,16 @@ def search(
         values, places = top_k(exact, k, platform)
         return values, jnp.take_along_axis(candidates, places, axis=1)
 
-    return _in_pieces(find, x, n, _PIECE_BYTES if platform == "cpu" else _LARGE_PIECE_BYTES)
+    rows = max(_PIECE_BYTES.get(platform, _LARGE_PIECE_BYTES) // (4 * n), 1)
+    return _in_pieces(find, x, min(rows, _PIECE_ROWS.get(platform, rows)))
 
 
 def _in_pieces(
-    function: Callable[[Array], tuple[Array, Array]], x: Array, width: int, most_bytes: int
+    function: Callable[[Array], tuple[Array, Array]], x: Array, at_once: int
 ) -> tuple[Array, Array]:
-    """`function(x)`, for so many rows at a time that `[rows, width]` in float32 has at most so many bytes."""
+    """`function(x)`, for at most so many rows at a time."""
     tokens = x.shape[0]
-    pieces = -(-tokens // max(most_bytes // (4 * width), 1))
+    pieces = -(-tokens // at_once)
     if pieces == 1:
         return function(x)
     rows = -(-tokens // pieces)

@@ -76,7 +76,7 @@ class LlamaConfig:
         if found.model.config != c:
             raise CheckpointError(
                 f"{place} has biases or scaled rotary positions, which a LlamaConfig does not hold; load the "
-                "folder with mergelab.models.load_model."
+                "folder with mergelab.models.load.load_model."
             )
         return found
 

@@ -151,7 +151,7 @@ def judge(arrays: Arrays, truth: ToyTruth, k: int) -> dict[str, float]:
 
 def render(results: Mapping[str, Any]) -> str:
     """A table for each preset: a row for each program at its default and at its best learning rate."""
-    head = ["program", "learning rate", "NMSE", "dead", "mean max cosine", "> .9", "MCC", "seeds", "s"]
+    head = ["program", "learning rate", "NMSE", "dead", "mean max cosine", "> .9", "MCC", "seeds"]
     lines: list[str] = []
     for name in PRESETS:
         rows = [
@@ -165,16 +165,15 @@ def render(results: Mapping[str, Any]) -> str:
                 f"frequencies `i^-{truth.exponent:g}`; {p.n} latents, k={p.k}, {p.steps * p.batch:,} "
                 f"activations in batches of {p.batch}.",
                 "",
-                *(f"| {' | '.join(cells)} |" for cells in (head, ["---", "---", *["---:"] * 7], *rows)),
+                *(f"| {' | '.join(cells)} |" for cells in (head, ["---", "---", *["---:"] * 6], *rows)),
                 "",
             ]
     machine = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
-    seconds = sum(run["seconds"] for run in results["runs"].values())
     return "\n".join(
         [
             *lines,
             "Means over seeds (of truth, data, initial parameters), ± their standard deviation. Figures in "
-            f"bold miss their aim. All took {seconds / 60:.0f} minutes. Machine: {machine}.",
+            f"bold miss their aim. Machine: {machine}.",
         ]
     )
 
@@ -210,8 +209,7 @@ def _row(program: str, setting: str, runs: Sequence[dict[str, Any]], aims: Mappi
         if name == "nmse" and len(values) > 1:
             text += f" ± {statistics.stdev(values):.4f}"
         cells.append(text)
-    seconds = statistics.mean(run["train_seconds"] for run in runs)
-    return [program, setting, *cells, str(len(runs)), f"{seconds:.0f}"]
+    return [program, setting, *cells, str(len(runs))]
 
 
 def _write_rows(truth: ToyTruth, path: Path) -> None:

@@ -87,14 +87,12 @@ QUICK = Size("blocks.0.resid_post", 64, 4, 12_000, 6_000, 24, 2048, 128, 24, 3, 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the experiment as the command line asks; returns what it found."""
     options = _parse(arguments)
-    started = time.perf_counter()
     experiment = Experiment(options.work, options.model or _installed(), QUICK if options.quick else FULL)
     for seed in range(options.seeds):
         experiment.judge(OURS, seed)
     for kind in options.controls:
         experiment.judge(kind, 0)
     experiment.features()
-    experiment.results.setdefault("seconds", time.perf_counter() - started)
     experiment.keep()
     print(render(experiment.results))
     if options.publish:

@@ -57,6 +57,8 @@ def render(results: Mapping[str, Any]) -> str:
     ]
     size, machine = results["size"], ", ".join(f"{k} {v}" for k, v in results["machine"].items())
     metrics = list(next(iter(runs.values()))["seconds"])
+    ours = [run for key, run in runs.items() if key.split("/")[0] == OURS]
+    training = statistics.median(run["train_seconds"] for run in ours)
     spent = {m: statistics.median(run["seconds"].get(m, 0.0) for run in runs.values()) for m in metrics}
     return "\n".join(
         [
@@ -64,8 +66,7 @@ def render(results: Mapping[str, Any]) -> str:
             "",
             f"Means over {len(columns[OURS])} seeds, ± their standard deviation. {size['n_latents']} "
             f"latents, k {size['k']}, on {size['site']}, {size['tokens']:,} tokens of training, judged on "
-            f"{size['judged'] // 2 * size['context']:,} others. The whole run took "
-            f"{results['seconds'] / 60:.1f} minutes; median seconds per evaluation: "
+            f"{size['judged'] // 2 * size['context']:,} others. Median seconds: training {training:.0f}, "
             f"{', '.join(f'{m} {s:.1f}' for m, s in spent.items())}. Machine: {machine}.",
             "",
             *_markdown(head, features, ["---:", "---:", "---", "---", "---", "---:", "---:"]),

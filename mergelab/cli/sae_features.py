@@ -31,6 +31,11 @@ __all__ = ["command"]
     show_default=True,
     help="So many of the strongest get token patterns (N2G), with precision and recall.",
 )
+@click.option(
+    "--wider",
+    type=click.Path(path_type=Path),
+    help="A wider dictionary of the site: what latents split into.",
+)
 @click.option("--neuronpedia", type=click.Path(path_type=Path), help="Also write Neuronpedia's JSON here.")
 @click.option("--mesh", type=MESH, metavar="AXES", help="Spread the model over devices: tensor=8.")
 @click.option("--any-model", is_flag=True, help="Accept a model other than the recorded one.")
@@ -45,6 +50,7 @@ def command(
     latents: int,
     examples: int,
     explain: int,
+    wider: Path | None,
     neuronpedia: Path | None,
     mesh: dict[str, int] | None,
     any_model: bool,
@@ -59,8 +65,10 @@ def command(
     Examples:
       mergelab sae features run --model model --text corpus.txt --out features.html
       mergelab sae features run --model model --text a.py --out f.html --explain 50 --neuronpedia f.json
+      mergelab sae features small --model model --text a.py --out f.html --wider large
     """
-    from functools import cache
+    from dataclasses import replace
+    from functools import cache, partial
 
     from tqdm import tqdm
 
@@ -69,7 +77,8 @@ def command(
     from mergelab.errors import OutputError
     from mergelab.report.features import render_features
     from mergelab.sae.evaluation.gallery import explain_gallery, make_gallery
-    from mergelab.sae.evaluation.host import open_host
+    from mergelab.sae.evaluation.hierarchy import hierarchy
+    from mergelab.sae.evaluation.host import check_host, open_host
     from mergelab.sae.evaluation.neuronpedia import neuronpedia_batch
     from mergelab.sharding import make_mesh
 
@@ -94,6 +103,12 @@ def command(
             bar.update(done - bar.n)
 
         gallery = make_gallery(dictionary, host, most=latents, examples=examples, progress=progress)
+        if wider is not None:
+            other = open_dictionary(wider)
+            check_host(other, model, any_model=any_model)
+            tell = partial(progress, "wider")
+            children = hierarchy(dictionary, other, host, gallery.latents, progress=tell)
+            gallery = replace(gallery, children=children)
     if explain:
         gallery = explain_gallery(gallery, dictionary, host, count=explain, mask_token=tokenizer.mask_id)
     facts = {

@@ -81,6 +81,11 @@ def page_data(gallery: Gallery, words: Callable[[int], str]) -> dict[str, Any]:
             # NaN is no JSON.
             feature["precision"] = _short(match.precision) if match.precision == match.precision else None
             feature["recall"] = _short(match.recall) if match.recall == match.recall else None
+        if gallery.children:
+            children = gallery.children.get(latent, ())
+            feature["splits"] = len(children)
+            feature["children"] = [[c.latent, _short(c.cosine), list(c.tokens)] for c in children]
+            used |= {token for child in children for token in child.tokens}
         features.append(feature)
     used |= {token for tokens in contexts.values() for token in tokens}
     return {

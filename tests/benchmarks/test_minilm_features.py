@@ -64,7 +64,7 @@ def test_a_second_run_knows_the_results(work: Path, results: dict[str, Any]) -> 
 
 
 def test_means_spread_and_marks() -> None:
-    run = {"seconds": {"reconstruction": 1.0}}
+    run = {"seconds": {"reconstruction": 1.0}, "train_seconds": 9.0}
     runs = {
         f"mergelab/{seed}": {**run, "scores": {"reconstruction.nmse": nmse}}
         for seed, nmse in enumerate((0.1, 0.3))
@@ -74,8 +74,6 @@ def test_means_spread_and_marks() -> None:
         "pattern": ["", " be", ""], "precision": None, "recall": 0.25,
     }  # fmt: skip
     size = {"n_latents": 9, "k": 2, "site": "blocks.0.resid_post", "tokens": 99, "judged": 8, "context": 4}
-    text = render(
-        {"runs": runs, "features": [feature], "explained": 3, "size": size, "seconds": 60.0, "machine": {}}
-    )
+    text = render({"runs": runs, "features": [feature], "explained": 3, "size": size, "machine": {}})
     assert "| NMSE | 0.200 ± 0.141 |" in text
     assert "| 5 | 1.00% | `a¦b` `ˋ` | `to` **`be`** `or` | **`be`** | none | 0.25 |" in text

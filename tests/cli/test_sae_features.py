@@ -15,7 +15,7 @@ from mergelab.cli.main import cli
 from mergelab.data.bpe import train_bpe
 from mergelab.models import llama
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
-from mergelab.sae.formats import save_dictionary
+from mergelab.sae.formats import load_dictionary, save_dictionary
 
 SITE = "blocks.0.resid_post"
 TEXT = "def add(a, b):\n    return a + b\n\nfor number in range(10):\n    print(add(number, 1))  # Sum\n" * 20
@@ -101,6 +101,25 @@ def test_features_write_a_page_and_neuronpedias_json(folder: Path, tmp_path: Pat
         assert top["values"][top["qualifying_token_index"]] == feature["maxActApprox"]
     code, said = _invoke(*asked)
     assert code == 2 and "is there already" in said
+
+
+def test_a_page_shows_what_latents_become_in_a_wider_dictionary(folder: Path, tmp_path: Path) -> None:
+    narrow = load_dictionary(folder / "seed0")
+    rows = np.asarray(narrow.W_dec)
+    wide = np.concatenate([rows, rows[:5] + 0.02])
+    arrays = (jnp.asarray(wide.T), jnp.zeros(45), jnp.asarray(wide), jnp.zeros(16))
+    save_dictionary(Dictionary(*arrays, config=narrow.config), tmp_path / "wide")
+    out = tmp_path / "page.html"
+    common = ("--model", folder / "model", "--text", folder / "text.py", "--context", 16, "--out", out)
+    code, _ = _invoke("sae", "features", folder / "seed0", *common, "--wider", tmp_path / "wide", "--json")
+    text = out.read_text()
+    data = json.loads(text[text.index('id="data">') + 10 : text.index("</script>")])
+    assert code == 0 and len(data["features"]) > 20
+    for feature in data["features"]:
+        numbers = {child for child, _, _ in feature["children"]}
+        assert feature["i"] in numbers and (feature["i"] + 40 in numbers) == (feature["i"] < 5)
+        assert feature["splits"] == len(numbers) and feature["children"][0][1] == 1
+    assert any(tokens for feature in data["features"] for _, _, tokens in feature["children"])
 
 
 def test_faults_are_said(folder: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@
 const PAGE = 40; // features drawn at a time
 const METRICS = {
   density: "density", peak: "peak activation", mean: "mean activation", i: "number",
-  precision: "explanation precision", recall: "explanation recall",
+  precision: "explanation precision", recall: "explanation recall", splits: "children in the wider one",
 };
 const RISING = new Set(["i"]);
 const CLEAR = 0.3; // a token belongs to what a latent is about from this part of its peak on
@@ -125,6 +125,11 @@ function article(data, feature) {
   if (feature.patterns) {
     const spelt = feature.patterns.map((pattern) => pattern_text(data, pattern));
     side.append(element("p", { class: "tokens" }, element("span", { class: "soft" }, "patterns  "), spelt.join("   ")));
+  }
+  for (const [child, cosine, tokens] of feature.children || []) {
+    const words = tokens.map((token) => shown(data.words[token])).join(" ");
+    const name = element("span", { class: "soft" }, `wider ${child}  `);
+    side.append(element("p", { class: "tokens" }, name, `${cosine}  ${words}`));
   }
   const near = element("p", { class: "tokens" }, element("span", { class: "soft" }, "active with  "));
   for (const [other, likeness] of feature.near) {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.activity import Activity, activity
 from mergelab.sae.evaluation.examples import Survey, survey
+from mergelab.sae.evaluation.hierarchy import Child
 from mergelab.sae.evaluation.logit_effects import LogitEffects, logit_effects
 from mergelab.sae.evaluation.n2g import explain, match_explanations
 from mergelab.sae.evaluation.patterns import Explanation, Match
@@ -30,6 +31,7 @@ class Gallery:
         activity: histograms and neighbours, of the latents shown.
         effects: on logits, of the same latents in the same order; None where there are none.
         explained: N2G explanations of some of them, with precision and recall on text they are not made of.
+        children: of some of them, what they have become in a wider dictionary (`hierarchy`).
     """
 
     site: str
@@ -37,6 +39,7 @@ class Gallery:
     activity: Activity
     effects: LogitEffects | None
     explained: Mapping[int, tuple[Explanation, Match]] = field(default_factory=dict)
+    children: Mapping[int, tuple[Child, ...]] = field(default_factory=dict)
 
     @property
     def latents(self) -> np.ndarray:
@@ -115,4 +118,4 @@ def explain_gallery(
     made = explain(dictionary, fit, found, mask_token=mask_token)
     matches = match_explanations(dictionary, judge, list(made.values()))
     explained = dict(zip(made, zip(made.values(), matches, strict=True), strict=True))
-    return Gallery(gallery.site, gallery.survey, gallery.activity, gallery.effects, explained)
+    return replace(gallery, explained=explained)

@@ -27,7 +27,7 @@ from mergelab.sae.model_source import ModelActivations
 
 __all__ = ["METRICS", "Evidence", "Metric", "Score"]
 
-_PROBED = 2**27  # numbers in the codes that probes read, at most: half a gigabyte
+_HELD = 2**27  # numbers of codes or activations that are held at once, at most: half a gigabyte
 _RARE = 0.01  # a task with fewer positives or negatives says nothing
 
 
@@ -126,16 +126,26 @@ def _embeddings(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[st
     yield "nearest", Score(found.nearest, "", "part of the contexts that keep their nearest; 1 is lossless")
 
 
+def _start(evidence: Evidence, width: int) -> int:
+    """How many contexts of the text that judges may be held as rows of this width."""
+    length = evidence.judge.tokens.shape[1]
+    return max(1, min(len(evidence.judge.tokens), _HELD // (length * width)))
+
+
+def _tasks(evidence: Evidence, contexts: int) -> dict[str, np.ndarray]:
+    """Labels `[rows]` of so many contexts, of the tasks that have both classes there."""
+    labels = {name: label[:contexts].reshape(-1) for name, label in evidence.labels.items()}
+    return {name: label for name, label in labels.items() if _RARE < label.mean() < 1 - _RARE}
+
+
 def _columns(
     dictionary: Dictionary, evidence: Evidence, what: Callable[[Dictionary, jax.Array], jax.Array]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Codes or pre-activations `[rows, n]` of the text's start, and its labels `[rows]`."""
-    length = evidence.judge.tokens.shape[1]
-    contexts = max(1, min(len(evidence.judge.tokens), _PROBED // (length * dictionary.n_latents)))
+    contexts = _start(evidence, dictionary.n_latents)
     run = jax.jit(what)
     rows = [np.asarray(run(dictionary, jnp.asarray(x))) for x in read_batches(evidence.judge, contexts)]
-    labels = {name: label[:contexts].reshape(-1) for name, label in evidence.labels.items()}
-    return np.concatenate(rows), {n: v for n, v in labels.items() if _RARE < v.mean() < 1 - _RARE}
+    return np.concatenate(rows), _tasks(evidence, contexts)
 
 
 def _probing(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[str, Score]]:
@@ -154,12 +164,12 @@ def _probing(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[str, 
 
 
 def _absorption(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[str, Score]]:
-    _, tasks = _columns(dictionary, evidence, lambda d, x: d.encode(x))
-    x = np.concatenate(list(read_batches(evidence.judge)))
+    contexts = _start(evidence, dictionary.n_latents)
+    x = np.concatenate(list(read_batches(evidence.judge, contexts)))
     found = []
-    for labels in tasks.values():
+    for labels in _tasks(evidence, contexts).values():
         try:
-            found.append(absorption(dictionary, x[: len(labels)], labels, seed=evidence.seed))
+            found.append(absorption(dictionary, x, labels, seed=evidence.seed))
         except SAEError:  # the site does not hold this class
             continue
     if not found:
@@ -207,7 +217,7 @@ def _explanations(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[
 def _progressive(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[str, Score]]:
     if dictionary.config.activation == "gated":
         return
-    x = np.concatenate(list(read_batches(evidence.judge)))
+    x = np.concatenate(list(read_batches(evidence.judge, _start(evidence, dictionary.d_in))))
     k = dictionary.config.k or max(
         1, round(float((dictionary.encode(jnp.asarray(x[:4096])) > 0).sum(1).mean()))
     )

@@ -76,20 +76,29 @@ def fit_logistic(x: Array, y: Array) -> tuple[Array, Array, Array]:
         logits = z @ w
         return (jax.nn.softplus(logits) - y * logits).mean() + 0.5 * (penalty * w * w).sum()
 
-    def improve(_: int, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        w, loss, damping = state
+    def unfinished(state: tuple[Array, ...]) -> Array:
+        number, _, _, damping, decrement = state
+        # A step that no longer helps at any length is the noise of float32.
+        return (number < _ITERATIONS) & (decrement > _EXACT) & (damping > 1e-3)
+
+    def improve(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        number, w, loss, damping, _ = state
         p = jax.nn.sigmoid(z @ w)
         gradient = z.T @ (p - y) / len(x) + penalty * w
         weight = jnp.maximum(p * (1 - p), 1e-7)
         hessian = (z * weight[:, None]).T @ z / len(x) + jnp.diag(penalty)
-        there = w - damping * jnp.linalg.solve(hessian, gradient)
+        step = jnp.linalg.solve(hessian, gradient)
+        there = w - damping * step
         value = objective(there)
         better = value <= loss
+        damping = jnp.where(better, jnp.minimum(2 * damping, 1), damping / 4)
         w, loss = jnp.where(better, there, w), jnp.where(better, value, loss)
-        return w, loss, jnp.where(better, jnp.minimum(2 * damping, 1), damping / 4)
+        return number + 1, w, loss, damping, gradient @ step
 
     start = jnp.zeros(z.shape[1], x.dtype).at[-1].set(jnp.log(rate / (1 - rate)))
-    w, _, _ = lax.fori_loop(0, _ITERATIONS, improve, (start, objective(start), jnp.ones((), x.dtype)))
+    one = jnp.ones((), x.dtype)
+    state = (jnp.zeros((), jnp.int32), start, objective(start), one, one * jnp.inf)
+    _, w, *_ = lax.while_loop(unfinished, improve, state)
     logits = z @ w
     loss = (jax.nn.softplus(logits) - y * logits).mean()
     weights = w[:-1] / scale

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["ModelRef", "parse_model_ref"]
+__all__ = ["ModelRef", "model_ref_text", "parse_model_ref"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,40 @@ def parse_model_ref(text: str) -> ModelRef:
     path, revision = split[0]
     adapter, adapter_revision = split[1] if len(split) == 2 else (None, None)
     return ModelRef(path, revision, adapter, adapter_revision)
+
+
+def model_ref_text(value: Any) -> Any:
+    """Writes mergekit's long form of a reference as text; other values are returned as they are.
+
+    The long form is `{model: PART, lora: PART}` with parts `{path: ..., revision: ...}` or texts.
+
+    Raises:
+        ValueError: a mapping of other keys.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    unknown = sorted({str(key) for key, found in value.items() if found is not None} - {"model", "lora"})
+    if unknown or value.get("model") is None:
+        what = f"has the key {unknown[0]!r}" if unknown else "names no model"
+        raise ValueError(
+            f"the model reference {what}: write path, path@revision or path+adapter, or a mapping with the "
+            "keys 'model' and 'lora'"
+        )
+    return "+".join(_part_text(value[name]) for name in ("model", "lora") if value.get(name) is not None)
+
+
+def _part_text(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if (
+        not isinstance(part, Mapping)
+        or set(part) - {"path", "revision"}
+        or not isinstance(part.get("path"), str)
+    ):
+        raise ValueError(
+            "a part of a model reference is a text, or a mapping with the keys 'path' and 'revision'"
+        )
+    return part["path"] + (f"@{part['revision']}" if part.get("revision") else "")
 
 
 def _revision(part: str, text: str) -> tuple[str, str | None]:

@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from mergelab.merging.faults import FieldPath, LocatedError, Origin
-from mergelab.merging.model_ref import parse_model_ref
+from mergelab.merging.model_ref import model_ref_text, parse_model_ref
 from mergelab.merging.setting import Setting, parse_setting
 
 __all__ = [
@@ -64,7 +64,7 @@ def _kind_of_token_source(value: Any) -> str:
     return "model" if isinstance(value, str) else "rule"
 
 
-ModelText = Annotated[StrictStr, AfterValidator(_checked_model)]
+ModelText = Annotated[StrictStr, BeforeValidator(model_ref_text), AfterValidator(_checked_model)]
 LayerRange = Annotated[tuple[StrictInt, StrictInt], AfterValidator(_checked_range)]
 SettingField = Annotated[Setting, PlainValidator(parse_setting), PlainSerializer(_setting_data)]
 Parameters = Annotated[dict[str, SettingField], BeforeValidator(_none_is_empty)]

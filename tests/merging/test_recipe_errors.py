@@ -61,6 +61,12 @@ BAD = {
         TIES + "- {model: 7, parameters: {weight: 1}}\n",
         "models[1].model: expected a word, found 7",
     ),
+    "model of another architecture": (
+        TIES.replace("model: a", "model: {model: a, override_architecture: x}"),
+        "the model reference has the key 'override_architecture': write path, path@revision or path+adapter",
+    ),
+    "model without a path": (TIES.replace("model: a", "model: {lora: a}"), "reference names no model"),
+    "model of strange parts": (TIES.replace("model: a", "model: {model: [a]}"), "is a text, or a mapping"),
     "two adapters": (TIES.replace("model: a", "model: a+b+c"), "has 2 '+': one LoRA adapter is allowed"),
     "empty revision": (TIES.replace("model: a", "model: a@"), "has an empty part"),
     "unknown parameter": (

@@ -170,3 +170,10 @@ def test_the_last_document_is_the_result() -> None:
     assert recipe.name is None
     assert [stage.name for stage in recipe.merges] == ["first"]
     assert recipe.merges[0].origin.lines[("models",)] == 4
+
+
+def test_a_model_may_be_written_at_length() -> None:
+    written = "{model: {path: a, revision: x}, lora: {path: c}}"
+    recipe = Recipe.parse(f"{LINEAR}[{{model: {written}}}, {{model: {{model: b@y}}}}]\n")
+    assert recipe == Recipe.parse(f"{LINEAR}[{{model: a@x+c}}, {{model: b@y}}]\n")
+    assert Recipe.parse(recipe.to_yaml()) == recipe

@@ -93,7 +93,11 @@ class ShardPlan:
 
 
 def plan_shards(
-    specs: Sequence[TensorSpec], shard_bytes: int, metadata: Mapping[str, str] | None = None
+    specs: Sequence[TensorSpec],
+    shard_bytes: int,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    stem: str = "model",
 ) -> ShardPlan:
     """Lays tensors out in safetensors files of at most `shard_bytes` of data each, in the order given.
 
@@ -104,6 +108,7 @@ def plan_shards(
         specs: the tensors, in order.
         shard_bytes: the limit, positive.
         metadata: the header's `__metadata__`; `{"format": "pt"}` if None, as Hugging Face libraries expect.
+        stem: what the names of the files begin with.
 
     Raises:
         OutputError: no tensors, a name twice, or a limit that is not positive.
@@ -136,12 +141,12 @@ def plan_shards(
         for spec in group:
             places[spec.name] = Place(spec, number, offset)
             offset += spec.nbytes
-        shards.append(Shard(_file_name(number, len(groups)), head, offset))
+        shards.append(Shard(_file_name(stem, number, len(groups)), head, offset))
     return ShardPlan(tuple(shards), places, sum(spec.nbytes for spec in specs))
 
 
-def _file_name(number: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{number + 1:05}-of-{count:05}.safetensors"
+def _file_name(stem: str, number: int, count: int) -> str:
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{number + 1:05}-of-{count:05}.safetensors"
 
 
 def _head(group: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes:

@@ -74,11 +74,15 @@ def save_params(
     files: Mapping[str, bytes | Path],
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
+    stem: str = "model",
 ) -> Path:
-    """Writes the leaves of any table; arguments and errors are those of `save_model`, config in `files`."""
+    """Writes the leaves of any table; arguments and errors are those of `save_model`, config in `files`.
+
+    `stem` is what the names of the weight files begin with.
+    """
     arrays = _arrays(params, table)
     distributed = any(isinstance(a, jax.Array) and not a.is_fully_addressable for a in arrays.values())
-    plan = plan_shards(_specs(arrays), shard_bytes)
+    plan = plan_shards(_specs(arrays), shard_bytes, stem=stem)
     with SharedWriter(path, plan, overwrite=overwrite, distributed=distributed) as writer:
         with together("saving the model", distributed=distributed):
             _write(arrays, writer, distributed)

@@ -17,10 +17,14 @@ from mergelab.sae.layer_norm import layer_norm
 from mergelab.sae.sparse.rows import sum_of_rows
 from mergelab.sae.sparse.top_k import top_k
 
-__all__ = ["ACTIVATIONS", "Dictionary", "DictionaryConfig"]
+__all__ = ["ACTIVATIONS", "LATENT_AXIS", "Dictionary", "DictionaryConfig"]
 
 ACTIVATIONS = ("topk", "batch_topk", "jump_relu", "relu", "gated")
 NORMALIZATIONS = ("none", "layer_norm")
+LATENT_AXIS = {
+    "W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0, "magnitude_scale": 0, "magnitude_bias": 0,
+}  # fmt: skip
+"""Which axis of an array of a dictionary runs over latents; the others have none."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +205,11 @@ class Dictionary:
         """The reconstruction: `[tokens, d_in]` -> `[tokens, d_out]`."""
         return self.reconstruct(x, self.encode(x))
 
-    def as_numpy(self) -> dict[str, np.ndarray]:
+    def arrays(self) -> dict[str, Array]:
         """Its arrays by name, those that are there."""
         names = (f for f in self.__dataclass_fields__ if f != "config" and getattr(self, f) is not None)
-        return {name: np.asarray(getattr(self, name)) for name in names}
+        return {name: getattr(self, name) for name in names}
+
+    def as_numpy(self) -> dict[str, np.ndarray]:
+        """Its arrays by name on the host."""
+        return {name: np.asarray(value) for name, value in self.arrays().items()}

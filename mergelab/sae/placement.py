@@ -10,10 +10,20 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mergelab.errors import MeshError
+from mergelab.sae.dictionary import LATENT_AXIS, Dictionary
 from mergelab.sae.state import TrainState
 from mergelab.sae.update import REPLICATED
 
-__all__ = ["batch_part", "mesh_axes", "place_batch", "place_state", "state_shardings", "state_specs"]
+__all__ = [
+    "batch_part",
+    "dictionary_shardings",
+    "mesh_axes",
+    "place_batch",
+    "place_dictionary",
+    "place_state",
+    "state_shardings",
+    "state_specs",
+]
 
 
 def mesh_axes(mesh: Mesh) -> tuple[str | None, str | None]:
@@ -66,12 +76,31 @@ def place_state(state: TrainState, mesh: Mesh) -> TrainState:
     Raises:
         MeshError: the latents do not divide by that axis.
     """
+    return jax.tree.map(_put, state, state_shardings(state, mesh))
 
-    def put(leaf: Array, sharding: NamedSharding) -> Array:
-        host = np.asarray(leaf)
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    return jax.tree.map(put, state, state_shardings(state, mesh))
+def place_dictionary(dictionary: Dictionary, mesh: Mesh) -> Dictionary:
+    """Puts a dictionary, the same in every process, on a mesh, its latents split over the axis `latents`."""
+    return jax.tree.map(_put, dictionary, dictionary_shardings(dictionary, mesh))
+
+
+def _put(leaf: Array, sharding: NamedSharding) -> Array:
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def dictionary_shardings(dictionary: Dictionary, mesh: Mesh) -> Dictionary:
+    """How a dictionary, or the shapes of one, lies on a mesh: a tree of shardings like it.
+
+    Its latents are split over the axis `latents`, if the mesh has one.
+    """
+    latents = "latents" if "latents" in mesh.axis_names else None
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        axis = LATENT_AXIS.get(path[0].name)
+        return NamedSharding(mesh, PartitionSpec(*(latents if i == axis else None for i in range(leaf.ndim))))
+
+    return jax.tree_util.tree_map_with_path(sharding, dictionary)
 
 
 def batch_part(mesh: Mesh | None) -> tuple[int, int]:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from jax.sharding import Mesh
+
 from mergelab.errors import CheckpointError, SAEError, did_you_mean
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.formats.dictionary_learning import read_dictionary_learning, write_dictionary_learning
@@ -14,6 +16,7 @@ from mergelab.sae.formats.openai import read_openai, write_openai
 from mergelab.sae.formats.own import FORMAT, read_own, write_own
 from mergelab.sae.formats.saelens import WEIGHTS, read_saelens, write_saelens
 from mergelab.sae.formats.sparsify import read_sparsify, write_sparsify
+from mergelab.sae.placement import place_dictionary
 
 __all__ = ["FORMATS", "FileFormat", "load_dictionary", "save_dictionary"]
 
@@ -80,12 +83,14 @@ def _says(path: Path, words: str) -> bool:
     return cfg.is_file() and words in cfg.read_text(errors="replace")[:4096]
 
 
-def load_dictionary(path: str | Path, format: str | None = None) -> Dictionary:
+def load_dictionary(path: str | Path, format: str | None = None, *, mesh: Mesh | None = None) -> Dictionary:
     """Reads a finished dictionary.
 
     Args:
         path: a folder, or a file for formats that are one.
         format: a name of `FORMATS`; found out from the files where it is left away.
+        mesh: splits the latents over its axis `latents`; of this library's own files each process then reads
+            only what its devices hold. JAX's default device if None.
 
     Raises:
         CheckpointError: there is nothing there, or nothing of a known format.
@@ -94,17 +99,25 @@ def load_dictionary(path: str | Path, format: str | None = None) -> Dictionary:
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
-    if format is not None:
-        return _format(format).read(path)
+    kind = _format(format) if format is not None else _recognised(path)
+    if mesh is None:
+        return kind.read(path)
+    return read_own(path, mesh) if kind is FORMATS["mergelab"] else place_dictionary(kind.read(path), mesh)
+
+
+def _recognised(path: Path) -> FileFormat:
     for kind in FORMATS.values():
         if kind.recognise(path):
-            return kind.read(path)
+            return kind
     wanted = "; ".join(f"{name}: {kind.looks_for}" for name, kind in FORMATS.items())
     raise CheckpointError(f"{path}: not a dictionary of a known format ({wanted}); name its format")
 
 
 def save_dictionary(dictionary: Dictionary, path: str | Path, format: str = "mergelab") -> None:
     """Writes a finished dictionary.
+
+    This library's own files can be written from devices of several processes, all of which then make this
+    call; those of others are written by one process that has all of the dictionary.
 
     Args:
         dictionary: what to write.

@@ -10,14 +10,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from mergelab.checkpoints import open_safetensors, read_whole
+from mergelab.checkpoints import open_safetensors
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.errors import CheckpointError, OutputError, SAEError
-from mergelab.sae.dictionary import Dictionary, DictionaryConfig
+from mergelab.models.declaration import Leaf
+from mergelab.models.load import load_params
+from mergelab.models.save import save_params
+from mergelab.sae.dictionary import LATENT_AXIS, Dictionary, DictionaryConfig
 
 __all__ = ["FORMAT", "read_own", "write_folder", "write_own"]
 
@@ -25,21 +28,39 @@ FORMAT = "mergelab-sae-1"
 """The value of `format` in `cfg.json`."""
 
 _CFG, _WEIGHTS = "cfg.json", "sae.safetensors"
+_WHOLE = 1 << 62  # one file, however large
 
 
 def write_own(dictionary: Dictionary, path: Path) -> None:
     """Writes `cfg.json` and `sae.safetensors` into a new folder.
 
     The tensors are those of `Dictionary`: `W_enc [d_in, n]`, `b_enc [n]`, `W_dec [n, d_out]`, `b_dec
-    [d_out]`, and what the activation needs besides.
+    [d_out]`, and what the activation needs besides. Where they lie on devices of several processes, every
+    process makes this call with a path that all of them see, and writes what its devices hold.
+
+    Raises:
+        OutputError: the folder is not empty, or the disk is full or fails.
+        MeshError: that happened in another process.
     """
     settings = asdict(dictionary.config)
     sizes = {"d_in": dictionary.d_in, "d_out": dictionary.d_out, "n_latents": dictionary.n_latents}
-    write_folder(
-        path,
-        {_CFG: json.dumps({"format": FORMAT, **sizes, **settings}, indent=2) + "\n"},
-        {_WEIGHTS: dictionary.as_numpy()},
-    )
+    text = json.dumps({"format": FORMAT, **sizes, **settings}, indent=2) + "\n"
+    arrays = dictionary.arrays()
+    table = _table({name: value.shape for name, value in arrays.items()})
+    save_params(arrays, table, path, files={_CFG: text.encode()}, shard_bytes=_WHOLE, stem="sae")
+
+
+def _table(shapes: Mapping[str, tuple[int, ...]]) -> list[Leaf]:
+    """Rows for the arrays of a dictionary; the axis of latents is called so."""
+    n = shapes["W_dec"][0]
+    rows = []
+    for name, shape in shapes.items():
+        axis = LATENT_AXIS.get(name)
+        axes = tuple("latents" if place == axis else None for place in range(len(shape)))
+        if axis is not None and shape[axis : axis + 1] != (n,):
+            raise SAEError(f"{name} has shape {list(shape)}, but there are {n} latents.")
+        rows.append(Leaf((name,), name, shape, axes=axes))
+    return rows
 
 
 def write_folder(
@@ -69,11 +90,17 @@ def write_folder(
         raise OutputError(f"{path}: cannot be written ({error.strerror}); check the disk") from error
 
 
-def read_own(path: Path) -> Dictionary:
+def read_own(path: Path, mesh: Mesh | None = None) -> Dictionary:
     """Reads what `write_own` wrote.
+
+    Args:
+        path: the folder.
+        mesh: splits the latents over its axis `latents`, if it has one: each process reads what its devices
+            hold. JAX's default device if None.
 
     Raises:
         CheckpointError: a file is missing, or says things that do not fit together.
+        MeshError: another process failed.
     """
     settings: dict[str, Any] = dict(read_json_object(path / _CFG))
     if settings.pop("format", None) != FORMAT:
@@ -86,8 +113,10 @@ def read_own(path: Path) -> Dictionary:
     if unknown or missing:
         said = f"has no tensor {missing[0]!r}" if missing else f"has a tensor {unknown[0]!r} of no known use"
         raise CheckpointError(f"{path / _WEIGHTS}: {said}; write the dictionary again")
-    arrays = {name: jnp.asarray(read_whole(tensor)) for name, tensor in tensors.items()}
+    split = "latents" if mesh is not None and "latents" in mesh.axis_names else None
     try:
+        table = _table({name: tensor.shape for name, tensor in tensors.items()})
+        arrays = load_params(tensors, table, str(path / _WEIGHTS), mesh=mesh, rules={"latents": split})
         found = Dictionary(**arrays, config=DictionaryConfig(**settings)).checked()
     except (SAEError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import yaml
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mergelab.data.activations import ActivationStream, Batch, Prefetch, Trace
@@ -23,7 +23,7 @@ from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.finish import finished_dictionary
 from mergelab.sae.formats import save_dictionary
 from mergelab.sae.initialize import SAMPLE_ROWS, initialize
-from mergelab.sae.placement import batch_part, place_batch
+from mergelab.sae.placement import batch_part, dictionary_shardings, place_batch
 from mergelab.sae.recipe import Recipe
 from mergelab.sae.state import TrainState
 from mergelab.sae.step import Metrics, Step, make_step
@@ -49,7 +49,7 @@ class Result:
 
     Attributes:
         path: the folder of the finished dictionary, `OUT/final`.
-        dictionary: what is in it.
+        dictionary: what is in it, its arrays on the mesh of the training.
         steps: steps done in all.
         metrics: of the last logged step.
         trace: how long the steps waited for data in this process.
@@ -119,10 +119,8 @@ def train(
             stream.restore(place)
         run = _Run(settings, recipe, step, checkpoints, out, progress)
         state, trace = run.steps(state, done or 0, stream, mesh)
-    dictionary = _finish(variant, recipe, state, settings, run.last)
-    with together("writing the dictionary", distributed=distributed):
-        if jax.process_index() == 0:
-            save_dictionary(dictionary, out / "final")
+    dictionary = _finish(variant, recipe, state, settings, run.last, mesh)
+    save_dictionary(dictionary, out / "final")
     return Result(out / "final", dictionary, recipe.steps, run.last, trace)
 
 
@@ -272,13 +270,17 @@ class _Run:
 
 
 def _finish(
-    variant: Variant, recipe: Recipe, state: TrainState, settings: TrainConfig, last: Mapping[str, float]
+    variant: Variant,
+    recipe: Recipe,
+    state: TrainState,
+    settings: TrainConfig,
+    last: Mapping[str, float],
+    mesh: Mesh | None,
 ) -> Dictionary:
-    # Adam's moments stay where they are.
-    needed = replace(state, mean={}, square={})
-    if jax.process_count() > 1:
-        needed = multihost_utils.process_allgather(needed, tiled=True)
-    here = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), needed)
+    """The dictionary, which stays on the mesh as the training's parameters lie there."""
     summary = {name: last[name] for name in ("nmse", "l0", "dead_fraction", "tokens") if name in last}
     metadata = {**settings.metadata, "variant": variant.name, "training": summary}
-    return finished_dictionary(variant, recipe, here, metadata=metadata)
+    finish = partial(finished_dictionary, variant, recipe, metadata=metadata)
+    needed = replace(state, mean={}, square={})
+    shardings = None if mesh is None else dictionary_shardings(jax.eval_shape(finish, needed), mesh)
+    return jax.jit(finish, out_shardings=shardings)(needed)

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mergelab.errors import MergelabError
+from mergelab.sae.formats import load_dictionary
 from mergelab.sae.training import train
+from mergelab.sharding import make_mesh
 
 MESHES: dict[str, dict[str, int]] = {
     "each process its tokens": {"data": 2, "latents": 4},
@@ -47,6 +50,12 @@ def main(port: str, process: int, folder: Path) -> None:
     for name, mesh in MESHES.items():
         result = train({**CONFIG, "mesh": mesh}, folder / name)
         report[name] = {key: value for key, value in result.metrics.items() if "second" not in key}
+        again = load_dictionary(result.path, mesh=make_mesh(mesh))
+        same = jax.tree.map(jnp.array_equal, again.arrays(), result.dictionary.arrays())
+        report[f"{name}, read again"] = {
+            "same": all(bool(value) for value in same.values()),
+            "held": {key: value.addressable_shards[0].data.shape for key, value in again.arrays().items()},
+        }
     resumed = {**CONFIG, "mesh": MESHES["each process its tokens"]}
     try:
         train(resumed, folder / "resumed", progress=stop_at(14))

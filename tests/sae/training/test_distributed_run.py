@@ -64,6 +64,17 @@ def test_two_processes_train_what_one_trains(run: tuple[Path, list[Any]], tmp_pa
         assert value == pytest.approx(alone[metric], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", MESHES)
+def test_each_process_writes_and_reads_what_its_devices_hold(run: tuple[Path, list[Any]], name: str) -> None:
+    _, reports = run
+    part = 64 // MESHES[name]["latents"]
+    for report in reports:
+        assert report[f"{name}, read again"] == {
+            "same": True,
+            "held": {"W_enc": [16, part], "b_enc": [part], "W_dec": [part, 16], "b_dec": [16]},
+        }
+
+
 def test_a_stopped_run_ends_in_the_same_bytes(run: tuple[Path, list[Any]]) -> None:
     folder, reports = run
     assert all(report["stopped"] for report in reports)

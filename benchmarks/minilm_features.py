@@ -80,7 +80,7 @@ class Size:
     shown: int
 
 
-FULL = Size("blocks.3.resid_post", 3072, 16, 1_100_000, 150_000, 64, 400_000, 1024, 512, 24, 48, 8)
+FULL = Size("blocks.3.resid_post", 3072, 16, 1_100_000, 150_000, 64, 400_000, 1024, 384, 12, 32, 8)
 QUICK = Size("blocks.0.resid_post", 64, 4, 12_000, 6_000, 24, 2048, 128, 24, 3, 6, 2)
 
 

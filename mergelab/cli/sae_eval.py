@@ -49,6 +49,11 @@ __all__ = ["command"]
     help="Of the model's training: a folder with checkpoints in folders named by their step, or JSON "
     "[[step, loss], ...].",
 )
+@click.option(
+    "--keep",
+    type=click.Path(path_type=Path),
+    help="Scores go into this file, and are taken from it if known.",
+)
 @click.option("--mesh", type=MESH, metavar="AXES", help="Spread the model over devices: tensor=8.")
 @click.option("--any-model", is_flag=True, help="Accept a model other than the recorded one.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of everything drawn.")
@@ -137,10 +142,12 @@ def _on_text(
     """Scorecards by source and control, seconds by metric of the first, and whether all hosts agree."""
     from tqdm import tqdm
 
+    from mergelab.checkpoints.digest import weights_sha256
     from mergelab.cli.sae_folder import open_dictionary
     from mergelab.data.tokenizer import load_tokenizer
     from mergelab.sae.evaluation.controls import CONTROLS
     from mergelab.sae.evaluation.host import check_host, check_reads, open_host
+    from mergelab.sae.evaluation.journal import Journal, evaluation_key
     from mergelab.sae.evaluation.probing_tasks import label_texts
     from mergelab.sae.evaluation.scorecard import control_scorecard, scorecard
     from mergelab.sharding import make_mesh
@@ -164,6 +171,16 @@ def _on_text(
         "seed": options["seed"],
     }
     curve = _curve(options["curve"], host, mesh)
+    weights = weights_sha256(model) if options["keep"] else ""
+
+    def memory(dictionary: Any, *settings: Any) -> Any:
+        if options["keep"] is None:
+            return None
+        key = evaluation_key(
+            dictionary, host, labels, weights, options["seed"], options["curve"] and curve, *settings
+        )
+        return Journal(options["keep"], key)
+
     columns: dict[str, Scorecard] = {}
     with tqdm(unit="metric", disable=quiet or None, dynamic_ncols=True) as bar:
 
@@ -172,12 +189,15 @@ def _on_text(
             bar.update()
 
         for source, one in zip(sources, opened, strict=True):
-            columns[str(source)] = scorecard(one, host, curve=curve, progress=progress, **common)
+            columns[str(source)] = scorecard(
+                one, host, curve=curve, progress=progress, memory=memory(one), **common
+            )
         for kind in CONTROLS if options["controls"] else ():
             bar.set_description(kind)
             k = first.config.k or _active(first, host)
             steps = options["control_steps"]
-            columns[kind] = control_scorecard(kind, first, host, k=k, steps=steps, **common)
+            kept = memory(first, kind, k, steps)
+            columns[kind] = control_scorecard(kind, first, host, k=k, steps=steps, memory=kept, **common)
     return columns, dict(columns[str(sources[0])].seconds), all(checked)
 
 

@@ -60,9 +60,11 @@ class Tokenizer:
 
     @property
     def frame(self) -> tuple[int, int] | None:
-        """The tokens between which an encoder's text stands (`cls` and `sep`), or None."""
+        """The `cls` and `sep` between which the tokenizer puts a text, as encoders have it, or None."""
         begin, end = self.id_of("cls"), self.id_of("sep")
-        return None if begin is None or end is None else (begin, end)
+        if begin is None or end is None or self.encode("") != [begin, end]:
+            return None
+        return begin, end
 
     def piece(self, token: int) -> str:
         """The text of one token as it stands within a text, with the space before it if it brings one."""

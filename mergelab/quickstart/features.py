@@ -10,14 +10,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mergelab.checkpoints.digest import weights_sha256
 from mergelab.data.corpus import Document
 from mergelab.models.load import load_model
 from mergelab.quickstart.settings import AutoencoderSettings
+from mergelab.sae.config import DataSection
 from mergelab.sae.evaluation.examples import survey
 from mergelab.sae.evaluation.reconstruction import Totals
 from mergelab.sae.formats import load_dictionary
 from mergelab.sae.model_source import ModelActivations, contexts_of_texts
+from mergelab.sae.provenance import host_metadata
 from mergelab.sae.training import train
 
 __all__ = ["Features", "find_features", "train_autoencoder"]
@@ -54,7 +55,7 @@ def train_autoencoder(
     """
     text = path.with_name(f"{path.name}.txt")
     text.write_text("\n\n".join(document.text for document in documents), encoding="utf-8")
-    config = {
+    config: dict[str, Any] = {
         "sae": {"variant": "topk", "n_latents": settings.n_latents, "k": settings.k},
         "data": {
             "kind": "model",
@@ -65,8 +66,8 @@ def train_autoencoder(
         },
         "train": {"batch_size": settings.batch_size, "tokens": settings.tokens, "seed": seed},
         "checkpoint": {"log_every": 10},
-        "metadata": {"site": settings.site, "model": str(model), "model_hash": weights_sha256(model)},
     }
+    config["metadata"] = host_metadata(DataSection.model_validate(config["data"]))
     result = train(config, path, progress=lambda done, total, _: on_step(done, total))
     return {name: result.metrics[name] for name in ("nmse", "dead_fraction", "l0")}
 

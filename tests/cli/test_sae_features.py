@@ -57,6 +57,9 @@ def test_eval_on_text_says_units_and_yardsticks(folder: Path) -> None:
     assert code == 0 and found["host_checked"] and set(found["seconds"]) == {"reconstruction", "downstream"}
     assert scores["downstream.delta_ce"]["unit"] == "nats / token"
     assert 0.1 < scores["downstream.compute_equivalent"]["value"] < 1
+    kept = (*asked, "--keep", folder / "scores.jsonl", "--json")
+    first, second = (_invoke(*kept)[1].splitlines()[-1] for _ in range(2))
+    assert first == second and len((folder / "scores.jsonl").read_text().splitlines()) == 2
     few = [*asked[:-1], "reconstruction"]
     code, said = _invoke(*few, "--controls", "--control-steps", 2)
     header, _, *rows = said[said.index("score") :].splitlines()
@@ -120,6 +123,27 @@ def test_a_page_shows_what_latents_become_in_a_wider_dictionary(folder: Path, tm
         assert feature["i"] in numbers and (feature["i"] + 40 in numbers) == (feature["i"] < 5)
         assert feature["splits"] == len(numbers) and feature["children"][0][1] == 1
     assert any(tokens for feature in data["features"] for _, _, tokens in feature["children"])
+
+
+def test_a_trained_dictionary_remembers_its_host(folder: Path, tmp_path: Path) -> None:
+    data = {"kind": "model", "model": str(folder / "model"), "site": SITE, "text": str(folder / "text.py")}
+    config = {
+        "sae": {"variant": "topk", "n_latents": 32, "k": 2},
+        "data": {**data, "context": 16},
+        "train": {"batch_size": 64, "tokens": 128},
+        "metadata": {"note": "mine"},
+    }
+    (tmp_path / "sae.yaml").write_text(json.dumps(config))
+    code, said = _invoke("sae", "train", tmp_path / "sae.yaml", "--out", tmp_path / "run", "--json")
+    assert code == 0, said
+    metadata = load_dictionary(tmp_path / "run" / "final").config.metadata
+    assert metadata["site"] == SITE and metadata["note"] == "mine"
+    assert metadata["model_hash"] == weights_sha256(folder / "model")
+    asked = ("--text", folder / "text.py", "--context", 16, "--metrics", "reconstruction", "--json")
+    code, said = _invoke("sae", "eval", tmp_path / "run", "--model", folder / "model", *asked)
+    assert code == 0 and json.loads(said.splitlines()[-1])["host_checked"]
+    code, said = _invoke("sae", "eval", tmp_path / "run", "--model", folder / "other", *asked)
+    assert code == 2 and "belongs to a model with" in said
 
 
 def test_faults_are_said(folder: Path, tmp_path: Path) -> None:

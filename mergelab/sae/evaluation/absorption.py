@@ -42,6 +42,7 @@ def absorption(
     x: np.ndarray,
     labels: np.ndarray,
     *,
+    codes: np.ndarray | None = None,
     max_main: int = 5,
     gain: float = 0.03,
     cosine: float = 0.025,
@@ -54,6 +55,7 @@ def absorption(
         dictionary: reads and reconstructs the activations.
         x: `[rows, d]`, float32.
         labels: `[rows]`, bool: the class.
+        codes: `[rows, n_latents]` of the activations, where they are known.
         max_main: main latents at most.
         gain: a further main latent is one that raises the F1 of a sparse probe by so much.
         cosine: least cosine of an absorbing latent's direction with the probe's.
@@ -63,7 +65,7 @@ def absorption(
     Raises:
         SAEError: a class is missing, or the probe gets no token of the class right.
     """
-    codes = np.asarray(encode(dictionary, jnp.asarray(x)))
+    codes = np.asarray(encode(dictionary, jnp.asarray(x))) if codes is None else codes
     main = _main_latents(codes, labels, max_main, gain, seed)
     weights, bias, _ = fit_logistic(jnp.asarray(x), jnp.asarray(labels))
     direction = np.asarray(weights, np.float64)

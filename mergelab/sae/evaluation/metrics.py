@@ -132,12 +132,6 @@ def _start(evidence: Evidence, width: int) -> int:
     return max(1, min(len(evidence.judge.tokens), _HELD // (length * width)))
 
 
-def _tasks(evidence: Evidence, contexts: int) -> dict[str, np.ndarray]:
-    """Labels `[rows]` of so many contexts, of the tasks that have both classes there."""
-    labels = {name: label[:contexts].reshape(-1) for name, label in evidence.labels.items()}
-    return {name: label for name, label in labels.items() if _RARE < label.mean() < 1 - _RARE}
-
-
 def _columns(
     dictionary: Dictionary, evidence: Evidence, what: Callable[[Dictionary, jax.Array], jax.Array]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -145,7 +139,8 @@ def _columns(
     contexts = _start(evidence, dictionary.n_latents)
     run = jax.jit(what)
     rows = [np.asarray(run(dictionary, jnp.asarray(x))) for x in read_batches(evidence.judge, contexts)]
-    return np.concatenate(rows), _tasks(evidence, contexts)
+    labels = {name: label[:contexts].reshape(-1) for name, label in evidence.labels.items()}
+    return np.concatenate(rows), {n: v for n, v in labels.items() if _RARE < v.mean() < 1 - _RARE}
 
 
 def _probing(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[str, Score]]:
@@ -164,12 +159,13 @@ def _probing(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[str, 
 
 
 def _absorption(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[str, Score]]:
-    contexts = _start(evidence, dictionary.n_latents)
+    codes, tasks = _columns(dictionary, evidence, lambda d, x: d.encode(x))
+    contexts = len(codes) // evidence.judge.tokens.shape[1]
     x = np.concatenate(list(read_batches(evidence.judge, contexts)))
     found = []
-    for labels in _tasks(evidence, contexts).values():
+    for labels in tasks.values():
         try:
-            found.append(absorption(dictionary, x, labels, seed=evidence.seed))
+            found.append(absorption(dictionary, x, labels, codes=codes, seed=evidence.seed))
         except SAEError:  # the site does not hold this class
             continue
     if not found:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -73,6 +73,7 @@ def scorecard(
     samples: int = 256,
     explained: int = 32,
     seed: int = 0,
+    memory: MutableMapping[str, Scorecard] | None = None,
     progress: Callable[[str], None] = lambda metric: None,
 ) -> Scorecard:
     """Runs evaluations.
@@ -91,32 +92,49 @@ def scorecard(
         samples: ablations per kind of unit.
         explained: latents that are explained.
         seed: of everything drawn.
+        memory: metrics that are in it are not run again, and those that are run are put into it; a dict, or a
+            file (`mergelab.sae.evaluation.journal`).
         progress: is told the name of each metric before it runs.
 
     Raises:
         SAEError: a metric is unknown or cannot be had of this model and text, or the dictionary does not fit.
     """
     check_reads(dictionary, source)
-    possible = applicable_metrics(source, labelled=labels is not None)
-    for name in metrics or ():
+    names = _asked(metrics, source, labels)
+    dictionary = anonymous(dictionary)
+    fit, judge = halves(source)
+    answers = {task: label[len(fit.tokens) :] for task, label in (labels or {}).items()}
+    evidence = Evidence(fit, judge, answers, mask_token, curve, samples, explained, seed)
+    memory = {} if memory is None else memory
+    for name in names:
+        progress(name)
+        if name not in memory:
+            started = time.perf_counter()
+            measured = METRICS[name].measure(dictionary, evidence)
+            scores = {f"{name}.{part}": score for part, score in measured}
+            memory[name] = Scorecard(scores, {name: time.perf_counter() - started})
+    return _joined([memory[name] for name in names])
+
+
+def _joined(cards: Sequence[Scorecard]) -> Scorecard:
+    scores = {name: score for card in cards for name, score in card.scores.items()}
+    return Scorecard(scores, {name: value for card in cards for name, value in card.seconds.items()})
+
+
+def _asked(
+    metrics: Sequence[str] | None, source: ModelActivations, labels: Mapping[str, np.ndarray] | None
+) -> tuple[str, ...]:
+    """The metrics to run, each known and possible."""
+    if metrics is None:
+        return applicable_metrics(source, labelled=labels is not None)
+    for name in metrics:
         if name not in METRICS:
             raise SAEError(
                 f"there is no metric {name!r}{did_you_mean(name, METRICS)}; known: {', '.join(METRICS)}."
             )
         if needs := _lacking(METRICS[name], source, labels is not None):
             raise SAEError(f"the metric {name!r} needs {needs}, which are not there; leave it away.")
-    dictionary = anonymous(dictionary)
-    fit, judge = halves(source)
-    answers = {task: label[len(fit.tokens) :] for task, label in (labels or {}).items()}
-    evidence = Evidence(fit, judge, answers, mask_token, curve, samples, explained, seed)
-    scores: dict[str, Score] = {}
-    seconds: dict[str, float] = {}
-    for name in possible if metrics is None else metrics:
-        progress(name)
-        started = time.perf_counter()
-        scores |= {f"{name}.{part}": score for part, score in METRICS[name].measure(dictionary, evidence)}
-        seconds[name] = time.perf_counter() - started
-    return Scorecard(scores, seconds)
+    return tuple(metrics)
 
 
 def control_scorecard(
@@ -132,6 +150,7 @@ def control_scorecard(
     samples: int = 256,
     explained: int = 32,
     seed: int = 0,
+    memory: MutableMapping[str, Scorecard] | None = None,
 ) -> Scorecard:
     """The same evaluations of a control (`mergelab.sae.evaluation.controls`), fitted on the first half.
 
@@ -150,22 +169,27 @@ def control_scorecard(
         samples: as for `scorecard`.
         explained: as for `scorecard`.
         seed: of everything drawn.
+        memory: as for `scorecard`; if all is in it, no control is made.
 
     Raises:
         SAEError: as `scorecard` and `control_dictionary`.
     """
+    names = _asked(metrics, source, labels)
+    if memory is not None and all(name in memory for name in names):
+        return _joined([memory[name] for name in names])
     host = random_model(source, seed) if kind == "random model" else source
     fit, _ = halves(host)
     control = control_dictionary(kind, fit, n_latents=dictionary.n_latents, k=k, steps=steps, seed=seed)
     return scorecard(
         control,
         host,
-        metrics=metrics,
+        metrics=names,
         labels=labels,
         mask_token=mask_token,
         samples=samples,
         explained=explained,
         seed=seed,
+        memory=memory,
     )
 
 

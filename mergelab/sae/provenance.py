@@ -1,0 +1,45 @@
+"""Which model and site a training's activations come from: what its dictionary must remember."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+from typing import Any
+
+from mergelab.checkpoints.digest import weights_sha256
+from mergelab.checkpoints.json_data import read_json_object
+from mergelab.sae.config import DataSection
+
+__all__ = ["host_metadata"]
+
+
+def host_metadata(data: DataSection) -> dict[str, Any]:
+    """`site`, `model` and `model_hash` of the activations, as far as the data says where they come from.
+
+    A model is asked for the digest of its weights; files of `mergelab activations` carry it beside them.
+
+    Args:
+        data: of a training's configuration.
+
+    Raises:
+        CheckpointError: the model's folder holds no weights, or the file beside a store's is damaged.
+    """
+    if data.kind == "model" and data.model is not None:
+        return {"site": data.site, "model": data.model, "model_hash": weights_sha256(data.model)}
+    if data.kind == "files" and data.path is not None:
+        patterns = [data.path] if isinstance(data.path, str) else data.path
+        return _of_store(sorted(Path(file) for pattern in patterns for file in glob.glob(pattern)))
+    return {}
+
+
+def _of_store(files: list[Path]) -> dict[str, Any]:
+    """What `store.json` says of the one site whose shards these are; nothing of other files."""
+    sites = {file.name.rpartition("-")[0] for file in files}
+    stores = {file.parent / "store.json" for file in files}
+    if len(sites) != 1 or len(stores) != 1 or not (store := stores.pop()).is_file():
+        return {}
+    facts = read_json_object(store)
+    site = sites.pop()
+    if site not in facts.get("sites", {}):
+        return {}
+    return {"site": site, "model": facts["model"], "model_hash": facts["model_sha256"]}

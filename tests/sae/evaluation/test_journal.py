@@ -1,0 +1,87 @@
+"""Scores that are known are not measured again; a torn file loses its last line, a foreign one is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mergelab.errors import OutputError, SAEError
+from mergelab.sae.evaluation.journal import Journal, evaluation_key
+from mergelab.sae.evaluation.metrics import METRICS, Metric, Score
+from mergelab.sae.evaluation.scorecard import Scorecard, control_scorecard, scorecard
+from tests.sae.evaluation.trained_host import Host
+
+CARD = Scorecard({"a.x": Score(0.1, "nats", "0 best"), "a.y": Score(float("nan"), "", "1 best")}, {"a": 2.5})
+
+
+def test_what_is_written_is_read_to_the_bit(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "scores.jsonl"
+    Journal(file, "one")["a"] = CARD
+    Journal(file, "two")["a"] = Scorecard({})
+    known = Journal(file, "one")
+    assert list(known) == ["a"] and known["a"].seconds == {"a": 2.5}
+    assert known["a"].scores["a.x"] == CARD.scores["a.x"] and np.isnan(known["a"].scores["a.y"].value)
+    assert json.loads(file.read_text().splitlines()[0])["scores"]["a.y"]["value"] == "nan"
+    assert not Journal(file, "three")
+
+
+def test_a_torn_line_is_cut_off_and_a_foreign_file_refused(tmp_path: Path) -> None:
+    file = tmp_path / "scores.jsonl"
+    for metric in ("a", "b"):
+        Journal(file, "one")[metric] = CARD
+    file.write_bytes(file.read_bytes()[:-9])
+    torn = Journal(file, "one")
+    assert list(torn) == ["a"]
+    torn["b"] = CARD
+    assert list(Journal(file, "one")) == ["a", "b"]
+    (tmp_path / "notes.txt").write_text("mine\n")
+    with pytest.raises(OutputError, match=r"notes\.txt, line 1"):
+        Journal(tmp_path / "notes.txt", "one")
+
+
+def test_an_evaluation_goes_on_where_it_was_stopped(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["reconstruction", "downstream", "progressive"]
+    whole = scorecard(host.dictionary, host.source, metrics=asked)
+    key = evaluation_key(host.dictionary, host.source, {}, "weights")
+
+    def stop(*_: object) -> None:
+        raise SAEError("stopped")
+
+    with monkeypatch.context() as patched, pytest.raises(SAEError, match="stopped"):
+        patched.setitem(METRICS, "progressive", Metric(stop))  # type: ignore[arg-type]
+        scorecard(host.dictionary, host.source, metrics=asked, memory=Journal(tmp_path / "kept", key))
+    with monkeypatch.context() as patched:
+        for name in asked[:2]:
+            patched.setitem(METRICS, name, Metric(stop))  # type: ignore[arg-type]
+        memory = Journal(tmp_path / "kept", key)
+        found = scorecard(host.dictionary, host.source, metrics=asked, memory=memory)
+    assert found.values() == whole.values() and list(found.scores) == list(whole.scores)
+
+
+def test_a_control_that_is_known_is_not_made_again(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory: dict[str, Scorecard] = {}
+    asked = ["reconstruction"]
+    first = control_scorecard("random", host.dictionary, host.source, k=4, metrics=asked, memory=memory)
+    monkeypatch.delattr("mergelab.sae.evaluation.scorecard.control_dictionary")
+    again = control_scorecard("random", host.dictionary, host.source, k=4, metrics=asked, memory=memory)
+    assert again.values() == first.values()
+
+
+def test_keys_tell_what_scores_depend_on(host: Host) -> None:
+    key = evaluation_key(host.dictionary, host.source, {}, 1)
+    named = replace(host.dictionary, config=replace(host.dictionary.config, metadata={"name": "x"}))
+    assert evaluation_key(named, host.source, {}, 1) == key
+    others = {
+        evaluation_key(host.dictionary, host.source, {}, 2),
+        evaluation_key(host.dictionary, replace(host.source, tokens=host.source.tokens[:9]), {}, 1),
+        evaluation_key(host.dictionary, host.source, {"is_code": host.source.tokens > 9}, 1),
+        evaluation_key(replace(host.dictionary, b_enc=host.dictionary.b_enc + 1), host.source, {}, 1),
+        evaluation_key(replace(host.dictionary, config=replace(named.config, k=3)), host.source, {}, 1),
+    }
+    assert len(others | {key}) == 6

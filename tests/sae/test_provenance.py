@@ -1,0 +1,40 @@
+"""A training's data says which model and site it comes from, where it can."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mergelab.checkpoints.digest import weights_sha256
+from mergelab.errors import CheckpointError
+from mergelab.sae.activation_store import write_store
+from mergelab.sae.config import DataSection
+from mergelab.sae.model_source import ModelActivations
+from mergelab.sae.provenance import host_metadata
+from tests.models.tiny_models import tiny, write
+
+SITE = "blocks.0.resid_post"
+
+
+def test_a_store_and_its_model_say_the_same(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", "bert")
+    wanted = {"site": SITE, "model": str(folder), "model_hash": weights_sha256(folder)}
+    direct = DataSection(kind="model", model=str(folder), site=SITE, text="text.txt")
+    assert host_metadata(direct) == wanted
+    model, params = tiny("bert")
+    tokens = np.random.default_rng(0).integers(3, 61, (4, 8)).astype(np.int32)
+    write_store(ModelActivations(model, params, tokens, (SITE, "embed")), tmp_path / "acts", model=folder)
+    stored = DataSection(kind="files", path=str(tmp_path / "acts" / f"{SITE}-*.safetensors"))
+    assert host_metadata(stored) == wanted
+    mixed = DataSection(kind="files", path=str(tmp_path / "acts" / "*-00000.safetensors"))
+    assert host_metadata(mixed) == {}
+
+
+def test_what_cannot_be_known_is_not_made_up(tmp_path: Path) -> None:
+    np.save(tmp_path / "rows.npy", np.zeros((4, 3), np.float32))
+    assert host_metadata(DataSection(kind="files", path=str(tmp_path / "rows.npy"))) == {}
+    assert host_metadata(DataSection(kind="toy")) == {}
+    with pytest.raises(CheckpointError, match="no weight files"):
+        host_metadata(DataSection(kind="model", model=str(tmp_path), site=SITE, text="text.txt"))

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +18,7 @@ from mergelab.models.declaration import stored_shapes
 from mergelab.models.load import load_model
 from tests.models.distributed_worker import WIDE
 from tests.models.tiny_models import weights, write
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.two_processes import run_two
 
 
 @pytest.fixture(scope="module")
@@ -35,29 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
     wide = {n: rng.normal(size=shape).astype(np.float32) for n, shape in stored_shapes(WIDE).items()}
     save_file(wide, folder / "wide" / "model.safetensors")
     write(folder / "model", "llama")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "tests.models.distributed_worker", str(port)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(n), str(folder)],
-            cwd=REPOSITORY,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for n in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(o[-3000:] for o in outputs)
-    return folder, [json.loads((folder / f"report-{n}.json").read_text()) for n in range(2)]
+    return folder, run_two("tests.models.distributed_worker", folder)
 
 
 def test_each_process_reads_its_half(run: tuple[Path, list[dict[str, Any]]]) -> None:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +12,14 @@ from safetensors.numpy import load_file
 from mergelab.sae.training import train
 from mergelab.sae.training.metrics import read_metrics
 from tests.sae.training.distributed_worker import CONFIG, MESHES
+from tests.two_processes import run_two
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> tuple[Path, list[dict[str, Any]]]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The folder that two processes worked in, and what each of them reported."""
     folder = tmp_path_factory.mktemp("distributed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "tests.sae.training.distributed_worker", str(port)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(n), str(folder)],
-            cwd=repository,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for n in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(o[-3000:] for o in outputs)
-    return folder, [json.loads((folder / f"report-{n}.json").read_text()) for n in range(2)]
+    return folder, run_two("tests.sae.training.distributed_worker", folder)
 
 
 @pytest.mark.parametrize("name", MESHES)

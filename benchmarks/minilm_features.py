@@ -16,7 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ class Size:
         scored: latents whose explanations the scorecard judges.
         explained: latents whose explanations are made for the table of features.
         shown: of them in the table.
+        metrics: of the scorecards; all that apply if None.
     """
 
     site: str
@@ -78,10 +79,14 @@ class Size:
     scored: int
     explained: int
     shown: int
+    metrics: tuple[str, ...] | None = None
 
 
 FULL = Size("blocks.3.resid_post", 3072, 16, 1_100_000, 150_000, 64, 400_000, 1024, 384, 12, 32, 8)
-QUICK = Size("blocks.0.resid_post", 64, 4, 12_000, 6_000, 24, 2048, 128, 24, 3, 6, 2)
+QUICK = Size(
+    "blocks.0.resid_post", 64, 4, 12_000, 6_000, 24, 2048, 128, 24, 3, 6, 2,
+    metrics=("reconstruction", "embeddings", "explanations"),
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -111,7 +116,7 @@ class Experiment:
     def __init__(self, work: Path, model: Path, size: Size) -> None:
         self.work, self.model, self.size = work, model, size
         self.file = work / "minilm_features.json"
-        self.results: dict[str, Any] = {"machine": describe(work), "size": vars(size), "runs": {}}
+        self.results: dict[str, Any] = {"machine": describe(work), "size": asdict(size), "runs": {}}
         if self.file.is_file():
             self.results = json.loads(self.file.read_text())
         corpus = gather(size.train_bytes, size.held_out_bytes)
@@ -142,6 +147,7 @@ class Experiment:
             labels=self.labelled.labels,
             mask_token=self.tokenizer.mask_id,
             explained=self.size.scored,
+            metrics=self.size.metrics,
             seed=seed,
         )
         found = {"scores": card.values(), "seconds": dict(card.seconds), "train_seconds": trained}

@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def run_two(module: str, folder: Path) -> list[dict[str, Any]]:
-    """Runs `python -m MODULE PORT PROCESS FOLDER` twice; returns the `report-PROCESS.json` each leaves there."""
+    """Runs `python -m MODULE PORT PROCESS FOLDER` twice; returns the `report-PROCESS.json` of each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -200,7 +200,7 @@ class Experiment:
         made = explain(dictionary, fit, examples, mask_token=self.tokenizer.mask_id)
         matches = match_explanations(dictionary, judged, list(made.values()))
         explained = {i: (made[i], match) for i, match in zip(made, matches, strict=True)}
-        gallery = make_gallery(dictionary, self.source, most=2000)
+        gallery = make_gallery(dictionary, self.source, most=self.size.n_latents)
         page = render_features(
             replace(gallery, explained=explained),
             self.tokenizer.piece,

@@ -46,7 +46,8 @@ def test_what_is_no_curve_is_said(host: Host, checkpoints: Path, tmp_path: Path)
     with pytest.raises(SAEError, match="1 folders named by a training step"):
         loss_curve(tmp_path, host.source)
     small = replace(host.config, intermediate_size=16)
+    params = llama.init(small, 0)
     for step in (20, 30):
-        llama.save(llama.init(small, 0), small, tmp_path / "other" / str(step))
+        llama.save(params, small, tmp_path / "other" / str(step))
     with pytest.raises(SAEError, match="another shape"):
         loss_curve(tmp_path / "other", host.source)

@@ -130,14 +130,6 @@ def test_an_encoders_latents_are_explained_and_judged(encoder: Encoder) -> None:
     assert [match.active for match in matches] == (rows[:, chosen] > 0).sum(axis=0).tolist()
 
 
-def test_matches_are_those_of_the_explanation_loss(host: Host) -> None:
-    source = replace(host.source, tokens=host.source.tokens[:6])
-    explanations = [Explanation(i, (Pattern((int(source.tokens[0, i]),), 1.0),)) for i in range(4)]
-    wanted = score_explanations(host.dictionary, source, explanations).matches
-    found = match_explanations(host.dictionary, source, explanations)
-    np.testing.assert_equal([vars(match) for match in found], [vars(match) for match in wanted])
-
-
 def test_a_trained_dictionarys_latents(host: Host) -> None:
     train = replace(host.source, tokens=host.source.tokens[:24], batch=64)
     test = replace(host.source, tokens=host.source.tokens[24:])
@@ -155,3 +147,5 @@ def test_a_trained_dictionarys_latents(host: Host) -> None:
     score = score_explanations(host.dictionary, test, list(explained.values()))
     assert 0 < score.precision <= 1 and 0 < score.recall <= 1
     assert score.tokens == test.tokens.shape[0] * 31
+    matches = match_explanations(host.dictionary, test, list(explained.values()))
+    np.testing.assert_equal([vars(match) for match in matches], [vars(match) for match in score.matches])

@@ -35,14 +35,8 @@ def command(config: Path, out: Path, overrides: tuple[str, ...], resume: bool, a
     """
     from tqdm import tqdm
 
-    from mergelab.sae.config import load_config
-    from mergelab.sae.provenance import host_metadata
     from mergelab.sae.training import train
 
-    settings = load_config(config, overrides)
-    # A dictionary remembers whose features it holds, so that it is never judged on another model.
-    metadata = {**host_metadata(settings.data), **settings.metadata}
-    settings = settings.model_copy(update={"metadata": metadata})
     with tqdm(unit="step", disable=as_json or None, dynamic_ncols=True) as bar:
 
         def progress(done: int, total: int, metrics: Mapping[str, float]) -> None:
@@ -56,7 +50,7 @@ def command(config: Path, out: Path, overrides: tuple[str, ...], resume: bool, a
             )
             bar.update(done - bar.n)
 
-        result = train(settings, out, resume=resume, progress=progress)
+        result = train(config, out, resume=resume, overrides=overrides, progress=progress)
     if as_json:
         said: dict[str, Any] = {"path": str(result.path), "steps": result.steps, "metrics": result.metrics}
         click.echo(json.dumps(said))

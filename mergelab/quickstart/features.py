@@ -13,12 +13,10 @@ import numpy as np
 from mergelab.data.corpus import Document
 from mergelab.models.load import load_model
 from mergelab.quickstart.settings import AutoencoderSettings
-from mergelab.sae.config import DataSection
 from mergelab.sae.evaluation.examples import survey
 from mergelab.sae.evaluation.reconstruction import Totals
 from mergelab.sae.formats import load_dictionary
 from mergelab.sae.model_source import ModelActivations, contexts_of_texts
-from mergelab.sae.provenance import host_metadata
 from mergelab.sae.training import train
 
 __all__ = ["Features", "find_features", "train_autoencoder"]
@@ -67,7 +65,6 @@ def train_autoencoder(
         "train": {"batch_size": settings.batch_size, "tokens": settings.tokens, "seed": seed},
         "checkpoint": {"log_every": 10},
     }
-    config["metadata"] = host_metadata(DataSection.model_validate(config["data"]))
     result = train(config, path, progress=lambda done, total, _: on_step(done, total))
     return {name: result.metrics[name] for name in ("nmse", "dead_fraction", "l0")}
 

@@ -177,7 +177,11 @@ function start() {
     const said = new URLSearchParams();
     if (form.q.value) said.set("q", form.q.value);
     said.set("sort", form.sort.value);
-    history.replaceState(null, "", "#" + said);
+    try {
+      history.replaceState(null, "", "#" + said);
+    } catch {
+      // A page inside another may have no address of its own.
+    }
     show();
   }
   form.addEventListener("input", changed);

@@ -58,7 +58,8 @@ def control_dictionary(
     rows = source.at(source.sites[0])
     variant = TopK(d_in=rows.d_in, n_latents=n_latents, k=k)
     recipe = Recipe(steps=steps, batch_size=min(batch_size, source.rows))
-    key = jax.random.key(seed)
+    # Not the directions that a training with this seed begins from: a control must not be its relative.
+    key = jax.random.fold_in(jax.random.key(seed), 1)
     # Another order than the training's own.
     sample = next(ActivationStream(rows, min(source.rows, SAMPLE_ROWS), seed=seed + 1)).input
     metadata = {"control": kind}

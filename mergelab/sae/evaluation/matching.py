@@ -35,6 +35,9 @@ class FeatureMatch:
 def match_features(one: Dictionary, other: Dictionary, *, one_to_one: bool = True) -> FeatureMatch:
     """Pairs latents by the cosine of what they write.
 
+    Trainings with the same seed begin from the same directions, latent by latent, whatever their width:
+    compare such of different seeds.
+
     One-to-one pairs maximise the sum of cosines (Hungarian algorithm) for at most 4096 latents; beyond, they
     are taken greedily from the most alike pair of each row on. Otherwise every latent has its nearest.
 

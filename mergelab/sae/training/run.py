@@ -24,6 +24,7 @@ from mergelab.sae.finish import finished_dictionary
 from mergelab.sae.formats import save_dictionary
 from mergelab.sae.initialize import SAMPLE_ROWS, initialize
 from mergelab.sae.placement import batch_part, dictionary_shardings, place_batch
+from mergelab.sae.provenance import host_metadata
 from mergelab.sae.recipe import Recipe
 from mergelab.sae.state import TrainState
 from mergelab.sae.step import Metrics, Step, make_step
@@ -38,6 +39,8 @@ __all__ = ["Progress", "Result", "train"]
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 """Called with steps done, steps in all, and the metrics of a logged step."""
+
+_SUMMARY = ("nmse", "l0", "dead_fraction", "tokens")
 
 _DIVERGED = 10.0
 """A normalised error this large is worse than any useful start: the training has diverged."""
@@ -110,6 +113,9 @@ def train(
     with together("opening the run's folder", distributed=distributed):
         if jax.process_index() == 0:
             _claim(out, settings, resume)
+    # A dictionary remembers whose features it holds, so that it is never judged on another model. The process
+    # that writes this asks alone: a model's digest takes reading all of it.
+    host = host_metadata(settings.data) if jax.process_index() == 0 else {}
     state = _start(variant, recipe, settings, stream, mesh)
     step = make_step(variant, recipe, mesh)
     with Checkpoints(out / "checkpoints", settings.checkpoint.keep) as checkpoints:
@@ -119,7 +125,9 @@ def train(
             stream.restore(place)
         run = _Run(settings, recipe, step, checkpoints, out, progress)
         state, trace = run.steps(state, done or 0, stream, mesh)
-    dictionary = _finish(variant, recipe, state, settings, run.last, mesh)
+    summary = {name: run.last[name] for name in _SUMMARY if name in run.last}
+    metadata = {**host, **settings.metadata, "variant": variant.name, "training": summary}
+    dictionary = _finish(variant, recipe, state, metadata, mesh)
     save_dictionary(dictionary, out / "final")
     return Result(out / "final", dictionary, recipe.steps, run.last, trace)
 
@@ -273,13 +281,10 @@ def _finish(
     variant: Variant,
     recipe: Recipe,
     state: TrainState,
-    settings: TrainConfig,
-    last: Mapping[str, float],
+    metadata: Mapping[str, Any],
     mesh: Mesh | None,
 ) -> Dictionary:
     """The dictionary, which stays on the mesh as the training's parameters lie there."""
-    summary = {name: last[name] for name in ("nmse", "l0", "dead_fraction", "tokens") if name in last}
-    metadata = {**settings.metadata, "variant": variant.name, "training": summary}
     finish = partial(finished_dictionary, variant, recipe, metadata=metadata)
     needed = replace(state, mean={}, square={})
     shardings = None if mesh is None else dictionary_shardings(jax.eval_shape(finish, needed), mesh)

@@ -92,9 +92,10 @@ def _put(leaf: Array, sharding: NamedSharding) -> Array:
 def dictionary_shardings(dictionary: Dictionary, mesh: Mesh) -> Dictionary:
     """How a dictionary, or the shapes of one, lies on a mesh: a tree of shardings like it.
 
-    Its latents are split over the axis `latents`, if the mesh has one.
+    Its latents are split over the axis `latents`, if the mesh has one that divides their number.
     """
-    latents = "latents" if "latents" in mesh.axis_names else None
+    latents = "latents" if dictionary.n_latents % mesh.shape.get("latents", 1) == 0 else None
+    latents = latents if "latents" in mesh.axis_names else None
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         axis = LATENT_AXIS.get(path[0].name)

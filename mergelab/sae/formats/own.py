@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from mergelab.checkpoints import open_safetensors
+from mergelab.checkpoints.dtypes import is_float
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.errors import CheckpointError, OutputError, SAEError
 from mergelab.models.declaration import Leaf
@@ -113,6 +114,13 @@ def read_own(path: Path, mesh: Mesh | None = None) -> Dictionary:
     if unknown or missing:
         said = f"has no tensor {missing[0]!r}" if missing else f"has a tensor {unknown[0]!r} of no known use"
         raise CheckpointError(f"{path / _WEIGHTS}: {said}; write the dictionary again")
+    for name, tensor in tensors.items():
+        axes = 2 if name.startswith("W_") else 1
+        if len(tensor.shape) != axes or not is_float(tensor.dtype):
+            raise CheckpointError(
+                f"{path / _WEIGHTS}: {name} is {tensor.dtype} {list(tensor.shape)}, where floats with {axes} "
+                f"{'axes' if axes > 1 else 'axis'} were expected; write the dictionary again"
+            )
     split = "latents" if mesh is not None and "latents" in mesh.axis_names else None
     try:
         table = _table({name: tensor.shape for name, tensor in tensors.items()})

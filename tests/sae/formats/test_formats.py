@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from mergelab.errors import CheckpointError, OutputError, SAEError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats import FORMATS, load_dictionary, save_dictionary
+from mergelab.sharding import make_mesh
 
 RECORDED = Path(__file__).parent / "recorded"
 D, N = 8, 24
@@ -151,6 +153,20 @@ def test_gemma_scope_2_is_read(tmp_path: Path) -> None:
     np.testing.assert_allclose(load_dictionary(tmp_path)(x), dictionary(x), atol=1e-5)
 
 
+@pytest.mark.parametrize("format", ["mergelab", "saelens"])
+@pytest.mark.parametrize(("devices", "held"), [(8, 3), (5, 24)])
+def test_dictionaries_are_read_onto_meshes(tmp_path: Path, format: str, devices: int, held: int) -> None:
+    dictionary = _dictionary()
+    save_dictionary(dictionary, tmp_path / "sae", format)
+    mesh = make_mesh({"latents": devices}, jax.devices()[:devices])
+    found = load_dictionary(tmp_path / "sae", mesh=mesh)
+    # Latents that the devices cannot share equally stay whole on each.
+    assert found.W_enc.addressable_shards[0].data.shape == (D, held)
+    assert found.W_dec.addressable_shards[0].data.shape == (held, D)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((5, D)), jnp.float32)
+    np.testing.assert_allclose(found(x), dictionary(x), atol=1e-5)
+
+
 def _truncated(path: Path) -> None:
     file = path / "sae.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
@@ -171,7 +187,17 @@ def _renamed(path: Path) -> None:
     save_file({"W": arrays.pop("W_enc"), **arrays}, path / "sae.safetensors")
 
 
-@pytest.mark.parametrize("spoil", [_truncated, _other_sizes, _unknown_key, _renamed])
+def _flat(path: Path) -> None:
+    arrays = load_file(path / "sae.safetensors")
+    save_file({**arrays, "W_dec": arrays["b_enc"]}, path / "sae.safetensors")
+
+
+def _whole_numbers(path: Path) -> None:
+    arrays = load_file(path / "sae.safetensors")
+    save_file({**arrays, "b_enc": arrays["b_enc"].astype(np.int32)}, path / "sae.safetensors")
+
+
+@pytest.mark.parametrize("spoil", [_truncated, _other_sizes, _unknown_key, _renamed, _flat, _whole_numbers])
 def test_spoilt_files_are_refused(tmp_path: Path, spoil: Any) -> None:
     save_dictionary(_dictionary(), tmp_path / "sae")
     spoil(tmp_path / "sae")

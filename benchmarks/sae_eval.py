@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
@@ -35,8 +34,9 @@ from mergelab.models import llama
 from mergelab.models.load import load_model
 from mergelab.quickstart.family import fresh_params, train_tokenizer
 from mergelab.quickstart.settings import PRESETS, QuickstartSettings
-from mergelab.quickstart.train import next_token_loss, train_lm
+from mergelab.quickstart.train import train_lm
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
+from mergelab.sae.evaluation.curve import loss_curve
 from mergelab.sae.evaluation.probing_tasks import LabelledTokens, label_texts
 from mergelab.sae.evaluation.scorecard import halves, scorecard
 from mergelab.sae.model_source import ModelActivations, contexts_of_texts
@@ -166,15 +166,9 @@ class Bench:
 
     def _curve(self) -> tuple[np.ndarray, np.ndarray]:
         """Losses of the host's checkpoints on the text that judges."""
-        _, judge = halves(self.source)
-        loss = jax.jit(partial(next_token_loss, partial(llama.apply, self.settings.model)))
-        windows = jnp.asarray(judge.tokens)
-        losses = [
-            float(loss(load_model(self.work / "checkpoints" / str(step))[1], windows))
-            for step in self.size.points
-        ]
-        self.results["host"] = dict(zip(map(str, self.size.points), losses, strict=True))
-        return np.array(self.size.points, np.float64), np.array(losses)
+        steps, losses = loss_curve(self.work / "checkpoints", halves(self.source)[1])
+        self.results["host"] = {str(int(step)): float(loss) for step, loss in zip(steps, losses, strict=True)}
+        return steps, losses
 
     def _train(self, program: str, n: int, k: int, seed: int) -> tuple[Dictionary, float]:
         rows = self.work / "rows.npy"

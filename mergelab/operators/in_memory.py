@@ -11,10 +11,11 @@ import numpy as np
 from jax.core import Tracer
 
 from mergelab.errors import OperatorError
+from mergelab.operators.masks import pack_masks
 from mergelab.operators.measures import Measure, PerBlock, Rank, RowOrder, Sum
 from mergelab.operators.randomness import tensor_key
 from mergelab.operators.region import Region, whole
-from mergelab.operators.row_order import row_order
+from mergelab.operators.row_order import above_place
 from mergelab.operators.selection import Selection, select_on_device, select_on_host, trivial_selection
 from mergelab.trees import same_structure
 
@@ -112,7 +113,7 @@ def _take(
 
     if isinstance(declared, RowOrder):
         for leaf in leaves:
-            leaf.known[part].append(tuple(row_order(k) for k in block(leaf)))
+            leaf.known[part].append(pack_masks([above_place(question) for question in block(leaf)]))
     elif isinstance(declared, PerBlock):
         for leaf in leaves:
             leaf.known[part].append(block(leaf))

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import jax
 
+from mergelab.operators.row_order import RowQuestion
+
 __all__ = ["Measure", "PerBlock", "Rank", "RowOrder", "Scope", "Sum"]
 
 Scope = Literal["tensor", "tree"]
@@ -53,12 +55,16 @@ class Rank:
 
 @dataclass(frozen=True)
 class RowOrder:
-    """The position of every element within its row (the last axis), largest key first.
+    """Comparisons of elements with the key at some place in the order of their row (the last axis).
 
-    Its result is a tuple of int32 `[*block]`, one per stream, so it belongs to a block, not to the tensor.
+    Attributes:
+        of: `(part, xs, base, region, known) -> tuple` of `row_order.RowQuestion`, one per stream.
+
+    Its result is the answers as `masks.pack_masks` packs them, uint8 `[*block]` per eight streams, so it
+    belongs to a block, not to the tensor.
     """
 
-    of: Callable[..., tuple[jax.Array, ...]]
+    of: Callable[..., tuple[RowQuestion, ...]]
 
 
 @dataclass(frozen=True)

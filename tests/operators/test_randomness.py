@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 from jax.extend.random import threefry_2x32
 
 from mergelab import operators as ops
+from mergelab.operators.masks import pack_masks
 from mergelab.operators.randomness import tensor_key, threefry, uniform
 from mergelab.operators.region import Region, whole
+from mergelab.operators.row_order import above_place
 from mergelab.operators.selection import split_words
+from mergelab.operators.stages.drop import MagPrune
 
 SIDE = 256
 SIZE = SIDE * SIDE
@@ -154,6 +157,23 @@ def test_della_keeps_by_rank_within_the_row(density: float, epsilon: float) -> N
         assert abs(kept[:, of_rank].mean() - p) < 4 * np.sqrt(p * (1 - p) / draws), low
     flat = kept[:, ranks < SIDE // 8].mean() - kept[:, ranks >= SIDE - SIDE // 8].mean()
     assert flat < -epsilon  # a constant keep probability would not do
+
+
+@pytest.mark.parametrize("values", [1000, 5, 1])
+@pytest.mark.parametrize("epsilon", [0.25, 0.0])
+def test_della_decides_every_entry_by_the_ranks_its_magnitude_takes_up(values: int, epsilon: float) -> None:
+    """With ranks `first` to `last` (from the largest) of equals: by the first or the last, at even odds."""
+    x = np.random.default_rng(0).integers(1, values + 1, (64, 33)).astype(np.float32)
+    region = whole(x.shape, tensor_key(0, "w"), "float32")
+    (question,) = (stage := MagPrune(0.5, epsilon)).ask((jnp.asarray(x),), None, region, ())
+    (out,) = stage.apply((jnp.asarray(x),), None, region, (pack_masks([above_place(question)]),))
+    bits = np.asarray(region.random_bits(2, 0))
+    larger = (x[:, None, :] > x[:, :, None]).sum(-1)
+    equal = (x[:, None, :] == x[:, :, None]).sum(-1)
+    rank = np.where(bits & 1, larger, larger + equal - 1)
+    kept = bits / 2.0**21 < 0.5 + epsilon * (1 - 2 * rank / 32)
+    np.testing.assert_array_equal(np.asarray(out) != 0, kept)
+    assert abs(kept.mean() - 0.5) < 4 * 0.5 / np.sqrt(kept.size)
 
 
 @pytest.mark.parametrize("name", ["dare_linear", "dare_ties", "della", "della_linear"])

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from mergelab import operators as ops
 from mergelab.operators.region import Region, whole
-from mergelab.operators.row_order import row_order, row_order_on_host
+from mergelab.operators.row_order import RowQuestion, above_place, above_place_on_host
 from mergelab.operators.selection import (
     Selection,
     kept_count,
@@ -115,14 +115,18 @@ def test_none_and_all_need_no_look() -> None:
     assert not mask(keys, none).any() and mask(keys, every).all()
 
 
-@given(hnp.arrays(np.uint32, (3, 8), elements=st.one_of(st.integers(0, 3), st.integers(0, 2**32 - 1))))
-def test_row_orders_agree_and_give_ties_to_the_lowest_index(keys: np.ndarray) -> None:
-    on_device, on_host = np.asarray(row_order(jnp.asarray(keys))), row_order_on_host(keys)
+KEYS = hnp.arrays(np.uint32, (3, 8), elements=st.one_of(st.integers(0, 3), st.integers(0, 2**32 - 1)))
+
+
+@given(KEYS, hnp.arrays(np.int32, (3, 8), elements=st.integers(0, 7)), KEYS)
+def test_comparisons_within_rows_are_right_on_devices_and_on_the_host(
+    keys: np.ndarray, place: np.ndarray, mine: np.ndarray
+) -> None:
+    question = RowQuestion(keys, place, mine)
+    on_device, on_host = np.asarray(above_place(question)), above_place_on_host(question)
     np.testing.assert_array_equal(on_device, on_host)
-    for row, order in zip(keys.astype(np.int64), on_host, strict=True):
-        expected = np.empty(8, np.int64)
-        expected[np.lexsort((np.arange(8), -row))] = np.arange(8)
-        np.testing.assert_array_equal(order, expected)
+    expected = [[m > sorted(row)[p] for p, m in zip(*one, strict=True)] for row, *one in zip(*question)]  # noqa: B905
+    np.testing.assert_array_equal(on_host, expected)
 
 
 @given(VALUES, st.floats(0, 1))

@@ -18,10 +18,11 @@ from mergelab.merging.streaming.blocks import Block, blocks_of
 from mergelab.merging.streaming.inputs import Buffers, InputBlock, has_nonfinite, nonfinite_error, read_block
 from mergelab.merging.streaming.search import KeySearch
 from mergelab.operators.algebra import finish_measure, measure_block, merge_block
+from mergelab.operators.masks import pack_masks_on_host
 from mergelab.operators.measures import Measure, PerBlock, Rank, RowOrder, Sum
 from mergelab.operators.randomness import tensor_key
 from mergelab.operators.region import Region
-from mergelab.operators.row_order import row_order_on_host
+from mergelab.operators.row_order import above_place_on_host
 from mergelab.operators.selection import Selection, split_words, trivial_selection
 
 __all__ = ["Limits", "TensorRun", "WriteBlock"]
@@ -44,7 +45,8 @@ class Limits:
 
     Attributes:
         cache: inputs kept between passes instead of being read again.
-        keys: sort keys kept between the passes of a search instead of being computed again.
+        keys: sort keys kept between the passes of a search, and masks kept between passes over a tensor,
+            instead of being computed again.
     """
 
     cache: int
@@ -63,11 +65,12 @@ class TensorRun:
         self._key = tensor_key(seed, job.name)
         self.blocks = blocks_of(job.shape, self.merge.grain)
         self.known: list[list[Any]] = [[] for _ in self.merge.parts]
-        passes = 1 + len(self.merge.steps())
+        self._passes = 1 + sum(not isinstance(m, RowOrder | PerBlock) for _, _, m in self.merge.steps())
         self._cache: dict[Block, InputBlock] | None = (
-            {} if passes > 1 and job.bytes_in <= limits.cache else None
+            {} if self._passes > 1 and job.bytes_in <= limits.cache else None
         )
         self._block_results: dict[tuple[Block, int, int], Any] = {}
+        self._kept_bytes = 0
 
     # --- blocks ---------------------------------------------------------------------------------------
 
@@ -102,7 +105,7 @@ class TensorRun:
     def _of_block(
         self, inputs: InputBlock, block: Block, known: list[list[Any]], part: int, measure: int
     ) -> Any:
-        """A result that belongs to one block: kept with cached inputs, else computed where it is used."""
+        """A result that belongs to one block: kept while there is room, else computed wherever it is used."""
         place = (block, part, measure)
         if place in self._block_results:
             return self._block_results[place]
@@ -116,9 +119,12 @@ class TensorRun:
             measure=measure,
         )
         if isinstance(self.merge.parts[part].measures()[measure], RowOrder):
-            result = tuple(row_order_on_host(np.asarray(keys)) for keys in result)
-        if self._cache is not None:
-            self._block_results[place] = result
+            result = pack_masks_on_host([above_place_on_host(question) for question in result])
+        if self._passes > 1:
+            size = sum(array.nbytes for array in jax.tree.leaves(result))
+            if self._kept_bytes + size <= self._limits.keys:
+                self._kept_bytes += size
+                self._block_results[place] = result
         return result
 
     def _measure(self, block: Block, part: int, measure: int) -> Any:
@@ -245,7 +251,7 @@ class TensorRun:
                 for buffer in inputs.buffers:
                     self._buffers.give_back(buffer)
             self._cache = {}
-            self._block_results = {}
+        self._block_results = {}
 
     def _write_block(self, block: Block, write: WriteBlock) -> None:
         dtype = self.job.dtype if self.job.dtype in _DEVICE_DTYPES else np.dtype(np.float32)

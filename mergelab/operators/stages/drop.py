@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from mergelab.operators.algebra import Arrays, Granularity, Known, Stage, algebraic
+from mergelab.operators.masks import pack_masks, unpack_mask
 from mergelab.operators.measures import Measure, PerBlock, RowOrder
 from mergelab.operators.randomness import uniform
 from mergelab.operators.region import Region
+from mergelab.operators.row_order import RowQuestion
 from mergelab.operators.selection import magnitude_key
 from mergelab.operators.stages.trim import of_model
 
@@ -44,7 +46,7 @@ class Drop(Stage):
 
     def draw(self, xs: Arrays, base: Any, region: Region, known: Known) -> tuple[jax.Array, ...]:
         """Which entries are kept, packed by model."""
-        return _packed(
+        return pack_masks(
             [
                 uniform(region.random_bits(_DARE, i)) < _float32(of_model(self.density, i))
                 for i in range(len(xs))
@@ -53,7 +55,8 @@ class Drop(Stage):
 
     def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> Arrays:
         return tuple(
-            jnp.where(_unpacked(known[0], i), self._rescaled(x, i), jnp.float32(0)) for i, x in enumerate(xs)
+            jnp.where(unpack_mask(known[0], i), self._rescaled(x, i), jnp.float32(0))
+            for i, x in enumerate(xs)
         )
 
     def _rescaled(self, x: jax.Array, model: int) -> jax.Array:
@@ -69,7 +72,8 @@ class MagPrune(Stage):
 
     The smallest entry of a row is kept with probability `density - epsilon`, the largest with
     `density + epsilon`, linearly between; rows are taken along the last axis, and a row of one entry is
-    kept with probability `density`. At density 1 or above nothing is dropped, at 0 or below everything.
+    kept with probability `density`. Equal magnitudes share the mean probability of the ranks they take up, so
+    nothing depends on their order. At density 1 or above nothing is dropped, at 0 or below everything.
 
     Reference: Deep et al., "DELLA-Merging", arXiv 2406.11617.
     """
@@ -81,45 +85,35 @@ class MagPrune(Stage):
     per_model: ClassVar[tuple[str, ...]] = ("density", "epsilon")
 
     def measures(self) -> tuple[Measure, ...]:
-        return RowOrder(MagPrune.keys), PerBlock(MagPrune.draw)
+        return (RowOrder(MagPrune.ask),)
 
-    def keys(self, xs: Arrays, base: Any, region: Region, known: Known) -> tuple[jax.Array, ...]:
-        """Magnitude keys, whose order within each row is wanted."""
-        return tuple(magnitude_key(jax.lax.stop_gradient(x)) for x in xs)
+    def ask(self, xs: Arrays, base: Any, region: Region, known: Known) -> tuple[RowQuestion, ...]:
+        """Whether each entry is kept, as a comparison of magnitudes that its random number chooses."""
+        return tuple(self._ask(magnitude_key(jax.lax.stop_gradient(x)), region, i) for i, x in enumerate(xs))
 
-    def draw(self, xs: Arrays, base: Any, region: Region, known: Known) -> tuple[jax.Array, ...]:
-        """Which entries are kept, packed by model."""
-        return _packed(
-            [
-                uniform(region.random_bits(_DELLA, i)) < self._probability(order, i)
-                for i, order in enumerate(known[0])
-            ]
+    def _ask(self, keys: jax.Array, region: Region, model: int) -> RowQuestion:
+        """The comparison that decides each entry of one model.
+
+        `reach` is the number of ranks whose probability exceeds the entry's random number. An entry is kept
+        if fewer others than that are larger, which is to say: if it is not below the key at that rank. Half
+        of the entries, by a bit of the random number, count their equals as larger too: they must be above
+        the next key. Without equals both come to the same.
+        """
+        density, epsilon = (
+            _float32(of_model(jax.lax.stop_gradient(value), model)) for value in (self.density, self.epsilon)
         )
-
-    def _probability(self, order: jax.Array, model: int) -> jax.Array:
-        density, epsilon = _float32(of_model(self.density, model)), _float32(of_model(self.epsilon, model))
-        columns = order.shape[-1]
-        height = 1 - order.astype(jnp.float32) / jnp.float32(max(columns - 1, 1))
-        centred = jnp.float32(0.5) if columns == 1 else height
-        probability = density + epsilon * (2 * centred - 1)
-        certain = jnp.where(density >= 1, jnp.float32(1), jnp.float32(0))
-        return jnp.where((density >= 1) | (density <= 0), certain, probability)
+        bits, columns = region.random_bits(_DELLA, model), keys.shape[-1]
+        margin = density - uniform(bits)
+        reach = jnp.where(margin > 0, columns, 0)
+        if columns > 1:
+            half = jnp.float32((columns - 1) / 2)
+            sloped = jnp.ceil(half + margin * (half / jnp.where(epsilon > 0, epsilon, 1)))
+            reach = jnp.where(epsilon > 0, jnp.clip(sloped, 0, columns).astype(jnp.int32), reach)
+        reach = jnp.where(density >= 1, columns, jnp.where(density <= 0, 0, reach))
+        lenient = bits & jnp.uint32(1)
+        place = jnp.clip(columns - 1 - reach + lenient.astype(jnp.int32), 0, columns - 1)
+        mine = jnp.where(reach == columns, jnp.uint32(0xFFFFFFFF), keys + lenient)
+        return RowQuestion(keys, place, jnp.where(reach == 0, jnp.uint32(0), mine))
 
     def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> Arrays:
-        return tuple(jnp.where(_unpacked(known[1], i), x, jnp.float32(0)) for i, x in enumerate(xs))
-
-
-def _packed(masks: list[jax.Array]) -> tuple[jax.Array, ...]:
-    """Bool masks as bits of uint8 arrays, eight models to an array."""
-    packed = []
-    for first in range(0, len(masks), 8):
-        word = jnp.zeros_like(masks[first], dtype=jnp.uint8)
-        for bit, mask in enumerate(masks[first : first + 8]):
-            word = word | (mask.astype(jnp.uint8) << jnp.uint8(bit))
-        packed.append(word)
-    return tuple(packed)
-
-
-def _unpacked(packed: tuple[jax.Array, ...], model: int) -> jax.Array:
-    """The bool mask of one model."""
-    return (packed[model // 8] >> jnp.uint8(model % 8)) & jnp.uint8(1) == jnp.uint8(1)
+        return tuple(jnp.where(unpack_mask(known[0], i), x, jnp.float32(0)) for i, x in enumerate(xs))

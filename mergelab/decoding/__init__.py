@@ -2,7 +2,7 @@
 
 from mergelab.decoding.generate import Generated, begin, generate
 from mergelab.decoding.penalties import MinNewTokens, RepetitionPenalty, logit_bias, suppress
-from mergelab.decoding.progress import Progress, advance, as_partials, start
+from mergelab.decoding.progress import Progress, advance, start
 from mergelab.decoding.prompts import bucket_size, pad_prompts
 from mergelab.decoding.samplers import Sampler, greedy, row_keys, sample, sampler_from_options
 from mergelab.decoding.stop import Stop, cut_at_strings, stop_at
@@ -25,7 +25,6 @@ __all__ = [
     "TopK",
     "TopP",
     "advance",
-    "as_partials",
     "begin",
     "bucket_size",
     "chain",

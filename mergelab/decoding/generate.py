@@ -11,13 +11,13 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, Key
 
-from mergelab.decoding.progress import Progress, advance, as_partials, start
+from mergelab.decoding.progress import Progress, advance, start
 from mergelab.decoding.prompts import bucket_size, check_prompts, widen
 from mergelab.decoding.samplers import Sampler, greedy, row_keys
 from mergelab.decoding.stop import Stop, stop_at
 from mergelab.decoding.transform import require
 from mergelab.models.model import Model, Params
-from mergelab.models.sites import Edit
+from mergelab.models.sites import Edit, as_partials
 
 __all__ = ["Generated", "begin", "generate"]
 

@@ -16,9 +16,8 @@ from mergelab.decoding.stop import Stop
 from mergelab.decoding.transform import History
 from mergelab.models.cache import Cache
 from mergelab.models.model import Model, Params
-from mergelab.models.sites import Edit
 
-__all__ = ["Progress", "advance", "as_partials", "start"]
+__all__ = ["Progress", "advance", "start"]
 
 
 @jax.tree_util.register_dataclass
@@ -68,7 +67,7 @@ def start(
         mask: True for real tokens.
         capacity: how many tokens may be generated; static.
         stop: when rows end.
-        edit: edits by site, as `as_partials` gives them.
+        edit: edits by site, as `mergelab.models.sites.as_partials` gives them.
         pad_id: what `Progress.tokens` holds after a row's end.
     """
     batch, length = tokens.shape
@@ -115,7 +114,7 @@ def advance(
         sampler: chooses tokens.
         keys: one per row; the `n`-th token of a row is drawn with its key folded with `n`.
         stop: when rows end; of the shape that `start` was given.
-        edit: edits by site, as `as_partials` gives them.
+        edit: edits by site, as `mergelab.models.sites.as_partials` gives them.
     """
     rows = jnp.arange(progress.last.shape[0], dtype=jnp.int32)
     until = jnp.minimum(until, progress.tokens.shape[1])
@@ -144,12 +143,3 @@ def advance(
         )
 
     return jax.lax.while_loop(unfinished, step, progress)
-
-
-def as_partials(edit: Mapping[str, Edit] | None) -> dict[str, Partial]:
-    """Edits as pytrees that compiled functions take as arguments.
-
-    An edit that is a `jax.tree_util.Partial` already keeps its arrays as arguments: another steering vector
-    then needs no new compilation.
-    """
-    return {site: f if isinstance(f, Partial) else Partial(f) for site, f in (edit or {}).items()}

@@ -12,12 +12,12 @@ from jaxtyping import Array, Key
 
 from mergelab.data.tokenizer import Tokenizer
 from mergelab.decoding.generate import begin
-from mergelab.decoding.progress import advance, as_partials
+from mergelab.decoding.progress import advance
 from mergelab.decoding.prompts import pad_prompts
 from mergelab.decoding.samplers import Sampler, greedy, row_keys
 from mergelab.decoding.stop import cut_at_strings, stop_at
 from mergelab.models.model import Model, Params
-from mergelab.models.sites import Edit
+from mergelab.models.sites import Edit, as_partials
 
 __all__ = ["Completion", "complete", "new_text"]
 

@@ -16,11 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mergelab.decoding.progress import as_partials
 from mergelab.errors import SiteError
 from mergelab.interp.collect import batches
 from mergelab.models.model import Model, Params
-from mergelab.models.sites import Edit
+from mergelab.models.sites import Edit, as_partials
 
 __all__ = ["HeadScores", "head_scores", "repeated_tokens"]
 

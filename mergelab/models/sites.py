@@ -8,15 +8,25 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.tree_util import Partial
 
 from mergelab.errors import SiteError, did_you_mean
 
-__all__ = ["Edit", "Shape", "Tap", "match_sites"]
+__all__ = ["Edit", "Shape", "Tap", "as_partials", "match_sites"]
 
 # An edit maps an activation to one of the same shape and dtype; it is `f(array)`, or `f(array, site)`.
 Edit = Callable[..., jax.Array]
 # A symbolic shape: numbers, and names such as "batch" and "length" for what a call decides.
 Shape = tuple[str | int, ...]
+
+
+def as_partials(edit: Mapping[str, Edit] | None) -> dict[str, Partial]:
+    """Edits as pytrees that compiled functions take as arguments.
+
+    An edit that is a `jax.tree_util.Partial` already keeps its arrays as arguments: another steering vector
+    then needs no new compilation.
+    """
+    return {site: f if isinstance(f, Partial) else Partial(f) for site, f in (edit or {}).items()}
 
 
 def match_sites(sites: Mapping[str, Shape], pattern: str) -> list[str]:

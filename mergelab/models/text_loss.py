@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from mergelab.models.model import Model, Params
+from mergelab.models.sites import Edit, as_partials
 
 __all__ = ["summed_loss"]
 
 
 def summed_loss(
-    model: Model, params: Params, tokens: np.ndarray, is_target: np.ndarray, *, batch: int = 8
+    model: Model,
+    params: Params,
+    tokens: np.ndarray,
+    is_target: np.ndarray,
+    *,
+    edit: Mapping[str, Edit] | None = None,
+    batch: int = 8,
 ) -> float:
     """`sum of -ln p(target | the tokens before it in its window)`, in nats.
 
@@ -24,15 +33,17 @@ def summed_loss(
         params: its parameters, on any mesh.
         tokens: int32 `[windows, length + 1]`; the first column is context only.
         is_target: bool `[windows, length]`, which of the others count.
+        edit: functions by site, as in `Model.apply`.
         batch: windows in one forward pass.
     """
+    edits = as_partials(edit)
     total = 0.0
     for start in range(0, len(tokens), batch):
         # A short last batch is filled with windows that count for nothing: one shape, one program.
         missing = ((0, batch - len(tokens[start : start + batch])), (0, 0))
         rows = np.pad(tokens[start : start + batch], missing)
         counted = np.pad(is_target[start : start + batch], missing)
-        total += float(_summed_loss(model, params, rows, counted))
+        total += float(_summed_loss(model, params, rows, counted, edits))
     return total
 
 
@@ -42,8 +53,9 @@ def _summed_loss(
     params: Params,
     tokens: Int[Array, "batch length_plus_1"],
     counted: Bool[Array, "batch length"],
+    edit: Mapping[str, Partial],
 ) -> Float[Array, ""]:
-    logits = model.apply(params, tokens[:, :-1]).logits
+    logits = model.apply(params, tokens[:, :-1], edit=edit).logits
     assert logits is not None
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]

@@ -17,7 +17,6 @@ from mergelab.decoding import (
     Temperature,
     TopP,
     advance,
-    as_partials,
     begin,
     generate,
     greedy,
@@ -30,6 +29,7 @@ from mergelab.decoding import (
 from mergelab.errors import DecodingError, SiteError
 from mergelab.models.families import FAMILIES
 from mergelab.models.model import Model, Params
+from mergelab.models.sites import as_partials
 from tests.decoding.record_greedy import RECORDED, transformers_greedy
 from tests.decoding.tiny import CONFIGS, NEW_TOKENS, PROMPTS, tiny
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergelab.decoding import as_partials
 from mergelab.models.model import Model, Params
+from mergelab.models.sites import as_partials
 
 
 @partial(jax.jit, static_argnames=("model", "capture"))

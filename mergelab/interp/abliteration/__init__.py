@@ -7,6 +7,7 @@ from mergelab.interp.abliteration.prompts import Prompts, encode_prompts, read_p
 from mergelab.interp.abliteration.report import Report
 from mergelab.interp.abliteration.run import Settings, abliterate
 from mergelab.interp.abliteration.runtime import ablate, induce
+from mergelab.interp.abliteration.scores import first_token_scores
 from mergelab.interp.abliteration.search import SearchResult, Trial, search_ablation
 from mergelab.interp.abliteration.selection import Filters, Selection, select_direction
 from mergelab.interp.abliteration.space import Space
@@ -31,6 +32,7 @@ __all__ = [
     "abliterate_params",
     "encode_prompts",
     "find_directions",
+    "first_token_scores",
     "induce",
     "measure_behaviour",
     "orthogonalise",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from mergelab.errors import MergelabError
 from mergelab.interp.abliteration.prompts import Prompts
 from mergelab.interp.abliteration.scores import first_token_scores
 from mergelab.models.model import Model, Params
+from mergelab.models.sites import Edit
 from mergelab.models.text_loss import summed_loss
 
 __all__ = [
@@ -101,16 +102,24 @@ def text_windows(tokens: Sequence[int], separator: int, length: int) -> Evaluati
     return evaluation_windows([tokens], separator, min(length, len(tokens)), 0)
 
 
-def text_loss(model: Model, params: Params, windows: EvaluationWindows, *, batch: int = 4) -> float:
+def text_loss(
+    model: Model,
+    params: Params,
+    windows: EvaluationWindows,
+    *,
+    edit: Mapping[str, Edit] | None = None,
+    batch: int = 4,
+) -> float:
     """Cross-entropy of a text's tokens, in nats per token.
 
     Args:
         model: a decoder.
         params: its parameters.
         windows: the text (`text_windows`).
+        edit: functions by site, as in `Model.apply`.
         batch: windows in one forward pass.
     """
-    total = summed_loss(model, params, windows.tokens, windows.is_target, batch=batch)
+    total = summed_loss(model, params, windows.tokens, windows.is_target, edit=edit, batch=batch)
     return total / int(windows.is_target.sum())
 
 
@@ -121,6 +130,7 @@ def measure_behaviour(
     harmless: Prompts,
     refusal_ids: np.ndarray,
     *,
+    edit: Mapping[str, Edit] | None = None,
     before: np.ndarray | None = None,
     tokenizer: Tokenizer | None = None,
     phrases: Sequence[str] = REFUSAL_PHRASES,
@@ -136,6 +146,7 @@ def measure_behaviour(
         harmful: prompts on which nothing was fitted or chosen.
         harmless: the same.
         refusal_ids: tokens that begin a refusal.
+        edit: functions by site, as in `Model.apply`: `ablate` measures an ablation without editing weights.
         before: the logits that the unedited model gave; None for that model itself.
         tokenizer: generates answers and looks for phrases in them; None to look at first tokens only.
         phrases: what marks an answer as a refusal.
@@ -143,20 +154,20 @@ def measure_behaviour(
         windows: a text to predict, or None.
         batch: prompts in one forward pass.
     """
-    refused, _, _ = first_token_scores(model, params, harmful, refusal_ids, batch=batch)
+    refused, _, _ = first_token_scores(model, params, harmful, refusal_ids, edit=edit, batch=batch)
     answered, kl, logits = first_token_scores(
-        model, params, harmless, refusal_ids, before=before, batch=batch
+        model, params, harmless, refusal_ids, edit=edit, before=before, batch=batch
     )
     rates: list[float | None] = [None, None]
     if tokenizer is not None:
         rates = [
             float(np.mean([is_refusal(a, phrases) for a in answers]))
             for answers in (
-                _answers(model, params, tokenizer, prompts, max_new_tokens, batch)
+                _answers(model, params, tokenizer, prompts, max_new_tokens, batch, edit)
                 for prompts in (harmful, harmless)
             )
         ]
-    loss = None if windows is None else text_loss(model, params, windows)
+    loss = None if windows is None else text_loss(model, params, windows, edit=edit)
     found = Behaviour(
         rates[0], rates[1], float(refused.mean()), float(answered.mean()), float(kl.mean()), loss
     )
@@ -164,11 +175,17 @@ def measure_behaviour(
 
 
 def _answers(
-    model: Model, params: Params, tokenizer: Tokenizer, prompts: Prompts, max_new_tokens: int, batch: int
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Prompts,
+    max_new_tokens: int,
+    batch: int,
+    edit: Mapping[str, Edit] | None,
 ) -> list[str]:
     answers: list[str] = []
     for part in prompts.batches(batch):
         rows = [row[real].tolist() for row, real in zip(part.tokens, part.mask, strict=True)]
-        found = complete(model, params, tokenizer, rows, max_new_tokens=max_new_tokens)
+        found = complete(model, params, tokenizer, rows, max_new_tokens=max_new_tokens, edit=edit)
         answers += [completion.text for completion in found[: part.real]]
     return answers

@@ -11,11 +11,10 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
-from mergelab.decoding import as_partials
 from mergelab.errors import MergelabError
 from mergelab.interp.abliteration.prompts import Prompts
 from mergelab.models.model import Model, Params
-from mergelab.models.sites import Edit
+from mergelab.models.sites import Edit, as_partials
 
 __all__ = [
     "check_refusal_ids",

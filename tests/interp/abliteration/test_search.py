@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from mergelab.errors import MergelabError
 from mergelab.interp.abliteration.ablation import Ablation
 from mergelab.interp.abliteration.behaviour import measure_behaviour, text_loss, text_windows
 from mergelab.interp.abliteration.directions import Directions
+from mergelab.interp.abliteration.runtime import ablate
 from mergelab.interp.abliteration.search import SearchResult, Trial, frontier, search_ablation
 from mergelab.interp.abliteration.space import Space
 from mergelab.interp.abliteration.weights import abliterate_params
@@ -72,6 +75,11 @@ def test_figures_are_those_of_the_edited_weights(planted: Planted, space: Space,
         )
         assert trial.kl == pytest.approx(after.kl, abs=1e-4)
         assert trial.loss == pytest.approx(after.loss, abs=1e-4)
+        edit = ablate(model, params, ablation)
+        hooked, _ = measure_behaviour(
+            model, params, HARMFUL, HARMLESS, IDS, edit=edit, before=before, windows=windows, batch=64
+        )
+        assert asdict(hooked) == pytest.approx(asdict(after), abs=1e-4)
     assert after.harmful_refusals is None
     assert after.loss == pytest.approx(text_loss(model, edited, windows, batch=3), abs=1e-5)
 

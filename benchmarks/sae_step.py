@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe
-from benchmarks.merge import back_memory
 from benchmarks.sae_peers.problem import TRAINERS, Problem
 from benchmarks.table import replace_section
 
@@ -110,6 +109,15 @@ def _undisturbed(
         if turns[-1]["gemm_flops"] >= _FREE * best:
             break
     return max(turns, key=lambda turn: turn["gemm_flops"])
+
+
+def back_memory(nbytes: int = 4 << 30) -> None:
+    """Touches and frees memory, so that no program pays for pages that a virtual machine has yet to get.
+
+    A first touch of such a page costs many times a later one, and whoever runs first would pay for all.
+    """
+    program = f"b = bytearray({nbytes})\nfor i in range(0, len(b), 4096): b[i] = 1"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def _of_library(program: str, runs: Mapping[str, Any]) -> list[dict[str, float]]:

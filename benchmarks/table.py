@@ -24,8 +24,9 @@ def render(results: Mapping[str, Any]) -> str:
         [
             *_markdown(head, rows),
             "",
-            f"Medians of {results['repeats']} turns; models of {results['parameters'] / 1e9:.3f}B bfloat16 "
-            f"parameters; memory is the peak of anonymous memory. `--help`: {start_up}. Machine: {machine}.",
+            f"Medians of {results['repeats']} turns of three passes each; models of "
+            f"{results['parameters'] / 1e9:.3f}B bfloat16 parameters; memory is the peak of anonymous "
+            f"memory. `--help`: {start_up}. Machine: {machine}.",
         ]
     )
 

@@ -94,6 +94,7 @@ def test_presets_differ_in_what_they_ask() -> None:
 
 
 def test_a_quick_timing_runs_and_keeps_its_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sae_step, "back_memory", lambda: None)
     asked = ["--quick", "--work", str(tmp_path), "--programs", "mergelab", "--dead", "0.1", "--resume"]
     results = sae_step.main(asked)
     (run,) = results["runs"]["tiny/0.1/mergelab"]

@@ -63,7 +63,8 @@ def della(
     """DELLA: keep entries with a probability that grows with their magnitude rank, elect signs, average.
 
     Keep probabilities run from `density - epsilon` for the smallest entry of a row to `density + epsilon`
-    for the largest. `int8_mask` is accepted for compatibility and changes nothing.
+    for the largest; equal magnitudes share the mean of theirs, where mergekit orders them arbitrarily.
+    `int8_mask` is accepted for compatibility and changes nothing.
 
     Raises:
         OperatorError: `density - epsilon` or `density + epsilon` leaves (0, 1).

@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "machine": describe(work),
         "parameters": shape.parameters,
         "repeats": options.repeats,
+        "passes": ROUNDS,
         "start_up": _medians(start_up),
         "cases": {
             name: {**row, "runs": row["runs"], "median": _medians(row["runs"])} for name, row in rows.items()

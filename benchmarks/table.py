@@ -24,7 +24,7 @@ def render(results: Mapping[str, Any]) -> str:
         [
             *_markdown(head, rows),
             "",
-            f"Medians of {results['repeats']} turns of three passes each; models of "
+            f"Medians of {results['repeats']} turns of {results['passes']} passes each; models of "
             f"{results['parameters'] / 1e9:.3f}B bfloat16 parameters; memory is the peak of anonymous "
             f"memory. `--help`: {start_up}. Machine: {machine}.",
         ]

@@ -100,8 +100,10 @@ class TrainSection(_Section):
     warmup: float = 0.05
     decay: float = 0.95
     b1: float = 0.9
-    b2: float = 0.999
+    b2: float | None = None
     eps: float = 6.25e-10
+    encoder_rate: float = 0.4
+    bias_rate: float = 2.0
     clip: float | None = None
     ema: float | None = None
     aux_k: int | None = None

@@ -22,8 +22,11 @@ class Recipe:
         warmup: part of the training over which the learning rate rises linearly from 0.
         decay: part of the training, at its end, over which it falls linearly to 0.
         b1: Adam's decay of the mean gradient.
-        b2: Adam's decay of the mean square gradient.
+        b2: Adam's decay of the mean square gradient; None averages it over a twenty-fifth of the training, at
+            least 10 and at most 1000 steps (the paper's 0.999).
         eps: Adam's epsilon.
+        encoder_rate: learning rate of the encoder's rows, relative to the decoder's; 1 is the paper's.
+        bias_rate: learning rate of the encoder's bias, relative to the decoder's; 1 is the paper's.
         clip: global norm to which gradients are clipped; None does not.
         ema: decay of the moving average of the parameters that is kept beside them; None averages over a
             fiftieth of the training, at most 1000 steps (the paper's 0.999); 0 keeps none.
@@ -54,8 +57,10 @@ class Recipe:
     warmup: float = 0.05
     decay: float = 0.95
     b1: float = 0.9
-    b2: float = 0.999
+    b2: float | None = None
     eps: float = 6.25e-10
+    encoder_rate: float = 0.4
+    bias_rate: float = 2.0
     clip: float | None = None
     ema: float | None = None
     aux_k: int | None = None
@@ -89,7 +94,7 @@ class Recipe:
             raise SAEError(f"normalize is {self.normalize!r}; it may be 'scale', 'layer_norm' or 'none'.")
         if self.lift < 0:
             raise SAEError(f"lift is {self.lift}; it must be at least 0.")
-        for name in ("learning_rate", "clip", "initial_scale"):
+        for name in ("learning_rate", "clip", "initial_scale", "encoder_rate", "bias_rate"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise SAEError(f"{name} is {value}; it must be above 0.")
@@ -110,6 +115,15 @@ class Recipe:
     def lift_after(self) -> int:
         """Tokens without firing after which a latent's bias is raised."""
         return max(self.dead_after // 16, 1)
+
+    @property
+    def square_decay(self) -> float:
+        """Decay of Adam's mean square gradient."""
+        return self.b2 if self.b2 is not None else 1 - 1 / min(max(self.steps / 25, 10), 1000)
+
+    def rate_of(self, name: str) -> float:
+        """The learning rate of a parameter, relative to the decoder's."""
+        return {"encoder": self.encoder_rate, "encoder_bias": self.bias_rate}.get(name, 1.0)
 
     @property
     def ema_decay(self) -> float:

@@ -74,13 +74,16 @@ def update(
         grads = {name: grad * factor for name, grad in grads.items()}
     rate = learning_rate(recipe, state.peak, state.step)
     count = state.step.astype(jnp.float32) + 1
-    warm_mean, warm_square = 1 - recipe.b1**count, 1 - recipe.b2**count
+    b2 = recipe.square_decay
+    warm_mean, warm_square = 1 - recipe.b1**count, 1 - b2**count
     mean = {name: recipe.b1 * state.mean[name] + (1 - recipe.b1) * grad for name, grad in grads.items()}
-    square = {
-        name: recipe.b2 * state.square[name] + (1 - recipe.b2) * grad * grad for name, grad in grads.items()
-    }
+    square = {name: b2 * state.square[name] + (1 - b2) * grad * grad for name, grad in grads.items()}
     params = {
-        name: param - rate * (mean[name] / warm_mean) / (jnp.sqrt(square[name] / warm_square) + recipe.eps)
+        name: param
+        - rate
+        * recipe.rate_of(name)
+        * (mean[name] / warm_mean)
+        / (jnp.sqrt(square[name] / warm_square) + recipe.eps)
         for name, param in state.params.items()
     }
     if unit:

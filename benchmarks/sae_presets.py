@@ -26,14 +26,14 @@ class Preset:
 
 
 PRESETS = {
-    # The setting in which the peers were first measured, and in which mergelab's defaults were chosen, with a
-    # glance at one seed of `even` and `grouped`.
+    # The setting in which the peers were first measured, and in which mergelab's defaults were chosen; what
+    # part the other presets had in that is said in benchmarks/README.md.
     "reference": Preset(
         ToyTruth(d_in=128, n_features=1024, l0=8.0),
         Problem(d=128, n=2048, k=16, batch=1024, steps=2500),
         {"nmse": 0.095, "mean_max_cosine": 0.975, "dead": 0.01},
     ),
-    # Nothing was tuned for this. Small, and with exactly as many latents per token as features are on:
+    # Small, and with exactly as many latents per token as features are on:
     "small": Preset(
         ToyTruth(d_in=64, n_features=256, l0=6.0, exponent=0.6),
         Problem(d=64, n=512, k=6, batch=512, steps=2000),

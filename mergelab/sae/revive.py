@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from mergelab.sae.in_place import when
 from mergelab.sae.shards import Shards
 from mergelab.sae.sparse.rows import row_dot
 from mergelab.sae.sparse.search import pre_activations
@@ -21,12 +22,15 @@ from mergelab.sae.variants.variant import Params, Variant
 
 __all__ = ["auxiliary_gradients"]
 
+Outcome = tuple[Array, Params]
+"""The auxiliary loss, and gradients."""
+
 _PER_LATENT = ("encoder", "encoder_bias", "decoder")
 
 
 def _capacities(n: int) -> list[int]:
     """Sizes for which a program is compiled: the dead are gathered into the smallest that holds them."""
-    sizes = [0]
+    sizes = []
     size = 256
     while size < n:
         sizes.append(size)
@@ -92,9 +96,10 @@ def auxiliary_gradients(
         miss = error - shards.join_latents(codes @ rows["decoder"])
         return row_dot(miss, miss).sum() * scale
 
-    def revive(capacity: int) -> Callable[[Params], tuple[Array, Params]]:
-        def run(grads: Params) -> tuple[Array, Params]:
-            (places,) = jnp.nonzero(dead, size=capacity, fill_value=n)
+    def revive(capacity: int) -> Callable[[Outcome, Array], Outcome]:
+        def run(outcome: Outcome, now: Array) -> Outcome:
+            _, grads = outcome
+            (places,) = jnp.nonzero(dead & now, size=capacity, fill_value=n)
             rows = {name: params[name].at[places].get(mode="clip") for name in _PER_LATENT}
             # Places that hold no dead latent stand at -inf: they never fire and have no gradient.
             rows["encoder_bias"] = jnp.where(places < n, rows["encoder_bias"], -jnp.inf)
@@ -112,6 +117,13 @@ def auxiliary_gradients(
         return jnp.zeros(()), grads
     capacities = _capacities(n)
     most = shards.most(dead.sum(dtype=jnp.int32))
-    branch = jnp.searchsorted(jnp.array(capacities, jnp.int32), most)
-    branches = [lambda grads: (jnp.zeros(()), grads), *map(revive, capacities[1:])]
-    return lax.switch(branch, branches, grads)
+    choice = jnp.searchsorted(jnp.array(capacities, jnp.int32), most)
+
+    def any_dead(outcome: Outcome, now: Array) -> Outcome:
+        if shards.platform != "cpu":  # one decision, as the host takes part in each
+            return lax.switch(choice, [revive(capacity) for capacity in capacities], outcome, now)
+        for place, capacity in enumerate(capacities):
+            outcome = when((choice == place) & now, revive(capacity), outcome)
+        return outcome
+
+    return when(most > 0, any_dead, (jnp.zeros(()), grads))

@@ -5,12 +5,14 @@ Order of arXiv 2406.04093's code: project the gradients, clip, Adam, renormalise
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from mergelab.sae.in_place import update_rows
 from mergelab.sae.recipe import Recipe
 from mergelab.sae.schedule import learning_rate
 from mergelab.sae.shards import Shards
@@ -31,7 +33,7 @@ def unit_rows(matrix: Array) -> Array:
 
 def without_parallel(grad: Array, rows: Array) -> Array:
     """The gradient without its component along each unit row: `[n, d]`, `[n, d]`."""
-    return grad - row_dot(grad, rows)[:, None] * rows
+    return grad - (grad * rows).sum(axis=1)[:, None] * rows
 
 
 def gradient_norm(grads: Params, shards: Shards) -> Array:
@@ -66,36 +68,50 @@ def update(
     `quiet` and `statistics` are left as they are: they belong to the loss.
     """
     unit = variant.unit_decoder and recipe.unit_decoder
-    if unit and recipe.project_gradients:
-        grads = {**grads, "decoder": without_parallel(grads["decoder"], state.params["decoder"])}
-    norm = gradient_norm(grads, shards)
-    if recipe.clip is not None:
-        factor = jnp.minimum(recipe.clip / jnp.maximum(norm, 1e-30), 1.0)
-        grads = {name: grad * factor for name, grad in grads.items()}
+    project = unit and recipe.project_gradients
+
+    def allowed(name: str, grad: Array, param: Array) -> Array:
+        return without_parallel(grad, param) if project and name == "decoder" else grad
+
+    norm = gradient_norm(
+        {name: allowed(name, grads[name], param) for name, param in state.params.items()}, shards
+    )
+    factor = None if recipe.clip is None else jnp.minimum(recipe.clip / jnp.maximum(norm, 1e-30), 1.0)
     rate = learning_rate(recipe, state.peak, state.step)
     count = state.step.astype(jnp.float32) + 1
     b2 = recipe.square_decay
     warm_mean, warm_square = 1 - recipe.b1**count, 1 - b2**count
-    mean = {name: recipe.b1 * state.mean[name] + (1 - recipe.b1) * grad for name, grad in grads.items()}
-    square = {name: b2 * state.square[name] + (1 - b2) * grad * grad for name, grad in grads.items()}
-    params = {
-        name: param
-        - rate
-        * recipe.rate_of(name)
-        * (mean[name] / warm_mean)
-        / (jnp.sqrt(square[name] / warm_square) + recipe.eps)
-        for name, param in state.params.items()
-    }
-    if unit:
-        params["decoder"] = unit_rows(params["decoder"])
-    if lifted is not None:
-        params["encoder_bias"] = params["encoder_bias"] + jnp.where(lifted, recipe.lift * rate, 0.0)
-    average = {
-        name: recipe.ema_decay * total + (1 - recipe.ema_decay) * params[name]
-        for name, total in state.average.items()
-    }
-    stepped = replace(state, params=params, mean=mean, square=square, average=average, step=state.step + 1)
-    return stepped, {"learning_rate": rate, "grad_norm": norm}
+
+    def advance(name: str, held: Sequence[Array], grad: Array) -> tuple[Array, ...]:
+        param, mean, square, *average = held
+        grad = allowed(name, grad, param)
+        grad = grad if factor is None else grad * factor
+        mean = recipe.b1 * mean + (1 - recipe.b1) * grad
+        square = b2 * square + (1 - b2) * grad * grad
+        param = param - rate * recipe.rate_of(name) * (mean / warm_mean) / (
+            jnp.sqrt(square / warm_square) + recipe.eps
+        )
+        if unit and name == "decoder":
+            param = unit_rows(param)
+        if lifted is not None and name == "encoder_bias":
+            param = param + jnp.where(lifted, recipe.lift * rate, 0.0)
+        kept = recipe.ema_decay
+        return param, mean, square, *(kept * total + (1 - kept) * param for total in average)
+
+    # True, but only known once the norm, which needs the parameters as they were, is.
+    ready = (norm >= 0) | (state.step >= 0)
+    moved: dict[str, tuple[Array, ...]] = {}
+    for name, grad in grads.items():
+        held = [group[name] for group in (state.params, state.mean, state.square, state.average) if group]
+        if grad.ndim == 2 and shards.platform == "cpu" and shards.trials is None:
+            moved[name] = update_rows(
+                lambda *rows, name=name: advance(name, rows[:-1], rows[-1]), held, [grad], ready
+            )
+        else:
+            moved[name] = advance(name, held, grad)
+    groups = ("params", "mean", "square", "average") if state.average else ("params", "mean", "square")
+    stepped = {group: {name: held[i] for name, held in moved.items()} for i, group in enumerate(groups)}
+    return replace(state, **stepped, step=state.step + 1), {"learning_rate": rate, "grad_norm": norm}
 
 
 def averaged_params(state: TrainState, ema: float) -> Params:

@@ -70,7 +70,8 @@ def add_rows(weights: Array, indices: Array, x: Array, n: int, platform: str = "
     Returns:
         `[n, d]`: the transpose of `sum_of_rows` with respect to the matrix.
     """
-    zeros = jnp.zeros((n, x.shape[1]), x.dtype)
+    # Zeros that XLA cannot tell from others: it would make those of several sums once, and copy them.
+    zeros = jnp.full((n, x.shape[1]), jnp.minimum(jnp.abs(weights[0, 0]), 0), x.dtype)
     if platform != "cpu":
         return zeros.at[indices].add(weights[:, :, None] * x[:, None, :], mode="promise_in_bounds")
 

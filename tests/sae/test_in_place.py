@@ -1,0 +1,49 @@
+"""Changing arrays where they lie: the same values as plainly computed, and no copies in the compiled step."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mergelab.sae.in_place import update_rows, when
+from mergelab.sae.initialize import initialize
+from mergelab.sae.recipe import Recipe
+from mergelab.sae.step import make_step
+from mergelab.sae.variants import make_variant
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_when_is_a_conditional(flag: bool) -> None:
+    def change(value: tuple[jax.Array, jax.Array], now: jax.Array) -> tuple[jax.Array, jax.Array]:
+        first, second = value
+        return first + jnp.where(now, 1.0, 100.0), second * 2
+
+    first, second = jax.jit(lambda flag: when(flag, change, (jnp.ones(3), jnp.ones(2))))(flag)
+    np.testing.assert_array_equal(first, np.full(3, 2.0 if flag else 1.0))
+    np.testing.assert_array_equal(second, np.full(2, 2.0 if flag else 1.0))
+
+
+@pytest.mark.parametrize("n", [5, 4096, 8192, 9001])
+def test_rows_in_blocks_are_rows_at_once(n: int) -> None:
+    a, b, c = np.random.default_rng(n).standard_normal((3, n, 64)).astype(np.float32)
+
+    def function(a: jax.Array, b: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return a / jnp.abs(a).max(axis=1, keepdims=True) + c, b * c
+
+    found = jax.jit(lambda a, b, c, ready: update_rows(function, (a, b), (c,), ready))(a, b, c, True)
+    np.testing.assert_allclose(found[0], a / np.abs(a).max(axis=1, keepdims=True) + c, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found[1], b * c, rtol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_the_step_copies_no_array_of_the_size_of_a_parameter(clip: float | None) -> None:
+    d, n, batch = 64, 10_000, 32
+    variant = make_variant("topk", d_in=d, n_latents=n, k=4)
+    recipe = Recipe(20, batch, learning_rate=1e-3, clip=clip)
+    x = np.random.default_rng(0).standard_normal((batch, d)).astype(np.float32)
+    state = initialize(variant, recipe, jax.random.key(0), x)
+    program = make_step(variant, recipe).lower(state, x, x).compile()  # pyright: ignore[reportFunctionMemberAccess]
+    lines = [line.strip() for line in program.as_text().splitlines()]
+    assert [line for line in lines if f"f32[{n},{d}]" in line.split(" copy(")[0] and " copy(" in line] == []

@@ -75,12 +75,13 @@ def _text(plan: StepPlan, batch_size: int) -> str:
     ]
     for exchange in report.collectives:
         lines.append(f"  {exchange.kind:<18} {exchange.count} x, {readable(exchange.nbytes)} in all")
+    if plan.auxiliary:
+        lines.append("  (operations and traffic count AuxK as if every latent were dead)")
     return "\n".join(
         [
             *lines,
             f"roofline: no step can take less than {1000 * bound.seconds:.3g} ms ({slowest}), "
             f"{batch_size / bound.seconds:,.0f} tokens a second at most; a bound, not a measurement",
-            "operations and traffic include AuxK as if every latent were dead",
             f"compiled in {report.seconds:.1f} s",
         ]
     )

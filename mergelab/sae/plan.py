@@ -33,6 +33,7 @@ class StepPlan:
         parameters: of the dictionary, over all chips.
         state: bytes of the training state over all chips: parameters, Adam's moments, the moving average.
         report: the compiled step.
+        auxiliary: whether AuxK is part of the step: the compiler counts it as if every latent were dead.
         chip: the chip's figures.
         bound: the least time of a step, from the compiler's counts and the chip's peaks.
     """
@@ -41,6 +42,7 @@ class StepPlan:
     mesh: Mapping[str, int]
     parameters: int
     state: int
+    auxiliary: bool
     report: ChipReport
     chip: Chip
     bound: Roofline
@@ -88,6 +90,7 @@ def plan_step(
         mesh=dict(mesh),
         parameters=sum(leaf.size for leaf in shapes.params.values()),
         state=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)),
+        auxiliary=variant.revives and recipe.aux_coefficient * recipe.auxiliary_k(variant.width_out) > 0,
         report=report,
         chip=chip,
         bound=roofline(report, chip),

@@ -79,10 +79,13 @@ class Recipe:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise SAEError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("warmup", "decay", "b1", "b2", "ema"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
+        for name in ("warmup", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
                 raise SAEError(f"{name} is {getattr(self, name)}; it must be from 0 to 1.")
+        for name in ("b1", "b2", "ema"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise SAEError(f"{name} is {value}; a running mean's decay must be at least 0 and below 1.")
         if self.warmup + self.decay > 1:
             raise SAEError(
                 f"warmup={self.warmup} and decay={self.decay} are parts of one training; "

@@ -1,33 +1,15 @@
-"""Ways to have XLA change arrays of the size of a parameter where they lie, instead of in copies of them."""
+"""Has XLA change arrays of the size of a parameter where they lie, instead of in copies of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
-import jax.numpy as jnp
 from jax import Array, lax
 
-__all__ = ["update_rows", "when"]
-
-Value = TypeVar("Value")
+__all__ = ["update_rows"]
 
 _BLOCK_BYTES = 2**20
 """What a block of rows takes, of one array: enough to be worth a turn, while a turn's arrays fit in cache."""
-
-
-def when(flag: Array, function: Callable[[Value, Array], Value], value: Value) -> Value:
-    """`function(value, now)` where the flag is set, else `value`; neither is copied.
-
-    `lax.cond` copies what passes through it. This is a loop of one turn or none.
-
-    Args:
-        flag: bool, scalar.
-        function: gets the value, and `now`, which is true: XLA takes what does not depend on a loop out of
-            it, so work that is to be done only if the flag is set must depend on the value or on `now`.
-        value: a pytree.
-    """
-    return lax.fori_loop(0, flag.astype(jnp.int32), lambda turn, value: function(value, turn == 0), value)
 
 
 def update_rows(

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from mergelab.sae.in_place import when
 from mergelab.sae.shards import Shards
 from mergelab.sae.sparse.rows import row_dot
 from mergelab.sae.sparse.search import pre_activations
@@ -96,10 +95,10 @@ def auxiliary_gradients(
         miss = error - shards.join_latents(codes @ rows["decoder"])
         return row_dot(miss, miss).sum() * scale
 
-    def revive(capacity: int) -> Callable[[Outcome, Array], Outcome]:
-        def run(outcome: Outcome, now: Array) -> Outcome:
+    def revive(capacity: int) -> Callable[[Outcome], Outcome]:
+        def run(outcome: Outcome) -> Outcome:
             _, grads = outcome
-            (places,) = jnp.nonzero(dead & now, size=capacity, fill_value=n)
+            (places,) = jnp.nonzero(dead, size=capacity, fill_value=n)
             rows = {name: params[name].at[places].get(mode="clip") for name in _PER_LATENT}
             # Places that hold no dead latent stand at -inf: they never fire and have no gradient.
             rows["encoder_bias"] = jnp.where(places < n, rows["encoder_bias"], -jnp.inf)
@@ -119,11 +118,14 @@ def auxiliary_gradients(
     most = shards.most(dead.sum(dtype=jnp.int32))
     choice = jnp.searchsorted(jnp.array(capacities, jnp.int32), most)
 
-    def any_dead(outcome: Outcome, now: Array) -> Outcome:
-        if shards.platform != "cpu":  # one decision, as the host takes part in each
-            return lax.switch(choice, [revive(capacity) for capacity in capacities], outcome, now)
-        for place, capacity in enumerate(capacities):
-            outcome = when((choice == place) & now, revive(capacity), outcome)
+    def unchanged(outcome: Outcome) -> Outcome:
         return outcome
 
-    return when(most > 0, any_dead, (jnp.zeros(()), grads))
+    def any_dead(outcome: Outcome) -> Outcome:
+        if shards.platform != "cpu":  # one decision, as the host takes part in each
+            return lax.switch(choice, [revive(capacity) for capacity in capacities], outcome)
+        for place, capacity in enumerate(capacities):  # a choice among several would copy the gradients
+            outcome = lax.cond(choice == place, revive(capacity), unchanged, outcome)
+        return outcome
+
+    return lax.cond(most > 0, any_dead, unchanged, (jnp.zeros(()), grads))

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mergelab.sae.in_place import update_rows, when
+from mergelab.sae.in_place import update_rows
 from mergelab.sae.initialize import initialize
 from mergelab.sae.recipe import Recipe
-from mergelab.sae.step import make_step
+from mergelab.sae.shards import Shards
+from mergelab.sae.step import make_step, train_step
 from mergelab.sae.variants import make_variant
-
-
-@pytest.mark.parametrize("flag", [False, True])
-def test_when_is_a_conditional(flag: bool) -> None:
-    def change(value: tuple[jax.Array, jax.Array], now: jax.Array) -> tuple[jax.Array, jax.Array]:
-        first, second = value
-        return first + jnp.where(now, 1.0, 100.0), second * 2
-
-    first, second = jax.jit(lambda flag: when(flag, change, (jnp.ones(3), jnp.ones(2))))(flag)
-    np.testing.assert_array_equal(first, np.full(3, 2.0 if flag else 1.0))
-    np.testing.assert_array_equal(second, np.full(2, 2.0 if flag else 1.0))
 
 
 @pytest.mark.parametrize("n", [5, 4096, 8192, 9001])
@@ -47,3 +39,27 @@ def test_the_step_copies_no_array_of_the_size_of_a_parameter(clip: float | None)
     program = make_step(variant, recipe).lower(state, x, x).compile()  # pyright: ignore[reportFunctionMemberAccess]
     lines = [line.strip() for line in program.as_text().splitlines()]
     assert [line for line in lines if f"f32[{n},{d}]" in line.split(" copy(")[0] and " copy(" in line] == []
+
+
+def test_blocks_and_a_choice_of_one_program_are_the_same_step() -> None:
+    d, n, batch = 64, 9001, 32  # two blocks of rows, and a rest
+    variant = make_variant("topk", d_in=d, n_latents=n, k=4)
+    recipe = Recipe(20, batch, learning_rate=1e-3, dead_after_tokens=2 * batch, aux_k=8, clip=0.5, lift=0.0)
+    x = np.random.default_rng(0).standard_normal((batch, d)).astype(np.float32)
+    first = initialize(variant, recipe, jax.random.key(0), x)
+    results = []
+    for platform in ("cpu", "gpu"):
+        step = jax.jit(partial(train_step, variant, recipe, Shards(platform=platform)))
+        state = first
+        for _ in range(4):
+            state, metrics = step(state, x, x)
+        assert metrics["auxiliary"] > 0
+        results.append((state, metrics))
+    (mine, said), (theirs, also) = results
+    for group in ("params", "mean", "square", "average"):
+        for name, value in getattr(theirs, group).items():
+            np.testing.assert_allclose(
+                getattr(mine, group)[name], value, rtol=1e-3, atol=1e-6, err_msg=f"{group} {name}"
+            )
+    for name, value in also.items():
+        np.testing.assert_allclose(said[name], value, rtol=1e-4, err_msg=name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelab.errors import CheckpointError, OutputError
+from mergelab.platform import try_lock
 
 __all__ = ["Journal", "Piece"]
 
@@ -43,12 +43,11 @@ class Journal:
         """
         self.path = path
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not try_lock(self._file):
             os.close(self._file)
-            message = f"{path}: another run is writing this output; wait for it or choose another folder"
-            raise OutputError(message) from error
+            raise OutputError(
+                f"{path}: another run is writing this output; wait for it or choose another folder"
+            )
 
     def start(self, identity: Mapping[str, str], layout: str) -> None:
         """Empties the journal and writes its head."""

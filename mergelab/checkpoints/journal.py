@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from mergelab.errors import CheckpointError, OutputError
-from mergelab.platform import try_lock
 
 __all__ = ["Journal", "Piece"]
 
@@ -30,24 +29,18 @@ class Piece:
 class Journal:
     """JSON lines: a head that says what is being made, then one line per piece, each written in one call.
 
-    A process killed at any moment leaves at most one torn last line, which is cut off on the next start. The
-    file is locked while a run uses it, so two runs cannot write one output.
+    A process killed at any moment leaves at most one torn last line, which is cut off on the next start.
+    Whoever uses it holds the output's lock (`WorkFolder`).
     """
 
     def __init__(self, path: Path) -> None:
-        """Opens and locks the journal at `path`, creating it if need be.
+        """Opens the journal at `path`, creating it if need be.
 
         Raises:
-            OutputError: another process holds it.
             OSError: it cannot be created.
         """
         self.path = path
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        if not try_lock(self._file):
-            os.close(self._file)
-            raise OutputError(
-                f"{path}: another run is writing this output; wait for it or choose another folder"
-            )
 
     def start(self, identity: Mapping[str, str], layout: str) -> None:
         """Empties the journal and writes its head."""
@@ -93,13 +86,8 @@ class Journal:
             self._append({"redo": names})
 
     def close(self) -> None:
-        """Releases the lock."""
+        """Closes the file."""
         os.close(self._file)
-
-    def remove(self) -> None:
-        """Deletes the journal, then releases the lock."""
-        self.path.unlink(missing_ok=True)
-        self.close()
 
     def _append(self, record: dict[str, Any]) -> None:
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"

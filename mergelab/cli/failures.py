@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from mergelab.cli.guard import EXIT_INTERRUPTED, EXIT_TERMINATED
 from mergelab.errors import MergelabError
 from mergelab.refusals import one_line, refusal, refused_file
 
@@ -23,6 +24,7 @@ __all__ = [
     "ClosedPipe",
     "Failure",
     "Interrupted",
+    "Stopped",
     "failure_of",
 ]
 
@@ -60,6 +62,8 @@ _READERS = {
 
 _TEXTS = {
     "integer string conversion": "a number in it has too many digits",
+    "array is too big": "an array in it is too large",
+    "Maximum allowed dimension exceeded": "an array in it is too large",
     "Unable to initialize backend": "JAX finds no such device here; check JAX_PLATFORMS",
     "UNAVAILABLE:": "a device or another process of the run cannot be reached",
     "DEADLINE_EXCEEDED:": "a device or another process of the run does not answer",
@@ -112,14 +116,21 @@ class ClosedPipe(click.ClickException):
 
 
 class Interrupted(click.ClickException):
-    """SIGINT or SIGTERM; `exit_code` is 128 and the signal's number."""
+    """Ctrl-C: SIGINT was received."""
 
-    def __init__(self, exit_code: int) -> None:
+    exit_code = EXIT_INTERRUPTED
+
+    def __init__(self) -> None:
         super().__init__("interrupted")
-        self.exit_code = exit_code
 
     def show(self, file: Any = None) -> None:
         click.echo(self.message, file=file, err=file is None)
+
+
+class Stopped(Interrupted):
+    """SIGTERM was received."""
+
+    exit_code = EXIT_TERMINATED
 
 
 def failure_of(error: BaseException, subject: str, output: str | None = None) -> click.ClickException:
@@ -130,17 +141,22 @@ def failure_of(error: BaseException, subject: str, output: str | None = None) ->
         subject: what the command was given, to be named where the exception names no file.
         output: what it was asked to write.
     """
-    if isinstance(error, BaseExceptionGroup):
-        kinds = [failure_of(one, subject, output) for one in error.exceptions]
-        return next((kind for kind in kinds if not isinstance(kind, Bug)), Bug(error))
     if os.environ.get("MERGELAB_TRACEBACK"):
         click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+    return _refusal_of(error, subject, output) or Bug(error)
+
+
+def _refusal_of(error: BaseException, subject: str, output: str | None) -> click.ClickException | None:
+    """What is wrong with the input or the machine; None for a bug."""
+    if isinstance(error, BaseExceptionGroup):
+        found = (_refusal_of(one, subject, output) for one in error.exceptions)
+        return next((refused for refused in found if refused is not None), None)
     if isinstance(error, MergelabError):
         return Failure(error)
     if isinstance(error, OSError) and _of_a_standard_stream(error):
         return _stream_failure(error, output)
     sentence = _sentence(error)
-    return Bug(error) if sentence is None else Failure(f"{refused_file(error) or subject}: {sentence}")
+    return None if sentence is None else Failure(f"{refused_file(error) or subject}: {sentence}")
 
 
 def _sentence(error: BaseException) -> str | None:

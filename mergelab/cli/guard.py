@@ -43,13 +43,13 @@ def guarded(command: Callable[[], int]) -> NoReturn:
     try:
         try:
             guard.arm()
-            _open_standard_streams()
             status = command()
             guard.leave()
-        except KeyboardInterrupt as error:
-            status = EXIT_TERMINATED if type(error).__name__ == "Terminated" else EXIT_INTERRUPTED
-            guard.end(status)
-    except KeyboardInterrupt:  # between the two lines above
+        except BaseException as error:
+            if guard.status is None and not isinstance(error, KeyboardInterrupt):
+                raise
+            guard.end(EXIT_TERMINATED if type(error).__name__ == "Terminated" else EXIT_INTERRUPTED)
+    except KeyboardInterrupt:  # while the lines above were on their way
         guard.end(EXIT_INTERRUPTED)
     if guard.status is not None:  # a library made something else of the interruption
         guard.end(guard.status)
@@ -82,6 +82,7 @@ class Guard:
         atexit.register(_ignore)  # registered first, so it runs last: nothing is left to be interrupted
         if not hasattr(os, "register_at_fork"):  # Windows wakes threads otherwise
             return
+        _open_standard_streams()  # before anything else takes a number
         self._read, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -121,7 +122,11 @@ class Guard:
                 status = _STATUS.get(number)  # pyright: ignore[reportArgumentType, reportCallIssue]
                 # A training that took SIGTERM over finishes its checkpoint and then ends by itself.
                 if status and (self.status is not None or signal.getsignal(number) == self._take):
-                    time.sleep(_GRACE)
+                    time.sleep(_GRACE / 10)
+                    if self.status is None:
+                        # It may have come just before the main thread began to wait for something.
+                        signal.pthread_kill(threading.main_thread().ident or 0, number)
+                    time.sleep(_GRACE * 0.9)
                     self.status = self.status or status
                     self._end()
 

@@ -14,8 +14,8 @@ from typing import Any
 import click
 
 from mergelab import __version__
-from mergelab.cli.failures import ClosedPipe, Failure, Interrupted, failure_of
-from mergelab.cli.guard import EXIT_INTERRUPTED, EXIT_TERMINATED, guarded
+from mergelab.cli.failures import ClosedPipe, Failure, Interrupted, Stopped, failure_of
+from mergelab.cli.guard import guarded
 from mergelab.errors import did_you_mean
 from mergelab.processes import Terminated
 
@@ -74,8 +74,7 @@ class CommandTable(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except KeyboardInterrupt as error:
-            terminated = isinstance(error, Terminated)
-            raise Interrupted(EXIT_TERMINATED if terminated else EXIT_INTERRUPTED) from error
+            raise (Stopped if isinstance(error, Terminated) else Interrupted)() from error
         except (SystemExit, GeneratorExit):
             raise
         except BaseException as error:  # extensions in Rust panic with a BaseException
@@ -157,7 +156,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def _shown(failure: click.ClickException) -> int:
     if isinstance(failure, Interrupted):
-        raise (Terminated if failure.exit_code == EXIT_TERMINATED else KeyboardInterrupt) from failure
+        raise (Terminated if isinstance(failure, Stopped) else KeyboardInterrupt) from failure
     with contextlib.suppress(OSError):  # nobody listens on standard error
         failure.show()
     return failure.exit_code

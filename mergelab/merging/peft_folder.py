@@ -14,7 +14,6 @@ from mergelab import __version__
 from mergelab.checkpoints import CheckpointWriter, TensorSpec, plan_shards
 from mergelab.checkpoints.output_target import MARKER
 from mergelab.checkpoints.work_folder import WorkFolder
-from mergelab.checkpoints.writer import identity_digest
 
 __all__ = ["adapter_config", "write_adapter"]
 
@@ -105,11 +104,7 @@ def write_adapter(
     specs = [TensorSpec(name, array.dtype, array.shape) for name, array in tensors.items()]
     plan = plan_shards(specs, shard_bytes=1 + sum(spec.nbytes for spec in specs))
     plan = dataclasses.replace(plan, shards=(dataclasses.replace(plan.shards[0], file=_WEIGHTS),))
-    facts = {
-        "mergelab": __version__,
-        "identity": identity_digest(identity),
-        "extracted": {**extracted, "nbytes": plan.nbytes},
-    }
+    facts = {"mergelab": __version__, "extracted": {**extracted, "nbytes": plan.nbytes}}
     with CheckpointWriter(work, plan, identity) as writer:
         for name, array in tensors.items():
             writer.write(name, 0, np.ascontiguousarray(array).reshape(-1))

@@ -12,9 +12,16 @@ from jax.experimental import multihost_utils
 
 from mergelab.errors import MeshError
 
-__all__ = ["span_processes", "together"]
+__all__ = ["Terminated", "agree", "preempted", "span_processes", "together"]
 
 _MESSAGE_BYTES = 1024
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM was received: what a cluster sends before it takes the machine away."""
+
+    def __init__(self) -> None:
+        super().__init__("SIGTERM was received")
 
 
 def span_processes(devices: Iterable[Any]) -> bool:
@@ -50,6 +57,25 @@ def together(step: str, *, distributed: bool) -> Iterator[None]:
     if failures:
         process, message = failures[0]
         raise MeshError(f"{step} failed in process {process} of {jax.process_count()}: {message}")
+
+
+def agree(number: int, *, distributed: bool) -> int:
+    """The number that process 0 holds, in every process."""
+    if not distributed:
+        return number
+    return int(np.asarray(multihost_utils.broadcast_one_to_all(np.array(number, np.int32))))
+
+
+def preempted(step: int) -> bool:
+    """Whether some process of a distributed run got SIGTERM and this is the step at which all of them stop.
+
+    Every process must ask at every step, counted alike. JAX's own service passes the notice on and finds the
+    step; where it is switched off the answer is False.
+    """
+    try:
+        return multihost_utils.reached_preemption_sync_point(step)
+    except RuntimeError:
+        return False
 
 
 def _failures(mine: str) -> list[tuple[int, str]]:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-__all__ = ["MANIFEST", "digest_file", "first_fault", "sync_file", "sync_folder", "write_manifest", "write_whole"]
+from mergelab.checkpoints.work_folder import sync_path, sync_tree
+
+__all__ = [
+    "MANIFEST",
+    "Entry",
+    "digest_file",
+    "file_fault",
+    "first_fault",
+    "list_files",
+    "write_manifest",
+    "write_whole",
+]
 
 MANIFEST = "manifest.json"
 """Name of the list within its folder; it is written last, so a folder without one is not whole."""
@@ -19,21 +30,52 @@ _FORMAT = "mergelab-manifest-1"
 _PIECE = 1 << 20
 
 
+@dataclass(frozen=True)
+class Entry:
+    """What a file was when it was written.
+
+    Attributes:
+        bytes: its size.
+        xxh3_128: digest of its content, in hex.
+    """
+
+    bytes: int
+    xxh3_128: str
+
+    @classmethod
+    def of(cls, path: Path) -> Entry:
+        """The entry of a file as it is now."""
+        return cls(path.stat().st_size, digest_file(path))
+
+    @classmethod
+    def parse(cls, said: Any) -> Entry:
+        """An entry read from JSON.
+
+        Raises:
+            ValueError: it is none.
+        """
+        if not isinstance(said, dict):
+            raise ValueError("no entry")
+        size, digest = said.get("bytes"), said.get("xxh3_128")
+        if type(size) is not int or not isinstance(digest, str):
+            raise ValueError("no entry")
+        return cls(size, digest)
+
+
+def list_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every file below a folder by its relative name, with size and digest, as plain JSON data."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST)
+    return {path.relative_to(folder).as_posix(): asdict(Entry.of(path)) for path in paths}
+
+
 def write_manifest(folder: Path) -> None:
     """Lists every file below a folder, brings all of it to the disk, and writes the list last.
 
     Raises:
         OSError: the file system refuses.
     """
-    files = {}
-    for path in _files(folder):
-        files[path.relative_to(folder).as_posix()] = {
-            "bytes": path.stat().st_size,
-            "xxh3_128": digest_file(path),
-        }
-        sync_file(path)
-    for path in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
-        sync_folder(path)
+    files = list_files(folder)
+    sync_tree(folder)
     write_whole(folder / MANIFEST, json.dumps({"format": _FORMAT, "files": files}, indent=1) + "\n")
 
 
@@ -43,44 +85,35 @@ def first_fault(folder: Path) -> str | None:
         return "is not a folder"
     try:
         said = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = _entries(said)
     except FileNotFoundError:
         return f"has no {MANIFEST}, so it was not finished"
     except (OSError, ValueError, RecursionError):
         return f"has a damaged {MANIFEST}"
-    for name, (size, digest) in files.items():
+    if not isinstance(said, dict) or said.get("format") != _FORMAT:
+        return f"has a damaged {MANIFEST}"
+    return file_fault(folder, said.get("files"))
+
+
+def file_fault(folder: Path, files: Any) -> str | None:
+    """What is wrong with the files of a folder that `list_files` listed once, in words; None if nothing is."""
+    try:
+        entries = {str(name): Entry.parse(said) for name, said in files.items()}
+    except (AttributeError, ValueError):
+        return "has a damaged list of its files"
+    for name, wanted in entries.items():
         path = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            return "has a damaged list of its files"
         try:
             if not path.is_file():
                 return f"lacks {name}"
-            found = path.stat().st_size
-            if found != size:
-                return f"has {found} of {size} bytes of {name}"
-            if digest_file(path) != digest:
+            if path.stat().st_size != wanted.bytes:
+                return f"has {path.stat().st_size} of {wanted.bytes} bytes of {name}"
+            if digest_file(path) != wanted.xxh3_128:
                 return f"has other content in {name} than was written"
         except OSError as error:
             return f"cannot be read ({name}: {error.strerror})"
     return None
-
-
-def _entries(said: Any) -> dict[str, tuple[int, str]]:
-    """The files of a manifest; ValueError where it is none."""
-    if not isinstance(said, dict) or said.get("format") != _FORMAT or not isinstance(said.get("files"), dict):
-        raise ValueError("no manifest")
-    entries = {}
-    for name, entry in said["files"].items():
-        size = entry.get("bytes") if isinstance(entry, dict) else None
-        digest = entry.get("xxh3_128") if isinstance(entry, dict) else None
-        if type(size) is not int or not isinstance(digest, str) or ".." in Path(name).parts:
-            raise ValueError("no manifest")
-        entries[name] = (size, digest)
-    return entries
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path != folder / MANIFEST:
-            yield path
 
 
 def digest_file(path: Path) -> str:
@@ -108,22 +141,4 @@ def write_whole(path: Path, text: str) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
-
-
-def sync_file(path: Path) -> None:
-    """Brings a file's bytes to the disk."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def sync_folder(path: Path) -> None:
-    """Brings a folder's names to the disk, where the system can."""
-    try:
-        sync_file(path)
-    except PermissionError:  # Windows opens no folders
-        if os.name != "nt":
-            raise
+    sync_path(path.parent)

@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,10 +17,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from mergelab.checkpoints.manifest import first_fault, sync_folder, write_manifest
+from mergelab.checkpoints.manifest import first_fault, write_manifest
 from mergelab.checkpoints.orbax_calls import call_orbax, orbax_reason
+from mergelab.checkpoints.work_folder import sync_path
 from mergelab.errors import CheckpointError, MergelabError, OutputError
-from mergelab.processes import together
+from mergelab.processes import Terminated, agree, together
 from mergelab.sae.state import TrainState
 
 __all__ = ["Checkpoints", "Found"]
@@ -29,16 +31,17 @@ _INTERRUPT_WAIT = 1.0
 """Seconds an interrupted run gives a checkpoint that is being written."""
 
 
+@dataclass(frozen=True)
 class Found:
     """What a folder of checkpoints has to go on from.
 
     Attributes:
         step: of the newest whole checkpoint; None if there is none.
-        passed_over: one sentence for each newer one: what is wrong with it.
+        passed_over: what is wrong with each newer one, in words.
     """
 
-    def __init__(self, step: int | None, passed_over: tuple[str, ...]) -> None:
-        self.step, self.passed_over = step, passed_over
+    step: int | None
+    passed_over: tuple[str, ...]
 
 
 class Checkpoints:
@@ -59,17 +62,22 @@ class Checkpoints:
     def find(self) -> Found:
         """Looks for the newest checkpoint whose files are all there with the content that was written.
 
+        One process looks, and tells the others.
+
         Raises:
             OutputError: the folder is none.
         """
         passed: list[str] = []
-        self._latest = None
-        for step in sorted(self._steps(), reverse=True):
-            fault = first_fault(self.folder / str(step)) or self._place_fault(step)
-            if fault is None:
-                self._latest = step
-                break
-            passed.append(f"{self.folder / str(step)} {fault}")
+        found = -1
+        with together("looking for checkpoints", distributed=self._distributed):
+            for step in sorted(self._steps(), reverse=True) if self._first else ():
+                fault = first_fault(self.folder / str(step)) or self._place_fault(step)
+                if fault is None:
+                    found = step
+                    break
+                passed.append(f"{self.folder / str(step)} {fault}")
+        found = agree(found, distributed=self._distributed)
+        self._latest = None if found < 0 else found
         return Found(self._latest, tuple(passed))
 
     def latest(self) -> int | None:
@@ -88,8 +96,10 @@ class Checkpoints:
         if self._distributed:
             self._write_together(step, tree, dict(place))
             return
-        # On its own memory: the next step uses that of the state up.
-        held = jax.tree.map(lambda leaf: np.array(leaf, copy=True), tree)
+        held = jax.device_get(tree)
+        if jax.default_backend() == "cpu":
+            # Arrays of a CPU are seen where they lie, and the next step uses that memory up.
+            held = jax.tree.map(lambda leaf: np.array(leaf, copy=True), held)
         self._thread = threading.Thread(
             target=self._write_alone, args=(step, held, dict(place)), name="checkpoint", daemon=True
         )
@@ -131,9 +141,7 @@ class Checkpoints:
 
         def read() -> Any:
             with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-                found = handler.restore(
-                    epath.Path(folder / _STATE), args=ocp.args.StandardRestore(shapes)
-                )
+                found = handler.restore(epath.Path(folder / _STATE), args=ocp.args.StandardRestore(shapes))
                 return jax.block_until_ready(found)
 
         try:
@@ -164,8 +172,9 @@ class Checkpoints:
         if kind is None:
             self.wait()
         elif self._thread is not None:
-            # The error under way is the one to be told. An interrupted run does not wait for a slow disk.
-            self._thread.join(_INTERRUPT_WAIT if issubclass(kind, KeyboardInterrupt) else None)
+            # The error under way is the one to be told. A user who interrupts does not wait for a slow disk.
+            hurry = issubclass(kind, KeyboardInterrupt) and not issubclass(kind, Terminated)
+            self._thread.join(_INTERRUPT_WAIT if hurry else None)
 
     def _steps(self) -> list[int]:
         if not self.folder.exists():
@@ -226,7 +235,7 @@ class Checkpoints:
         target = self.folder / str(step)
         _remove(target)  # one that was passed over
         work.rename(target)
-        sync_folder(self.folder)
+        sync_path(self.folder)
         self._latest = step
         steps = self._steps()
         kept = sorted(found for found in steps if found <= step)[-self.keep :]

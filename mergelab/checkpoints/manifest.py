@@ -95,7 +95,7 @@ def first_fault(folder: Path) -> str | None:
 
 
 def file_fault(folder: Path, files: Any) -> str | None:
-    """What is wrong with the files of a folder that `list_files` listed once, in words; None if nothing is."""
+    """What is wrong with files that `list_files` listed once, in words; None if nothing is."""
     try:
         entries = {str(name): Entry.parse(said) for name, said in files.items()}
     except (AttributeError, ValueError):

@@ -1,4 +1,4 @@
-"""New files that belong together: locked before any work, made beside their targets, renamed when all are whole."""
+"""New files that belong together: locked before any work, renamed when all of them are whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls into Orbax whose failure is one sentence: nothing of it is left running or printed by other threads."""
+"""Calls into Orbax whose failure is one error: nothing of it is printed by other threads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def orbax_reason(error: BaseException) -> str:
 
 
 def call_orbax(work: Callable[[], T]) -> T:
-    """Runs a call in a thread of its own, where no event loop runs (a notebook has one), and returns its result.
+    """The result of a call made in a thread of its own, where no event loop runs (a notebook has one).
 
     Raises:
         Exception: what the call raised.
@@ -60,8 +60,8 @@ def call_orbax(work: Callable[[], T]) -> T:
 def quiet_orbax() -> Iterator[None]:
     """Keeps what Orbax's and TensorStore's own threads print of a failure off the screen: it is raised too.
 
-    A write that fails leaves others under way, whose end TensorStore tells an event loop that Orbax has closed
-    by then; so after a failure the hook that drops these reports stays.
+    A write that fails leaves others under way, whose end TensorStore tells an event loop that Orbax has
+    closed by then; so after a failure the hook that drops these reports stays.
     """
     _Quiet.enter()
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: state and place in the data, with digests, written while the training goes on."""
+"""Checkpoints of a training: state and place in the data, with digests, written while it goes on."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Found:
 class Checkpoints:
     """A folder of checkpoints, of which the last few are kept; a context manager that finishes writing.
 
-    A checkpoint is made under another name and gets its own when all of it, with a list of its files' digests,
-    is on the disk. One process writes in the background; several write together, each what its devices hold.
+    A checkpoint is made under another name and gets its own when all of it, with a list of its files'
+    digests, is on the disk. One process writes in the background; several write together, each what its devices hold.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -151,7 +151,7 @@ class Checkpoints:
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise CheckpointError(
-                f"{folder}: cannot be restored ({orbax_reason(error)}); remove it to go on from the one before"
+                f"{folder}: cannot be restored ({orbax_reason(error)}); remove it to go on from another"
             ) from error
         leaves = jax.tree.leaves(found)
         return jax.tree.unflatten(jax.tree.structure(like), leaves), dict(place)
@@ -183,7 +183,7 @@ class Checkpoints:
             names = [entry.name for entry in self.folder.iterdir()]
         except OSError as error:
             raise OutputError(
-                f"{self.folder}: a run's checkpoints cannot be there ({error.strerror}); remove it, or choose "
+                f"{self.folder}: no place for checkpoints ({error.strerror}); remove it, or choose "
                 "another folder"
             ) from error
         return [int(name) for name in names if name.isascii() and name.isdigit() and str(int(name)) == name]

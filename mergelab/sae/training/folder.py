@@ -171,8 +171,8 @@ class RunFolder:
             before = json.loads(path.read_text(encoding="utf-8"))["files"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise OutputError(
-                f"{path}: cannot be read ({type(error).__name__}), so it is not known that the data is what the "
-                "run began with; begin another run"
+                f"{path}: cannot be read ({type(error).__name__}), so the data may be other than the run began "
+                "with; begin another run"
             ) from error
         check_same(self.path, before, self._inputs)
 

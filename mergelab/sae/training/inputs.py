@@ -38,8 +38,8 @@ def input_paths(data: DataSection) -> list[Path]:
 def fingerprint(data: DataSection) -> dict[str, Any]:
     """Size and digest of every file that decides a training, by path: plain JSON data.
 
-    Weights of a model and large activations are known by their size and by blocks spread over them; the digest
-    of all of a model's weights is in the dictionary's metadata (`mergelab.sae.provenance`).
+    Weights of a model and large activations are known by their size and by blocks spread over them; the
+    digest of all of a model's weights is in the dictionary's metadata (`mergelab.sae.provenance`).
 
     Raises:
         CheckpointError: a file cannot be read.

@@ -17,7 +17,7 @@ _THEN = "go on with --resume"
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics file; a last line cut short by a kill is omitted, with all that follows one that is damaged."""
+    """The lines of a metrics file as far as they are whole; a kill may cut the last one short."""
     lines: list[dict[str, float]] = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in text.splitlines():
@@ -56,7 +56,7 @@ class MetricsFile:
             self._file.flush()
 
     def sync(self) -> None:
-        """Waits until all lines are on the medium: a checkpoint is about to be, after which none is written again."""
+        """Waits until all lines are on the medium: after a checkpoint none is written again."""
         with disk_errors(self._path, _THEN):
             os.fsync(self._file.fileno())
 

@@ -21,7 +21,8 @@ class Termination:
     takes the signal and finds a step at which all processes stop.
 
     Attributes:
-        unsaved: whether a step has been made that no checkpoint holds. Without one the signal is obeyed at once.
+        unsaved: whether a step has been made that no checkpoint holds; without one the signal is obeyed at
+            once.
     """
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from mergelab.checkpoints.output_target import check_target, disk_errors
 from mergelab.checkpoints.work_folder import sync_path
 from mergelab.errors import OutputError
 
-__all__ = ["Content", "NewFiles"]
+__all__ = ["Content", "NewFiles", "check_new_folder"]
 
 Content = bytes | Callable[[Path], None]
 """A file's bytes, or a function that writes them to the path it is given."""
@@ -29,15 +29,18 @@ class NewFiles:
         paths: the targets, absolute.
     """
 
-    def __init__(self, paths: Sequence[Path | str], *, inputs: Iterable[Path | str] = ()) -> None:
+    def __init__(
+        self, paths: Sequence[Path | str], *, inputs: Iterable[Path | str] = (), identity: str = ""
+    ) -> None:
         """Derives the names; touches nothing.
 
         Args:
             paths: the files that are asked for, one or more.
             inputs: files and folders that the command reads, of which none may be a target.
+            identity: a digest of all that decides the content, where the caller can tell.
         """
         self.paths = tuple(Path(os.path.abspath(path)) for path in paths)
-        self._inputs = tuple(inputs)
+        self._inputs, self._identity = tuple(inputs), identity
         self._locks: list[OutputLock] = []
         self._kept = False
 
@@ -57,9 +60,10 @@ class NewFiles:
                 lock.acquire()
                 self._locks.append(lock)
             note = self._locks[0].publication()
-            ours = [] if note is None else note.identity.split(",")
+            identity, _, inodes = ("" if note is None else note.identity).rpartition(":")
             for path in self.paths:
-                if path.exists() and str(_inode(path)) not in ours:
+                ours = identity == self._identity and str(_inode(path)) in inodes.split(",")
+                if path.exists() and not ours:
                     raise OutputError(f"{path} is there already; choose another name")
             self._kept = note is not None
             for path in self.paths:
@@ -93,7 +97,7 @@ class NewFiles:
                 # Those an earlier run put there are ours until they are replaced.
                 inodes = [_inode(_partial(path)) for path in given]
                 inodes += [_inode(path) for path in given if path.exists()]
-                self._locks[0].note(Publication(",".join(map(str, inodes)), inodes[0]))
+                self._locks[0].note(Publication(f"{self._identity}:{','.join(map(str, inodes))}", inodes[0]))
                 self._kept = True
             for path in given:
                 with disk_errors(path):
@@ -113,6 +117,17 @@ class NewFiles:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._release()
+
+
+def check_new_folder(out: Path) -> None:
+    """Refuses a folder that holds files, for commands that replace none.
+
+    Raises:
+        OutputError: it is not empty.
+    """
+    with disk_errors(out):
+        if out.is_dir() and any(out.iterdir()):
+            raise OutputError(f"{out} is not empty; choose another folder")
 
 
 def _partial(path: Path) -> Path:

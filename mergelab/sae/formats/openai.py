@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,5 +96,5 @@ def write_openai(dictionary: Dictionary, path: Path | NewFiles) -> None:
     }
     if config.activation == "topk":
         tree["activation_state_dict"] = {"k": config.k, "postact_fn": "ReLU"}
-    with path if isinstance(path, NewFiles) else NewFiles([path]) as files:
+    with contextlib.nullcontext(path) if isinstance(path, NewFiles) else NewFiles([path]) as files:
         files.publish({files.paths[0]: lambda partial: write_pickled(partial, tree)})

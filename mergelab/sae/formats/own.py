@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from mergelab.checkpoints import open_safetensors
 from mergelab.checkpoints.dtypes import is_float
 from mergelab.checkpoints.json_data import read_json_object
+from mergelab.checkpoints.new_files import check_new_folder
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.tensor_files import write_tensors
 from mergelab.checkpoints.work_folder import WorkFolder
@@ -63,6 +64,8 @@ def write_own(dictionary: Dictionary, path: Path | WorkFolder, *, overwrite: boo
     identity = _identity({_CFG: text}, {_WEIGHTS: dictionary.as_numpy()})
     with _entered(path, overwrite) as work:
         if not work.finished(identity):
+            if not overwrite:
+                check_new_folder(work.out)
             save_params(arrays, table, work, files=files, shard_bytes=_WHOLE, stem="sae", identity=identity)
 
 
@@ -101,6 +104,7 @@ def write_folder(
     with _entered(path) as work:
         if work.finished(identity):
             return
+        check_new_folder(work.out)
         work.prepare()
         try:
             with disk_errors(work.out):

@@ -48,7 +48,8 @@ class Checkpoints:
     """A folder of checkpoints, of which the last few are kept; a context manager that finishes writing.
 
     A checkpoint is made under another name and gets its own when all of it, with a list of its files'
-    digests, is on the disk. One process writes in the background; several write together, each what its devices hold.
+    digests, is on the disk. One process writes in the background; several write together, each what its
+    devices hold.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:

@@ -54,7 +54,7 @@ class RunFolder:
         self._settings, self._resume, self._notice = settings, resume, notice
         self._distributed = jax.process_count() > 1
         self._first = jax.process_index() == 0
-        self._lock = OutputLock(self.path)
+        self._lock: OutputLock | None = None
         self._made = False
         self._inputs: dict[str, Any] | None = None
 
@@ -70,11 +70,13 @@ class RunFolder:
             with together("opening the run's folder", distributed=self._distributed):
                 if self._first:
                     check_target(self.path, input_paths(self._settings.data))
-                    self._lock.acquire()
+                    lock = OutputLock(self.path)
+                    lock.acquire()
+                    self._lock = lock
                     with disk_errors(self.path):
                         self._look()
         except BaseException:
-            self._lock.release()
+            self._release()
             raise
         self.begun = bool(agree(int(self.begun), distributed=self._distributed))
         return self
@@ -82,7 +84,12 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lock.release()
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            lock, self._lock = self._lock, None
+            lock.release()
 
     def _look(self) -> None:
         if not self.path.exists():
@@ -171,8 +178,8 @@ class RunFolder:
             before = json.loads(path.read_text(encoding="utf-8"))["files"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise OutputError(
-                f"{path}: cannot be read ({type(error).__name__}), so the data may be other than the run began "
-                "with; begin another run"
+                f"{path}: cannot be read ({type(error).__name__}), so the data may be other than it was; "
+                "begin another run"
             ) from error
         check_same(self.path, before, self._inputs)
 

@@ -62,8 +62,9 @@ class NewFiles:
             note = self._locks[0].publication()
             identity, _, inodes = ("" if note is None else note.identity).rpartition(":")
             for path in self.paths:
-                ours = identity == self._identity and str(_inode(path)) in inodes.split(",")
-                if path.exists() and not ours:
+                if not path.exists():
+                    continue
+                if identity != self._identity or str(_inode(path)) not in inodes.split(","):
                     raise OutputError(f"{path} is there already; choose another name")
             self._kept = note is not None
             for path in self.paths:

@@ -101,6 +101,11 @@ class WorkFolder:
         """Whether the same work has given the output its name and was killed then: nothing is left to do."""
         return bool(identity) and self._published is not None and self._published.identity == identity
 
+    @property
+    def published(self) -> bool:
+        """Whether a killed run, of this work or another, had given the output its name."""
+        return self._published is not None
+
     def prepare(self, needed: int = 0) -> None:
         """Checks that the target is free, or may be replaced, and that the disk holds `needed` bytes.
 
@@ -129,6 +134,10 @@ class WorkFolder:
         _remove(self.path)
         if recreate:
             self.path.mkdir()
+
+    def clear_stages(self) -> None:
+        """Deletes the intermediate results of an earlier run."""
+        _remove(self.stages)
 
     def keep_only(self, names: Iterable[str]) -> None:
         """Deletes everything that is not one of `names`: an earlier run's config or index."""

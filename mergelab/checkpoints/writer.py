@@ -20,23 +20,42 @@ from typing import Self
 
 import numpy as np
 
+from mergelab import __version__
 from mergelab.checkpoints.file_names import check_file_name
 from mergelab.checkpoints.file_tensor import check_piece
+from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.checkpoints.journal import Journal, Piece
-from mergelab.checkpoints.output_target import disk_errors
-from mergelab.checkpoints.receipts import Receipts, digest_leaves, leaf_bounds
+from mergelab.checkpoints.json_data import read_json_object
+from mergelab.checkpoints.output_target import MARKER, disk_errors, recorded_identity
+from mergelab.checkpoints.receipts import Receipts, digest_leaves, leaf_bounds, tensor_digest
 from mergelab.checkpoints.shard_plan import ShardPlan
 from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import CheckpointError, OutputError
 
-__all__ = ["CheckpointWriter", "identity_digest"]
+__all__ = ["CheckpointWriter", "check_digests", "identity_digest"]
 
 _THEN = "run again with --resume"
+_AGAIN = "the disk or another program changed it: write it again with --overwrite, without --resume"
 
 
 def identity_digest(identity: Mapping[str, str]) -> str:
     """SHA-256 over all that determines an output, by which its finished folder is known again."""
     return hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()
+
+
+def check_digests(out: Path) -> None:
+    """Compares every tensor of a finished output with the digest that `mergelab.json` has of it.
+
+    Raises:
+        CheckpointError: a tensor or a file is not as it was written.
+    """
+    recorded = read_json_object(out / MARKER).get("tensors")
+    found = open_checkpoint(out)
+    if not isinstance(recorded, dict) or recorded.keys() != found.tensors.keys():
+        raise CheckpointError(f"{out}: its tensors are not those that {MARKER} lists; {_AGAIN}")
+    for name, tensor in found.tensors.items():
+        if tensor_digest(tensor) != recorded[name]:
+            raise CheckpointError(f"{out}: tensor {name!r} is not as it was written; {_AGAIN}")
 
 
 class CheckpointWriter:
@@ -106,6 +125,10 @@ class CheckpointWriter:
         try:
             # A run that was killed just after it had published has left nothing to do.
             self._finished = self._work.finished(self._identity)
+            if resume and not self._finished and recorded_identity(self.out) == self._identity:
+                check_digests(self.out)
+                self._finished = True
+                self._work.abandon()
             self.done = frozenset(plan.places)
             if not self._finished:
                 with disk_errors(self.out, _THEN):
@@ -259,6 +282,9 @@ class CheckpointWriter:
             with disk_errors(self.out, _THEN):
                 if (index := self.plan.index) is not None:
                     (self._work.path / "model.safetensors.index.json").write_bytes(index)
+                if not (self._work.path / MARKER).exists():
+                    facts = {"mergelab": __version__, "identity": self._identity, "tensors": self.digests()}
+                    (self._work.path / MARKER).write_text(json.dumps(facts, indent=2) + "\n")
                 self._close_files()
                 self._work.publish(self._identity, durable=durable)
             self._finished = True

@@ -72,6 +72,7 @@ def command(
 
     from tqdm import tqdm
 
+    from mergelab.checkpoints.digest import stat_sha256
     from mergelab.checkpoints.new_files import Content, NewFiles
     from mergelab.cli.sae_folder import open_dictionary
     from mergelab.data.tokenizer import load_tokenizer
@@ -82,11 +83,12 @@ def command(
     from mergelab.sae.evaluation.neuronpedia import neuronpedia_batch
     from mergelab.sharding import make_mesh
 
-    given = (source, model, texts, site, context, latents, examples, explain, wider, any_model)
+    inputs = [source, model, *texts, *([] if wider is None else [wider])]
+    options = (site, context, latents, examples, explain, any_model)
     with NewFiles(
         [path for path in (out, neuronpedia) if path is not None],
-        inputs=[source, model, *texts, *([] if wider is None else [wider])],
-        identity=hashlib.sha256(repr(given).encode()).hexdigest(),
+        inputs=inputs,
+        identity=hashlib.sha256(repr((stat_sha256(*inputs), options)).encode()).hexdigest(),
     ) as files:
         dictionary = open_dictionary(source)
         devices = None if mesh is None else make_mesh(mesh)

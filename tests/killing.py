@@ -1,8 +1,8 @@
-"""A process that runs commands in forks of itself, each killed at the moment before a chosen change of files.
+"""A process that runs commands in forks of itself, each killed before a chosen change of files.
 
-Forking after the imports and before JAX's backend starts makes hundreds of commands affordable. Reads one JSON
-object per line, `{"command": [...], "cwd": folder, "kill": n or null}`, and answers with one: the exit status (137:
-killed), what was printed, and how many changes of files below the folder were seen.
+Forking after the imports and before JAX's backend starts makes hundreds of commands affordable. Reads one
+JSON object per line, `{"command": [...], "cwd": folder, "kill": n or null}`, and answers with one: the exit
+status (137: killed), what was printed, and how many changes of files below the folder were seen.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mergelab.checkpoints.output_lock import OutputLock
-from mergelab.checkpoints.output_target import check_target, recorded_identity
+from mergelab.checkpoints.output_target import MARKER, check_target, recorded_identity
 from mergelab.checkpoints.work_folder import WorkFolder, publish_file
 from mergelab.errors import OutputError
 

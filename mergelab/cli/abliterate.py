@@ -76,17 +76,15 @@ def command(
       mergelab abliterate model --harmful a.txt --harmless b.txt --out edited --text prose.txt --trials 64
       mergelab abliterate model --harmful a.txt --harmless b.txt --out edited --refusal "Das kann ich nicht"
     """
-    from mergelab.errors import MergelabError
     from mergelab.interp.abliteration import Filters, Settings, abliterate, read_prompts
     from mergelab.sharding import make_mesh
 
     filters = Filters(*(options.pop(name) for name in ("max_kl", "min_induced", "max_depth")))
     if phrases:
         options["phrases"] = phrases
-    try:
-        prose = None if text is None else text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MergelabError(f"{text} cannot be read as UTF-8 text ({error}); check the path.") from error
+    from mergelab.checkpoints.text_file import MAX_PROSE, read_text
+
+    prose = None if text is None else read_text(text, MAX_PROSE)
     with _Bar(quiet=as_json) as bar:
         report = abliterate(
             model,

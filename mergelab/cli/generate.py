@@ -135,11 +135,11 @@ def _end_ids(tokenizer: Tokenizer | None, model: Model, path: Path) -> tuple[int
     """The tokens that end a text, from the tokenizer's folder or, without one, from the configs."""
     if tokenizer is not None:
         return tokenizer.end_ids
-    from mergelab.checkpoints.json_data import read_json_object
+    from mergelab.checkpoints.json_data import read_optional_json
+    from mergelab.data.tokenizer import token_ids
 
-    file = path / "generation_config.json"
-    declared = read_json_object(file).get("eos_token_id") if file.is_file() else None
+    declared = read_optional_json(path / "generation_config.json").get("eos_token_id")
     declared = model.hf_config.get("eos_token_id") if declared is None else declared
     if declared is None:
         return ()
-    return tuple(declared) if isinstance(declared, list) else (int(declared),)
+    return token_ids(declared, f"{path}: eos_token_id")

@@ -211,7 +211,8 @@ def _active(dictionary: Any, host: Any) -> int:
 def _curve(path: Path | None, host: Any, mesh: Any) -> tuple[Any, Any] | None:
     import numpy as np
 
-    from mergelab.errors import SAEError
+    from mergelab.checkpoints.json_data import read_json
+    from mergelab.errors import MergelabError, SAEError
     from mergelab.sae.evaluation.curve import loss_curve
     from mergelab.sae.evaluation.scorecard import halves
 
@@ -220,8 +221,8 @@ def _curve(path: Path | None, host: Any, mesh: Any) -> tuple[Any, Any] | None:
     if path.is_dir():
         return loss_curve(path, halves(host)[1], mesh=mesh)
     try:
-        points = np.array(json.loads(path.read_text()), np.float64)
-    except (OSError, ValueError) as error:
+        points = np.array(read_json(path), np.float64)
+    except (MergelabError, ValueError, TypeError, OverflowError) as error:
         raise SAEError(
             f"{path}: no curve can be read ({error}); expected JSON [[step, loss], ...]."
         ) from error

@@ -93,7 +93,8 @@ def _open(text: str, folders: list[Path], stages: Mapping[str, Checkpoint]) -> F
         adapter, _ = _locate(reference.adapter, reference.adapter_revision, folders, [])
         if not isinstance(checkpoint, FolderCheckpoint):
             raise CheckpointError(
-                f"adapter {quoted(reference.adapter)} needs a finished model: run {quoted(reference.path)} by itself"
+                f"adapter {quoted(reference.adapter)} needs a finished model: run {quoted(reference.path)} "
+                "by itself"
             )
         checkpoint = with_lora(checkpoint, adapter)
         parts = [fingerprint, *(_digest(p) for p in sorted(adapter.glob("adapter_*")) if p.is_file())]
@@ -170,8 +171,8 @@ def _snapshot(path: str, revision: str | None, folders: list[Path]) -> tuple[Pat
         from huggingface_hub import snapshot_download  # type: ignore[import-not-found]
     except ImportError:
         raise CheckpointError(
-            f"model {quoted(path)} is no folder (looked in {_places(folders)}); to fetch it from the Hugging Face "
-            "hub, install mergelab[hub], or download it yourself and give its path"
+            f"model {quoted(path)} is no folder (looked in {_places(folders)}); to fetch it from the Hugging "
+            "Face hub, install mergelab[hub], or download it yourself and give its path"
         ) from None
     try:
         folder = Path(snapshot_download(path, revision=revision, allow_patterns=_HUB_FILES))

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergelab import __version__
-from mergelab.errors import OutputError
+from mergelab.checkpoints.json_data import read_json_object
+from mergelab.errors import CheckpointError, OutputError
 
 if TYPE_CHECKING:
     from mergelab.merging.plan import Plan
@@ -39,10 +40,10 @@ def provenance(plan: Plan, digests: Mapping[str, str]) -> bytes:
 def recorded_identity(out: Path) -> str | None:
     """The identity of the plan that `out` is the result of, or None; folders appear only when complete."""
     try:
-        content = json.loads((out / PROVENANCE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        identity = read_json_object(out / PROVENANCE).get("identity")
+    except CheckpointError:
         return None
-    return content.get("identity") if isinstance(content, dict) else None
+    return identity if isinstance(identity, str) else None
 
 
 def write_sha256(out: Path) -> dict[str, str]:

@@ -169,7 +169,7 @@ class TokenizerSpec(_Part):
 
     source: ModelText = "union"
     tokens: Annotated[dict[str, TokenRule], BeforeValidator(_none_is_empty)] = {}
-    pad_to_multiple_of: Annotated[StrictInt, Field(gt=0)] | None = None
+    pad_to_multiple_of: Annotated[StrictInt, Field(gt=0, le=2**20)] | None = None
 
 
 class Recipe(_Part):

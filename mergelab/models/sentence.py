@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from mergelab.checkpoints.json_data import parse_json, read_json_object
-from mergelab.errors import CheckpointError
+from mergelab.checkpoints.json_data import read_json, read_json_object
+from mergelab.errors import CheckpointError, quoted
 from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params
 
@@ -134,7 +134,12 @@ def load_sentence_encoder(
     limit = model.config.max_length
     sizes = folder / "sentence_bert_config.json"
     if sizes.is_file():
-        limit = min(limit, int(read_json_object(sizes).get("max_seq_length") or limit))
+        given = read_json_object(sizes).get("max_seq_length") or limit
+        if type(given) is not int or given < 1:
+            raise CheckpointError(
+                f"{sizes} has max_seq_length = {quoted(given)}; expected a whole number above 0."
+            )
+        limit = min(limit, given)
     # The special tokens at both ends survive the cut.
     tokenizer.enable_truncation(limit)
     return SentenceEncoder(model, params, tokenizer, pooling, normalise, limit)
@@ -145,7 +150,7 @@ def _modules(folder: Path) -> tuple[Pooling, bool]:
     file = folder / "modules.json"
     if not file.is_file():
         return "mean", False
-    modules = parse_json(file.read_bytes(), str(file))
+    modules = read_json(file)
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise CheckpointError(f"{file} is no list of modules; download it again.")
     pooling: Pooling = "mean"

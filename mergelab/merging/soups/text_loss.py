@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mergelab.checkpoints.folder import open_checkpoint
+from mergelab.checkpoints.text_file import MAX_PROSE, read_text
 from mergelab.data.windows import evaluation_windows
 from mergelab.errors import CheckpointError, EvaluationError
 from mergelab.models.load import load_model
@@ -68,10 +69,7 @@ class TextLoss:
         return {METRIC: nats / math.log(2) / windows.num_bytes}
 
     def _read(self) -> str:
-        try:
-            text = Path(self.text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise EvaluationError(f"The text {self.text} cannot be read as UTF-8 ({error}).") from error
+        text = read_text(self.text, MAX_PROSE, error=EvaluationError)
         if not text.strip():
             raise EvaluationError(f"The text {self.text} is empty; a loss needs some text.")
         return text
@@ -94,5 +92,7 @@ def _separator(folder: Path) -> int:
     for name in ("bos_token_id", "eos_token_id"):
         found = config.get(name)
         if found is not None:
-            return int(found[0] if isinstance(found, list) else found)
+            first = found[0] if isinstance(found, list) and found else found
+            if type(first) is int and 0 <= first < 2**31:
+                return first
     return 0

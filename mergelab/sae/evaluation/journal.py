@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from mergelab.errors import OutputError
+from mergelab.checkpoints.json_data import parse_json_object
+from mergelab.checkpoints.text_file import read_bytes
+from mergelab.errors import CheckpointError, OutputError
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.metrics import Score
 from mergelab.sae.evaluation.scorecard import Scorecard
@@ -60,7 +62,7 @@ class Journal(MutableMapping[str, Scorecard]):
         self.path, self.key = path, key
         self._found: dict[str, Scorecard] = {}
         try:
-            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            lines = read_bytes(path, error=OutputError).splitlines(keepends=True) if path.exists() else []
             if lines and not lines[-1].endswith(b"\n"):
                 torn = lines.pop()
                 with path.open("r+b") as file:
@@ -69,10 +71,10 @@ class Journal(MutableMapping[str, Scorecard]):
             raise OutputError(f"{path}: cannot be read ({error.strerror}); choose another file.") from error
         for number, line in enumerate(lines, 1):
             try:
-                entry = json.loads(line)
+                entry = parse_json_object(line, "the line")
                 if entry["key"] == key:
                     self._found[entry["metric"]] = _card(entry)
-            except (ValueError, KeyError, TypeError) as error:
+            except (CheckpointError, ValueError, KeyError, TypeError) as error:
                 raise OutputError(
                     f"{path}, line {number}: is no line of an evaluation's journal; choose another file."
                 ) from error

@@ -12,6 +12,7 @@ import tokenizers
 
 from mergelab.checkpoints.json_data import read_optional_json
 from mergelab.checkpoints.text_file import read_text
+from mergelab.checkpoints.tokenizer_file import open_tokenizer_file
 from mergelab.errors import CheckpointError, MergelabError, quoted
 
 __all__ = ["Tokenizer", "load_tokenizer"]
@@ -143,12 +144,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             f"{folder} has no tokenizer.json; copy the tokenizer files of the model it was made from, or "
             "give token ids in place of text."
         )
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises bare Exception
-        raise CheckpointError(
-            f"{path} is not a tokenizer.json as the tokenizers package writes it ({error}); copy it again."
-        ) from error
+    backend = open_tokenizer_file(path)
     # What a file remembers of its last use for padding would change the ids of a text with its neighbours.
     backend.no_padding()
     backend.no_truncation()

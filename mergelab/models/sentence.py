@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mergelab.checkpoints.json_data import read_json, read_json_object
+from mergelab.checkpoints.tokenizer_file import open_tokenizer_file
 from mergelab.errors import CheckpointError, quoted
 from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params
@@ -116,14 +117,12 @@ def load_sentence_encoder(
         CheckpointError: a file is missing or damaged, the model is no encoder, or a module of the folder is
             of a kind that is not implemented.
     """
-    import tokenizers
-
     folder = Path(path)
     pooling, normalise = _modules(folder)
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(f"{folder} has no tokenizer.json, which text needs; add the model's own.")
-    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    tokenizer = open_tokenizer_file(file)
     tokenizer.no_padding()
     model, params = load_model(folder, mesh=mesh, dtype=dtype)
     if model.family.architecture.causal:

@@ -11,6 +11,7 @@ import numpy as np
 
 from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.checkpoints.text_file import MAX_PROSE, read_text
+from mergelab.checkpoints.tokenizer_file import open_tokenizer_file
 from mergelab.data.windows import evaluation_windows
 from mergelab.errors import CheckpointError, EvaluationError
 from mergelab.models.load import load_model
@@ -76,14 +77,12 @@ class TextLoss:
 
 
 def _tokenize(folder: Path, text: str) -> list[int]:
-    from tokenizers import Tokenizer
-
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(
             f"{folder} has no tokenizer.json; the loss on a text needs the model's tokenizer."
         )
-    return Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False).ids
+    return open_tokenizer_file(path).encode(text, add_special_tokens=False).ids
 
 
 def _separator(folder: Path) -> int:

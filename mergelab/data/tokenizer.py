@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     folder = Path(folder)
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(
             f"{folder} has no tokenizer.json; copy the tokenizer files of the model it was made from, or "
             "give token ids in place of text."

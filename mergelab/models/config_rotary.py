@@ -162,9 +162,7 @@ def _scaling(kind: str, given: Mapping[str, Any], place: str, dim: int, max_leng
             return LinearScaling(float(given["factor"]))
         case "llama3":
             if not given["low_freq_factor"] < given["high_freq_factor"]:
-                raise CheckpointError(
-                    f"{place}: high_freq_factor must exceed low_freq_factor; correct it."
-                )
+                raise CheckpointError(f"{place}: high_freq_factor must exceed low_freq_factor; correct it.")
             return Llama3Scaling(
                 float(given["factor"]),
                 float(given["low_freq_factor"]),

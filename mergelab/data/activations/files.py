@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import glob
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -102,7 +103,7 @@ def open_activation_files(patterns: str | Path | Sequence[str | Path]) -> Activa
     given = [patterns] if isinstance(patterns, str | Path) else list(patterns)
     paths = []
     for pattern in map(str, given):
-        found = sorted(glob.glob(pattern)) or ([pattern] if Path(pattern).exists() else [])
+        found = sorted(glob.glob(pattern)) or ([pattern] if os.path.exists(pattern) else [])
         if not found:
             raise CheckpointError(f"{pattern}: no file matches; expected .npy or .safetensors activations")
         paths += map(Path, found)

@@ -164,9 +164,17 @@ def read_fields(
                 f"{place} has {name} = {quoted(value)}, but this model family implements only "
                 f"{' or '.join(repr(v) for v in fixed[name])}; the model cannot be run here."
             )
-    return {name: config[name] for name in required} | {
+    found = {name: config[name] for name in required} | {
         name: config.get(name, default) for name, default in optional.items()
     }
+    return {name: _as_kind(name, value) for name, value in found.items()}
+
+
+def _as_kind(name: str, value: Any) -> Any:
+    """A checked value as the type of its field: a missing switch is off, a whole number is a number too."""
+    if name in SWITCHES:
+        return bool(value)
+    return float(value) if name in NUMBERS and value is not None else value
 
 
 def _check_values(given: Mapping[str, Any], place: str, optional: Mapping[str, Any]) -> None:

@@ -208,4 +208,4 @@ def _yarn_attention_factor(given: Mapping[str, Any]) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     over, under = given.get("mscale"), given.get("mscale_all_dim")
-    return recommended(over) / recommended(under) if over and under else recommended(1.0)
+    return recommended(float(over)) / recommended(float(under)) if over and under else recommended(1.0)

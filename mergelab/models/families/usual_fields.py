@@ -41,7 +41,9 @@ def read_usual_fields(
     Raises:
         CheckpointError: as `read_fields`.
     """
-    return read_fields(config, place, required=_REQUIRED, optional={**_OPTIONAL, **optional}, fixed=fixed)
+    found = read_fields(config, place, required=_REQUIRED, optional={**_OPTIONAL, **optional}, fixed=fixed)
+    width, heads = found["hidden_size"], found["num_attention_heads"]
+    return {**found, "head_dim": found["head_dim"] or head_width(width, heads, place)}
 
 
 def usual_decoder(
@@ -63,7 +65,7 @@ def usual_decoder(
         fields["num_attention_heads"],
         fields["max_position_embeddings"],
     )
-    head_dim = fields["head_dim"] or head_width(fields["hidden_size"], heads, place)
+    head_dim = fields["head_dim"]
     key_heads = fields["num_key_value_heads"] or heads
     if heads % key_heads:
         raise CheckpointError(

@@ -96,6 +96,7 @@ def command(
             dtype=dtype,
             overwrite=overwrite,
             resume=resume,
+            inputs=[path for path in (harmful, harmless, text) if path is not None],
             progress=bar.show,
         )
     if as_json:

@@ -64,6 +64,7 @@ def command(out: Path, seed: int, preset: str, force: bool, as_json: bool) -> No
 
 
 def _write_report(results: Results, out: Path) -> None:
+    from mergelab.checkpoints.work_folder import publish_file
     from mergelab.report.figure import save_figure
     from mergelab.report.page import render_page
 
@@ -71,7 +72,7 @@ def _write_report(results: Results, out: Path) -> None:
     names = [score.name for score in results.scores if score.kind == "merge"]
     recipes = {name: (out / "recipes" / f"{name}.yaml").read_text(encoding="utf-8") for name in names}
     page = render_page(results, "mergelab quickstart", recipes)
-    (out / "report.html").write_text(page, encoding="utf-8")
+    publish_file(out / "report.html", page.encode())
 
 
 def _summary(results: Results, out: Path) -> str:

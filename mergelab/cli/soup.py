@@ -149,6 +149,7 @@ def _greedy(
         test_evaluate=_evaluator(given, "test_"),
         evaluation=evaluate.subject,
         on_evaluation=report,
+        inputs=[Path(given[name]) for name in ("text", "test_text") if name in given],
         **{name: given[name] for name in settings if name in given},
         **engine,
     )

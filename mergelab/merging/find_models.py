@@ -15,16 +15,17 @@ from pathlib import Path
 import numpy as np
 
 from mergelab.checkpoints import Checkpoint, FolderCheckpoint, open_checkpoint, with_lora
+from mergelab.checkpoints.output_target import recorded_identity
 from mergelab.errors import CheckpointError, DependencyError, MergelabError, did_you_mean, quoted, shortened
 from mergelab.merging.faults import FieldPath, Origin, raise_faults
 from mergelab.merging.model_ref import ModelRef, parse_model_ref
 from mergelab.merging.planned_checkpoint import PlannedCheckpoint
-from mergelab.merging.provenance import recorded_identity
 
 __all__ = ["FoundModel", "find_models"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SAMPLE = 64
+_SAMPLE = 1024
+_SAMPLES = 4
 _HUB_FILES = ["*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -36,13 +37,15 @@ class FoundModel:
         name: its reference as the recipe writes it.
         checkpoint: its tensors, with the adapter added if the reference names one.
         revision: the hub commit it was taken from, or None.
-        fingerprint: SHA-256 over config, headers and the first values of every tensor, and over the adapter.
+        fingerprint: SHA-256 over config, headers and a sample of every tensor, and over the adapter.
+        paths: the model and the adapter on this disk; empty if it is the result of another recipe.
     """
 
     name: str
     checkpoint: Checkpoint
     revision: str | None
     fingerprint: str
+    paths: tuple[Path, ...] = ()
 
 
 def find_models(
@@ -81,6 +84,7 @@ def _open(text: str, folders: list[Path], stages: Mapping[str, Checkpoint]) -> F
     if any(_exists(folder / text) for folder in folders):
         reference = ModelRef(text)  # a folder whose own name holds '@' or '+'
     fingerprint = None
+    paths: list[Path] = []
     if reference.path in stages:
         checkpoint, revision = stages[reference.path], None
         # The same before and after the stage has run, so that a plan's identity is known from the start.
@@ -88,6 +92,7 @@ def _open(text: str, folders: list[Path], stages: Mapping[str, Checkpoint]) -> F
     else:
         path, revision = _locate(reference.path, reference.revision, folders, list(stages))
         checkpoint = open_checkpoint(path)
+        paths.append(path)
     fingerprint = fingerprint or _fingerprint(checkpoint)
     if reference.adapter is not None:
         adapter, _ = _locate(reference.adapter, reference.adapter_revision, folders, [])
@@ -97,9 +102,10 @@ def _open(text: str, folders: list[Path], stages: Mapping[str, Checkpoint]) -> F
                 "by itself"
             )
         checkpoint = with_lora(checkpoint, adapter)
+        paths.append(adapter)
         parts = [fingerprint, *(_digest(p) for p in sorted(adapter.glob("adapter_*")) if p.is_file())]
         fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    return FoundModel(text, checkpoint, revision, fingerprint)
+    return FoundModel(text, checkpoint, revision, fingerprint, tuple(paths))
 
 
 def _digest(path: Path) -> str:
@@ -108,14 +114,18 @@ def _digest(path: Path) -> str:
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:
-    """Headers alone do not tell a model from its fine-tune: the first values of every tensor do."""
+    """Headers alone do not tell a model from its fine-tune: values from all over every tensor do."""
     if isinstance(checkpoint, PlannedCheckpoint):
         return checkpoint.identity
     digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
     for name, tensor in checkpoint.tensors.items():
-        values = np.empty(min(_SAMPLE, math.prod(tensor.shape)), tensor.dtype)
-        tensor.read_into(0, values)
-        digest.update(f"{name} {tensor.dtype} {tensor.shape} ".encode() + values.tobytes())
+        digest.update(f"{name} {tensor.dtype} {tensor.shape} ".encode())
+        size = math.prod(tensor.shape)
+        whole = size <= _SAMPLE * _SAMPLES
+        values = np.empty(size if whole else _SAMPLE, tensor.dtype)
+        for number in range(1 if whole else _SAMPLES):
+            tensor.read_into(number * (size - len(values)) // (_SAMPLES - 1), values)
+            digest.update(values.tobytes())
     return digest.hexdigest()
 
 

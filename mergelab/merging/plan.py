@@ -13,6 +13,7 @@ from typing import Any
 
 from mergelab import __version__
 from mergelab.checkpoints import Checkpoint, dtype_from_name, open_checkpoint
+from mergelab.checkpoints.writer import identity_digest
 from mergelab.merging.architecture import infer_architecture
 from mergelab.merging.extra_files import donor_files
 from mergelab.merging.faults import raise_faults
@@ -55,6 +56,7 @@ class Plan:
         shard_bytes: the size at which a new weight file is begun.
         identities: SHA-256 of each thing that determines the output's bytes (recipe, jobs, models, ...).
         stages: the plans of the recipes this one builds on, by name, unless their results were given.
+        inputs: every file and folder that is read, which no output may replace.
     """
 
     recipe: Recipe
@@ -67,11 +69,12 @@ class Plan:
     shard_bytes: int
     identities: Mapping[str, str]
     stages: Mapping[str, Plan] = field(default_factory=dict)
+    inputs: tuple[Path, ...] = ()
 
     @property
     def identity(self) -> str:
         """SHA-256 over all that determines the output's bytes: only an equal plan may resume a run."""
-        return hashlib.sha256(json.dumps(dict(self.identities), sort_keys=True).encode()).hexdigest()
+        return identity_digest(self.identities)
 
     @property
     def bytes_in(self) -> int:
@@ -204,7 +207,16 @@ def _plan(
         shard_bytes=shard_bytes,
         identities=_identities(recipe, jobs, builder.settings, merged, config, files, seed, shard_bytes),
         stages=dict(planned or {}),
+        inputs=_inputs(recipe, found, planned or {}),
     )
+
+
+def _inputs(recipe: Recipe, found: Mapping[str, FoundModel], stages: Mapping[str, Plan]) -> tuple[Path, ...]:
+    paths = [path for model in found.values() for path in model.paths]
+    paths += [path for stage in stages.values() for path in stage.inputs]
+    if recipe.origin.path is not None:
+        paths.append(recipe.origin.path)
+    return tuple(dict.fromkeys(paths))
 
 
 def _vocabulary(

@@ -35,10 +35,10 @@ def load_recipe(path: Path) -> Recipe:
         text = read_text(path, MAX_RECIPE, error=RecipeError)
     except RecipeError as error:
         raise RecipeError(f"recipe {error}") from None
-    return parse_recipe(text, path.name, path.resolve().parent)
+    return parse_recipe(text, path.name, path.resolve())
 
 
-def parse_recipe(text: str, source: str = "recipe", folder: Path | None = None) -> Recipe:
+def parse_recipe(text: str, source: str = "recipe", path: Path | None = None) -> Recipe:
     """Reads a recipe from text; see `Recipe.parse`."""
     documents = parse_documents(text, source)
     if not documents:
@@ -46,7 +46,7 @@ def parse_recipe(text: str, source: str = "recipe", folder: Path | None = None) 
     recipes: list[Recipe] = []
     faults: list[str] = []
     for document in documents:
-        recipe, found = _read(document, Origin(source, folder, document.lines))
+        recipe, found = _read(document, Origin(source, path, document.lines))
         faults += found
         if recipe is not None:
             recipes.append(recipe)

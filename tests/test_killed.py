@@ -77,12 +77,10 @@ def write_model(folder: Path, seed: int) -> None:
     shapes = stored_shapes(model_from_config(CONFIG).table())
     fixed = np.random.default_rng(99)
     tensors = {
-        name: (fixed.standard_normal(shape) * 0.3 + seed * 0.01 * rng.standard_normal(shape)).astype(
-            np.float32
-        )
+        name: 0.3 * fixed.standard_normal(shape) + 0.01 * seed * rng.standard_normal(shape)
         for name, shape in shapes.items()
     }
-    save_file(tensors, folder / "model.safetensors")
+    save_file({name: x.astype(np.float32) for name, x in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))

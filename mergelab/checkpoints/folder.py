@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelab.checkpoints.file_names import check_file_name
-from mergelab.checkpoints.json_data import read_json_object
+from mergelab.checkpoints.json_data import read_json_object, read_optional_json
 from mergelab.checkpoints.pickled import PickledFile, open_pickled
 from mergelab.checkpoints.safetensors_file import SafetensorsFile, open_safetensors
 from mergelab.checkpoints.source import TensorSource
@@ -88,7 +88,7 @@ def _open(path: Path) -> FolderCheckpoint:
         files, index = _find_weights(path)
     else:
         raise CheckpointError(f"{path} does not exist; name a model folder or a weight file")
-    config = read_json_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_optional_json(folder / "config.json")
     opened = tuple(_open_file(file) for file in files)
     tensors: dict[str, TensorSource] = {}
     for file in opened:

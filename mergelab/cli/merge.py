@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergelab.cli.numbers import Seed, WholeNumber
 from mergelab.cli.sizes import SIZE, readable
 
 if TYPE_CHECKING:
@@ -24,11 +25,17 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 @click.command("merge")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--seed", default=0, show_default=True, help="Seeds the random draws of DARE and DELLA.")
+@click.option(
+    "--seed",
+    type=Seed(fold=False),
+    default=0,
+    show_default=True,
+    help="Seeds the random draws of DARE and DELLA.",
+)
 @click.option("--dtype", type=click.Choice(DTYPES), help="Stored dtype; overrides the recipe's.")
 @click.option("--shard-size", type=SIZE, default="5GB", show_default=True, help="Size of one weight file.")
 @click.option("--memory", type=SIZE, default="1GB", show_default=True, help="Tensors held in memory at once.")
-@click.option("--threads", type=click.IntRange(1), help="Threads that read, compute and write.")
+@click.option("--threads", type=WholeNumber(1), help="Threads that read, compute and write.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; read no weights and write nothing.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same recipe.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from mergelab.cli.meshes import MESH
+from mergelab.cli.numbers import WholeNumber
 
 __all__ = ["command"]
 
@@ -20,12 +21,12 @@ __all__ = ["command"]
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A new .html file.")
 @click.option("--site", help="Such as blocks.8.resid_post; what the dictionary says, if not given.")
-@click.option("--context", type=click.IntRange(2), default=64, show_default=True, help="Tokens in a context.")
-@click.option("--latents", type=click.IntRange(1), default=2000, show_default=True, help="At most so many.")
-@click.option("--examples", type=click.IntRange(1), default=8, show_default=True, help="Contexts per latent.")
+@click.option("--context", type=WholeNumber(2), default=64, show_default=True, help="Tokens in a context.")
+@click.option("--latents", type=WholeNumber(1), default=2000, show_default=True, help="At most so many.")
+@click.option("--examples", type=WholeNumber(1), default=8, show_default=True, help="Contexts per latent.")
 @click.option(
     "--explain",
-    type=click.IntRange(0),
+    type=WholeNumber(0),
     default=0,
     show_default=True,
     help="So many of the strongest get token patterns (N2G), with precision and recall.",

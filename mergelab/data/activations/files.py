@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import glob
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -120,8 +121,8 @@ def find_activation_files(patterns: str | Path | Sequence[str | Path]) -> list[P
         CheckpointError: nothing matches one of them.
     """
     paths: list[Path] = []
-    for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
-        found = sorted(glob.glob(str(pattern))) or ([str(pattern)] if Path(pattern).exists() else [])
+    for pattern in map(str, [patterns] if isinstance(patterns, str | Path) else patterns):
+        found = sorted(glob.glob(pattern)) or ([pattern] if os.path.exists(pattern) else [])
         if not found:
             raise CheckpointError(f"{pattern}: no file matches; expected .npy or .safetensors activations")
         paths += map(Path, found)

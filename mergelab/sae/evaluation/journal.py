@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from mergelab.checkpoints.json_data import parse_json_object
 from mergelab.checkpoints.output_target import disk_errors
-from mergelab.errors import OutputError
+from mergelab.checkpoints.text_file import read_bytes
+from mergelab.errors import CheckpointError, OutputError
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.metrics import Score
 from mergelab.sae.evaluation.scorecard import Scorecard
@@ -64,16 +66,16 @@ class Journal(MutableMapping[str, Scorecard]):
         self.path, self.key = path, key
         self._found: dict[str, Scorecard] = {}
         try:
-            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            lines = read_bytes(path, error=OutputError).splitlines(keepends=True) if path.exists() else []
         except OSError as error:
             raise OutputError(f"{path}: cannot be read ({error.strerror}); choose another file.") from error
         torn = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
         for number, line in enumerate(lines, 1):
             try:
-                entry = json.loads(line)
+                entry = parse_json_object(line, "the line")
                 if entry["key"] == key:
                     self._found[entry["metric"]] = _card(entry)
-            except (ValueError, KeyError, TypeError) as error:
+            except (CheckpointError, ValueError, KeyError, TypeError) as error:
                 raise OutputError(
                     f"{path}, line {number}: is no line of an evaluation's journal; choose another file."
                 ) from error

@@ -89,7 +89,10 @@ FORMATS: Mapping[str, FileFormat] = {
 
 def _says(path: Path, words: str) -> bool:
     cfg = path / "cfg.json"
-    return cfg.is_file() and words in cfg.read_text(errors="replace")[:4096]
+    if not cfg.is_file():
+        return False
+    with cfg.open("rb") as file:
+        return words.encode() in file.read(4096)
 
 
 def load_dictionary(path: str | Path, format: str | None = None, *, mesh: Mesh | None = None) -> Dictionary:

@@ -23,6 +23,7 @@ from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.finish import finished_dictionary
 from mergelab.sae.formats import load_dictionary, save_dictionary
 from mergelab.sae.initialize import SAMPLE_ROWS, initialize
+from mergelab.sae.memory import check_memory
 from mergelab.sae.placement import batch_part, dictionary_shardings, place_batch
 from mergelab.sae.provenance import host_metadata
 from mergelab.sae.recipe import Recipe
@@ -131,6 +132,7 @@ def _train(
     variant = settings.sae.build(source.d_in, None if target is None else target.d_in)
     mesh = None if settings.mesh is None else make_mesh(settings.mesh)
     _check_batch(recipe, mesh)
+    check_memory(variant, recipe, mesh, min(settings.data.buffer_rows, source.rows))
     part, parts = batch_part(mesh)
     stream = ActivationStream(
         source,

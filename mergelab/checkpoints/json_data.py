@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mergelab.checkpoints.lfs import refuse_pointer
 from mergelab.errors import CheckpointError
 
 __all__ = ["parse_json", "read_json_object"]
@@ -43,8 +44,9 @@ def parse_json(raw: bytes, place: str, *, sizes_only: bool = False) -> Any:
         sizes_only: refuse negative integers, NaN and infinities (a header holds only sizes).
 
     Raises:
-        CheckpointError: not UTF-8, not JSON, a duplicate key, or nested too deeply.
+        CheckpointError: not UTF-8, not JSON, a duplicate key, nested too deeply, or a Git LFS pointer.
     """
+    refuse_pointer(raw, place)
     try:
         text = raw.decode("utf-8")
         options: dict[str, Any] = (

@@ -11,6 +11,7 @@ import numpy as np
 import tokenizers
 
 from mergelab.checkpoints.json_data import read_json_object
+from mergelab.checkpoints.lfs import refuse_pointer
 from mergelab.errors import CheckpointError, MergelabError
 
 __all__ = ["Tokenizer", "load_tokenizer"]
@@ -143,7 +144,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             "give token ids in place of text."
         )
     try:
+        refuse_pointer(path.read_bytes(), str(path))
         backend = tokenizers.Tokenizer.from_file(str(path))
+    except CheckpointError:
+        raise
     except Exception as error:  # the package raises bare Exception
         raise CheckpointError(
             f"{path} is not a tokenizer.json as the tokenizers package writes it ({error}); copy it again."

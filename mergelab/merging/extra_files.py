@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from mergelab.checkpoints.lfs import refuse_pointer
+
 __all__ = ["donor_files", "tokenizer_names"]
 
 _TOKENIZER = (
@@ -36,7 +38,13 @@ def tokenizer_names() -> tuple[str, ...]:
 
 
 def donor_files(folder: Path, merged_tokenizer: Mapping[str, bytes] | None) -> dict[str, bytes]:
-    """File contents by name: the donor's, its tokenizer replaced by a merged one where there is one."""
+    """File contents by name: the donor's, its tokenizer replaced by a merged one where there is one.
+
+    Raises:
+        CheckpointError: a file is a Git LFS pointer.
+    """
     names = (*_TEMPLATES, *_OTHER) if merged_tokenizer is not None else (*_TOKENIZER, *_TEMPLATES, *_OTHER)
     found = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    for name, content in found.items():
+        refuse_pointer(content, str(folder / name))
     return {**found, **(merged_tokenizer or {})}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mergelab.errors import did_you_mean, quoted, shortened
 from mergelab.merging.architecture import Architecture, Module, Stack, counterpart
@@ -26,12 +26,14 @@ class Place:
         piece: the slice it belongs to, whose parameters apply.
         names: what it is called in each of `piece.sources`; the model may lack it.
         t: the layer coordinate at which gradients are read; 0 outside the blocks.
+        module: the module it belongs to.
     """
 
     name: str
     piece: ScopedSlice
     names: tuple[str, ...]
     t: float
+    module: str = "default"
 
 
 @dataclass
@@ -127,7 +129,7 @@ def _lay_out_module(
             f"tensors before the first block come from the first slice ({_listed(first)}), those after the "
             f"last block from the last slice ({_listed(last)})"
         )
-    layout.places += places
+    layout.places += [replace(place, module=name) for place in places]
 
 
 def _listed(piece: ScopedSlice) -> str:

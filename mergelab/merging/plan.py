@@ -178,6 +178,8 @@ def _plan(
         layout.layers,
         jobs,
         {} if vocabulary is None else vocabulary.config_updates,
+        sources=layout.sources,
+        architectures=shapes,
     )
     warnings = [
         *(origin.sentence(*warning) for warning in recipe_warnings(recipe)),

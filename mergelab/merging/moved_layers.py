@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mergelab.errors import RecipeError
 from mergelab.merging.architecture import layer_counts
 from mergelab.merging.layer_fields import layer_fields
 from mergelab.merging.layer_kinds import Kinds, LayerField, same_kind
@@ -75,7 +76,13 @@ class Tower:
     def kinds(self, model: str, field: LayerField) -> Kinds:
         """The kind of each of a model's layers, by a field of the donor or the model's own of that name."""
         own = self.fields(model).get(field.name, field)
-        return own.read(self.part(model), self.count(model))
+        try:
+            return own.read(self.part(model), self.count(model))
+        except (TypeError, ValueError, AttributeError) as error:
+            keys = ", ".join(repr(key) for key in own.uses if key in self.part(model))
+            raise RecipeError(
+                [f"config.json of model {model!r}: the kinds of its layers cannot be read from {keys} ({error})"]
+            ) from error
 
 
 def move_layers(part: dict[str, Any], tower: Tower, blocks: Sequence[Block]) -> tuple[list[str], list[str]]:

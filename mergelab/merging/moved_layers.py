@@ -80,8 +80,9 @@ class Tower:
             return own.read(self.part(model), self.count(model))
         except (TypeError, ValueError, AttributeError) as error:
             keys = ", ".join(repr(key) for key in own.uses if key in self.part(model))
+            place = f"config.json of model {model!r}"
             raise RecipeError(
-                [f"config.json of model {model!r}: the kinds of its layers cannot be read from {keys} ({error})"]
+                f"{place}: the kinds of its layers cannot be read from {keys} ({error}); correct them"
             ) from error
 
 

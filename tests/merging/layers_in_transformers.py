@@ -90,6 +90,11 @@ def restacked(model: Any, order: list[int]) -> Any:
     name = "layers" if hasattr(trunk, "layers") else "h"
     layers = getattr(trunk, name)
     before = kinds(model.config, len(layers))
+    for part, axis in (("embed_tokens_per_layer", 1), ("per_layer_model_projection", 0)):
+        if hasattr(trunk, part):
+            weight = getattr(trunk, part).weight
+            pieces = weight.data.chunk(len(layers), axis)
+            weight.data = torch.cat([pieces[i] for i in order], axis)
     setattr(trunk, name, torch.nn.ModuleList([layers[i] for i in order]))
     model.config.num_hidden_layers = len(order)
     for key in before.keys() & {"layer_types", "layers_block_type"}:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from mergelab.errors import RecipeError
 from mergelab.merging import Recipe, merge
@@ -25,6 +25,7 @@ from mergelab.models.families import model_from_config
 from mergelab.models.load import load_model
 from tests.merging.layer_cases import CONFIGS, SLICES, order, recipe, write_layers
 from tests.merging.layers_in_transformers import RECORDED
+from tests.merging.recipes import write_model
 from tests.models.tiny_models import weights
 
 S, F = "sliding_attention", "full_attention"
@@ -250,6 +251,47 @@ def test_layers_of_unlike_kinds_merged_into_one_are_named(tmp_path: Path) -> Non
     assert "layer_types" not in plan.config
     again = make_plan(Recipe(merge_method="karcher", models=[models[0], {"model": "./a"}]), base_dir=tmp_path)
     assert not [each for each in again.warnings if "unlike" in each]
+
+
+def test_tensors_with_a_part_per_layer_have_those_of_the_layers(tmp_path: Path) -> None:
+    config = sized("gemma3n_text", 3, num_kv_shared_layers=0)
+    axes = {"model.embed_tokens_per_layer.weight": 1, "model.per_layer_model_projection.weight": 0}
+    sources, wanted = {}, {}
+    for n, name in enumerate("ab"):
+        sources[name] = {
+            "model.embed_tokens_per_layer.weight": np.arange(15, dtype=np.float32).reshape(5, 3) + 100 * n,
+            "model.per_layer_model_projection.weight": np.arange(24, dtype=np.float32).reshape(6, 4)
+            - 100 * n,
+        }
+        layers = {f"model.layers.{i}.w": np.full((2, 2), i, np.float32) for i in range(3)}
+        write_model(tmp_path / name, sources[name] | layers, config=config)
+    blocks = [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("b", 2)]
+    for axis, name in (
+        (1, "model.embed_tokens_per_layer.weight"),
+        (0, "model.per_layer_model_projection.weight"),
+    ):
+        parts = {model: np.split(tensors[name], 3, axis) for model, tensors in sources.items()}
+        wanted[name] = np.concatenate([parts[model][i] for model, i in blocks], axis)
+    slices = [
+        {"sources": [{"model": "a", "layer_range": [0, 2]}]},
+        {"sources": [{"model": "b", "layer_range": [0, 3]}]},
+    ]
+    stacked = Recipe(merge_method="passthrough", slices=slices)
+    merge(stacked, tmp_path / "out", base_dir=tmp_path)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    plan = make_plan(stacked, base_dir=tmp_path)
+    for name, expected in wanted.items():
+        np.testing.assert_array_equal(found[name], expected)
+        (source,) = next(job.sources for job in plan.jobs if job.name == name)
+        for start in range(expected.size):
+            piece = np.empty(min(7, expected.size - start), np.float32)
+            source.read_into(start, piece)
+            np.testing.assert_array_equal(piece, expected.reshape(-1)[start : start + piece.size])
+    write_model(tmp_path / "b", layers, config=config)
+    with pytest.raises(
+        RecipeError, match="has a part per layer, but model 'b', .* has none for its 3 layers"
+    ):
+        make_plan(stacked, base_dir=tmp_path)
 
 
 @pytest.mark.parametrize("name", OURS)

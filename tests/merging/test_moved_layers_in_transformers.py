@@ -17,8 +17,6 @@ from tests.merging.layers_in_transformers import config_of as in_transformers
 
 pytestmark = pytest.mark.oracle
 
-_NOT_RUN: tuple[str, ...] = ("gemma3n",)
-
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_was_recorded_is_what_transformers_reads(name: str) -> None:
@@ -50,8 +48,6 @@ def test_the_defaults_of_every_model_type_are_those_of_transformers() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_moved_layers_run_as_in_their_own_places(name: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    if name in _NOT_RUN:
-        pytest.skip("tensors outside its layers have a part per layer")
     config, moves = CONFIGS[name], order(name)
     source = save_random(tmp_path / "source", config)
     merge(recipe(source, SLICES[name]), tmp_path / "out")

@@ -21,7 +21,9 @@ from mergelab.checkpoints import (
     open_checkpoint,
     read_whole,
 )
+from mergelab.checkpoints.tied_head import conv1d_layers, find_tied_head, shared_embedding
 from mergelab.errors import CheckpointError, NonFiniteError, OperatorError, did_you_mean
+from mergelab.merging.extract_head import changed_head, head_tensors, repeated_embeddings
 from mergelab.merging.peft_folder import adapter_config, write_adapter
 from mergelab.operators.low_rank import (
     LowRank,
@@ -36,8 +38,6 @@ __all__ = ["ExtractedLora", "extract_lora"]
 
 _PREFIX = "base_model.model."
 _EMBEDDING = re.compile(r"(embed\w*|\w*_embed\w*|w[tp]e|shared)")
-_CONV1D = {"gpt2": ("c_attn", "c_fc", "c_proj"), "openai-gpt": ("c_attn", "c_fc", "c_proj")}
-"""Model types whose layers are `Conv1D`, with weights `[in, out]`, and the names of those layers."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,9 @@ def extract_lora(
     setting.check()
     tuned_model, base_model = open_checkpoint(finetuned), open_checkpoint(base)
     modules = _modules(tuned_model, base_model)
-    conv1d = _CONV1D.get(str(base_model.config.get("model_type")), ())
+    conv1d = conv1d_layers(base_model.config)
+    head = changed_head(tuned_model, base_model)
+    shared = shared_embedding(base_model.tensors)
 
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
@@ -165,6 +167,12 @@ def extract_lora(
         if not any(fnmatchcase(module, glob) for glob in targets) or (embedding and embeddings == "skip"):
             skipped.append(module)
             continue
+        if f"{module}.weight" == shared and embeddings == "whole":
+            raise CheckpointError(
+                f"{finetuned}: {shared!r}, which encoder and decoder share, changed, and PEFT replaces one "
+                "use of a module that is stored whole; store it as factors (embeddings='low_rank', "
+                "--embeddings low_rank) or omit it (skip)"
+            )
         delta = deltas.get("weight")
         if delta is not None and delta.ndim == 2 and (not embedding or embeddings == "low_rank"):
             transposed = embedding or last in conv1d
@@ -180,6 +188,20 @@ def extract_lora(
         else:
             whole.append(_whole_module(module, parts))
             tensors |= {f"{_PREFIX}{module}.{part}": read_whole(tuned) for part, (tuned, _) in parts.items()}
+    keeps_tie = False
+    if head is not None:
+        embedding = head.tied.modules[0]
+        parts = head.tensors(
+            whole=embedding in whole, factors=embedding in ranks, skipped=embedding in skipped
+        )
+        if parts and not any(fnmatchcase(head.module, glob) for glob in targets):
+            skipped.append(head.module)
+        elif parts:
+            whole.append(head.module)
+            tensors |= {
+                f"{_PREFIX}{head.module}.{part}": read_whole(tensor) for part, tensor in parts.items()
+            }
+            keeps_tie = head.is_tied and embedding in whole
     if not ranks:
         raise CheckpointError(
             f"{finetuned} differs from {base} in no matrix of the chosen modules ({', '.join(targets)}); "
@@ -193,6 +215,7 @@ def extract_lora(
         model_config=base_model.config,
         fan_in_fan_out=bool(conv1d),
         with_biases=biases,
+        keeps_tie=keeps_tie,
     )
     nbytes = write_adapter(Path(out), tensors, config, overwrite=overwrite)
     return ExtractedLora(Path(out), ranks, errors, tuple(whole), tuple(skipped), nbytes)
@@ -201,18 +224,22 @@ def extract_lora(
 def _modules(tuned: Checkpoint, base: Checkpoint) -> dict[str, dict[str, tuple[TensorSource, TensorSource]]]:
     """Module -> its own tensors (`weight`, `bias`) in both models; headers only."""
     # A tied output embedding may be stored or not; it is the input embedding either way.
-    tied = {"lm_head.weight"} if base.config.get("tie_word_embeddings") else set()
-    for name in (tuned.tensors.keys() ^ base.tensors.keys()) - tied:
-        lacking, other = (base, tuned) if name in tuned.tensors else (tuned, base)
+    apart = head_tensors(base) | repeated_embeddings(base)
+    tensors = dict(tuned.tensors)
+    own = find_tied_head(tensors, tuned.config)
+    if own is not None and own.head in base.tensors:
+        tensors.setdefault(own.head, tensors[own.embedding])
+    for name in (tensors.keys() ^ base.tensors.keys()) - apart:
+        lacking, other = (base, tuned) if name in tensors else (tuned, base)
         raise CheckpointError(
             f"{lacking.path} lacks the tensor {name!r}{did_you_mean(name, lacking.tensors)}, which "
             f"{other.path} has; name a model and the base it was tuned from"
         )
     modules: dict[str, dict[str, tuple[TensorSource, TensorSource]]] = {}
     for name, old in base.tensors.items():
-        if name in tied:
+        if name in apart:
             continue
-        new = tuned.tensors[name]
+        new = tensors[name]
         if new.shape != old.shape:
             raise CheckpointError(
                 f"{tuned.path}: tensor {name!r} has shape {list(new.shape)} but {list(old.shape)} in "

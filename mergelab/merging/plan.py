@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelab import __version__
-from mergelab.checkpoints import Checkpoint, dtype_from_name, open_checkpoint
+from mergelab.checkpoints import Checkpoint, LoraCheckpoint, dtype_from_name, open_checkpoint
 from mergelab.merging.architecture import infer_architecture
 from mergelab.merging.extra_files import donor_files
 from mergelab.merging.faults import raise_faults
@@ -184,6 +184,7 @@ def _plan(
         *layout.warnings,
         *absences(builder.lacking, builder.skipped),
         *config_differences({name: c.config for name, c in checkpoints.items()}, donor),
+        *(note for c in checkpoints.values() if isinstance(c, LoraCheckpoint) for note in c.warnings),
         *warnings,
         *notes,
     ]

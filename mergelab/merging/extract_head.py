@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,33 @@ from mergelab.checkpoints import Checkpoint, TensorSource, read_whole
 from mergelab.checkpoints.tied_head import TiedHead, find_tied_head, is_tied, shared_embedding
 from mergelab.errors import CheckpointError
 
-__all__ = ["ChangedHead", "changed_head", "head_tensors", "repeated_embeddings"]
+__all__ = [
+    "ChangedHead",
+    "changed_head",
+    "class_names",
+    "head_tensors",
+    "repeated_embeddings",
+    "unsplittable",
+]
+
+_INNER = {
+    "albert": "albert.", "bert": "bert.", "distilbert": "distilbert.", "electra": "electra.",
+    "gpt2": "transformer.", "gpt_neox": "gpt_neox.", "mpnet": "mpnet.", "roberta": "roberta.",
+    **dict.fromkeys(
+        ("gemma", "gemma2", "llama", "mistral", "mixtral", "opt", "phi", "phi3", "qwen2", "qwen3"), "model."
+    ),
+}  # fmt: skip
+"""By model type: where a class with a head keeps the model without one."""
+_HEADS = (
+    "lm_head",
+    "cls",
+    "score",
+    "classifier",
+    "embed_out",
+    "vocab_projector",
+    "predictions",
+    "qa_outputs",
+)
 
 
 @dataclass(frozen=True)
@@ -109,6 +136,30 @@ def repeated_embeddings(base: Checkpoint) -> set[str]:
     ends = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
     copies = {f"{prefix}{end}" for prefix in ("", "model.") for end in ends}
     return copies | ({"lm_head.weight"} if is_tied(base.config, base.tensors) else set())
+
+
+def unsplittable(base: Checkpoint) -> str | None:
+    """The embedding that a module stored whole cannot replace: encoder and decoder share it, or PEFT's
+    transformers calls its tied head by another name than checkpoints do.
+    """
+    if (shared := shared_embedding(base.tensors)) is not None:
+        return shared
+    tied = find_tied_head(base.tensors, base.config)
+    return tied.embedding if tied is not None and tied.embedding.endswith("embed_in.weight") else None
+
+
+def class_names(modules: Iterable[str], base: Checkpoint) -> dict[str, str]:
+    """Modules by their names in the class that the config names, in which PEFT looks for them.
+
+    A file saved from a class without a head (GPT-2 on the hub) spells them without a leading part.
+    """
+    modules = tuple(modules)
+    inner = _INNER.get(str(base.config.get("model_type")), "")
+    named = base.config.get("architectures")
+    whole = isinstance(named, list) and any("For" in str(name) or "Head" in str(name) for name in named)
+    if not inner or not whole or any(name.startswith(inner) for name in modules):
+        inner = ""
+    return {name: name if name.split(".")[0] in _HEADS else f"{inner}{name}" for name in modules}
 
 
 def _bias(tied: TiedHead, base: Checkpoint) -> str | None:

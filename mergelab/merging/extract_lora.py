@@ -21,9 +21,15 @@ from mergelab.checkpoints import (
     open_checkpoint,
     read_whole,
 )
-from mergelab.checkpoints.tied_head import conv1d_layers, find_tied_head, shared_embedding
+from mergelab.checkpoints.tied_head import conv1d_layers, find_tied_head
 from mergelab.errors import CheckpointError, NonFiniteError, OperatorError, did_you_mean
-from mergelab.merging.extract_head import changed_head, head_tensors, repeated_embeddings
+from mergelab.merging.extract_head import (
+    changed_head,
+    class_names,
+    head_tensors,
+    repeated_embeddings,
+    unsplittable,
+)
 from mergelab.merging.peft_folder import adapter_config, write_adapter
 from mergelab.operators.low_rank import (
     LowRank,
@@ -37,7 +43,8 @@ from mergelab.operators.randomness import tensor_key
 __all__ = ["ExtractedLora", "extract_lora"]
 
 _PREFIX = "base_model.model."
-_EMBEDDING = re.compile(r"(embed\w*|\w*_embed\w*|w[tp]e|shared)")
+# The excepted ones are linear layers.
+_EMBEDDING = re.compile(r"(?!embed_out$|embedding_hidden_mapping_in$)(embed\w*|\w*_embed\w*|w[tp]e|shared)")
 
 
 @dataclass(frozen=True)
@@ -148,7 +155,8 @@ def extract_lora(
     modules = _modules(tuned_model, base_model)
     conv1d = conv1d_layers(base_model.config)
     head = changed_head(tuned_model, base_model)
-    shared = shared_embedding(base_model.tensors)
+    full = class_names([*modules, *(() if head is None else (head.module,))], base_model)
+    shared = unsplittable(base_model)
 
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
@@ -169,7 +177,7 @@ def extract_lora(
             continue
         if f"{module}.weight" == shared and embeddings == "whole":
             raise CheckpointError(
-                f"{finetuned}: {shared!r}, which encoder and decoder share, changed, and PEFT replaces one "
+                f"{finetuned}: {shared!r}, which has several uses, changed, and PEFT replaces one "
                 "use of a module that is stored whole; store it as factors (embeddings='low_rank', "
                 "--embeddings low_rank) or omit it (skip)"
             )
@@ -181,13 +189,15 @@ def extract_lora(
             keys = (
                 ("lora_embedding_B", "lora_embedding_A") if embedding else ("lora_B.weight", "lora_A.weight")
             )
-            tensors |= {f"{_PREFIX}{module}.{key}": array for key, array in zip(keys, (b, a), strict=True)}
+            stem = f"{_PREFIX}{full[module]}"
+            tensors |= {f"{stem}.{key}": array for key, array in zip(keys, (b, a), strict=True)}
             if deltas.get("bias") is not None:
                 biases = True
-                tensors[f"{_PREFIX}{module}.base_layer.bias"] = read_whole(parts["bias"][0])
+                tensors[f"{stem}.base_layer.bias"] = read_whole(parts["bias"][0])
         else:
             whole.append(_whole_module(module, parts))
-            tensors |= {f"{_PREFIX}{module}.{part}": read_whole(tuned) for part, (tuned, _) in parts.items()}
+            stem = f"{_PREFIX}{full[module]}"
+            tensors |= {f"{stem}.{part}": read_whole(tuned) for part, (tuned, _) in parts.items()}
     keeps_tie = False
     if head is not None:
         embedding = head.tied.modules[0]
@@ -199,7 +209,7 @@ def extract_lora(
         elif parts:
             whole.append(head.module)
             tensors |= {
-                f"{_PREFIX}{head.module}.{part}": read_whole(tensor) for part, tensor in parts.items()
+                f"{_PREFIX}{full[head.module]}.{part}": read_whole(tensor) for part, tensor in parts.items()
             }
             keeps_tie = head.is_tied and embedding in whole
     if not ranks:
@@ -208,9 +218,9 @@ def extract_lora(
             "there is no adapter to extract"
         )
     config = adapter_config(
-        ranks,
-        whole,
-        modules,
+        {full[name]: rank for name, rank in ranks.items()},
+        [full[name] for name in whole],
+        [full[name] for name in modules],
         base=str(base),
         model_config=base_model.config,
         fan_in_fan_out=bool(conv1d),

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mergelab.checkpoints.tied_head import is_tied, untied_config
 from mergelab.merging.architecture import Architecture, Stack, layer_counts
 from mergelab.merging.faults import raise_faults
 from mergelab.merging.job import Job
@@ -196,11 +197,11 @@ def _untie(
     """A head merged from tied and untied models is a tensor of its own: the config must not tie it."""
     heads = [job for job in jobs if is_output_embedding(job.name) and job.name.endswith(".weight")]
     mixed = any(source.name != head.name for head in heads for source in head.sources)
-    tied = config.get("tie_word_embeddings", False)
+    tied = is_tied(config)
     untied_models = [name for name, other in configs.items() if other.get("tie_word_embeddings") is False]
     if not heads or not tied or not (mixed or untied_models):
         return []
-    config["tie_word_embeddings"] = False
+    config.update(untied_config(config))
     return [
         f"{heads[0].name!r} differs from the embedding after merging: tie_word_embeddings is set to false"
     ]

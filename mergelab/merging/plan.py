@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelab import __version__
-from mergelab.checkpoints import Checkpoint, dtype_from_name, open_checkpoint
+from mergelab.checkpoints import Checkpoint, LoraCheckpoint, dtype_from_name, open_checkpoint
 from mergelab.checkpoints.writer import identity_digest
 from mergelab.merging.architecture import Architecture, infer_architecture
 from mergelab.merging.compatibility import absent, incomplete, mixed, packed
@@ -206,6 +206,7 @@ def _plan(
         *layout.warnings,
         *absences(builder.lacking, builder.skipped),
         *config_differences(configs, donor),
+        *(note for c in checkpoints.values() if isinstance(c, LoraCheckpoint) for note in c.warnings),
         *warnings,
         *notes,
     ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from mergelab.errors import MeshError
 
-__all__ = ["Terminated", "span_processes", "together"]
+__all__ = ["Terminated", "agree", "preempted", "span_processes", "together"]
 
 _MESSAGE_BYTES = 1024
 
@@ -52,6 +52,30 @@ def together(step: str, *, distributed: bool) -> Iterator[None]:
 
         process, message = failures[0]
         raise MeshError(f"{step} failed in process {process} of {jax.process_count()}: {message}")
+
+
+def agree(number: int, *, distributed: bool) -> int:
+    """The number that process 0 holds, in every process."""
+    if not distributed:
+        return number
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return int(np.asarray(multihost_utils.broadcast_one_to_all(np.array(number, np.int32))))
+
+
+def preempted(step: int) -> bool:
+    """Whether some process of a distributed run got SIGTERM and this is the step at which all of them stop.
+
+    Every process must ask at every step, counted alike. JAX's own service passes the notice on and finds the
+    step; where it is switched off the answer is False.
+    """
+    from jax.experimental import multihost_utils
+
+    try:
+        return multihost_utils.reached_preemption_sync_point(step)
+    except RuntimeError:
+        return False
 
 
 def _failures(mine: str) -> list[tuple[int, str]]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,11 @@ import numpy as np
 from mergelab.checkpoints import open_pickled, read_whole
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.pickle_writer import write_pickled
-from mergelab.errors import CheckpointError, OutputError
+from mergelab.checkpoints.work_folder import WorkFolder
+from mergelab.errors import CheckpointError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats.convert import arrays_of, refuse, subtracting_b_dec, transposed
+from mergelab.sae.formats.own import write_folder
 
 __all__ = ["read_dictionary_learning", "write_dictionary_learning"]
 
@@ -66,7 +66,7 @@ def read_dictionary_learning(path: Path) -> Dictionary:
     return Dictionary(**found, threshold=found["b_enc"] * 0 + threshold, config=settings).checked()
 
 
-def write_dictionary_learning(dictionary: Dictionary, path: Path) -> None:
+def write_dictionary_learning(dictionary: Dictionary, path: Path | WorkFolder) -> None:
     """Writes a folder for `dictionary_learning.utils.load_dictionary`.
 
     Raises:
@@ -97,18 +97,5 @@ def write_dictionary_learning(dictionary: Dictionary, path: Path) -> None:
             raise refuse("dictionary_learning", "a threshold on inputs less b_dec", "'mergelab' or 'saelens'")
         trainer |= {"dict_class": "JumpReluAutoEncoder"}
         tree = dictionary.as_numpy()
-    path = Path(os.path.abspath(path))
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputError(f"{path} is not empty; choose another folder")
-    work = path.with_name(f".{path.name}.partial")
-    try:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        write_pickled(work / "ae.pt", tree)
-        (work / "config.json").write_text(json.dumps({"trainer": trainer}, indent=2) + "\n")
-        if path.exists():
-            path.rmdir()
-        work.rename(path)
-    except OSError as error:
-        shutil.rmtree(work, ignore_errors=True)
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); check the disk") from error
+    cfg = json.dumps({"trainer": trainer}, indent=2) + "\n"
+    write_folder(path, {"config.json": cfg}, {"ae.pt": tree}, write=write_pickled)

@@ -11,6 +11,7 @@ import numpy as np
 
 from mergelab.checkpoints import open_safetensors
 from mergelab.checkpoints.json_data import read_json_object
+from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import CheckpointError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats.convert import arrays_of, refuse
@@ -75,7 +76,7 @@ def read_saelens(path: Path) -> Dictionary:
     ).checked()
 
 
-def write_saelens(dictionary: Dictionary, path: Path) -> None:
+def write_saelens(dictionary: Dictionary, path: Path | WorkFolder) -> None:
     """Writes a folder for SAELens; a batch-top-k dictionary becomes `jumprelu`, as SAELens itself saves them.
 
     Raises:

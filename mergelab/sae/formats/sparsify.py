@@ -8,6 +8,7 @@ from typing import Any
 
 from mergelab.checkpoints import open_safetensors
 from mergelab.checkpoints.json_data import read_json_object
+from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import CheckpointError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats.convert import arrays_of, refuse, subtracting_b_dec, transposed
@@ -39,7 +40,7 @@ def read_sparsify(path: Path) -> Dictionary:
     ).checked()
 
 
-def write_sparsify(dictionary: Dictionary, path: Path) -> None:
+def write_sparsify(dictionary: Dictionary, path: Path | WorkFolder) -> None:
     """Writes a folder for sparsify.
 
     Raises:

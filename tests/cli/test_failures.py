@@ -228,7 +228,7 @@ def test_a_panic_of_a_library_in_rust_is_no_traceback(fail: Callable[..., Result
 
 def test_many_faults_and_long_ones_are_cut(fail: Callable[..., Result]) -> None:
     result = fail(_raise(RecipeError([f"fault {number}" for number in range(1000)])))
-    assert result.stderr.splitlines()[-2:] == ["error: fault 19", "error: ... and 980 more"]
+    assert result.stderr.splitlines()[-2:] == ["error: fault 19", "error: and 980 more"]
     assert len(fail(_raise(MeshError("x" * 10**6))).stderr) < 2100
     assert len(fail(_raise(RecipeError(["x" * 1500] * 5))).stderr) < 2100
 

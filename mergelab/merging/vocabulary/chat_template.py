@@ -90,28 +90,19 @@ def _tokenizer_config(
 
 
 def _check_jinja(template: str) -> None:
-    """Parses, in a sandbox and without running it, with the extensions chat templates may use."""
-    from jinja2 import TemplateSyntaxError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    """Parses a template as its readers will, without compiling or running it."""
+    from jinja2 import TemplateSyntaxError
 
-    class Generation(Extension):
-        """`{% generation %}`: marks what the assistant wrote, for training; parsed as a plain block."""
+    from mergelab.data.chat_worker import chat_environment
 
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body).set_lineno(line)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
-    )
     try:
-        environment.parse(template)
+        chat_environment().parse(template)
     except TemplateSyntaxError as error:
-        raise RecipeError(
-            f"chat_template: not valid jinja: {error.message} at line {error.lineno}; correct it"
-        ) from error
+        fault = f"{error.message} at line {error.lineno}"
+    except (RecursionError, MemoryError):
+        fault = "it is nested too deeply"
+    except (ArithmeticError, ValueError) as error:  # literals that Python does not take
+        fault = str(error)
+    else:
+        return
+    raise RecipeError(f"chat_template: not valid jinja: {fault[:500]}; correct it")

@@ -36,7 +36,7 @@ def read_saelens(path: Path) -> Dictionary:
     settings = Settings.read(path / "cfg.json")
     cfg: dict[str, Any] = dict(settings.values)
     architecture = settings.word("architecture", _ACTIVATIONS, "standard")
-    normalization = cfg.get("normalize_activations") or "none"
+    normalization = cfg.get("normalize_activations", "none")
     if not isinstance(normalization, str) or normalization not in _NORMALIZATIONS:
         raise CheckpointError(
             f"{path / 'cfg.json'}: normalize_activations {normalization!r} needs data not in the file; "

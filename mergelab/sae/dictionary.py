@@ -54,7 +54,7 @@ class DictionaryConfig:
             raise SAEError(f"activation is {self.activation!r}; it may be {', '.join(ACTIVATIONS)}.")
         if self.normalization not in NORMALIZATIONS:
             raise SAEError(f"normalization is {self.normalization!r}; it may be {', '.join(NORMALIZATIONS)}.")
-        if self.activation == "topk" and (self.k is None or self.k < 1):
+        if self.activation == "topk" and (not isinstance(self.k, int) or self.k < 1):
             raise SAEError(f"a top-k dictionary needs k of at least 1, but k is {self.k}.")
 
 
@@ -112,6 +112,9 @@ class Dictionary:
         Raises:
             SAEError: an array is missing or has a shape that does not fit the others.
         """
+        for name in ("W_enc", "W_dec"):
+            if getattr(self, name).ndim != 2:
+                raise SAEError(f"{name} has shape {list(getattr(self, name).shape)}; two axes were expected.")
         d, n, out = self.d_in, self.n_latents, self.d_out
         wanted: dict[str, tuple[int, ...]] = {
             "W_enc": (d, n),

@@ -13,8 +13,24 @@ from jax import Array
 from mergelab.checkpoints import TensorSource, read_whole
 from mergelab.errors import CheckpointError, SAEError
 from mergelab.sae.dictionary import Dictionary
+from mergelab.sae.formats.settings import check_tensors
 
 __all__ = ["arrays_of", "refuse", "subtracting_b_dec", "transposed"]
+
+
+_MATRICES = frozenset(
+    (
+        "W_enc",
+        "W_dec",
+        "W_skip",
+        "encoder.weight",
+        "decoder.weight",
+        "w_enc",
+        "w_dec",
+        "affine_skip_connection",
+    )
+)
+"""The tensors of any format that have two axes; the others have one."""
 
 
 def subtracting_b_dec(dictionary: Dictionary) -> Dictionary:
@@ -36,13 +52,14 @@ def arrays_of(
         path: of the file, for the message.
 
     Raises:
-        CheckpointError: one that must be there is not.
+        CheckpointError: one that must be there is not, or one holds no floats, or has other axes than its
+            name says: two for weights, one for the rest.
     """
+    check_tensors(path, tensors, {name: 2 if name in _MATRICES else 1 for name in wanted})
     missing = [name for name, needed in wanted.items() if needed and name not in tensors]
     if missing:
-        raise CheckpointError(
-            f"{path}: has no tensor {missing[0]!r}, only {', '.join(sorted(tensors))}; of another format?"
-        )
+        known = ", ".join(sorted(tensors)[:20])
+        raise CheckpointError(f"{path}: has no tensor {missing[0]!r}, only {known}; of another format?")
     return {name: jnp.asarray(read_whole(tensors[name]), jnp.float32) for name in wanted if name in tensors}
 
 

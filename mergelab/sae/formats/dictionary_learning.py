@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from mergelab.checkpoints import open_pickled, read_whole
-from mergelab.checkpoints.json_data import read_json_object
+from mergelab.checkpoints import TensorSource, open_pickled
 from mergelab.checkpoints.pickle_writer import write_pickled
 from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import CheckpointError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats.convert import arrays_of, refuse, subtracting_b_dec, transposed
 from mergelab.sae.formats.own import write_folder
+from mergelab.sae.formats.settings import Settings, number_in
 
 __all__ = ["read_dictionary_learning", "write_dictionary_learning"]
 
@@ -29,16 +29,14 @@ def read_dictionary_learning(path: Path) -> Dictionary:
     Raises:
         CheckpointError: a file is missing, or the class of the dictionary is not supported.
     """
-    config = read_json_object(path / "config.json")
-    trainer: Any = config.get("trainer")
-    kind = trainer.get("dict_class") if isinstance(trainer, dict) else None
+    trainer = Settings.read(path / "config.json").inner("trainer")
+    kind = trainer.values.get("dict_class")
     tensors = open_pickled(path / "ae.pt").tensors
-    n = tensors["b_enc"].shape[0] if "b_enc" in tensors else 0
     if kind == "JumpReluAutoEncoder":
         wanted = {"W_enc": True, "W_dec": True, "b_enc": True, "b_dec": True, "threshold": True}
         found = arrays_of(tensors, wanted, path / "ae.pt")
         return Dictionary(**found, config=DictionaryConfig("jump_relu")).checked()
-    if kind != _TOP_K and kind not in _BATCH:
+    if not isinstance(kind, str) or kind not in (_TOP_K, *_BATCH):
         raise CheckpointError(
             f"{path / 'config.json'}: trainer.dict_class {kind!r} is not supported; "
             f"{_TOP_K}, {', '.join(_BATCH)} and JumpReluAutoEncoder are"
@@ -57,13 +55,22 @@ def read_dictionary_learning(path: Path) -> Dictionary:
         }
     n = found["b_enc"].shape[0]
     if kind == _TOP_K:
-        k = int(read_whole(tensors["k"])) if "k" in tensors else int(trainer["k"])
+        k = _k_in(path / "ae.pt", tensors["k"]) if "k" in tensors else trainer.whole("k")
         return Dictionary(**found, config=DictionaryConfig("topk", k, subtract_b_dec=True)).checked()
     if "threshold" not in tensors:
         raise CheckpointError(f"{path / 'ae.pt'}: has no threshold, which a batch-top-k dictionary needs")
-    threshold = np.full(n, float(read_whole(tensors["threshold"])), np.float32)
-    settings = DictionaryConfig("batch_topk", int(trainer["k"]), subtract_b_dec=True)
+    threshold = np.full(n, number_in(path / "ae.pt", "threshold", tensors["threshold"]), np.float32)
+    settings = DictionaryConfig("batch_topk", trainer.whole("k"), subtract_b_dec=True)
     return Dictionary(**found, threshold=found["b_enc"] * 0 + threshold, config=settings).checked()
+
+
+def _k_in(path: Path, tensor: TensorSource) -> int:
+    k = number_in(path, "k", tensor)
+    if k != int(k) or not 1 <= k < 2**31:
+        raise CheckpointError(
+            f"{path}: k is {k}, but a whole number of at least 1 was expected; get it again"
+        )
+    return int(k)
 
 
 def write_dictionary_learning(dictionary: Dictionary, path: Path | WorkFolder) -> None:

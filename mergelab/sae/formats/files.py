@@ -112,9 +112,13 @@ def load_dictionary(path: str | Path, format: str | None = None, *, mesh: Mesh |
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
     kind = _format(format) if format is not None else _recognised(path)
-    if mesh is None:
-        return kind.read(path)
-    return read_own(path, mesh) if kind is FORMATS["mergelab"] else place_dictionary(kind.read(path), mesh)
+    if mesh is not None and kind is FORMATS["mergelab"]:
+        return read_own(path, mesh)
+    try:
+        found = kind.read(path)
+    except SAEError as error:  # of the dictionary, which does not know where it comes from
+        raise CheckpointError(f"{path}: {error}") from error
+    return found if mesh is None else place_dictionary(found, mesh)
 
 
 def _recognised(path: Path) -> FileFormat:

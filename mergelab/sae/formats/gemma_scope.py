@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from mergelab.checkpoints import open_safetensors
+from mergelab.checkpoints.npz_file import NpzArray, open_npz
 from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import CheckpointError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
@@ -28,15 +29,24 @@ def read_gemma_scope(path: Path) -> Dictionary:
         CheckpointError: not such a file.
     """
     file = path / "params.npz" if path.is_dir() else path
-    try:
-        with np.load(file, allow_pickle=False) as held:
-            missing = [name for name in _NPZ if name not in held]
-            if missing:
-                raise CheckpointError(f"{file}: has no array {missing[0]!r}, only {', '.join(held)}")
-            arrays = {name: jnp.asarray(held[name].astype(np.float32)) for name in _NPZ}
-    except (OSError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{file}: not a readable .npz file ({error}); download it again") from error
+    stored = open_npz(file, _NPZ)
+    _check_shapes(file, stored)  # before anything is inflated
+    arrays = {name: jnp.asarray(array.read().astype(np.float32)) for name, array in stored.items()}
     return Dictionary(**arrays, config=DictionaryConfig("jump_relu")).checked()
+
+
+def _check_shapes(file: Path, arrays: Mapping[str, NpzArray]) -> None:
+    """Checks that arrays are floats, and fit together."""
+    d, n = (*arrays["W_enc"].shape, 0, 0)[:2]
+    out = arrays["W_dec"].shape[-1] if arrays["W_dec"].shape else 0
+    wanted = {"W_enc": (d, n), "W_dec": (n, out), "b_enc": (n,), "b_dec": (out,), "threshold": (n,)}
+    for name, shape in wanted.items():
+        found = arrays[name]
+        if found.dtype.kind != "f" or found.shape != shape:
+            raise CheckpointError(
+                f"{file}: {name} is {found.dtype.name} of shape {list(found.shape)}, but floats of shape "
+                f"{list(shape)} were expected by W_enc of {list(arrays['W_enc'].shape)}; download it again"
+            )
 
 
 def read_gemma_scope_2(path: Path) -> Dictionary:

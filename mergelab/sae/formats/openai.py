@@ -43,6 +43,10 @@ def read_openai(path: Path, k: int | None = None) -> Dictionary:
     if kind not in ("TopK", "ReLU"):
         raise CheckpointError(f"{path}: activation {kind!r} is not supported; 'TopK' and 'ReLU' are")
     top = kind == "TopK"
+    if top and (type(k) is not int or k < 1):
+        raise CheckpointError(
+            f"{path}: k is {k!r}, but a whole number of at least 1 was expected; get it again"
+        )
     return Dictionary(
         W_enc=found["encoder.weight"].T,
         b_enc=found["latent_bias"],
@@ -61,7 +65,7 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """`activation` and `k`, which stand beside the tensors."""
     inner = values.get("activation_state_dict")
     k = inner.get("k") if isinstance(inner, Mapping) else None
-    said: dict[str, Any] = {"k": k} if isinstance(k, int) else {}
+    said: dict[str, Any] = {} if k is None else {"k": k}
     if isinstance(values.get("activation"), str):
         said["activation"] = values["activation"]
     return said

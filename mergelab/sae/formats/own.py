@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 
 from mergelab.checkpoints import open_safetensors
 from mergelab.checkpoints.dtypes import is_float
-from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.new_files import check_new_folder
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.tensor_files import write_tensors
@@ -26,6 +25,7 @@ from mergelab.models.declaration import Leaf
 from mergelab.models.load import load_params
 from mergelab.models.save import save_params
 from mergelab.sae.dictionary import LATENT_AXIS, Dictionary, DictionaryConfig
+from mergelab.sae.formats.settings import Settings
 
 __all__ = ["FORMAT", "read_own", "write_folder", "write_own"]
 
@@ -152,10 +152,17 @@ def read_own(path: Path, mesh: Mesh | None = None) -> Dictionary:
         CheckpointError: a file is missing, or says things that do not fit together.
         MeshError: another process failed.
     """
-    settings: dict[str, Any] = dict(read_json_object(path / _CFG))
+    told = Settings.read(path / _CFG)
+    settings: dict[str, Any] = dict(told.values)
     if settings.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path / _CFG}: expected format {FORMAT!r}; it was written by something else")
     sizes = {name: settings.pop(name, None) for name in ("d_in", "d_out", "n_latents")}
+    settings |= {
+        "k": None if settings.get("k") is None else told.whole("k"),
+        "subtract_b_dec": told.flag("subtract_b_dec", False),
+        "sites": told.whole("sites", 1),
+        "metadata": told.mapping("metadata"),
+    }
     tensors = open_safetensors(path / _WEIGHTS).tensors
     known = [field for field in Dictionary.__dataclass_fields__ if field != "config"]
     unknown = [name for name in tensors if name not in known]

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergelab.checkpoints import open_safetensors
-from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import CheckpointError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats.convert import arrays_of, refuse
 from mergelab.sae.formats.own import write_folder
+from mergelab.sae.formats.settings import Settings
 
 __all__ = ["WEIGHTS", "read_saelens", "write_saelens"]
 
@@ -34,14 +34,11 @@ def read_saelens(path: Path) -> Dictionary:
     Raises:
         CheckpointError: a file is missing, or of an architecture or normalisation that is not supported.
     """
-    cfg: dict[str, Any] = dict(read_json_object(path / "cfg.json"))
-    architecture = cfg.get("architecture", "standard")
-    if architecture not in _ACTIVATIONS:
-        raise CheckpointError(
-            f"{path / 'cfg.json'}: architecture {architecture!r} is not one of {', '.join(_ACTIVATIONS)}"
-        )
+    settings = Settings.read(path / "cfg.json")
+    cfg: dict[str, Any] = dict(settings.values)
+    architecture = settings.word("architecture", _ACTIVATIONS, "standard")
     normalization = cfg.get("normalize_activations", "none")
-    if normalization not in _NORMALIZATIONS:
+    if not isinstance(normalization, str) or normalization not in _NORMALIZATIONS:
         raise CheckpointError(
             f"{path / 'cfg.json'}: normalize_activations {normalization!r} needs data not in the file; "
             "fold it in SAELens first (fold_activation_norm_scaling_factor)"
@@ -53,12 +50,12 @@ def read_saelens(path: Path) -> Dictionary:
     found = arrays_of(open_safetensors(path / WEIGHTS).tensors, wanted, path / WEIGHTS)
     config = DictionaryConfig(
         activation=_ACTIVATIONS[architecture],
-        k=cfg.get("k") if architecture == "topk" else None,
-        subtract_b_dec=bool(cfg.get("apply_b_dec_to_input", True)) and "transcoder" not in architecture,
+        k=settings.whole("k") if architecture == "topk" else None,
+        subtract_b_dec=settings.flag("apply_b_dec_to_input", True) and "transcoder" not in architecture,
         normalization=_NORMALIZATIONS[normalization],
-        metadata=dict(cfg.get("metadata") or {}),
+        metadata=settings.mapping("metadata"),
     )
-    if cfg.get("rescale_acts_by_decoder_norm") and architecture == "topk":
+    if settings.flag("rescale_acts_by_decoder_norm", False) and architecture == "topk":
         # Codes count in units of the decoder's norms: the same as a decoder of norm 1.
         norms = jnp.linalg.norm(found["W_dec"], axis=1)
         found["W_enc"], found["b_enc"] = found["W_enc"] * norms[None, :], found["b_enc"] * norms

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from mergelab.checkpoints import open_safetensors
-from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.work_folder import WorkFolder
-from mergelab.errors import CheckpointError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats.convert import arrays_of, refuse, subtracting_b_dec, transposed
 from mergelab.sae.formats.own import write_folder
+from mergelab.sae.formats.settings import Settings
 
 __all__ = ["read_sparsify", "write_sparsify"]
 
@@ -25,9 +23,8 @@ def read_sparsify(path: Path) -> Dictionary:
     Raises:
         CheckpointError: a file is missing, or the activation is not top-k.
     """
-    cfg: dict[str, Any] = dict(read_json_object(path / _CFG))
-    if cfg.get("activation", "topk") != "topk":
-        raise CheckpointError(f"{path / _CFG}: activation {cfg['activation']!r} is not supported; 'topk' is")
+    settings = Settings.read(path / _CFG)
+    settings.word("activation", ("topk",), "topk")
     wanted = {"encoder.weight": True, "encoder.bias": True, "W_dec": True, "b_dec": True, "W_skip": False}
     found = arrays_of(open_safetensors(path / _WEIGHTS).tensors, wanted, path / _WEIGHTS)
     return Dictionary(
@@ -36,7 +33,9 @@ def read_sparsify(path: Path) -> Dictionary:
         W_dec=found["W_dec"],
         b_dec=found["b_dec"],
         W_skip=found["W_skip"].T if "W_skip" in found else None,
-        config=DictionaryConfig("topk", cfg.get("k", 32), subtract_b_dec=not cfg.get("transcode", False)),
+        config=DictionaryConfig(
+            "topk", settings.whole("k", 32), subtract_b_dec=not settings.flag("transcode", False)
+        ),
     ).checked()
 
 

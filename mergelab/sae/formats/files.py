@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from mergelab.errors import CheckpointError, SAEError, did_you_mean
 from mergelab.sae.dictionary import Dictionary
+from mergelab.sae.formats.convert import refuse
 from mergelab.sae.formats.dictionary_learning import read_dictionary_learning, write_dictionary_learning
 from mergelab.sae.formats.gemma_scope import read_gemma_scope, read_gemma_scope_2, write_gemma_scope
 from mergelab.sae.formats.openai import read_openai, write_openai
@@ -128,7 +129,10 @@ def save_dictionary(dictionary: Dictionary, path: str | Path, format: str = "mer
         SAEError: there is no such format, or it cannot express this dictionary.
         OutputError: the path is taken, or cannot be written.
     """
-    _format(format).write(dictionary.checked(), Path(path))
+    kind = _format(format)
+    if kind is not FORMATS["mergelab"] and dictionary.config.sites != 1:
+        raise refuse(format, f"a crosscoder of {dictionary.config.sites} sites", "'mergelab'")
+    kind.write(dictionary.checked(), Path(path))
 
 
 def _format(name: str) -> FileFormat:

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from mergelab.checkpoints import open_safetensors
+from mergelab.checkpoints.json_data import read_json_object
 from mergelab.errors import CheckpointError, OutputError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
-from mergelab.sae.formats.convert import arrays_of, refuse
+from mergelab.sae.formats.convert import arrays_of, check_finite, check_sizes, refuse
+from mergelab.sae.formats.hook_names import hook_of, said_or, site_of
 
 __all__ = ["read_gemma_scope", "read_gemma_scope_2", "write_gemma_scope"]
 
 _NPZ = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+_KINDS = {
+    "resid": re.compile(r"gemma-scope.*-res(-|$)|^resid_post"),
+    "mlp": re.compile(r"gemma-scope.*-mlp(-|$)|^mlp_out"),
+    "att": re.compile(r"gemma-scope.*-att(-|$)|^attn_out"),
+    "transcoder": re.compile(r"gemma-scope.*-transcoders?(-|$)|^transcoder"),
+}
+"""What the names of the releases' folders say a dictionary is of."""
+_WRITTEN = {"resid": "resid_post", "mlp": "mlp.out", "att": "attn.z", "transcoder": "mlp.out"}
 
 
 def read_gemma_scope(path: Path) -> Dictionary:
@@ -33,7 +46,13 @@ def read_gemma_scope(path: Path) -> Dictionary:
             arrays = {name: jnp.asarray(held[name].astype(np.float32)) for name in _NPZ}
     except (OSError, ValueError, EOFError) as error:
         raise CheckpointError(f"{file}: not a readable .npz file ({error}); download it again") from error
-    return Dictionary(**arrays, config=DictionaryConfig("jump_relu")).checked()
+    # b_dec alone tells how wide a transcoder's output is, beside W_dec.
+    axes = {"W_enc": ("d_in", "n"), "W_dec": ("n", "d_out"), "b_enc": ("n",), "b_dec": ("d_out",)}
+    shapes = {name: value.shape for name, value in arrays.items()}
+    check_sizes(file, shapes, {**axes, "threshold": ("n",)})
+    for name, value in arrays.items():
+        check_finite(file, name, value)
+    return Dictionary(**arrays, config=DictionaryConfig("jump_relu", **_sites(file))).checked()
 
 
 def read_gemma_scope_2(path: Path) -> Dictionary:
@@ -44,7 +63,16 @@ def read_gemma_scope_2(path: Path) -> Dictionary:
     """
     file = path / "params.safetensors" if path.is_dir() else path
     wanted = {name: True for name in ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")}
-    found = arrays_of(open_safetensors(file).tensors, {**wanted, "affine_skip_connection": False}, file)
+    tensors = open_safetensors(file).tensors
+    check_sizes(
+        file,
+        {name: tensor.shape for name, tensor in tensors.items()},
+        {
+            "w_enc": ("d_in", "n"), "w_dec": ("n", "d_out"), "b_enc": ("n",), "b_dec": ("d_out",),
+            "threshold": ("n",), "affine_skip_connection": ("d_in", "d_out"),
+        },
+    )  # fmt: skip
+    found = arrays_of(tensors, {**wanted, "affine_skip_connection": False}, file)
     skip: Array | None = found.get("affine_skip_connection")
     return Dictionary(
         W_enc=found["w_enc"],
@@ -53,8 +81,43 @@ def read_gemma_scope_2(path: Path) -> Dictionary:
         b_dec=found["b_dec"],
         threshold=found["threshold"],
         W_skip=skip,
-        config=DictionaryConfig("jump_relu"),
+        config=DictionaryConfig("jump_relu", **_sites(file)),
     ).checked()
+
+
+def _sites(file: Path) -> dict[str, Any]:
+    """`reads`, `writes`, `transcoder` and `metadata`.
+
+    `config.json` beside the file says them: version 2 under `hf_hook_point_in` and `_out`, files of this
+    library as hooks of TransformerLens. Where there is none, the names of the release's folders do
+    (`gemma-scope-2b-pt-mlp/layer_3/...`), which for a transcoder tell what is written alone.
+    """
+    beside = file.with_name("config.json")
+    said = read_json_object(beside) if beside.is_file() else {}
+    keys = ("hook_name", "hook_name_out", "hf_hook_point_in", "hf_hook_point_out", "model_name")
+    metadata = {key: said[key] for key in keys if isinstance(said.get(key), str)}
+    hook = metadata.get("hook_name", metadata.get("hf_hook_point_in"))
+    target = metadata.get("hook_name_out", metadata.get("hf_hook_point_out"))
+    parts = file.absolute().parent.parts[-6:]
+    layers = [found[1] for part in parts if (found := re.search(r"layer_(\d{1,4})(?!\d)", part))]
+    released = any("gemma-scope" in part for part in parts)
+    kinds = [kind for part in parts for kind, words in _KINDS.items() if released and words.search(part)]
+    transcoder: bool | None = None
+    if hook is not None and target is not None:
+        transcoder = hook != target
+    elif kinds:
+        transcoder = kinds[-1] == "transcoder"
+        named = f"blocks.{int(layers[-1])}.{_WRITTEN[kinds[-1]]}" if layers else None
+        hook, target = (hook, target or named) if transcoder else (hook or named, None)
+    reads, writes = site_of(hook), site_of(target)
+    if reads is not None and writes is not None:
+        transcoder = None
+    return {
+        "reads": None if reads is None else (reads,),
+        "writes": None if writes is None else (writes,),
+        "transcoder": transcoder,
+        "metadata": metadata,
+    }
 
 
 def write_gemma_scope(dictionary: Dictionary, path: Path) -> None:
@@ -69,15 +132,40 @@ def write_gemma_scope(dictionary: Dictionary, path: Path) -> None:
         raise refuse("gemma-scope", f"the activation {config.activation!r}", "'mergelab' or 'saelens'")
     if config.normalization != "none" or config.subtract_b_dec or dictionary.W_skip is not None:
         raise refuse("gemma-scope", "a normalisation, a subtracted b_dec or a skip path", "'mergelab'")
-    file = path / "params.npz"
-    if file.exists():
-        raise OutputError(f"{file} exists; choose another folder")
+    file, beside = path / "params.npz", path / "config.json"
+    said = _hooks(dictionary)
+    if not dictionary.is_autoencoder and "hook_name_out" not in said:
+        raise refuse("gemma-scope", "a transcoder whose sites are not known", "'mergelab' or 'saelens'")
+    for taken in (file, beside):
+        if taken.exists():
+            raise OutputError(f"{taken} exists; choose another folder")
     partial = path / ".params.partial.npz"
     try:
         path.mkdir(parents=True, exist_ok=True)
         arrays = dictionary.as_numpy()
         np.savez(partial, allow_pickle=False, **{name: arrays[name] for name in _NPZ})
+        if said:
+            beside.write_text(json.dumps({"architecture": "jump_relu", **said}, indent=2) + "\n")
         partial.rename(file)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OutputError(f"{path}: cannot be written ({error.strerror}); check the disk") from error
+
+
+def _hooks(dictionary: Dictionary) -> dict[str, str]:
+    """`hook_name` and, always beside it, `hook_name_out`, in TransformerLens' names; nothing if one has none.
+
+    A hook that is no site here is the one the dictionary was read with.
+    """
+    config = dictionary.config
+    found: dict[str, str] = {}
+    for key, sites in (("hook_name", config.reads), ("hook_name_out", config.writes)):
+        site = None if sites is None else sites[0]
+        said = said_or(config.metadata, key, site, hook_of(site) or site)
+        if said is not None:
+            found[key] = said
+    if dictionary.is_autoencoder and "hook_name" in found:
+        return {"hook_name": found["hook_name"], "hook_name_out": found["hook_name"]}
+    if not dictionary.is_autoencoder and "hook_name_out" in found:
+        return {"hook_name": "unknown", **found}
+    return {}

@@ -19,8 +19,8 @@ from mergelab.data.activations import ActivationStream, Batch, Prefetch, Trace
 from mergelab.errors import OutputError, SAEError
 from mergelab.processes import together
 from mergelab.sae.config import TrainConfig, load_config
-from mergelab.sae.dictionary import Dictionary
-from mergelab.sae.finish import finished_dictionary
+from mergelab.sae.dictionary import Dictionary, DictionaryConfig
+from mergelab.sae.finish import finished_dictionary, transcodes
 from mergelab.sae.formats import save_dictionary
 from mergelab.sae.initialize import SAMPLE_ROWS, initialize
 from mergelab.sae.placement import batch_part, dictionary_shardings, place_batch
@@ -116,6 +116,9 @@ def train(
     # A dictionary remembers whose features it holds, so that it is never judged on another model. The process
     # that writes this asks alone: a model's digest takes reading all of it.
     host = host_metadata(settings.data) if jax.process_index() == 0 else {}
+    known = {**host, **settings.metadata}
+    # Sites that contradict the data are an error now, not after the training.
+    DictionaryConfig("relu", sites=variant.sites, transcoder=transcodes(variant, known), metadata=known)
     state = _start(variant, recipe, settings, stream, mesh)
     step = make_step(variant, recipe, mesh)
     with Checkpoints(out / "checkpoints", settings.checkpoint.keep) as checkpoints:
@@ -126,7 +129,8 @@ def train(
         run = _Run(settings, recipe, step, checkpoints, out, progress)
         state, trace = run.steps(state, done or 0, stream, mesh)
     summary = {name: run.last[name] for name in _SUMMARY if name in run.last}
-    metadata = {**host, **settings.metadata, "variant": variant.name, "training": summary}
+    told = settings.model_dump(mode="json", include={"sae", "data", "train"}, exclude_defaults=True)
+    metadata = {**known, "variant": variant.name, "training": summary, "settings": told}
     dictionary = _finish(variant, recipe, state, metadata, mesh)
     save_dictionary(dictionary, out / "final")
     return Result(out / "final", dictionary, recipe.steps, run.last, trace)

@@ -130,7 +130,7 @@ def check_target(dictionary: Dictionary, source: ModelActivations) -> str:
                 f"the dictionary does not say whether it writes {sites[0]!r}, which it reads, or "
                 f"{sites[1]!r}; say it (mergelab.sae.dictionary.at_sites)."
             )
-        return sites[0]
+        return source.sites[0]
     writes = dictionary.config.writes
     if writes is None:
         if len(sites) != 2:

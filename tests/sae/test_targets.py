@@ -21,6 +21,7 @@ import pytest
 from click.testing import CliRunner
 
 from mergelab.cli.main import cli
+from mergelab.cli.sae_folder import open_dictionary
 from mergelab.data.bpe import train_bpe
 from mergelab.errors import SAEError
 from mergelab.interp.encoder_gap import coding_target
@@ -32,7 +33,7 @@ from mergelab.sae.activation_store import write_store
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig, at_sites
 from mergelab.sae.evaluation.absorption import absorption
 from mergelab.sae.evaluation.downstream import evaluate_downstream
-from mergelab.sae.evaluation.host import check_target, open_host
+from mergelab.sae.evaluation.host import check_modules, check_target, open_host
 from mergelab.sae.evaluation.passes import splice as splice_in_place
 from mergelab.sae.evaluation.progressive import progressive_recovery
 from mergelab.sae.evaluation.reconstruction import evaluate_reconstruction
@@ -40,7 +41,8 @@ from mergelab.sae.evaluation.scorecard import control_scorecard, scorecard
 from mergelab.sae.evaluation.sparsity import latent_sparsity
 from mergelab.sae.evaluation.summary import reconstruction_on_model
 from mergelab.sae.formats import load_dictionary, save_dictionary
-from mergelab.sae.model_source import open_model_activations
+from mergelab.sae.model_source import ModelActivations, open_model_activations
+from tests.models.tiny_models import tiny
 
 D, LENGTH = 16, 16
 READS, WRITES = "blocks.0.mlp.pre", "blocks.0.mlp.out"
@@ -356,3 +358,39 @@ def test_rows_of_crosscoders_stay_side_by_side(planted: Planted, tmp_path: Path)
 def test_sites_that_contradict_each_other_are_refused(config: dict[str, Any], words: str) -> None:
     with pytest.raises(SAEError, match=words):
         DictionaryConfig("relu", **config)
+
+
+def test_a_run_of_before_says_its_target_in_its_configuration(planted: Planted, tmp_path: Path) -> None:
+    save_dictionary(planted.exact(metadata={"site": READS}), tmp_path / "run" / "final")
+    data = {"kind": "model", "model": "m", "site": READS, "target_site": WRITES, "text": "t"}
+    config = {"sae": {"n_latents": D}, "data": data, "train": {"batch_size": 1, "tokens": 1}}
+    assert not open_dictionary(tmp_path / "run").target_known
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps(config))
+    assert open_dictionary(tmp_path / "run").config.writes == (WRITES,)
+    files = {"kind": "files", "path": "x.npy"}
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps({**config, "data": files}))
+    found = open_dictionary(tmp_path / "run")
+    assert found.target_known and found.config.writes == (READS,)
+
+
+def test_an_export_is_told_sites_or_says_what_it_took_for_granted(planted: Planted, tmp_path: Path) -> None:
+    save_dictionary(planted.exact(metadata={"site": READS}), tmp_path / "old")
+    asked = ("sae", "export", tmp_path / "old", "--format", "saelens", "--out")
+    code, said = _invoke(*asked, tmp_path / "a")
+    assert code == 0 and "was exported as an autoencoder" in said
+    code, said = _invoke(*asked, tmp_path / "b", "--target-site", WRITES)
+    assert code == 0 and said.strip() == str(tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "cfg.json").read_text())["architecture"] == "transcoder"
+
+
+def test_the_output_of_a_module_is_no_site_where_it_is_normalized() -> None:
+    model, params = tiny("gemma2")
+    name = "blocks.0.mlp.out"
+    source = ModelActivations(model, params, np.zeros((2, 8), np.int32), (name,))
+    config = DictionaryConfig("relu", reads=(name,), writes=(name,), metadata={"hookpoint": "layers.0.mlp"})
+    d = source.widths[0]
+    dictionary = Dictionary(jnp.eye(d), jnp.zeros(d), jnp.eye(d), jnp.zeros(d), config).checked()
+    with pytest.raises(SAEError, match="normalizes before it adds it to the stream"):
+        check_modules(dictionary, source)
+    check_modules(replace(dictionary, config=replace(config, metadata={})), source)
+    check_modules(dictionary, ModelActivations(*tiny("llama"), np.zeros((2, 8), np.int32), (name,)))

@@ -9,9 +9,10 @@ from typing import Any
 from mergelab.checkpoints.digest import weights_sha256
 from mergelab.errors import SAEError
 from mergelab.sae.dictionary import Dictionary, at_sites
+from mergelab.sae.formats.hook_names import site_of
 from mergelab.sae.model_source import ModelActivations, open_model_activations
 
-__all__ = ["check_host", "check_reads", "check_target", "open_host"]
+__all__ = ["check_host", "check_modules", "check_reads", "check_target", "open_host"]
 
 
 def check_host(dictionary: Dictionary, model: str | Path, *, any_model: bool = False) -> bool:
@@ -84,10 +85,31 @@ def open_host(
     if not dictionary.is_autoencoder and writes is not None:
         sites.append(writes[0])
     source = open_model_activations(model, sites, texts, length=length, mesh=mesh)
+    check_modules(dictionary, source)
     check_reads(dictionary, source)
     if len(sites) > 1:
         check_target(dictionary, source)
     return source
+
+
+def check_modules(dictionary: Dictionary, source: ModelActivations) -> None:
+    """Checks that a module by which another library named a site has that site as its output here.
+
+    Where blocks normalize what they add to the stream, a site holds what is added, not the module's output.
+
+    Raises:
+        SAEError: it has not.
+    """
+    if getattr(source.model.config, "block", None) != "sandwich":
+        return
+    for key in ("hookpoint", "hf_hook_point_in", "hf_hook_point_out"):
+        said = dictionary.config.metadata.get(key)
+        site = site_of(said)
+        if site in source.sites and site.endswith((".attn.out", ".mlp.out")) and "layernorm" not in said:
+            raise SAEError(
+                f"the dictionary is of the output of the module {said!r}, which this model normalizes "
+                f"before it adds it to the stream, so it is not the site {site!r}; no site holds it."
+            )
 
 
 def _check_one_site(dictionary: Dictionary) -> None:

@@ -80,11 +80,13 @@ def _sites(path: Path, cfg: dict[str, Any]) -> dict[str, Any]:
         reads = reads or target
         writes = reads
     known = reads is not None and writes is not None
+    # The name this library made up for its own site says nothing more.
+    own = module_of(site_of(cfg.get("target_site" if transcodes else "site")))
     return {
         "reads": None if reads is None else (reads,),
         "writes": None if writes is None else (writes,),
         "transcoder": None if known and transcodes == (reads != writes) else transcodes,
-        "metadata": {} if hookpoint is None else {"hookpoint": hookpoint},
+        "metadata": {} if hookpoint is None or hookpoint == own else {"hookpoint": hookpoint},
     }
 
 

@@ -105,7 +105,9 @@ def check_modules(dictionary: Dictionary, source: ModelActivations) -> None:
     for key in ("hookpoint", "hf_hook_point_in", "hf_hook_point_out"):
         said = dictionary.config.metadata.get(key)
         site = site_of(said)
-        if site in source.sites and site.endswith((".attn.out", ".mlp.out")) and "layernorm" not in said:
+        if not isinstance(said, str) or site is None or "layernorm" in said:
+            continue
+        if site in source.sites and site.endswith((".attn.out", ".mlp.out")):
             raise SAEError(
                 f"the dictionary is of the output of the module {said!r}, which this model normalizes "
                 f"before it adds it to the stream, so it is not the site {site!r}; no site holds it."

@@ -37,8 +37,9 @@ class WeightFile:
         """
         try:
             status = path.stat()
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the path") from error
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise CheckpointError(f"{path} cannot be read ({why}); check the path") from error
         if not path.is_file():
             raise CheckpointError(f"{path} is not a file; name a weight file or a model folder")
         file = cls(path, status.st_size, (status.st_ino, status.st_mtime_ns))

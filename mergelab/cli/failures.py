@@ -161,11 +161,12 @@ def _sentence(error: BaseException) -> str | None:
     quoted = f" ({text})" if text else ""
     names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
     reader = next((said for name, said in _READERS.items() if name in names), None)
-    if isinstance(error, ModuleNotFoundError) and not (error.name or "mergelab").startswith("mergelab"):
-        return f"the package {error.name} is not installed; install mergelab again with its dependencies"
-    foreign = isinstance(error, OSError | MemoryError | ValueError | RuntimeError) or reader is not None
-    if foreign and not isinstance(error, NotImplementedError) and (why := refusal(error)):
+    kinds = OSError | MemoryError | ValueError | RuntimeError | ImportError
+    foreign = isinstance(error, kinds) and not isinstance(error, NotImplementedError)
+    if (foreign or reader is not None) and (why := refusal(error)):
         return why
+    if isinstance(error, ImportError) and not (error.name or "mergelab").startswith("mergelab"):
+        return f"the package {error.name} is missing or of another version{quoted}; install mergelab again"
     if reader is not None:
         return f"{reader}{quoted}; check the file"
     if isinstance(error, ValueError | RuntimeError):

@@ -154,7 +154,9 @@ READERS: dict[str, tuple[Callable[[], object], str]] = {
         "the disk is full",
     ),
     "download": (_raise(OSError("no connection to huggingface.co")), "it failed (no connection"),
-    "package": (_raise(ModuleNotFoundError("none", name="yaml")), "the package yaml is not installed"),
+    "package": (_raise(ModuleNotFoundError("none", name="yaml")), "the package yaml is missing"),
+    "version": (_raise(ImportError("no such name", name="jax")), "the package jax is missing or of another"),
+    "extension": (_raise(ImportError("x.so: Too many open files", name="jax")), "too many files are open"),
 }
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -134,8 +135,12 @@ def command():
 }
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM] * 3], ids=["once", "three times"])
-@pytest.mark.parametrize("doing", COMMANDS)
+# Each of these takes a process: one signal or three, the one or the other, in turn.
+@pytest.mark.parametrize(
+    ("doing", "signals"),
+    zip(COMMANDS, cycle([[signal.SIGINT], [signal.SIGTERM] * 3, [signal.SIGTERM], [signal.SIGINT] * 3])),
+    ids=COMMANDS,
+)
 def test_a_signal_ends_a_command(doing: str, signals: list[signal.Signals], tmp_path: Path) -> None:
     ended = interrupt(f"{COMMANDS[doing]}\nguarded(command)", signals, cwd=tmp_path)
     assert (ended.status, ended.err) == (128 + signals[0], "interrupted\n")

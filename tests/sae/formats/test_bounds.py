@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from mergelab.checkpoints.output_target import MARKER
 from mergelab.checkpoints.pickle_writer import write_pickled
 from mergelab.errors import CheckpointError, MergelabError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
@@ -107,7 +108,7 @@ def test_any_damage_is_refused_or_read(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["mergelab", "saelens", "sparsify", "batch_topk"])
 def test_k_is_a_whole_number(tmp_path: Path, kind: str) -> None:
     path = _write(kind, tmp_path / "sae")
-    file = next(p for p in path.iterdir() if p.suffix == ".json")
+    file = next(p for p in path.iterdir() if p.suffix == ".json" and p.name != MARKER)
     said = json.loads(file.read_text())
     inner = said.get("trainer", said)
     missing = [None] if kind in ("saelens", "batch_topk") else []
@@ -147,7 +148,7 @@ def test_k_is_a_whole_number(tmp_path: Path, kind: str) -> None:
 )
 def test_settings_of_the_wrong_type_are_named(tmp_path: Path, kind: str, key: str, wrong: Any) -> None:
     path = _write(kind, tmp_path / "sae")
-    file = next(p for p in path.iterdir() if p.suffix == ".json")
+    file = next(p for p in path.iterdir() if p.suffix == ".json" and p.name != MARKER)
     file.write_text(json.dumps({**json.loads(file.read_text()), key: wrong}))
     _refused(path, "sae", key.split("_")[0])
 

@@ -197,6 +197,17 @@ def test_refusals_name_the_field_and_the_layers() -> None:
         moved(sized("qwen2", 6, use_sliding_window=True, max_window_layers="all"), TWICE)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_senseless_values_are_refused_or_passed_over(name: str) -> None:
+    keys = {key for field in layer_fields(CONFIGS[name], ()) for key in field.uses}
+    for key in sorted(keys):
+        for value in ("x", [], {}, {"0": 1}, -1, 0, 2.5, [["x"]], [[["x"], "y"]], True, ["x"] * 6, 10**9):
+            try:
+                moved({**CONFIGS[name], key: value}, TWICE)
+            except RecipeError as error:
+                assert all(len(sentence) < 500 for sentence in error.faults)
+
+
 def test_each_layer_is_of_the_kind_it_has_in_its_own_model() -> None:
     config = sized("gemma3_text", 6, sliding_window_pattern=3)
     other = sized("gemma3_text", 6, sliding_window_pattern=2)

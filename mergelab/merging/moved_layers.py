@@ -131,7 +131,10 @@ def unlike_sources(tower: Tower, sources: Sequence[Sequence[Block]]) -> list[str
     for name, field in tower.fields(tower.donor).items():
         if field.write is None:
             continue
-        kinds = {model: tower.kinds(model, field) for model in models}
+        try:
+            kinds = {model: tower.kinds(model, field) for model in models}
+        except RecipeError:
+            continue  # only layers that move must have a kind
         unlike = {
             i: (first, other)
             for i, (first, *others) in enumerate(sources)

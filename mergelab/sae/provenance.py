@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from mergelab.checkpoints.digest import weights_sha256
+from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.checkpoints.json_data import read_json_object
+from mergelab.models.families import model_from_config
+from mergelab.models.model import Model
 from mergelab.sae.config import DataSection
 
 __all__ = ["host_metadata"]
 
 
 def host_metadata(data: DataSection) -> dict[str, Any]:
-    """`site`, `model` and `model_hash` of the activations, as far as the data says where they come from.
+    """`site`, `model`, `model_hash` and `context` of the activations, as far as the data says it.
 
     A model is asked for the digest of its weights; files of `mergelab activations` carry it beside them.
 
@@ -25,7 +28,9 @@ def host_metadata(data: DataSection) -> dict[str, Any]:
         CheckpointError: the model's folder holds no weights, or the file beside a store's is damaged.
     """
     if data.kind == "model" and data.model is not None:
-        return {"site": data.site, "model": data.model, "model_hash": weights_sha256(data.model)}
+        found = {"site": data.site, "model": data.model, "model_hash": weights_sha256(data.model)}
+        # A default context beyond the model's positions is cut where the data is opened.
+        return found | {"context": min(data.context, _read_model(data.model).config.max_length)}
     if data.kind == "files" and data.path is not None:
         patterns = [data.path] if isinstance(data.path, str) else data.path
         return _of_store(sorted(Path(file) for pattern in patterns for file in glob.glob(pattern)))
@@ -42,4 +47,10 @@ def _of_store(files: list[Path]) -> dict[str, Any]:
     site = sites.pop()
     if site not in facts.get("sites", {}):
         return {}
-    return {"site": site, "model": facts["model"], "model_hash": facts["model_sha256"]}
+    found = {"site": site, "model": facts["model"], "model_hash": facts["model_sha256"]}
+    return found | ({"context": facts["context"]} if "context" in facts else {})
+
+
+def _read_model(folder: str) -> Model:
+    checkpoint = open_checkpoint(folder)
+    return model_from_config(checkpoint.config, str(checkpoint.path / "config.json"))

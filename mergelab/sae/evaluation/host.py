@@ -9,9 +9,9 @@ from typing import Any
 from mergelab.checkpoints.digest import weights_sha256
 from mergelab.errors import SAEError
 from mergelab.sae.dictionary import Dictionary
-from mergelab.sae.model_source import ModelActivations, open_model_activations
+from mergelab.sae.model_source import DEFAULT_CONTEXT, ModelActivations, open_model_activations
 
-__all__ = ["check_host", "check_reads", "open_host"]
+__all__ = ["check_host", "check_reads", "open_host", "trained_context"]
 
 
 def check_host(dictionary: Dictionary, model: str | Path, *, any_model: bool = False) -> bool:
@@ -47,7 +47,7 @@ def open_host(
     texts: Sequence[str | Path],
     *,
     site: str | None = None,
-    length: int = 64,
+    length: int | None = None,
     any_model: bool = False,
     mesh: Any = None,
 ) -> ModelActivations:
@@ -58,12 +58,14 @@ def open_host(
         model: a Hugging Face folder with its tokenizer.
         texts: UTF-8 files.
         site: such as `blocks.8.resid_post`; that of the dictionary's metadata if None.
-        length: of a context, in tokens.
+        length: of a context, in tokens; if None, what the dictionary was trained with, or else 64, and never
+            more than the model has positions.
         any_model: accept other weights than the recorded ones.
         mesh: devices to spread the model over.
 
     Raises:
         SAEError: the weights or the width are not the dictionary's, no site is known, or the text is short.
+        TokenError: `length` is more than the model's positions, or a token is beyond its vocabulary.
         SiteError: the model has no such site.
         CheckpointError: the model cannot be read.
     """
@@ -71,9 +73,21 @@ def open_host(
     site = site or dictionary.config.metadata.get("site")
     if site is None:
         raise SAEError("the dictionary does not say which site it reads; name it (site, --site).")
-    source = open_model_activations(model, [site], texts, length=length, mesh=mesh)
+    source = open_model_activations(
+        model, [site], texts, length=length, default=trained_context(dictionary), mesh=mesh
+    )
     check_reads(dictionary, source)
     return source
+
+
+def trained_context(dictionary: Dictionary) -> int:
+    """The tokens in a context of the dictionary's training, where its metadata says so; else 64."""
+    metadata = dictionary.config.metadata
+    for name in ("context", "context_size"):
+        found = metadata.get(name)
+        if isinstance(found, int) and not isinstance(found, bool) and found >= 2:
+            return found
+    return DEFAULT_CONTEXT
 
 
 def check_reads(dictionary: Dictionary, source: ModelActivations) -> None:

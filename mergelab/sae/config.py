@@ -83,7 +83,7 @@ class DataSection(_Section):
         site: of `model`: such as `blocks.8.resid_post`.
         target_site: of `model`, for a transcoder.
         text: of `model`: a text file, or several.
-        context: of `model`: tokens in a context.
+        context: of `model`: tokens in a context, at most the model's positions.
         toy: of `toy`: options of `mergelab.data.toy.ToyTruth`.
         buffer_rows: rows that are shuffled together.
     """

@@ -18,6 +18,7 @@ from mergelab.checkpoints.folder import FolderCheckpoint, open_checkpoint
 from mergelab.checkpoints.lora_config import LoraConfig, read_lora_config
 from mergelab.checkpoints.lora_tensor import BiasedTensor, FactorCache, LowRankTensor
 from mergelab.checkpoints.source import TensorSource
+from mergelab.checkpoints.text_file import read_bytes
 from mergelab.errors import CheckpointError, did_you_mean
 
 __all__ = ["LoraCheckpoint", "with_lora"]
@@ -85,7 +86,7 @@ def with_lora(checkpoint: FolderCheckpoint | LoraCheckpoint, adapter_path: Path 
     for module, parts in modules.items():
         _once(_target(f"{module}.weight", tensors, folder), updated, folder)
         _apply(module, parts, tensors, config, cache, folder)
-    digest = hashlib.sha256(config_path.read_bytes()).hexdigest()
+    digest = hashlib.sha256(read_bytes(config_path)).hexdigest()
     return LoraCheckpoint(checkpoint, adapter, digest, tensors)
 
 

@@ -179,7 +179,7 @@ class TrainConfig(_Section):
     data: DataSection
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
-    mesh: dict[str, Count] | None = None
+    mesh: dict[str, Annotated[Whole, Field(ge=-1, le=_MOST)]] | None = None
     log_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     metadata: dict[str, Any] = Field(default_factory=dict)
 

@@ -113,6 +113,7 @@ def test_numbers_are_read_as_the_types_they_stand_for() -> None:
     variant = make_variant("matryoshka", d_in=16, n_latents="32", k=4.0, prefixes=[8, 32], skip="no")
     assert (variant.n_latents, variant.skip) == (32, False)
     assert (variant.k, variant.prefixes) == (4, (8, 32))  # type: ignore[attr-defined]
+    assert load_config(SETTINGS, ["mesh.data=-1"]).mesh == {"data": -1}
     config = load_config(SETTINGS, ["train.lr=1e-3", "train.center=no", "sae.variant=relu"])
     assert config.train.lr == 1e-3
     assert config.train.center is False

@@ -89,6 +89,8 @@ PARSERS = {
     "checkpoints/yaml_data.py",
     "checkpoints/journal.py",
     "checkpoints/output_lock.py",
+    "data/chat_sandbox.py",
+    "data/chat_worker.py",
     "sae/training/metrics.py",
     "topology/compiler.py",
     "topology/worker.py",

@@ -6,9 +6,11 @@ import hashlib
 import os
 from pathlib import Path
 
+import xxhash
+
 from mergelab.errors import CheckpointError
 
-__all__ = ["stat_sha256", "weights_sha256"]
+__all__ = ["bounded_digest", "stat_sha256", "weights_sha256"]
 
 
 def weights_sha256(folder: str | Path) -> str:
@@ -28,6 +30,33 @@ def weights_sha256(folder: str | Path) -> str:
                 total.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
     except OSError as error:
         raise CheckpointError(f"{folder}: weights cannot be read ({error.strerror})") from error
+    return total.hexdigest()
+
+
+_BLOCK = 1 << 18
+
+
+def bounded_digest(path: Path, most: int) -> str:
+    """XXH3-128 of a file, in hex: of all of it, or of its size and blocks spread over it where it is larger.
+
+    Args:
+        path: the file.
+        most: bytes that are read, at least those of a few blocks.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    total = xxhash.xxh3_128(size.to_bytes(8, "little"))
+    blocks = max(most // _BLOCK, 4)
+    with path.open("rb") as file:
+        if size <= blocks * _BLOCK:
+            while piece := file.read(_BLOCK):
+                total.update(piece)
+        else:
+            for block in range(blocks):  # the first begins the file, and the last ends it
+                file.seek(block * (size - _BLOCK) // (blocks - 1))
+                total.update(file.read(_BLOCK))
     return total.hexdigest()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 
+from mergelab.checkpoints.lfs import refuse_pointer
 from mergelab.errors import CheckpointError, MergelabError, shortened
 
 __all__ = ["MAX_PROSE", "MAX_SETTINGS", "MAX_TABLE", "read_bytes", "read_text"]
@@ -28,6 +29,7 @@ def read_bytes(
 
     Raises:
         MergelabError: `error`, if the file is missing, of another kind, too large, or cannot be read.
+        CheckpointError: the file is a Git LFS pointer.
     """
     place = shortened(str(path), 200)
     try:
@@ -52,6 +54,7 @@ def read_bytes(
             f"{place} has {size:,} bytes, more than the {limit:,} that are read of such a file; check that "
             "it is the right one"
         )
+    refuse_pointer(found, place)
     return found
 
 

@@ -51,17 +51,26 @@ def command(
     """
     from tqdm import tqdm
 
+    from mergelab.checkpoints.work_folder import WorkFolder
     from mergelab.sae.activation_store import write_store
     from mergelab.sae.model_source import open_model_activations
 
-    source = open_model_activations(model, sites, texts, length=context)
-    with tqdm(unit="row", disable=as_json or None, dynamic_ncols=True) as bar:
+    with (
+        WorkFolder(out, inputs=[model, *texts]) as work,
+        tqdm(unit="row", disable=as_json or None, dynamic_ncols=True) as bar,
+    ):
+        source = open_model_activations(model, sites, texts, length=context)
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        rows = write_store(source, out, model=model, rows=tokens, dtype=dtype, progress=progress)
+        def notice(message: str) -> None:
+            click.echo(f"warning: {message}", err=True)
+
+        rows = write_store(
+            source, work, model=model, rows=tokens, dtype=dtype, progress=progress, notice=notice
+        )
     if as_json:
         click.echo(json.dumps({"path": str(out), "rows": rows, "sites": list(sites)}))
     else:

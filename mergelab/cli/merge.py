@@ -43,6 +43,11 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 @click.option(
     "--unsafe-truncate-embeddings", is_flag=True, help="Cut embeddings of different length to the shortest."
 )
+@click.option(
+    "--allow-mixed-architectures",
+    is_flag=True,
+    help="Merge models of different model_type, and tensors that only some models have.",
+)
 @click.option("--sha256", is_flag=True, help="Also write SHA256SUMS of the weight files.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the result as JSON.")
 def command(
@@ -66,6 +71,7 @@ def command(
         "dtype": options["dtype"],
         "shard_bytes": options["shard_size"],
         "truncate_embeddings": options["unsafe_truncate_embeddings"],
+        "allow_mixed_architectures": options["allow_mixed_architectures"],
     }
     if out is None and not dry_run:
         raise click.UsageError("name the folder to write with --out DIR, or look at the plan with --dry-run")
@@ -81,7 +87,8 @@ def command(
         click.echo(json.dumps(summary, indent=2) if as_json else _text(plan, summary))
         return
     assert out is not None
-    for warning in plan.warnings:
+    warnings = tuple(dict.fromkeys(w for p in (*plan.stages.values(), plan) for w in p.warnings))
+    for warning in warnings:
         click.echo(f"warning: {warning}", err=True)
 
     from mergelab.merging.merge import merge
@@ -116,7 +123,7 @@ def command(
             "bytes_out": merged.plan.bytes_out,
             "seed": merged.plan.seed,
             "identity": merged.plan.identity,
-            "warnings": list(plan.warnings),
+            "warnings": list(warnings),
             "sha256": dict(merged.sha256),
         }
         click.echo(json.dumps(result, indent=2))

@@ -39,7 +39,11 @@ def tokenizer_names() -> tuple[str, ...]:
 
 
 def donor_files(folder: Path, merged_tokenizer: Mapping[str, bytes] | None) -> dict[str, bytes]:
-    """File contents by name: the donor's, its tokenizer replaced by a merged one where there is one."""
+    """File contents by name: the donor's, its tokenizer replaced by a merged one where there is one.
+
+    Raises:
+        CheckpointError: a file is a Git LFS pointer.
+    """
     names = (*_TEMPLATES, *_OTHER) if merged_tokenizer is not None else (*_TOKENIZER, *_TEMPLATES, *_OTHER)
     found = {name: read_bytes(folder / name, MAX_TABLE) for name in names if os.path.lexists(folder / name)}
     return {**found, **(merged_tokenizer or {})}

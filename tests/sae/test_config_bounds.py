@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergelab.errors import MergelabError, SAEError
-from mergelab.sae.config import TrainConfig, load_config
+from mergelab.sae.config import TrainConfig, load_config, plain_settings
 from mergelab.sae.memory import check_memory, state_bytes
 from mergelab.sae.recipe import Recipe
 from mergelab.sae.training.data import open_data
@@ -218,13 +218,11 @@ SNIPPETS = st.sampled_from(
     )
 )
 def test_a_mutated_configuration_is_used_or_refused(edits: list[tuple[int, int, str]]) -> None:
-    from mergelab.sae.config import _one_value
-
     text = CONFIG
     for start, cut, new in edits[:4]:
         text = text[:start] + new + text[start + cut :]
     try:
-        data = _one_value(text, "s.yaml")
+        data = plain_settings(text, "s.yaml")
         if isinstance(data, dict):
             use(load_config(copy.deepcopy(data)))
     except MergelabError as error:

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from mergelab.checkpoints import TensorSource, open_safetensors
+from mergelab.checkpoints.npy_file import NpyFile, open_npy
 from mergelab.errors import CheckpointError, NonFiniteError
 
-__all__ = ["ActivationFiles", "open_activation_files"]
+__all__ = ["ActivationFiles", "find_activation_files", "open_activation_files"]
 
 SCALES = "scales"
 """The tensor of a safetensors file that multiplies int8 rows, one number for each."""
@@ -31,13 +32,12 @@ class _Shard:
     rows: int
     width: int
     dtype: np.dtype
-    tensor: TensorSource | None  # None: a .npy file
+    tensor: TensorSource | NpyFile
     scales: TensorSource | None = None  # of int8 rows
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        if self.tensor is None:
-            # Mapped anew each time: what is read is copied, and no file stays open.
-            piece = np.load(self.path, mmap_mode="r", allow_pickle=False)[start:stop]
+        if isinstance(self.tensor, NpyFile):
+            piece = self.tensor.rows(start, stop)
         else:
             piece = np.empty((stop - start, self.width), self.dtype)
             self.tensor.read_into(start * self.width, piece.reshape(-1))
@@ -100,13 +100,7 @@ def open_activation_files(patterns: str | Path | Sequence[str | Path]) -> Activa
     Raises:
         CheckpointError: nothing matches, a file is not `[tokens, d]` floats, or widths differ.
     """
-    given = [patterns] if isinstance(patterns, str | Path) else list(patterns)
-    paths = []
-    for pattern in map(str, given):
-        found = sorted(glob.glob(pattern)) or ([pattern] if os.path.exists(pattern) else [])
-        if not found:
-            raise CheckpointError(f"{pattern}: no file matches; expected .npy or .safetensors activations")
-        paths += map(Path, found)
+    paths = find_activation_files(patterns)
     shards = tuple(_open(path) for path in paths)
     for shard in shards:
         if shard.width != shards[0].width:
@@ -120,13 +114,25 @@ def open_activation_files(patterns: str | Path | Sequence[str | Path]) -> Activa
     return ActivationFiles(shards)
 
 
+def find_activation_files(patterns: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files that match paths or globs, each pattern's in the order of their names.
+
+    Raises:
+        CheckpointError: nothing matches one of them.
+    """
+    paths: list[Path] = []
+    for pattern in map(str, [patterns] if isinstance(patterns, str | Path) else patterns):
+        found = sorted(glob.glob(pattern)) or ([pattern] if os.path.exists(pattern) else [])
+        if not found:
+            raise CheckpointError(f"{pattern}: no file matches; expected .npy or .safetensors activations")
+        paths += map(Path, found)
+    return paths
+
+
 def _open(path: Path) -> _Shard:
     if path.suffix == ".npy":
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise CheckpointError(f"{path}: not a readable .npy file ({error}); write it again") from error
-        shape, dtype, tensor, scales = array.shape, array.dtype, None, None
+        tensor, scales = open_npy(path), None
+        shape, dtype = tensor.header.shape, tensor.header.dtype
     elif path.suffix == ".safetensors":
         tensors = dict(open_safetensors(path).tensors)
         scales = tensors.pop(SCALES, None)

@@ -11,7 +11,7 @@ from typing import Any
 from mergelab.checkpoints.json_data import parse_json_object, read_optional_json
 from mergelab.checkpoints.source import Checkpoint
 from mergelab.checkpoints.text_file import read_text
-from mergelab.errors import RecipeError, did_you_mean, quoted, shortened
+from mergelab.errors import RecipeError, did_you_mean, quoted
 from mergelab.merging.vocabulary.chat_formats import CHAT_FORMATS
 from mergelab.merging.vocabulary.write import json_bytes
 
@@ -91,31 +91,19 @@ def _tokenizer_config(
 
 
 def _check_jinja(template: str) -> None:
-    """Parses, in a sandbox and without running it, with the extensions chat templates may use."""
-    from jinja2 import TemplateSyntaxError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    """Parses a template as its readers will, without compiling or running it."""
+    from jinja2 import TemplateSyntaxError
 
-    class Generation(Extension):
-        """`{% generation %}`: marks what the assistant wrote, for training; parsed as a plain block."""
+    from mergelab.data.chat_worker import chat_environment
 
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body).set_lineno(line)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
-    )
     try:
-        environment.parse(template)
+        chat_environment().parse(template)
     except TemplateSyntaxError as error:
-        reason = shortened(error.message or "", 200)
-        raise RecipeError(
-            f"chat_template: not valid jinja: {reason} at line {error.lineno}; correct it"
-        ) from error
+        fault = f"{error.message} at line {error.lineno}"
     except (RecursionError, MemoryError):
-        raise RecipeError("chat_template: nested too deeply; write a simpler one") from None
+        fault = "it is nested too deeply"
+    except (ArithmeticError, ValueError) as error:  # literals that Python does not take
+        fault = str(error)
+    else:
+        return
+    raise RecipeError(f"chat_template: not valid jinja: {fault[:500]}; correct it")

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
-import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
-from safetensors.numpy import save_file
 
 from mergelab.checkpoints import open_safetensors
 from mergelab.checkpoints.dtypes import is_float
-from mergelab.checkpoints.json_data import read_json_object
+from mergelab.checkpoints.new_files import check_new_folder
+from mergelab.checkpoints.output_target import disk_errors
+from mergelab.checkpoints.tensor_files import write_tensors
+from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import CheckpointError, OutputError, SAEError
 from mergelab.models.declaration import Leaf
 from mergelab.models.load import load_params
 from mergelab.models.save import save_params
 from mergelab.sae.dictionary import LATENT_AXIS, Dictionary, DictionaryConfig
+from mergelab.sae.formats.convert import check_finite, check_sizes
+from mergelab.sae.formats.settings import Settings
 
 __all__ = ["FORMAT", "read_own", "write_folder", "write_own"]
 
@@ -30,14 +35,25 @@ FORMAT = "mergelab-sae-1"
 
 _CFG, _WEIGHTS = "cfg.json", "sae.safetensors"
 _WHOLE = 1 << 62  # one file, however large
+_AXES = {
+    "W_enc": ("d_in", "n_latents"), "b_enc": ("n_latents",), "W_dec": ("n_latents", "d_out"),
+    "b_dec": ("d_out",), "threshold": ("n_latents",), "W_skip": ("d_in", "d_out"),
+    "magnitude_scale": ("n_latents",),
+    "magnitude_bias": ("n_latents",),
+}  # fmt: skip
 
 
-def write_own(dictionary: Dictionary, path: Path) -> None:
+def write_own(dictionary: Dictionary, path: Path | WorkFolder, *, overwrite: bool = False) -> None:
     """Writes `cfg.json` and `sae.safetensors` into a new folder.
 
     The tensors are those of `Dictionary`: `W_enc [d_in, n]`, `b_enc [n]`, `W_dec [n, d_out]`, `b_dec
     [d_out]`, and what the activation needs besides. Where they lie on devices of several processes, every
     process makes this call with a path that all of them see, and writes what its devices hold.
+
+    Args:
+        dictionary: what to write.
+        path: a new folder, or the work folder of one.
+        overwrite: replace a folder that mergelab wrote.
 
     Raises:
         OutputError: the folder is not empty, or the disk is full or fails.
@@ -48,7 +64,16 @@ def write_own(dictionary: Dictionary, path: Path) -> None:
     text = json.dumps({"format": FORMAT, **sizes, **settings}, indent=2) + "\n"
     arrays = dictionary.arrays()
     table = _table({name: value.shape for name, value in arrays.items()})
-    save_params(arrays, table, path, files={_CFG: text.encode()}, shard_bytes=_WHOLE, stem="sae")
+    files = {_CFG: text.encode()}
+    if any(isinstance(array, jax.Array) and not array.is_fully_addressable for array in arrays.values()):
+        save_params(arrays, table, path, files=files, shard_bytes=_WHOLE, overwrite=overwrite, stem="sae")
+        return
+    identity = _identity({_CFG: text}, {_WEIGHTS: dictionary.as_numpy()})
+    with _entered(path, overwrite) as work:
+        if not work.finished(identity):
+            if not overwrite:
+                check_new_folder(work.out)
+            save_params(arrays, table, work, files=files, shard_bytes=_WHOLE, stem="sae", identity=identity)
 
 
 def _table(shapes: Mapping[str, tuple[int, ...]]) -> list[Leaf]:
@@ -65,30 +90,61 @@ def _table(shapes: Mapping[str, tuple[int, ...]]) -> list[Leaf]:
 
 
 def write_folder(
-    path: Path, texts: Mapping[str, str], tensors: Mapping[str, Mapping[str, np.ndarray]]
+    path: Path | WorkFolder,
+    texts: Mapping[str, str],
+    tensors: Mapping[str, Mapping[str, np.ndarray]],
+    *,
+    write: Callable[[Path, Mapping[str, np.ndarray]], None] = write_tensors,
 ) -> None:
-    """Makes a folder of texts and safetensors files; it appears under its name when it is complete.
+    """Makes a folder of texts and files of tensors; it appears under its name when it is complete.
+
+    Args:
+        path: a new folder, or the work folder of one.
+        texts: by file name.
+        tensors: by file name, and by name within the file.
+        write: writes the tensors of one file, as safetensors if not given.
 
     Raises:
         OutputError: the folder is not empty, or cannot be written.
     """
-    path = Path(os.path.abspath(path))
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputError(f"{path} is not empty; choose another folder")
-    work = path.with_name(f".{path.name}.partial")
-    try:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        for name, text in texts.items():
-            (work / name).write_text(text)
-        for name, arrays in tensors.items():
-            save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, work / name)
-        if path.exists():
-            path.rmdir()
-        work.rename(path)
-    except OSError as error:
-        shutil.rmtree(work, ignore_errors=True)
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); check the disk") from error
+    identity = _identity(texts, tensors)
+    with _entered(path) as work:
+        if work.finished(identity):
+            return
+        check_new_folder(work.out)
+        work.prepare()
+        try:
+            with disk_errors(work.out):
+                work.clear()
+                for name, text in texts.items():
+                    (work.path / name).write_text(text, encoding="utf-8")
+                for name, arrays in tensors.items():
+                    write(work.path / name, arrays)
+            work.publish(identity)
+        except OutputError:
+            with contextlib.suppress(OSError):
+                work.clear(recreate=False)
+            raise
+
+
+@contextlib.contextmanager
+def _entered(path: Path | WorkFolder, overwrite: bool = False) -> Iterator[WorkFolder]:
+    if isinstance(path, WorkFolder):
+        yield path
+    else:
+        with WorkFolder(path, overwrite=overwrite) as work:
+            yield work
+
+
+def _identity(texts: Mapping[str, str], tensors: Mapping[str, Mapping[str, np.ndarray]]) -> str:
+    """SHA-256 of all that a folder will hold."""
+    total = hashlib.sha256(repr(sorted(texts.items())).encode())
+    for file, arrays in tensors.items():
+        for name, value in arrays.items():
+            array = np.ascontiguousarray(value)
+            total.update(repr((file, name, array.dtype.str, array.shape)).encode())
+            total.update(array.reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
 
 
 def read_own(path: Path, mesh: Mesh | None = None) -> Dictionary:
@@ -101,12 +157,20 @@ def read_own(path: Path, mesh: Mesh | None = None) -> Dictionary:
 
     Raises:
         CheckpointError: a file is missing, or says things that do not fit together.
+        NonFiniteError: a tensor holds NaN or infinity.
         MeshError: another process failed.
     """
-    settings: dict[str, Any] = dict(read_json_object(path / _CFG))
+    told = Settings.read(path / _CFG)
+    settings: dict[str, Any] = dict(told.values)
     if settings.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path / _CFG}: expected format {FORMAT!r}; it was written by something else")
     sizes = {name: settings.pop(name, None) for name in ("d_in", "d_out", "n_latents")}
+    settings |= {
+        "k": None if settings.get("k") is None else told.whole("k"),
+        "subtract_b_dec": told.flag("subtract_b_dec", False),
+        "sites": told.whole("sites", 1),
+        "metadata": told.mapping("metadata"),
+    }
     tensors = open_safetensors(path / _WEIGHTS).tensors
     known = [field for field in Dictionary.__dataclass_fields__ if field != "config"]
     unknown = [name for name in tensors if name not in known]
@@ -121,6 +185,13 @@ def read_own(path: Path, mesh: Mesh | None = None) -> Dictionary:
                 f"{path / _WEIGHTS}: {name} is {tensor.dtype} {list(tensor.shape)}, where floats with {axes} "
                 f"{'axes' if axes > 1 else 'axis'} were expected; write the dictionary again"
             )
+    check_sizes(
+        path / _WEIGHTS,
+        {name: tensor.shape for name, tensor in tensors.items()},
+        {name: _AXES[name] for name in known},
+        path / _CFG,
+        {name: (name, value) for name, value in sizes.items()},
+    )
     split = "latents" if mesh is not None and "latents" in mesh.axis_names else None
     try:
         table = _table({name: tensor.shape for name, tensor in tensors.items()})
@@ -128,6 +199,8 @@ def read_own(path: Path, mesh: Mesh | None = None) -> Dictionary:
         found = Dictionary(**arrays, config=DictionaryConfig(**settings)).checked()
     except (SAEError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+    for name, values in arrays.items():
+        check_finite(path / _WEIGHTS, name, values)
     mine = {"d_in": found.d_in, "d_out": found.d_out, "n_latents": found.n_latents}
     if sizes != mine:
         raise CheckpointError(f"{path / _CFG}: says {sizes}, but the tensors have {mine}")

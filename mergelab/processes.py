@@ -1,4 +1,4 @@
-"""What the processes of one distributed run do together: a step that fails on one of them fails on all."""
+"""What ends or fails processes: the signal that asks one to stop, and a step that fails on all if on one."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
 from mergelab.errors import MeshError
 
-__all__ = ["span_processes", "together"]
+__all__ = ["Terminated", "agree", "preempted", "span_processes", "together"]
 
 _MESSAGE_BYTES = 1024
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM was received: what clusters send before they take the machine away."""
 
 
 def span_processes(devices: Iterable[Any]) -> bool:
@@ -48,12 +48,41 @@ def together(step: str, *, distributed: bool) -> Iterator[None]:
     if error is not None:
         raise error
     if failures:
+        import jax
+
         process, message = failures[0]
         raise MeshError(f"{step} failed in process {process} of {jax.process_count()}: {message}")
 
 
+def agree(number: int, *, distributed: bool) -> int:
+    """The number that process 0 holds, in every process."""
+    if not distributed:
+        return number
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return int(np.asarray(multihost_utils.broadcast_one_to_all(np.array(number, np.int32))))
+
+
+def preempted(step: int) -> bool:
+    """Whether some process of a distributed run got SIGTERM and this is the step at which all of them stop.
+
+    Every process must ask at every step, counted alike. JAX's own service passes the notice on and finds the
+    step; where it is switched off the answer is False.
+    """
+    from jax.experimental import multihost_utils
+
+    try:
+        return multihost_utils.reached_preemption_sync_point(step)
+    except RuntimeError:
+        return False
+
+
 def _failures(mine: str) -> list[tuple[int, str]]:
     """Exchanges messages; returns process and message of every one that is not empty."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
     data = np.frombuffer(mine.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0"), np.uint8)
     rows = np.asarray(multihost_utils.process_allgather(data))
     texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]

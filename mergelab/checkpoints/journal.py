@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -30,25 +29,18 @@ class Piece:
 class Journal:
     """JSON lines: a head that says what is being made, then one line per piece, each written in one call.
 
-    A process killed at any moment leaves at most one torn last line, which is cut off on the next start. The
-    file is locked while a run uses it, so two runs cannot write one output.
+    A process killed at any moment leaves at most one torn last line, which is cut off on the next start.
+    Whoever uses it holds the output's lock (`WorkFolder`).
     """
 
     def __init__(self, path: Path) -> None:
-        """Opens and locks the journal at `path`, creating it if need be.
+        """Opens the journal at `path`, creating it if need be.
 
         Raises:
-            OutputError: another process holds it.
             OSError: it cannot be created.
         """
         self.path = path
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._file)
-            message = f"{path}: another run is writing this output; wait for it or choose another folder"
-            raise OutputError(message) from error
 
     def start(self, identity: Mapping[str, str], layout: str) -> None:
         """Empties the journal and writes its head."""
@@ -94,13 +86,8 @@ class Journal:
             self._append({"redo": names})
 
     def close(self) -> None:
-        """Releases the lock."""
+        """Closes the file."""
         os.close(self._file)
-
-    def remove(self) -> None:
-        """Deletes the journal, then releases the lock."""
-        self.path.unlink(missing_ok=True)
-        self.close()
 
     def _append(self, record: dict[str, Any]) -> None:
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"

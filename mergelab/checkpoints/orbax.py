@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import jax
 import numpy as np
 
 from mergelab.errors import CheckpointError, OutputError
+from mergelab.refusals import one_line, refusal
 
 __all__ = ["is_tree", "restore_tree", "save_tree", "tree_shapes"]
 
@@ -41,11 +45,22 @@ def save_tree(tree: Any, path: Path | str, *, overwrite: bool = False) -> Path:
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
         raise OutputError(f"{out} is not empty; choose another folder or pass --overwrite")
     try:
+        _check_writable(out.parent)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(out, tree, force=True)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{out}: Orbax could not save there ({error}); check the folder.") from error
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        for unfinished in out.parent.glob(f"{glob.escape(out.name)}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        why = refusal(error) or f"Orbax could not save there ({one_line(str(error))}); check the folder"
+        raise OutputError(f"{out}: {why}.") from error
     return out
+
+
+def _check_writable(folder: Path) -> None:
+    """Makes a folder and a file in it: Orbax tells a refusal by threads that print it and never end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def tree_shapes(path: Path | str) -> dict[str, Any]:
@@ -108,7 +123,7 @@ def _existing(path: Path | str) -> Path:
 
 
 def _damaged(folder: Path, error: Exception) -> CheckpointError:
-    words = f"{type(error).__name__}: {error}"[:300]
+    words = one_line(f"{type(error).__name__}: {error}")[:300]
     return CheckpointError(f"{folder} cannot be restored ({words}); the checkpoint is damaged.")
 
 

@@ -7,12 +7,15 @@ that a tensor's digest, the hash of its leaves' hashes, is the same however it w
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import xxhash
 
-__all__ = ["LEAF", "Receipts", "digest_leaves", "leaf_bounds"]
+from mergelab.checkpoints.source import TensorSource
+
+__all__ = ["LEAF", "Receipts", "digest_leaves", "leaf_bounds", "tensor_digest"]
 
 LEAF = 1 << 20
 
@@ -87,3 +90,16 @@ class Receipts:
             self._leaves[leaf] = xxhash.xxh3_64_intdigest(data)
             self._known[leaf] = True
         return xxhash.xxh3_128_hexdigest(self._leaves.astype("<u8").tobytes())
+
+
+def tensor_digest(tensor: TensorSource) -> str:
+    """The digest that `Receipts.digest` gives of a tensor with these values; reads it leaf by leaf."""
+    width = tensor.dtype.itemsize
+    receipts = Receipts(math.prod(tensor.shape) * width)
+
+    def read(offset: int, count: int) -> bytes:
+        values = np.empty(count // width, tensor.dtype)
+        tensor.read_into(offset // width, values)
+        return values.tobytes()
+
+    return receipts.digest(read)

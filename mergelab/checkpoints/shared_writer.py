@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mergelab.checkpoints.file_names import check_file_name
-from mergelab.checkpoints.journal import Journal
+from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.shard_plan import ShardPlan
 from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import OutputError
@@ -37,14 +37,23 @@ class SharedWriter:
     """
 
     def __init__(
-        self, out: Path | str, plan: ShardPlan, *, overwrite: bool = False, distributed: bool = False
+        self,
+        out: Path | str | WorkFolder,
+        plan: ShardPlan,
+        *,
+        identity: str = "",
+        overwrite: bool = False,
+        distributed: bool = False,
     ) -> None:
         """Prepares the files.
 
         Args:
-            out: the target folder, which all processes see; its parents are created.
+            out: the target folder, which all processes see, and whose parents are created; or the work folder
+                of one, which the caller has entered (in process 0) and leaves.
             plan: the layout.
-            overwrite: replace a non-empty target; the old folder stays until the new one is complete.
+            identity: SHA-256 of all that decides the content, for the note of its publication.
+            overwrite: replace a non-empty target that mergelab wrote; the old folder stays until the new one
+                is complete.
             distributed: every process of the run writes a share; otherwise this one writes everything.
 
         Raises:
@@ -54,25 +63,29 @@ class SharedWriter:
         self.plan = plan
         self._distributed = distributed
         self._first = not distributed or jax.process_index() == 0
-        self._work = WorkFolder(Path(out))
-        self._journal: Journal | None = None
+        self._work = out if isinstance(out, WorkFolder) else WorkFolder(out, overwrite=overwrite)
+        self._identity = identity
+        self._owned = None if isinstance(out, WorkFolder) else contextlib.ExitStack()
+        self._begun = False
         self._files: list[int] = []
         self._written = 0
         self._lock = threading.Lock()
         try:
             with together("preparing the output", distributed=distributed), self._disk_errors():
                 if self._first:
-                    self._prepare(overwrite)
+                    self._prepare()
             with together("opening the output", distributed=distributed), self._disk_errors():
                 self._files = [os.open(self._work.path / shard.file, os.O_WRONLY) for shard in plan.shards]
         except BaseException:
             self._abandon()
             raise
 
-    def _prepare(self, overwrite: bool) -> None:
-        self._work.prepare(self.plan.nbytes, resume=False, overwrite=overwrite)
-        self._journal = Journal(self._work.journal)  # for its lock: one run at a time
+    def _prepare(self) -> None:
+        if self._owned is not None:
+            self._owned.enter_context(self._work)
+        self._work.prepare(self.plan.nbytes)
         self._work.clear()
+        self._begun = True
         for shard in self.plan.shards:
             with open(self._work.path / shard.file, "wb") as file:
                 file.write(shard.head)
@@ -141,10 +154,8 @@ class SharedWriter:
                 (self._work.path / name).write_bytes(content)
         if self.plan.index is not None:
             (self._work.path / "model.safetensors.index.json").write_bytes(self.plan.index)
-        self._work.publish(durable=True)
-        if self._journal is not None:
-            self._journal.remove()
-            self._journal = None
+        self._work.publish(self._identity)
+        self._begun = False
 
     def _close(self) -> None:
         files, self._files = self._files, []
@@ -153,20 +164,14 @@ class SharedWriter:
 
     def _abandon(self) -> None:
         self._close()
-        if self._journal is not None:
+        if self._begun:
+            self._begun = False
             self._work.clear(recreate=False)
-            self._journal.remove()
-            self._journal = None
+        if self._owned is not None:
+            self._owned.close()
 
-    @contextlib.contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OutputError(
-                f"{self._work.out}: writing failed ({error.strerror or error}); free some space, or check "
-                "that every process sees this folder, and save again."
-            ) from error
+    def _disk_errors(self) -> contextlib.AbstractContextManager[None]:
+        return disk_errors(self._work.out, "save again; every process must see this folder")
 
     def __enter__(self) -> Self:
         return self

@@ -7,11 +7,12 @@ shows a half-written model; a journal of receipts lets a killed run go on where 
 from __future__ import annotations
 
 import contextlib
-import errno
+import hashlib
+import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -19,17 +20,42 @@ from typing import Self
 
 import numpy as np
 
+from mergelab import __version__
 from mergelab.checkpoints.file_names import check_file_name
 from mergelab.checkpoints.file_tensor import check_piece
+from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.checkpoints.journal import Journal, Piece
-from mergelab.checkpoints.receipts import Receipts, digest_leaves, leaf_bounds
+from mergelab.checkpoints.json_data import read_json_object
+from mergelab.checkpoints.output_target import MARKER, disk_errors, recorded_identity
+from mergelab.checkpoints.receipts import Receipts, digest_leaves, leaf_bounds, tensor_digest
 from mergelab.checkpoints.shard_plan import ShardPlan
 from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import CheckpointError, OutputError
 
-__all__ = ["CheckpointWriter"]
+__all__ = ["CheckpointWriter", "check_digests", "identity_digest"]
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_THEN = "run again with --resume"
+_AGAIN = "the disk or another program changed it: write it again with --overwrite, without --resume"
+
+
+def identity_digest(identity: Mapping[str, str]) -> str:
+    """SHA-256 over all that determines an output, by which its finished folder is known again."""
+    return hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()
+
+
+def check_digests(out: Path) -> None:
+    """Compares every tensor of a finished output with the digest that `mergelab.json` has of it.
+
+    Raises:
+        CheckpointError: a tensor or a file is not as it was written.
+    """
+    recorded = read_json_object(out / MARKER).get("tensors")
+    found = open_checkpoint(out)
+    if not isinstance(recorded, dict) or recorded.keys() != found.tensors.keys():
+        raise CheckpointError(f"{out}: its tensors are not those that {MARKER} lists; {_AGAIN}")
+    for name, tensor in found.tensors.items():
+        if tensor_digest(tensor) != recorded[name]:
+            raise CheckpointError(f"{out}: tensor {name!r} is not as it was written; {_AGAIN}")
 
 
 class CheckpointWriter:
@@ -53,29 +79,32 @@ class CheckpointWriter:
 
     def __init__(
         self,
-        out: Path | str,
+        out: Path | str | WorkFolder,
         plan: ShardPlan,
         identity: str | Mapping[str, str],
         *,
         resume: bool = False,
         overwrite: bool = False,
+        inputs: Iterable[Path | str] = (),
     ) -> None:
         """Checks the target and the free space, and creates (or reopens) the work folder.
 
         Args:
-            out: the target folder; its parents are created.
+            out: the target folder, whose parents are created; or the work folder of one, which the caller has
+                entered and leaves.
             plan: the layout.
             identity: what determines the content (hashes of recipe and inputs, seed, ...): an unfinished
                 output is only continued if it is equal. A mapping lets the error name what differs.
             resume: go on from an unfinished output of the same identity, if there is one.
-            overwrite: replace a non-empty target; the old folder stays until the new one is complete.
+            overwrite: replace a non-empty target that mergelab wrote; the old folder stays until the new one
+                is complete.
+            inputs: files and folders that are read, which the output must not endanger.
 
         Raises:
-            OutputError: the target is not empty, the disk is too small or not writable, another run writes
-                there, or the unfinished output belongs to another merge.
+            OutputError: the target may not be written or replaced, the disk is too small or not writable,
+                another run writes there, or the unfinished output belongs to another merge.
             CheckpointError: the unfinished output does not match its receipts.
         """
-        self.out = Path(out)
         self.plan = plan
         self._lock = threading.Condition()
         self._in_flight = 0
@@ -83,15 +112,29 @@ class CheckpointWriter:
         self._finished = False
         self._fresh = False
         self._fds: list[int] = []
-        self._work = WorkFolder(self.out)
         self._receipts = {name: Receipts(place.spec.nbytes) for name, place in plan.places.items()}
         identity = {"identity": identity} if isinstance(identity, str) else identity
-        with _disk_errors(self.out):
-            self._work.prepare(plan.nbytes, resume=resume, overwrite=overwrite)
-            self._journal = Journal(self._work.journal)
+        self._identity = identity_digest(identity)
+        self._journal: Journal | None = None
+        self._owned = contextlib.ExitStack()
+        if isinstance(out, WorkFolder):
+            self._work = out
+        else:
+            self._work = self._owned.enter_context(WorkFolder(out, inputs=inputs, overwrite=overwrite))
+        self.out = self._work.out
         try:
-            with _disk_errors(self.out):
-                self.done = self._begin(identity, resume)
+            # A run that was killed just after it had published has left nothing to do.
+            self._finished = self._work.finished(self._identity)
+            if resume and not self._finished and recorded_identity(self.out) == self._identity:
+                check_digests(self.out)
+                self._finished = True
+                self._work.abandon()
+            self.done = frozenset(plan.places)
+            if not self._finished:
+                with disk_errors(self.out, _THEN):
+                    self._work.prepare(plan.nbytes)
+                    self._journal = Journal(self._work.journal)
+                    self.done = self._begin(self._journal, identity, resume)
         except BaseException:
             if self._fresh:
                 self.abandon()
@@ -99,13 +142,13 @@ class CheckpointWriter:
                 self._close()
             raise
 
-    def _begin(self, identity: Mapping[str, str], resume: bool) -> frozenset[str]:
+    def _begin(self, journal: Journal, identity: Mapping[str, str], resume: bool) -> frozenset[str]:
         layout = self.plan.digest()
-        pieces = self._journal.resume(identity, layout) if resume and self._work.path.is_dir() else None
+        pieces = journal.resume(identity, layout) if resume and self._work.path.is_dir() else None
         self._fresh = pieces is None
         if pieces is None:
             self._work.clear()
-            self._journal.start(identity, layout)
+            journal.start(identity, layout)
         self._work.keep_only(shard.file for shard in self.plan.shards)
         for shard in self.plan.shards:
             file = os.open(self._work.path / shard.file, os.O_RDWR | os.O_CREAT, 0o666)
@@ -113,21 +156,21 @@ class CheckpointWriter:
             if os.fstat(file).st_size != shard.size:
                 _allocate(file, shard.size)
             _write_all(file, memoryview(shard.head), 0)
-        return self._verify(pieces or [])
+        return self._verify(journal, pieces or [])
 
-    def _verify(self, pieces: list[Piece]) -> frozenset[str]:
+    def _verify(self, journal: Journal, pieces: list[Piece]) -> frozenset[str]:
         """Compares every recorded piece with the bytes on disk; returns the tensors that are complete."""
         try:
             for piece in pieces:
                 width = self.plan.places[piece.name].spec.dtype.itemsize
                 self._receipts[piece.name].add(piece.start * width, piece.count * width, list(piece.leaves))
         except (KeyError, IndexError, ValueError) as error:
-            message = f"{self._journal.path} contradicts itself ({error}); run without --resume to start anew"
+            message = f"{journal.path} contradicts itself ({error}); run without --resume to start anew"
             raise CheckpointError(message) from error
         partial = {name for name, receipts in self._receipts.items() if not receipts.complete}
         with ThreadPoolExecutor(max_workers=4) as pool:
             list(pool.map(self._verify_piece, (piece for piece in pieces if piece.name not in partial)))
-        self._journal.forget(name for name in partial if not self._receipts[name].empty)
+        journal.forget(name for name in partial if not self._receipts[name].empty)
         for name in partial:
             self._receipts[name] = Receipts(self.plan.places[name].spec.nbytes)
         return frozenset(self._receipts.keys() - partial) if pieces else frozenset()
@@ -166,10 +209,10 @@ class CheckpointWriter:
         data = array.view(np.uint8).data
         offset = start * array.itemsize
         leaves = digest_leaves(data, offset)
-        with _disk_errors(self.out), self._writing() as files:
+        with disk_errors(self.out, _THEN), self._writing() as files:
             _write_all(files[place.shard], data, place.offset + offset)
             with self._lock:
-                if self._broken:
+                if self._broken or self._journal is None:
                     raise OutputError(f"{self.out}: an earlier write failed; run again with --resume")
                 self._receipts[name].add(offset, len(data), leaves)
                 self._journal.add(Piece(name, start, array.size, tuple(leaves)))
@@ -214,9 +257,11 @@ class CheckpointWriter:
             CheckpointError: `name` is not one plain file name, or is that of a weight file.
         """
         check_file_name(name, "the output")
+        if self._finished:
+            return
         if name in {shard.file for shard in self.plan.shards} or name == "model.safetensors.index.json":
             raise CheckpointError(f"the output file {name!r} would replace the weights; choose another name")
-        with _disk_errors(self.out):
+        with disk_errors(self.out, _THEN):
             if isinstance(content, Path):
                 shutil.copyfile(content, self._work.path / name)
             else:
@@ -230,24 +275,29 @@ class CheckpointWriter:
                 final name on incomplete files; without it the system writes it out in the next seconds.
 
         Raises:
-            OutputError: a tensor is not complete, or the disk is full or fails.
+            OutputError: a tensor is not complete, the target was taken meanwhile, or the disk fails.
         """
-        self._check_complete()
-        with _disk_errors(self.out):
-            if (index := self.plan.index) is not None:
-                (self._work.path / "model.safetensors.index.json").write_bytes(index)
-            self._close_files()
-            self._work.publish(durable=durable)
-            self._journal.remove()
-        self._finished = True
+        if not self._finished:
+            self._check_complete()
+            with disk_errors(self.out, _THEN):
+                if (index := self.plan.index) is not None:
+                    (self._work.path / "model.safetensors.index.json").write_bytes(index)
+                if not (self._work.path / MARKER).exists():
+                    facts = {"mergelab": __version__, "identity": self._identity, "tensors": self.digests()}
+                    (self._work.path / MARKER).write_text(json.dumps(facts, indent=2) + "\n")
+                self._close_files()
+                self._work.publish(self._identity, durable=durable)
+            self._finished = True
+        self._close()
         return self.out
 
     def abandon(self) -> None:
         """Deletes the work folder and its journal; the target stays as it was."""
         self._close_files()
         self._work.clear(recreate=False)
-        self._journal.remove()
+        self._work.journal.unlink(missing_ok=True)
         self._finished = True
+        self._close()
 
     def _check_complete(self) -> None:
         missing = [name for name, receipts in self._receipts.items() if not receipts.complete]
@@ -266,7 +316,10 @@ class CheckpointWriter:
 
     def _close(self) -> None:
         self._close_files()
-        self._journal.close()
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+        self._owned.close()
 
     def __enter__(self) -> Self:
         return self
@@ -275,8 +328,8 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._finished:
-            return
-        if kind is not None and all(receipts.empty for receipts in self._receipts.values()):
+            self._close()
+        elif kind is not None and all(receipts.empty for receipts in self._receipts.values()):
             self.abandon()
         else:
             self._close()
@@ -293,18 +346,3 @@ def _allocate(file: int, size: int) -> None:
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file, 0, size)
     os.ftruncate(file, size)
-
-
-@contextlib.contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    """Turns failures of the file system into OutputError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            message = (
-                f"{out}: the disk is full ({error.strerror}); free some space and run again with --resume"
-            )
-        else:
-            message = f"{out}: writing failed ({error}); check the folder and run again with --resume"
-        raise OutputError(message) from error

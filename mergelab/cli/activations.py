@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from mergelab.cli.numbers import WholeNumber
+
 __all__ = ["command"]
 
 
@@ -19,8 +21,8 @@ __all__ = ["command"]
     "--text", "texts", multiple=True, required=True, type=click.Path(path_type=Path), help="Repeatable."
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
-@click.option("--context", type=click.IntRange(1), default=64, show_default=True, help="Tokens in a context.")
-@click.option("--tokens", type=click.IntRange(1), help="At most so many; all of the text if not given.")
+@click.option("--context", type=WholeNumber(1), default=64, show_default=True, help="Tokens in a context.")
+@click.option("--tokens", type=WholeNumber(1, 2**62), help="At most so many; all of the text if not given.")
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "int8"]), default="float32", show_default=True,
     help="Stored dtype; int8 has a scale for each row.",
@@ -49,17 +51,26 @@ def command(
     """
     from tqdm import tqdm
 
+    from mergelab.checkpoints.work_folder import WorkFolder
     from mergelab.sae.activation_store import write_store
     from mergelab.sae.model_source import open_model_activations
 
-    source = open_model_activations(model, sites, texts, length=context)
-    with tqdm(unit="row", disable=as_json or None, dynamic_ncols=True) as bar:
+    with (
+        WorkFolder(out, inputs=[model, *texts]) as work,
+        tqdm(unit="row", disable=as_json or None, dynamic_ncols=True) as bar,
+    ):
+        source = open_model_activations(model, sites, texts, length=context)
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        rows = write_store(source, out, model=model, rows=tokens, dtype=dtype, progress=progress)
+        def notice(message: str) -> None:
+            click.echo(f"warning: {message}", err=True)
+
+        rows = write_store(
+            source, work, model=model, rows=tokens, dtype=dtype, progress=progress, notice=notice
+        )
     if as_json:
         click.echo(json.dumps({"path": str(out), "rows": rows, "sites": list(sites)}))
     else:

@@ -56,19 +56,27 @@ def command(
     started = time.perf_counter()
     import jax
 
-    from mergelab.errors import OutputError
+    from mergelab.checkpoints.digest import stat_sha256
+    from mergelab.checkpoints.work_folder import WorkFolder
+    from mergelab.checkpoints.writer import identity_digest
     from mergelab.merging.extra_files import donor_files
     from mergelab.models.orbax_folder import save_orbax
     from mergelab.models.save import save_model
 
-    if out.resolve() == source.resolve():
-        raise OutputError(f"{out} is the model itself; choose another folder to write.")
-    model, params = load_either(source, mesh, dtype)
-    files: dict[str, Any] = donor_files(source, None) if source.is_dir() else {}
-    if to == "orbax":
-        save_orbax(model, params, out, files=files, overwrite=overwrite)
-    else:
-        save_model(model, params, out, files=files, shard_bytes=shard_size, overwrite=overwrite)
+    with WorkFolder(out, inputs=[source], overwrite=overwrite) as work:
+        settings = {"to": to, "dtype": str(dtype), "shard_size": str(shard_size), "mesh": str(mesh)}
+        identity = identity_digest({"source": stat_sha256(source), **settings})
+        done = work.finished(identity)
+        if not done:
+            work.prepare()
+        model, params = load_either(source, mesh, dtype)
+        files: dict[str, Any] = donor_files(source, None) if source.is_dir() else {}
+        if done:
+            pass
+        elif to == "orbax":
+            save_orbax(model, params, work, files=files, identity=identity)
+        else:
+            save_model(model, params, work, files=files, shard_bytes=shard_size, identity=identity)
     seconds = time.perf_counter() - started
     nbytes = sum(array.nbytes for array in jax.tree.leaves(params))
     if as_json:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mergelab.cli.numbers import Seed
+
 if TYPE_CHECKING:
     from mergelab.quickstart.results import Results
     from mergelab.quickstart.run import Progress
@@ -26,7 +28,7 @@ __all__ = ["command"]
     show_default=True,
     help="Folder for models, merges, results and report.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of everything.")
+@click.option("--seed", type=Seed(0), default=0, show_default=True, help="Seed of everything.")
 @click.option(
     "--preset",
     type=click.Choice(["default", "tiny"]),
@@ -62,6 +64,7 @@ def command(out: Path, seed: int, preset: str, force: bool, as_json: bool) -> No
 
 
 def _write_report(results: Results, out: Path) -> None:
+    from mergelab.checkpoints.work_folder import publish_file
     from mergelab.report.figure import save_figure
     from mergelab.report.page import render_page
 
@@ -69,7 +72,7 @@ def _write_report(results: Results, out: Path) -> None:
     names = [score.name for score in results.scores if score.kind == "merge"]
     recipes = {name: (out / "recipes" / f"{name}.yaml").read_text(encoding="utf-8") for name in names}
     page = render_page(results, "mergelab quickstart", recipes)
-    (out / "report.html").write_text(page, encoding="utf-8")
+    publish_file(out / "report.html", page.encode())
 
 
 def _summary(results: Results, out: Path) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergelab.cli.meshes import MESH
+from mergelab.cli.numbers import Seed, WholeNumber
 
 if TYPE_CHECKING:
     from mergelab.sae.evaluation.scorecard import Scorecard
@@ -21,16 +22,14 @@ __all__ = ["command"]
 @click.command("eval")
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SOURCE...")
 @click.option("--data", multiple=True, metavar="FILES", help="Activations [tokens, d]; a glob.")
-@click.option("--rows", type=click.IntRange(1), help="With --data: so many rows, from the start.")
-@click.option(
-    "--batch", type=click.IntRange(1), default=4096, show_default=True, help="With --data: at a time."
-)
+@click.option("--rows", type=WholeNumber(1), help="With --data: so many rows, from the start.")
+@click.option("--batch", type=WholeNumber(1), default=4096, show_default=True, help="With --data: at a time.")
 @click.option("--model", type=click.Path(path_type=Path), help="The folder of the dictionary's model.")
 @click.option(
     "--text", "texts", multiple=True, type=click.Path(path_type=Path), help="Repeatable; .py is Python."
 )
 @click.option("--site", help="Such as blocks.8.resid_post; what the dictionary says, if not given.")
-@click.option("--context", type=click.IntRange(2), default=64, show_default=True, help="Tokens in a context.")
+@click.option("--context", type=WholeNumber(2), default=64, show_default=True, help="Tokens in a context.")
 @click.option(
     "--metrics",
     metavar="A,B",
@@ -41,7 +40,7 @@ __all__ = ["command"]
     "--controls", is_flag=True, help="Also judge a random, a frozen-decoder and a random-model one."
 )
 @click.option(
-    "--control-steps", type=click.IntRange(1), default=500, show_default=True, help="Of their training."
+    "--control-steps", type=WholeNumber(1), default=500, show_default=True, help="Of their training."
 )
 @click.option(
     "--curve",
@@ -56,7 +55,7 @@ __all__ = ["command"]
 )
 @click.option("--mesh", type=MESH, metavar="AXES", help="Spread the model over devices: tensor=8.")
 @click.option("--any-model", is_flag=True, help="Accept a model other than the recorded one.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of everything drawn.")
+@click.option("--seed", type=Seed(0), default=0, show_default=True, help="Of everything drawn.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def command(sources: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Judge dictionaries on activations or text they were not trained on.
@@ -211,7 +210,8 @@ def _active(dictionary: Any, host: Any) -> int:
 def _curve(path: Path | None, host: Any, mesh: Any) -> tuple[Any, Any] | None:
     import numpy as np
 
-    from mergelab.errors import SAEError
+    from mergelab.checkpoints.json_data import read_json
+    from mergelab.errors import MergelabError, SAEError
     from mergelab.sae.evaluation.curve import loss_curve
     from mergelab.sae.evaluation.scorecard import halves
 
@@ -220,8 +220,8 @@ def _curve(path: Path | None, host: Any, mesh: Any) -> tuple[Any, Any] | None:
     if path.is_dir():
         return loss_curve(path, halves(host)[1], mesh=mesh)
     try:
-        points = np.array(json.loads(path.read_text()), np.float64)
-    except (OSError, ValueError) as error:
+        points = np.array(read_json(path), np.float64)
+    except (MergelabError, ValueError, TypeError, OverflowError) as error:
         raise SAEError(
             f"{path}: no curve can be read ({error}); expected JSON [[step, loss], ...]."
         ) from error

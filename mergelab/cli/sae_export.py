@@ -30,7 +30,8 @@ def command(source: Path, format: str, out: Path) -> None:
       mergelab sae export run-saelens --format mergelab --out back
     """
     from mergelab.cli.sae_folder import open_dictionary
-    from mergelab.sae.formats import save_dictionary
+    from mergelab.sae.formats import reserve, save_dictionary
 
-    save_dictionary(open_dictionary(source), out, format)
+    with reserve(out, format, inputs=[source]) as place:
+        save_dictionary(open_dictionary(source), place, format)
     click.echo(str(out))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import click
 
 from mergelab.cli.meshes import MESH
+from mergelab.cli.numbers import WholeNumber
 
 __all__ = ["command"]
 
@@ -21,12 +21,12 @@ __all__ = ["command"]
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A new .html file.")
 @click.option("--site", help="Such as blocks.8.resid_post; what the dictionary says, if not given.")
-@click.option("--context", type=click.IntRange(2), default=64, show_default=True, help="Tokens in a context.")
-@click.option("--latents", type=click.IntRange(1), default=2000, show_default=True, help="At most so many.")
-@click.option("--examples", type=click.IntRange(1), default=8, show_default=True, help="Contexts per latent.")
+@click.option("--context", type=WholeNumber(2), default=64, show_default=True, help="Tokens in a context.")
+@click.option("--latents", type=WholeNumber(1), default=2000, show_default=True, help="At most so many.")
+@click.option("--examples", type=WholeNumber(1), default=8, show_default=True, help="Contexts per latent.")
 @click.option(
     "--explain",
-    type=click.IntRange(0),
+    type=WholeNumber(0),
     default=0,
     show_default=True,
     help="So many of the strongest get token patterns (N2G), with precision and recall.",
@@ -67,14 +67,16 @@ def command(
       mergelab sae features run --model model --text a.py --out f.html --explain 50 --neuronpedia f.json
       mergelab sae features small --model model --text a.py --out f.html --wider large
     """
+    import hashlib
     from dataclasses import replace
     from functools import cache, partial
 
     from tqdm import tqdm
 
+    from mergelab.checkpoints.digest import stat_sha256
+    from mergelab.checkpoints.new_files import Content, NewFiles
     from mergelab.cli.sae_folder import open_dictionary
     from mergelab.data.tokenizer import load_tokenizer
-    from mergelab.errors import OutputError
     from mergelab.report.features import render_features
     from mergelab.sae.evaluation.gallery import explain_gallery, make_gallery
     from mergelab.sae.evaluation.hierarchy import hierarchy
@@ -82,66 +84,59 @@ def command(
     from mergelab.sae.evaluation.neuronpedia import neuronpedia_batch
     from mergelab.sharding import make_mesh
 
-    for path in filter(None, (out, neuronpedia)):
-        if path.exists():
-            raise OutputError(f"{path} is there already; choose another name")
-    dictionary = open_dictionary(source)
-    devices = None if mesh is None else make_mesh(mesh)
-    host = open_host(dictionary, model, texts, site=site, length=context, any_model=any_model, mesh=devices)
-    tokenizer = load_tokenizer(model)
-
-    @cache
-    def words(token: int) -> str:
-        return tokenizer.piece(token)
-
-    with tqdm(unit="context", disable=as_json or None, dynamic_ncols=True) as bar:
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if done < bar.n or bar.total != total:
-                bar.reset(total)
-            bar.set_description_str(stage, refresh=False)
-            bar.update(done - bar.n)
-
-        gallery = make_gallery(dictionary, host, most=latents, examples=examples, progress=progress)
-        if wider is not None:
-            other = open_dictionary(wider)
-            check_host(other, model, any_model=any_model)
-            tell = partial(progress, "wider")
-            children = hierarchy(dictionary, other, host, gallery.latents, progress=tell)
-            gallery = replace(gallery, children=children)
-    if explain:
-        gallery = explain_gallery(gallery, dictionary, host, count=explain, mask_token=tokenizer.mask_id)
-    facts = {
-        "model": str(model),
-        "site": gallery.site,
-        "latents": f"{len(gallery.latents):,} of {dictionary.n_latents:,}",
-        "text": f"{gallery.survey.rows:,} tokens",
-    }
-    page = render_features(gallery, words, title=f"Features of {source.name}", facts=facts)
-    _write(out, page)
-    if neuronpedia is not None:
-        layer = int(gallery.site.split(".")[1]) if gallery.site.startswith("blocks.") else 0
-        batch = neuronpedia_batch(
-            gallery, dictionary, words, model_id=model.name, sae_id=source.name, layer=layer
+    inputs = [source, model, *texts, *([] if wider is None else [wider])]
+    options = (site, context, latents, examples, explain, any_model)
+    with NewFiles(
+        [path for path in (out, neuronpedia) if path is not None],
+        inputs=inputs,
+        identity=hashlib.sha256(repr((stat_sha256(*inputs), options)).encode()).hexdigest(),
+    ) as files:
+        dictionary = open_dictionary(source)
+        devices = None if mesh is None else make_mesh(mesh)
+        host = open_host(
+            dictionary, model, texts, site=site, length=context, any_model=any_model, mesh=devices
         )
-        _write(neuronpedia, json.dumps(batch, ensure_ascii=False))
-    if as_json:
-        click.echo(
-            json.dumps({"path": str(out), "latents": len(gallery.latents), "rows": gallery.survey.rows})
-        )
-    else:
-        click.echo(f"{len(gallery.latents):,} latents on {gallery.survey.rows:,} tokens\n{out}")
+        tokenizer = load_tokenizer(model)
 
+        @cache
+        def words(token: int) -> str:
+            return tokenizer.piece(token)
 
-def _write(path: Path, text: str) -> None:
-    """Under its name when it is complete."""
-    from mergelab.errors import OutputError
+        with tqdm(unit="context", disable=as_json or None, dynamic_ncols=True) as bar:
 
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written ({error.strerror}); check the folder and the disk"
-        ) from error
+            def progress(stage: str, done: int, total: int) -> None:
+                if done < bar.n or bar.total != total:
+                    bar.reset(total)
+                bar.set_description_str(stage, refresh=False)
+                bar.update(done - bar.n)
+
+            gallery = make_gallery(dictionary, host, most=latents, examples=examples, progress=progress)
+            if wider is not None:
+                other = open_dictionary(wider)
+                check_host(other, model, any_model=any_model)
+                tell = partial(progress, "wider")
+                children = hierarchy(dictionary, other, host, gallery.latents, progress=tell)
+                gallery = replace(gallery, children=children)
+        if explain:
+            gallery = explain_gallery(gallery, dictionary, host, count=explain, mask_token=tokenizer.mask_id)
+        facts = {
+            "model": str(model),
+            "site": gallery.site,
+            "latents": f"{len(gallery.latents):,} of {dictionary.n_latents:,}",
+            "text": f"{gallery.survey.rows:,} tokens",
+        }
+        page = render_features(gallery, words, title=f"Features of {source.name}", facts=facts)
+        contents: dict[Path | str, Content] = {out: page.encode()}
+        if neuronpedia is not None:
+            layer = int(gallery.site.split(".")[1]) if gallery.site.startswith("blocks.") else 0
+            batch = neuronpedia_batch(
+                gallery, dictionary, words, model_id=model.name, sae_id=source.name, layer=layer
+            )
+            contents[neuronpedia] = json.dumps(batch, ensure_ascii=False).encode()
+        files.publish(contents)
+        if as_json:
+            click.echo(
+                json.dumps({"path": str(out), "latents": len(gallery.latents), "rows": gallery.survey.rows})
+            )
+        else:
+            click.echo(f"{len(gallery.latents):,} latents on {gallery.survey.rows:,} tokens\n{out}")

@@ -50,11 +50,17 @@ def command(config: Path, out: Path, overrides: tuple[str, ...], resume: bool, a
             )
             bar.update(done - bar.n)
 
-        result = train(config, out, resume=resume, overrides=overrides, progress=progress)
+        def notice(message: str) -> None:
+            bar.clear()
+            click.echo(f"warning: {message}", err=True)
+
+        result = train(config, out, resume=resume, overrides=overrides, progress=progress, notice=notice)
     if as_json:
         said: dict[str, Any] = {"path": str(result.path), "steps": result.steps, "metrics": result.metrics}
         click.echo(json.dumps(said))
         return
+    if result.resumed:
+        click.echo("the run has finished before; nothing was left to train")
     last = result.metrics
     click.echo(
         f"nmse {last['nmse']:.4f}  L0 {last['l0']:.1f}  dead {last['dead_fraction']:.2%}  "

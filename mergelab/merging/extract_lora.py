@@ -21,6 +21,11 @@ from mergelab.checkpoints import (
     open_checkpoint,
     read_whole,
 )
+from mergelab.checkpoints.digest import stat_sha256
+from mergelab.checkpoints.json_data import read_json_object
+from mergelab.checkpoints.output_target import MARKER
+from mergelab.checkpoints.work_folder import WorkFolder
+from mergelab.checkpoints.writer import identity_digest
 from mergelab.errors import CheckpointError, NonFiniteError, OperatorError, did_you_mean
 from mergelab.merging.peft_folder import adapter_config, write_adapter
 from mergelab.operators.low_rank import (
@@ -133,7 +138,7 @@ def extract_lora(
         embeddings: whether changed embeddings are stored whole, as `lora_embedding` factors, or left out.
         dtype: the stored dtype of the factors.
         seed: for the randomised SVD.
-        overwrite: replace a non-empty `out`.
+        overwrite: replace a non-empty `out` that mergelab wrote.
         progress: called with the bytes of the base dealt with.
 
     Raises:
@@ -144,6 +149,34 @@ def extract_lora(
     """
     setting = _Setting(rank, energy, randomized, seed, dtype_from_name(dtype))
     setting.check()
+    identity = {
+        "settings": f"{setting} {tuple(targets)} {embeddings}",
+        "models": stat_sha256(finetuned, base),
+    }
+    with WorkFolder(out, inputs=[finetuned, base], overwrite=overwrite) as work:
+        if work.finished(identity_digest(identity)):
+            return _recorded(Path(out))
+        work.prepare()
+        return _extract(finetuned, base, work, identity, setting, targets, embeddings, progress)
+
+
+def _recorded(out: Path) -> ExtractedLora:
+    """What an extraction that was killed after it had published has written about itself."""
+    facts = read_json_object(out / MARKER)["extracted"]
+    facts |= {"whole": tuple(facts["whole"]), "skipped": tuple(facts["skipped"])}
+    return ExtractedLora(out=out, **facts)
+
+
+def _extract(
+    finetuned: Path | str,
+    base: Path | str,
+    work: WorkFolder,
+    identity: Mapping[str, str],
+    setting: _Setting,
+    targets: Sequence[str],
+    embeddings: str,
+    progress: Callable[[int], None] | None,
+) -> ExtractedLora:
     tuned_model, base_model = open_checkpoint(finetuned), open_checkpoint(base)
     modules = _modules(tuned_model, base_model)
     conv1d = _CONV1D.get(str(base_model.config.get("model_type")), ())
@@ -194,8 +227,9 @@ def extract_lora(
         fan_in_fan_out=bool(conv1d),
         with_biases=biases,
     )
-    nbytes = write_adapter(Path(out), tensors, config, overwrite=overwrite)
-    return ExtractedLora(Path(out), ranks, errors, tuple(whole), tuple(skipped), nbytes)
+    extracted = {"ranks": ranks, "errors": errors, "whole": tuple(whole), "skipped": tuple(skipped)}
+    nbytes = write_adapter(work, tensors, config, identity, extracted)
+    return ExtractedLora(out=work.out, **extracted, nbytes=nbytes)
 
 
 def _modules(tuned: Checkpoint, base: Checkpoint) -> dict[str, dict[str, tuple[TensorSource, TensorSource]]]:

@@ -6,19 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mergelab.errors import RecipeError
+from mergelab.errors import RecipeError, dotted
 
 __all__ = ["FieldPath", "LocatedError", "Origin", "dotted", "raise_faults"]
 
 FieldPath = tuple[str | int, ...]
-
-
-def dotted(path: FieldPath) -> str:
-    """`("models", 1, "parameters")` as `models[1].parameters`."""
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
 
 
 @dataclass(frozen=True)
@@ -27,13 +19,18 @@ class Origin:
 
     Attributes:
         source: the file's name for messages, or None for a recipe built in Python.
-        folder: the file's folder, against which relative model paths are resolved second.
+        path: the file, or None.
         lines: the 1-based line of each field.
     """
 
     source: str | None = field(default=None, compare=False)
-    folder: Path | None = field(default=None, compare=False)
+    path: Path | None = field(default=None, compare=False)
     lines: Mapping[FieldPath, int] = field(default_factory=dict, compare=False)
+
+    @property
+    def folder(self) -> Path | None:
+        """The file's folder, against which relative model paths are resolved second."""
+        return None if self.path is None else self.path.parent
 
     def line(self, path: FieldPath) -> int:
         """The line of the field at `path` or of the nearest one around it; 0 if none is known."""

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from mergelab.checkpoints import Checkpoint, FolderCheckpoint, open_checkpoint, with_lora
-from mergelab.errors import CheckpointError, DependencyError, MergelabError, did_you_mean
+from mergelab.checkpoints.output_target import recorded_identity
+from mergelab.errors import CheckpointError, DependencyError, MergelabError, did_you_mean, quoted, shortened
 from mergelab.merging.faults import FieldPath, Origin, raise_faults
 from mergelab.merging.model_ref import ModelRef, parse_model_ref
 from mergelab.merging.planned_checkpoint import PlannedCheckpoint
-from mergelab.merging.provenance import recorded_identity
 
 __all__ = ["FoundModel", "find_models"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SAMPLE = 64
+_SAMPLE = 1024
+_SAMPLES = 4
 _HUB_FILES = ["*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -34,13 +37,15 @@ class FoundModel:
         name: its reference as the recipe writes it.
         checkpoint: its tensors, with the adapter added if the reference names one.
         revision: the hub commit it was taken from, or None.
-        fingerprint: SHA-256 over config, headers and the first values of every tensor, and over the adapter.
+        fingerprint: SHA-256 over config, headers and a sample of every tensor, and over the adapter.
+        paths: the model and the adapter on this disk; empty if it is the result of another recipe.
     """
 
     name: str
     checkpoint: Checkpoint
     revision: str | None
     fingerprint: str
+    paths: tuple[Path, ...] = ()
 
 
 def find_models(
@@ -76,9 +81,10 @@ def find_models(
 
 def _open(text: str, folders: list[Path], stages: Mapping[str, Checkpoint]) -> FoundModel:
     reference = parse_model_ref(text)
-    if any((folder / text).exists() for folder in folders):
+    if any(_exists(folder / text) for folder in folders):
         reference = ModelRef(text)  # a folder whose own name holds '@' or '+'
     fingerprint = None
+    paths: list[Path] = []
     if reference.path in stages:
         checkpoint, revision = stages[reference.path], None
         # The same before and after the stage has run, so that a plan's identity is known from the start.
@@ -86,17 +92,20 @@ def _open(text: str, folders: list[Path], stages: Mapping[str, Checkpoint]) -> F
     else:
         path, revision = _locate(reference.path, reference.revision, folders, list(stages))
         checkpoint = open_checkpoint(path)
+        paths.append(path)
     fingerprint = fingerprint or _fingerprint(checkpoint)
     if reference.adapter is not None:
         adapter, _ = _locate(reference.adapter, reference.adapter_revision, folders, [])
         if not isinstance(checkpoint, FolderCheckpoint):
             raise CheckpointError(
-                f"adapter {reference.adapter!r} needs a finished model: run {reference.path!r} by itself"
+                f"adapter {quoted(reference.adapter)} needs a finished model: run {quoted(reference.path)} "
+                "by itself"
             )
         checkpoint = with_lora(checkpoint, adapter)
+        paths.append(adapter)
         parts = [fingerprint, *(_digest(p) for p in sorted(adapter.glob("adapter_*")) if p.is_file())]
         fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    return FoundModel(text, checkpoint, revision, fingerprint)
+    return FoundModel(text, checkpoint, revision, fingerprint, tuple(paths))
 
 
 def _digest(path: Path) -> str:
@@ -105,14 +114,18 @@ def _digest(path: Path) -> str:
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:
-    """Headers alone do not tell a model from its fine-tune: the first values of every tensor do."""
+    """Headers alone do not tell a model from its fine-tune: values from all over every tensor do."""
     if isinstance(checkpoint, PlannedCheckpoint):
         return checkpoint.identity
     digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
     for name, tensor in checkpoint.tensors.items():
-        values = np.empty(min(_SAMPLE, math.prod(tensor.shape)), tensor.dtype)
-        tensor.read_into(0, values)
-        digest.update(f"{name} {tensor.dtype} {tensor.shape} ".encode() + values.tobytes())
+        digest.update(f"{name} {tensor.dtype} {tensor.shape} ".encode())
+        size = math.prod(tensor.shape)
+        whole = size <= _SAMPLE * _SAMPLES
+        values = np.empty(size if whole else _SAMPLE, tensor.dtype)
+        for number in range(1 if whole else _SAMPLES):
+            tensor.read_into(number * (size - len(values)) // (_SAMPLES - 1), values)
+            digest.update(values.tobytes())
     return digest.hexdigest()
 
 
@@ -120,20 +133,41 @@ def _locate(
     path: str, revision: str | None, folders: list[Path], stages: list[str]
 ) -> tuple[Path, str | None]:
     """The local path of a model or adapter, and the hub commit it is of."""
-    expanded = Path(path).expanduser()
+    try:
+        expanded = Path(path).expanduser()
+    except RuntimeError:  # "~name" of somebody whom this machine does not know
+        expanded = Path(path)
     for folder in folders:
-        if (folder / expanded).exists():
+        if _exists(folder / expanded):
             return folder / expanded, None
     if _HUB_ID.fullmatch(path):
         return _snapshot(path, revision, folders)
-    siblings = [
-        p.name
-        for folder in folders
-        if (folder / expanded).parent.is_dir()
-        for p in (folder / expanded).parent.iterdir()
-    ]
+    siblings = [name for folder in folders for name in _names_beside(folder / expanded)]
     near = did_you_mean(expanded.name, siblings) or did_you_mean(path, stages)
-    raise CheckpointError(f"model {path!r} does not exist{near}: looked in {_places(folders)}")
+    raise CheckpointError(f"model {quoted(path, 200)} does not exist{near}: looked in {_places(folders)}")
+
+
+def _exists(path: Path) -> bool:
+    """Whether something is there; what can be no file's name (too long, not text) is not.
+
+    Raises:
+        CheckpointError: the system does not say.
+    """
+    try:
+        return path.exists()
+    except ValueError:
+        return False
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise CheckpointError(f"{shortened(str(path), 200)} cannot be looked up ({error.strerror})") from None
+
+
+def _names_beside(path: Path) -> list[str]:
+    try:
+        return [entry.name for entry in islice(path.parent.iterdir(), 10_000)]
+    except (OSError, ValueError):
+        return []
 
 
 def _places(folders: list[Path]) -> str:
@@ -147,15 +181,15 @@ def _snapshot(path: str, revision: str | None, folders: list[Path]) -> tuple[Pat
         from huggingface_hub import snapshot_download  # type: ignore[import-not-found]
     except ImportError:
         raise CheckpointError(
-            f"model {path!r} is no folder (looked in {_places(folders)}); to fetch it from the Hugging Face "
-            "hub, install mergelab[hub], or download it yourself and give its path"
+            f"model {quoted(path)} is no folder (looked in {_places(folders)}); to fetch it from the Hugging "
+            "Face hub, install mergelab[hub], or download it yourself and give its path"
         ) from None
     try:
         folder = Path(snapshot_download(path, revision=revision, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub client raises many unrelated types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"model {path!r} is no folder (looked in {_places(folders)}) and the hub did not give it: "
-            f"{reason}"
+            f"model {quoted(path)} is no folder (looked in {_places(folders)}) and the hub did not give it: "
+            f"{shortened(reason, 300)}"
         ) from None
     return folder, folder.name

@@ -10,6 +10,7 @@ import numpy as np
 
 from mergelab.checkpoints import Checkpoint, TensorSource, is_float, promote
 from mergelab.errors import CheckpointError, MergelabError, OperatorError
+from mergelab.merging.compatibility import is_buffer
 from mergelab.merging.job import Job
 from mergelab.merging.layout import Place
 from mergelab.merging.missing import Ingredients, find_tensor, outcome
@@ -35,7 +36,7 @@ class JobBuilder:
         dtype: the stored dtype, or None for the promotion of each tensor's inputs.
         truncate_rows: whether embeddings of different length are cut to the shortest.
         faults: one sentence per impossible tensor.
-        lacking: tensor names by the models that lack them.
+        lacking: output tensors by the models that lack them.
         rejected: tensor names by the reason their operator gives for refusing its parameters.
         skipped: tensors that are not made at all.
         settings: the hyper-parameters of each job, in order; part of a plan's identity.
@@ -47,7 +48,7 @@ class JobBuilder:
     dtype: np.dtype[Any] | None = None
     truncate_rows: bool = False
     faults: list[str] = field(default_factory=list)
-    lacking: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
+    lacking: dict[tuple[str, ...], list[Place]] = field(default_factory=dict)
     rejected: dict[str, list[str]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     settings: list[str] = field(default_factory=list)
@@ -58,7 +59,7 @@ class JobBuilder:
         try:
             found = self._find(place)
             kind, tensors = outcome(self.operator, place.piece, found)
-            if kind == "skip":
+            if kind == "skip" or (kind == "fault" and is_buffer(place.name)):
                 self.skipped.append(place.name)
                 return None
             if kind == "fault":
@@ -81,7 +82,7 @@ class JobBuilder:
             present.append(tensor)
         lacking = tuple(s.model for s, t in zip(place.piece.sources, present, strict=True) if t is None)
         if lacking:
-            self.lacking.setdefault(lacking, []).append(place.name)
+            self.lacking.setdefault(lacking, []).append(place)
         if self.truncate_rows and is_token_tensor(place.name):
             rows = min(tensor.shape[0] for tensor in present if tensor is not None)
             present = [t if t is None or t.shape[0] == rows else RowPrefix(t, rows) for t in present]

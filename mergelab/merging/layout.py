@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from mergelab.errors import did_you_mean
+from mergelab.errors import did_you_mean, quoted, shortened
 from mergelab.merging.architecture import Architecture, Module, Stack, counterpart
 from mergelab.merging.faults import FieldPath
 from mergelab.merging.scopes import ScopedSlice
 
 __all__ = ["Layout", "Place", "lay_out"]
+
+
+MAX_LAYERS = 10_000
+"""Far beyond any model: a few slices of aliases ask for as many as they like."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +26,14 @@ class Place:
         piece: the slice it belongs to, whose parameters apply.
         names: what it is called in each of `piece.sources`; the model may lack it.
         t: the layer coordinate at which gradients are read; 0 outside the blocks.
+        module: the module it belongs to.
     """
 
     name: str
     piece: ScopedSlice
     names: tuple[str, ...]
     t: float
+    module: str = "default"
 
 
 @dataclass
@@ -123,7 +129,7 @@ def _lay_out_module(
             f"tensors before the first block come from the first slice ({_listed(first)}), those after the "
             f"last block from the last slice ({_listed(last)})"
         )
-    layout.places += places
+    layout.places += [replace(place, module=name) for place in places]
 
 
 def _listed(piece: ScopedSlice) -> str:
@@ -166,6 +172,12 @@ def _blocks(
     for piece in slices:
         ranges = _ranges(piece, models, module, layout)
         length = max((stop - start for _, start, stop in ranges.values()), default=0)
+        if len(layers) + length > MAX_LAYERS:
+            message = (
+                f"with this slice the output has {len(layers) + length:,} layers; at most {MAX_LAYERS:,}"
+            )
+            layout.faults.append((piece.path, f"{message} are made"))
+            return [], ()
         for offset in range(length):
             t = offset / (length - 1) if length > 1 else 1.0
             found: dict[str, None] = {}
@@ -194,12 +206,13 @@ def _ranges(
         if stop > part.stack.count:
             path = (*source.path, "layer_range") if "sources" in source.path else source.path
             has = f"it has {part.stack.count} layers"
-            message = f"layer range [{start}, {stop}] is beyond model {source.model!r}: {has}"
+            message = f"layer range [{start}, {stop}] is beyond model {quoted(source.model)}: {has}"
             layout.faults.append((path, message))
             return {}
         ranges[i] = (part.stack, start, stop)
     if len({stop - start for _, start, stop in ranges.values()}) > 1:
-        found = ", ".join(f"{piece.sources[i].model}: {b - a}" for i, (_, a, b) in ranges.items())
+        listed = ", ".join(f"{piece.sources[i].model}: {b - a}" for i, (_, a, b) in ranges.items())
+        found = shortened(listed, 400)
         layout.faults.append(
             (piece.path, f"the models have different numbers of layers ({found}): choose them with 'slices:'")
         )

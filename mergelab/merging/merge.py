@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mergelab.checkpoints import CheckpointWriter, TensorSpec, plan_shards
+from mergelab.checkpoints.output_target import MARKER, recorded_identity
+from mergelab.checkpoints.work_folder import WorkFolder, publish_file
+from mergelab.checkpoints.writer import check_digests
 from mergelab.merging.model_card import model_card
 from mergelab.merging.plan import Plan, make_plan
-from mergelab.merging.provenance import PROVENANCE, provenance, recorded_identity, write_sha256
+from mergelab.merging.provenance import SHA256SUMS, provenance, sha256_sums
 from mergelab.merging.recipe import Recipe
 from mergelab.merging.streaming import stream_jobs
 
@@ -49,6 +51,7 @@ def merge(
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     truncate_embeddings: bool = False,
+    allow_mixed_architectures: bool = False,
     sha256: bool = False,
     base_dir: str | Path | None = None,
     progress: Callable[[int], None] = lambda count: None,
@@ -69,9 +72,11 @@ def merge(
         threads: how many threads read, compute and write; by default one per core. The bytes do not depend
             on it.
         resume: go on with an interrupted run of the same plan.
-        overwrite: replace a non-empty `out`.
+        overwrite: replace a non-empty `out` that mergelab wrote.
         allow_nonfinite: accept NaN and infinity in the inputs.
         truncate_embeddings: cut embeddings of different length to the shortest.
+        allow_mixed_architectures: merge models of different `model_type`, and make tensors that some models
+            lack from the others alone.
         sha256: also write `SHA256SUMS` of the weight files.
         base_dir: where relative model paths are looked up after the working directory; by default the
             recipe file's folder.
@@ -81,62 +86,94 @@ def merge(
     Raises:
         RecipeError: the recipe cannot be run; every reason at once.
         CheckpointError: an input cannot be read (`NonFiniteError`: holds NaN or infinity).
-        OutputError: `out` is not empty, or the disk is full.
+        OutputError: `out` is not empty, could cost an input, is being written by another run, or the disk is
+            full.
 
     Example:
         >>> merge("ties.yaml", "merged", seed=1)                                    # doctest: +SKIP
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    out = Path(out)
     planning: dict[str, Any] = {
         "base_dir": None if base_dir is None else Path(base_dir),
         "seed": seed,
         "shard_bytes": shard_bytes,
         "truncate_embeddings": truncate_embeddings,
+        "allow_mixed_architectures": allow_mixed_architectures,
     }
     running: dict[str, Any] = {
         "memory": memory,
         "threads": threads,
         "allow_nonfinite": allow_nonfinite,
         "progress": progress,
+        "resume": resume,
     }
     plan = plan or make_plan(recipe, dtype=dtype, **planning)
-    workshop = out.parent / f".{out.name}.stages"
+    with WorkFolder(out, inputs=plan.inputs, overwrite=overwrite) as work:
+        seconds = 0.0
+        if _is_done(plan, work.out, resume) or work.finished(plan.identity):
+            work.abandon()
+        else:
+            work.prepare()
+            seconds = _write_all(recipe, plan, work, planning, running, dtype=dtype, sha256=sha256)
+        digests, sums = sha256_sums(work.out) if sha256 else ({}, b"")
+        if sha256 and not (work.out / SHA256SUMS).is_file():
+            publish_file(work.out / SHA256SUMS, sums)
+    return Merged(Path(out), plan, seconds, digests)
+
+
+def _is_done(plan: Plan, out: Path, resume: bool) -> bool:
+    """Whether `out` is the result of this plan, to the bit."""
+    if not resume or recorded_identity(out) != plan.identity:
+        return False
+    check_digests(out)
+    return True
+
+
+def _write_all(
+    recipe: Recipe,
+    plan: Plan,
+    work: WorkFolder,
+    planning: Mapping[str, Any],
+    running: Mapping[str, Any],
+    *,
+    dtype: str | None,
+    sha256: bool,
+) -> float:
+    """Runs the recipes of a graph in turn, each on the results of those before; returns seconds streaming."""
     folders: dict[str, Path] = {}
     stages: list[Plan] = []
     seconds = 0.0
-    finished = resume and recorded_identity(out) == plan.identity
-    for number, stage in enumerate(() if finished else recipe.merges):
+    if not running["resume"]:
+        work.clear_stages()
+    for number, stage in enumerate(recipe.merges):
         staged = make_plan(stage, stages=folders, **planning)
-        folder = workshop / str(number)
-        seconds += _write(staged, folder, (), resume=resume, overwrite=True, **running)
+        folder = work.stages / str(number)
+        if not _is_done(staged, folder, running["resume"]):
+            with WorkFolder(folder, overwrite=True) as inner:
+                seconds += _write(staged, inner, (), **running)
         folders[str(stage.name)] = folder
         stages.append(staged)
     if folders:
         plan = make_plan(recipe, dtype=dtype, stages=folders, **planning)
-    seconds += _write(plan, out, stages, resume=resume, overwrite=overwrite, **running)
-    shutil.rmtree(workshop, ignore_errors=True)
-    return Merged(out, plan, seconds, write_sha256(out) if sha256 else {})
+    return seconds + _write(plan, work, stages, sha256=sha256, **running)
 
 
 def _write(
     plan: Plan,
-    out: Path,
+    work: WorkFolder,
     stages: Sequence[Plan],
     *,
     memory: int,
     threads: int | None,
     resume: bool,
-    overwrite: bool,
     allow_nonfinite: bool,
     progress: Callable[[int], None],
+    sha256: bool = False,
 ) -> float:
     """Runs one plan into a folder; returns the seconds spent streaming."""
-    if resume and recorded_identity(out) == plan.identity:
-        return 0.0
     specs = [TensorSpec(job.name, job.dtype, job.shape) for job in plan.jobs]
     layout = plan_shards(specs, plan.shard_bytes)
-    with CheckpointWriter(out, layout, plan.identities, resume=resume, overwrite=overwrite) as writer:
+    with CheckpointWriter(work, layout, plan.identities, resume=resume) as writer:
         report = stream_jobs(
             plan.jobs,
             writer,
@@ -151,7 +188,9 @@ def _write(
             writer.add_file(name, content)
         if plan.config:
             writer.add_file("config.json", (json.dumps(plan.config, indent=2) + "\n").encode())
-        writer.add_file(PROVENANCE, provenance(plan, digests))
-        writer.add_file("README.md", model_card(plan, out.name, digests, stages=stages).encode())
+        writer.add_file(MARKER, provenance(plan, digests))
+        writer.add_file("README.md", model_card(plan, writer.out.name, digests, stages=stages).encode())
+        if sha256:
+            writer.add_file(SHA256SUMS, sha256_sums(work.path)[1])
         writer.commit()
     return report.seconds

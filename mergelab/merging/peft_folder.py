@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mergelab import __version__
 from mergelab.checkpoints import CheckpointWriter, TensorSpec, plan_shards
+from mergelab.checkpoints.output_target import MARKER
+from mergelab.checkpoints.work_folder import WorkFolder
 
 __all__ = ["adapter_config", "write_adapter"]
 
@@ -82,20 +83,36 @@ def _shortest(targets: Collection[str], modules: Collection[str]) -> list[str]:
 
 
 def write_adapter(
-    out: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], *, overwrite: bool
+    work: WorkFolder,
+    tensors: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+    identity: Mapping[str, str],
+    extracted: Mapping[str, Any],
 ) -> int:
     """Writes the folder under its final name once it is complete; returns the bytes of its weight file.
 
+    Args:
+        work: the folder's work folder, entered and prepared.
+        tensors: factors and whole tensors by the names that PEFT gives them.
+        config: the content of `adapter_config.json`.
+        identity: digests of all that decides the content.
+        extracted: what `mergelab.json` says of the extraction.
+
     Raises:
-        OutputError: the folder is not empty, or the disk is full or fails.
+        OutputError: the disk is full or fails.
     """
     specs = [TensorSpec(name, array.dtype, array.shape) for name, array in tensors.items()]
     plan = plan_shards(specs, shard_bytes=1 + sum(spec.nbytes for spec in specs))
     plan = dataclasses.replace(plan, shards=(dataclasses.replace(plan.shards[0], file=_WEIGHTS),))
-    text = (json.dumps(config, indent=2) + "\n").encode()
-    with CheckpointWriter(out, plan, hashlib.sha256(text).hexdigest(), overwrite=overwrite) as writer:
+    facts = {"mergelab": __version__, "extracted": {**extracted, "nbytes": plan.nbytes}}
+    with CheckpointWriter(work, plan, identity) as writer:
         for name, array in tensors.items():
             writer.write(name, 0, np.ascontiguousarray(array).reshape(-1))
-        writer.add_file("adapter_config.json", text)
+        writer.add_file("adapter_config.json", _text(config))
+        writer.add_file(MARKER, _text(facts))
         writer.commit()
     return plan.nbytes
+
+
+def _text(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()

@@ -13,7 +13,9 @@ from typing import Any
 
 from mergelab import __version__
 from mergelab.checkpoints import Checkpoint, dtype_from_name, open_checkpoint
+from mergelab.checkpoints.writer import identity_digest
 from mergelab.merging.architecture import infer_architecture
+from mergelab.merging.compatibility import absent, incomplete, mixed, packed
 from mergelab.merging.extra_files import donor_files
 from mergelab.merging.faults import raise_faults
 from mergelab.merging.find_models import FoundModel, find_models
@@ -55,6 +57,7 @@ class Plan:
         shard_bytes: the size at which a new weight file is begun.
         identities: SHA-256 of each thing that determines the output's bytes (recipe, jobs, models, ...).
         stages: the plans of the recipes this one builds on, by name, unless their results were given.
+        inputs: every file and folder that is read, which no output may replace.
     """
 
     recipe: Recipe
@@ -67,11 +70,12 @@ class Plan:
     shard_bytes: int
     identities: Mapping[str, str]
     stages: Mapping[str, Plan] = field(default_factory=dict)
+    inputs: tuple[Path, ...] = ()
 
     @property
     def identity(self) -> str:
         """SHA-256 over all that determines the output's bytes: only an equal plan may resume a run."""
-        return hashlib.sha256(json.dumps(dict(self.identities), sort_keys=True).encode()).hexdigest()
+        return identity_digest(self.identities)
 
     @property
     def bytes_in(self) -> int:
@@ -103,6 +107,7 @@ def make_plan(
     seed: int = 0,
     shard_bytes: int = 5 * 10**9,
     truncate_embeddings: bool = False,
+    allow_mixed_architectures: bool = False,
     stages: Mapping[str, Path] | None = None,
 ) -> Plan:
     """Plans a merge; reads headers, configs, tokenizers, and a few values per tensor to tell models apart.
@@ -115,6 +120,8 @@ def make_plan(
         seed: seeds the random draws.
         shard_bytes: the size at which a new weight file is begun.
         truncate_embeddings: cut embeddings of different length to the shortest.
+        allow_mixed_architectures: merge models of different `model_type`, and make tensors that some models
+            lack from the others alone.
         stages: folders of results of recipes this one builds on, by name.
 
     Raises:
@@ -128,6 +135,7 @@ def make_plan(
         "seed": seed,
         "shard_bytes": shard_bytes,
         "truncate_embeddings": truncate_embeddings,
+        "allow_mixed_architectures": allow_mixed_architectures,
     }
     with tempfile.TemporaryDirectory(prefix="mergelab-plan-") as scratch:
         known: dict[str, Checkpoint] = {name: open_checkpoint(path) for name, path in (stages or {}).items()}
@@ -148,6 +156,7 @@ def _plan(
     seed: int,
     shard_bytes: int,
     truncate_embeddings: bool,
+    allow_mixed_architectures: bool,
     planned: Mapping[str, Plan] | None = None,
 ) -> Plan:
     origin, operator = recipe.origin, OPERATORS[recipe.merge_method]
@@ -156,7 +165,15 @@ def _plan(
     checkpoints = {name: model.checkpoint for name, model in merged.items()}
     donor = recipe.base_model if recipe.base_model is not None else next(iter(merged))
     shapes = {name: infer_architecture(c.tensors, c.config) for name, c in checkpoints.items()}
-    raise_faults(strangers(shapes, donor))
+    configs = {name: checkpoint.config for name, checkpoint in checkpoints.items()}
+    raise_faults(
+        [
+            *incomplete(checkpoints),
+            *([] if operator.name == "passthrough" else packed(checkpoints)),
+            *([] if allow_mixed_architectures else mixed(configs, donor)),
+            *strangers(shapes, donor),
+        ]
+    )
     layout = lay_out(scoped_parts(recipe, operator), shapes, donor)
     raise_faults(origin.sentence(*fault) for fault in layout.faults)
 
@@ -170,9 +187,10 @@ def _plan(
         truncate_embeddings and vocabulary is None,
     )
     jobs = tuple(job for job in map(builder.build, layout.places) if job is not None)
-    raise_faults(shortened(builder.faults, builder.rejected))
+    lacking = [] if allow_mixed_architectures else absent(builder.lacking, shapes, configs, donor)
+    raise_faults([*lacking, *shortened(builder.faults, builder.rejected)])
     config, notes = output_config(
-        {name: checkpoint.config for name, checkpoint in checkpoints.items()},
+        configs,
         donor,
         shapes[donor],
         layout.layers,
@@ -183,7 +201,7 @@ def _plan(
         *(origin.sentence(*warning) for warning in recipe_warnings(recipe)),
         *layout.warnings,
         *absences(builder.lacking, builder.skipped),
-        *config_differences({name: c.config for name, c in checkpoints.items()}, donor),
+        *config_differences(configs, donor),
         *warnings,
         *notes,
     ]
@@ -204,7 +222,16 @@ def _plan(
         shard_bytes=shard_bytes,
         identities=_identities(recipe, jobs, builder.settings, merged, config, files, seed, shard_bytes),
         stages=dict(planned or {}),
+        inputs=_inputs(recipe, found, planned or {}),
     )
+
+
+def _inputs(recipe: Recipe, found: Mapping[str, FoundModel], stages: Mapping[str, Plan]) -> tuple[Path, ...]:
+    paths = [path for model in found.values() for path in model.paths]
+    paths += [path for stage in stages.values() for path in stage.inputs]
+    if recipe.origin.path is not None:
+        paths.append(recipe.origin.path)
+    return tuple(dict.fromkeys(paths))
 
 
 def _vocabulary(

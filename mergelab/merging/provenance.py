@@ -1,4 +1,4 @@
-"""`mergelab.json` in the output: what it was made from, for programs; and how a finished output is known."""
+"""`mergelab.json` in the output: what it was made from, for programs; and the digests of its weight files."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergelab import __version__
-from mergelab.errors import OutputError
+from mergelab.checkpoints.output_target import disk_errors
 
 if TYPE_CHECKING:
     from mergelab.merging.plan import Plan
 
-__all__ = ["PROVENANCE", "SHA256SUMS", "provenance", "recorded_identity", "write_sha256"]
+__all__ = ["SHA256SUMS", "provenance", "sha256_sums"]
 
-PROVENANCE = "mergelab.json"
 SHA256SUMS = "SHA256SUMS"
 
 
@@ -36,27 +35,15 @@ def provenance(plan: Plan, digests: Mapping[str, str]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def recorded_identity(out: Path) -> str | None:
-    """The identity of the plan that `out` is the result of, or None; folders appear only when complete."""
-    try:
-        content = json.loads((out / PROVENANCE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content.get("identity") if isinstance(content, dict) else None
-
-
-def write_sha256(out: Path) -> dict[str, str]:
-    """Writes `SHA256SUMS` for the weight files of `out`, as `sha256sum -c` reads it; returns name -> digest.
+def sha256_sums(folder: Path) -> tuple[dict[str, str], bytes]:
+    """Digests of the weight files of `folder` by name, and the same as `sha256sum -c` reads it.
 
     Raises:
-        OutputError: a file cannot be read, or the sums cannot be written.
+        OutputError: a file cannot be read.
     """
-    try:
-        digests = {}
-        for file in sorted(out.glob("*.safetensors")):
+    digests = {}
+    with disk_errors(folder):
+        for file in sorted(folder.glob("*.safetensors")):
             with file.open("rb") as stream:
                 digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-        (out / SHA256SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()))
-    except OSError as error:
-        raise OutputError(f"{out}: SHA-256 sums could not be written ({error}); check the folder") from error
-    return digests
+    return digests, "".join(f"{digest}  {name}\n" for name, digest in digests.items()).encode()

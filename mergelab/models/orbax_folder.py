@@ -6,6 +6,7 @@ prefix of all names, a pooling layer), and going back to HF files must restore t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from jax.sharding import Mesh
 from mergelab.checkpoints.file_names import check_file_name
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.orbax import is_tree, restore_tree, save_tree, tree_shapes
+from mergelab.checkpoints.output_target import disk_errors
+from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import CheckpointError
 from mergelab.models.declaration import get_leaf, stored_shapes, tree_from_leaves
 from mergelab.models.families import model_from_config
@@ -40,38 +43,61 @@ def is_orbax_model(path: str | Path) -> bool:
 def save_orbax(
     model: Model,
     params: Params,
-    path: str | Path,
+    path: str | Path | WorkFolder,
     *,
     files: Mapping[str, bytes | Path] | None = None,
     overwrite: bool = False,
+    identity: str = "",
 ) -> Path:
     """Writes a model as an Orbax folder; every process of its mesh must make this call.
 
     Args:
         model: the model.
         params: its parameters, on any mesh.
-        path: a folder; its `params` is written, other files in it stay.
+        path: a folder that is empty or does not exist; or the work folder of one, entered by the caller (in
+            process 0).
         files: further files by name (tokenizer): their content, or where to copy it from.
-        overwrite: replace parameters that are there.
+        overwrite: replace a folder that mergelab wrote.
+        identity: SHA-256 of all that decides the content, where the caller can tell.
 
     Raises:
-        OutputError: there are parameters already, or the folder cannot be written.
+        OutputError: the folder is not empty, is being written by another run, or cannot be written.
         MeshError: writing failed in another process.
     """
-    out = Path(path)
     distributed = jax.process_count() > 1 and any(not a.is_fully_addressable for a in jax.tree.leaves(params))
-    save_tree(params, out / _PARAMS, overwrite=overwrite)
+    first = not distributed or jax.process_index() == 0
+    work = path if isinstance(path, WorkFolder) else WorkFolder(path, overwrite=overwrite)
     data = {"config.json": dict(model.hf_config), _TENSORS: {"names": [*stored_shapes(model.table())]}}
     texts = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in data.items()}
-    with together("writing the config", distributed=distributed):
-        if not distributed or jax.process_index() == 0:
-            for name, content in {**texts, **(files or {})}.items():
-                target = out / check_file_name(name, "the output")
-                if isinstance(content, Path):
-                    shutil.copyfile(content, target)
-                else:
-                    target.write_bytes(content)
-    return out
+    with contextlib.ExitStack() as held:
+        with together("preparing the output", distributed=distributed):
+            if first:
+                if work is not path:
+                    held.enter_context(work)
+                work.prepare(sum(array.nbytes for array in jax.tree.leaves(params)))
+                with disk_errors(work.out):
+                    work.clear()
+        try:
+            save_tree(params, work.path / _PARAMS)
+            with together("writing the config", distributed=distributed):
+                if first:
+                    _add(work, {**texts, **(files or {})})
+                    work.publish(identity)
+        except BaseException:
+            if first:
+                work.clear(recreate=False)
+            raise
+    return work.out
+
+
+def _add(work: WorkFolder, files: Mapping[str, bytes | Path]) -> None:
+    with disk_errors(work.out):
+        for name, content in files.items():
+            target = work.path / check_file_name(name, "the output")
+            if isinstance(content, Path):
+                shutil.copyfile(content, target)
+            else:
+                target.write_bytes(content)
 
 
 def load_orbax(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from mergelab.checkpoints.shard_plan import TensorSpec, plan_shards
 from mergelab.checkpoints.shared_writer import SharedWriter
+from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import OutputError
 from mergelab.models import transposed_copy
 from mergelab.models.declaration import Leaf, Piece, get_leaf, stored_shapes
@@ -22,6 +22,7 @@ from mergelab.models.layout import Box, box_shape, normalise, slices, whole
 from mergelab.models.model import Model
 from mergelab.models.regions import blocks, intersection, join, relative, runs
 from mergelab.models.staging import aligned_empty
+from mergelab.platform import usable_cores
 from mergelab.processes import together
 
 __all__ = ["SHARD_BYTES", "save_model", "save_params"]
@@ -34,11 +35,12 @@ _BLOCK = 4 << 20
 def save_model(
     model: Model,
     params: Mapping[str, Any],
-    path: str | Path,
+    path: str | Path | WorkFolder,
     *,
     files: Mapping[str, bytes | Path] | None = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
+    identity: str = "",
 ) -> Path:
     """Writes `config.json` and the weights, in the dtypes and bytes they have; the inverse of `load_model`.
 
@@ -48,10 +50,11 @@ def save_model(
     Args:
         model: the model.
         params: its parameters, JAX arrays on any mesh or numpy arrays.
-        path: a folder that is empty or does not exist.
+        path: a folder that is empty or does not exist; or the work folder of one, entered by the caller.
         files: further files by name, such as the tokenizer's: their content, or where to copy it from.
         shard_bytes: weights go into several files if they are larger.
-        overwrite: replace a folder that is not empty.
+        overwrite: replace a folder that mergelab wrote.
+        identity: SHA-256 of all that decides the content, where the caller can tell.
 
     Returns:
         The folder.
@@ -63,18 +66,27 @@ def save_model(
     config = _with_dtype(model.hf_config, params, model.table())
     text = (json.dumps(config, indent=2) + "\n").encode()
     files = {"config.json": text, **(files or {})}
-    return save_params(params, model.table(), path, files=files, shard_bytes=shard_bytes, overwrite=overwrite)
+    return save_params(
+        params,
+        model.table(),
+        path,
+        files=files,
+        shard_bytes=shard_bytes,
+        overwrite=overwrite,
+        identity=identity,
+    )
 
 
 def save_params(
     params: Mapping[str, Any],
     table: Sequence[Leaf],
-    path: str | Path,
+    path: str | Path | WorkFolder,
     *,
     files: Mapping[str, bytes | Path],
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     stem: str = "model",
+    identity: str = "",
 ) -> Path:
     """Writes the leaves of any table; arguments and errors are those of `save_model`, config in `files`.
 
@@ -83,7 +95,7 @@ def save_params(
     arrays = _arrays(params, table)
     distributed = any(isinstance(a, jax.Array) and not a.is_fully_addressable for a in arrays.values())
     plan = plan_shards(_specs(arrays), shard_bytes, stem=stem)
-    with SharedWriter(path, plan, overwrite=overwrite, distributed=distributed) as writer:
+    with SharedWriter(path, plan, identity=identity, overwrite=overwrite, distributed=distributed) as writer:
         with together("saving the model", distributed=distributed):
             _write(arrays, writer, distributed)
         return writer.commit(files)
@@ -140,7 +152,7 @@ def _write(arrays: Mapping[Leaf, Any], writer: SharedWriter, distributed: bool) 
                 parts.setdefault(piece.hf_name, []).append((leaf, box, piece))
     last_use = {leaf: name for name, found in parts.items() for leaf, _, _ in found}
     hosts: dict[Leaf, dict[Box, np.ndarray]] = {}
-    with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
+    with ThreadPoolExecutor(min(8, usable_cores())) as pool:
         for name, found in parts.items():
             sources: list[tuple[Box, np.ndarray]] = []
             for leaf, box, piece in found:

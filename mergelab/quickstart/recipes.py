@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import mergelab
+from mergelab.checkpoints.work_folder import publish_file
 from mergelab.errors import MergelabError
 
 __all__ = ["copy_recipe", "recipe_folder"]
@@ -34,5 +35,5 @@ def copy_recipe(name: str, folder: Path) -> Path:
     text = (recipe_folder() / f"{name}.yaml").read_text(encoding="utf-8")
     path = folder / f"{name}.yaml"
     folder.mkdir(exist_ok=True)
-    path.write_text(text.replace(_DEFAULT_OUT, "../"), encoding="utf-8")
+    publish_file(path, text.replace(_DEFAULT_OUT, "../").encode())
     return path

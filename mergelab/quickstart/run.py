@@ -8,6 +8,9 @@ from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
 
+from mergelab.checkpoints.output_lock import OutputLock
+from mergelab.checkpoints.output_target import check_target
+from mergelab.checkpoints.work_folder import publish_file
 from mergelab.data.corpus import DOMAINS, Document, gather
 from mergelab.merging import merge
 from mergelab.quickstart.family import Family, train_tokenizer
@@ -44,11 +47,20 @@ def run(
         on_progress: called as stages advance.
 
     Raises:
-        OutputError: `out` holds something that no quickstart wrote.
+        OutputError: `out` holds something that no quickstart wrote, may not be written, or another run writes
+            there.
         MergelabError: this Python has no standard-library sources.
     """
-    out = Path(out).resolve()
-    stages = Stages(out, force=force)
+    out = Path(out)
+    check_target(out)
+    out = out.resolve()
+    with OutputLock(out):
+        return _run(out, settings, seed, Stages(out, force=force), on_progress)
+
+
+def _run(
+    out: Path, settings: QuickstartSettings, seed: int, stages: Stages, on_progress: Progress
+) -> Results:
     corpus = gather(settings.train_bytes, settings.held_out_bytes)
     key = stage_key(corpus.digest, settings, seed)
     tokenizer = stages.run("tokenizer", key, lambda _: train_tokenizer(corpus, settings))
@@ -104,11 +116,11 @@ def run(
     stages.run("train autoencoder", key, train_sae, "sae")
     features = stages.run("find features", key, show_features)
 
-    (out / "held-out.txt").write_text(_mixed(corpus.held_out), encoding="utf-8")
+    publish_file(out / "held-out.txt", _mixed(corpus.held_out).encode())
     scores = score_models(bits, DOMAINS)
     judged = verdict(scores, DOMAINS)
     results = Results(DOMAINS, scores, judged, family.facts(), stages.seconds, features)
-    (out / "results.json").write_text(json.dumps(results.to_dict(), indent=2) + "\n", encoding="utf-8")
+    publish_file(out / "results.json", (json.dumps(results.to_dict(), indent=2) + "\n").encode())
     return results
 
 

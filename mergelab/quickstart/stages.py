@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelab import __version__
+from mergelab.checkpoints.work_folder import publish_file
 from mergelab.errors import OutputError
 
 __all__ = ["Stages", "remove", "stage_key"]
@@ -42,14 +42,15 @@ class Stages:
         """
         self.folder = folder
         self.record = folder / RECORD
-        if folder.exists() and not self.record.is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and not self.record.is_file() and not _only_begun(folder):
             raise OutputError(
                 f"{folder} exists and was not written by the quickstart (it has no {RECORD}); "
                 "choose another --out, or empty it first."
             )
         folder.mkdir(parents=True, exist_ok=True)
         self._done: dict[str, Any] = {} if force else self._read()
-        self._write()
+        if not self.record.is_file() or force:
+            self._write()
 
     def run(self, name: str, key: str, work: Callable[[Path], Any], product: str | None = None) -> Any:
         """Returns what the stage returned when it last ran with this key, running it if need be.
@@ -88,9 +89,12 @@ class Stages:
             return {}  # no run yet, or a run killed in its first moment
 
     def _write(self) -> None:
-        partial = self.record.with_name(RECORD + ".partial")
-        partial.write_text(json.dumps(self._done, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, self.record)
+        publish_file(self.record, (json.dumps(self._done, indent=1) + "\n").encode())
+
+
+def _only_begun(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a run killed in its first moment leaves."""
+    return folder.is_dir() and all(entry.name.startswith(f".{RECORD}.") for entry in folder.iterdir())
 
 
 def remove(path: Path) -> None:

@@ -20,8 +20,10 @@ import safetensors
 from mergelab.checkpoints.dtypes import SAFETENSORS
 from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.checkpoints.lora_tensor import read_whole
+from mergelab.checkpoints.output_target import MARKER
 from mergelab.checkpoints.receipts import LEAF
 from mergelab.checkpoints.shard_plan import ShardPlan, TensorSpec, plan_shards
+from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.checkpoints.writer import CheckpointWriter
 from mergelab.errors import CheckpointError, OutputError
 
@@ -85,7 +87,7 @@ def test_the_reference_library_reads_what_was_written(shard_bytes: int, piece: i
         assert index["metadata"]["total_size"] == sum(array.nbytes for array in arrays().values())
         assert index["weight_map"].keys() == arrays().keys()
     else:
-        assert set(written) == {"model.safetensors", "config.json"}
+        assert set(written) == {"model.safetensors", "config.json", MARKER}
     assert os.listdir(tmp_path) == ["m"]
 
 
@@ -194,18 +196,21 @@ def test_a_target_is_only_replaced_when_asked_and_complete(tmp_path: Path) -> No
     out.mkdir()
     (out / "old.txt").write_text("old")
     plan = plan_shards(specs_of(arrays()), 10**9)
+    with pytest.raises(OutputError, match=r"was not written by mergelab \(it has no mergelab\.json\)"):
+        CheckpointWriter(out, plan, "id", overwrite=True)
+    (out / MARKER).write_text("{}")
     with pytest.raises(OutputError, match=r"is not empty; .* --overwrite"):
         CheckpointWriter(out, plan, "id")
     assert os.listdir(tmp_path) == ["m"]
     with pytest.raises(KeyboardInterrupt), CheckpointWriter(out, plan, "id", overwrite=True) as writer:
         writer.write("norm", 0, arrays()["norm"])
         raise KeyboardInterrupt
-    assert files(out) == {"old.txt": b"old"}
+    assert set(files(out)) == {"old.txt", MARKER}
     with CheckpointWriter(out, plan, "id", overwrite=True) as writer:
         write_all(writer, arrays())
-        assert files(out) == {"old.txt": b"old"}
+        assert set(files(out)) == {"old.txt", MARKER}
         writer.commit()
-    assert set(files(out)) == {"model.safetensors"} and os.listdir(tmp_path) == ["m"]
+    assert set(files(out)) == {"model.safetensors", MARKER} and os.listdir(tmp_path) == ["m"]
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="is a file"):
         CheckpointWriter(tmp_path / "file", plan, "id", overwrite=True)
@@ -330,22 +335,44 @@ def test_two_runs_cannot_share_an_output(tmp_path: Path) -> None:
         writer.commit()
 
 
-def test_a_kill_between_the_renames_is_repaired(tmp_path: Path) -> None:
+@pytest.mark.parametrize("can_exchange", [True, False])
+@pytest.mark.parametrize("moment", ["_rename", "_clear_beside"])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_kill_while_publishing_is_completed_by_the_next_run(
+    moment: str, can_exchange: bool, overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, plan = tmp_path / "m", plan_shards(specs_of(arrays()), 700)
-    expected = make(out, shard_bytes=700)
-    # Killed after the new folder got its name, before the journal was removed.
-    with CheckpointWriter(out, plan, "id", overwrite=True) as writer:
+    expected = make(tmp_path / "undisturbed", shard_bytes=700)
+    if overwrite:
+        out.mkdir()
+        (out / MARKER).write_text("{}")
+    if not can_exchange:
+        monkeypatch.setattr("mergelab.checkpoints.work_folder.exchange", lambda a, b: False)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(KeyboardInterrupt),
+        CheckpointWriter(out, plan, "id", overwrite=overwrite) as writer,
+    ):
         write_all(writer, arrays())
         writer.add_file("config.json", b"{}")
-        journal = (tmp_path / ".m.journal").read_bytes()
+        patched.setattr(WorkFolder, moment, killed)
         writer.commit()
-    (tmp_path / ".m.journal").write_bytes(journal)
-    with CheckpointWriter(out, plan, "id", resume=True) as writer:
+    with CheckpointWriter(out, plan, "id", resume=True, overwrite=overwrite) as writer:
         assert writer.done == arrays().keys()
         writer.add_file("config.json", b"{}")
         writer.commit()
-    assert files(out) == expected
-    # Killed while the old folder was moved aside: it is back, and nothing of it was lost.
+    assert files(out) == expected and sorted(os.listdir(tmp_path)) == ["m", "undisturbed"]
+    with pytest.raises(OutputError, match="is not empty"):  # once tidied up, the folder is as any other
+        CheckpointWriter(out, plan, "id")
+
+
+def test_a_folder_that_was_moved_aside_is_back_on_the_next_run(tmp_path: Path) -> None:
+    out, plan = tmp_path / "m", plan_shards(specs_of(arrays()), 700)
+    expected = make(out, shard_bytes=700)
     out.rename(tmp_path / ".m.replaced")
     with pytest.raises(OutputError, match="is not empty"):
         CheckpointWriter(out, plan, "id")
@@ -469,6 +496,7 @@ KILLED = """
 import os, sys
 import numpy as np
 from mergelab.checkpoints.shard_plan import TensorSpec, plan_shards
+from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.checkpoints.writer import CheckpointWriter
 
 tensors = {f"t{i}": np.arange(i, i + 50_000, dtype=np.float32) for i in range(12)}

@@ -72,5 +72,5 @@ def test_outputs_are_not_replaced_unasked(source: Path, tmp_path: Path) -> None:
     assert (result.exit_code, "is not empty" in result.stderr) == (2, True)
     convert(source, tmp_path / "out", "--overwrite", "--dtype", "float16")
     result = CliRunner().invoke(cli, ["convert", str(source), str(source), "--overwrite"])
-    assert (result.exit_code, "is the model itself" in result.stderr) == (2, True)
+    assert (result.exit_code, "is an input of this command" in result.stderr) == (2, True)
     assert weights(source)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from mergelab.checkpoints.output_lock import OutputLock
 from mergelab.cli.main import cli
 from mergelab.data.activations import ActivationStream, open_activation_files
 from mergelab.data.bpe import train_bpe
 from mergelab.errors import OutputError, SAEError, SiteError
 from mergelab.models import llama
+from mergelab.sae import activation_store
 from mergelab.sae.activation_store import quantized, write_store
 from mergelab.sae.model_source import ModelActivations, open_model_activations
 from mergelab.sae.training import train
@@ -98,6 +104,93 @@ def test_a_begun_store_goes_on_and_is_no_one_elses(
     with pytest.raises(OutputError, match="begun work of another call"):
         write_store(source, tmp_path / "acts", model=folder / "model", dtype="int8")
     assert write_store(source, tmp_path / "acts", model=folder / "model") == source.rows
+    assert [path.name for path in tmp_path.iterdir()] == ["acts"]
+
+
+@pytest.fixture
+def begun(folder: Path, source: ModelActivations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The work folder of a store that was stopped after two of its shards; the whole one is beside it."""
+    monkeypatch.setattr(activation_store, "_SHARD_ROWS", 320)
+    write_store(source, tmp_path / "whole", model=folder / "model")
+
+    def stop(done: int, total: int) -> None:
+        if done >= 640:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_store(source, tmp_path / "acts", model=folder / "model", progress=stop)
+    assert source.rows > 640
+    return tmp_path / ".acts.partial"
+
+
+def _files(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words", "made"),
+    [
+        (lambda work: None, None, 0),
+        (lambda work: _flip(work / f"{SITES[0]}-00001.safetensors"), "other content", 1),
+        (lambda work: os.truncate(work / f"{SITES[1]}-00000.safetensors", 50), "has 50 of", 1),
+        (lambda work: (work / f"{SITES[1]}-00000.safetensors").unlink(), "lacks", 1),
+        (lambda work: os.truncate(work / "store.json", 50), "begun anew", 2),
+        (lambda work: os.truncate(work.with_name(".acts.journal"), 60), None, 2),
+        (lambda work: work.with_name(".acts.journal").unlink(), None, 2),
+        (lambda work: (work / ".half.safetensors").write_text("left by a kill"), None, 0),
+    ],
+)
+def test_a_begun_store_takes_over_what_is_whole(
+    folder: Path, source: ModelActivations, begun: Path, spoil: Any, words: str | None, made: int
+) -> None:
+    spoil(begun)
+    reads: list[int] = []
+    read = source.read_sites
+    counting = SimpleNamespace(
+        tokens=source.tokens, sites=source.sites, widths=source.widths, rows=source.rows,
+        read_sites=lambda start, stop: reads.append(start) or read(start, stop),
+    )  # fmt: skip
+    said: list[str] = []
+    write_store(counting, begun.with_name("acts"), model=folder / "model", notice=said.append)  # pyright: ignore
+    assert len([start for start in reads if start < 640]) == made
+    assert len(said) == (words is not None) and (words or "") in "".join(said)
+    assert _files(begun.with_name("acts")) == _files(begun.with_name("whole"))
+    assert sorted(path.name for path in begun.parent.iterdir()) == ["acts", "whole"]
+
+
+def test_a_begun_store_is_of_one_text(folder: Path, begun: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT.replace("range(10)", "range(11)"))
+    other = open_model_activations(folder / "model", SITES, [tmp_path / "text.txt"], length=16)
+    before = _files(begun)
+    with pytest.raises(OutputError, match="begun work of another call"):
+        write_store(other, begun.with_name("acts"), model=folder / "model")
+    assert _files(begun) == before
+
+
+def test_a_full_disk_is_a_sentence_and_the_next_call_goes_on(
+    folder: Path, source: ModelActivations, begun: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("mergelab.checkpoints.tensor_files.save_file", full)
+    with pytest.raises(OutputError, match=r"acts: the disk is full \(No space left"):
+        write_store(source, begun.with_name("acts"), model=folder / "model")
+    monkeypatch.undo()
+    monkeypatch.setattr(activation_store, "_SHARD_ROWS", 320)
+    with (
+        OutputLock(begun.with_name("acts")),
+        pytest.raises(OutputError, match="another run is writing this output"),
+    ):
+        write_store(source, begun.with_name("acts"), model=folder / "model")
+    write_store(source, begun.with_name("acts"), model=folder / "model")
+    assert _files(begun.with_name("acts")) == _files(begun.with_name("whole"))
 
 
 def test_quantisation_is_off_by_half_a_step() -> None:

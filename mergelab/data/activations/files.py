@@ -17,7 +17,7 @@ from mergelab.checkpoints import TensorSource, open_safetensors
 from mergelab.checkpoints.npy_file import NpyFile, open_npy
 from mergelab.errors import CheckpointError, NonFiniteError
 
-__all__ = ["ActivationFiles", "open_activation_files"]
+__all__ = ["ActivationFiles", "find_activation_files", "open_activation_files"]
 
 SCALES = "scales"
 """The tensor of a safetensors file that multiplies int8 rows, one number for each."""
@@ -100,13 +100,7 @@ def open_activation_files(patterns: str | Path | Sequence[str | Path]) -> Activa
     Raises:
         CheckpointError: nothing matches, a file is not `[tokens, d]` floats, or widths differ.
     """
-    given = [patterns] if isinstance(patterns, str | Path) else list(patterns)
-    paths = []
-    for pattern in map(str, given):
-        found = sorted(glob.glob(pattern)) or ([pattern] if os.path.exists(pattern) else [])
-        if not found:
-            raise CheckpointError(f"{pattern}: no file matches; expected .npy or .safetensors activations")
-        paths += map(Path, found)
+    paths = find_activation_files(patterns)
     shards = tuple(_open(path) for path in paths)
     for shard in shards:
         if shard.width != shards[0].width:
@@ -118,6 +112,21 @@ def open_activation_files(patterns: str | Path | Sequence[str | Path]) -> Activa
     if not shards:
         raise CheckpointError(f"{paths[0]}: the files hold no rows")
     return ActivationFiles(shards)
+
+
+def find_activation_files(patterns: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files that match paths or globs, each pattern's in the order of their names.
+
+    Raises:
+        CheckpointError: nothing matches one of them.
+    """
+    paths: list[Path] = []
+    for pattern in map(str, [patterns] if isinstance(patterns, str | Path) else patterns):
+        found = sorted(glob.glob(pattern)) or ([pattern] if os.path.exists(pattern) else [])
+        if not found:
+            raise CheckpointError(f"{pattern}: no file matches; expected .npy or .safetensors activations")
+        paths += map(Path, found)
+    return paths
 
 
 def _open(path: Path) -> _Shard:

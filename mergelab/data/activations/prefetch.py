@@ -15,6 +15,9 @@ __all__ = ["Prefetch", "Trace"]
 
 Ready = TypeVar("Ready")
 
+_INTERRUPT_WAIT = 0.5
+"""Seconds an interrupted consumer gives the batch that is being made."""
+
 
 @dataclass
 class Trace:
@@ -89,6 +92,8 @@ class Prefetch(Generic[Ready]):
     def __enter__(self) -> Prefetch[Ready]:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stop.set()
-        self._thread.join()
+        # A user who interrupts does not wait for a slow source; the thread dies with the process.
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self._thread.join(_INTERRUPT_WAIT if interrupted else None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergelab.checkpoints import open_checkpoint
+from mergelab.checkpoints.output_target import recorded_identity
 from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.data.tokenizer import Tokenizer, load_tokenizer
 from mergelab.data.windows import EvaluationWindows
@@ -89,6 +90,7 @@ def abliterate(
     dtype: Any = None,
     overwrite: bool = False,
     resume: bool = False,
+    inputs: Iterable[str | Path] = (),
     progress: Progress | None = None,
 ) -> Report:
     """Finds the direction of refusals, chooses it, takes it out of a copy of the weights, and measures both.
@@ -106,9 +108,10 @@ def abliterate(
         text: a text whose loss is measured before and after, or None.
         mesh: where the weights go, or None.
         dtype: the dtype to measure in; the stored one if None. Weights are written as stored.
-        overwrite: replace a folder that is not empty.
+        overwrite: replace a folder that mergelab wrote.
         resume: go on with an interrupted output. What was measured is measured again, what was written is
             kept; the result is the same.
+        inputs: files that the prompts and the text were read from, which the output must not replace.
         progress: told what is being done.
 
     Returns:
@@ -126,7 +129,30 @@ def abliterate(
             raise MergelabError(
                 f"there are {len(prompts)} {name} prompts; give at least {_FEWEST}, better some hundreds."
             )
-    WorkFolder(Path(out)).prepare(0, resume=resume, overwrite=overwrite)
+    with WorkFolder(out, inputs=[source, *inputs], overwrite=overwrite) as work:
+        # What a killed run has published may be the result of this very work, as the writer will find.
+        if not work.published and not (resume and recorded_identity(work.out)):
+            work.prepare()
+        report = _measure(source, harmful, harmless, settings, text, mesh, dtype, progress)
+        _write(source, work, report, resume, progress or _silent)
+    return report
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Tells nobody."""
+
+
+def _measure(
+    source: str | Path,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    settings: Settings,
+    text: str | None,
+    mesh: Any,
+    dtype: Any,
+    progress: Progress | None,
+) -> Report:
+    """Everything but writing: the directions, the choice, and behavior before and after."""
     tokenizer = load_tokenizer(source)
     model, params = load_model(source, mesh=mesh, dtype=dtype)
     check_decoder(model)
@@ -135,7 +161,7 @@ def abliterate(
     positions = settings.positions or post_instruction_tokens(tokenizer, *sets)
     bad, good = (_Parts.of(prompts.shuffled(settings.seed)) for prompts in sets)
     windows = None if text is None else _windows(model, tokenizer, text, settings.text_length)
-    tell = progress or (lambda what, done, total: None)
+    tell = progress or _silent
 
     tell("finding directions", 0, 1)
     directions = find_directions(
@@ -182,7 +208,7 @@ def abliterate(
     after, _ = measure_behaviour(model, edited, bad.measure, good.measure, ids, before=logits, **options)
     del edited
     tell("measuring", 2, 2)
-    report = Report(
+    return Report(
         model=str(source),
         prompts={
             "found": (len(bad.find), len(good.find)),
@@ -198,8 +224,6 @@ def abliterate(
         before=before,
         after=after,
     )
-    _write(source, out, report, overwrite, resume, tell)
-    return report
 
 
 @dataclass(frozen=True)
@@ -258,9 +282,7 @@ def _search(
     return search, trial, space.ablation(jnp.asarray(list(trial.parameters.values()), jnp.float32))
 
 
-def _write(
-    source: str | Path, out: str | Path, report: Report, overwrite: bool, resume: bool, tell: Progress
-) -> None:
+def _write(source: str | Path, work: WorkFolder, report: Report, resume: bool, tell: Progress) -> None:
     total = sum(file.file.size for file in open_checkpoint(source).files)
     written = 0
 
@@ -271,11 +293,10 @@ def _write(
 
     write_abliterated(
         source,
-        out,
+        work,
         report.ablation,
         keep_norms=report.keep_norms,
-        files=report.files(Path(out).name),
-        overwrite=overwrite,
+        files=report.files(work.out.name),
         resume=resume,
         progress=advance,
     )

@@ -21,6 +21,7 @@ from mergelab.checkpoints import (
     plan_shards,
     read_whole,
 )
+from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import CheckpointError, did_you_mean
 from mergelab.interp.abliteration.ablation import Ablation
 from mergelab.interp.abliteration.stored_matrix import BLOCK, edited_blocks
@@ -45,7 +46,7 @@ class _StoredEdit:
 
 def write_abliterated(
     source: str | Path,
-    out: str | Path,
+    out: str | Path | WorkFolder,
     ablation: Ablation,
     *,
     keep_norms: KeepNorms = None,
@@ -62,12 +63,12 @@ def write_abliterated(
 
     Args:
         source: a Hugging Face folder of a decoder.
-        out: the folder to write.
+        out: the folder to write; or its work folder, entered by the caller.
         ablation: what is removed, and where.
         keep_norms: norms that the matrices keep.
         files: further files by name, such as a card; they replace the source's.
         shard_bytes: weights go into several files if they are larger.
-        overwrite: replace a folder that is not empty.
+        overwrite: replace a folder that mergelab wrote.
         resume: go on with an output of the same source and ablation that was interrupted.
         progress: called with the bytes written since the last call; never twice at a time.
 
@@ -94,7 +95,8 @@ def write_abliterated(
         "the norms that are kept": str(keep_norms),
     }
     plan = plan_shards(specs, shard_bytes)
-    with CheckpointWriter(out, plan, identity, resume=resume, overwrite=overwrite) as writer:
+    inputs = [checkpoint.path]
+    with CheckpointWriter(out, plan, identity, resume=resume, overwrite=overwrite, inputs=inputs) as writer:
         failed, telling = threading.Event(), threading.Lock()
 
         def write(name: str) -> None:

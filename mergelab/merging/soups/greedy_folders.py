@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mergelab.checkpoints import open_checkpoint
-from mergelab.errors import OutputError
+from mergelab.checkpoints.output_target import check_target, disk_errors
+from mergelab.checkpoints.work_folder import WorkFolder, publish_file
+from mergelab.checkpoints.writer import identity_digest
 from mergelab.merging.plan import make_plan
 from mergelab.merging.soups.folders import StrPath, average_checkpoints, candidate_names, soup_recipe
 from mergelab.merging.soups.greedy import describe
@@ -44,6 +46,7 @@ def greedy_soup_checkpoints(
     evaluation: str = "",
     overwrite: bool = False,
     on_evaluation: Callable[[tuple[str, ...], Scores], None] | None = None,
+    inputs: Iterable[Path] = (),
     **options: Any,
 ) -> Trace:
     """Writes the greedy soup of checkpoints to `out`, and its trace beside it.
@@ -68,6 +71,7 @@ def greedy_soup_checkpoints(
             taken up.
         overwrite: replace `out`, and forget an interrupted run.
         on_evaluation: told of every validation score, remembered ones too.
+        inputs: files that the evaluators read, which the output must not replace.
         options: further options of `mergelab.merge` for the trials and the soup.
 
     Returns:
@@ -75,17 +79,14 @@ def greedy_soup_checkpoints(
 
     Raises:
         EvaluationError: as `greedy_soup`.
-        OutputError: `out` exists, or an interrupted run was of other checkpoints or another evaluator.
+        OutputError: `out` exists or could cost an input, another run writes it, or an interrupted run was of
+            other checkpoints or another evaluator.
         RecipeError: a checkpoint is given twice, or architectures differ.
     """
-    out = Path(out)
-    work = out.with_name(f".{out.name}.soup")
-    if overwrite:
-        shutil.rmtree(work, ignore_errors=True)
-    elif out.exists() and any(out.iterdir()):
-        raise OutputError(f"{out} exists and is not empty; choose another output folder or --overwrite it.")
     paths = candidate_names(checkpoints)
-    make_plan(soup_recipe(dict.fromkeys(paths.values(), 1.0)))  # faults are told before anything is evaluated
+    inputs = (*paths.values(), *inputs)
+    check_target(trace_path(out), inputs, folder=False)
+    plan = make_plan(soup_recipe(dict.fromkeys(paths.values(), 1.0)))  # faults are told before any evaluation
     chosen = as_selection(selection)
     metrics = [metric.name for metric in chosen.metrics]
     subject = {
@@ -93,32 +94,56 @@ def greedy_soup_checkpoints(
         "metrics": metrics,
         "checkpoints": {name: _fingerprint(path) for name, path in paths.items()},
     }
-    journal = Journal.open(work / "journal.json", subject)
+    settings = {
+        "rule": rule,
+        "min_delta": min_delta,
+        "patience": patience,
+        "max_size": max_size,
+    }
+    facts = {"subject": subject, "selection": str(chosen), "test": test_evaluate is not None, **settings}
+    identity = identity_digest({"soup": json.dumps(facts, sort_keys=True), "plan": plan.identity})
+    with WorkFolder(out, inputs=inputs, overwrite=overwrite) as work:
+        if work.finished(identity):
+            return Trace.from_json(trace_path(out).read_text(encoding="utf-8"))
+        work.prepare()
+        if overwrite:
+            work.clear_stages()
+        journal = Journal.open(work.stages / "journal.json", subject)
 
-    def score(members: tuple[str, ...]) -> Scores:
-        if members not in journal.scores:
-            folder = paths[members[0]] if len(members) == 1 else _mix(paths, members, work / "trial", options)
-            journal.record(members, call_evaluator(evaluate, folder, who=describe(members), metrics=metrics))
-        if on_evaluation is not None:
-            on_evaluation(members, journal.scores[members])
-        return journal.scores[members]
+        def score(members: tuple[str, ...]) -> Scores:
+            if members not in journal.scores:
+                trial = work.stages / "trial"
+                folder = paths[members[0]] if len(members) == 1 else _mix(paths, members, trial, options)
+                found = call_evaluator(evaluate, folder, who=describe(members), metrics=metrics)
+                journal.record(members, found)
+            if on_evaluation is not None:
+                on_evaluation(members, journal.scores[members])
+            return journal.scores[members]
 
-    trace = greedy_search(
-        paths, score, selection=chosen, rule=rule, min_delta=min_delta, patience=patience, max_size=max_size
-    )
-    shutil.rmtree(work / "trial", ignore_errors=True)
-    soup = _mix(
-        paths, trace.members, work / "result" / out.name, options
-    )  # named as its model card shall say
-    if test_evaluate is not None:
-        uniform = _mix(paths, tuple(paths), work / "uniform", options)
-        folders = {"soup": soup, "best_single": paths[trace.ranking[0].name], "uniform": uniform}
-        trace = trace.with_test({name: _test(test_evaluate, f, name, metrics) for name, f in folders.items()})
-    trace_path(out).write_text(json.dumps(trace.to_json(), indent=2) + "\n", encoding="utf-8")
-    if out.exists():
-        out.rename(work / "replaced")
-    soup.rename(out)
-    shutil.rmtree(work)
+        trace = greedy_search(
+            paths,
+            score,
+            selection=chosen,
+            rule=rule,
+            min_delta=min_delta,
+            patience=patience,
+            max_size=max_size,
+        )
+        shutil.rmtree(work.stages / "trial", ignore_errors=True)
+        # Named as its model card shall say.
+        soup = _mix(paths, trace.members, work.stages / "result" / work.out.name, options)
+        if test_evaluate is not None:
+            uniform = _mix(paths, tuple(paths), work.stages / "uniform", options)
+            best = paths[trace.ranking[0].name]
+            folders = {"soup": soup, "best_single": best, "uniform": uniform}
+            tests = {name: _test(test_evaluate, f, name, metrics) for name, f in folders.items()}
+            trace = trace.with_test(tests)
+        text = json.dumps(trace.to_json(), indent=2) + "\n"
+        publish_file(trace_path(out), text.encode(), inputs=inputs)
+        with disk_errors(work.out):
+            work.clear(recreate=False)
+            soup.rename(work.path)
+        work.publish(identity)
     return trace
 
 

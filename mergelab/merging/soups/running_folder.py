@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mergelab.checkpoints.output_target import disk_errors
+from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import OutputError, RecipeError
 from mergelab.merging.soups.folders import StrPath, average_checkpoints, candidate_names
 
@@ -47,37 +49,43 @@ def update_average(
         options: further options of `mergelab.merge`.
 
     Returns:
-        What the average now consists of.
+        What the average now consists of; where all of `checkpoints` are in it already, nothing is written.
 
     Raises:
-        RecipeError: `decay` is out of range, or a checkpoint is in the average already.
+        RecipeError: `decay` is out of range, or some checkpoints are in the average already and some are not.
         OutputError: `out` is something else than an average of this kind.
     """
     if decay is not None and not 0 <= decay <= 1:
         raise RecipeError(f"decay is {decay}; an exponential average needs a decay within [0, 1].")
-    out = Path(out)
-    workshop = out.with_name(f".{out.name}.next")
-    new, old = workshop / out.name, workshop / "previous"
-    if not out.exists() and old.exists():
-        old.rename(out)  # interrupted between the two renames below
-    state = _read(out, decay) if out.exists() else RunningFolder((), decay)
     fresh = list(candidate_names(checkpoints).values())
-    for path in fresh:
-        if str(path.resolve()) in state.checkpoints:
-            raise RecipeError(f"Checkpoint {path} is in the average {out} already; fold in each one once.")
-
-    after = RunningFolder((*state.checkpoints, *(str(path.resolve()) for path in fresh)), decay)
-    weights = _weights(len(state.checkpoints), len(fresh), decay)
-    paths = [out, *fresh] if state.checkpoints else fresh
-    kept = {path: weight for path, weight in zip(paths, weights, strict=True) if weight > 0}
-    shutil.rmtree(workshop, ignore_errors=True)
-    average_checkpoints(kept, new, dtype="float32", **options)
-    (new / STATE).write_text(json.dumps(asdict(after), indent=2) + "\n", encoding="utf-8")
-    if out.exists():
-        out.rename(old)
-    new.rename(out)
-    shutil.rmtree(workshop)
+    with WorkFolder(out, inputs=fresh, overwrite=True) as work:
+        state = _read(work.out, decay) if _holds_files(work.out) else RunningFolder((), decay)
+        known = [path for path in fresh if str(path.resolve()) in state.checkpoints]
+        if len(known) == len(fresh):
+            return state  # so that a command that was killed at its very end can be given again
+        if known:
+            raise RecipeError(
+                f"Checkpoint {known[0]} is in the average {out} already; fold in each one once."
+            )
+        work.prepare()
+        after = RunningFolder((*state.checkpoints, *(str(path.resolve()) for path in fresh)), decay)
+        weights = _weights(len(state.checkpoints), len(fresh), decay)
+        paths = [work.out, *fresh] if state.checkpoints else fresh
+        kept = {path: weight for path, weight in zip(paths, weights, strict=True) if weight > 0}
+        work.clear_stages()
+        made = work.stages / work.out.name  # named as its model card shall say
+        average_checkpoints(kept, made, dtype="float32", **options)
+        text = json.dumps(asdict(after), indent=2) + "\n"
+        with disk_errors(work.out):
+            (made / STATE).write_text(text, encoding="utf-8")
+            work.clear(recreate=False)
+            made.rename(work.path)
+        work.publish(hashlib.sha256(text.encode()).hexdigest())
     return after
+
+
+def _holds_files(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _weights(before: int, new: int, decay: float | None) -> list[float]:

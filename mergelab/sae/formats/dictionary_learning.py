@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,11 @@ import numpy as np
 
 from mergelab.checkpoints import TensorSource, open_pickled
 from mergelab.checkpoints.pickle_writer import write_pickled
-from mergelab.errors import CheckpointError, OutputError
+from mergelab.checkpoints.work_folder import WorkFolder
+from mergelab.errors import CheckpointError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats.convert import arrays_of, refuse, subtracting_b_dec, transposed
+from mergelab.sae.formats.own import write_folder
 from mergelab.sae.formats.settings import Settings, number_in
 
 __all__ = ["read_dictionary_learning", "write_dictionary_learning"]
@@ -73,7 +73,7 @@ def _k_in(path: Path, tensor: TensorSource) -> int:
     return int(k)
 
 
-def write_dictionary_learning(dictionary: Dictionary, path: Path) -> None:
+def write_dictionary_learning(dictionary: Dictionary, path: Path | WorkFolder) -> None:
     """Writes a folder for `dictionary_learning.utils.load_dictionary`.
 
     Raises:
@@ -104,18 +104,5 @@ def write_dictionary_learning(dictionary: Dictionary, path: Path) -> None:
             raise refuse("dictionary_learning", "a threshold on inputs less b_dec", "'mergelab' or 'saelens'")
         trainer |= {"dict_class": "JumpReluAutoEncoder"}
         tree = dictionary.as_numpy()
-    path = Path(os.path.abspath(path))
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputError(f"{path} is not empty; choose another folder")
-    work = path.with_name(f".{path.name}.partial")
-    try:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        write_pickled(work / "ae.pt", tree)
-        (work / "config.json").write_text(json.dumps({"trainer": trainer}, indent=2) + "\n")
-        if path.exists():
-            path.rmdir()
-        work.rename(path)
-    except OSError as error:
-        shutil.rmtree(work, ignore_errors=True)
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); check the disk") from error
+    cfg = json.dumps({"trainer": trainer}, indent=2) + "\n"
+    write_folder(path, {"config.json": cfg}, {"ae.pt": tree}, write=write_pickled)

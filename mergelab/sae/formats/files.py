@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from jax.sharding import Mesh
 
+from mergelab.checkpoints.new_files import NewFiles
+from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import CheckpointError, SAEError, did_you_mean
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.formats.dictionary_learning import read_dictionary_learning, write_dictionary_learning
@@ -18,7 +21,7 @@ from mergelab.sae.formats.saelens import WEIGHTS, read_saelens, write_saelens
 from mergelab.sae.formats.sparsify import read_sparsify, write_sparsify
 from mergelab.sae.placement import place_dictionary
 
-__all__ = ["FORMATS", "FileFormat", "load_dictionary", "save_dictionary"]
+__all__ = ["FORMATS", "FileFormat", "load_dictionary", "reserve", "save_dictionary"]
 
 
 @dataclass(frozen=True)
@@ -27,18 +30,20 @@ class FileFormat:
 
     Attributes:
         read: makes a dictionary of a folder or file.
-        write: writes a dictionary to a new folder or file.
+        write: writes a dictionary to a new folder or file, or to the locked place of one (`reserve`).
         recognise: whether a folder or file is of this format.
         looks_for: what `recognise` looks for, in words.
+        one_file: whether it is a file, not a folder.
     """
 
     read: Callable[[Path], Dictionary]
-    write: Callable[[Dictionary, Path], None]
+    write: Callable[[Dictionary, Any], None]
     recognise: Callable[[Path], bool]
     looks_for: str
+    one_file: bool = False
 
 
-def _no_writer(dictionary: Dictionary, path: Path) -> None:
+def _no_writer(dictionary: Dictionary, path: Any) -> None:
     raise SAEError("dictionaries of Gemma Scope 2 can be read, not written; export to 'gemma-scope'.")
 
 
@@ -60,7 +65,11 @@ FORMATS: Mapping[str, FileFormat] = {
         "ae.pt and config.json",
     ),
     "openai": FileFormat(
-        read_openai, write_openai, lambda p: p.is_file() and p.suffix == ".pt", "a file NAME.pt"
+        read_openai,
+        write_openai,
+        lambda p: p.is_file() and p.suffix == ".pt",
+        "a file NAME.pt",
+        one_file=True,
     ),
     "gemma-scope": FileFormat(
         read_gemma_scope,
@@ -120,7 +129,13 @@ def _recognised(path: Path) -> FileFormat:
     raise CheckpointError(f"{path}: not a dictionary of a known format ({wanted}); name its format")
 
 
-def save_dictionary(dictionary: Dictionary, path: str | Path, format: str = "mergelab") -> None:
+def save_dictionary(
+    dictionary: Dictionary,
+    path: str | Path | WorkFolder | NewFiles,
+    format: str = "mergelab",
+    *,
+    overwrite: bool = False,
+) -> None:
     """Writes a finished dictionary.
 
     This library's own files can be written from devices of several processes, all of which then make this
@@ -128,14 +143,35 @@ def save_dictionary(dictionary: Dictionary, path: str | Path, format: str = "mer
 
     Args:
         dictionary: what to write.
-        path: a new folder, or a new file for formats that are one.
+        path: a new folder, or a new file for formats that are one; or the locked place of one (`reserve`).
         format: a name of `FORMATS`.
+        overwrite: of this library's own files: replace a folder that mergelab wrote.
 
     Raises:
         SAEError: there is no such format, or it cannot express this dictionary.
-        OutputError: the path is taken, or cannot be written.
+        OutputError: the path is taken, is being written by another run, or cannot be written.
     """
-    _format(format).write(dictionary.checked(), Path(path))
+    kind = _format(format)
+    place = Path(path) if isinstance(path, str) else path
+    if kind.write is write_own:
+        write_own(dictionary.checked(), cast("Path | WorkFolder", place), overwrite=overwrite)
+    else:
+        kind.write(dictionary.checked(), place)
+
+
+def reserve(path: str | Path, format: str, *, inputs: Iterable[str | Path] = ()) -> WorkFolder | NewFiles:
+    """The place of a dictionary's files: a context manager that checks it and holds its lock.
+
+    Args:
+        path: a new folder, or a new file for formats that are one.
+        format: a name of `FORMATS`.
+        inputs: what is read, which the output must not endanger.
+
+    Raises:
+        SAEError: there is no such format.
+        OutputError: on entering, that the path is taken or cannot be written.
+    """
+    return NewFiles([path], inputs=inputs) if _format(format).one_file else WorkFolder(path, inputs=inputs)
 
 
 def _format(name: str) -> FileFormat:

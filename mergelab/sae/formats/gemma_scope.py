@@ -11,9 +11,11 @@ from jax import Array
 
 from mergelab.checkpoints import open_safetensors
 from mergelab.checkpoints.npz_file import NpzArray, open_npz
-from mergelab.errors import CheckpointError, OutputError
+from mergelab.checkpoints.work_folder import WorkFolder
+from mergelab.errors import CheckpointError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats.convert import arrays_of, refuse
+from mergelab.sae.formats.own import write_folder
 
 __all__ = ["read_gemma_scope", "read_gemma_scope_2", "write_gemma_scope"]
 
@@ -68,27 +70,22 @@ def read_gemma_scope_2(path: Path) -> Dictionary:
     ).checked()
 
 
-def write_gemma_scope(dictionary: Dictionary, path: Path) -> None:
+def write_gemma_scope(dictionary: Dictionary, path: Path | WorkFolder) -> None:
     """Writes a folder with `params.npz`.
 
     Raises:
         SAEError: the dictionary has no threshold, or something the format has no place for.
-        OutputError: the file exists, or cannot be written.
+        OutputError: the folder is not empty, or cannot be written.
     """
     config = dictionary.config
     if config.activation not in ("jump_relu", "batch_topk"):
         raise refuse("gemma-scope", f"the activation {config.activation!r}", "'mergelab' or 'saelens'")
     if config.normalization != "none" or config.subtract_b_dec or dictionary.W_skip is not None:
         raise refuse("gemma-scope", "a normalisation, a subtracted b_dec or a skip path", "'mergelab'")
-    file = path / "params.npz"
-    if file.exists():
-        raise OutputError(f"{file} exists; choose another folder")
-    partial = path / ".params.partial.npz"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        arrays = dictionary.as_numpy()
-        np.savez(partial, allow_pickle=False, **{name: arrays[name] for name in _NPZ})
-        partial.rename(file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); check the disk") from error
+    arrays = dictionary.as_numpy()
+    write_folder(path, {}, {"params.npz": {name: arrays[name] for name in _NPZ}}, write=_write_npz)
+
+
+def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with path.open("wb") as file:
+        np.savez(file, allow_pickle=False, **dict(arrays))

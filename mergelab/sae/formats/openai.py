@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from mergelab.checkpoints import open_pickled
+from mergelab.checkpoints.new_files import NewFiles
 from mergelab.checkpoints.pickle_writer import write_pickled
-from mergelab.errors import CheckpointError, OutputError
+from mergelab.errors import CheckpointError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats.convert import arrays_of, refuse, subtracting_b_dec, transposed
 
@@ -69,7 +71,7 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
     return said
 
 
-def write_openai(dictionary: Dictionary, path: Path) -> None:
+def write_openai(dictionary: Dictionary, path: Path | NewFiles) -> None:
     """Writes a `.pt` file for OpenAI's `sparse_autoencoder.Autoencoder.from_state_dict`.
 
     Raises:
@@ -98,13 +100,5 @@ def write_openai(dictionary: Dictionary, path: Path) -> None:
     }
     if config.activation == "topk":
         tree["activation_state_dict"] = {"k": config.k, "postact_fn": "ReLU"}
-    if path.exists():
-        raise OutputError(f"{path} exists; choose another name")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_pickled(partial, tree)
-        partial.rename(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); check the disk") from error
+    with contextlib.nullcontext(path) if isinstance(path, NewFiles) else NewFiles([path]) as files:
+        files.publish({files.paths[0]: lambda partial: write_pickled(partial, tree)})

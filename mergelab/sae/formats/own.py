@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
-import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
-from safetensors.numpy import save_file
 
 from mergelab.checkpoints import open_safetensors
 from mergelab.checkpoints.dtypes import is_float
+from mergelab.checkpoints.new_files import check_new_folder
+from mergelab.checkpoints.output_target import disk_errors
+from mergelab.checkpoints.tensor_files import write_tensors
+from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import CheckpointError, OutputError, SAEError
 from mergelab.models.declaration import Leaf
 from mergelab.models.load import load_params
@@ -32,12 +36,17 @@ _CFG, _WEIGHTS = "cfg.json", "sae.safetensors"
 _WHOLE = 1 << 62  # one file, however large
 
 
-def write_own(dictionary: Dictionary, path: Path) -> None:
+def write_own(dictionary: Dictionary, path: Path | WorkFolder, *, overwrite: bool = False) -> None:
     """Writes `cfg.json` and `sae.safetensors` into a new folder.
 
     The tensors are those of `Dictionary`: `W_enc [d_in, n]`, `b_enc [n]`, `W_dec [n, d_out]`, `b_dec
     [d_out]`, and what the activation needs besides. Where they lie on devices of several processes, every
     process makes this call with a path that all of them see, and writes what its devices hold.
+
+    Args:
+        dictionary: what to write.
+        path: a new folder, or the work folder of one.
+        overwrite: replace a folder that mergelab wrote.
 
     Raises:
         OutputError: the folder is not empty, or the disk is full or fails.
@@ -48,7 +57,16 @@ def write_own(dictionary: Dictionary, path: Path) -> None:
     text = json.dumps({"format": FORMAT, **sizes, **settings}, indent=2) + "\n"
     arrays = dictionary.arrays()
     table = _table({name: value.shape for name, value in arrays.items()})
-    save_params(arrays, table, path, files={_CFG: text.encode()}, shard_bytes=_WHOLE, stem="sae")
+    files = {_CFG: text.encode()}
+    if any(isinstance(array, jax.Array) and not array.is_fully_addressable for array in arrays.values()):
+        save_params(arrays, table, path, files=files, shard_bytes=_WHOLE, overwrite=overwrite, stem="sae")
+        return
+    identity = _identity({_CFG: text}, {_WEIGHTS: dictionary.as_numpy()})
+    with _entered(path, overwrite) as work:
+        if not work.finished(identity):
+            if not overwrite:
+                check_new_folder(work.out)
+            save_params(arrays, table, work, files=files, shard_bytes=_WHOLE, stem="sae", identity=identity)
 
 
 def _table(shapes: Mapping[str, tuple[int, ...]]) -> list[Leaf]:
@@ -65,30 +83,61 @@ def _table(shapes: Mapping[str, tuple[int, ...]]) -> list[Leaf]:
 
 
 def write_folder(
-    path: Path, texts: Mapping[str, str], tensors: Mapping[str, Mapping[str, np.ndarray]]
+    path: Path | WorkFolder,
+    texts: Mapping[str, str],
+    tensors: Mapping[str, Mapping[str, np.ndarray]],
+    *,
+    write: Callable[[Path, Mapping[str, np.ndarray]], None] = write_tensors,
 ) -> None:
-    """Makes a folder of texts and safetensors files; it appears under its name when it is complete.
+    """Makes a folder of texts and files of tensors; it appears under its name when it is complete.
+
+    Args:
+        path: a new folder, or the work folder of one.
+        texts: by file name.
+        tensors: by file name, and by name within the file.
+        write: writes the tensors of one file, as safetensors if not given.
 
     Raises:
         OutputError: the folder is not empty, or cannot be written.
     """
-    path = Path(os.path.abspath(path))
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputError(f"{path} is not empty; choose another folder")
-    work = path.with_name(f".{path.name}.partial")
-    try:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        for name, text in texts.items():
-            (work / name).write_text(text)
-        for name, arrays in tensors.items():
-            save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, work / name)
-        if path.exists():
-            path.rmdir()
-        work.rename(path)
-    except OSError as error:
-        shutil.rmtree(work, ignore_errors=True)
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); check the disk") from error
+    identity = _identity(texts, tensors)
+    with _entered(path) as work:
+        if work.finished(identity):
+            return
+        check_new_folder(work.out)
+        work.prepare()
+        try:
+            with disk_errors(work.out):
+                work.clear()
+                for name, text in texts.items():
+                    (work.path / name).write_text(text, encoding="utf-8")
+                for name, arrays in tensors.items():
+                    write(work.path / name, arrays)
+            work.publish(identity)
+        except OutputError:
+            with contextlib.suppress(OSError):
+                work.clear(recreate=False)
+            raise
+
+
+@contextlib.contextmanager
+def _entered(path: Path | WorkFolder, overwrite: bool = False) -> Iterator[WorkFolder]:
+    if isinstance(path, WorkFolder):
+        yield path
+    else:
+        with WorkFolder(path, overwrite=overwrite) as work:
+            yield work
+
+
+def _identity(texts: Mapping[str, str], tensors: Mapping[str, Mapping[str, np.ndarray]]) -> str:
+    """SHA-256 of all that a folder will hold."""
+    total = hashlib.sha256(repr(sorted(texts.items())).encode())
+    for file, arrays in tensors.items():
+        for name, value in arrays.items():
+            array = np.ascontiguousarray(value)
+            total.update(repr((file, name, array.dtype.str, array.shape)).encode())
+            total.update(array.reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
 
 
 def read_own(path: Path, mesh: Mesh | None = None) -> Dictionary:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergelab.checkpoints import open_safetensors
+from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import CheckpointError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats.convert import arrays_of, refuse
@@ -72,7 +73,7 @@ def read_saelens(path: Path) -> Dictionary:
     ).checked()
 
 
-def write_saelens(dictionary: Dictionary, path: Path) -> None:
+def write_saelens(dictionary: Dictionary, path: Path | WorkFolder) -> None:
     """Writes a folder for SAELens; a batch-top-k dictionary becomes `jumprelu`, as SAELens itself saves them.
 
     Raises:

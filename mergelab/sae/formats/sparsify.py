@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from mergelab.checkpoints import open_safetensors
+from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats.convert import arrays_of, refuse, subtracting_b_dec, transposed
 from mergelab.sae.formats.own import write_folder
@@ -38,7 +39,7 @@ def read_sparsify(path: Path) -> Dictionary:
     ).checked()
 
 
-def write_sparsify(dictionary: Dictionary, path: Path) -> None:
+def write_sparsify(dictionary: Dictionary, path: Path | WorkFolder) -> None:
     """Writes a folder for sparsify.
 
     Raises:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from mergelab.checkpoints.manifest import write_whole
+from mergelab.checkpoints.output_target import disk_errors
 from mergelab.errors import DependencyError
 
 __all__ = ["LOGGERS", "Logger", "open_loggers"]
@@ -51,7 +53,8 @@ class _WandB:
         self._run = package.init(
             dir=str(out), name=out.name, config=dict(config), id=known, resume="allow" if known else None
         )
-        written.write_text(f"{self._run.id}\n")
+        with disk_errors(out):
+            write_whole(written, f"{self._run.id}\n")
 
     def write(self, line: Mapping[str, float]) -> None:
         values = {f"train/{name}": value for name, value in line.items() if name != "step"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,17 +13,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import yaml
 from jax.sharding import Mesh
 
 from mergelab.data.activations import ActivationStream, Batch, Prefetch, Trace
-from mergelab.errors import OutputError, SAEError
-from mergelab.processes import together
+from mergelab.errors import CheckpointError, SAEError
+from mergelab.processes import Terminated, together
 from mergelab.sae.config import TrainConfig, load_config
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.finish import finished_dictionary
-from mergelab.sae.formats import save_dictionary
+from mergelab.sae.formats import load_dictionary, save_dictionary
 from mergelab.sae.initialize import SAMPLE_ROWS, initialize
+from mergelab.sae.memory import check_memory
 from mergelab.sae.placement import batch_part, dictionary_shardings, place_batch
 from mergelab.sae.provenance import host_metadata
 from mergelab.sae.recipe import Recipe
@@ -30,8 +31,11 @@ from mergelab.sae.state import TrainState
 from mergelab.sae.step import Metrics, Step, make_step
 from mergelab.sae.training.checkpoints import Checkpoints
 from mergelab.sae.training.data import open_data
+from mergelab.sae.training.folder import RunFolder
+from mergelab.sae.training.inputs import read_once
 from mergelab.sae.training.loggers import Logger, open_loggers
 from mergelab.sae.training.metrics import MetricsFile
+from mergelab.sae.training.termination import Termination
 from mergelab.sae.variants import Variant
 from mergelab.sharding import make_mesh
 
@@ -56,6 +60,7 @@ class Result:
         steps: steps done in all.
         metrics: of the last logged step.
         trace: how long the steps waited for data in this process.
+        resumed: the run had finished before; nothing was trained.
     """
 
     path: Path
@@ -63,6 +68,7 @@ class Result:
     steps: int
     metrics: dict[str, float]
     trace: Trace
+    resumed: bool = False
 
 
 def train(
@@ -72,6 +78,7 @@ def train(
     resume: bool = False,
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> Result:
     """Trains a sparse autoencoder and writes it to `OUT/final`.
 
@@ -81,24 +88,51 @@ def train(
     Args:
         config: a YAML file or what it would hold (`mergelab.sae.config`).
         out: a new folder, or with `resume` that of an earlier run.
-        resume: goes on from the last checkpoint; without one the run begins anew. On the same devices the
-            result is bit for bit that of a run that was never stopped.
+        resume: goes on from the newest whole checkpoint; without one the run begins anew. On the same devices
+            the result is bit for bit that of a run that was never stopped. The result of a run that has
+            finished is returned as it is.
         overrides: `section.key=value`, as for `--set`.
         progress: is told of every logged step.
+        notice: is told what the user should know, such as a damaged checkpoint that was passed over; a Python
+            warning if None.
 
     Raises:
-        SAEError: the configuration is wrong or another than that of the run to resume, or the training
-            diverged; then the last good checkpoint is still there.
-        OutputError: `out` holds a run already, or cannot be written.
+        SAEError: the configuration or the data is wrong, or another than that of the run to resume, or the
+            training diverged; then the last good checkpoint is still there.
+        OutputError: `out` holds a run already, is written by another one, or cannot be written; then the last
+            whole checkpoint is still there.
         CheckpointError: activation files are missing or malformed.
+        Terminated: SIGTERM came; a checkpoint of the step it came in has been written.
     """
     settings = load_config(config, overrides)
-    out = Path(out)
+    notice = notice or _warn
+    with RunFolder(Path(out), settings, resume=resume, notice=notice) as folder:
+        known = folder.finished()
+        if known is not None:
+            mesh = None if settings.mesh is None else make_mesh(settings.mesh)
+            steps, metrics = known
+            found = load_dictionary(folder.final, mesh=mesh)
+            return Result(Path(out) / "final", found, steps, metrics, Trace(), resumed=True)
+        return _train(settings, Path(out), folder, progress, notice)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
+def _train(
+    settings: TrainConfig,
+    out: Path,
+    folder: RunFolder,
+    progress: Progress | None,
+    notice: Callable[[str], None],
+) -> Result:
     recipe = settings.train.build()
     source, target = open_data(settings.data, recipe.tokens)
     variant = settings.sae.build(source.d_in, None if target is None else target.d_in)
     mesh = None if settings.mesh is None else make_mesh(settings.mesh)
     _check_batch(recipe, mesh)
+    check_memory(variant, recipe, mesh, min(settings.data.buffer_rows, source.rows))
     part, parts = batch_part(mesh)
     stream = ActivationStream(
         source,
@@ -110,61 +144,48 @@ def train(
         processes=parts,
     )
     distributed = jax.process_count() > 1
-    with together("opening the run's folder", distributed=distributed):
+    with together("reading the data", distributed=distributed):
+        folder.check_inputs()
         if jax.process_index() == 0:
-            _claim(out, settings, resume)
+            read_once(source, target)
     # A dictionary remembers whose features it holds, so that it is never judged on another model. The process
     # that writes this asks alone: a model's digest takes reading all of it.
     host = host_metadata(settings.data) if jax.process_index() == 0 else {}
     state = _start(variant, recipe, settings, stream, mesh)
     step = make_step(variant, recipe, mesh)
+    with together("writing the run's folder", distributed=distributed):
+        folder.claim()
     with Checkpoints(out / "checkpoints", settings.checkpoint.keep) as checkpoints:
-        done = checkpoints.latest() if resume else None
+        done = _done(checkpoints, folder, notice) if folder.begun else None
         if done is not None:
             state, place = checkpoints.restore(done, state)
             stream.restore(place)
         run = _Run(settings, recipe, step, checkpoints, out, progress)
-        state, trace = run.steps(state, done or 0, stream, mesh)
+        try:
+            state, trace = run.steps(state, done or 0, stream, mesh)
+        except CheckpointError:
+            if checkpoints.latest() is None:  # the data is bad, and nothing would be lost
+                folder.disclaim()
+            raise
     summary = {name: run.last[name] for name in _SUMMARY if name in run.last}
     metadata = {**host, **settings.metadata, "variant": variant.name, "training": summary}
     dictionary = _finish(variant, recipe, state, metadata, mesh)
-    save_dictionary(dictionary, out / "final")
+    save_dictionary(dictionary, out / "final", overwrite=folder.begun)
+    with together("noting the result", distributed=distributed):
+        folder.record(recipe.steps, run.last)
     return Result(out / "final", dictionary, recipe.steps, run.last, trace)
 
 
-def _claim(out: Path, settings: TrainConfig, resume: bool) -> None:
-    """Checks that the folder may be used, and says in it what for."""
-    written = out / "config.yaml"
-    if (out / "final").exists():
-        raise OutputError(f"{out / 'final'}: a finished run is there; choose another folder")
-    if written.is_file():
-        if not resume:
-            raise OutputError(f"{out}: an unfinished run is there; pass --resume, or choose another folder")
-        before, now = yaml.safe_load(written.read_text()), settings.model_dump(mode="json")
-        changed = _first_difference(before, now)
-        if changed is not None:
-            raise SAEError(f"{written}: the run began with {changed}; resume it as it was, or begin another.")
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out} is not empty and holds no run; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
-    partial = out / ".config.yaml.partial"
-    partial.write_text(text)
-    partial.rename(written)
-
-
-def _first_difference(before: Any, now: Any, path: str = "") -> str | None:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in (*before, *(key for key in now if key not in before)):
-            place = f"{path}.{key}" if path else str(key)
-            # Where a run may go on differently: its devices, and what is kept on the way.
-            if place not in ("mesh", "checkpoint", "log_to"):
-                found = _first_difference(before.get(key), now.get(key), place)
-                if found is not None:
-                    return found
-        return None
-    return None if before == now else f"{path}: {before}, not {now}"
+def _done(checkpoints: Checkpoints, folder: RunFolder, notice: Callable[[str], None]) -> int | None:
+    """The step a begun run goes on from; what is passed over is said."""
+    found = checkpoints.find()
+    if jax.process_index() == 0:
+        goes_on = "the run begins anew" if found.step is None else f"the run goes on from step {found.step}"
+        if found.passed_over:
+            notice(f"{'; '.join(found.passed_over)}: passed over, {goes_on}")
+        elif found.step is None:
+            notice(f"{folder.path}: no checkpoint was written before the run stopped; {goes_on}")
+    return found.step
 
 
 def _check_batch(recipe: Recipe, mesh: Mesh | None) -> None:
@@ -211,6 +232,7 @@ class _Run:
         self.settings, self.out, self.progress = settings, out, progress
         self.last: dict[str, float] = {}
         self._loggers: list[Logger] = []
+        self._file: MetricsFile | None = None
         self._began = (0.0, 0)
 
     def steps(
@@ -225,19 +247,20 @@ class _Run:
 
         if jax.process_index() == 0:
             config = self.settings.model_dump(mode="json")
-            self._loggers = [
-                *open_loggers(self.settings.log_to, self.out, config, done),
-                MetricsFile(self.out / "metrics.jsonl", done),
-            ]
+            self._file = MetricsFile(self.out / "metrics.jsonl", done)
+            self._loggers = [self._file]
+            self._loggers = [*open_loggers(self.settings.log_to, self.out, config, done), self._file]
         waiting: tuple[int, Metrics] | None = None
         self._began = (time.perf_counter(), done)
         try:
-            with Prefetch(stream, prepare) as batches:
+            with Prefetch(stream, prepare) as batches, Termination() as termination:
                 for number in range(done + 1, self.recipe.steps + 1):
                     x, y = next(batches)
                     state, metrics = self.step(state, x, y)
+                    termination.unsaved = True
                     end = number == self.recipe.steps
-                    save = number % self.every == 0 and not end
+                    stop = termination.due(number) and not end
+                    save = (number % self.every == 0 or stop) and not end
                     if number % self.log_every == 0 or save or end:
                         # The step before is read while this one runs; the device never waits for the log.
                         if waiting is not None:
@@ -247,13 +270,23 @@ class _Run:
                         self._log(*waiting)
                         waiting = None
                     if save:
-                        self.checkpoints.save(number, state, batches.state())
+                        self._save(number, state, batches.state())
+                        termination.unsaved = False
+                    if stop:
+                        self.checkpoints.wait()
+                        raise Terminated
                 return state, batches.trace
         finally:
             for logger in self._loggers:
                 logger.close()
 
+    def _save(self, number: int, state: TrainState, place: Mapping[str, Any]) -> None:
+        if self._file is not None:
+            self._file.sync()  # lines before a checkpoint are never written again
+        self.checkpoints.save(number, state, place)
+
     def _log(self, number: int, metrics: Metrics) -> None:
+        self.checkpoints.check()
         line = {name: float(np.asarray(value)) for name, value in metrics.items()}
         if not np.isfinite(list(line.values())).all() or line["nmse"] > _DIVERGED:
             good = self.checkpoints.latest()

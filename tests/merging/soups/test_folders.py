@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import EvaluationError, OutputError, RecipeError
 from mergelab.merging.soups import Trace, uniform_soup
 from mergelab.merging.soups.folders import average_checkpoints, by_step, candidate_names
@@ -126,15 +127,25 @@ def test_a_running_average_refuses_what_would_spoil_it(siblings: list[Path], tmp
     np.testing.assert_array_equal(weights_of(out), before)
 
 
+@pytest.mark.parametrize("moment", ["_rename", "_clear_beside"])
 def test_a_running_average_interrupted_while_swapping_is_taken_up(
-    siblings: list[Path], tmp_path: Path
+    moment: str, siblings: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "average"
     update_average(siblings[:2], out)
-    (tmp_path / ".average.next").mkdir()
-    out.rename(tmp_path / ".average.next" / "previous")
-    state = update_average(siblings[2:3], out)
+    real = getattr(WorkFolder, moment)
+
+    def killed(work: WorkFolder, *arguments: Any) -> None:
+        if work.out == out:
+            raise KeyboardInterrupt
+        real(work, *arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(WorkFolder, moment, killed)
+        update_average(siblings[2:3], out)
+    state = update_average(siblings[2:3], out)  # the same command again
     assert len(state.checkpoints) == 3
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
     np.testing.assert_allclose(weights_of(out), exact_mean(siblings[:3]), rtol=0, atol=3e-7)
 
 
@@ -257,7 +268,7 @@ def test_names_order_and_repetition(tmp_path: Path) -> None:
 
 
 def test_a_damaged_journal_is_refused(four: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / ".soup.soup").mkdir()
-    (tmp_path / ".soup.soup" / "journal.json").write_text('{"subject": {}')
+    (tmp_path / ".soup.stages").mkdir()
+    (tmp_path / ".soup.stages" / "journal.json").write_text('{"subject": {}')
     with pytest.raises(OutputError, match="not a readable journal"):
         greedy_soup_checkpoints(list(four.values()), tmp_path / "soup", closeness)

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from mergelab.checkpoints.output_lock import OutputLock
 from mergelab.errors import CheckpointError, OutputError, SAEError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
-from mergelab.sae.formats import FORMATS, load_dictionary, save_dictionary
+from mergelab.sae.formats import FORMATS, load_dictionary, reserve, save_dictionary
 from mergelab.sharding import make_mesh
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -279,6 +280,57 @@ def test_the_libraries_themselves_read_what_is_written(tmp_path: Path) -> None:
         np.testing.assert_allclose(
             np.load(tmp_path / f"out_{name}.npy"), out, atol=1e-4, rtol=2e-5, err_msg=name
         )
+
+
+@pytest.mark.parametrize("name", ["mergelab", "saelens", "dictionary_learning", "gemma-scope", "openai"])
+def test_every_format_is_made_beside_under_a_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    dictionary = dict(WRITTEN)[name]
+    path = tmp_path / ("sae.pt" if name == "openai" else "sae")
+    with OutputLock(path), pytest.raises(OutputError, match="another run is writing this output"):
+        save_dictionary(dictionary, path, name)
+    assert not list(tmp_path.iterdir())
+    replace = os.replace
+
+    def checked(source: Path, target: Path) -> None:
+        assert not path.exists() or not any(path.iterdir())
+        replace(source, target)
+        raise Killed
+
+    class Killed(BaseException):
+        pass
+
+    monkeypatch.setattr(os, "replace", checked)
+    monkeypatch.setattr(OutputLock, "release", lambda lock, **_: os.close(lock._file))  # as a kill does
+    with pytest.raises(Killed):
+        save_dictionary(dictionary, path, name)
+    monkeypatch.undo()
+    before = path.read_bytes() if path.is_file() else {p.name: p.read_bytes() for p in path.iterdir()}
+    save_dictionary(dictionary, path, name)  # the same command again
+    assert (
+        path.read_bytes() if path.is_file() else {p.name: p.read_bytes() for p in path.iterdir()}
+    ) == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["mergelab", "saelens", "dictionary_learning", "gemma-scope", "openai"])
+def test_places_are_refused_before_anything_is_read(tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    for out, words in {tmp_path / "link": "nowhere, which does not exist", run: "run is a"}.items():
+        if out == run and name != "openai":
+            words = "is an input"
+        with pytest.raises(OutputError, match=words), reserve(out, name, inputs=[run]):
+            pass
+    if name != "openai":
+        with (
+            pytest.raises(OutputError, match="lies inside the input"),
+            reserve(run / "x", name, inputs=[run]),
+        ):
+            pass
+    assert not list(run.iterdir()) and len(list(tmp_path.iterdir())) == 2
 
 
 def test_every_format_is_tested() -> None:

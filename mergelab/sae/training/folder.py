@@ -1,0 +1,220 @@
+"""A run's folder: whose it is, what may go on in it, and what is known of a run that has finished."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import yaml
+
+from mergelab.checkpoints.manifest import file_fault, list_files, write_whole
+from mergelab.checkpoints.output_lock import OutputLock
+from mergelab.checkpoints.output_target import check_target, disk_errors
+from mergelab.checkpoints.work_folder import WorkFolder
+from mergelab.errors import OutputError, SAEError
+from mergelab.processes import agree, together
+from mergelab.sae.config import TrainConfig
+from mergelab.sae.training.inputs import check_same, fingerprint, input_paths
+
+__all__ = ["RunFolder"]
+
+_CONFIG, _INPUTS, _RESULT, _FINAL = "config.yaml", "inputs.json", "result.json", "final"
+_THEN = "go on with --resume"
+
+
+class RunFolder:
+    """The folder of one run; a context manager that holds its lock in process 0.
+
+    Attributes:
+        path: the folder.
+        final: where the dictionary goes.
+        begun: whether a run of this configuration has begun there before.
+    """
+
+    def __init__(
+        self, path: Path, settings: TrainConfig, *, resume: bool, notice: Callable[[str], None]
+    ) -> None:
+        """Derives the names; touches nothing.
+
+        Args:
+            path: the folder that is asked for.
+            settings: of the training.
+            resume: whether an earlier run may go on.
+            notice: is told what a user should know, one sentence each, in process 0.
+        """
+        self.path = Path(path).absolute()
+        self.final = self.path / _FINAL
+        self.begun = False
+        self._shown = path
+        self._settings, self._resume, self._notice = settings, resume, notice
+        self._distributed = jax.process_count() > 1
+        self._first = jax.process_index() == 0
+        self._lock: OutputLock | None = None
+        self._made = False
+        self._inputs: dict[str, Any] | None = None
+
+    def __enter__(self) -> Self:
+        """Checks the folder and takes its lock; nothing is written into it yet.
+
+        Raises:
+            OutputError: it holds another run, or something else, or another process is writing it.
+            SAEError: the run to resume has another configuration.
+            MeshError: that happened in another process.
+        """
+        try:
+            with together("opening the run's folder", distributed=self._distributed):
+                if self._first:
+                    check_target(self.path, input_paths(self._settings.data))
+                    lock = OutputLock(self.path)
+                    lock.acquire()
+                    self._lock = lock
+                    with disk_errors(self.path):
+                        self._look()
+        except BaseException:
+            self._release()
+            raise
+        self.begun = bool(agree(int(self.begun), distributed=self._distributed))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            lock, self._lock = self._lock, None
+            lock.release()
+
+    def _look(self) -> None:
+        if not self.path.exists():
+            return
+        names = {entry.name for entry in self.path.iterdir()}
+        if _FINAL in names and not self._resume:
+            raise OutputError(f"{self._shown / _FINAL}: a finished run is there; choose another folder")
+        if _CONFIG in names:
+            if not self._resume:
+                raise OutputError(
+                    f"{self._shown}: an unfinished run is there; pass --resume, or choose another folder"
+                )
+            self._check_config()
+            self.begun = True
+            with WorkFolder(self.final):  # completes, or clears, what a kill left of publishing it
+                pass
+        elif names - {f".{_CONFIG}.partial", f".{_INPUTS}.partial", _INPUTS}:
+            # What else there may be is what a run leaves that was killed in its first moment.
+            raise OutputError(f"{self._shown} is not empty and holds no run; choose another folder")
+
+    def _check_config(self) -> None:
+        written = self.path / _CONFIG
+        try:
+            before = yaml.safe_load(written.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            raise OutputError(
+                f"{written}: cannot be read ({type(error).__name__}), so it is not known what run this is; "
+                "choose another folder"
+            ) from error
+        changed = _first_difference(before, self._settings.model_dump(mode="json"))
+        if changed is not None:
+            raise SAEError(f"{written}: the run began with {changed}; resume it as it was, or begin another.")
+
+    def finished(self) -> tuple[int, dict[str, float]] | None:
+        """Steps and metrics of a run that has finished, its dictionary proved to be what was written.
+
+        A dictionary that has been damaged is made again from the last checkpoint; a notice says so.
+
+        Raises:
+            SAEError: the inputs have changed since.
+            MeshError: that happened in another process.
+        """
+        result: tuple[int, dict[str, float]] | None = None
+        with together("looking for the run's result", distributed=self._distributed):
+            if self._first and self.begun and self.final.exists():
+                result = self._read_result()
+        if not agree(int(result is not None), distributed=self._distributed):
+            return None
+        return result or self._read_result()
+
+    def _read_result(self) -> tuple[int, dict[str, float]] | None:
+        try:
+            said = json.loads((self.path / _RESULT).read_text(encoding="utf-8"))
+            steps, metrics = int(said["steps"]), {str(k): float(v) for k, v in said["metrics"].items()}
+            fault = file_fault(self.final, said["files"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            # Killed between the dictionary and this record: both are made again.
+            return None
+        if fault is not None:
+            if self._first:
+                self._notice(f"{self.final} {fault}; it is made again from the run's last checkpoint")
+            return None
+        return steps, metrics
+
+    def record(self, steps: int, metrics: Mapping[str, float]) -> None:
+        """Notes the result of a run whose dictionary is in its place."""
+        if self._first:
+            with disk_errors(self.path, _THEN):
+                said = {"steps": steps, "metrics": dict(metrics), "files": list_files(self.final)}
+                write_whole(self.path / _RESULT, json.dumps(said, indent=1) + "\n")
+
+    def check_inputs(self) -> None:
+        """Takes the inputs' fingerprints, which must be those a begun run noted.
+
+        Raises:
+            SAEError: an input has changed.
+            OutputError: the note is missing or damaged.
+        """
+        if not self._first:
+            return
+        self._inputs = fingerprint(self._settings.data)
+        if not self.begun:
+            return
+        path = self.path / _INPUTS
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))["files"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise OutputError(
+                f"{path}: cannot be read ({type(error).__name__}), so the data may be other than it was; "
+                "begin another run"
+            ) from error
+        check_same(self.path, before, self._inputs)
+
+    def claim(self) -> None:
+        """Says in the folder what run it holds, if it does not yet: from here on it is resumed."""
+        if not self._first or self.begun:
+            return
+        with disk_errors(self.path):
+            self._made = not self.path.exists()
+            self.path.mkdir(exist_ok=True)
+            text = json.dumps({"files": self._inputs}, indent=1) + "\n"
+            write_whole(self.path / _INPUTS, text)
+            settings = self._settings.model_dump(mode="json")
+            write_whole(self.path / _CONFIG, yaml.safe_dump(settings, sort_keys=False))
+
+    def disclaim(self) -> None:
+        """Takes back what `claim` wrote: the data was found bad before anything could be kept."""
+        if not self._first or self.begun:
+            return
+        for name in (_CONFIG, _INPUTS, "metrics.jsonl", "wandb-id"):
+            (self.path / name).unlink(missing_ok=True)
+        for name in ("checkpoints", "tensorboard", "wandb"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        if self._made and not any(self.path.iterdir()):
+            self.path.rmdir()
+
+
+def _first_difference(before: Any, now: Any, path: str = "") -> str | None:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in (*before, *(key for key in now if key not in before)):
+            place = f"{path}.{key}" if path else str(key)
+            # Where a run may go on differently: its devices, and what is kept on the way.
+            if place not in ("mesh", "checkpoint", "log_to"):
+                found = _first_difference(before.get(key), now.get(key), place)
+                if found is not None:
+                    return found
+        return None
+    return None if before == now else f"{path}: {before}, not {now}"

@@ -1,4 +1,4 @@
-"""Every writing command, killed before every change of files it makes, and given again, ends as if undisturbed."""
+"""Every writing command, killed before any change of files and given again, ends as if undisturbed."""
 
 from __future__ import annotations
 

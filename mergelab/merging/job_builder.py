@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from mergelab.checkpoints import Checkpoint, TensorSource, is_float, promote
 from mergelab.errors import CheckpointError, MergelabError, OperatorError
 from mergelab.merging.compatibility import is_buffer
 from mergelab.merging.job import Job
+from mergelab.merging.layer_parts import MovedLayers, with_moved_parts
 from mergelab.merging.layout import Place
 from mergelab.merging.missing import Ingredients, find_tensor, outcome
 from mergelab.merging.parameters import resolve
@@ -35,6 +36,7 @@ class JobBuilder:
         vocabulary: the merged vocabulary, or None to leave rows as they are.
         dtype: the stored dtype, or None for the promotion of each tensor's inputs.
         truncate_rows: whether embeddings of different length are cut to the shortest.
+        stacks: where the layers of the output come from, for tensors with a part per layer.
         faults: one sentence per impossible tensor.
         lacking: output tensors by the models that lack them.
         rejected: tensor names by the reason their operator gives for refusing its parameters.
@@ -47,6 +49,7 @@ class JobBuilder:
     vocabulary: VocabularyPlan | None = None
     dtype: np.dtype[Any] | None = None
     truncate_rows: bool = False
+    stacks: Sequence[MovedLayers] = ()
     faults: list[str] = field(default_factory=list)
     lacking: dict[tuple[str, ...], list[Place]] = field(default_factory=dict)
     rejected: dict[str, list[str]] = field(default_factory=dict)
@@ -75,10 +78,20 @@ class JobBuilder:
 
     def _find(self, place: Place) -> Ingredients:
         present: list[TensorSource | None] = []
-        for source, name in zip(place.piece.sources, place.names, strict=True):
-            tensor = find_tensor(self.models[source.model], name)
-            if tensor is not None and self.vocabulary is not None:
-                tensor = self.vocabulary.source(source.model, tensor, role=place.name)
+        named = {source.model: name for source, name in zip(place.piece.sources, place.names, strict=True)}
+
+        def find(model: str) -> TensorSource | None:
+            tensor = find_tensor(self.models[model], named.get(model, place.name))
+            if tensor is None or self.vocabulary is None:
+                return tensor
+            return self.vocabulary.source(model, tensor, role=place.name)
+
+        for i, source in enumerate(place.piece.sources):
+            # The same model may be there twice, with unlike names of blocks.
+            named[source.model] = place.names[i]
+            tensor = find(source.model)
+            if tensor is not None:
+                tensor = with_moved_parts(tensor, place.name, i, self.stacks, find)
             present.append(tensor)
         lacking = tuple(s.model for s, t in zip(place.piece.sources, present, strict=True) if t is None)
         if lacking:

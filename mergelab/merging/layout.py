@@ -43,12 +43,14 @@ class Layout:
     Attributes:
         places: one per output tensor.
         layers: per module with blocks: the (model, block) that each output block's first source is.
+        sources: per module with blocks: every (model, block) that each output block is merged from.
         faults: `(path, message)` of what made a module impossible to lay out.
         warnings: what the user should know, one sentence each.
     """
 
     places: list[Place] = field(default_factory=list)
     layers: dict[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
+    sources: dict[str, list[tuple[tuple[str, int], ...]]] = field(default_factory=dict)
     faults: list[tuple[FieldPath, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -120,9 +122,10 @@ def _lay_out_module(
     first, last = slices[0], slices[-1]
     places = _loose(first, [m.pre for m in _modules(first, models, name)], models, donor)
     if spelling.stack is not None:
-        blocks, layers = _blocks(slices, spelling.stack, models, name, layout)
+        blocks, sources = _blocks(slices, spelling.stack, models, name, layout)
         places += blocks
-        layout.layers[name] = layers
+        layout.sources[name] = sources
+        layout.layers[name] = tuple(each[0] for each in sources)
     places += _loose(last, [m.post for m in _modules(last, models, name)], models, donor)
     if _listed(first) != _listed(last) and (spelling.pre or spelling.post):
         layout.warnings.append(
@@ -166,9 +169,10 @@ def _blocks(
     models: Mapping[str, Architecture],
     module: str,
     layout: Layout,
-) -> tuple[list[Place], tuple[tuple[str, int], ...]]:
+) -> tuple[list[Place], list[tuple[tuple[str, int], ...]]]:
+    """The places of all blocks, and per output block the (model, block) of each of its sources."""
     places: list[Place] = []
-    layers: list[tuple[str, int]] = []
+    layers: list[tuple[tuple[str, int], ...]] = []
     for piece in slices:
         ranges = _ranges(piece, models, module, layout)
         length = max((stop - start for _, start, stop in ranges.values()), default=0)
@@ -186,11 +190,10 @@ def _blocks(
                 stack, start, _ = ranges.get(i, (spelling, 0, 0))
                 prefixes.append(f"{stack.prefix}{start + offset}.")
                 found.update(dict.fromkeys(stack.suffixes[start + offset] if i in ranges else ()))
-            first = min(ranges)
-            layers.append((piece.sources[first].model, ranges[first][1] + offset))
+            layers.append(tuple((piece.sources[i].model, ranges[i][1] + offset) for i in sorted(ranges)))
             output = f"{spelling.prefix}{len(layers) - 1}."
             places += [Place(output + s, piece, tuple(p + s for p in prefixes), t) for s in found]
-    return places, tuple(layers)
+    return places, layers
 
 
 def _ranges(

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from mergelab import __version__
-from mergelab.checkpoints import Checkpoint, dtype_from_name, open_checkpoint
+from mergelab.checkpoints import Checkpoint, LoraCheckpoint, dtype_from_name, open_checkpoint
 from mergelab.checkpoints.writer import identity_digest
-from mergelab.merging.architecture import infer_architecture
+from mergelab.merging.architecture import Architecture, infer_architecture
 from mergelab.merging.compatibility import absent, incomplete, mixed, packed
 from mergelab.merging.extra_files import donor_files
 from mergelab.merging.faults import raise_faults
 from mergelab.merging.find_models import FoundModel, find_models
 from mergelab.merging.job import Job
 from mergelab.merging.job_builder import JobBuilder
-from mergelab.merging.layout import lay_out
+from mergelab.merging.layer_parts import MovedLayers
+from mergelab.merging.layout import Layout, lay_out
 from mergelab.merging.output_config import config_differences, output_config
 from mergelab.merging.plan_checks import absences, shortened, strangers
 from mergelab.merging.planned_checkpoint import PlannedCheckpoint
@@ -185,6 +186,7 @@ def _plan(
         vocabulary,
         None if stored is None else dtype_from_name(stored),
         truncate_embeddings and vocabulary is None,
+        _moved_layers(layout, shapes, donor),
     )
     jobs = tuple(job for job in map(builder.build, layout.places) if job is not None)
     lacking = [] if allow_mixed_architectures else absent(builder.lacking, shapes, configs, donor)
@@ -196,12 +198,15 @@ def _plan(
         layout.layers,
         jobs,
         {} if vocabulary is None else vocabulary.config_updates,
+        sources=layout.sources,
+        architectures=shapes,
     )
     warnings = [
         *(origin.sentence(*warning) for warning in recipe_warnings(recipe)),
         *layout.warnings,
         *absences(builder.lacking, builder.skipped),
         *config_differences(configs, donor),
+        *(note for c in checkpoints.values() if isinstance(c, LoraCheckpoint) for note in c.warnings),
         *warnings,
         *notes,
     ]
@@ -232,6 +237,17 @@ def _inputs(recipe: Recipe, found: Mapping[str, FoundModel], stages: Mapping[str
     if recipe.origin.path is not None:
         paths.append(recipe.origin.path)
     return tuple(dict.fromkeys(paths))
+
+
+def _moved_layers(layout: Layout, models: Mapping[str, Architecture], donor: str) -> list[MovedLayers]:
+    found = []
+    for module, sources in layout.sources.items():
+        stacks = {name: each.modules[module].stack for name, each in models.items() if module in each.modules}
+        counts = {name: stack.count for name, stack in stacks.items() if stack is not None}
+        stack = stacks.get(donor) or next((stack for stack in stacks.values() if stack is not None), None)
+        if stack is not None:
+            found.append(MovedLayers(stack.prefix, sources, counts))
+    return found
 
 
 def _vocabulary(

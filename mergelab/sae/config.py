@@ -172,7 +172,7 @@ class TrainConfig(_Section):
         checkpoint: what is kept on the way.
         mesh: devices along the axes `data` and `latents`; one device where it is left away.
         log_to: where metrics go besides `metrics.jsonl`: `tensorboard`, `wandb`.
-        metadata: kept in the finished dictionary: `site`, `model`, ....
+        metadata: kept in the finished dictionary: `site`, `target_site`, `model`, ....
     """
 
     sae: SAESection

@@ -11,7 +11,7 @@ from typing import Any
 from mergelab.checkpoints.json_data import parse_json_object, read_optional_json
 from mergelab.checkpoints.source import Checkpoint
 from mergelab.checkpoints.text_file import read_text
-from mergelab.errors import RecipeError, did_you_mean, quoted, shortened
+from mergelab.errors import RecipeError, did_you_mean, quoted
 from mergelab.merging.vocabulary.chat_formats import CHAT_FORMATS
 from mergelab.merging.vocabulary.write import json_bytes
 
@@ -99,11 +99,11 @@ def _check_jinja(template: str) -> None:
     try:
         chat_environment().parse(template)
     except TemplateSyntaxError as error:
-        fault = f"{shortened(error.message or '', 200)} at line {error.lineno}"
+        fault = f"{error.message} at line {error.lineno}"
     except (RecursionError, MemoryError):
         fault = "it is nested too deeply"
     except (ArithmeticError, ValueError) as error:  # literals that Python does not take
-        fault = shortened(str(error), 200)
+        fault = str(error)
     else:
         return
-    raise RecipeError(f"chat_template: not valid jinja: {fault}; correct it")
+    raise RecipeError(f"chat_template: not valid jinja: {fault[:500]}; correct it")

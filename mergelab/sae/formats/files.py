@@ -13,6 +13,7 @@ from mergelab.checkpoints.new_files import NewFiles
 from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import CheckpointError, SAEError, did_you_mean
 from mergelab.sae.dictionary import Dictionary
+from mergelab.sae.formats.convert import refuse
 from mergelab.sae.formats.dictionary_learning import read_dictionary_learning, write_dictionary_learning
 from mergelab.sae.formats.gemma_scope import read_gemma_scope, read_gemma_scope_2, write_gemma_scope
 from mergelab.sae.formats.openai import read_openai, write_openai
@@ -152,6 +153,8 @@ def save_dictionary(
         OutputError: the path is taken, is being written by another run, or cannot be written.
     """
     kind = _format(format)
+    if kind is not FORMATS["mergelab"] and dictionary.config.sites != 1:
+        raise refuse(format, f"a crosscoder of {dictionary.config.sites} sites", "'mergelab'")
     place = Path(path) if isinstance(path, str) else path
     if kind.write is write_own:
         write_own(dictionary.checked(), cast("Path | WorkFolder", place), overwrite=overwrite)

@@ -10,6 +10,7 @@ from typing import Any
 from mergelab.checkpoints.digest import weights_sha256
 from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.checkpoints.json_data import read_json_object
+from mergelab.errors import CheckpointError
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model
 from mergelab.sae.config import DataSection
@@ -59,11 +60,19 @@ def store_facts(patterns: str | Sequence[str]) -> dict[str, Any]:
     if len(sites) != 1 or len(stores) != 1 or not (store := stores.pop()).is_file():
         return {}
     facts = read_json_object(store)
-    site = sites.pop()
-    if site not in facts.get("sites", {}):
+    site, widths = sites.pop(), facts.get("sites")
+    if not str(facts.get("format")).startswith("mergelab-activations"):
         return {}
-    found = {"site": site, "model": facts["model"], "model_hash": facts["model_sha256"]}
-    return found | ({"context": facts["context"]} if "context" in facts else {})
+    model, digest = facts.get("model"), facts.get("model_sha256")
+    if not isinstance(widths, dict) or not isinstance(model, str) or not isinstance(digest, str):
+        raise CheckpointError(
+            f"{store} does not map sites to widths and name a model and its model_sha256, as `mergelab "
+            "activations` writes it; collect the activations again."
+        )
+    found = {"site": site, "model": model, "model_hash": digest}
+    if isinstance(facts.get("context"), int):
+        found["context"] = facts["context"]
+    return found if site in widths else {}
 
 
 def _read_model(folder: str) -> Model:

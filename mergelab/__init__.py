@@ -7,9 +7,11 @@ The package imports nothing heavy until a name is used: `mergelab.merge`, `merge
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # that of `typing`, which takes longer to import than all the rest
 if TYPE_CHECKING:
+    from typing import Any
+
     from mergelab import errors as errors
     from mergelab import operators as operators
     from mergelab.merging.merge import merge as merge

@@ -7,7 +7,8 @@ expected, and what to do. Callers catch `MergelabError`; the subclasses say whos
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import islice
 
 __all__ = [
     "ChatTemplateError",
@@ -24,22 +25,33 @@ __all__ = [
     "SAEError",
     "SiteError",
     "did_you_mean",
+    "dotted",
+    "first_faults",
+    "quoted",
+    "shortened",
 ]
+
+MAX_FAULTS = 20
+MAX_MESSAGE = 2000
+"""Characters of a whole message: what a person reads, and what a hostile input can make us print."""
+
+MAX_QUOTED = 80
 
 
 class MergelabError(Exception):
-    """Base of all errors that describe bad input or a failed environment, not a bug in mergelab."""
+    """Base of all errors that describe bad input or a failed environment, not a bug in mergelab.
+
+    `faults` holds the faults found, one sentence each, at most 20 and 2,000 characters of them (the last
+    entry then says how many more there are); the message joins them.
+    """
+
+    def __init__(self, faults: str | Iterable[str] = "") -> None:
+        self.faults: tuple[str, ...] = first_faults([faults] if isinstance(faults, str) else faults)
+        super().__init__("\n".join(self.faults))
 
 
 class RecipeError(MergelabError):
-    """A recipe that cannot be run: unknown key, wrong type, missing model, impossible combination.
-
-    `faults` holds every fault found, one sentence each; the message joins them.
-    """
-
-    def __init__(self, faults: str | Iterable[str]) -> None:
-        self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)
-        super().__init__("\n".join(self.faults))
+    """A recipe that cannot be run: unknown key, wrong type, missing model, impossible combination."""
 
 
 class OperatorError(MergelabError, ValueError):
@@ -88,5 +100,88 @@ class DependencyError(MergelabError, ImportError):
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Returns `" (did you mean 'density'?)"` for the nearest choice, or `""` when none is near."""
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    if len(word) > MAX_QUOTED:  # comparing takes the square of the length, and no name is that long
+        return ""
+    near = [choice for choice in islice(choices, 10_000) if len(choice) <= 2 * MAX_QUOTED]
+    close = difflib.get_close_matches(word, near, n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def dotted(path: Iterable[str | int]) -> str:
+    """`("models", 1, "parameters")` as `models[1].parameters`."""
+    text = ""
+    for part in path:
+        word = shortened(str(part), MAX_QUOTED)
+        text += f"[{word}]" if isinstance(part, int) else f".{word}" if text else word
+    return text
+
+
+def shortened(text: str, limit: int = MAX_QUOTED) -> str:
+    """The text with its middle left out if it is longer than `limit` characters."""
+    if len(text) <= limit:
+        return text
+    tail = limit // 4
+    return f"{text[: limit - tail - 3]}...{text[len(text) - tail :]}"
+
+
+def quoted(value: object, limit: int = MAX_QUOTED) -> str:
+    """`repr(value)` of at most `limit` characters, made in time that does not grow with the value."""
+    return shortened(_repr(value, limit, 4), limit)
+
+
+def _repr(value: object, limit: int, depth: int) -> str:
+    if isinstance(value, str | bytes):
+        return repr(value) if len(value) <= limit else repr(_cut(value, limit))
+    if isinstance(value, int) and value.bit_length() > 3 * limit:
+        # Python refuses to write out a number of more than 4,300 digits.
+        return f"a number of about {value.bit_length() * 0.30103:.0f} digits"
+    if isinstance(value, Mapping | list | tuple | set | frozenset):
+        if depth == 0:
+            return "..."
+        return _repr_container(value, limit, depth - 1)
+    try:
+        return repr(value)
+    except Exception:  # whatever a caller's own type raises, the message is not about that
+        return f"<{type(value).__name__}>"
+
+
+def _cut(value: str | bytes, limit: int) -> str | bytes:
+    """A text or byte string of at most `limit` units, its middle left out."""
+    if isinstance(value, str):
+        return shortened(value, limit)
+    return value[: limit - 3] + b"..."
+
+
+def _repr_container(value: object, limit: int, depth: int) -> str:
+    signs = {list: "[]", tuple: "()"}.get(type(value), "{}")
+    parts: list[str] = []
+    size = 0
+    items = value.items() if isinstance(value, Mapping) else value
+    assert isinstance(items, Iterable)
+    for item in items:
+        if size > limit:
+            parts.append("...")
+            break
+        if isinstance(value, Mapping):
+            key, inner = item
+            parts.append(f"{_repr(key, limit, depth)}: {_repr(inner, limit, depth)}")
+        else:
+            parts.append(_repr(item, limit, depth))
+        size += len(parts[-1]) + 2
+    end = "," if isinstance(value, tuple) and len(value) == 1 else ""
+    return f"{signs[0]}{', '.join(parts)}{end}{signs[1]}"
+
+
+def first_faults(faults: Iterable[str]) -> tuple[str, ...]:
+    """The faults that a message shows: at most 20 of 2,000 characters in all, then `and 980 more`."""
+    kept: list[str] = []
+    size = left = 0
+    for fault in faults:
+        # What no terminal can show (half a surrogate pair) is written as its escape.
+        text = shortened(fault, MAX_MESSAGE - 40).encode("utf-8", "backslashreplace").decode()
+        if left or len(kept) == MAX_FAULTS or (kept and size + len(text) + 1 > MAX_MESSAGE - 30):
+            left += 1
+            continue
+        kept.append(text)
+        size += len(text) + 1
+    return (*kept, f"and {left:,} more") if left else tuple(kept)

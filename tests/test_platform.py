@@ -133,3 +133,57 @@ def test_a_disk_without_exchange_says_so(
 def test_a_system_without_exchange_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "_rename_with_flags", lambda: None)
     assert not exchange(tmp_path / "a", tmp_path / "b")
+
+
+_ELSEWHERE = """
+import importlib, json, os, pkgutil, sys
+from pathlib import Path
+
+del os.sched_getaffinity, os.posix_fallocate
+sys.modules["fcntl"] = None
+import mergelab
+
+for module in pkgutil.walk_packages(mergelab.__path__, "mergelab."):
+    if module.name != "mergelab.__main__":
+        importlib.import_module(module.name)
+
+import numpy as np
+from mergelab.models.families import model_from_config
+from mergelab.models.load import load_model
+from mergelab.models.save import save_model
+
+folder = Path(sys.argv[1])
+config = {
+    "model_type": "llama", "vocab_size": 24, "hidden_size": 16, "intermediate_size": 24,
+    "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 64,
+}
+model = model_from_config(config)
+for seed, name in enumerate("ab"):
+    save_model(model, model.init(seed), folder / name)
+entries = [{"model": str(folder / name), "parameters": {"weight": 0.5}} for name in "ab"]
+recipe = json.dumps({"merge_method": "linear", "dtype": "float32", "models": entries})
+mergelab.merge(mergelab.Recipe.parse(recipe), folder / "merged")
+embedding = [np.asarray(load_model(folder / name)[1]["embed"]["embedding"]) for name in ("a", "b", "merged")]
+np.testing.assert_allclose(embedding[2], (embedding[0] + embedding[1]) / 2, rtol=1e-6)
+print("merged", os.environ["JAX_PLATFORMS"])
+"""
+
+
+def test_models_load_and_merge_without_affinities_locks_and_preallocation(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", _ELSEWHERE, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert run.stdout == "merged cpu\n", run.stderr
+
+
+def test_only_one_file_asks_the_operating_system(repository: Path) -> None:
+    asked = {"fcntl", "msvcrt", "sched_getaffinity", "renameat2"}
+    found = {
+        path.relative_to(repository).as_posix()
+        for path in (repository / "mergelab").rglob("*.py")
+        if any(word in path.read_text(encoding="utf-8") for word in asked)
+    }
+    assert found == {"mergelab/platform.py"}

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mergelab.checkpoints.lfs import POINTER_BYTES, refuse_pointer
 from mergelab.errors import CheckpointError
 
 __all__ = ["FileTensor", "WeightFile", "check_piece"]
@@ -32,15 +33,19 @@ class WeightFile:
         """Notes the identity of the file at `path`.
 
         Raises:
-            CheckpointError: it does not exist, is not a regular file, or cannot be read.
+            CheckpointError: it does not exist, is no regular file, cannot be read, or is a Git LFS pointer.
         """
         try:
             status = path.stat()
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the path") from error
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise CheckpointError(f"{path} cannot be read ({why}); check the path") from error
         if not path.is_file():
             raise CheckpointError(f"{path} is not a file; name a weight file or a model folder")
-        return cls(path, status.st_size, (status.st_ino, status.st_mtime_ns))
+        file = cls(path, status.st_size, (status.st_ino, status.st_mtime_ns))
+        if file.size < POINTER_BYTES:
+            refuse_pointer(file.read(0, file.size, "its beginning"), str(path))
+        return file
 
     def read_into(self, offset: int, out: memoryview, what: str) -> None:
         """Fills `out` (bytes) from byte `offset` on; `what` names the data in an error.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mergelab.checkpoints.file_names import check_file_name
-from mergelab.checkpoints.json_data import read_json_object
+from mergelab.checkpoints.json_data import read_json_object, read_optional_json
 from mergelab.checkpoints.pickled import PickledFile, open_pickled
 from mergelab.checkpoints.safetensors_file import SafetensorsFile, open_safetensors
 from mergelab.checkpoints.source import TensorSource
@@ -19,6 +20,8 @@ from mergelab.errors import CheckpointError
 __all__ = ["FolderCheckpoint", "open_checkpoint"]
 
 PICKLED = (".bin", ".pt", ".pth")
+_SHARD = re.compile(r".*?(\d{1,9})-of-(\d{1,9})\.[a-z]+")
+_DIGITS = re.compile(r"\d+")
 _NOT_WEIGHTS = frozenset(
     ["training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt", "scaler.pt"]
 )
@@ -88,7 +91,7 @@ def _open(path: Path) -> FolderCheckpoint:
         files, index = _find_weights(path)
     else:
         raise CheckpointError(f"{path} does not exist; name a model folder or a weight file")
-    config = read_json_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_optional_json(folder / "config.json")
     opened = tuple(_open_file(file) for file in files)
     tensors: dict[str, TensorSource] = {}
     for file in opened:
@@ -101,6 +104,7 @@ def _open(path: Path) -> FolderCheckpoint:
             tensors[name] = source
     if index is not None:
         _check_index(index, opened)
+        _check_none_is_left_out(index, [file.name for file in files])
     return FolderCheckpoint(folder, config, tensors, opened)
 
 
@@ -131,6 +135,11 @@ def _find_weights(folder: Path) -> tuple[list[Path], Path | None]:
             index = folder / f"{standard}.index.json"
             return [folder / name for name in _shards(index)], index
         if len(candidates) == 1:
+            if (part := _SHARD.fullmatch(candidates[0])) and int(part[2]) > 1:
+                raise CheckpointError(
+                    f"{folder} has only the file {candidates[0]}, by its name one of {int(part[2])}; "
+                    "finish the download"
+                )
             return [folder / candidates[0]], None
         if candidates:
             raise CheckpointError(
@@ -163,6 +172,19 @@ def _shards(index: Path) -> list[str]:
         if not (index.parent / shard).is_file():
             raise CheckpointError(f"{index} names the file {shard!r}, which is missing; finish the download")
     return shards
+
+
+def _check_none_is_left_out(index: Path, shards: list[str]) -> None:
+    """Checks that no file beside the shards is called as they are, but for its number."""
+    kinds = {_DIGITS.sub("#", shard) for shard in shards}
+    names = sorted(entry.name for entry in index.parent.iterdir() if entry.is_file())
+    rest = [name for name in names if name not in shards and _DIGITS.sub("#", name) in kinds]
+    if rest:
+        more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
+        raise CheckpointError(
+            f"{index.parent} has the shard {rest[0]!r}{more}, which {index.name} does not name; download the "
+            "index again, or remove what is not part of the model"
+        )
 
 
 def _check_index(index: Path, files: tuple[SafetensorsFile | PickledFile, ...]) -> None:

@@ -12,29 +12,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergelab.checkpoints.cast_tensor import CastTensor
-from mergelab.checkpoints.dtypes import is_float
 from mergelab.checkpoints.folder import FolderCheckpoint, open_checkpoint
-from mergelab.checkpoints.lora_config import LoraConfig, read_lora_config
-from mergelab.checkpoints.lora_tensor import BiasedTensor, FactorCache, LowRankTensor
+from mergelab.checkpoints.lora_config import read_lora_config
+from mergelab.checkpoints.lora_merge import LoraMerge
+from mergelab.checkpoints.lora_parts import sort_adapter
 from mergelab.checkpoints.source import TensorSource
-from mergelab.errors import CheckpointError, did_you_mean
+from mergelab.checkpoints.tied_head import untied_config
+from mergelab.errors import CheckpointError
 
 __all__ = ["LoraCheckpoint", "with_lora"]
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_PARTS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_B.bias")
-_WHOLE = ("modules_to_save.default.", "modules_to_save.", "base_layer.")
 
 
 @dataclass(frozen=True)
 class LoraCheckpoint:
-    """A base checkpoint with an adapter applied as its tensors are read; config and files are the base's."""
+    """A base checkpoint with an adapter applied as its tensors are read; its files are the base's.
+
+    Attributes:
+        base: the model the adapter was trained on.
+        adapter: the adapter's tensors.
+        adapter_config_sha256: digest of its `adapter_config.json`.
+        tensors: those of the merged model.
+        untied: whether the head is a tensor of its own in it, though the base's is its embedding.
+        warnings: what PEFT would warn about, one sentence each.
+    """
 
     base: FolderCheckpoint | LoraCheckpoint
     adapter: FolderCheckpoint
     adapter_config_sha256: str
     tensors: Mapping[str, TensorSource]
+    untied: bool = False
+    warnings: tuple[str, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -42,7 +51,8 @@ class LoraCheckpoint:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        return self.base.config
+        """The base's, with `tie_word_embeddings` false where the adapter parts head and embedding."""
+        return untied_config(self.base.config) if self.untied else self.base.config
 
     def fingerprint(self) -> str:
         """Returns a SHA-256 hex digest of the base's and the adapter's; reads no weights."""
@@ -54,7 +64,12 @@ def with_lora(checkpoint: FolderCheckpoint | LoraCheckpoint, adapter_path: Path 
     """Returns `checkpoint` with a PEFT LoRA adapter merged into it, computed piece by piece when read.
 
     Every tensor of the adapter is used exactly once. A square `Conv1D` weight cannot be told from a linear
-    one by its shape; there `fan_in_fan_out` of the adapter's config decides.
+    one by its shape; there the model's type decides or, where it is not known, `fan_in_fan_out` of the
+    adapter's config.
+
+    A head tied to the embedding is treated as PEFT's merge treats it: updates of either are added to the
+    matrix they share, but where one of them is in `modules_to_save` they part, and the config of the result
+    says so.
 
     Args:
         checkpoint: the model the adapter was trained on.
@@ -73,123 +88,11 @@ def with_lora(checkpoint: FolderCheckpoint | LoraCheckpoint, adapter_path: Path 
     if found is None:
         raise CheckpointError(f"{folder} has no {' or '.join(_WEIGHTS)}; finish the download")
     adapter = open_checkpoint(found)
-    tensors = dict(checkpoint.tensors)
+    parts = sort_adapter(adapter.tensors, config, folder)
+    merge = LoraMerge.of(checkpoint, config, folder, parts.saved)
     # Whole tensors first: a low-rank update applies on top of a replaced weight.
-    modules, whole = _sort(adapter.tensors, folder)
-    replaced: set[str] = set()
-    for name, source in whole.items():
-        target = _once(_target(name, tensors, folder), replaced, folder)
-        _check_shape(target, tensors[target].shape, source.shape, folder)
-        tensors[target] = CastTensor(target, tensors[target].dtype, source)
-    cache, updated = FactorCache(), set()
-    for module, parts in modules.items():
-        _once(_target(f"{module}.weight", tensors, folder), updated, folder)
-        _apply(module, parts, tensors, config, cache, folder)
+    merge.replace(parts.whole)
+    merge.update(parts.modules)
+    untied = merge.finish()
     digest = hashlib.sha256(config_path.read_bytes()).hexdigest()
-    return LoraCheckpoint(checkpoint, adapter, digest, tensors)
-
-
-def _sort(
-    tensors: Mapping[str, TensorSource], folder: Path
-) -> tuple[dict[str, dict[str, TensorSource]], dict[str, TensorSource]]:
-    """Splits an adapter into low-rank parts by module, and tensors that replace the base's, by name."""
-    modules: dict[str, dict[str, TensorSource]] = {}
-    whole: dict[str, TensorSource] = {}
-    for full, source in tensors.items():
-        name = full.removeprefix("base_model.model.")
-        module, _, part = name.partition(".lora_")
-        part = f"lora_{part.replace('.default', '', 1)}"
-        if part in _PARTS:
-            place, key = modules.setdefault(module, {}), part
-        elif ".lora_" in name or "trainable_tokens" in name:
-            variant = "DoRA" if "magnitude" in name else "not plain LoRA"
-            raise CheckpointError(
-                f"{folder}: tensor {full!r} is of a variant that cannot be merged here ({variant}); "
-                "merge the adapter with PEFT and use the resulting model"
-            )
-        else:
-            for infix in _WHOLE:
-                name = name.replace(f".{infix}", ".", 1)
-            place, key = whole, name
-        if key in place:
-            raise CheckpointError(
-                f"{folder}: tensor {full!r} says the same as another one; save the adapter again"
-            )
-        place[key] = source
-    return modules, whole
-
-
-def _target(name: str, tensors: Mapping[str, TensorSource], folder: Path) -> str:
-    """Returns the model's name of a tensor: the same one, or the only one that differs by a leading part."""
-    if name in tensors:
-        return name
-    near = [n for n in tensors if n.endswith(f".{name}") or name.endswith(f".{n}")]
-    if len(near) != 1:
-        raise CheckpointError(
-            f"{folder}: the adapter changes {name!r}, which the model does not have"
-            f"{did_you_mean(name, tensors)}; "
-            "use the model the adapter was trained on"
-        )
-    return near[0]
-
-
-def _once(name: str, seen: set[str], folder: Path) -> str:
-    """Returns `name`, which two tensors of the adapter must not both change."""
-    if name in seen:
-        raise CheckpointError(f"{folder}: two modules of the adapter change {name!r}; save the adapter again")
-    seen.add(name)
-    return name
-
-
-def _check_shape(name: str, found: tuple[int, ...], needed: tuple[int, ...], folder: Path) -> None:
-    if found != needed:
-        raise CheckpointError(
-            f"{folder}: the adapter needs {name!r} to have shape {needed} but the model's has {found}; "
-            "use the model the adapter was trained on"
-        )
-
-
-def _apply(
-    module: str,
-    parts: dict[str, TensorSource],
-    tensors: dict[str, TensorSource],
-    config: LoraConfig,
-    cache: FactorCache,
-    folder: Path,
-) -> None:
-    """Replaces a module's weight (and bias) in `tensors` by the updated one."""
-    embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
-    keys = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
-    bias = parts.get("lora_B.bias")
-    if any(key not in parts for key in keys) or len(parts) != 2 + (bias is not None):
-        raise CheckpointError(
-            f"{folder}: module {module!r} has {', '.join(sorted(parts))} where {' and '.join(keys)} were "
-            "expected; save the adapter again"
-        )
-    a, b = parts[keys[0]], parts[keys[1]]
-    if len(a.shape) != 2 or len(b.shape) != 2:
-        raise CheckpointError(
-            f"{folder}: module {module!r} has {len(a.shape)}-D factors; only matrices can be merged here: "
-            "merge the adapter with PEFT"
-        )
-    rank = config.rank(module)
-    if a.shape[0] != rank or b.shape[1] != rank:
-        raise CheckpointError(
-            f"{folder}: module {module!r} has factors {a.shape} and {b.shape} but its config gives rank "
-            f"{rank}; correct r or rank_pattern in adapter_config.json"
-        )
-    name = _target(f"{module}.weight", tensors, folder)
-    weight = tensors[name]
-    if not is_float(weight.dtype) or not (is_float(a.dtype) and is_float(b.dtype)):
-        raise CheckpointError(f"{folder}: {name!r} is stored as {weight.dtype}; dequantise the model first")
-    linear, transposed = (b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])
-    if embedding or (weight.shape == transposed and (linear != transposed or config.fan_in_fan_out)):
-        _check_shape(name, weight.shape, transposed, folder)
-        tensors[name] = LowRankTensor(weight, (a, True), (b, True), config.scale(module), cache)
-    else:
-        _check_shape(name, weight.shape, linear, folder)
-        tensors[name] = LowRankTensor(weight, (b, False), (a, False), config.scale(module), cache)
-    if bias is not None:
-        name = _target(f"{module}.bias", tensors, folder)
-        _check_shape(name, tensors[name].shape, bias.shape, folder)
-        tensors[name] = BiasedTensor(tensors[name], bias, config.scale(module))
+    return LoraCheckpoint(checkpoint, adapter, digest, merge.tensors, untied, tuple(merge.warnings))

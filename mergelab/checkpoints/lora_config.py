@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mergelab.checkpoints.json_data import read_json_object
+from mergelab.checkpoints.name_pattern import compile_pattern, matches_name
 from mergelab.errors import CheckpointError
 
 __all__ = ["LoraConfig", "read_lora_config"]
@@ -22,6 +22,7 @@ _HARMLESS = frozenset((
     "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type", "velora_config",
 ))  # fmt: skip
 _READ = frozenset(["r", "lora_alpha", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"])
+_LARGEST = 1e9
 _KEEPS_BASE = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 """`init_lora_weights` under which training starts from the unchanged base; pissa and others alter it."""
 
@@ -35,6 +36,9 @@ class LoraConfig:
         use_rslora: scale is `alpha / sqrt(r)` instead of `alpha / r`.
         fan_in_fan_out: weights are stored `[in, out]`; decides only where the shape cannot.
         rank_pattern, alpha_pattern: values for modules whose name ends in (or matches) the key.
+        modules_to_save: ends of the names of modules that PEFT trains as copies of their own.
+        target_modules: ends of the names of modules with factors; None where a pattern chooses them.
+        ensure_weight_tying: whether the copies of a tied embedding and head are one.
     """
 
     r: int
@@ -43,6 +47,18 @@ class LoraConfig:
     fan_in_fan_out: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    target_modules: tuple[str, ...] | None = None
+    ensure_weight_tying: bool = False
+
+    def is_saved(self, module: str) -> bool:
+        """Whether PEFT keeps a copy of its own of a module, instead of loading into the base's."""
+        return module.endswith(self.modules_to_save)
+
+    def is_targeted(self, module: str) -> bool:
+        """Whether PEFT puts factors on a module, as far as `target_modules` says."""
+        names = self.target_modules
+        return names is None or any(module == name or module.endswith(f".{name}") for name in names)
 
     def rank(self, module: str) -> int:
         """Returns the rank of a module, e.g. `model.layers.0.self_attn.q_proj`."""
@@ -57,7 +73,7 @@ class LoraConfig:
 def _lookup(pattern: dict[str, Any], module: str, default: Any) -> Any:
     """First key that matches the whole name, or its end after a dot, as PEFT reads patterns."""
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if matches_name(key, module):
             return value
     return default
 
@@ -72,20 +88,20 @@ def read_lora_config(path: Path) -> LoraConfig:
     data = read_json_object(path)
     if data.get("peft_type") != "LORA":
         raise CheckpointError(
-            f"{path}: peft_type is {data.get('peft_type')!r}, but only 'LORA' adapters can be merged; "
+            f"{path}: peft_type is {_shown(data.get('peft_type'))}, but only 'LORA' adapters can be merged; "
             "merge it with PEFT and use the resulting model"
         )
     for key, value in data.items():
         if value and key not in _HARMLESS | _READ:
             raise CheckpointError(
-                f"{path}: {key} = {value!r} changes the weights in a way that is not W + scale*B@A; "
+                f"{path}: {key} = {_shown(value)} changes the weights in a way that is not W + scale*B@A; "
                 "merge the adapter with PEFT and use the resulting model"
             )
     start = data.get("init_lora_weights")
     if start not in _KEEPS_BASE:
         raise CheckpointError(
-            f"{path}: init_lora_weights = {start!r} trains against an altered base; convert the adapter "
-            "when saving it with PEFT (path_initial_model_for_weight_conversion)"
+            f"{path}: init_lora_weights = {_shown(start)} trains against an altered base; convert the "
+            "adapter when saving it with PEFT (path_initial_model_for_weight_conversion)"
         )
     config = LoraConfig(
         r=_number(data, "r", path, 8),
@@ -94,6 +110,11 @@ def read_lora_config(path: Path) -> LoraConfig:
         fan_in_fan_out=bool(data.get("fan_in_fan_out")),
         rank_pattern=_pattern(data, "rank_pattern", path),
         alpha_pattern=_pattern(data, "alpha_pattern", path),
+        modules_to_save=_names(data, "modules_to_save", path),
+        target_modules=None
+        if isinstance(data.get("target_modules"), str)
+        else _names(data, "target_modules", path) or None,
+        ensure_weight_tying=bool(data.get("ensure_weight_tying")),
     )
     if min([config.r, *config.rank_pattern.values()]) < 1:
         raise CheckpointError(f"{path}: a rank is below 1; the adapter holds nothing to merge")
@@ -102,22 +123,40 @@ def read_lora_config(path: Path) -> LoraConfig:
 
 def _number(data: dict[str, Any], key: str, path: Path, default: int) -> Any:
     value = data.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise CheckpointError(f"{path}: {key} is {value!r} where a number was expected; correct it")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # An integer may have more digits than any float, and than Python prints.
+    if not number or not -_LARGEST <= value <= _LARGEST:
+        found = "out of all bounds" if number else _shown(value)
+        raise CheckpointError(f"{path}: {key} is {found} where a number was expected; correct it")
     return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _names(data: dict[str, Any], key: str, path: Path) -> tuple[str, ...]:
+    names = data.get(key) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(
+            f"{path}: {key} is {_shown(names)} where a list of module names was expected; correct it"
+        )
+    return tuple(names)
 
 
 def _pattern(data: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
     pattern = data.get(key) or {}
     if not isinstance(pattern, dict):
         raise CheckpointError(
-            f"{path}: {key} is {pattern!r} where an object of module names was expected; correct it"
+            f"{path}: {key} is {_shown(pattern)} where an object of module names was expected; correct it"
         )
     for name in pattern:
         try:
-            re.compile(name)
-        except re.error as error:
+            compile_pattern(name)
+        except ValueError as error:
             raise CheckpointError(
-                f"{path}: {key} has the invalid pattern {name!r} ({error}); correct it"
+                f"{path}: {key} has the invalid pattern {_shown(name)} ({error}); write names of modules or "
+                "their ends, at most with . [] () | * + ? and {n}"
             ) from error
     return {name: _number(pattern, name, path, 0) for name in pattern}

@@ -62,7 +62,7 @@ class FactorCache:
     def get(
         self, name: str, read: Callable[[], tuple[np.ndarray, np.ndarray]]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the factors of `name`, reading them if they are not kept."""
+        """Returns the factors called `name` (an adapter's tensor), reading them if they are not kept."""
         with self._lock:
             if name not in self._recent:
                 self._recent[name] = read()
@@ -132,7 +132,7 @@ class LowRankTensor:
         if not out.size:
             return
         self.weight.read_into(start, out)
-        left, right = self.cache.get(self.name, self._read_factors)
+        left, right = self.cache.get(self.left[0].name, self._read_factors)
         height = max(1, _BLOCK // columns)
         stop = start + out.size
         for row in range(start // columns // height * height, -(-stop // columns), height):

@@ -32,6 +32,9 @@ _LITERALS = frozenset((
 ))  # fmt: skip
 _EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 _SMALL_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_MAX_OPCODES = 1_000_000
+"""Some 30,000 tensors; each opcode can make an object, and a hostile file makes nothing else."""
+
 _KEYS = (str, int, float, bytes, type(None))
 
 
@@ -51,7 +54,9 @@ class _Interpreter:
         self.memo: dict[int, Any] = {}
 
     def run(self, data: bytes) -> Any:
-        for opcode, argument, _ in pickletools.genops(data):
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if count > _MAX_OPCODES:
+                raise _Malformed(f"more than {_MAX_OPCODES} opcodes")
             if opcode.name == "STOP":
                 if len(self.stack) != 1 or self.marks:
                     raise _Malformed("STOP with an unfinished stack")
@@ -182,7 +187,7 @@ def read_pickle(
         return _Interpreter(allowed, persistent, place).run(data)
     except CheckpointError:
         raise
-    except (_Malformed, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError) as error:
+    except (_Malformed, ValueError, TypeError, LookupError, EOFError, OverflowError, MemoryError) as error:
         message = (
             f"{place} is not a readable pickle ({type(error).__name__}: {error}); download or save it again"
         )

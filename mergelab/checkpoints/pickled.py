@@ -28,7 +28,11 @@ __all__ = ["WRAPPERS", "PickledFile", "open_pickled"]
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 """Keys under which training programs put the state dict, beside things that are no weights."""
 
-_MAX_PICKLE = 256_000_000
+_MAX_PICKLE = 64_000_000
+_MAX_EXPANDED = 64_000_000
+"""Bytes that a file's expanded tensors (of stride 0, or overlapping) may take beyond what is stored."""
+
+_PLAIN_DEPTH, _PLAIN_ITEMS = 8, 10_000
 _STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
@@ -118,6 +122,7 @@ def open_pickled(path: Path | str, *, values: bool = False) -> PickledFile:
     found = read_pickle(pickle, allowed=_allowed(str(path)), persistent=persistent, place=str(path))
     plain = _take_plain(found) if values and isinstance(found, dict) else {}
     state = _state_dict(found, str(path))
+    _check_expanded(state, str(path))
     tensors = {name: _source(name, tensor, file) for name, tensor in state.items()}
     return PickledFile(file, tensors, hashlib.sha256(pickle).hexdigest(), plain)
 
@@ -213,7 +218,8 @@ def _checked(
         raise CheckpointError(
             f"{place} has a tensor whose shape, strides or offset are no sizes; save it again"
         )
-    if math.prod(shape) >= 2**63:
+    # numpy multiplies the other axes of an empty tensor, too.
+    if math.prod(d for d in shape if d) * dtype.itemsize >= 2**63:
         raise CheckpointError(
             f"{place} has a tensor of shape {shape}, too large to be genuine; do not load it"
         )
@@ -224,6 +230,19 @@ def _checked(
             "bytes; save it again"
         )
     return _Tensor(storage, dtype, start, shape, strides)
+
+
+def _check_expanded(state: Mapping[str, _Tensor], place: str) -> None:
+    """Checks that reading the tensors makes little more than what the file holds."""
+    left = _MAX_EXPANDED
+    for name, tensor in state.items():
+        size = math.prod(tensor.shape) * tensor.dtype.itemsize
+        left -= max(size - tensor.storage.nbytes, 0)
+        if left < 0:
+            raise CheckpointError(
+                f"{place}: tensor {name!r} of shape {tensor.shape} would take {size} bytes, but its storage "
+                f"holds {tensor.storage.nbytes}, which it repeats; save tensor.contiguous(), if it is genuine"
+            )
 
 
 def _state_dict(found: Any, place: str) -> dict[str, _Tensor]:
@@ -250,13 +269,18 @@ def _state_dict(found: Any, place: str) -> dict[str, _Tensor]:
 
 def _take_plain(found: dict[Any, Any]) -> dict[str, Any]:
     """Takes out of a mapping what is a number, a word, or a mapping of such."""
-    names = [name for name, value in found.items() if isinstance(name, str) and _is_plain(value)]
+    # What is shared counts each time it is met, and what has too many items is no plain value.
+    items = [_PLAIN_ITEMS]
+    names = [name for name, value in found.items() if isinstance(name, str) and _is_plain(value, items)]
     return {name: found.pop(name) for name in names}
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: Any, items: list[int], depth: int = _PLAIN_DEPTH) -> bool:
+    items[0] -= 1
+    if items[0] < 0 or depth == 0:
+        return False
     if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+        return all(isinstance(key, str) and _is_plain(item, items, depth - 1) for key, item in value.items())
     return value is None or isinstance(value, str | int | float | bool)
 
 

@@ -23,6 +23,7 @@ __all__ = ["SafetensorsFile", "open_safetensors"]
 MAX_HEADER = 100_000_000
 """The largest header the reference implementation reads, in bytes."""
 
+_MAX_ITEMS = 4_000_000  # signs that begin something in the header: some 500,000 tensors
 _MAX_DIMENSIONS = 64  # numpy's limit
 _SUB_BYTE = ("F4", "F6_E2M3", "F6_E3M2")
 
@@ -76,6 +77,8 @@ def _parse(header: bytes, path: Path | str) -> tuple[dict[str, Any], dict[str, s
     place = f"{path}: the header"
     if not header.startswith(b"{"):
         raise CheckpointError(f"{place} does not start with '{{'; this is not a safetensors file")
+    if sum(header.count(sign) for sign in b"[{,") > _MAX_ITEMS:
+        raise CheckpointError(f"{place} lists more than any genuine one does; do not load this file")
     entries = parse_json(header, place, sizes_only=True)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -139,7 +142,9 @@ def _checked_entry(place: str, entry: Any) -> tuple[str, tuple[int, ...], int, i
             f"{place} has shape {shape!r} and data_offsets {offsets!r} where lists of sizes were expected; "
             "write the file again"
         )
-    if len(shape) > _MAX_DIMENSIONS or math.prod(d for d in shape if d) >= 2**63:
+    # numpy multiplies the other axes of an empty tensor, too.
+    nbytes = math.prod(d for d in shape[:_MAX_DIMENSIONS] if d) * SAFETENSORS[dtype].itemsize
+    if len(shape) > _MAX_DIMENSIONS or nbytes >= 2**63:
         raise CheckpointError(f"{place} has a shape too large to be genuine; write the file again")
     begin, end = offsets
     expected = math.prod(shape) * SAFETENSORS[dtype].itemsize

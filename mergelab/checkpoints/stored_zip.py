@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zipfile
 
 from mergelab.checkpoints.file_tensor import WeightFile
 from mergelab.errors import CheckpointError
 
-__all__ = ["stored_entries"]
+__all__ = ["data_offset", "list_zip", "stored_entries"]
 
+_MAX_DIRECTORY = 16_000_000  # bytes: some 200,000 entries
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # pickled magic number of torch < 1.6
 
 
@@ -21,12 +23,7 @@ def stored_entries(file: WeightFile) -> dict[str, tuple[int, int]]:
             f"{file.path} is in torch's legacy format (before 1.6); re-save it once with torch: "
             "torch.save(torch.load(path, weights_only=True), path)"
         )
-    try:
-        with zipfile.ZipFile(file.path) as archive:
-            listed = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, EOFError, OSError) as error:
-        message = f"{file.path} is not a torch zip file ({error}); download or save it again"
-        raise CheckpointError(message) from error
+    listed = list_zip(file, "torch zip")
     entries: dict[str, tuple[int, int]] = {}
     for info in listed:
         name = info.filename
@@ -43,7 +40,7 @@ def stored_entries(file: WeightFile) -> dict[str, tuple[int, int]]:
                 f"{file.path}: zip entry {name!r} is compressed or encrypted, which torch never writes; "
                 "save it again"
             )
-        entries[name] = (_data_offset(file, info), info.file_size)
+        entries[name] = (data_offset(file, info), info.file_size)
     end = 0
     for name, (offset, size) in sorted(entries.items(), key=lambda item: item[1]):
         if offset < end or offset + size > file.size:
@@ -54,7 +51,50 @@ def stored_entries(file: WeightFile) -> dict[str, tuple[int, int]]:
     return entries
 
 
-def _data_offset(file: WeightFile, info: zipfile.ZipInfo) -> int:
+class _Directory(io.FileIO):
+    """A zip of which at most so much is read at once as the directory of a genuine one takes."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _MAX_DIRECTORY:
+            raise zipfile.BadZipFile(f"its directory has {size} bytes")
+        return super().read(_MAX_DIRECTORY if size is None or size < 0 else size) or b""
+
+
+def list_zip(file: WeightFile, kind: str) -> list[zipfile.ZipInfo]:
+    """The directory of a zip.
+
+    Args:
+        file: the zip.
+        kind: what it should be, for the message.
+
+    Raises:
+        CheckpointError: it is none, or its directory is damaged or larger than that of any genuine one.
+    """
+    try:
+        with _Directory(file.path) as opened, zipfile.ZipFile(opened) as archive:
+            return archive.infolist()
+    except OSError as error:
+        raise CheckpointError(f"{file.path} cannot be read ({error.strerror or error})") from error
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        ValueError,
+        IndexError,
+        OverflowError,
+        MemoryError,
+        struct.error,
+        EOFError,
+    ) as error:
+        message = f"{file.path} is not a {kind} file ({error}); download or save it again"
+        raise CheckpointError(message) from error
+
+
+def data_offset(file: WeightFile, info: zipfile.ZipInfo) -> int:
+    """Where the content of an entry begins.
+
+    Raises:
+        CheckpointError: the entry has no header of its own there.
+    """
     header = file.read(info.header_offset, 30, f"zip entry {info.filename!r}")
     if header[:4] != b"PK\x03\x04":
         raise CheckpointError(

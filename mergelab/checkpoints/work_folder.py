@@ -162,8 +162,7 @@ class WorkFolder:
         """
         with disk_errors(self.out):
             if not (self.path / MARKER).exists():
-                facts = {"mergelab": __version__} | ({"identity": identity} if identity else {})
-                (self.path / MARKER).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+                (self.path / MARKER).write_text(json.dumps({"mergelab": __version__}, indent=2) + "\n")
             if durable:
                 sync_tree(self.path)
             check_target(self.out, self._inputs)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from mergelab.cli.meshes import MESH
+from mergelab.cli.numbers import Number, Seed, WholeNumber
 
 __all__ = ["command"]
 
@@ -24,10 +25,8 @@ __all__ = ["command"]
     "--refusal", "phrases", multiple=True, metavar="PHRASE", help="What refusals begin with; repeatable."
 )
 @click.option("--system", help="A system prompt before every prompt.")
-@click.option(
-    "--positions", type=click.IntRange(1), help="Last tokens to look at.  [default: the template's]"
-)
-@click.option("--winsorize", type=click.FloatRange(0, 1, min_open=True), help="Clip to this quantile first.")
+@click.option("--positions", type=WholeNumber(1), help="Last tokens to look at.  [default: the template's]")
+@click.option("--winsorize", type=Number(0, 1, min_open=True), help="Clip to this quantile first.")
 @click.option("--orthogonal", is_flag=True, help="Keep the part along the mean of harmless prompts.")
 @click.option("--max-kl", default=0.1, show_default=True, help="Nats that harmless answers may move.")
 @click.option("--min-induced", default=0.0, show_default=True, help="Least refusal score when added.")
@@ -37,13 +36,13 @@ __all__ = ["command"]
 )
 @click.option(
     "--trials",
-    type=click.IntRange(0),
+    type=WholeNumber(0),
     default=0,
     show_default=True,
     help="Of a search over layers and weights.",
 )
-@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Prompts at a time.")
-@click.option("--seed", default=0, show_default=True, help="Shuffles prompts and draws trials.")
+@click.option("--batch", type=WholeNumber(1), default=16, show_default=True, help="Prompts at a time.")
+@click.option("--seed", type=Seed(0, fold=False), default=0, show_default=True, help="Shuffles and draws.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="To measure in.")
 @click.option("--mesh", type=MESH, metavar="AXES", help="Spread the model over devices, as in tensor=4.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")
@@ -76,17 +75,15 @@ def command(
       mergelab abliterate model --harmful a.txt --harmless b.txt --out edited --text prose.txt --trials 64
       mergelab abliterate model --harmful a.txt --harmless b.txt --out edited --refusal "Das kann ich nicht"
     """
-    from mergelab.errors import MergelabError
     from mergelab.interp.abliteration import Filters, Settings, abliterate, read_prompts
     from mergelab.sharding import make_mesh
 
     filters = Filters(*(options.pop(name) for name in ("max_kl", "min_induced", "max_depth")))
     if phrases:
         options["phrases"] = phrases
-    try:
-        prose = None if text is None else text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MergelabError(f"{text} cannot be read as UTF-8 text ({error}); check the path.") from error
+    from mergelab.checkpoints.text_file import MAX_PROSE, read_text
+
+    prose = None if text is None else read_text(text, MAX_PROSE)
     with _Bar(quiet=as_json) as bar:
         report = abliterate(
             model,

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from mergelab.cli.numbers import WholeNumber
+
 __all__ = ["command"]
 
 
@@ -19,8 +21,8 @@ __all__ = ["command"]
     "--text", "texts", multiple=True, required=True, type=click.Path(path_type=Path), help="Repeatable."
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
-@click.option("--context", type=click.IntRange(1), default=64, show_default=True, help="Tokens in a context.")
-@click.option("--tokens", type=click.IntRange(1), help="At most so many; all of the text if not given.")
+@click.option("--context", type=WholeNumber(1), default=64, show_default=True, help="Tokens in a context.")
+@click.option("--tokens", type=WholeNumber(1, 2**62), help="At most so many; all of the text if not given.")
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "int8"]), default="float32", show_default=True,
     help="Stored dtype; int8 has a scale for each row.",

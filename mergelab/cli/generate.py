@@ -11,6 +11,8 @@ import click
 
 from mergelab.cli.meshes import MESH
 from mergelab.cli.model_folder import load_either
+from mergelab.cli.numbers import SEED, Number, WholeNumber
+from mergelab.errors import quoted
 
 if TYPE_CHECKING:
     from mergelab.data.tokenizer import Tokenizer
@@ -26,9 +28,12 @@ class _TokenIds(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
         parts = value.split(",") if isinstance(value, str) else value
         try:
-            return [int(part) for part in parts]
+            # Ids are 32-bit integers; how many the model has is known only when it is open.
+            if all(len(str(part)) < 12 and -(2**31) <= int(part) < 2**31 for part in parts):
+                return [int(part) for part in parts]
+            raise ValueError
         except ValueError:
-            self.fail(f"{value!r} is not a list of token ids; write 1,2,3", param, ctx)
+            self.fail(f"{quoted(value)} is not a list of token ids; write 1,2,3", param, ctx)
 
 
 @click.command("generate")
@@ -37,14 +42,14 @@ class _TokenIds(click.ParamType):
 @click.option(
     "--token-ids", type=_TokenIds(), metavar="1,2,3", help="Tokens to continue, in place of a text."
 )
-@click.option("--max-new-tokens", type=click.IntRange(1), required=True, help="At most so many tokens.")
+@click.option("--max-new-tokens", type=WholeNumber(1), required=True, help="At most so many tokens.")
 @click.option("--greedy", is_flag=True, help="Take the likeliest token each time; draw nothing.")
-@click.option("--temperature", type=click.FloatRange(0), help="Divides the logits; 1 if not given.")
-@click.option("--top-k", type=click.IntRange(1), help="Draw from the k likeliest tokens.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw from this much probability.")
-@click.option("--min-p", type=click.FloatRange(0, 1), help="Drop tokens below this part of the likeliest.")
-@click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), help="Above 1: repeat less.")
-@click.option("--seed", default=0, show_default=True, help="Seeds the draws.")
+@click.option("--temperature", type=Number(0), help="Divides the logits; 1 if not given.")
+@click.option("--top-k", type=WholeNumber(1), help="Draw from the k likeliest tokens.")
+@click.option("--top-p", type=Number(0, 1, min_open=True), help="Draw from this much probability.")
+@click.option("--min-p", type=Number(0, 1), help="Drop tokens below this part of the likeliest.")
+@click.option("--repetition-penalty", type=Number(0, min_open=True), help="Above 1: repeat less.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seeds the draws.")
 @click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
 @click.option("--ignore-end", is_flag=True, help="Go on after the token that ends a text.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype to compute in.")
@@ -135,11 +140,11 @@ def _end_ids(tokenizer: Tokenizer | None, model: Model, path: Path) -> tuple[int
     """The tokens that end a text, from the tokenizer's folder or, without one, from the configs."""
     if tokenizer is not None:
         return tokenizer.end_ids
-    from mergelab.checkpoints.json_data import read_json_object
+    from mergelab.checkpoints.json_data import read_optional_json
+    from mergelab.data.tokenizer import token_ids
 
-    file = path / "generation_config.json"
-    declared = read_json_object(file).get("eos_token_id") if file.is_file() else None
+    declared = read_optional_json(path / "generation_config.json").get("eos_token_id")
     declared = model.hf_config.get("eos_token_id") if declared is None else declared
     if declared is None:
         return ()
-    return tuple(declared) if isinstance(declared, list) else (int(declared),)
+    return token_ids(declared, f"{path}: eos_token_id")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergelab.cli.meshes import MESH
+from mergelab.cli.numbers import WholeNumber
 from mergelab.cli.sizes import readable
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ _DTYPES = ("bfloat16", "float16", "float32")
 @click.option(
     "--dtype", type=click.Choice(_DTYPES), help="Dtype on the devices; the stored one if not given."
 )
-@click.option("--batch", type=click.IntRange(1), default=None, help="Sequences, over the whole mesh.")
-@click.option("--length", type=click.IntRange(1), help="Tokens of a sequence: of the cache, or of the pass.")
+@click.option("--batch", type=WholeNumber(1), default=None, help="Sequences, over the whole mesh.")
+@click.option("--length", type=WholeNumber(1), help="Tokens of a sequence: of the cache, or of the pass.")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--sites", is_flag=True, help="List the named sites with their shapes.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
+import os
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 
 from mergelab import __version__
-from mergelab.errors import MergelabError, did_you_mean
+from mergelab.cli.failures import ClosedPipe, Failure, Interrupted, Stopped, failure_of
+from mergelab.cli.guard import guarded
+from mergelab.errors import did_you_mean
+from mergelab.processes import Terminated
 
-__all__ = ["SECTIONS", "CommandTable", "Failure", "cli", "main"]
+__all__ = ["SECTIONS", "CommandTable", "Failure", "cli", "main", "run"]
 
 SECTIONS: Mapping[str, Sequence[str]] = {
     "Start here": ("quickstart",),
@@ -22,22 +29,6 @@ SECTIONS: Mapping[str, Sequence[str]] = {
     "Look things up": ("inspect", "operators"),
 }
 """Commands by the heading they stand under; the module `mergelab.cli.NAME` holds each as `command`."""
-
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
-
-
-class Failure(click.ClickException):
-    """Bad input or a failed environment: one `error:` line per fault on stderr, exit status 2."""
-
-    exit_code = 2
-
-    def __init__(self, error: MergelabError) -> None:
-        self.faults: Sequence[str] = getattr(error, "faults", (str(error),))
-        super().__init__("\n".join(self.faults))
-
-    def show(self, file: Any = None) -> None:
-        for fault in self.faults:
-            click.echo(f"error: {fault}", file=file, err=file is None)
 
 
 class CommandTable(click.Group):
@@ -62,7 +53,9 @@ class CommandTable(click.Group):
         if not args[0].startswith("-") and args[0] not in names:
             hint = did_you_mean(args[0], names)
             ctx.fail(f"there is no command {args[0]!r}{hint}; the commands are {', '.join(names)}")
-        return super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, args)
+        ctx.meta[_RESOLVED] = name, command, tuple(rest)  # a copy: parsing consumes the list
+        return name, command, rest
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         width = max(map(len, self.list_commands(ctx)))
@@ -76,20 +69,49 @@ class CommandTable(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             result = super().invoke(ctx)
-            sys.stdout.flush()  # a closed pipe is met here, where click handles it, not at interpreter exit
+            flush_output()  # a closed pipe is met here, and not at interpreter exit
             return result
-        except MergelabError as error:
-            raise Failure(error) from error
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            ctx.exit(EXIT_INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except KeyboardInterrupt as error:
+            raise (Stopped if isinstance(error, Terminated) else Interrupted)() from error
+        except (SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # extensions in Rust panic with a BaseException
+            subject, output = _given(ctx)
+            raise failure_of(error, subject, output) from error
+
+
+_RESOLVED = "mergelab.resolved"  # key of `Context.meta`: the command, its name and its arguments
+
+
+def _given(ctx: click.Context) -> tuple[str, str | None]:
+    """What the command was given first (else its name), and what it was asked to write."""
+    name, command, arguments = ctx.meta.get(_RESOLVED, (None, None, []))
+    if command is None:
+        return ctx.info_name or "mergelab", None
+    try:
+        parsed = command.make_context(name, list(arguments), parent=ctx, resilient_parsing=True)
+    except Exception:
+        return str(name), None
+    values = [parsed.params.get(str(p.name)) for p in command.params if isinstance(p, click.Argument)]
+    firsts = [value[0] if isinstance(value, tuple) and value else value for value in values]
+    out = parsed.params.get("out")
+    return str(firsts[0]) if firsts and firsts[0] else str(name), None if out is None else str(out)
+
+
+def flush_output() -> None:
+    """Writes out what is buffered for standard output, if there is one."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 @click.command(
     cls=CommandTable,
     sections=SECTIONS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="`mergelab COMMAND --help` shows a command's options with examples.",
+    epilog="`mergelab COMMAND --help` shows a command's options with examples. Exit status: 0 done, "
+    "2 refused (said in a sentence), 70 a bug in mergelab, 130 interrupted, 143 terminated.",
 )
 @click.version_option(__version__, prog_name="mergelab", message="%(prog)s %(version)s")
 def cli() -> None:
@@ -97,5 +119,52 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Runs the command line and exits: 0 done, 2 bad input (said in one sentence), 130 interrupted."""
-    cli.main(prog_name="mergelab")
+    """Runs the command line and exits.
+
+    The status is 0 if all was done, 2 if input or machine do not allow it (said in a sentence), 70 for a bug
+    in mergelab, 130 after Ctrl-C, 143 after SIGTERM, 141 if the reader of standard output has gone.
+    """
+    guarded(run)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line, shows what failed, and returns the exit status.
+
+    Args:
+        arguments: those of the command line; `sys.argv` if None.
+    """
+    if not os.environ.get("MERGELAB_TRACEBACK"):
+        _quiet_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        # A name or text that the locale's encoding lacks is no reason to fail.
+        if stream is not None and stream.errors == "strict":  # pyright: ignore[reportAttributeAccessIssue]
+            stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        status = cli.main(arguments, prog_name="mergelab", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except click.Abort:
+        raise KeyboardInterrupt from None
+    except click.ClickException as failure:
+        return _shown(failure)
+    except SystemExit as leaving:
+        if isinstance(leaving.__context__, BrokenPipeError):
+            return ClosedPipe.exit_code
+        return leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 1
+    except Exception as error:
+        return _shown(failure_of(error, "mergelab"))
+
+
+def _shown(failure: click.ClickException) -> int:
+    if isinstance(failure, Interrupted):
+        raise (Terminated if isinstance(failure, Stopped) else KeyboardInterrupt) from failure
+    with contextlib.suppress(OSError):  # nobody listens on standard error
+        failure.show()
+    return failure.exit_code
+
+
+def _quiet_libraries() -> None:
+    """Drops what libraries print of an error that they raise too, in threads and event loops of their own."""
+    for name in ("absl", "asyncio", "concurrent.futures"):
+        logging.getLogger(name).addFilter(lambda record: False)
+    threading.excepthook = lambda arguments: None
+    sys.unraisablehook = lambda unraisable: None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergelab.cli.numbers import Seed, WholeNumber
 from mergelab.cli.sizes import SIZE, readable
 
 if TYPE_CHECKING:
@@ -24,17 +25,28 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 @click.command("merge")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--seed", default=0, show_default=True, help="Seeds the random draws of DARE and DELLA.")
+@click.option(
+    "--seed",
+    type=Seed(fold=False),
+    default=0,
+    show_default=True,
+    help="Seeds the random draws of DARE and DELLA.",
+)
 @click.option("--dtype", type=click.Choice(DTYPES), help="Stored dtype; overrides the recipe's.")
 @click.option("--shard-size", type=SIZE, default="5GB", show_default=True, help="Size of one weight file.")
 @click.option("--memory", type=SIZE, default="1GB", show_default=True, help="Tensors held in memory at once.")
-@click.option("--threads", type=click.IntRange(1), help="Threads that read, compute and write.")
+@click.option("--threads", type=WholeNumber(1), help="Threads that read, compute and write.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; read no weights and write nothing.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same recipe.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")
 @click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinity in the inputs.")
 @click.option(
     "--unsafe-truncate-embeddings", is_flag=True, help="Cut embeddings of different length to the shortest."
+)
+@click.option(
+    "--allow-mixed-architectures",
+    is_flag=True,
+    help="Merge models of different model_type, and tensors that only some models have.",
 )
 @click.option("--sha256", is_flag=True, help="Also write SHA256SUMS of the weight files.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the result as JSON.")
@@ -59,6 +71,7 @@ def command(
         "dtype": options["dtype"],
         "shard_bytes": options["shard_size"],
         "truncate_embeddings": options["unsafe_truncate_embeddings"],
+        "allow_mixed_architectures": options["allow_mixed_architectures"],
     }
     if out is None and not dry_run:
         raise click.UsageError("name the folder to write with --out DIR, or look at the plan with --dry-run")
@@ -74,7 +87,8 @@ def command(
         click.echo(json.dumps(summary, indent=2) if as_json else _text(plan, summary))
         return
     assert out is not None
-    for warning in plan.warnings:
+    warnings = tuple(dict.fromkeys(w for p in (*plan.stages.values(), plan) for w in p.warnings))
+    for warning in warnings:
         click.echo(f"warning: {warning}", err=True)
 
     from mergelab.merging.merge import merge
@@ -109,7 +123,7 @@ def command(
             "bytes_out": merged.plan.bytes_out,
             "seed": merged.plan.seed,
             "identity": merged.plan.identity,
-            "warnings": list(plan.warnings),
+            "warnings": list(warnings),
             "sha256": dict(merged.sha256),
         }
         click.echo(json.dumps(result, indent=2))

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mergelab.cli.numbers import Seed
+
 if TYPE_CHECKING:
     from mergelab.quickstart.results import Results
     from mergelab.quickstart.run import Progress
@@ -26,7 +28,7 @@ __all__ = ["command"]
     show_default=True,
     help="Folder for models, merges, results and report.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of everything.")
+@click.option("--seed", type=Seed(0), default=0, show_default=True, help="Seed of everything.")
 @click.option(
     "--preset",
     type=click.Choice(["default", "tiny"]),

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergelab.cli.meshes import MESH
+from mergelab.cli.numbers import Seed, WholeNumber
 
 if TYPE_CHECKING:
+    from mergelab.data.activations import ActivationFiles
+    from mergelab.sae.dictionary import Dictionary
     from mergelab.sae.evaluation.scorecard import Scorecard
 
 __all__ = ["command"]
@@ -21,16 +24,22 @@ __all__ = ["command"]
 @click.command("eval")
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SOURCE...")
 @click.option("--data", multiple=True, metavar="FILES", help="Activations [tokens, d]; a glob.")
-@click.option("--rows", type=click.IntRange(1), help="With --data: so many rows, from the start.")
 @click.option(
-    "--batch", type=click.IntRange(1), default=4096, show_default=True, help="With --data: at a time."
+    "--target-data",
+    multiple=True,
+    metavar="FILES",
+    help="With --data: what a transcoder is to write of the same tokens; found beside them in a folder of "
+    "mergelab activations.",
 )
+@click.option("--rows", type=WholeNumber(1), help="With --data: so many rows, from the start.")
+@click.option("--batch", type=WholeNumber(1), default=4096, show_default=True, help="With --data: at a time.")
 @click.option("--model", type=click.Path(path_type=Path), help="The folder of the dictionary's model.")
 @click.option(
     "--text", "texts", multiple=True, type=click.Path(path_type=Path), help="Repeatable; .py is Python."
 )
 @click.option("--site", help="Such as blocks.8.resid_post; what the dictionary says, if not given.")
-@click.option("--context", type=click.IntRange(2), default=64, show_default=True, help="Tokens in a context.")
+@click.option("--target-site", help="That a transcoder writes; what the dictionary says, if not given.")
+@click.option("--context", type=WholeNumber(2), default=64, show_default=True, help="Tokens in a context.")
 @click.option(
     "--metrics",
     metavar="A,B",
@@ -41,7 +50,7 @@ __all__ = ["command"]
     "--controls", is_flag=True, help="Also judge a random, a frozen-decoder and a random-model one."
 )
 @click.option(
-    "--control-steps", type=click.IntRange(1), default=500, show_default=True, help="Of their training."
+    "--control-steps", type=WholeNumber(1), default=500, show_default=True, help="Of their training."
 )
 @click.option(
     "--curve",
@@ -56,14 +65,15 @@ __all__ = ["command"]
 )
 @click.option("--mesh", type=MESH, metavar="AXES", help="Spread the model over devices: tensor=8.")
 @click.option("--any-model", is_flag=True, help="Accept a model other than the recorded one.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of everything drawn.")
+@click.option("--seed", type=Seed(0), default=0, show_default=True, help="Of everything drawn.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def command(sources: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Judge dictionaries on activations or text they were not trained on.
 
     With --data, one dictionary's reconstruction and sparsity. With --model and --text, all that
     docs/sae_evaluation.md describes; the first half of the text fits what must be fitted, and the second
-    judges. Several SOURCEs are seeds of one training: mean and standard deviation are shown.
+    judges. Several SOURCEs that differ in nothing but the seed of their training are shown as mean and
+    standard deviation; others stand side by side. A transcoder is judged on the site it writes.
 
     \b
     Examples:
@@ -73,13 +83,24 @@ def command(sources: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """
     if bool(options["data"]) == bool(options["model"] and options["texts"]):
         raise click.UsageError("give either --data, or both --model and --text.")
+    if options["target_data"] and not options["data"]:
+        raise click.UsageError("--target-data goes with --data; with --model it is --target-site.")
     if options["data"]:
         source, *others = sources
         if others:
             raise click.UsageError("--data judges one SOURCE; with --model and --text there may be several.")
-        _print_figures(_on_files(source, options), as_json)
+        figures, judged = _on_files(source, options)
+        if as_json:
+            told = {"transcoder": not judged.is_autoencoder, "target_known": judged.target_known}
+            click.echo(json.dumps({**figures, **told}))
+            return
+        for name, value in figures.items():
+            click.echo(f"{name.replace('_', ' '):20} {value:,.6g}")
+        if not judged.target_known:
+            click.echo(_taken(source, judged))
         return
-    columns, seconds, checked = _on_text(sources, options, quiet=as_json)
+    columns, seconds, checked, opened = _on_text(sources, options, quiet=as_json)
+    unlike = _unlike(opened)
     if as_json:
         found = {
             name: {
@@ -87,40 +108,130 @@ def command(sources: tuple[Path, ...], as_json: bool, **options: Any) -> None:
             }
             for name, card in columns.items()
         }
-        click.echo(json.dumps({"dictionaries": found, "seconds": seconds, "host_checked": checked}))
+        told = {"host_checked": checked, "sites": _sites_of(sources, opened), "unlike": unlike}
+        click.echo(json.dumps({"dictionaries": found, "seconds": seconds, **told}))
         return
-    click.echo(_table(columns, [str(source) for source in sources]))
+    click.echo(_table(columns, [str(source) for source in sources], alike=not unlike))
+    if unlike:
+        click.echo(f"Not averaged as seeds of one training, as they differ in {'; '.join(unlike)}.")
+    for source, one in zip(sources, opened, strict=True):
+        if not one.target_known:
+            click.echo(_taken(source, one))
     if not checked:
         click.echo("The dictionary does not say which weights it belongs to, or they are others.")
 
 
-def _on_files(source: Path, options: Mapping[str, Any]) -> dict[str, float]:
-    """Reconstruction on stored activations."""
+def _on_files(source: Path, options: Mapping[str, Any]) -> tuple[dict[str, float], Dictionary]:
+    """Reconstruction on stored activations, and the dictionary as what it was judged."""
     import jax.numpy as jnp
     import numpy as np
 
     from mergelab.cli.sae_folder import open_dictionary
     from mergelab.data.activations import open_activation_files
     from mergelab.errors import SAEError
+    from mergelab.sae.dictionary import at_sites
     from mergelab.sae.evaluation.passes import encode_and_reconstruct
     from mergelab.sae.evaluation.reconstruction import Totals
+    from mergelab.sae.provenance import store_facts
 
     dictionary = open_dictionary(source)
-    files = open_activation_files(list(options["data"]))
-    if files.d_in != dictionary.d_in or dictionary.d_in != dictionary.d_out:
+    if options["site"] or options["target_site"]:
+        dictionary = at_sites(dictionary, options["site"], options["target_site"])
+    data = list(options["data"])
+    files = open_activation_files(data)
+    if files.d_in != dictionary.d_in:
         raise SAEError(
-            f"{source}: the dictionary maps {dictionary.d_in} to {dictionary.d_out} wide activations, "
-            f"but the data is {files.d_in} wide; give activations of the site it was trained on."
+            f"{source}: the dictionary reads activations {dictionary.d_in} wide, but the data is "
+            f"{files.d_in} wide; give activations of the site it was trained on."
+        )
+    found = store_facts(data).get("site")
+    reads = dictionary.config.reads
+    if found is not None and reads is not None and found != reads[0]:
+        raise SAEError(
+            f"{source}: the dictionary reads {reads[0]}, but the data is of {found}; give activations of its "
+            "site, or say that it is to be judged there (--site)."
+        )
+    dictionary, target = _targets(source, dictionary, data, list(options["target_data"]))
+    if target is not None and (target.rows, target.d_in) != (files.rows, dictionary.d_out):
+        raise SAEError(
+            f"{source}: the targets are {target.rows} rows, {target.d_in} wide, but the dictionary writes "
+            f"activations {dictionary.d_out} wide, and the data has {files.rows} rows; give the targets "
+            "of the same tokens."
         )
     totals, batch = None, options["batch"]
     count = min(options["rows"] or files.rows, files.rows)
     for start in range(0, count, batch):
         x = files.read(start, min(start + batch, count))
+        y = x if target is None else target.read(start, min(start + batch, count))
         codes, out = encode_and_reconstruct(dictionary, jnp.asarray(x))
-        totals = totals or Totals.zero(x, dictionary.n_latents)
-        totals = totals.add(x, np.asarray(out), np.asarray(codes))
+        totals = totals or Totals.zero(y, dictionary.n_latents)
+        totals = totals.add(y, np.asarray(out), np.asarray(codes))
     assert totals is not None
-    return totals.result().scalars()
+    return totals.result().scalars(), dictionary
+
+
+def _targets(
+    source: Path, dictionary: Dictionary, data: list[str], target_data: list[str]
+) -> tuple[Dictionary, ActivationFiles | None]:
+    """What a transcoder is compared with, None for an autoencoder; and the dictionary as the one it is."""
+    import glob
+    from dataclasses import replace
+
+    from mergelab.data.activations import open_activation_files
+    from mergelab.errors import SAEError
+
+    if target_data:
+        if dictionary.is_autoencoder and dictionary.target_known:
+            raise SAEError(
+                f"{source}: the dictionary is an autoencoder, which is compared with what it reads; omit "
+                "--target-data."
+            )
+        config = dictionary.config
+        if not dictionary.target_known:
+            dictionary = replace(dictionary, config=replace(config, transcoder=True))
+        return dictionary, open_activation_files(target_data)
+    if dictionary.is_autoencoder:
+        return dictionary, None
+    writes = dictionary.config.writes
+    if writes is not None:
+        folders = sorted({Path(file).parent for pattern in data for file in glob.glob(pattern)})
+        beside = [str(folder / f"{writes[0]}-*.safetensors") for folder in folders]
+        if all((folder / "store.json").is_file() for folder in folders) and all(map(glob.glob, beside)):
+            return dictionary, open_activation_files(beside)
+    raise SAEError(
+        f"{source}: the dictionary is a transcoder ({dictionary.mapping()}), so its output is not to be "
+        "compared with the data it reads; give what it is to write of the same tokens (--target-data)."
+    )
+
+
+def _unlike(dictionaries: Sequence[Dictionary]) -> list[str]:
+    """What dictionaries differ in besides the seed."""
+    from mergelab.sae.evaluation.settings import differences, settings_of
+
+    return differences([settings_of(one) for one in dictionaries])
+
+
+def _sites_of(sources: Sequence[Path], dictionaries: Sequence[Dictionary]) -> dict[str, Any]:
+    """By source, what the dictionary was judged as."""
+    return {
+        str(source): {
+            "reads": one.config.reads,
+            "writes": one.config.reads if one.is_autoencoder else one.config.writes,
+            "transcoder": not one.is_autoencoder,
+            "target_known": one.target_known,
+        }
+        for source, one in zip(sources, dictionaries, strict=True)
+    }
+
+
+def _taken(source: Path, dictionary: Dictionary) -> str:
+    """The line that says what was taken for granted."""
+    reads = dictionary.config.reads
+    what = "what it reads" if reads is None else f"{reads[0]}, which it reads"
+    return (
+        f"{source} does not say what it writes and was judged on {what}; if it is a transcoder, name its "
+        "target (--target-site, --target-data)."
+    )
 
 
 def _number(value: float) -> float | None:
@@ -128,25 +239,20 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _print_figures(figures: Mapping[str, float], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(figures))
-        return
-    for name, value in figures.items():
-        click.echo(f"{name.replace('_', ' '):20} {value:,.6g}")
-
-
 def _on_text(
     sources: tuple[Path, ...], options: Mapping[str, Any], *, quiet: bool
-) -> tuple[dict[str, Scorecard], dict[str, float], bool]:
-    """Scorecards by source and control, seconds by metric of the first, and whether all hosts agree."""
+) -> tuple[dict[str, Scorecard], dict[str, float], bool, list[Dictionary]]:
+    """Scorecards by source and control, seconds by metric of the first, whether all hosts agree, and the
+    dictionaries as what they were judged.
+    """
     from tqdm import tqdm
 
     from mergelab.checkpoints.digest import weights_sha256
     from mergelab.cli.sae_folder import open_dictionary
     from mergelab.data.tokenizer import load_tokenizer
+    from mergelab.sae.dictionary import at_sites
     from mergelab.sae.evaluation.controls import CONTROLS
-    from mergelab.sae.evaluation.host import check_host, check_reads, open_host
+    from mergelab.sae.evaluation.host import check_host, check_target, open_host
     from mergelab.sae.evaluation.journal import Journal, evaluation_key
     from mergelab.sae.evaluation.probing_tasks import label_texts
     from mergelab.sae.evaluation.scorecard import control_scorecard, scorecard
@@ -155,13 +261,13 @@ def _on_text(
     model, texts, length = options["model"], options["texts"], options["context"]
     mesh = None if options["mesh"] is None else make_mesh(options["mesh"])
     opened = [open_dictionary(source) for source in sources]
+    opened = [at_sites(one, options["site"], options["target_site"]) for one in opened]
     first = opened[0]
-    host = open_host(
-        first, model, texts, site=options["site"], length=length, any_model=options["any_model"], mesh=mesh
-    )
+    _check_same_sites(sources, opened)
+    host = open_host(first, model, texts, length=length, any_model=options["any_model"], mesh=mesh)
     checked = [check_host(one, model, any_model=options["any_model"]) for one in opened]
     for one in opened:
-        check_reads(one, host)
+        check_target(one, host)
     asked = None if options["metrics"] is None else [name.strip() for name in options["metrics"].split(",")]
     labels = label_texts(model, texts, length).labels
     common: dict[str, Any] = {
@@ -198,7 +304,27 @@ def _on_text(
             steps = options["control_steps"]
             kept = memory(first, kind, k, steps)
             columns[kind] = control_scorecard(kind, first, host, k=k, steps=steps, memory=kept, **common)
-    return columns, dict(columns[str(sources[0])].seconds), all(checked)
+    return columns, dict(columns[str(sources[0])].seconds), all(checked), opened
+
+
+def _check_same_sites(sources: Sequence[Path], dictionaries: Sequence[Dictionary]) -> None:
+    """Checks that all are of the sites of the first, as far as they say."""
+    from mergelab.errors import SAEError
+
+    first = dictionaries[0]
+    for source, one in zip(sources, dictionaries, strict=True):
+        same = one.is_autoencoder == first.is_autoencoder and all(
+            mine is None or other is None or mine == other
+            for mine, other in (
+                (one.config.reads, first.config.reads),
+                (one.config.writes, first.config.writes),
+            )
+        )
+        if not same:
+            raise SAEError(
+                f"{source}: the dictionary is of {one.mapping()}, but that of {sources[0]} of "
+                f"{first.mapping()}; judge dictionaries of other sites by themselves, or name one (--site)."
+            )
 
 
 def _active(dictionary: Any, host: Any) -> int:
@@ -211,7 +337,8 @@ def _active(dictionary: Any, host: Any) -> int:
 def _curve(path: Path | None, host: Any, mesh: Any) -> tuple[Any, Any] | None:
     import numpy as np
 
-    from mergelab.errors import SAEError
+    from mergelab.checkpoints.json_data import read_json
+    from mergelab.errors import MergelabError, SAEError
     from mergelab.sae.evaluation.curve import loss_curve
     from mergelab.sae.evaluation.scorecard import halves
 
@@ -220,8 +347,8 @@ def _curve(path: Path | None, host: Any, mesh: Any) -> tuple[Any, Any] | None:
     if path.is_dir():
         return loss_curve(path, halves(host)[1], mesh=mesh)
     try:
-        points = np.array(json.loads(path.read_text()), np.float64)
-    except (OSError, ValueError) as error:
+        points = np.array(read_json(path), np.float64)
+    except (MergelabError, ValueError, TypeError, OverflowError) as error:
         raise SAEError(
             f"{path}: no curve can be read ({error}); expected JSON [[step, loss], ...]."
         ) from error
@@ -230,17 +357,24 @@ def _curve(path: Path | None, host: Any, mesh: Any) -> tuple[Any, Any] | None:
     return points[:, 0], points[:, 1]
 
 
-def _table(columns: Mapping[str, Scorecard], sources: list[str]) -> str:
+def _table(columns: Mapping[str, Scorecard], sources: list[str], *, alike: bool) -> str:
     from mergelab.report.table import text_table
     from mergelab.sae.evaluation.scorecard import seed_spread
 
-    spread = seed_spread([columns[source] for source in sources]) if len(sources) > 1 else None
-    cards = {name: card for name, card in columns.items() if spread is None or name not in sources}
-    header = ["score", *(["mean", "sd"] if spread else []), *cards, "unit", "measured against"]
+    cards = [columns[source] for source in sources]
+    whole = alike and len(cards) > 1 and len({tuple(card.scores) for card in cards}) == 1
+    spread = seed_spread(cards) if whole else None
+    shown = {name: card for name, card in columns.items() if spread is None or name not in sources}
+    header = ["score", *(["mean", "sd"] if spread else []), *shown, "unit", "measured against"]
     rows = []
-    for name, score in columns[sources[0]].scores.items():
-        values = [*(spread[name] if spread else ())]
-        others = [card.scores[name].value if name in card.scores else float("nan") for card in cards.values()]
+    # What one dictionary lacks, another may have.
+    every = list(columns.values())
+    scores = {name: score for card in reversed(every) for name, score in card.scores.items()}
+    nothing = (float("nan"), float("nan"))
+    for name in dict.fromkeys(name for card in every for name in card.scores):
+        score = scores[name]
+        values = [*(spread.get(name, nothing) if spread else ())]
+        others = [card.scores[name].value if name in card.scores else float("nan") for card in shown.values()]
         cells = [f"{value:.4g}" for value in (*values, *others)]
         rows.append([name, *cells, score.unit or "-", score.against])
     return text_table(header, rows)

@@ -17,21 +17,32 @@ _FORMATS = ["saelens", "sparsify", "openai", "dictionary_learning", "gemma-scope
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="A new folder (openai: a new file)."
 )
-def command(source: Path, format: str, out: Path) -> None:
+@click.option("--site", help="That it reads, where it does not say so: such as blocks.8.resid_post.")
+@click.option("--target-site", help="That a transcoder writes, where it does not say so.")
+def command(source: Path, format: str, out: Path, site: str | None, target_site: str | None) -> None:
     """Write the dictionary in SOURCE for another library.
 
     SOURCE is a run's folder, its `final`, or a dictionary of any format that can be read. What a format has
-    no place for is an error, not a loss.
+    no place for is an error, not a loss. Sites are written under the other library's names.
 
     \b
     Examples:
       mergelab sae export run --format saelens --out run-saelens
       mergelab sae export run --format openai --out run.pt
       mergelab sae export run-saelens --format mergelab --out back
+      mergelab sae export old --format saelens --out new --target-site blocks.3.mlp.out
     """
     from mergelab.cli.sae_folder import open_dictionary
+    from mergelab.sae.dictionary import at_sites
     from mergelab.sae.formats import reserve, save_dictionary
 
     with reserve(out, format, inputs=[source]) as place:
-        save_dictionary(open_dictionary(source), place, format)
+        dictionary = at_sites(open_dictionary(source), site, target_site)
+        save_dictionary(dictionary, place, format)
+    if not dictionary.target_known:
+        click.echo(
+            f"{source} does not say what it writes and was exported as an autoencoder; if it is a "
+            "transcoder, name its target (--target-site).",
+            err=True,
+        )
     click.echo(str(out))

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mergelab.cli.meshes import MESH
+from mergelab.cli.numbers import WholeNumber
+
+if TYPE_CHECKING:
+    from mergelab.sae.dictionary import Dictionary
 
 __all__ = ["command"]
 
@@ -20,12 +25,13 @@ __all__ = ["command"]
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A new .html file.")
 @click.option("--site", help="Such as blocks.8.resid_post; what the dictionary says, if not given.")
-@click.option("--context", type=click.IntRange(2), default=64, show_default=True, help="Tokens in a context.")
-@click.option("--latents", type=click.IntRange(1), default=2000, show_default=True, help="At most so many.")
-@click.option("--examples", type=click.IntRange(1), default=8, show_default=True, help="Contexts per latent.")
+@click.option("--target-site", help="That a transcoder writes; what the dictionary says, if not given.")
+@click.option("--context", type=WholeNumber(2), default=64, show_default=True, help="Tokens in a context.")
+@click.option("--latents", type=WholeNumber(1), default=2000, show_default=True, help="At most so many.")
+@click.option("--examples", type=WholeNumber(1), default=8, show_default=True, help="Contexts per latent.")
 @click.option(
     "--explain",
-    type=click.IntRange(0),
+    type=WholeNumber(0),
     default=0,
     show_default=True,
     help="So many of the strongest get token patterns (N2G), with precision and recall.",
@@ -45,6 +51,7 @@ def command(
     texts: tuple[Path, ...],
     out: Path,
     site: str | None,
+    target_site: str | None,
     context: int,
     latents: int,
     examples: int,
@@ -77,6 +84,7 @@ def command(
     from mergelab.cli.sae_folder import open_dictionary
     from mergelab.data.tokenizer import load_tokenizer
     from mergelab.report.features import render_features
+    from mergelab.sae.dictionary import at_sites
     from mergelab.sae.evaluation.gallery import explain_gallery, make_gallery
     from mergelab.sae.evaluation.hierarchy import hierarchy
     from mergelab.sae.evaluation.host import check_host, open_host
@@ -84,17 +92,15 @@ def command(
     from mergelab.sharding import make_mesh
 
     inputs = [source, model, *texts, *([] if wider is None else [wider])]
-    options = (site, context, latents, examples, explain, any_model)
+    options = (site, target_site, context, latents, examples, explain, any_model)
     with NewFiles(
         [path for path in (out, neuronpedia) if path is not None],
         inputs=inputs,
         identity=hashlib.sha256(repr((stat_sha256(*inputs), options)).encode()).hexdigest(),
     ) as files:
-        dictionary = open_dictionary(source)
+        dictionary = at_sites(open_dictionary(source), site, target_site)
         devices = None if mesh is None else make_mesh(mesh)
-        host = open_host(
-            dictionary, model, texts, site=site, length=context, any_model=any_model, mesh=devices
-        )
+        host = open_host(dictionary, model, texts, length=context, any_model=any_model, mesh=devices)
         tokenizer = load_tokenizer(model)
 
         @cache
@@ -113,6 +119,7 @@ def command(
             if wider is not None:
                 other = open_dictionary(wider)
                 check_host(other, model, any_model=any_model)
+                other = at_sites(other, site, target_site)
                 tell = partial(progress, "wider")
                 children = hierarchy(dictionary, other, host, gallery.latents, progress=tell)
                 gallery = replace(gallery, children=children)
@@ -121,6 +128,7 @@ def command(
         facts = {
             "model": str(model),
             "site": gallery.site,
+            **_written(dictionary),
             "latents": f"{len(gallery.latents):,} of {dictionary.n_latents:,}",
             "text": f"{gallery.survey.rows:,} tokens",
         }
@@ -139,3 +147,13 @@ def command(
             )
         else:
             click.echo(f"{len(gallery.latents):,} latents on {gallery.survey.rows:,} tokens\n{out}")
+
+
+def _written(dictionary: Dictionary) -> dict[str, str]:
+    """The fact of the page that says what latents write, where that is not the site they read."""
+    if not dictionary.target_known:
+        return {"writes": "not known: taken for the same site"}
+    if dictionary.is_autoencoder:
+        return {}
+    writes = dictionary.config.writes
+    return {"writes": "another site, which is not known" if writes is None else writes[0]}

@@ -21,7 +21,27 @@ def open_dictionary(path: Path) -> Dictionary:
     from mergelab.sae.formats import load_dictionary
 
     if (path / "final").is_dir():
-        return load_dictionary(path / "final")
+        return _as_trained(load_dictionary(path / "final"), path / "config.yaml")
     if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
         raise CheckpointError(f"{path}: the run has not finished; go on with mergelab sae train --resume")
     return load_dictionary(path)
+
+
+def _as_trained(dictionary: Dictionary, config: Path) -> Dictionary:
+    """The dictionary of a run; where it does not say what it writes, the run's configuration does."""
+    from dataclasses import replace
+
+    from mergelab.errors import SAEError
+    from mergelab.sae.config import load_config
+    from mergelab.sae.dictionary import at_sites
+
+    if dictionary.target_known or not config.is_file():
+        return dictionary
+    try:
+        data = load_config(config).data
+    except SAEError:
+        return dictionary
+    if data.target_site is not None:
+        return at_sites(dictionary, data.site, data.target_site)
+    settings = replace(dictionary.config, transcoder=data.target_path is not None)
+    return replace(dictionary, config=settings)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mergelab.cli.meshes import MESH
+from mergelab.cli.numbers import WholeNumber
 from mergelab.cli.sizes import readable
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ __all__ = ["command"]
 @click.option(
     "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Overrides CONFIG; repeatable."
 )
-@click.option("--d-out", type=click.IntRange(1), help="Width of the targets, for a transcoder.")
+@click.option("--d-out", type=WholeNumber(1), help="Width of the targets, for a transcoder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def command(
     config: Path,

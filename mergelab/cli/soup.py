@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergelab.cli.numbers import Number, WholeNumber
 from mergelab.cli.sizes import SIZE
 
 if TYPE_CHECKING:
@@ -37,25 +38,25 @@ _ENGINE = ("memory", "threads", "allow_nonfinite", "dtype", "overwrite")  # pass
 @click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
 @click.option("--out", "-o", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--method", type=click.Choice(METHODS), default="uniform", show_default=True)
-@click.option("--last", type=click.IntRange(1), help="How many checkpoints `--method last` averages.")
-@click.option("--decay", type=click.FloatRange(0, 1), help="Decay of `--method ema`.")
+@click.option("--last", type=WholeNumber(1), help="How many checkpoints `--method last` averages.")
+@click.option("--decay", type=Number(0, 1), help="Decay of `--method ema`.")
 @click.option("--evaluate", metavar="COMMAND", help="Scores a model on validation data; see below.")
 @click.option("--text", type=click.Path(path_type=Path), help="Validation text: minimise bits per byte.")
 @click.option("--test-evaluate", metavar="COMMAND", help="Scores on test data, only once the soup is made.")
 @click.option("--test-text", type=click.Path(path_type=Path), help="Test text, likewise.")
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), help="Seconds one evaluation may take.")
+@click.option("--timeout", type=Number(0, min_open=True), help="Seconds one evaluation may take.")
 @click.option("--metric", multiple=True, metavar="NAME[:min|:max][=WEIGHT]", help="What decides; repeatable.")
 @click.option("--direction", type=click.Choice(["max", "min"]), help="Which way metrics are better.  [max]")
 @click.option(
     "--limit", multiple=True, metavar="NAME[:min|:max]=X", help="May be at most X worse; repeatable."
 )
 @click.option("--rule", type=click.Choice(["paper", "code"]), help="`paper` accepts ties.  [paper]")
-@click.option("--min-delta", type=click.FloatRange(0), help="Least improvement that keeps a checkpoint.  [0]")
-@click.option("--patience", type=click.IntRange(1), help="Stop after this many rejections in a row.")
-@click.option("--max-size", type=click.IntRange(1), help="Stop at this many members.")
+@click.option("--min-delta", type=Number(0), help="Least improvement that keeps a checkpoint.  [0]")
+@click.option("--patience", type=WholeNumber(1), help="Stop after this many rejections in a row.")
+@click.option("--max-size", type=WholeNumber(1), help="Stop at this many members.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Stored dtype.")
 @click.option("--memory", type=SIZE, default="1GB", show_default=True, help="Tensors held in memory at once.")
-@click.option("--threads", type=click.IntRange(1), help="Threads that read, compute and write.")
+@click.option("--threads", type=WholeNumber(1), help="Threads that read, compute and write.")
 @click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinity in the inputs.")
 @click.option("--overwrite", is_flag=True, help="Replace the output, and forget an interrupted greedy soup.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import numbers
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from jinja2 import Template, TemplateError, TemplateSyntaxError
-
-from mergelab.data.chat_sandbox import Budget, ChatEnvironment, compile_chat_template
+from mergelab.data.chat_sandbox import Budget, run_template
 from mergelab.data.tokenizer import Tokenizer
 from mergelab.errors import ChatTemplateError, did_you_mean
 
@@ -17,6 +15,8 @@ __all__ = ["Message", "chat_text", "render_chat"]
 
 # A turn: {"role": "user", "content": "Hello"}, and whatever else a template reads.
 Message = Mapping[str, Any]
+
+_MOST_BITS = 10_000  # Python itself writes no longer numbers in decimal
 
 
 def chat_text(
@@ -59,67 +59,66 @@ def render_chat(
     budget: Budget | None = None,
     **variables: Any,
 ) -> str:
-    """Renders a template, which may come from anyone: sandboxed, without effects, in bounded time and size.
+    """Renders a template, which may come from anyone: in a child process of bounded time, memory and output.
 
     Templates find `messages`, `add_generation_prompt`, `variables` (`tools` and `documents` are None by
-    default), `raise_exception(message)`, `strftime_now(format)`, and jinja's tests and harmless filters.
+    default), `raise_exception(message)`, `strftime_now(format)`, and jinja's tests and filters. The process
+    is started by the first call (a tenth of a second) and kept for the next ones.
 
     Args:
         template: jinja.
-        messages: the turns, oldest first.
+        messages: the turns, oldest first; they and `variables` are plain JSON data.
         add_generation_prompt: end with what begins the assistant's turn.
         now: the time that `strftime_now` tells; by default that of the call.
-        budget: what the rendering may use, by default a `Budget()`; it is used up.
+        budget: what the rendering may use, by default a `Budget()`.
         **variables: more of what the template reads, such as `bos_token`.
 
     Raises:
         ChatTemplateError: the template is not valid jinja, refuses the messages, reads what is not there,
-            tries what the sandbox forbids, or exceeds the budget.
+            tries what the sandbox forbids, or exceeds the budget; or a variable is no plain data.
     """
-
-    def raise_exception(message: object) -> None:
-        raise ChatTemplateError(f"the chat template refuses these messages: {str(message)[:500]}")
-
-    def strftime_now(format: str) -> str:
-        return (now or datetime.now()).strftime(format)
-
+    moment = now or datetime.now()
+    offset = moment.utcoffset()
+    values = {
+        "tools": None,
+        "documents": None,
+        **variables,
+        "messages": list(messages),
+        "add_generation_prompt": add_generation_prompt,
+    }
     try:
-        # Deep templates recurse in the parser, endless macros in the interpreter.
-        code = compile_chat_template(template, frozenset({"tojson"}))
-        environment = ChatEnvironment(budget or Budget(), {"tojson": _to_json})
-        environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-        compiled = Template.from_code(environment, code, environment.globals)
-        return compiled.render(
-            {
-                "tools": None,
-                "documents": None,
-                **variables,
-                "messages": list(messages),
-                "add_generation_prompt": add_generation_prompt,
-            }
-        )
-    except TemplateSyntaxError as error:
-        message = f"the chat template is not valid jinja: {error.message} at line {error.lineno}; correct it."
-    except TemplateError as error:
-        message = f"the chat template cannot be rendered: {error}; give it what it reads, or use another."
-    except (RecursionError, MemoryError):
-        message = "the chat template is nested too deeply, or makes too much text; use another template."
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        kind = type(error).__name__
-        message = f"the chat template fails on these messages ({kind}: {str(error)[:500]}); correct either."
-    raise ChatTemplateError(message)
+        plain = {name: _plain(value, name) for name, value in values.items()}
+    except RecursionError:
+        raise ChatTemplateError(
+            "the chat template cannot be given messages or variables that are nested too deeply, or that "
+            "contain themselves; pass plain JSON data."
+        ) from None
+    told = {
+        "time": moment.replace(tzinfo=None).isoformat(),
+        "offset": None if offset is None else offset.total_seconds(),
+        "zone": moment.tzname() or "",
+    }
+    return run_template(template, plain, told, budget or Budget())
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON as it is, where jinja's own filter escapes what HTML would read as markup."""
-    if indent is not None and not 0 <= int(indent) <= 16:
-        raise ValueError("tojson indents by 0 to 16 spaces")
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+def _plain(value: Any, place: str) -> Any:
+    """A value as plain JSON data, which is what goes to the process that renders.
+
+    Raises:
+        ChatTemplateError: it is something else.
+    """
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, numbers.Integral) and int(value).bit_length() <= _MOST_BITS:
+        return int(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):
+        return float(value)
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _plain(item, place) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return [_plain(item, place) for item in value]
+    kind = type(value).__name__
+    raise ChatTemplateError(
+        f"the chat template cannot be given {place!r}: it holds a {kind} that is no plain JSON data (text, "
+        "numbers, lists, and mappings with keys of text); convert it first."
     )

@@ -1,272 +1,245 @@
-"""A jinja environment for templates from strangers: no effects, no way out, bounded time and size.
+"""Runs chat templates in a child process, with limits on time, memory and what comes back.
 
-`jinja2`'s immutable sandbox keeps a template from attributes and methods that reach the interpreter or change
-its arguments; it does not keep it from looping for ever or from filling the memory. Here every loop pass,
-macro, call and filter is counted, and every value measured, against a `Budget`.
+A template may come from anyone. Jinja's sandbox keeps it from files and from the interpreter; that it ends,
+and how much it takes, only the operating system can decide. So none runs here: `chat_worker` does it, in a
+process without environment variables that is killed when its time is over. The process is started at the
+first template and serves the later ones; a template that breaks its limits costs its process.
 """
 
 from __future__ import annotations
 
-import functools
-import re
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from types import CodeType
-from typing import Any, NoReturn
+import atexit
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NoReturn
 
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.visitor import NodeTransformer
+from mergelab.errors import ChatTemplateError, DependencyError
 
-from mergelab.errors import ChatTemplateError
+__all__ = ["Budget", "run_template"]
 
-__all__ = ["Budget", "ChatEnvironment", "compile_chat_template"]
-
-# Filters without effects whose results are no longer than a small multiple of what they are given.
-_FILTERS = frozenset(
-    {"abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float"}
-    | {"groupby", "indent", "int", "items", "join", "last", "length", "list", "lower", "map"}
-    | {"max", "min", "reject", "rejectattr", "replace", "reverse", "round", "safe", "select", "selectattr"}
-    | {"sort", "string", "sum", "title", "trim", "unique", "upper"}
-)
-# Widths that blow up a format string: long ones, and those that an argument gives.
-_WIDTH = re.compile(r"\d{5}|%[^%a-zA-Z]*\*|:[^}]*\{")
-_FORBIDDEN_METHODS = frozenset({"expandtabs", "translate"})
-_MAX_BITS = 4096
-_MAX_EXPONENT = 64
+_START_SECONDS = 30.0
+_WORKER = Path(__file__).with_name("chat_worker.py")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Budget:
-    """What one rendering may still use.
+    """What one rendering may use.
 
     Attributes:
-        steps: loop passes, macro calls, calls and filters.
-        characters: written in all; no single value may be larger either.
-        elements: of one value, nested ones counted as often as they appear.
-        seconds: of the thread's processor time, in case the steps are slow ones.
+        seconds: of processor time, where the operating system counts it; on the clock, twice as many.
+        characters: of the text.
+        memory: bytes that the process may address, Python itself among them, where the operating system has
+            such a limit (Linux).
     """
 
-    steps: int = 300_000
+    seconds: float = 4.0
     characters: int = 16_000_000
-    elements: int = 1_000_000
-    seconds: float = 10.0
-    _limit: int = field(init=False)
-    _end: float = field(init=False)
+    memory: int = 512_000_000
 
-    def __post_init__(self) -> None:
-        self._limit = self.characters
-        self._end = time.thread_time() + self.seconds
 
-    def step(self) -> None:
-        """Counts a step.
+class _Child:
+    """A running worker: asked by one thread at a time."""
 
-        Raises:
-            ChatTemplateError: no steps, or no time, are left.
-        """
-        self.steps -= 1
-        if self.steps < 0 or time.thread_time() > self._end:
-            raise ChatTemplateError(
-                "the chat template does not end (it ran out of its steps or seconds); use another template."
-            )
-
-    def write(self, size: int) -> None:
-        """Counts written characters.
-
-        Raises:
-            ChatTemplateError: more than the budget has left.
-        """
-        self.characters -= size
-        if self.characters < 0:
-            self.refuse()
-
-    def measure(self, *values: object) -> int:
-        """The number of characters and elements in values, nested ones counted as often as they appear.
-
-        Raises:
-            ChatTemplateError: more than the budget allows one value.
-        """
-        total, elements, waiting = 0, 0, list(values)
-        while waiting:
-            value = waiting.pop()
-            elements += 1
-            if isinstance(value, str | bytes):
-                total += len(value)
-            elif isinstance(value, Mapping):
-                waiting.extend(value.keys())
-                waiting.extend(value.values())
-            elif isinstance(value, list | tuple | set | frozenset):
-                waiting.extend(value)
-            elif isinstance(value, int) and value.bit_length() > _MAX_BITS:
-                self.refuse()
-            if total > self._limit or elements + len(waiting) > self.elements:
-                self.refuse()
-        return total + elements
-
-    def allow(self, size: int) -> None:
-        """Refuses a value before it is made.
-
-        Raises:
-            ChatTemplateError: it would be larger than the budget began with.
-        """
-        if size > self._limit:
-            self.refuse()
-
-    def refuse(self) -> NoReturn:
-        """Raises `ChatTemplateError`: a value is too large, or nobody could say how large."""
-        raise ChatTemplateError(
-            f"the chat template makes more than {self._limit} characters; use another template, or shorter "
-            "messages."
+    def __init__(self) -> None:
+        folders = [_folder_of("jinja2"), _folder_of("markupsafe")]
+        # Without the user's environment, start files and folders; Windows starts nothing without its root.
+        kept = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}
+        self.expired = False
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-X", "utf8", str(_WORKER), *dict.fromkeys(folders)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=kept,
+            start_new_session=True,  # Ctrl-C is for this process, which then ends the child
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
         )
+        try:
+            if self.ask(b"", _START_SECONDS, 100) != b"ready\n":
+                raise ChatTemplateError(
+                    f"the chat template cannot be rendered: {sys.executable} {_WORKER} did not start "
+                    f"({self.end()}); check the installation."
+                )
+        except BaseException:
+            self.end()
+            raise
+
+    def ask(self, line: bytes, seconds: float, longest: int) -> bytes:
+        """Sends a line and returns the one that comes back: less than a line if the child died."""
+        stdin, stdout = _pipe(self.process.stdin), _pipe(self.process.stdout)
+        timer = threading.Timer(seconds, self._expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            with contextlib.suppress(OSError):  # a broken pipe: the child's status says more
+                stdin.write(line)
+                stdin.flush()
+                return stdout.readline(longest)
+            return b""
+        finally:
+            timer.cancel()
+            timer.join()  # it cannot strike later, at another template
+
+    def _expire(self) -> None:
+        self.expired = True
+        self.process.kill()
+
+    @property
+    def usable(self) -> bool:
+        """Whether it can be asked again."""
+        return not self.expired and self.process.poll() is None
+
+    def end(self) -> str:
+        """Kills it, if it still runs, and waits for its end; returns how it ended, in words."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(0.1)  # one that died by itself says of what
+        self.process.kill()
+        status = self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):
+                _pipe(pipe).close()
+        return f"signal {-status}" if status < 0 else f"status {status}"
 
 
-class ChatEnvironment(ImmutableSandboxedEnvironment):
-    """The environment of one rendering: jinja's immutable sandbox, and a budget.
+class _Workshop:
+    """The child of this process, if one runs, and the lock of those who want to use it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.child: _Child | None = None
+
+    def ask(self, request: Mapping[str, Any], budget: Budget) -> dict[str, Any]:
+        line = json.dumps(request).encode() + b"\n"
+        with self.lock:
+            child = self.child
+            if child is None or not child.usable:
+                self.discard()
+                self.child = child = _Child()
+            try:
+                # A character takes at most six bytes, as \u0000.
+                answer = child.ask(line, 2 * budget.seconds, 6 * budget.characters + 10_000)
+            except BaseException:  # Ctrl-C: what the child is doing is of no use to anyone
+                self.discard()
+                raise
+            if not answer.endswith(b"\n"):
+                expired = child.expired
+                self.child = None
+                _refuse_end(child.end(), expired, budget)
+            said = _parsed(answer)
+            if said.get("fault") in ("memory", "depth"):
+                self.discard()  # what the memory of it looks like now is anyone's guess
+            return said
+
+    def discard(self) -> None:
+        """Ends the child, if there is one."""
+        child, self.child = self.child, None
+        if child is not None:
+            child.process.kill()
+            child.end()
+
+
+def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+    assert pipe is not None
+    return pipe
+
+
+def _folder_of(module: str) -> str:
+    found = importlib.util.find_spec(module)
+    if found is None or found.origin is None:
+        raise DependencyError(f"chat templates need {module}; install it: pip install {module}")
+    return str(Path(found.origin).parent.parent)
+
+
+def _refuse_end(how: str, expired: bool, budget: Budget) -> NoReturn:
+    """The error for a template whose process died."""
+    if expired or how == f"signal {getattr(signal, 'SIGXCPU', None)}":
+        message = f"does not end (it ran longer than {budget.seconds:g} seconds)"
+    else:
+        message = f"ended the process that rendered it ({how}), most likely for want of memory"
+    raise ChatTemplateError(f"the chat template {message}; use another template, or shorter messages.")
+
+
+def _parsed(answer: bytes) -> dict[str, Any]:
+    """What the child said. A template that got hold of it could say anything, but nothing that is run."""
+    try:
+        said = json.loads(answer.decode("utf-8", "surrogatepass"))
+    except (ValueError, RecursionError):
+        said = None
+    if isinstance(said, dict) and all(isinstance(value, str) for value in said.values()):
+        return said
+    raise ChatTemplateError("the chat template disturbed the process that rendered it; do not use it.")
+
+
+_workshop = _Workshop()
+
+
+def _after_fork() -> None:
+    """A forked process has the parent's pipes, and must not speak into them."""
+    global _workshop
+    _workshop = _Workshop()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+atexit.register(lambda: _workshop.discard())
+
+
+def run_template(template: str, variables: Mapping[str, Any], now: Mapping[str, Any], budget: Budget) -> str:
+    """Renders a template in the child process.
 
     Args:
-        budget: what the rendering may use.
-        filters: more filters by name; they are measured too.
-    """
-
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
-
-    def __init__(self, budget: Budget, filters: Mapping[str, Callable[..., Any]] | None = None) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
-        self.budget = budget
-        kept = {name: f for name, f in self.filters.items() if name in _FILTERS} | dict(filters or {})
-        self.filters = {name: _measured(name, f, budget) for name, f in kept.items()}
-        del self.globals["lipsum"]
-
-    def tick(self) -> bool:
-        """Counts a loop pass or a macro; True, so that it can stand in a condition."""
-        self.budget.step()
-        return True
-
-    def emit(self, value: object) -> str:
-        """The text of a value that the template writes, counted."""
-        self.budget.measure(value)
-        text = str(value)
-        self.budget.write(len(text))
-        return text
-
-    def joined(self, *values: object) -> str:
-        """`a ~ b ~ ...`, measured first."""
-        self.budget.measure(*values)
-        return "".join(map(str, values))
-
-    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        self.budget.step()
-        self.budget.measure(args, kwargs)
-        method = getattr(obj, "__wrapped__", obj)  # the sandbox wraps str.format
-        owner = getattr(method, "__self__", None)
-        if isinstance(owner, str):
-            _check_method(self.budget, owner, getattr(method, "__name__", ""), (*args, *kwargs.values()))
-        result = super().call(context, obj, *args, **kwargs)
-        self.budget.measure(result)
-        return result
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        sizes = self.budget.measure(left), self.budget.measure(right)
-        for value, size, times in ((left, sizes[0], right), (right, sizes[1], left)):
-            if operator == "*" and isinstance(value, str | list | tuple) and isinstance(times, int):
-                self.budget.allow(size * times)
-        if operator == "**" and not (isinstance(right, int | float) and abs(right) <= _MAX_EXPONENT):
-            self.budget.refuse()
-        if operator == "%" and isinstance(left, str) and _WIDTH.search(left):
-            self.budget.refuse()
-        result = super().call_binop(context, operator, left, right)
-        self.budget.measure(result)
-        return result
-
-
-@functools.lru_cache(maxsize=32)
-def compile_chat_template(template: str, filters: frozenset[str] = frozenset()) -> CodeType:
-    """Compiles a template, with the counting put in; make it one with `Template.from_code`.
+        template: jinja.
+        variables: plain JSON data.
+        now: `time` (ISO, without zone), `offset` (seconds, or None) and `zone` (its name).
+        budget: its limits.
 
     Raises:
-        jinja2.TemplateSyntaxError: it is not valid jinja, or uses a filter that is not offered.
+        ChatTemplateError: it is not valid, fails, refuses its messages, or exceeds its limits.
     """
-    environment = ChatEnvironment(Budget(), dict.fromkeys(filters, str))
-    counted = _Counting().visit(environment.parse(template))
-    return environment.compile(counted)
-
-
-def _measured(name: str, function: Callable[..., Any], budget: Budget) -> Callable[..., Any]:
-    # wraps() also copies the marks that tell jinja which filters take the environment or the context.
-    @functools.wraps(function)
-    def measured(*args: Any, **kwargs: Any) -> Any:
-        budget.step()
-        ours = (Context, ImmutableSandboxedEnvironment, nodes.EvalContext)
-        values = [a for a in (*args, *kwargs.values()) if not isinstance(a, ours)]
-        if name in ("replace", "join", "indent") and values:
-            sizes = [v if isinstance(v, int) else budget.measure(v) for v in values]
-            budget.allow(sizes[0] * max([4, *sizes[1:]]))
-        budget.measure(*values)
-        result = function(*args, **kwargs)
-        budget.measure(result)
-        return result
-
-    return measured
-
-
-def _check_method(budget: Budget, owner: str, name: str, args: tuple[Any, ...]) -> None:
-    """Refuses string methods whose results may be far larger than their arguments, before they run."""
-    longest = max((a if isinstance(a, int) else budget.measure(a) for a in args), default=0)
-    if name in ("replace", "join"):
-        budget.allow((len(owner) + 1) * longest)
-    elif name in _FORBIDDEN_METHODS or (name.startswith("format") and _WIDTH.search(owner)):
-        budget.refuse()
-    else:  # widths
-        budget.allow(longest)
-
-
-class _Counting(NodeTransformer):
-    """Puts the environment's `tick`, `emit` and `joined` into a parsed template."""
-
-    def visit_For(self, node: nodes.For) -> nodes.For:
-        self.generic_visit(node)  # changes it in place
-        if node.test is not None:
-            node.test = nodes.And(_own("tick"), node.test)
-        return self._begin(node)
-
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Macro:
-        self.generic_visit(node)
-        return self._begin(node)
-
-    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.CallBlock:
-        self.generic_visit(node)
-        return self._begin(node)
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Call:
-        self.generic_visit(node)
-        return _own("joined", *node.nodes)
-
-    def visit_Output(self, node: nodes.Output) -> nodes.Output:
-        self.generic_visit(node)
-        written = (nodes.Const(n.data) if isinstance(n, nodes.TemplateData) else n for n in node.nodes)
-        node.nodes = [_own("emit", value) for value in written]
-        return node
-
-    def _begin(self, node: Any) -> Any:
-        node.body.insert(0, nodes.ExprStmt(_own("tick")))
-        return node
-
-
-def _own(name: str, *args: nodes.Expr) -> nodes.Call:
-    """A call of a method of the environment, which a template has no name for."""
-    return nodes.Call(nodes.EnvironmentAttribute(name), list(args), [], None, None)
-
-
-class _Generation(Extension):
-    """`{% generation %}`: marks what the assistant wrote; rendered as what it holds."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body).set_lineno(line)
+    request = {
+        "template": template,
+        "variables": variables,
+        "now": now,
+        "seconds": budget.seconds,
+        "characters": budget.characters,
+        "memory": budget.memory,
+    }
+    try:
+        said = _workshop.ask(request, budget)
+    except (OSError, RuntimeError, ValueError) as error:  # no such program, no more processes or threads
+        raise ChatTemplateError(
+            f"the chat template cannot be rendered: no process can be started for it ({error}); check "
+            f"{sys.executable or 'the Python program'} and the limits of this system."
+        ) from error
+    text = said.get("text")
+    if text is not None and len(text) <= budget.characters:
+        return text
+    words = said.get("words", "")[:600]
+    raise ChatTemplateError(
+        {
+            "refusal": f"the chat template refuses these messages: {words}",
+            "syntax": f"the chat template is not valid jinja: {words}; correct it.",
+            "template": (
+                f"the chat template cannot be rendered: {words}; give it what it reads, or use another."
+            ),
+            "memory": (
+                f"the chat template takes more than {budget.memory // 10**6} MB of memory; use another "
+                "template, or shorter messages."
+            ),
+            "depth": "the chat template is nested too deeply; use another template.",
+            "error": f"the chat template fails on these messages ({words}); correct either.",
+        }.get(
+            said.get("fault", ""),
+            f"the chat template makes more than {budget.characters} characters; use another template, or "
+            "shorter messages.",
+        )
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from mergelab.checkpoints.json_data import read_json_object
-from mergelab.errors import CheckpointError, MergelabError
+from mergelab.checkpoints.json_data import read_optional_json
+from mergelab.checkpoints.text_file import read_text
+from mergelab.checkpoints.tokenizer_file import open_tokenizer_file
+from mergelab.errors import CheckpointError, MergelabError, quoted
 
 __all__ = ["Tokenizer", "load_tokenizer"]
 
@@ -137,37 +140,41 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     folder = Path(folder)
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(
             f"{folder} has no tokenizer.json; copy the tokenizer files of the model it was made from, or "
             "give token ids in place of text."
         )
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises bare Exception
-        raise CheckpointError(
-            f"{path} is not a tokenizer.json as the tokenizers package writes it ({error}); copy it again."
-        ) from error
+    backend = open_tokenizer_file(path)
     # What a file remembers of its last use for padding would change the ids of a text with its neighbours.
     backend.no_padding()
     backend.no_truncation()
     config = _json(folder / "tokenizer_config.json")
-    _add_missing_tokens(backend, config)
+    _add_missing_tokens(backend, config, str(folder / "tokenizer_config.json"))
     special = _special_tokens({**_json(folder / "special_tokens_map.json"), **config})
     return Tokenizer(backend, special, _end_ids(folder, backend, special), _chat_templates(folder), folder)
 
 
-def _add_missing_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+def _add_missing_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], place: str) -> None:
     """Adds tokens that only `tokenizer_config.json` knows, where their ids follow on."""
     known = backend.get_vocab(with_added_tokens=True)
-    decoder: Mapping[str, Any] = config.get("added_tokens_decoder") or {}
+    decoder: Any = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict) or not all(map(_is_token, decoder, decoder.values())):
+        raise CheckpointError(
+            f"{place} has an added_tokens_decoder that does not map ids to {{content, ...}}; copy it again."
+        )
     for number, definition in sorted(decoder.items(), key=lambda item: int(item[0])):
         content = definition["content"]
         if content not in known and int(number) == backend.get_vocab_size(with_added_tokens=True):
             flags = ("single_word", "lstrip", "rstrip", "normalized")
-            options = {flag: definition[flag] for flag in flags if flag in definition}
+            options = {flag: bool(definition[flag]) for flag in flags if flag in definition}
             token = tokenizers.AddedToken(content, special=bool(definition.get("special")), **options)
             backend.add_special_tokens([token]) if token.special else backend.add_tokens([token])
+
+
+def _is_token(number: str, definition: Any) -> bool:
+    content = definition.get("content") if isinstance(definition, dict) else None
+    return len(number) < 10 and number.isascii() and number.isdigit() and isinstance(content, str)
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -188,7 +195,20 @@ def _end_ids(folder: Path, backend: tokenizers.Tokenizer, special: Mapping[str, 
         declared = _json(folder / "config.json").get("eos_token_id")
     if declared is None:
         return ()
-    return tuple(declared) if isinstance(declared, list) else (int(declared),)
+    return token_ids(declared, f"{folder}: eos_token_id")
+
+
+def token_ids(declared: Any, place: str) -> tuple[int, ...]:
+    """One id or a list of them, as configs give them.
+
+    Raises:
+        CheckpointError: something else; `place` says where it stood.
+    """
+    found = tuple(declared) if isinstance(declared, list) else (declared,)
+    for number in found:
+        if type(number) is not int or not -1 <= number < 2**31:
+            raise CheckpointError(f"{place} is {quoted(declared)}; expected a token id or a list of them.")
+    return found
 
 
 def _chat_templates(folder: Path) -> dict[str, str]:
@@ -199,12 +219,13 @@ def _chat_templates(folder: Path) -> dict[str, str]:
         if isinstance(declared, str):
             templates["default"] = declared
         elif isinstance(declared, list):
-            templates |= {str(entry["name"]): str(entry["template"]) for entry in declared}
+            entries = [entry for entry in declared if isinstance(entry, dict) and "name" in entry]
+            templates |= {str(entry["name"]): str(entry.get("template", "")) for entry in entries}
     named = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
         named["default"] = folder / "chat_template.jinja"
-    return templates | {name: path.read_text(encoding="utf-8") for name, path in named.items()}
+    return templates | {name: read_text(path) for name, path in named.items()}
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return read_json_object(path) if path.is_file() else {}
+    return read_optional_json(path)

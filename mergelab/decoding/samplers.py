@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 from mergelab.decoding.penalties import MinNewTokens, RepetitionPenalty, logit_bias, suppress
 from mergelab.decoding.transform import Chain, History, LogitsTransform, chain, require, transform
 from mergelab.decoding.truncation import MinP, Temperature, TopK, TopP
+from mergelab.errors import DecodingError
 
 __all__ = ["Sampler", "greedy", "row_keys", "sample", "sampler_from_options"]
 
@@ -66,6 +67,8 @@ def row_keys(key: Key[Array, "*batch"] | int, batch: int) -> Key[Array, " batch"
     Raises:
         DecodingError: it is none of these.
     """
+    if isinstance(key, int) and not -(2**63) <= key < 2**63:
+        raise DecodingError("the seed is beyond 64 bits; give a smaller one.")
     key = jax.random.key(key) if isinstance(key, int) else key
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     shapes = f"a seed, jax.random.key(seed), or {batch} such keys, one per row"

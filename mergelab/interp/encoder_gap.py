@@ -40,7 +40,7 @@ def coding_target(dictionary: Dictionary, x: Float[Array, "tokens d"]) -> Float[
     Raises:
         SAEError: the dictionary does not reconstruct what it reads.
     """
-    if dictionary.d_in != dictionary.d_out or dictionary.W_skip is not None:
+    if not dictionary.is_autoencoder or dictionary.W_skip is not None:
         raise SAEError("a transcoder's rows sum to another site; codes are searched for autoencoders only.")
     x = jnp.asarray(x, jnp.float32)
     normal = layer_norm(x)[0] if dictionary.config.normalization == "layer_norm" else x

@@ -157,8 +157,9 @@ def _checked_latents(dictionary: Dictionary, latents: Any) -> Array:
 
 
 def _check_reconstructs(dictionary: Dictionary) -> None:
-    if dictionary.d_in != dictionary.d_out or dictionary.W_skip is not None or dictionary.config.sites != 1:
+    if not dictionary.is_autoencoder or dictionary.config.sites != 1:
+        kind = f"reads {dictionary.config.sites} sites" if dictionary.is_autoencoder else "is a transcoder"
         raise SAEError(
-            f"a dictionary that reads {dictionary.config.sites} site(s), {dictionary.d_in} wide, and writes "
-            f"{dictionary.d_out} does not reconstruct one site; edits need an autoencoder of that site."
+            f"the dictionary {kind} ({dictionary.mapping()}), {dictionary.d_in} wide to {dictionary.d_out}, "
+            "so it does not reconstruct one site; edits need an autoencoder of that site."
         )

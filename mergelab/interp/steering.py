@@ -99,17 +99,23 @@ def latent_direction(dictionary: Dictionary, latent: int, activations: Any) -> S
     """The decoder row of a latent, as a steering vector.
 
     Args:
-        dictionary: of the site that is steered.
+        dictionary: writes the site that is steered: for a transcoder not the one it reads.
         latent: which.
         activations: `[rows, width]` at the site, to measure their mean length.
 
     Raises:
-        SAEError: there is no such latent.
+        SAEError: there is no such latent, or the activations are of another width than it writes.
     """
     if not 0 <= latent < dictionary.n_latents:
         raise SAEError(f"latent {latent} does not exist: the dictionary has {dictionary.n_latents}.")
     vector = jnp.asarray(dictionary.W_dec[latent], jnp.float32)
-    return SteeringVector(vector, mean_norm(jnp.asarray(np.asarray(activations, np.float32))))
+    rows = np.asarray(activations, np.float32)
+    if rows.shape[-1:] != vector.shape:
+        raise SAEError(
+            f"activations are {rows.shape[-1]} wide, but the dictionary ({dictionary.mapping()}) writes "
+            f"{dictionary.d_out}; give those of the site it writes."
+        )
+    return SteeringVector(vector, mean_norm(jnp.asarray(rows)))
 
 
 def _added(vector: Array, where: Array | None, x: Array) -> Array:

@@ -10,6 +10,7 @@ from typing import Any
 from mergelab.merging.vocabulary.embeddings import is_token_tensor
 
 __all__ = [
+    "HEADS",
     "LAYER_COUNT_KEYS",
     "Architecture",
     "Module",
@@ -33,7 +34,7 @@ LAYER_COUNT_KEYS = (
 """The names under which Hugging Face configs keep the number of blocks."""
 
 _NUMBER = re.compile(r"\.(\d+)\.")
-_HEADS = ("lm_head", "embed_out", "output", "score", "classifier", "cls", "qa_outputs", "pooler")
+HEADS = ("lm_head", "embed_out", "output", "score", "classifier", "cls", "qa_outputs", "pooler")
 _WRAPPERS = frozenset({"model", "transformer", "base_model", "backbone", "net"})
 
 
@@ -186,7 +187,7 @@ def _owner(name: str, labels: list[str]) -> str:
     text = [
         label for label in labels if any(word in label for word in ("text", "language", "layers", "decoder"))
     ]
-    if text and (is_token_tensor(name) or parts[0] in (*_HEADS, "norm", "final_layer_norm")):
+    if text and (is_token_tensor(name) or parts[0] in (*HEADS, "norm", "final_layer_norm")):
         return text[0]
     return parts[0] if parts else name
 
@@ -194,7 +195,7 @@ def _owner(name: str, labels: list[str]) -> str:
 def _is_post(name: str) -> bool:
     """Heads and final norms come after the blocks; embeddings, and norms of embeddings, before them."""
     parts = name.split(".")
-    if any(part in _HEADS or part.endswith("_head") for part in parts):
+    if any(part in HEADS or part.endswith("_head") for part in parts):
         return True
     if any("emb" in part or part in ("wte", "wpe", "shared") for part in parts):
         return False

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
+
+from mergelab.checkpoints.text_file import MAX_TABLE, read_bytes
 
 __all__ = ["donor_files", "tokenizer_names"]
 
@@ -36,7 +39,11 @@ def tokenizer_names() -> tuple[str, ...]:
 
 
 def donor_files(folder: Path, merged_tokenizer: Mapping[str, bytes] | None) -> dict[str, bytes]:
-    """File contents by name: the donor's, its tokenizer replaced by a merged one where there is one."""
+    """File contents by name: the donor's, its tokenizer replaced by a merged one where there is one.
+
+    Raises:
+        CheckpointError: a file is a Git LFS pointer.
+    """
     names = (*_TEMPLATES, *_OTHER) if merged_tokenizer is not None else (*_TOKENIZER, *_TEMPLATES, *_OTHER)
-    found = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    found = {name: read_bytes(folder / name, MAX_TABLE) for name in names if os.path.lexists(folder / name)}
     return {**found, **(merged_tokenizer or {})}

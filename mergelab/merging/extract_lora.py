@@ -24,9 +24,17 @@ from mergelab.checkpoints import (
 from mergelab.checkpoints.digest import stat_sha256
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.output_target import MARKER
+from mergelab.checkpoints.tied_head import conv1d_layers, find_tied_head
 from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.checkpoints.writer import identity_digest
 from mergelab.errors import CheckpointError, NonFiniteError, OperatorError, did_you_mean
+from mergelab.merging.extract_head import (
+    changed_head,
+    class_names,
+    head_tensors,
+    repeated_embeddings,
+    unsplittable,
+)
 from mergelab.merging.peft_folder import adapter_config, write_adapter
 from mergelab.operators.low_rank import (
     LowRank,
@@ -40,9 +48,8 @@ from mergelab.operators.randomness import tensor_key
 __all__ = ["ExtractedLora", "extract_lora"]
 
 _PREFIX = "base_model.model."
-_EMBEDDING = re.compile(r"(embed\w*|\w*_embed\w*|w[tp]e|shared)")
-_CONV1D = {"gpt2": ("c_attn", "c_fc", "c_proj"), "openai-gpt": ("c_attn", "c_fc", "c_proj")}
-"""Model types whose layers are `Conv1D`, with weights `[in, out]`, and the names of those layers."""
+# The excepted ones are linear layers.
+_EMBEDDING = re.compile(r"(?!embed_out$|embedding_hidden_mapping_in$)(embed\w*|\w*_embed\w*|w[tp]e|shared)")
 
 
 @dataclass(frozen=True)
@@ -179,7 +186,10 @@ def _extract(
 ) -> ExtractedLora:
     tuned_model, base_model = open_checkpoint(finetuned), open_checkpoint(base)
     modules = _modules(tuned_model, base_model)
-    conv1d = _CONV1D.get(str(base_model.config.get("model_type")), ())
+    conv1d = conv1d_layers(base_model.config)
+    head = changed_head(tuned_model, base_model)
+    full = class_names([*modules, *(() if head is None else (head.module,))], base_model)
+    shared = unsplittable(base_model)
 
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
@@ -198,6 +208,12 @@ def _extract(
         if not any(fnmatchcase(module, glob) for glob in targets) or (embedding and embeddings == "skip"):
             skipped.append(module)
             continue
+        if f"{module}.weight" == shared and embeddings == "whole":
+            raise CheckpointError(
+                f"{finetuned}: {shared!r}, which has several uses, changed, and PEFT replaces one "
+                "use of a module that is stored whole; store it as factors (embeddings='low_rank', "
+                "--embeddings low_rank) or omit it (skip)"
+            )
         delta = deltas.get("weight")
         if delta is not None and delta.ndim == 2 and (not embedding or embeddings == "low_rank"):
             transposed = embedding or last in conv1d
@@ -206,26 +222,43 @@ def _extract(
             keys = (
                 ("lora_embedding_B", "lora_embedding_A") if embedding else ("lora_B.weight", "lora_A.weight")
             )
-            tensors |= {f"{_PREFIX}{module}.{key}": array for key, array in zip(keys, (b, a), strict=True)}
+            stem = f"{_PREFIX}{full[module]}"
+            tensors |= {f"{stem}.{key}": array for key, array in zip(keys, (b, a), strict=True)}
             if deltas.get("bias") is not None:
                 biases = True
-                tensors[f"{_PREFIX}{module}.base_layer.bias"] = read_whole(parts["bias"][0])
+                tensors[f"{stem}.base_layer.bias"] = read_whole(parts["bias"][0])
         else:
             whole.append(_whole_module(module, parts))
-            tensors |= {f"{_PREFIX}{module}.{part}": read_whole(tuned) for part, (tuned, _) in parts.items()}
+            stem = f"{_PREFIX}{full[module]}"
+            tensors |= {f"{stem}.{part}": read_whole(tuned) for part, (tuned, _) in parts.items()}
+    keeps_tie = False
+    if head is not None:
+        embedding = head.tied.modules[0]
+        parts = head.tensors(
+            whole=embedding in whole, factors=embedding in ranks, skipped=embedding in skipped
+        )
+        if parts and not any(fnmatchcase(head.module, glob) for glob in targets):
+            skipped.append(head.module)
+        elif parts:
+            whole.append(head.module)
+            tensors |= {
+                f"{_PREFIX}{full[head.module]}.{part}": read_whole(tensor) for part, tensor in parts.items()
+            }
+            keeps_tie = head.is_tied and embedding in whole
     if not ranks:
         raise CheckpointError(
             f"{finetuned} differs from {base} in no matrix of the chosen modules ({', '.join(targets)}); "
             "there is no adapter to extract"
         )
     config = adapter_config(
-        ranks,
-        whole,
-        modules,
+        {full[name]: rank for name, rank in ranks.items()},
+        [full[name] for name in whole],
+        [full[name] for name in modules],
         base=str(base),
         model_config=base_model.config,
         fan_in_fan_out=bool(conv1d),
         with_biases=biases,
+        keeps_tie=keeps_tie,
     )
     extracted = {"ranks": ranks, "errors": errors, "whole": tuple(whole), "skipped": tuple(skipped)}
     nbytes = write_adapter(work, tensors, config, identity, extracted)
@@ -235,18 +268,22 @@ def _extract(
 def _modules(tuned: Checkpoint, base: Checkpoint) -> dict[str, dict[str, tuple[TensorSource, TensorSource]]]:
     """Module -> its own tensors (`weight`, `bias`) in both models; headers only."""
     # A tied output embedding may be stored or not; it is the input embedding either way.
-    tied = {"lm_head.weight"} if base.config.get("tie_word_embeddings") else set()
-    for name in (tuned.tensors.keys() ^ base.tensors.keys()) - tied:
-        lacking, other = (base, tuned) if name in tuned.tensors else (tuned, base)
+    apart = head_tensors(base) | repeated_embeddings(base)
+    tensors = dict(tuned.tensors)
+    own = find_tied_head(tensors, tuned.config)
+    if own is not None and own.head in base.tensors:
+        tensors.setdefault(own.head, tensors[own.embedding])
+    for name in (tensors.keys() ^ base.tensors.keys()) - apart:
+        lacking, other = (base, tuned) if name in tensors else (tuned, base)
         raise CheckpointError(
             f"{lacking.path} lacks the tensor {name!r}{did_you_mean(name, lacking.tensors)}, which "
             f"{other.path} has; name a model and the base it was tuned from"
         )
     modules: dict[str, dict[str, tuple[TensorSource, TensorSource]]] = {}
     for name, old in base.tensors.items():
-        if name in tied:
+        if name in apart:
             continue
-        new = tuned.tensors[name]
+        new = tensors[name]
         if new.shape != old.shape:
             raise CheckpointError(
                 f"{tuned.path}: tensor {name!r} has shape {list(new.shape)} but {list(old.shape)} in "

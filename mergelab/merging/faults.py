@@ -6,19 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mergelab.errors import RecipeError
+from mergelab.errors import RecipeError, dotted
 
 __all__ = ["FieldPath", "LocatedError", "Origin", "dotted", "raise_faults"]
 
 FieldPath = tuple[str | int, ...]
-
-
-def dotted(path: FieldPath) -> str:
-    """`("models", 1, "parameters")` as `models[1].parameters`."""
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from mergelab.checkpoints import Checkpoint, FolderCheckpoint, open_checkpoint, with_lora
 from mergelab.checkpoints.output_target import recorded_identity
-from mergelab.errors import CheckpointError, DependencyError, MergelabError, did_you_mean
+from mergelab.errors import CheckpointError, DependencyError, MergelabError, did_you_mean, quoted, shortened
 from mergelab.merging.faults import FieldPath, Origin, raise_faults
 from mergelab.merging.model_ref import ModelRef, parse_model_ref
 from mergelab.merging.planned_checkpoint import PlannedCheckpoint
@@ -79,7 +81,7 @@ def find_models(
 
 def _open(text: str, folders: list[Path], stages: Mapping[str, Checkpoint]) -> FoundModel:
     reference = parse_model_ref(text)
-    if any((folder / text).exists() for folder in folders):
+    if any(_exists(folder / text) for folder in folders):
         reference = ModelRef(text)  # a folder whose own name holds '@' or '+'
     fingerprint = None
     paths: list[Path] = []
@@ -96,7 +98,8 @@ def _open(text: str, folders: list[Path], stages: Mapping[str, Checkpoint]) -> F
         adapter, _ = _locate(reference.adapter, reference.adapter_revision, folders, [])
         if not isinstance(checkpoint, FolderCheckpoint):
             raise CheckpointError(
-                f"adapter {reference.adapter!r} needs a finished model: run {reference.path!r} by itself"
+                f"adapter {quoted(reference.adapter)} needs a finished model: run {quoted(reference.path)} "
+                "by itself"
             )
         checkpoint = with_lora(checkpoint, adapter)
         paths.append(adapter)
@@ -130,20 +133,41 @@ def _locate(
     path: str, revision: str | None, folders: list[Path], stages: list[str]
 ) -> tuple[Path, str | None]:
     """The local path of a model or adapter, and the hub commit it is of."""
-    expanded = Path(path).expanduser()
+    try:
+        expanded = Path(path).expanduser()
+    except RuntimeError:  # "~name" of somebody whom this machine does not know
+        expanded = Path(path)
     for folder in folders:
-        if (folder / expanded).exists():
+        if _exists(folder / expanded):
             return folder / expanded, None
     if _HUB_ID.fullmatch(path):
         return _snapshot(path, revision, folders)
-    siblings = [
-        p.name
-        for folder in folders
-        if (folder / expanded).parent.is_dir()
-        for p in (folder / expanded).parent.iterdir()
-    ]
+    siblings = [name for folder in folders for name in _names_beside(folder / expanded)]
     near = did_you_mean(expanded.name, siblings) or did_you_mean(path, stages)
-    raise CheckpointError(f"model {path!r} does not exist{near}: looked in {_places(folders)}")
+    raise CheckpointError(f"model {quoted(path, 200)} does not exist{near}: looked in {_places(folders)}")
+
+
+def _exists(path: Path) -> bool:
+    """Whether something is there; what can be no file's name (too long, not text) is not.
+
+    Raises:
+        CheckpointError: the system does not say.
+    """
+    try:
+        return path.exists()
+    except ValueError:
+        return False
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise CheckpointError(f"{shortened(str(path), 200)} cannot be looked up ({error.strerror})") from None
+
+
+def _names_beside(path: Path) -> list[str]:
+    try:
+        return [entry.name for entry in islice(path.parent.iterdir(), 10_000)]
+    except (OSError, ValueError):
+        return []
 
 
 def _places(folders: list[Path]) -> str:
@@ -157,15 +181,15 @@ def _snapshot(path: str, revision: str | None, folders: list[Path]) -> tuple[Pat
         from huggingface_hub import snapshot_download  # type: ignore[import-not-found]
     except ImportError:
         raise CheckpointError(
-            f"model {path!r} is no folder (looked in {_places(folders)}); to fetch it from the Hugging Face "
-            "hub, install mergelab[hub], or download it yourself and give its path"
+            f"model {quoted(path)} is no folder (looked in {_places(folders)}); to fetch it from the Hugging "
+            "Face hub, install mergelab[hub], or download it yourself and give its path"
         ) from None
     try:
         folder = Path(snapshot_download(path, revision=revision, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub client raises many unrelated types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"model {path!r} is no folder (looked in {_places(folders)}) and the hub did not give it: "
-            f"{reason}"
+            f"model {quoted(path)} is no folder (looked in {_places(folders)}) and the hub did not give it: "
+            f"{shortened(reason, 300)}"
         ) from None
     return folder, folder.name

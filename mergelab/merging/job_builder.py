@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,9 @@ import numpy as np
 
 from mergelab.checkpoints import Checkpoint, TensorSource, is_float, promote
 from mergelab.errors import CheckpointError, MergelabError, OperatorError
+from mergelab.merging.compatibility import is_buffer
 from mergelab.merging.job import Job
+from mergelab.merging.layer_parts import MovedLayers, with_moved_parts
 from mergelab.merging.layout import Place
 from mergelab.merging.missing import Ingredients, find_tensor, outcome
 from mergelab.merging.parameters import resolve
@@ -34,8 +36,9 @@ class JobBuilder:
         vocabulary: the merged vocabulary, or None to leave rows as they are.
         dtype: the stored dtype, or None for the promotion of each tensor's inputs.
         truncate_rows: whether embeddings of different length are cut to the shortest.
+        stacks: where the layers of the output come from, for tensors with a part per layer.
         faults: one sentence per impossible tensor.
-        lacking: tensor names by the models that lack them.
+        lacking: output tensors by the models that lack them.
         rejected: tensor names by the reason their operator gives for refusing its parameters.
         skipped: tensors that are not made at all.
         settings: the hyper-parameters of each job, in order; part of a plan's identity.
@@ -46,8 +49,9 @@ class JobBuilder:
     vocabulary: VocabularyPlan | None = None
     dtype: np.dtype[Any] | None = None
     truncate_rows: bool = False
+    stacks: Sequence[MovedLayers] = ()
     faults: list[str] = field(default_factory=list)
-    lacking: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
+    lacking: dict[tuple[str, ...], list[Place]] = field(default_factory=dict)
     rejected: dict[str, list[str]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     settings: list[str] = field(default_factory=list)
@@ -58,7 +62,7 @@ class JobBuilder:
         try:
             found = self._find(place)
             kind, tensors = outcome(self.operator, place.piece, found)
-            if kind == "skip":
+            if kind == "skip" or (kind == "fault" and is_buffer(place.name)):
                 self.skipped.append(place.name)
                 return None
             if kind == "fault":
@@ -74,14 +78,24 @@ class JobBuilder:
 
     def _find(self, place: Place) -> Ingredients:
         present: list[TensorSource | None] = []
-        for source, name in zip(place.piece.sources, place.names, strict=True):
-            tensor = find_tensor(self.models[source.model], name)
-            if tensor is not None and self.vocabulary is not None:
-                tensor = self.vocabulary.source(source.model, tensor, role=place.name)
+        named = {source.model: name for source, name in zip(place.piece.sources, place.names, strict=True)}
+
+        def find(model: str) -> TensorSource | None:
+            tensor = find_tensor(self.models[model], named.get(model, place.name))
+            if tensor is None or self.vocabulary is None:
+                return tensor
+            return self.vocabulary.source(model, tensor, role=place.name)
+
+        for i, source in enumerate(place.piece.sources):
+            # The same model may be there twice, with unlike names of blocks.
+            named[source.model] = place.names[i]
+            tensor = find(source.model)
+            if tensor is not None:
+                tensor = with_moved_parts(tensor, place.name, i, self.stacks, find)
             present.append(tensor)
         lacking = tuple(s.model for s, t in zip(place.piece.sources, present, strict=True) if t is None)
         if lacking:
-            self.lacking.setdefault(lacking, []).append(place.name)
+            self.lacking.setdefault(lacking, []).append(place)
         if self.truncate_rows and is_token_tensor(place.name):
             rows = min(tensor.shape[0] for tensor in present if tensor is not None)
             present = [t if t is None or t.shape[0] == rows else RowPrefix(t, rows) for t in present]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from mergelab.errors import did_you_mean
+from mergelab.errors import did_you_mean, quoted, shortened
 from mergelab.merging.architecture import Architecture, Module, Stack, counterpart
 from mergelab.merging.faults import FieldPath
 from mergelab.merging.scopes import ScopedSlice
 
 __all__ = ["Layout", "Place", "lay_out"]
+
+
+MAX_LAYERS = 10_000
+"""Far beyond any model: a few slices of aliases ask for as many as they like."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +26,14 @@ class Place:
         piece: the slice it belongs to, whose parameters apply.
         names: what it is called in each of `piece.sources`; the model may lack it.
         t: the layer coordinate at which gradients are read; 0 outside the blocks.
+        module: the module it belongs to.
     """
 
     name: str
     piece: ScopedSlice
     names: tuple[str, ...]
     t: float
+    module: str = "default"
 
 
 @dataclass
@@ -37,12 +43,14 @@ class Layout:
     Attributes:
         places: one per output tensor.
         layers: per module with blocks: the (model, block) that each output block's first source is.
+        sources: per module with blocks: every (model, block) that each output block is merged from.
         faults: `(path, message)` of what made a module impossible to lay out.
         warnings: what the user should know, one sentence each.
     """
 
     places: list[Place] = field(default_factory=list)
     layers: dict[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
+    sources: dict[str, list[tuple[tuple[str, int], ...]]] = field(default_factory=dict)
     faults: list[tuple[FieldPath, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -114,16 +122,17 @@ def _lay_out_module(
     first, last = slices[0], slices[-1]
     places = _loose(first, [m.pre for m in _modules(first, models, name)], models, donor)
     if spelling.stack is not None:
-        blocks, layers = _blocks(slices, spelling.stack, models, name, layout)
+        blocks, sources = _blocks(slices, spelling.stack, models, name, layout)
         places += blocks
-        layout.layers[name] = layers
+        layout.sources[name] = sources
+        layout.layers[name] = tuple(each[0] for each in sources)
     places += _loose(last, [m.post for m in _modules(last, models, name)], models, donor)
     if _listed(first) != _listed(last) and (spelling.pre or spelling.post):
         layout.warnings.append(
             f"tensors before the first block come from the first slice ({_listed(first)}), those after the "
             f"last block from the last slice ({_listed(last)})"
         )
-    layout.places += places
+    layout.places += [replace(place, module=name) for place in places]
 
 
 def _listed(piece: ScopedSlice) -> str:
@@ -160,12 +169,19 @@ def _blocks(
     models: Mapping[str, Architecture],
     module: str,
     layout: Layout,
-) -> tuple[list[Place], tuple[tuple[str, int], ...]]:
+) -> tuple[list[Place], list[tuple[tuple[str, int], ...]]]:
+    """The places of all blocks, and per output block the (model, block) of each of its sources."""
     places: list[Place] = []
-    layers: list[tuple[str, int]] = []
+    layers: list[tuple[tuple[str, int], ...]] = []
     for piece in slices:
         ranges = _ranges(piece, models, module, layout)
         length = max((stop - start for _, start, stop in ranges.values()), default=0)
+        if len(layers) + length > MAX_LAYERS:
+            message = (
+                f"with this slice the output has {len(layers) + length:,} layers; at most {MAX_LAYERS:,}"
+            )
+            layout.faults.append((piece.path, f"{message} are made"))
+            return [], ()
         for offset in range(length):
             t = offset / (length - 1) if length > 1 else 1.0
             found: dict[str, None] = {}
@@ -174,11 +190,10 @@ def _blocks(
                 stack, start, _ = ranges.get(i, (spelling, 0, 0))
                 prefixes.append(f"{stack.prefix}{start + offset}.")
                 found.update(dict.fromkeys(stack.suffixes[start + offset] if i in ranges else ()))
-            first = min(ranges)
-            layers.append((piece.sources[first].model, ranges[first][1] + offset))
+            layers.append(tuple((piece.sources[i].model, ranges[i][1] + offset) for i in sorted(ranges)))
             output = f"{spelling.prefix}{len(layers) - 1}."
             places += [Place(output + s, piece, tuple(p + s for p in prefixes), t) for s in found]
-    return places, tuple(layers)
+    return places, layers
 
 
 def _ranges(
@@ -194,12 +209,13 @@ def _ranges(
         if stop > part.stack.count:
             path = (*source.path, "layer_range") if "sources" in source.path else source.path
             has = f"it has {part.stack.count} layers"
-            message = f"layer range [{start}, {stop}] is beyond model {source.model!r}: {has}"
+            message = f"layer range [{start}, {stop}] is beyond model {quoted(source.model)}: {has}"
             layout.faults.append((path, message))
             return {}
         ranges[i] = (part.stack, start, stop)
     if len({stop - start for _, start, stop in ranges.values()}) > 1:
-        found = ", ".join(f"{piece.sources[i].model}: {b - a}" for i, (_, a, b) in ranges.items())
+        listed = ", ".join(f"{piece.sources[i].model}: {b - a}" for i, (_, a, b) in ranges.items())
+        found = shortened(listed, 400)
         layout.faults.append(
             (piece.path, f"the models have different numbers of layers ({found}): choose them with 'slices:'")
         )

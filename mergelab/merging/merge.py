@@ -51,6 +51,7 @@ def merge(
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     truncate_embeddings: bool = False,
+    allow_mixed_architectures: bool = False,
     sha256: bool = False,
     base_dir: str | Path | None = None,
     progress: Callable[[int], None] = lambda count: None,
@@ -74,6 +75,8 @@ def merge(
         overwrite: replace a non-empty `out` that mergelab wrote.
         allow_nonfinite: accept NaN and infinity in the inputs.
         truncate_embeddings: cut embeddings of different length to the shortest.
+        allow_mixed_architectures: merge models of different `model_type`, and make tensors that some models
+            lack from the others alone.
         sha256: also write `SHA256SUMS` of the weight files.
         base_dir: where relative model paths are looked up after the working directory; by default the
             recipe file's folder.
@@ -95,6 +98,7 @@ def merge(
         "seed": seed,
         "shard_bytes": shard_bytes,
         "truncate_embeddings": truncate_embeddings,
+        "allow_mixed_architectures": allow_mixed_architectures,
     }
     running: dict[str, Any] = {
         "memory": memory,

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mergelab.errors import quoted
+
 __all__ = ["ModelRef", "model_ref_text", "parse_model_ref"]
 
 
@@ -40,7 +42,8 @@ def parse_model_ref(text: str) -> ModelRef:
     """
     parts = text.split("+")
     if len(parts) > 2:
-        raise ValueError(f"model reference {text!r} has {len(parts) - 1} '+': one LoRA adapter is allowed")
+        found = f"{quoted(text)} has {len(parts) - 1} '+'"
+        raise ValueError(f"model reference {found}: one LoRA adapter is allowed")
     split = [_revision(part, text) for part in parts]
     path, revision = split[0]
     adapter, adapter_revision = split[1] if len(split) == 2 else (None, None)
@@ -59,7 +62,7 @@ def model_ref_text(value: Any) -> Any:
         return value
     unknown = sorted({str(key) for key, found in value.items() if found is not None} - {"model", "lora"})
     if unknown or value.get("model") is None:
-        what = f"has the key {unknown[0]!r}" if unknown else "names no model"
+        what = f"has the key {quoted(unknown[0])}" if unknown else "names no model"
         raise ValueError(
             f"the model reference {what}: write path, path@revision or path+adapter, or a mapping with the "
             "keys 'model' and 'lora'"
@@ -74,6 +77,7 @@ def _part_text(part: Any) -> str:
         not isinstance(part, Mapping)
         or set(part) - {"path", "revision"}
         or not isinstance(part.get("path"), str)
+        or not isinstance(part.get("revision") or "", str)
     ):
         raise ValueError(
             "a part of a model reference is a text, or a mapping with the keys 'path' and 'revision'"
@@ -85,6 +89,6 @@ def _revision(part: str, text: str) -> tuple[str, str | None]:
     path, at, revision = part.partition("@")
     if not path.strip() or (at and not revision.strip()):
         raise ValueError(
-            f"model reference {text!r} has an empty part: write path, path@revision or path+adapter"
+            f"model reference {quoted(text)} has an empty part: write path, path@revision or path+adapter"
         )
     return path, revision or None

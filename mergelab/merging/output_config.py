@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mergelab.merging.architecture import Architecture, layer_counts
+from mergelab.checkpoints.tied_head import is_tied, untied_config
+from mergelab.merging.architecture import Architecture, Stack, layer_counts
+from mergelab.merging.faults import raise_faults
 from mergelab.merging.job import Job
+from mergelab.merging.moved_layers import Tower, move_layers, unlike_sources
 from mergelab.merging.vocabulary.embeddings import is_output_embedding, is_token_tensor
 
 __all__ = ["config_differences", "output_config"]
@@ -28,6 +31,8 @@ _COMPARED = (
     "activation_function",
     "rms_norm_eps",
 )
+# Lists of all layers, which some model types have in place of a number of layers.
+_LISTS_OF_ALL = ("layers_block_type", "layer_types", "hybrid_override_pattern")
 _TOWER_WORDS = ("vision", "visual", "image", "audio", "speech", "encoder", "decoder", "text")
 
 
@@ -52,6 +57,9 @@ def output_config(
     layers: Mapping[str, tuple[tuple[str, int], ...]],
     jobs: Iterable[Job],
     updates: Mapping[str, Any],
+    *,
+    sources: Mapping[str, Sequence[tuple[tuple[str, int], ...]]] | None = None,
+    architectures: Mapping[str, Architecture] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """The output config and warnings about it.
 
@@ -62,16 +70,28 @@ def output_config(
         layers: per module with blocks, the (model, block) each output block comes from.
         jobs: the output tensors, for the dtype and the vocabulary size.
         updates: keys to set last, such as those of a merged vocabulary.
+        sources: per module with blocks, every (model, block) that each output block is merged from; by
+            default that in `layers` alone.
+        architectures: every model's; by default the others have as many blocks as the donor.
+
+    Raises:
+        RecipeError: a layer comes to stand where no config can say that it is of the kind it is.
     """
     jobs = tuple(jobs)
     config = copy.deepcopy(dict(configs[donor]))
     if not config:
         return {}, [f"model {donor!r} has no config.json, so the output gets none"]
     warnings: list[str] = []
+    faults: list[str] = []
     for name, blocks in layers.items():
         module = architecture.modules.get(name)
         if module is not None and module.stack is not None:
-            warnings += _set_layers(config, configs, donor, module.stack.prefix, module.stack.count, blocks)
+            each = (sources or {}).get(name) or [(block,) for block in blocks]
+            counts = _layer_numbers({**(architectures or {}), donor: architecture}, name)
+            found, doubts = _set_layers(config, configs, donor, module.stack, counts, each)
+            faults += found
+            warnings += doubts
+    raise_faults(faults)
     _set_dtype(config, jobs)
     for key, value in {**_rows(config, jobs), **updates}.items():
         _set_everywhere(config, key, value)
@@ -79,16 +99,46 @@ def output_config(
     return config, warnings
 
 
+def _layer_numbers(architectures: Mapping[str, Architecture], module: str) -> dict[str, int]:
+    """How many blocks each model's module has."""
+    found = {model: each.modules.get(module) for model, each in architectures.items()}
+    return {m: each.stack.count for m, each in found.items() if each is not None and each.stack is not None}
+
+
 def _set_layers(
     config: dict[str, Any],
     configs: Mapping[str, Mapping[str, Any]],
     donor: str,
-    prefix: str,
-    count: int,
-    blocks: tuple[tuple[str, int], ...],
-) -> list[str]:
-    if blocks == tuple((donor, i) for i in range(count)):
-        return []
+    stack: Stack,
+    counts: Mapping[str, int],
+    sources: Sequence[tuple[tuple[str, int], ...]],
+) -> tuple[list[str], list[str]]:
+    """Faults and warnings; `sources` are the layers that each output layer is merged from."""
+    count = stack.count
+    blocks = tuple((donor, i) if (donor, i) in each else each[0] for i, each in enumerate(sources))
+    unmoved = blocks == tuple((donor, i) for i in range(count))
+    merged = any(len(each) > 1 for each in sources)
+    if unmoved and not merged:
+        return [], []
+    places = _places(config, stack.prefix, count)
+    if not places:
+        sentence = f"no key of config.json states the {count} layers of {stack.prefix!r}"
+        return [], [] if len(blocks) == count else [f"{sentence}: set it to {len(blocks)} by hand"]
+    faults: list[str] = []
+    warnings: list[str] = []
+    for path, keys in places.items():
+        tower = Tower(donor, configs, path, keys, counts)
+        if merged:
+            warnings += unlike_sources(tower, sources)
+        if not unmoved:
+            found, doubts = move_layers(_at(config, path), tower, blocks)
+            faults += found
+            warnings += doubts
+    return faults, warnings
+
+
+def _places(config: Mapping[str, Any], prefix: str, count: int) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """The parts of a config that describe a stack of layers, and the keys that state how many there are."""
     places = [(path, key) for path, key, value in layer_counts(config) if value == count]
     words = [word for word in _TOWER_WORDS if word in prefix]
     places = (
@@ -96,31 +146,15 @@ def _set_layers(
         or [p for p in places if not any(w in ".".join((*p[0], p[1])) for w in _TOWER_WORDS if w != "text")]
         or places
     )
-    if not places:
-        return [
-            f"no key of config.json states the {count} layers of {prefix!r}: set it to {len(blocks)} by hand"
-        ]
-    warnings = []
+    found: dict[tuple[str, ...], tuple[str, ...]] = {}
     for path, key in places:
-        part = _at(config, path)
-        for other, value in list(part.items()):
-            if isinstance(value, list) and ("layer" in other or "block" in other or "pattern" in other):
-                if len(value) == count:
-                    part[other] = [_entry(configs[model], path, other, i, value) for model, i in blocks]
-                elif value and len(blocks) != count:
-                    warnings.append(f"config.json: {other!r} may list layer numbers of {donor!r}; check it")
-        part[key] = len(blocks)
-    return warnings
-
-
-def _entry(
-    config: Mapping[str, Any], path: tuple[str, ...], key: str, index: int, fallback: list[Any]
-) -> Any:
-    """One block's entry of a per-layer list, from the config of the model the block comes from."""
-    values = _at(config, (*path, key))
-    if isinstance(values, list) and index < len(values):
-        return values[index]
-    return fallback[min(index, len(fallback) - 1)]
+        found[path] = (*found.get(path, ()), key)
+    if not found:
+        for path in ((), ("text_config",), ("llm_config",)):
+            values = [_at(config, path).get(key) for key in _LISTS_OF_ALL]
+            if any(isinstance(value, (list, str)) and len(value) == count for value in values):
+                found[path] = ()
+    return found
 
 
 def _at(config: Any, path: tuple[str, ...]) -> Any:
@@ -163,11 +197,11 @@ def _untie(
     """A head merged from tied and untied models is a tensor of its own: the config must not tie it."""
     heads = [job for job in jobs if is_output_embedding(job.name) and job.name.endswith(".weight")]
     mixed = any(source.name != head.name for head in heads for source in head.sources)
-    tied = config.get("tie_word_embeddings", False)
+    tied = is_tied(config)
     untied_models = [name for name, other in configs.items() if other.get("tie_word_embeddings") is False]
     if not heads or not tied or not (mixed or untied_models):
         return []
-    config["tie_word_embeddings"] = False
+    config.update(untied_config(config))
     return [
         f"{heads[0].name!r} differs from the embedding after merging: tie_word_embeddings is set to false"
     ]

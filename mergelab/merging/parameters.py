@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mergelab.errors import RecipeError
+from mergelab.errors import RecipeError, quoted
 from mergelab.merging.scopes import Scope, ScopedSlice, Source
 from mergelab.merging.setting import Scalar, Unset
 from mergelab.operators.declare import Operator, Parameter
@@ -109,16 +109,23 @@ def value_fault(parameter: Parameter, value: Scalar) -> str | None:
     if parameter.type is bool:
         fine = isinstance(value, bool | int | float) and value in (0, 1)
         hint = ": write true or false" if str(value).lower() in ("yes", "no", "on", "off") else ""
-        return None if fine else f"expected true or false, found {value!r}{hint}"
+        return None if fine else f"expected true or false, found {quoted(value)}{hint}"
     if parameter.type is str:
-        return None if isinstance(value, str) else f"expected a word, found {value!r}"
-    if isinstance(value, bool | str) or not math.isfinite(value):
-        return f"expected {_expected(parameter)}, found {value!r}"
+        return None if isinstance(value, str) else f"expected a word, found {quoted(value)}"
+    if isinstance(value, bool | str) or not _is_finite(value):
+        return f"expected {_expected(parameter)}, found {quoted(value)}"
     if parameter.type is int and value != int(value):
-        return f"expected {_expected(parameter)}, found {value!r}"
+        return f"expected {_expected(parameter)}, found {quoted(value)}"
     if not parameter.low <= float(value) <= parameter.high:
-        return f"{value!r} is out of range: expected {_expected(parameter)}"
+        return f"{quoted(value)} is out of range: expected {_expected(parameter)}"
     return None
+
+
+def _is_finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond float64
+        return False
 
 
 def _expected(parameter: Parameter) -> str:

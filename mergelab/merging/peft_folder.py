@@ -14,7 +14,6 @@ from mergelab import __version__
 from mergelab.checkpoints import CheckpointWriter, TensorSpec, plan_shards
 from mergelab.checkpoints.output_target import MARKER
 from mergelab.checkpoints.work_folder import WorkFolder
-from mergelab.checkpoints.writer import identity_digest
 
 __all__ = ["adapter_config", "write_adapter"]
 
@@ -30,6 +29,7 @@ def adapter_config(
     model_config: Mapping[str, Any],
     fan_in_fan_out: bool,
     with_biases: bool,
+    keeps_tie: bool,
 ) -> dict[str, Any]:
     """The fields of `adapter_config.json`.
 
@@ -44,6 +44,7 @@ def adapter_config(
         model_config: the base's `config.json`.
         fan_in_fan_out: the modules store their weights `[in, out]`.
         with_biases: biases are among the stored tensors.
+        keeps_tie: embedding and head are both stored whole, and are one.
     """
     common = Counter(ranks.values()).most_common(1)[0][0]
     # PEFT takes the first pattern that ends a module's name: a longer name must come before its own end.
@@ -65,7 +66,7 @@ def adapter_config(
         "fan_in_fan_out": fan_in_fan_out,
         "target_modules": _shortest(ranks, module_names),
         "modules_to_save": list(whole_modules) or None,
-        "ensure_weight_tying": bool(whole_modules and model_config.get("tie_word_embeddings")),
+        "ensure_weight_tying": keeps_tie,
         "init_lora_weights": True,
         "use_rslora": False,
     }
@@ -105,11 +106,7 @@ def write_adapter(
     specs = [TensorSpec(name, array.dtype, array.shape) for name, array in tensors.items()]
     plan = plan_shards(specs, shard_bytes=1 + sum(spec.nbytes for spec in specs))
     plan = dataclasses.replace(plan, shards=(dataclasses.replace(plan.shards[0], file=_WEIGHTS),))
-    facts = {
-        "mergelab": __version__,
-        "identity": identity_digest(identity),
-        "extracted": {**extracted, "nbytes": plan.nbytes},
-    }
+    facts = {"mergelab": __version__, "extracted": {**extracted, "nbytes": plan.nbytes}}
     with CheckpointWriter(work, plan, identity) as writer:
         for name, array in tensors.items():
             writer.write(name, 0, np.ascontiguousarray(array).reshape(-1))

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from mergelab import __version__
-from mergelab.checkpoints import Checkpoint, dtype_from_name, open_checkpoint
+from mergelab.checkpoints import Checkpoint, LoraCheckpoint, dtype_from_name, open_checkpoint
 from mergelab.checkpoints.writer import identity_digest
-from mergelab.merging.architecture import infer_architecture
+from mergelab.merging.architecture import Architecture, infer_architecture
+from mergelab.merging.compatibility import absent, incomplete, mixed, packed
 from mergelab.merging.extra_files import donor_files
 from mergelab.merging.faults import raise_faults
 from mergelab.merging.find_models import FoundModel, find_models
 from mergelab.merging.job import Job
 from mergelab.merging.job_builder import JobBuilder
-from mergelab.merging.layout import lay_out
+from mergelab.merging.layer_parts import MovedLayers
+from mergelab.merging.layout import Layout, lay_out
 from mergelab.merging.output_config import config_differences, output_config
 from mergelab.merging.plan_checks import absences, shortened, strangers
 from mergelab.merging.planned_checkpoint import PlannedCheckpoint
@@ -106,6 +108,7 @@ def make_plan(
     seed: int = 0,
     shard_bytes: int = 5 * 10**9,
     truncate_embeddings: bool = False,
+    allow_mixed_architectures: bool = False,
     stages: Mapping[str, Path] | None = None,
 ) -> Plan:
     """Plans a merge; reads headers, configs, tokenizers, and a few values per tensor to tell models apart.
@@ -118,6 +121,8 @@ def make_plan(
         seed: seeds the random draws.
         shard_bytes: the size at which a new weight file is begun.
         truncate_embeddings: cut embeddings of different length to the shortest.
+        allow_mixed_architectures: merge models of different `model_type`, and make tensors that some models
+            lack from the others alone.
         stages: folders of results of recipes this one builds on, by name.
 
     Raises:
@@ -131,6 +136,7 @@ def make_plan(
         "seed": seed,
         "shard_bytes": shard_bytes,
         "truncate_embeddings": truncate_embeddings,
+        "allow_mixed_architectures": allow_mixed_architectures,
     }
     with tempfile.TemporaryDirectory(prefix="mergelab-plan-") as scratch:
         known: dict[str, Checkpoint] = {name: open_checkpoint(path) for name, path in (stages or {}).items()}
@@ -151,6 +157,7 @@ def _plan(
     seed: int,
     shard_bytes: int,
     truncate_embeddings: bool,
+    allow_mixed_architectures: bool,
     planned: Mapping[str, Plan] | None = None,
 ) -> Plan:
     origin, operator = recipe.origin, OPERATORS[recipe.merge_method]
@@ -159,7 +166,15 @@ def _plan(
     checkpoints = {name: model.checkpoint for name, model in merged.items()}
     donor = recipe.base_model if recipe.base_model is not None else next(iter(merged))
     shapes = {name: infer_architecture(c.tensors, c.config) for name, c in checkpoints.items()}
-    raise_faults(strangers(shapes, donor))
+    configs = {name: checkpoint.config for name, checkpoint in checkpoints.items()}
+    raise_faults(
+        [
+            *incomplete(checkpoints),
+            *([] if operator.name == "passthrough" else packed(checkpoints)),
+            *([] if allow_mixed_architectures else mixed(configs, donor)),
+            *strangers(shapes, donor),
+        ]
+    )
     layout = lay_out(scoped_parts(recipe, operator), shapes, donor)
     raise_faults(origin.sentence(*fault) for fault in layout.faults)
 
@@ -171,22 +186,27 @@ def _plan(
         vocabulary,
         None if stored is None else dtype_from_name(stored),
         truncate_embeddings and vocabulary is None,
+        _moved_layers(layout, shapes, donor),
     )
     jobs = tuple(job for job in map(builder.build, layout.places) if job is not None)
-    raise_faults(shortened(builder.faults, builder.rejected))
+    lacking = [] if allow_mixed_architectures else absent(builder.lacking, shapes, configs, donor)
+    raise_faults([*lacking, *shortened(builder.faults, builder.rejected)])
     config, notes = output_config(
-        {name: checkpoint.config for name, checkpoint in checkpoints.items()},
+        configs,
         donor,
         shapes[donor],
         layout.layers,
         jobs,
         {} if vocabulary is None else vocabulary.config_updates,
+        sources=layout.sources,
+        architectures=shapes,
     )
     warnings = [
         *(origin.sentence(*warning) for warning in recipe_warnings(recipe)),
         *layout.warnings,
         *absences(builder.lacking, builder.skipped),
-        *config_differences({name: c.config for name, c in checkpoints.items()}, donor),
+        *config_differences(configs, donor),
+        *(note for c in checkpoints.values() if isinstance(c, LoraCheckpoint) for note in c.warnings),
         *warnings,
         *notes,
     ]
@@ -217,6 +237,17 @@ def _inputs(recipe: Recipe, found: Mapping[str, FoundModel], stages: Mapping[str
     if recipe.origin.path is not None:
         paths.append(recipe.origin.path)
     return tuple(dict.fromkeys(paths))
+
+
+def _moved_layers(layout: Layout, models: Mapping[str, Architecture], donor: str) -> list[MovedLayers]:
+    found = []
+    for module, sources in layout.sources.items():
+        stacks = {name: each.modules[module].stack for name, each in models.items() if module in each.modules}
+        counts = {name: stack.count for name, stack in stacks.items() if stack is not None}
+        stack = stacks.get(donor) or next((stack for stack in stacks.values() if stack is not None), None)
+        if stack is not None:
+            found.append(MovedLayers(stack.prefix, sources, counts))
+    return found
 
 
 def _vocabulary(

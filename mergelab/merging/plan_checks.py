@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mergelab.merging.architecture import Architecture
+from mergelab.merging.layout import Place
 
 __all__ = ["absences", "shortened", "strangers"]
 
@@ -32,10 +33,13 @@ def _kinds(architecture: Architecture) -> set[str]:
     return found
 
 
-def absences(lacking: Mapping[tuple[str, ...], Sequence[str]], skipped: Sequence[str]) -> list[str]:
+def absences(lacking: Mapping[tuple[str, ...], Sequence[Place]], skipped: Sequence[str]) -> list[str]:
     """One sentence per group of models that lack the same tensors, and one for tensors not made at all."""
     found = []
-    for models, names in lacking.items():
+    for models, places in lacking.items():
+        names = [place.name for place in places if place.name not in skipped]
+        if not names:
+            continue
         first = repr(names[0])
         many = f"tensor {first} is" if len(names) == 1 else f"{len(names)} tensors ({first}, ...) are"
         found.append(

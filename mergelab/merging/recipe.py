@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -24,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from mergelab.errors import quoted, shortened
 from mergelab.merging.faults import FieldPath, LocatedError, Origin
 from mergelab.merging.model_ref import model_ref_text, parse_model_ref
 from mergelab.merging.setting import Setting, parse_setting
@@ -47,6 +49,8 @@ def _checked_model(text: str) -> str:
 
 def _checked_range(value: tuple[int, int]) -> tuple[int, int]:
     start, stop = value
+    if max(abs(start), abs(stop)) > 2**31:
+        raise ValueError(f"layer range {quoted(list(value))} is beyond every model")
     if start < 0 or stop <= start:
         raise ValueError(f"layer range [{start}, {stop}] is empty or negative: [a, b] is layers a to b - 1")
     return value
@@ -101,12 +105,16 @@ class OutputSlice(_Part):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [source.model for source in self.sources]
-        repeated = next((name for name in names if names.count(name) > 1), None)
-        if repeated is not None:
-            raise ValueError(f"model {repeated!r} is listed twice in one slice: put it in a slice of its own")
+        if len(set(names)) < len(names):
+            seen: set[str] = set()
+            repeated = next(name for name in names if name in seen or seen.add(name))
+            raise ValueError(
+                f"model {quoted(repeated)} is listed twice in one slice: put it in a slice of its own"
+            )
         lengths = [stop - start for start, stop in (source.layer_range for source in self.sources)]
         if len(set(lengths)) > 1:
-            found = ", ".join(f"{s.model}: {n}" for s, n in zip(self.sources, lengths, strict=True))
+            pairs = zip(names, lengths, strict=True)
+            found = shortened(", ".join(f"{name}: {n}" for name, n in islice(pairs, 20)), 400)
             raise ValueError(f"the sources of a slice must have equally many layers, found {found}")
         return self
 
@@ -161,7 +169,7 @@ class TokenizerSpec(_Part):
 
     source: ModelText = "union"
     tokens: Annotated[dict[str, TokenRule], BeforeValidator(_none_is_empty)] = {}
-    pad_to_multiple_of: Annotated[StrictInt, Field(gt=0)] | None = None
+    pad_to_multiple_of: Annotated[StrictInt, Field(gt=0, le=2**20)] | None = None
 
 
 class Recipe(_Part):

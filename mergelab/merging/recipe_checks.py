@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mergelab.errors import did_you_mean
+from mergelab.errors import did_you_mean, quoted, shortened
 from mergelab.merging.faults import FieldPath
 from mergelab.merging.parameters import IGNORED, model_scope_read, value_fault
 from mergelab.merging.recipe import Recipe
@@ -22,7 +22,7 @@ def recipe_faults(recipe: Recipe) -> list[Located]:
     operator = OPERATORS.get(recipe.merge_method)
     if operator is None:
         near = did_you_mean(recipe.merge_method, OPERATORS) or f" (known: {', '.join(sorted(OPERATORS))})"
-        return [(("merge_method",), f"unknown merge method {recipe.merge_method!r}{near}")]
+        return [(("merge_method",), f"unknown merge method {quoted(recipe.merge_method)}{near}")]
     found: list[Located] = []
     for path, scope in _scopes(recipe):
         found += _value_faults(operator, path, scope)
@@ -75,11 +75,14 @@ def _value_faults(operator: Operator, path: FieldPath, scope: Scope) -> Iterator
 
 def _slice_faults(operator: Operator, piece: ScopedSlice) -> Iterator[Located]:
     names = [source.model for source in piece.inputs]
-    for i, source in enumerate(piece.inputs):
-        if source.model in names[:i]:
+    seen: set[str] = set()
+    for source in piece.inputs:
+        repeated = source.model in seen
+        seen.add(source.model)
+        if repeated:
             yield (
                 source.path,
-                f"model {source.model!r} is listed twice: give each once, with its whole weight",
+                f"model {quoted(source.model)} is listed twice: give each once, with its whole weight",
             )
     if operator.base == "required" and piece.base is None:
         ranges = {source.layer_range for source in piece.inputs}
@@ -95,7 +98,7 @@ def _slice_faults(operator: Operator, piece: ScopedSlice) -> Iterator[Located]:
     if len(names) < few or (many is not None and len(names) > many):
         wanted = str(few) if few == many else f"at least {few}" if many is None else f"{few} to {many}"
         besides = " besides the base model" if operator.base != "as_input" else ""
-        listed = f" ({', '.join(names)})" if names else ""
+        listed = f" ({shortened(', '.join(names[:20]), 400)})" if names else ""
         yield piece.path, f"{operator.name!r} takes {wanted} model(s){besides}, found {len(names)}{listed}"
     for parameter in operator.parameters:
         if not parameter.required or any(parameter.name in scope for scope in piece.shared):
@@ -107,8 +110,8 @@ def _slice_faults(operator: Operator, piece: ScopedSlice) -> Iterator[Located]:
             if parameter.name not in source.parameters:
                 yield (
                     (*source.path, "parameters", parameter.name),
-                    f"{operator.name!r} needs this parameter for model {source.model!r}: set it here, or for "
-                    "all models in the top-level 'parameters'",
+                    f"{operator.name!r} needs this parameter for model {quoted(source.model)}: set it here, "
+                    "or for all models in the top-level 'parameters'",
                 )
 
 

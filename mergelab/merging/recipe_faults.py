@@ -7,10 +7,12 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from mergelab.errors import did_you_mean
+from mergelab.errors import did_you_mean, quoted, shortened
 from mergelab.merging.faults import FieldPath
 
 __all__ = ["field_faults"]
+
+_EXPLAINED = 500
 
 _EXPECTED = {
     "string_type": "a word",
@@ -28,10 +30,23 @@ _EXPECTED = {
 
 def field_faults(error: ValidationError, data: Any) -> list[tuple[FieldPath, str]]:
     """`(path, message)` of each error; `data` is what was validated."""
-    return [_fault(detail, data, error.title) for detail in error.errors(include_url=False)]
+    details = [detail for detail in error.errors(include_url=False) if not _is_consequence(detail)]
+    # Far more than are shown: the rest are counted, and looking for what was meant takes its time.
+    return [
+        _fault(detail, data)
+        if i < _EXPLAINED
+        else (_data_path(detail["loc"], data), "is not what is expected here")
+        for i, detail in enumerate(details)
+    ]
 
 
-def _fault(detail: Any, data: Any, title: str) -> tuple[FieldPath, str]:
+def _is_consequence(detail: Any) -> bool:
+    """Whether a list is called too short only because entries of it are faulty, which is said of them."""
+    found = detail.get("input")
+    return detail["type"] == "too_short" and isinstance(found, list | tuple) and len(found) >= _count(detail)
+
+
+def _fault(detail: Any, data: Any) -> tuple[FieldPath, str]:
     path = _data_path(detail["loc"], data)
     kind: str = detail["type"]
     found = detail.get("input")
@@ -41,16 +56,17 @@ def _fault(detail: Any, data: Any, title: str) -> tuple[FieldPath, str]:
         return path, "is missing"
     if kind == "literal_error":
         choices = detail["ctx"]["expected"].replace(" or ", ", ")
-        near = did_you_mean(str(found), [c.strip("' ") for c in choices.split(",")])
-        return path, f"expected one of {choices}, found {found!r}{near}"
+        word = found if isinstance(found, str) else ""
+        near = did_you_mean(word, [c.strip("' ") for c in choices.split(",")])
+        return path, f"expected one of {choices}, found {quoted(found)}{near}"
     if kind == "value_error":
-        return path, str(detail["ctx"]["error"])
+        return path, shortened(str(detail["ctx"]["error"]), 600)
     if kind in ("too_short", "too_long"):
         return path, f"expected {'at least' if kind == 'too_short' else 'at most'} {_count(detail)} entries"
     if kind in _EXPECTED:
         hint = " (in YAML 1.2 it is a word: write true or false)" if _is_old_boolean(kind, found) else ""
-        return path, f"expected {_EXPECTED[kind]}, found {found!r}{hint}"
-    return path, f"{detail['msg'][:1].lower()}{detail['msg'][1:]}, found {found!r}"
+        return path, f"expected {_EXPECTED[kind]}, found {quoted(found)}{hint}"
+    return path, f"{detail['msg'][:1].lower()}{detail['msg'][1:]}, found {quoted(found)}"
 
 
 def _count(detail: Any) -> int:
@@ -59,7 +75,7 @@ def _count(detail: Any) -> int:
 
 
 def _is_old_boolean(kind: str, found: Any) -> bool:
-    return kind == "bool_type" and str(found).lower() in ("yes", "no", "on", "off")
+    return kind == "bool_type" and isinstance(found, str) and found.lower() in ("yes", "no", "on", "off")
 
 
 def _data_path(location: tuple[str | int, ...], data: Any) -> FieldPath:

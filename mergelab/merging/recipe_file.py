@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mergelab.errors import RecipeError
+from mergelab.checkpoints.text_file import read_text
+from mergelab.errors import MAX_FAULTS, RecipeError, quoted
 from mergelab.merging.faults import FieldPath, LocatedError, Origin, raise_faults
 from mergelab.merging.recipe import Recipe
 from mergelab.merging.recipe_graph import link_recipes
 from mergelab.merging.recipe_yaml import Document, parse_documents
 
 __all__ = ["load_recipe", "parse_recipe", "recipe_yaml"]
+
+MAX_RECIPE = 16 * 2**20
+"""Bytes of the largest recipe that is read."""
 
 # What stands in for a faulty required field, so that the rest of the recipe can be checked as well.
 _NO_MODEL = "<missing model>"
@@ -24,12 +29,12 @@ _STAND_INS: Mapping[str, Any] = {"model": _NO_MODEL, "layer_range": (0, 1), "val
 
 def load_recipe(path: Path) -> Recipe:
     """Reads a recipe file; see `Recipe.load`."""
+    if not os.path.lexists(path):
+        raise RecipeError(f"recipe {quoted(str(path), 200)} does not exist (looked in {Path.cwd()})")
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"recipe {str(path)!r} does not exist (looked in {Path.cwd()})") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {str(path)!r} cannot be read: {error}") from None
+        text = read_text(path, MAX_RECIPE, error=RecipeError)
+    except RecipeError as error:
+        raise RecipeError(f"recipe {error}") from None
     return parse_recipe(text, path.name, path.resolve())
 
 
@@ -55,7 +60,7 @@ def _read(document: Document, origin: Origin) -> tuple[Recipe | None, list[str]]
 
     data: Any = copy.deepcopy(document.data)
     if not isinstance(data, dict):
-        return None, [origin.sentence((), f"expected a mapping with 'merge_method', found {data!r}")]
+        return None, [origin.sentence((), f"expected a mapping with 'merge_method', found {quoted(data)}")]
     located: list[tuple[FieldPath, str]] = []
     repaired: list[FieldPath] = []
     while True:
@@ -65,7 +70,8 @@ def _read(document: Document, origin: Origin) -> tuple[Recipe | None, list[str]]
         except LocatedError as error:
             located += error.located
             paths = [path for path, _ in error.located]
-        if len(repaired) > 1000 or not all([_repair(data, path) for path in paths]):
+        # Each round checks the recipe anew, and more faults than these are not shown.
+        if len(located) > MAX_FAULTS or not all([_repair(data, path) for path in paths]):
             return None, _in_line_order(located, origin)
         repaired += paths
     object.__setattr__(recipe, "_origin", origin)
@@ -84,13 +90,20 @@ def _repair(data: Any, path: FieldPath) -> bool:
     """Removes or replaces the field at `path`; False if the rest could not be understood without it."""
     if not path:
         return False
+    if path[-2:-1] == ("layer_range",):
+        path = path[:-1]
     parents: tuple[Any, ...] = path[:-1]
     last = path[-1]
-    for part in parents:
-        data = data[part]
+    try:
+        for part in parents:
+            data = data[part]
+    except (LookupError, TypeError):
+        return False  # the path leads through what the author left out
     if isinstance(data, list) and isinstance(last, int):
+        if last >= len(data) or path[-2] not in ("models", "sources"):
+            return False
         data[last] = {"model": f"{_NO_MODEL} {last}"} | ({"layer_range": [0, 1]} if "sources" in path else {})
-        return "models" in path or "sources" in path
+        return True
     if isinstance(data, dict) and last in _STAND_INS:
         data[last] = f"{_NO_MODEL} {path}" if last == "model" else _STAND_INS[str(last)]
         return True

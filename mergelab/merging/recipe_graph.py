@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from mergelab.errors import did_you_mean
+from mergelab.errors import MAX_FAULTS, did_you_mean, quoted, shortened
 from mergelab.merging.faults import raise_faults
 from mergelab.merging.model_ref import parse_model_ref
 from mergelab.merging.recipe import Recipe
@@ -37,20 +37,20 @@ def link_recipes(recipes: Sequence[Recipe]) -> Recipe:
                 recipe.origin.sentence((), "this document needs a 'name' for others to refer to it by")
             )
         elif recipe.name in named:
-            message = f"another document is named {recipe.name!r}: rename one"
+            message = f"another document is named {quoted(recipe.name)}: rename one"
             faults.append(recipe.origin.sentence(("name",), message))
         elif recipe.name is not None:
             named[recipe.name] = recipe
     raise_faults(faults)
-    uses = {id(recipe): used_stages(recipe, named) for recipe in recipes}
-    referred = {name for used in uses.values() for name in used}
+    referred = {name for recipe in recipes for name in used_stages(recipe, named)}
     free = [recipe for recipe in recipes if recipe.name not in referred]
     result = free[0] if len(free) == 1 else recipes[-1]
     order = stage_order(result, named)
+    used, texts = set(order), [*result.model_texts()]
     for recipe in recipes:
-        if recipe is not result and recipe.name not in order:
-            near = did_you_mean(recipe.name or "", [*result.model_texts()])
-            message = f"no document uses {recipe.name!r}{near}: refer to it or remove it"
+        if recipe is not result and recipe.name not in used:
+            near = did_you_mean(recipe.name or "", texts) if len(faults) <= MAX_FAULTS else ""
+            message = f"no document uses {quoted(recipe.name)}{near}: refer to it or remove it"
             faults.append(recipe.origin.sentence(("name",), message))
     raise_faults(faults)
     linked = result.model_copy(update={"merges": tuple(named[name] for name in order)})
@@ -64,16 +64,23 @@ def stage_order(result: Recipe, named: Mapping[str, Recipe]) -> tuple[str, ...]:
     Raises:
         RecipeError: the names lead in a circle.
     """
-    order: list[str] = []
-
-    def visit(recipe: Recipe, trail: tuple[str, ...]) -> None:
-        for name in used_stages(recipe, named):
-            if name in trail:
-                circle = " -> ".join((*trail[trail.index(name) :], name))
-                raise_faults([recipe.origin.sentence((), f"the merges lead in a circle: {circle}")])
-            if name not in order:
-                visit(named[name], (*trail, name))
-                order.append(name)
-
-    visit(result, (result.name,) if result.name else ())
+    order: dict[str, None] = {}
+    # The names that lead from the result to where the walk is, each with what it has still to look at: a
+    # stack of our own, since a chain may be longer than Python recurses.
+    trail: dict[str | None, Iterator[str]] = {result.name: iter(used_stages(result, named))}
+    while trail:
+        last = next(reversed(trail))
+        name = next(trail[last], None)
+        if name is None:
+            del trail[last]
+            if trail:
+                assert last is not None
+                order[last] = None
+        elif name in trail:
+            names = [str(found) for found in trail]
+            circle = shortened(" -> ".join([*names[names.index(name) :], name]), 400)
+            recipe = named.get(str(last), result)
+            raise_faults([recipe.origin.sentence((), f"the merges lead in a circle: {circle}")])
+        elif name not in order:
+            trail[name] = iter(used_stages(named[name], named))
     return tuple(order)

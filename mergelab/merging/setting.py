@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
+
+from mergelab.errors import quoted
 
 __all__ = ["UNSET", "Entry", "Scalar", "Setting", "Unset", "parse_setting"]
 
@@ -35,6 +38,11 @@ class Entry:
     gradient: bool = False
     filter: str | None = None
 
+    @cached_property
+    def _numbers(self) -> list[int | float]:
+        # Kept: it is asked for once for each tensor, and a list may be long.
+        return [v for v in self.values if isinstance(v, int | float) and not isinstance(v, bool)]
+
     def matches(self, tensor_name: str) -> bool:
         return self.filter is None or self.filter == "*" or self.filter in tensor_name
 
@@ -46,7 +54,7 @@ class Entry:
             return UNSET
         position = t * (len(self.values) - 1)
         index = int(position)
-        numbers = [v for v in self.values if isinstance(v, int | float) and not isinstance(v, bool)]
+        numbers = self._numbers
         if len(numbers) < len(self.values):
             return self.values[index]
         fraction = position - index
@@ -110,15 +118,15 @@ def _is_list(data: Any) -> bool:
 
 def _entry(data: Any, place: str) -> Entry:
     if not isinstance(data, Mapping):
-        raise ValueError(f"{place}expected {{filter, value}} like its neighbours, found {data!r}")
+        raise ValueError(f"{place}expected {{filter, value}} like its neighbours, found {quoted(data)}")
     unknown = [key for key in data if key not in ("filter", "value")]
     if unknown:
-        raise ValueError(f"{place}unknown key {unknown[0]!r}: an entry has 'filter' and 'value' only")
+        raise ValueError(f"{place}unknown key {quoted(unknown[0])}: an entry has 'filter' and 'value' only")
     if "value" not in data:
         raise ValueError(f"{place}'value' is missing beside 'filter'")
     pattern = data.get("filter")
     if pattern is not None and not isinstance(pattern, str):
-        raise ValueError(f"{place}'filter' must be a part of a tensor name, found {pattern!r}")
+        raise ValueError(f"{place}'filter' must be a part of a tensor name, found {quoted(pattern)}")
     values, gradient = _values(data["value"], place)
     return Entry(values, gradient, pattern)
 
@@ -128,6 +136,7 @@ def _values(data: Any, place: str) -> tuple[tuple[Scalar, ...], bool]:
     for item in items:
         if item is not None and not isinstance(item, bool | int | float | str):
             raise ValueError(
-                f"{place}expected a value, a list of values, or {{filter, value}} entries, found {item!r}"
+                f"{place}expected a value, a list of values, or {{filter, value}} entries, "
+                f"found {quoted(item)}"
             )
     return tuple(items), _is_list(data)

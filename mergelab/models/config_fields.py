@@ -2,12 +2,85 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mergelab.errors import CheckpointError, did_you_mean
+from mergelab.errors import CheckpointError, did_you_mean, quoted
 
-__all__ = ["layer_types_of", "read_fields"]
+__all__ = ["head_width", "layer_types_of", "read_fields"]
+
+MAX_LAYERS = 10_000
+"""Layers a config may claim; what its weights hold is compared once they are open (`Model.for_tensors`)."""
+
+_MAX = 2**31 - 1
+SIZES: Mapping[str, tuple[int, int]] = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), (1, MAX_LAYERS)),
+    **dict.fromkeys(("num_local_experts", "num_experts_per_tok"), (1, 2**16)),
+    "max_window_layers": (0, _MAX),
+    **dict.fromkeys(
+        (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+            "original_max_position_embeddings",
+            "sliding_window",
+            "sliding_window_pattern",
+            "_sliding_window_pattern",
+            "type_vocab_size",
+            "n_embd",
+            "n_head",
+            "n_inner",
+            "n_positions",
+            "n_ctx",
+        ),
+        (1, _MAX),
+    ),
+}
+"""Whole numbers, with the least and the largest they may be."""
+
+NUMBERS = frozenset(
+    {
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "layer_norm_eps",
+        "layer_norm_epsilon",
+        "partial_rotary_factor",
+        "query_pre_attn_scalar",
+        "rms_norm_eps",
+        "rope_local_base_freq",
+        "rope_theta",
+        "rotary_emb_base",
+        "rotary_pct",
+    }
+)
+SWITCHES = frozenset(
+    {
+        "attention_bias",
+        "mlp_bias",
+        "tie_word_embeddings",
+        "use_parallel_residual",
+        "use_sliding_window",
+    }
+)
+MAPPINGS = frozenset({"rope_parameters", "rope_scaling"})
+LISTS = frozenset({"layer_types"})
+NULLABLE = frozenset(
+    {
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "head_dim",
+        "num_key_value_heads",
+        "sliding_window",
+        "sliding_window_pattern",
+        "tie_word_embeddings",
+    }
+)
+"""Fields that transformers writes as null though their default is something else."""
 
 # Fields that say nothing about a forward pass at inference: token ids (of text), dropouts and the like (of
 # training), the names of other heads' labels, and how `transformers` stores or runs a model.
@@ -78,21 +151,72 @@ def read_fields(
     for name in required:
         if config.get(name) is None:
             raise CheckpointError(f"{place} lacks the field {name!r}; a model of this family needs it.")
+    _check_values({n: config[n] for n in (*required, *optional) if n in config}, place, optional)
     known = {*required, *optional, *fixed, *INERT, "model_type"}
     for name, value in config.items():
         if name not in known:
             raise CheckpointError(
-                f"{place} has the field {name!r} = {value!r}, which this model family does not implement"
-                f"{did_you_mean(name, known)}; remove it if it has no effect on the model."
+                f"{place} has the field {quoted(name)} = {quoted(value)}, which this model family does not "
+                f"implement{did_you_mean(name, known)}; remove it if it has no effect on the model."
             )
         if name in fixed and value not in fixed[name]:
             raise CheckpointError(
-                f"{place} has {name} = {value!r}, but this model family implements only "
+                f"{place} has {name} = {quoted(value)}, but this model family implements only "
                 f"{' or '.join(repr(v) for v in fixed[name])}; the model cannot be run here."
             )
-    return {name: config[name] for name in required} | {
+    found = {name: config[name] for name in required} | {
         name: config.get(name, default) for name, default in optional.items()
     }
+    return {name: _as_kind(name, value) for name, value in found.items()}
+
+
+def _as_kind(name: str, value: Any) -> Any:
+    """A checked value as the type of its field: a missing switch is off, a whole number is a number too."""
+    if name in SWITCHES:
+        return bool(value)
+    return float(value) if name in NUMBERS and value is not None else value
+
+
+def _check_values(given: Mapping[str, Any], place: str, optional: Mapping[str, Any]) -> None:
+    """Checks each value against the kind of its field, before anything is computed or made from it.
+
+    Raises:
+        CheckpointError: one has another type or is beyond its bounds.
+    """
+    for name, value in given.items():
+        if value is None and (name in NULLABLE or optional.get(name, 0) is None):
+            continue
+        if name in SIZES:
+            low, high = SIZES[name]
+            fits = type(value) is int and low <= value <= high
+            expected = f"a whole number from {low} to {high:,}"
+        elif name in NUMBERS:
+            fits = type(value) in (int, float) and 0 < value < math.inf
+            expected = "a number above 0"
+        elif name in SWITCHES:
+            fits, expected = isinstance(value, bool), "true or false"
+        elif name in MAPPINGS:
+            fits, expected = isinstance(value, Mapping), "an object"
+        elif name in LISTS:
+            fits = isinstance(value, list) and len(value) <= MAX_LAYERS
+            fits, expected = fits and all(isinstance(kind, str) for kind in value), "a list of words"
+        else:
+            fits, expected = isinstance(value, str), "a word"
+        if not fits:
+            raise CheckpointError(
+                f"{place} has {name} = {quoted(value)}, but expected {expected}; correct it."
+            )
+
+
+def head_width(width: int, heads: int, place: str) -> int:
+    """The width of a head where the config names none: that of the model, shared by the heads.
+
+    Raises:
+        CheckpointError: there are more heads than components.
+    """
+    if heads > width:
+        raise CheckpointError(f"{place} has {heads} heads for a width of {width}; correct one of the two.")
+    return width // heads
 
 
 def layer_types_of(
@@ -117,7 +241,7 @@ def layer_types_of(
     for kind in types:
         if kind not in ("full_attention", "sliding_attention"):
             raise CheckpointError(
-                f"{place} has the layer type {kind!r}, but this model family implements only "
+                f"{place} has the layer type {quoted(kind)}, but this model family implements only "
                 "'full_attention' or 'sliding_attention'; the model cannot be run here."
             )
     if window is None and "sliding_attention" in types:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mergelab.errors import CheckpointError, did_you_mean
+from mergelab.errors import CheckpointError, did_you_mean, quoted
 from mergelab.models.layers.rotary import (
     LinearScaling,
     Llama3Scaling,
@@ -26,6 +26,16 @@ ROTARY_FIELDS: Mapping[str, Any] = {
     "partial_rotary_factor": None,
     "original_max_position_embeddings": None,
 }
+
+_NUMBERS = (
+    "rope_theta",
+    "partial_rotary_factor",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "attention_factor",
+)
+_MAY_BE_ZERO = ("mscale", "mscale_all_dim", "beta_fast", "beta_slow")
 
 # What each type of scaling says besides its type: required fields, then optional ones.
 _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -72,11 +82,16 @@ def rotary_from(
     parameters: Mapping[str, Any], place: str, *, head_dim: int, max_length: int, theta: float
 ) -> Rotary:
     """The rotation that one dictionary of rope parameters describes; else as `read_rotary`."""
+    if not isinstance(parameters, Mapping):
+        raise CheckpointError(f"{place} has rotary positions {quoted(parameters)}, but expected an object.")
     given = dict(parameters)
+    _check_rope(given, place)
     base = float(given.pop("rope_theta", None) or theta)
     dim = int(head_dim * float(given.pop("partial_rotary_factor", None) or 1.0))
     kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
     given.pop("type", None)
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{place} has rotary positions of type {quoted(kind)}, but expected a word.")
     kind = {"su": "longrope"}.get(kind, kind)
     if dim % 2 or not 0 < dim <= head_dim:
         raise CheckpointError(
@@ -84,10 +99,14 @@ def rotary_from(
         )
     if kind not in _FIELDS:
         raise CheckpointError(
-            f"{place} has rotary positions of type {kind!r}{did_you_mean(kind, _FIELDS)}, but only "
+            f"{place} has rotary positions of type {quoted(kind)}{did_you_mean(kind, _FIELDS)}, but only "
             f"{', '.join(map(repr, _FIELDS))} are implemented; the model cannot be run here."
         )
     required, optional = _FIELDS[kind]
+    if kind == "yarn" and base <= 1:
+        raise CheckpointError(
+            f"{place}: rotary positions of type 'yarn' have rope_theta = {base}, not above 1."
+        )
     if kind not in ("llama3", "yarn", "longrope"):
         given.pop("original_max_position_embeddings", None)
     elif kind != "longrope":
@@ -98,11 +117,43 @@ def rotary_from(
     unknown = [name for name in given if name not in (*required, *optional)]
     if unknown:
         raise CheckpointError(
-            f"{place}: rotary positions of type {kind!r} have the field {unknown[0]!r}"
+            f"{place}: rotary positions of type {kind!r} have the field {quoted(unknown[0])}"
             f"{did_you_mean(unknown[0], (*required, *optional))}, which is not implemented; remove it if it "
             "has no effect."
         )
     return Rotary(base, dim, _scaling(kind, given, place, dim, max_length))
+
+
+def _check_rope(given: Mapping[str, Any], place: str) -> None:
+    """Checks that what is computed with is a positive number (of ordinary size), or a list of such.
+
+    Raises:
+        CheckpointError: one is not.
+    """
+    words = ("rope_type", "type", "truncate")
+    for name, value in given.items():
+        if value is None or name in words:
+            continue
+        if name in ("short_factor", "long_factor"):
+            fits = isinstance(value, list) and all(map(_is_factor, value))
+            expected = "a list of numbers above 0"
+        elif name == "original_max_position_embeddings":
+            fits, expected = type(value) is int and 1 < value < 2**31, "a whole number above 1"
+        elif name in _MAY_BE_ZERO:
+            fits, expected = value == 0 or _is_factor(value), "a number"
+        elif name in _NUMBERS:
+            fits, expected = _is_factor(value), "a number above 0"
+        else:
+            continue  # refused by its name
+        if not fits:
+            raise CheckpointError(
+                f"{place}: rotary positions have {name} = {quoted(value)}, but expected {expected}; "
+                "correct it."
+            )
+
+
+def _is_factor(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e30
 
 
 def _scaling(kind: str, given: Mapping[str, Any], place: str, dim: int, max_length: int) -> Scaling | None:
@@ -110,6 +161,8 @@ def _scaling(kind: str, given: Mapping[str, Any], place: str, dim: int, max_leng
         case "linear":
             return LinearScaling(float(given["factor"]))
         case "llama3":
+            if not given["low_freq_factor"] < given["high_freq_factor"]:
+                raise CheckpointError(f"{place}: high_freq_factor must exceed low_freq_factor; correct it.")
             return Llama3Scaling(
                 float(given["factor"]),
                 float(given["low_freq_factor"]),
@@ -155,4 +208,4 @@ def _yarn_attention_factor(given: Mapping[str, Any]) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     over, under = given.get("mscale"), given.get("mscale_all_dim")
-    return recommended(over) / recommended(under) if over and under else recommended(1.0)
+    return recommended(float(over)) / recommended(float(under)) if over and under else recommended(1.0)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mergelab.checkpoints import FolderCheckpoint, open_checkpoint
-from mergelab.errors import CheckpointError
+from mergelab.errors import CheckpointError, first_faults
 from mergelab.models.declaration import Leaf, stored_shapes
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model
@@ -66,10 +66,10 @@ def take_inventory(path: Path | str) -> Inventory:
         return Inventory(checkpoint, None, (f"{checkpoint.path} has no config.json: its family is unknown.",))
     try:
         model = model_from_config(checkpoint.config, str(checkpoint.path / "config.json"))
+        model = model.for_tensors(checkpoint.tensors)
     except CheckpointError as error:
         return Inventory(checkpoint, None, (str(error),))
-    model = model.for_tensors(checkpoint.tensors)
-    return Inventory(checkpoint, model, tuple(_disagreements(model, checkpoint)))
+    return Inventory(checkpoint, model, first_faults(_disagreements(model, checkpoint)))
 
 
 def _disagreements(model: Model, checkpoint: FolderCheckpoint) -> list[str]:

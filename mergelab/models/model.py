@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from mergelab.errors import MergelabError
+from mergelab.errors import CheckpointError, MergelabError
 from mergelab.models.cache import ArrayLeaf, Cache, new_cache
 from mergelab.models.declaration import Leaf
 from mergelab.models.family import Family
@@ -71,7 +71,20 @@ class Model:
         return build_table(rows, self.family.architecture.parameters(self.config), self.config.layers)
 
     def for_tensors(self, names: Collection[str]) -> Model:
-        """The same model with the table that fits a file: without a head, HF leaves the prefix away."""
+        """The same model with the table that fits a file: without a head, HF leaves the prefix away.
+
+        Raises:
+            CheckpointError: the configuration has more layers than there are tensors.
+        """
+        layers, experts = self.config.layers, getattr(self.config, "experts", None)
+        least = layers * (1 if experts is None else experts.count)
+        if least > len(names):
+            # Said before a table of so many rows is made.
+            of = "" if experts is None else f" of {experts.count:,} experts"
+            raise CheckpointError(
+                f"the model's config.json has {layers:,} layers{of}, but its weights hold only "
+                f"{len(names):,} tensors; use the config.json that belongs to them."
+            )
         prefix = self.family.prefix
         prefixed = not prefix or any(name.startswith(prefix) for name in names)
         return replace(self, config=self.family.adapt(self.config, names), prefixed=prefixed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +22,7 @@ from mergelab.models.layout import Box, box_shape, normalise, slices, whole
 from mergelab.models.model import Model
 from mergelab.models.regions import blocks, intersection, join, relative, runs
 from mergelab.models.staging import aligned_empty
+from mergelab.platform import usable_cores
 from mergelab.processes import together
 
 __all__ = ["SHARD_BYTES", "save_model", "save_params"]
@@ -152,7 +152,7 @@ def _write(arrays: Mapping[Leaf, Any], writer: SharedWriter, distributed: bool) 
                 parts.setdefault(piece.hf_name, []).append((leaf, box, piece))
     last_use = {leaf: name for name, found in parts.items() for leaf, _, _ in found}
     hosts: dict[Leaf, dict[Box, np.ndarray]] = {}
-    with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
+    with ThreadPoolExecutor(min(8, usable_cores())) as pool:
         for name, found in parts.items():
             sources: list[tuple[Box, np.ndarray]] = []
             for leaf, box, piece in found:

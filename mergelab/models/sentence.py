@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from mergelab.checkpoints.json_data import parse_json, read_json_object
-from mergelab.errors import CheckpointError
+from mergelab.checkpoints.json_data import read_json, read_json_object
+from mergelab.checkpoints.tokenizer_file import open_tokenizer_file
+from mergelab.errors import CheckpointError, quoted
 from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params
 
@@ -116,14 +117,12 @@ def load_sentence_encoder(
         CheckpointError: a file is missing or damaged, the model is no encoder, or a module of the folder is
             of a kind that is not implemented.
     """
-    import tokenizers
-
     folder = Path(path)
     pooling, normalise = _modules(folder)
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(f"{folder} has no tokenizer.json, which text needs; add the model's own.")
-    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    tokenizer = open_tokenizer_file(file)
     tokenizer.no_padding()
     model, params = load_model(folder, mesh=mesh, dtype=dtype)
     if model.family.architecture.causal:
@@ -134,7 +133,12 @@ def load_sentence_encoder(
     limit = model.config.max_length
     sizes = folder / "sentence_bert_config.json"
     if sizes.is_file():
-        limit = min(limit, int(read_json_object(sizes).get("max_seq_length") or limit))
+        given = read_json_object(sizes).get("max_seq_length") or limit
+        if type(given) is not int or given < 1:
+            raise CheckpointError(
+                f"{sizes} has max_seq_length = {quoted(given)}; expected a whole number above 0."
+            )
+        limit = min(limit, given)
     # The special tokens at both ends survive the cut.
     tokenizer.enable_truncation(limit)
     return SentenceEncoder(model, params, tokenizer, pooling, normalise, limit)
@@ -145,7 +149,7 @@ def _modules(folder: Path) -> tuple[Pooling, bool]:
     file = folder / "modules.json"
     if not file.is_file():
         return "mean", False
-    modules = parse_json(file.read_bytes(), str(file))
+    modules = read_json(file)
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise CheckpointError(f"{file} is no list of modules; download it again.")
     pooling: Pooling = "mean"

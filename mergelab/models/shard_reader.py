@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ from mergelab.models.declaration import Leaf
 from mergelab.models.layout import Box, box_shape, box_size, slices
 from mergelab.models.regions import blocks, intersection, join, relative, runs, widen
 from mergelab.models.staging import Staging, aligned_empty
+from mergelab.platform import usable_cores
 
 __all__ = ["Reading", "ShardReader"]
 
@@ -66,7 +66,7 @@ class ShardReader:
 
     def __init__(self, tensors: Mapping[str, TensorSource], threads: int | None = None) -> None:
         self._tensors = tensors
-        self._pool = ThreadPoolExecutor(threads or min(8, len(os.sched_getaffinity(0))))
+        self._pool = ThreadPoolExecutor(threads or min(8, usable_cores()))
         self._memory = Staging()
         self._own = threading.local()
 

@@ -117,6 +117,13 @@ def _take(
     elif isinstance(declared, PerBlock):
         for leaf in leaves:
             leaf.known[part].append(block(leaf))
+    elif isinstance(declared, Sum) and declared.needed is not None:
+        for leaf in leaves:
+            needed = not traced and declared.needed(merge.parts[part], tuple(leaf.known[part]))
+            with jax.enable_x64(not traced):
+                leaf.known[part].append(
+                    finish_measure(merge, block(leaf), part=part, measure=measure) if needed else None
+                )
     elif isinstance(declared, Sum):
         totals = [block(leaf) for leaf in leaves]
         with jax.enable_x64(not traced):
@@ -130,14 +137,16 @@ def _take(
     else:
         for leaf in leaves:
             counts = declared.counts(merge.parts[part], tuple(leaf.known[part]), leaf.size, len(leaf.values))
-            leaf.known[part].append(_rank(counts, lambda leaf=leaf: block(leaf), leaf.size))
+            leaf.known[part].append(_rank(counts, lambda leaf=leaf: block(leaf), leaf.size, declared.values))
 
 
-def _rank(counts: Sequence[Sequence[Any]], keys: Any, size: int) -> tuple[tuple[Selection, ...], ...]:
+def _rank(
+    counts: Sequence[Sequence[Any]], keys: Any, size: int, values: bool
+) -> tuple[tuple[Selection, ...], ...]:
     """Selects in one tensor; looks at the keys only if some count is neither none nor all."""
     plain = all(not isinstance(c, Tracer) for stream in counts for c in stream)
     if plain:
-        trivial = [[trivial_selection(int(c), size) for c in stream] for stream in counts]
+        trivial = [[trivial_selection(int(c), size, values=values) for c in stream] for stream in counts]
         if all(s is not None for stream in trivial for s in stream):
             return tuple(tuple(s for s in stream if s is not None) for stream in trivial)
     return tuple(

@@ -24,15 +24,18 @@ class Sum:
     """Quantities that add over elements, such as norms, Gram matrices and counts.
 
     Attributes:
-        of: `(part, xs, base, region, known) -> pytree` of sums over the block (use `region.total`), which
-            must be zero on a block of zeros.
+        of: `(part, xs, base, region, known) -> pytree` of sums over the block (use `region.total`). Blocks
+            are padded with zeros, which must add nothing: count with `region.elements`.
         finish: maps the totals to what the part wants to know; runs once, in the wide dtype.
         scope: `tensor`, or `tree` to add over all tensors of the model.
+        needed: `(part, known) -> bool`, asked when earlier measures of the part are known: where the answer
+            is no, and under a user's transformation, the measure is not taken and its result is None.
     """
 
     of: Callable[..., Any]
     finish: Callable[..., Any] = lambda part, totals: totals
     scope: Scope = "tensor"
+    needed: Callable[..., bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Rank:
         counts: `(part, known, size, models) -> [streams][ranks]`, how many of the largest keys each
             threshold keeps.
         scope: `tensor`, or `tree` to rank over all tensors of the model together.
+        values: whether the part looks at the thresholds themselves, not only at what they keep: the
+            threshold that keeps everything is then the smallest key, not a key below all.
 
     Its result is `[streams][ranks]` of `selection.Selection`.
     """
@@ -51,6 +56,7 @@ class Rank:
     of: Callable[..., tuple[jax.Array, ...]]
     counts: Callable[..., Sequence[Sequence[Any]]]
     scope: Scope = "tensor"
+    values: bool = False
 
 
 @dataclass(frozen=True)

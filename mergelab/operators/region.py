@@ -26,6 +26,7 @@ class Region:
         wide: the dtype sums are accumulated in, `float64` or, under a user's transformation, `float32`.
         short: whether the first axis is short enough to be summed in float32 before widening, which
             vector units like (static).
+        count: how many of the block's elements are the tensor's own, a scalar; the others are padding, zero.
     """
 
     start: Any
@@ -33,6 +34,7 @@ class Region:
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     wide: str = dataclasses.field(default="float32", metadata={"static": True})
     short: bool = dataclasses.field(default=False, metadata={"static": True})
+    count: Any = None
 
     def offset(self) -> jax.Array:
         """Every element's flat index within the block, uint32 `[*shape]`."""
@@ -70,6 +72,20 @@ class Region:
         x = jnp.sum(x, axis=axes[:-1]) if len(axes) > 1 else x
         return jnp.sum(x, axis=-1)
 
+    def dot(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """The inner product over the block's axes, multiplied and summed in the wide dtype.
+
+        Ten times as slow on CPUs as `total(x * y)`, whose products are rounded to float32 first.
+        """
+        axes = tuple(range(x.ndim - len(self.shape), x.ndim))
+        products = x.astype(self.wide) * y.astype(self.wide)
+        products = jnp.sum(products, axis=axes[:-1]) if len(axes) > 1 else products
+        return jnp.sum(products, axis=-1)
+
+    def elements(self) -> jax.Array:
+        """How many elements of the tensor the block holds, in the wide dtype; padding does not count."""
+        return jnp.asarray(self.count).astype(self.wide)
+
     def random_bits(self, salt: int, model: int) -> jax.Array:
         """21 uniform random bits per element, uint32 `[*shape]`, for one model.
 
@@ -85,4 +101,5 @@ class Region:
 
 def whole(shape: tuple[int, ...], key: Any, wide: str) -> Region:
     """The region that is an entire tensor."""
-    return Region(np.zeros(2, np.uint32), key, shape or (1,), wide)
+    shape = shape or (1,)
+    return Region(np.zeros(2, np.uint32), key, shape, wide, count=np.uint32(np.prod(shape, dtype=np.int64)))

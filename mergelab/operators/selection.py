@@ -75,11 +75,15 @@ def kept_count(fraction: Any, size: int, *, at_least: int = 0) -> Any:
     return min(max(int(float(fraction) * size), at_least), size)
 
 
-def trivial_selection(count: int, size: int) -> Selection | None:
-    """The selection of none or of all elements, which needs no look at the keys; else None."""
+def trivial_selection(count: int, size: int, *, values: bool = False) -> Selection | None:
+    """The selection of none or of all elements, which needs no look at the keys; else None.
+
+    The threshold of all is the lowest there can be, not the smallest key: with `values` set it is left open,
+    since someone will read it.
+    """
     if count <= 0:
         return Selection(_ALL, np.zeros(2, np.uint32))
-    if count >= size:
+    if count >= size and not values:
         return Selection(np.uint32(0), np.full(2, _ALL))
     return None
 
@@ -87,8 +91,9 @@ def trivial_selection(count: int, size: int) -> Selection | None:
 def select_on_host(keys: np.ndarray, count: int) -> Selection:
     """Selects the `count` largest of `keys` (any shape, uint32) with numpy's introselect."""
     flat = keys.reshape(-1)
-    if (trivial := trivial_selection(count, flat.size)) is not None:
+    if (trivial := trivial_selection(count, flat.size, values=True)) is not None:
         return trivial
+    count = min(count, flat.size)
     position = flat.size - count
     threshold = np.partition(flat, position)[position]
     ties = count - int(np.count_nonzero(flat > threshold))

@@ -81,7 +81,9 @@ def find_features(
     rows = source.read_sites(0, source.rows)[0]
     codes = dictionary.encode(jnp.asarray(rows))
     totals = Totals.zero(rows, dictionary.n_latents)
-    result = totals.add(rows, np.asarray(dictionary.decode(codes)), np.asarray(codes)).result()
+    result = totals.add(
+        rows, np.asarray(dictionary.reconstruct(jnp.asarray(rows), codes)), np.asarray(codes)
+    ).result()
     telling = (found.density >= _RARE) & (found.density <= _COMMON)
     order = np.argsort(np.where(telling, found.peak, -1), kind="stable")[::-1]
     chosen = [int(latent) for latent in order[:_SHOWN] if telling[latent]]

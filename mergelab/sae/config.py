@@ -4,16 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from mergelab.errors import SAEError, did_you_mean
+from mergelab.checkpoints.text_file import read_text
+from mergelab.checkpoints.yaml_data import MAX_DEPTH, parse_yaml
+from mergelab.errors import SAEError, did_you_mean, quoted, shortened
 from mergelab.sae.recipe import Recipe
 from mergelab.sae.variants import Variant, make_variant
 
 __all__ = ["CheckpointSection", "DataSection", "SAESection", "TrainConfig", "TrainSection", "load_config"]
+
+
+MAX_CONFIG = 16 * 2**20
+"""Bytes of the largest configuration that is read."""
+
+_MOST = 2**31 - 1
+
+
+def _no_switch(value: Any) -> Any:
+    # Python takes true for 1.
+    if isinstance(value, bool):
+        raise ValueError("input should be a number")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_no_switch)]
+Count = Annotated[Whole, Field(ge=1, le=_MOST)]
+Fraction = Annotated[float, BeforeValidator(_no_switch), Field(ge=-3e38, le=3e38, allow_inf_nan=False)]
 
 
 class _Section(BaseModel):
@@ -32,8 +51,8 @@ class SAESection(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     variant: str = "topk"
-    d_in: int | None = None
-    n_latents: int
+    d_in: Whole | None = None
+    n_latents: Whole
 
     def build(self, d_in: int, d_out: int | None) -> Variant:
         """The variant, for data of these widths.
@@ -43,14 +62,12 @@ class SAESection(BaseModel):
         """
         if self.d_in not in (None, d_in):
             raise SAEError(
-                f"sae.d_in is {self.d_in}, but the data is {d_in} wide; correct it or leave it away."
+                f"sae.d_in is {quoted(self.d_in)}, but the data is {d_in} wide; correct it or leave it away."
             )
         options = {"n_latents": self.n_latents, **(self.model_extra or {})}
         if d_out is not None and options.setdefault("d_out", d_out) != d_out:
-            raise SAEError(f"sae.d_out is {options['d_out']}, but the targets are {d_out} wide.")
-        if isinstance(options.get("prefixes"), list):
-            options["prefixes"] = tuple(options["prefixes"])
-        return make_variant(self.variant, d_in=d_in, **options)
+            raise SAEError(f"sae.d_out is {quoted(options['d_out'])}, but the targets are {d_out} wide.")
+        return make_variant(self.variant, **{**options, "d_in": d_in})
 
 
 class DataSection(_Section):
@@ -78,9 +95,9 @@ class DataSection(_Section):
     site: str | None = None
     target_site: str | None = None
     text: str | list[str] | None = None
-    context: int = Field(default=64, ge=1)
+    context: Count = 64
     toy: dict[str, Any] = Field(default_factory=dict)
-    buffer_rows: int = Field(default=65_536, ge=1)
+    buffer_rows: Count = 65_536
 
 
 class TrainSection(_Section):
@@ -93,29 +110,29 @@ class TrainSection(_Section):
         lr: peak learning rate, or `auto`.
     """
 
-    batch_size: int = Field(ge=1)
-    tokens: int = Field(ge=1)
-    seed: int = Field(default=0, ge=0)
-    lr: float | Literal["auto"] = "auto"
-    warmup: float = 0.05
-    decay: float = 0.95
-    b1: float = 0.9
-    b2: float | None = None
-    eps: float = 6.25e-10
-    encoder_rate: float = 0.4
-    bias_rate: float = 2.0
-    clip: float | None = None
-    ema: float | None = None
-    aux_k: int | None = None
-    aux_coefficient: float = 1 / 32
-    dead_after_tokens: int | None = None
-    lift: float = 2.0
+    batch_size: Count
+    tokens: Annotated[Whole, Field(ge=1, le=2**62)]
+    seed: Annotated[Whole, Field(ge=0, le=2**63 - 1)] = 0
+    lr: Fraction | Literal["auto"] = "auto"
+    warmup: Fraction = 0.05
+    decay: Fraction = 0.95
+    b1: Fraction = 0.9
+    b2: Fraction | None = None
+    eps: Fraction = 6.25e-10
+    encoder_rate: Fraction = 0.4
+    bias_rate: Fraction = 2.0
+    clip: Fraction | None = None
+    ema: Fraction | None = None
+    aux_k: Annotated[Whole, Field(le=_MOST)] | None = None
+    aux_coefficient: Fraction = 1 / 32
+    dead_after_tokens: Annotated[Whole, Field(le=_MOST)] | None = None
+    lift: Fraction = 2.0
     project_gradients: bool = True
     unit_decoder: bool = True
     center: bool = True
     normalize: str = "scale"
     tie_initial: bool = True
-    initial_scale: float | None = None
+    initial_scale: Fraction | None = None
     compute_dtype: str = "float32"
 
     def build(self) -> Recipe:
@@ -140,9 +157,9 @@ class CheckpointSection(_Section):
         log_every: steps between lines of metrics.
     """
 
-    every: int = Field(default=1000, ge=1)
-    keep: int = Field(default=2, ge=1)
-    log_every: int = Field(default=50, ge=1)
+    every: Count = 1000
+    keep: Count = 2
+    log_every: Count = 50
 
 
 class TrainConfig(_Section):
@@ -155,14 +172,14 @@ class TrainConfig(_Section):
         checkpoint: what is kept on the way.
         mesh: devices along the axes `data` and `latents`; one device where it is left away.
         log_to: where metrics go besides `metrics.jsonl`: `tensorboard`, `wandb`.
-        metadata: kept in the finished dictionary: `site`, `model`, ....
+        metadata: kept in the finished dictionary: `site`, `target_site`, `model`, ....
     """
 
     sae: SAESection
     data: DataSection
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
-    mesh: dict[str, int] | None = None
+    mesh: dict[str, Count] | None = None
     log_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     metadata: dict[str, Any] = Field(default_factory=dict)
 
@@ -184,15 +201,10 @@ def load_config(
     if isinstance(config, TrainConfig):
         data: Any = config.model_dump()
     elif isinstance(config, Mapping):
-        data = {key: value for key, value in config.items()}
+        data = _plain(config, 0)
     else:
-        name = str(config)
-        try:
-            data = yaml.safe_load(Path(config).read_text())
-        except OSError as error:
-            raise SAEError(f"{name}: cannot be read ({error.strerror}); give a YAML file.") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise SAEError(f"{name}: not YAML ({' '.join(str(error).split())}).") from error
+        name = shortened(str(config), 200)
+        data = _one_value(read_text(config, MAX_CONFIG, error=SAEError), name)
     if not isinstance(data, dict):
         raise SAEError(f"{name}: expected the sections sae, data and train, found {type(data).__name__}.")
     for override in overrides:
@@ -200,21 +212,41 @@ def load_config(
     try:
         return TrainConfig.model_validate(data)
     except ValidationError as error:
-        raise SAEError("\n".join(f"{name}: {_sentence(fault)}" for fault in error.errors())) from error
+        faults = error.errors(include_url=False)
+        # Far more than are shown: the rest are counted, and looking for what was meant takes its time.
+        explained = (f"{name}: {_sentence(fault)}" for fault in faults[:100])
+        raise SAEError([*explained, *(name for _ in faults[100:])]) from error
+
+
+def _one_value(text: str, source: str) -> Any:
+    """The one value of a YAML text, None if it is empty."""
+    documents = parse_yaml(text, source, SAEError)
+    if len(documents) > 1:
+        raise SAEError(f"{source}:{documents[1].line}: a second document begins here; keep one in a file.")
+    return documents[0].data if documents else None
+
+
+def _plain(value: Any, depth: int) -> Any:
+    """Mappings of any kind, and lists of them, as plain dictionaries and lists."""
+    if depth > MAX_DEPTH:
+        raise SAEError(f"the configuration is nested more than {MAX_DEPTH} levels deep, or contains itself.")
+    if isinstance(value, Mapping):
+        return {key: _plain(inner, depth + 1) for key, inner in value.items()}
+    return [_plain(inner, depth + 1) for inner in value] if isinstance(value, list) else value
 
 
 def _with_override(data: dict[str, Any], override: str) -> dict[str, Any]:
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
-        raise SAEError(f"--set {override}: expected section.key=value, such as train.seed=1.")
+        raise SAEError(f"--set {shortened(override)}: expected section.key=value, such as train.seed=1.")
     changed = dict(data)
     here = changed
     for key in keys[:-1]:
         inner = here.get(key)
         here[key] = dict(inner) if isinstance(inner, dict) else {}
         here = here[key]
-    here[keys[-1]] = yaml.safe_load(text)
+    here[keys[-1]] = _one_value(text, f"--set {shortened(path)}")
     return changed
 
 
@@ -227,11 +259,11 @@ _SECTIONS: Mapping[str, type[BaseModel]] = {
 
 def _sentence(fault: Any) -> str:
     path = [str(part) for part in fault["loc"]]
-    where = ".".join(path)
+    where = shortened(".".join(path), 200)
     if fault["type"] == "extra_forbidden":
         section = _SECTIONS.get(path[0], TrainConfig) if len(path) > 1 else TrainConfig
         return f"{where} is not a known key{did_you_mean(path[-1], section.model_fields)}."
     if fault["type"] == "missing":
         return f"{where} is missing."
-    said = fault["msg"][:1].lower() + fault["msg"][1:]
-    return f"{where}: {said}, found {fault['input']!r}."
+    said = str(fault["ctx"]["error"]) if fault["type"] == "value_error" else fault["msg"]
+    return f"{where}: {said[:1].lower()}{said[1:]}, found {quoted(fault['input'])}."

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from mergelab.sae.layer_norm import layer_norm
 from mergelab.sae.sparse.rows import sum_of_rows
 from mergelab.sae.sparse.top_k import top_k
 
-__all__ = ["ACTIVATIONS", "LATENT_AXIS", "Dictionary", "DictionaryConfig"]
+__all__ = ["ACTIVATIONS", "LATENT_AXIS", "Dictionary", "DictionaryConfig", "at_sites"]
 
 ACTIVATIONS = ("topk", "batch_topk", "jump_relu", "relu", "gated")
 NORMALIZATIONS = ("none", "layer_norm")
@@ -37,8 +37,16 @@ class DictionaryConfig:
         k: latents per token, for `topk`.
         subtract_b_dec: whether `b_dec` is subtracted from the input before it is encoded.
         normalization: `none`, or `layer_norm`: each token loses its mean over the width and is divided by its
-            unbiased standard deviation + 1e-5, and the reconstruction is put back (OpenAI's).
+            unbiased standard deviation + 1e-5, and the reconstruction is put back (OpenAI's); what a
+            transcoder writes has a scale of its own and stays as it is.
         sites: how many activations stand side by side in the input, for a crosscoder.
+        reads: the sites whose activations are read, one for each of `sites`; None where they are not known.
+            Taken from `site` of the metadata where it is not given.
+        writes: the sites whose activations are reconstructed; None where they are not known. Taken from
+            `target_site` of the metadata where it is not given.
+        transcoder: True where what is written is another activation than what is read, also if the sites
+            have no name here; False for an autoencoder; None where nobody said. Follows from the sites where
+            both are known.
         metadata: what else is known: `site`, `model`, `model_hash`, training figures. Plain JSON.
     """
 
@@ -47,6 +55,9 @@ class DictionaryConfig:
     subtract_b_dec: bool = False
     normalization: str = "none"
     sites: int = 1
+    reads: tuple[str, ...] | None = None
+    writes: tuple[str, ...] | None = None
+    transcoder: bool | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -54,8 +65,50 @@ class DictionaryConfig:
             raise SAEError(f"activation is {self.activation!r}; it may be {', '.join(ACTIVATIONS)}.")
         if self.normalization not in NORMALIZATIONS:
             raise SAEError(f"normalization is {self.normalization!r}; it may be {', '.join(NORMALIZATIONS)}.")
-        if self.activation == "topk" and (self.k is None or self.k < 1):
+        if self.activation == "topk" and (not isinstance(self.k, int) or self.k < 1):
             raise SAEError(f"a top-k dictionary needs k of at least 1, but k is {self.k}.")
+        reads, writes, transcoder = _resolved(self)
+        object.__setattr__(self, "reads", reads)
+        object.__setattr__(self, "writes", writes)
+        object.__setattr__(self, "transcoder", transcoder)
+
+
+def _resolved(
+    config: DictionaryConfig,
+) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None, bool | None]:
+    """`reads`, `writes` and `transcoder`, each completed from the others."""
+    said = config.metadata if config.sites == 1 and isinstance(config.metadata, Mapping) else {}
+    reads = _names("reads", config.reads if config.reads is not None else said.get("site"))
+    writes = _names("writes", config.writes if config.writes is not None else said.get("target_site"))
+    transcoder = config.transcoder
+    if transcoder not in (None, True, False):
+        raise SAEError(f"transcoder is {transcoder!r}; it may be true, false or null.")
+    if reads is not None and len(reads) != config.sites:
+        raise SAEError(f"reads names {len(reads)} sites, but the dictionary reads {config.sites}.")
+    if reads is not None and writes is not None:
+        if transcoder is not None and transcoder != (reads != writes):
+            kind = "a transcoder" if transcoder else "an autoencoder"
+            raise SAEError(
+                f"the dictionary is said to be {kind}, but reads {', '.join(reads)} and writes "
+                f"{', '.join(writes)}; correct one of them."
+            )
+        transcoder = reads != writes
+    elif transcoder is False:
+        reads = writes = reads if reads is not None else writes
+    return reads, writes, transcoder
+
+
+def _names(field: str, value: Any) -> tuple[str, ...] | None:
+    names = (value,) if isinstance(value, str) else value
+    if names is None:
+        return None
+    if (
+        not isinstance(names, Sequence)
+        or not names
+        or not all(isinstance(name, str) and name for name in names)
+    ):
+        raise SAEError(f"{field} is {value!r}; expected names of sites, such as 'blocks.8.resid_post'.")
+    return tuple(names)
 
 
 @partial(
@@ -106,13 +159,42 @@ class Dictionary:
         """How many latents there are."""
         return self.W_enc.shape[1]
 
+    @property
+    def is_autoencoder(self) -> bool:
+        """Whether it writes what it reads: only then may its output stand in for its input.
+
+        Where nobody said (`target_known` is False), two equal widths without a skip path count as one
+        activation.
+        """
+        if self.config.transcoder is not None:
+            return not self.config.transcoder
+        return self.d_in == self.d_out and self.W_skip is None
+
+    @property
+    def target_known(self) -> bool:
+        """Whether it is known to be an autoencoder or a transcoder, and not only taken for an autoencoder."""
+        return self.config.transcoder is not None or not self.is_autoencoder
+
+    def mapping(self) -> str:
+        """What it reads and writes, for messages: `blocks.3.resid_mid -> blocks.3.mlp.out`."""
+        reads, writes = self.config.reads, self.config.writes
+        left = "an activation of unknown site" if reads is None else ", ".join(reads)
+        if self.is_autoencoder and writes is None:
+            writes = reads
+        return f"{left} -> {'another of unknown site' if writes is None else ', '.join(writes)}"
+
     def checked(self) -> Dictionary:
         """Returns itself.
 
         Raises:
             SAEError: an array is missing or has a shape that does not fit the others.
         """
+        for name in ("W_enc", "W_dec"):
+            if getattr(self, name).ndim != 2:
+                raise SAEError(f"{name} has shape {list(getattr(self, name).shape)}; two axes were expected.")
         d, n, out = self.d_in, self.n_latents, self.d_out
+        if self.config.transcoder is False and d != out:
+            raise SAEError(f"an autoencoder writes what it reads, but this one maps {d} to {out} wide.")
         wanted: dict[str, tuple[int, ...]] = {
             "W_enc": (d, n),
             "b_enc": (n,),
@@ -197,6 +279,9 @@ class Dictionary:
         """What these codes make of `x`: `[tokens, d_in]`, `[tokens, n]` -> `[tokens, d_out]`."""
         normal, mean, scale = self._normalized(x)
         out = self.decode(codes)
+        if not self.is_autoencoder:
+            # What is written has a scale of its own; a skip path reads the activation as it is (SAELens).
+            return out if self.W_skip is None else out + x @ self.W_skip
         if self.W_skip is not None:
             out = out + normal @ self.W_skip
         return out if mean is None or scale is None else out * scale + mean
@@ -213,3 +298,40 @@ class Dictionary:
     def as_numpy(self) -> dict[str, np.ndarray]:
         """Its arrays by name on the host."""
         return {name: np.asarray(value) for name, value in self.arrays().items()}
+
+
+def at_sites(dictionary: Dictionary, site: str | None = None, target_site: str | None = None) -> Dictionary:
+    """The dictionary, told the sites at which it is used: they win over what it says itself.
+
+    Args:
+        dictionary: of one site.
+        site: that it reads; what it says if None. An autoencoder then writes it too.
+        target_site: that it writes, for a transcoder, or for a dictionary that does not say what it is.
+
+    Raises:
+        SAEError: an autoencoder is given another target, or a transcoder its own input.
+    """
+    if site is None and target_site is None:
+        return dictionary
+    config = dictionary.config
+    reads = config.reads if site is None else (site,)
+    known = config.transcoder is not None
+    if target_site is not None:
+        writes: tuple[str, ...] | None = (target_site,)
+        if known and dictionary.is_autoencoder and reads not in (None, writes):
+            raise SAEError(
+                f"the dictionary is an autoencoder and writes what it reads, not {target_site!r}; omit the "
+                "target (target_site, --target-site)."
+            )
+    else:
+        writes = reads if known and dictionary.is_autoencoder else config.writes
+    kind = None if reads is not None and writes is not None else config.transcoder
+    if config.transcoder and reads == writes and reads is not None:
+        raise SAEError(
+            f"the dictionary is a transcoder, so it does not write {reads[0]!r}, which it reads; name the "
+            "site it was trained to write (target_site, --target-site)."
+        )
+    # The names in the metadata would be taken for a site that is not given here.
+    metadata = {key: value for key, value in config.metadata.items() if key not in ("site", "target_site")}
+    changed = replace(config, reads=reads, writes=writes, transcoder=kind, metadata=metadata)
+    return replace(dictionary, config=changed)

@@ -19,7 +19,7 @@ from mergelab.sae.state import TrainState
 from mergelab.sae.update import averaged_params
 from mergelab.sae.variants.variant import Variant
 
-__all__ = ["finished_dictionary"]
+__all__ = ["finished_dictionary", "transcodes"]
 
 
 def finished_dictionary(
@@ -38,7 +38,11 @@ def finished_dictionary(
         recipe: the training's.
         state: where it stands.
         use_average: takes the moving average of the parameters, where the recipe keeps one.
-        metadata: kept in the dictionary's configuration.
+        metadata: kept in the dictionary's configuration; `site` and `target_site` are what it reads and
+            writes.
+
+    Raises:
+        SAEError: the metadata names a target for an autoencoder.
     """
     params = averaged_params(state, recipe.ema_decay) if use_average else state.params
     said = variant.export(params, state.statistics)
@@ -72,7 +76,14 @@ def finished_dictionary(
             k=said.get("k"),
             sites=variant.sites,
             normalization="layer_norm" if recipe.normalize == "layer_norm" else "none",
+            transcoder=transcodes(variant, metadata or {}),
             metadata=dict(metadata or {}),
         ),
         **extras,
     ).checked()
+
+
+def transcodes(variant: Variant, metadata: Mapping[str, Any]) -> bool | None:
+    """Whether the variant's dictionary is a transcoder; None where the two sites of the metadata say it."""
+    named = variant.sites == 1 and None not in (metadata.get("site"), metadata.get("target_site"))
+    return None if variant.d_out is not None and named else variant.d_out is not None

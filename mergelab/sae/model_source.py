@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mergelab.checkpoints.text_file import MAX_PROSE, read_text
 from mergelab.data.packing import pack_stream
 from mergelab.data.tokenizer import load_tokenizer
 from mergelab.errors import NonFiniteError, SAEError
@@ -203,10 +204,7 @@ def open_model_activations(
     """
     read = []
     for path in map(Path, texts):
-        try:
-            read.append(path.read_text(encoding="utf-8", errors="replace"))
-        except OSError as error:
-            raise SAEError(f"{path}: the text cannot be read ({error.strerror}).") from error
+        read.append(read_text(path, MAX_PROSE, error=SAEError, errors="replace"))
     loaded, params = load_model(model, mesh=mesh, dtype=dtype)
     tokens = contexts_of_texts(Path(model), read, length)
     framed = load_tokenizer(model).frame is not None

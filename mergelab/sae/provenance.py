@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ from mergelab.checkpoints.digest import weights_sha256
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.sae.config import DataSection
 
-__all__ = ["host_metadata"]
+__all__ = ["host_metadata", "store_facts"]
 
 
 def host_metadata(data: DataSection) -> dict[str, Any]:
     """`site`, `model` and `model_hash` of the activations, as far as the data says where they come from.
 
-    A model is asked for the digest of its weights; files of `mergelab activations` carry it beside them.
+    With targets also their site, `target_site`. A model is asked for the digest of its weights; files of
+    `mergelab activations` carry it beside them.
 
     Args:
         data: of a training's configuration.
@@ -25,15 +27,29 @@ def host_metadata(data: DataSection) -> dict[str, Any]:
         CheckpointError: the model's folder holds no weights, or the file beside a store's is damaged.
     """
     if data.kind == "model" and data.model is not None:
-        return {"site": data.site, "model": data.model, "model_hash": weights_sha256(data.model)}
+        target = {} if data.target_site is None else {"target_site": data.target_site}
+        digest = weights_sha256(data.model)
+        return {"site": data.site, **target, "model": data.model, "model_hash": digest}
     if data.kind == "files" and data.path is not None:
-        patterns = [data.path] if isinstance(data.path, str) else data.path
-        return _of_store(sorted(Path(file) for pattern in patterns for file in glob.glob(pattern)))
+        found = store_facts(data.path)
+        target = {} if data.target_path is None else store_facts(data.target_path)
+        if "site" in target:
+            found["target_site"] = target["site"]
+        return found
     return {}
 
 
-def _of_store(files: list[Path]) -> dict[str, Any]:
-    """What `store.json` says of the one site whose shards these are; nothing of other files."""
+def store_facts(patterns: str | Sequence[str]) -> dict[str, Any]:
+    """`site`, `model` and `model_hash` of files of `mergelab activations`; nothing of other files.
+
+    Args:
+        patterns: a path or glob, or several, all of one site.
+
+    Raises:
+        CheckpointError: the file beside a store's is damaged.
+    """
+    given = [patterns] if isinstance(patterns, str) else patterns
+    files = sorted(Path(file) for pattern in given for file in glob.glob(pattern))
     sites = {file.name.rpartition("-")[0] for file in files}
     stores = {file.parent / "store.json" for file in files}
     if len(sites) != 1 or len(stores) != 1 or not (store := stores.pop()).is_file():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mergelab.errors import SAEError
+from mergelab.errors import SAEError, quoted
 
 __all__ = ["Recipe"]
 
@@ -79,6 +79,15 @@ class Recipe:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise SAEError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise SAEError(f"{name} is {value}; it must be a finite number.")
+        if self.steps > 2**31 - 1:
+            raise SAEError(f"the training has {quoted(self.steps)} steps; at most 2147483647 are counted.")
+        for name in ("aux_k", "aux_coefficient", "dead_after_tokens", "eps"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise SAEError(f"{name} is {value}; it must be at least 0.")
         for name in ("warmup", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SAEError(f"{name} is {getattr(self, name)}; it must be from 0 to 1.")

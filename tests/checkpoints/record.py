@@ -6,6 +6,7 @@ The oracle tests build the same cases anew and compare; the other tests read wha
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,77 @@ def make_lora(case: str, folder: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in merged.items()}, folder / "merged.safetensors")
 
 
+TIED_OPTIONS: dict[str, dict[str, Any]] = {
+    "saved beside": {"target_modules": ["Q"]},
+    "copy of the embedding": {"target_modules": ["Q"], "modules_to_save": ["E"]},
+    "copy of the head": {"target_modules": ["Q"], "modules_to_save": ["H"]},
+    "copies of both": {"target_modules": ["Q"], "modules_to_save": ["E", "H"]},
+    "one copy of both": {"target_modules": ["Q"], "modules_to_save": ["E", "H"], "ensure_weight_tying": True},
+    "factors on the head": {"target_modules": ["Q", "H"]},
+    "factors on the embedding": {"target_modules": ["Q", "E"]},
+    "factors on both": {"target_modules": ["Q", "E", "H"]},
+    "factors on the head, tied": {"target_modules": ["Q", "H"], "ensure_weight_tying": True},
+    "factors and a copied head": {"target_modules": ["Q", "E"], "modules_to_save": ["H"]},
+    "factors and a copied embedding": {"target_modules": ["Q", "H"], "modules_to_save": ["E"]},
+    "resized": {"target_modules": ["Q"], "modules_to_save": ["E"]},
+}
+"""Arguments of `peft.LoraConfig` for a model with a tied head; Q, E, H stand for the family's names."""
+TIED_NAMES = {
+    "llama": {"Q": "q_proj", "E": "embed_tokens", "H": "lm_head"},
+    "gpt2": {"Q": "c_attn", "E": "wte", "H": "lm_head"},
+}
+
+
+def tied_case(kind: str, case: str, folder: Path) -> dict[str, Any]:
+    """What PEFT saves and merges for a tiny model with a tied head: only what touches embedding and head."""
+    import peft
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+
+    if kind == "llama":
+        config = transformers.LlamaConfig(
+            vocab_size=3, hidden_size=2, intermediate_size=2, num_hidden_layers=1, num_attention_heads=1,
+            num_key_value_heads=1, tie_word_embeddings=True, max_position_embeddings=8,
+        )  # fmt: skip
+    else:
+        config = transformers.GPT2Config(vocab_size=3, n_embd=2, n_layer=1, n_head=1, n_positions=8)
+    names = TIED_NAMES[kind]
+    given = TIED_OPTIONS[case]
+    options = {k: [names[n] for n in v] if isinstance(v, list) else v for k, v in given.items()}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder / "base")
+    if case == "resized":
+        model.resize_token_embeddings(4)
+        model.save_pretrained(folder / "base")
+    embedding = model.get_input_embeddings().weight.detach().clone()
+    lora = peft.LoraConfig(r=1, lora_alpha=2, task_type="CAUSAL_LM", **options)
+    adapted = peft.get_peft_model(model, lora)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+        if case == "saved beside":
+            adapted.get_input_embeddings().weight.add_(torch.ones_like(embedding))
+    beside = True if case in ("saved beside", "resized") else "auto"
+    adapted.save_pretrained(str(folder / "adapter"), save_embedding_layers=beside)
+    again = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+    merged = peft.PeftModel.from_pretrained(again, folder / "adapter").merge_and_unload()
+    saved = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    kept = ("r", "lora_alpha", "modules_to_save", "ensure_weight_tying", "fan_in_fan_out")
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    marks = (names["E"], names["H"])
+    return {
+        "model_type": kind,
+        "config": {key: saved[key] for key in kept} | {"target_modules": sorted(saved["target_modules"])},
+        "embedding": embedding.tolist(),
+        "adapter": {k: v.tolist() for k, v in sorted(tensors.items()) if any(mark in k for mark in marks)},
+        "merged_embedding": merged.get_input_embeddings().weight.tolist(),
+        "merged_head": merged.get_output_embeddings().weight.tolist(),
+    }
+
+
 def main() -> None:
     """Records every case."""
     import torch
@@ -125,6 +197,18 @@ def main() -> None:
     (DATA / "torch_expected.json").write_text(json.dumps(expected, indent=1) + "\n")
     for case in lora_cases():
         make_lora(case, DATA / "lora" / case)
+    record_tied()
+
+
+def record_tied() -> None:
+    """Records what PEFT makes of adapters of tied models."""
+    found = {}
+    for kind in TIED_NAMES:
+        for case in TIED_OPTIONS:
+            with tempfile.TemporaryDirectory() as folder:
+                found[f"{kind}, {case}"] = tied_case(kind, case, Path(folder))
+    lines = [f"{json.dumps(name)}: {json.dumps(case)}" for name, case in found.items()]
+    (DATA / "tied_adapters.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -152,7 +152,12 @@ def edit_tensors(folder: Path, **changes: np.ndarray | None) -> None:
         ({"r": 0}, "rank is below 1"),
         ({"r": 3}, r"factors \(2, 6\) and .* its config gives rank 3"),
         ({"alpha_pattern": {"(": 1}}, "invalid pattern"),
+        ({"alpha_pattern": {"(?i)q": 1}}, r"invalid pattern '\(\?i\)q' \(it uses '\(\?i'\)"),
         ({"rank_pattern": [1]}, "rank_pattern is"),
+        ({"rank_pattern": {"up": 10**400}}, "up is out of all bounds"),
+        ({"modules_to_save": "head"}, "modules_to_save is 'head' where a list"),
+        ({"target_modules": [1]}, "target_modules is"),
+        ({"lora_alpha": True}, "lora_alpha is True"),
     ],
 )
 def test_configs_that_cannot_be_merged(changes: dict[str, Any], message: str, case: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -79,6 +80,23 @@ def test_several_seeds_have_a_spread(folder: Path) -> None:
     (one,), (two,), (mean, deviation) = values
     assert mean == pytest.approx((one + two) / 2, rel=1e-3)
     assert deviation == pytest.approx(abs(one - two) / 2**0.5, rel=1e-2) and deviation > 0
+
+
+def test_dictionaries_that_differ_in_more_than_a_seed_stand_side_by_side(
+    folder: Path, tmp_path: Path
+) -> None:
+    one = load_dictionary(folder / "seed0")
+    save_dictionary(replace(one, config=replace(one.config, k=5)), tmp_path / "k5")
+    common = ("--model", folder / "model", "--text", folder / "text.py", "--context", 16)
+    asked = ("sae", "eval", folder / "seed0", tmp_path / "k5", *common, "--metrics", "reconstruction")
+    code, said = _invoke(*asked)
+    header = said[said.index("score") :].splitlines()[0]
+    assert code == 0 and "mean" not in header and str(tmp_path / "k5") in header
+    assert "Not averaged as seeds of one training, as they differ in k: 3, 5." in said
+    moved = replace(one.config, reads="blocks.0.resid_pre", writes="blocks.0.resid_pre")
+    save_dictionary(replace(one, config=moved), tmp_path / "pre")
+    code, said = _invoke("sae", "eval", folder / "seed0", tmp_path / "pre", *common)
+    assert code == 2 and "judge dictionaries of other sites by themselves" in said
 
 
 def test_features_write_a_page_and_neuronpedias_json(folder: Path, tmp_path: Path) -> None:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import sys
+import threading
 import time
-from datetime import datetime
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
+from mergelab.data import chat_sandbox
 from mergelab.data.chat import chat_text, render_chat
 from mergelab.data.chat_sandbox import Budget
 from mergelab.data.tokenizer import Tokenizer
@@ -64,6 +74,9 @@ def test_the_time_is_the_callers() -> None:
     template = "{{ strftime_now('%d %b %Y') }}"
     assert render_chat(template, [], now=datetime(2024, 7, 26)) == "26 Jul 2024"
     assert render_chat(template, []) == datetime.now().strftime("%d %b %Y")
+    zone = timezone(timedelta(hours=2), "CEST")
+    moment = datetime(2024, 7, 26, 1, tzinfo=zone)
+    assert render_chat("{{ strftime_now('%H %Z %z') }}", [], now=moment) == "01 CEST +0200"
 
 
 def test_a_tokenizer_brings_its_templates_and_special_tokens() -> None:
@@ -118,10 +131,150 @@ FORBIDDEN = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_work_and_memory_are_bounded(name: str) -> None:
-    begun = time.process_time()
-    with pytest.raises(ChatTemplateError, match=r"does not end|more than \d+ characters"):
-        render_chat(HOSTILE[name], MESSAGES, budget=Budget(steps=5_000, elements=50_000))
-    assert time.process_time() - begun < 5
+    resource = pytest.importorskip("resource")
+    begun, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ChatTemplateError, match=r"does not end|more than \d+ (characters|MB)|too deeply"):
+        render_chat(HOSTILE[name], MESSAGES, budget=Budget(seconds=0.1, memory=300_000_000))
+    assert time.monotonic() - begun < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB; nothing is made here
+
+
+ODD = {
+    "infinity": ("{{ 1e999 }}", "inf"),
+    "sorted list": ("{{ messages | dictsort }}", "AttributeError"),
+    "nested loops": ("{% for a in [1] %}" * 25 + "{% endfor %}" * 25, "too many statically nested blocks"),
+    "long number": ("{{ " + "1" * 5000 + " }}", "Exceeds the limit"),
+    "endless range": ("{{ range(10**12) }}", "Range too big"),
+    "endless recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "nested too deeply"),
+    "unary": ("{{ " + "-" * 50_000 + "1 }}", "nested too deeply"),
+    "sum": ("{{ 1" + "+1" * 20_000 + " }}", "nested too deeply"),
+    "surrogate": ("{{ '\\ud800'.encode() }}", "UnicodeEncodeError"),
+    "lone surrogate": ("\ud800", "\ud800"),
+    "random words": ("{{ lipsum() }}", "'lipsum' is undefined"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_templates_render_or_are_refused(name: str) -> None:
+    template, expected = ODD[name]
+    try:
+        found = render_chat(template, MESSAGES)
+    except ChatTemplateError as error:
+        found = str(error)
+    assert expected in found and len(found) < 1_000
+
+
+def test_one_process_serves_many_templates_and_what_breaks_it_costs_only_itself() -> None:
+    render_chat("a", [])
+    child = chat_sandbox._workshop.child
+    assert child is not None
+    for number in range(20):
+        assert render_chat("{{ messages[0].content }}", [{"content": str(number)}]) == str(number)
+    with pytest.raises(ChatTemplateError, match="refuses"):
+        render_chat("{{ raise_exception('no') }}", [])
+    assert chat_sandbox._workshop.child is child
+    with pytest.raises(ChatTemplateError, match="does not end"):
+        render_chat(HOSTILE["loop"], [], budget=Budget(seconds=0.1))
+    assert child.process.returncode is not None  # killed, and waited for
+    assert render_chat("b", []) == "b"
+
+
+@pytest.mark.parametrize("when", ["idle", "asked"])
+def test_a_process_that_dies_is_an_error_or_is_replaced(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    render_chat("a", [])
+    child = chat_sandbox._workshop.child
+    assert child is not None
+    if when == "idle":
+        child.process.kill()
+        child.process.wait()
+        assert render_chat("b", []) == "b"
+        return
+    ask = child.ask
+
+    def killed(line: bytes, seconds: float, longest: int) -> bytes:
+        child.process.kill()
+        return ask(line, seconds, longest)
+
+    monkeypatch.setattr(child, "ask", killed)
+    with pytest.raises(ChatTemplateError, match="ended the process that rendered it"):
+        render_chat("b", [])
+    assert child.process.returncode is not None
+    assert render_chat("c", []) == "c"
+
+
+def test_without_a_program_to_start_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for program in ("/nowhere/python", "", sys.executable + "\0"):
+        chat_sandbox._workshop.discard()
+        monkeypatch.setattr(sys, "executable", program)
+        with pytest.raises(ChatTemplateError, match="no process can be started"):
+            render_chat("a", [])
+    if true := shutil.which("true"):
+        monkeypatch.setattr(sys, "executable", true)
+        with pytest.raises(ChatTemplateError, match=r"did not start \(status 0\)"):
+            render_chat("a", [])
+
+
+def test_an_interruption_ends_the_process_and_passes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    render_chat("a", [])
+    child = chat_sandbox._workshop.child
+    assert child is not None
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        render_chat(HOSTILE["loop"], [])
+    timer.join()
+    assert time.monotonic() - begun < 2
+    assert child.process.returncode is not None and chat_sandbox._workshop.child is None
+
+
+def test_threads_take_turns() -> None:
+    def render(number: int) -> str:
+        return render_chat("{{ messages[0].content }}", [{"content": str(number)}])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(render, range(40))) == [str(number) for number in range(40)]
+
+
+def test_the_process_sees_no_environment_and_opens_no_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    chat_sandbox._workshop.discard()
+    render_chat("a", [])
+    child = chat_sandbox._workshop.child
+    assert child is not None
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the facts about a process are read from /proc")
+    facts = Path(f"/proc/{child.process.pid}")
+    assert b"hunter2" not in (facts / "environ").read_bytes()
+    limits = {line[:26].strip(): line[26:47].strip() for line in (facts / "limits").read_text().splitlines()}
+    assert limits["Max open files"] == "3" and limits["Max file size"] == "0"
+    assert int(limits["Max address space"]) == Budget().memory
+
+
+class _Turn(Mapping[str, Any]):
+    """A message that is no dict."""
+
+    def __getitem__(self, key: str) -> Any:
+        return {"role": "user", "n": np.int64(3)}[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("role", "n"))
+
+    def __len__(self) -> int:
+        return 2
+
+
+def test_messages_are_plain_data() -> None:
+    assert render_chat("{{ messages | tojson }}", [_Turn()]) == '[{"role": "user", "n": 3}]'
+    itself: list[Any] = []
+    itself.append(itself)
+    for tools, words in (
+        (b"a", "'tools': it holds a bytes"),
+        ({1: 2}, "holds a dict"),
+        (itself, "themselves"),
+    ):
+        with pytest.raises(ChatTemplateError, match=words):
+            render_chat("a", [], tools=tools)
 
 
 def test_the_bounds_leave_room_for_real_conversations() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ def write_model(
             names |= {f"model.layers.{i}.{s}": (width,) if "norm" in s else (width, width) for s in BLOCK}
         names["lm_head.weight"] = (rows, width)
         tensors = {n: random.normal(size=s).astype(np.float32) for n, s in names.items() if n not in drop}
+    else:
+        layers = len({match[1] for name in tensors if (match := re.search(r"\.(\d+)\.", name))})
     save_file(dict(tensors), folder / "model.safetensors")
     stated = {"model_type": "tiny", "num_hidden_layers": layers, "vocab_size": rows, "hidden_size": width}
     (folder / "config.json").write_text(json.dumps(stated if config is None else dict(config)))

@@ -251,9 +251,11 @@ def test_what_becomes_of_a_lone_tensor(tmp_path: Path, method: str) -> None:
         write_model(tmp_path / "a", drop=model_drops, seed=1)
         if expected == "fault":
             with pytest.raises(RecipeError, match=rf"tensor '{NORM}' is missing from the base model 'base'"):
-                plan_of(tmp_path, text)
+                plan_of(tmp_path, text, allow_mixed_architectures=True)
             continue
-        plan = plan_of(tmp_path, text)
+        with pytest.raises(RecipeError, match=f"'{NORM}' is missing from '.*', though other models have it"):
+            plan_of(tmp_path, text)
+        plan = plan_of(tmp_path, text, allow_mixed_architectures=True)
         job = next(job for job in plan.jobs if job.name == NORM)
         kind, owner = expected.split()
         assert (kind, owner) == ("copy" if job.merge is None else "merge", job.model_names[0])
@@ -266,10 +268,11 @@ def test_model_stock_falls_back_to_the_base_or_leaves_the_tensor_out(tmp_path: P
     write_model(tmp_path / "base")
     write_model(tmp_path / "a", seed=1, drop=[NORM])
     write_model(tmp_path / "b", seed=2)
-    job = next(job for job in plan_of(tmp_path, text).jobs if job.name == NORM)
+    plan = plan_of(tmp_path, text, allow_mixed_architectures=True)
+    job = next(job for job in plan.jobs if job.name == NORM)
     assert (job.merge, job.model_names) == (None, ("base",))
     write_model(tmp_path / "base", drop=[NORM])
-    plan = plan_of(tmp_path, text)
+    plan = plan_of(tmp_path, text, allow_mixed_architectures=True)
     assert NORM not in {job.name for job in plan.jobs}
     assert any(NORM in warning and "left out" in warning for warning in plan.warnings)
 
@@ -282,7 +285,8 @@ def test_parameters_of_a_model_without_the_tensor_are_dropped(tmp_path: Path) ->
         models=[{"model": "a", "parameters": {"weight": 3}}, {"model": "b", "parameters": {"weight": 0.5}}],
         parameters={"normalize": False},
     )
-    jobs = {job.name: job for job in make_plan(recipe, base_dir=tmp_path).jobs}
+    plan = make_plan(recipe, base_dir=tmp_path, allow_mixed_architectures=True)
+    jobs = {job.name: job for job in plan.jobs}
     one = np.ones(4, np.float32)
     merge = jobs[NORM].merge
     assert merge is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import glob
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from mergelab.checkpoints import TensorSource, open_safetensors
+from mergelab.checkpoints.npy_file import NpyFile, open_npy
 from mergelab.errors import CheckpointError, NonFiniteError
 
 __all__ = ["ActivationFiles", "find_activation_files", "open_activation_files"]
@@ -30,13 +32,12 @@ class _Shard:
     rows: int
     width: int
     dtype: np.dtype
-    tensor: TensorSource | None  # None: a .npy file
+    tensor: TensorSource | NpyFile
     scales: TensorSource | None = None  # of int8 rows
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        if self.tensor is None:
-            # Mapped anew each time: what is read is copied, and no file stays open.
-            piece = np.load(self.path, mmap_mode="r", allow_pickle=False)[start:stop]
+        if isinstance(self.tensor, NpyFile):
+            piece = self.tensor.rows(start, stop)
         else:
             piece = np.empty((stop - start, self.width), self.dtype)
             self.tensor.read_into(start * self.width, piece.reshape(-1))
@@ -120,8 +121,8 @@ def find_activation_files(patterns: str | Path | Sequence[str | Path]) -> list[P
         CheckpointError: nothing matches one of them.
     """
     paths: list[Path] = []
-    for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
-        found = sorted(glob.glob(str(pattern))) or ([str(pattern)] if Path(pattern).exists() else [])
+    for pattern in map(str, [patterns] if isinstance(patterns, str | Path) else patterns):
+        found = sorted(glob.glob(pattern)) or ([pattern] if os.path.exists(pattern) else [])
         if not found:
             raise CheckpointError(f"{pattern}: no file matches; expected .npy or .safetensors activations")
         paths += map(Path, found)
@@ -130,11 +131,8 @@ def find_activation_files(patterns: str | Path | Sequence[str | Path]) -> list[P
 
 def _open(path: Path) -> _Shard:
     if path.suffix == ".npy":
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise CheckpointError(f"{path}: not a readable .npy file ({error}); write it again") from error
-        shape, dtype, tensor, scales = array.shape, array.dtype, None, None
+        tensor, scales = open_npy(path), None
+        shape, dtype = tensor.header.shape, tensor.header.dtype
     elif path.suffix == ".safetensors":
         tensors = dict(open_safetensors(path).tensors)
         scales = tensors.pop(SCALES, None)

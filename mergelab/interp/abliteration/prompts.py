@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from mergelab.checkpoints.json_data import parse_json
+from mergelab.checkpoints.text_file import read_text
 from mergelab.data.chat import Message, chat_text
 from mergelab.data.tokenizer import Tokenizer
 from mergelab.decoding import pad_prompts
-from mergelab.errors import MergelabError
+from mergelab.errors import CheckpointError, MergelabError
 
 __all__ = ["Batch", "Prompts", "encode_prompts", "post_instruction_tokens", "read_prompts"]
 
@@ -102,10 +103,7 @@ def read_prompts(path: str | Path) -> list[str]:
         MergelabError: the file cannot be read as UTF-8, holds no prompts, or a line is not such JSON.
     """
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise MergelabError(f"{path} cannot be read as UTF-8 text ({error}); check the path.") from error
+    lines = read_text(path, error=MergelabError).splitlines()
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if path.suffix == ".jsonl":
         prompts = [_from_json(path, number, line) for number, line in numbered]
@@ -118,8 +116,8 @@ def read_prompts(path: str | Path) -> list[str]:
 
 def _from_json(path: Path, number: int, line: str) -> str:
     try:
-        found = json.loads(line)
-    except ValueError:
+        found = parse_json(line.encode(), str(path))
+    except CheckpointError:
         found = None
     if isinstance(found, dict):
         found = found.get("prompt")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import subprocess
@@ -10,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergelab.errors import EvaluationError
+from mergelab.checkpoints.json_data import parse_json
+from mergelab.errors import CheckpointError, EvaluationError
 
 __all__ = ["CommandEvaluator"]
 
@@ -79,8 +79,8 @@ def _parse(output: str, words: list[str]) -> Any:
     lines = [line for line in output.splitlines() if line.strip()]
     last = lines[-1].strip() if lines else ""
     try:
-        scores = json.loads(last)
-    except ValueError:
+        scores = parse_json(last.encode(), "the last line")
+    except CheckpointError:
         scores = None
     if isinstance(scores, bool) or not isinstance(scores, dict | int | float):
         raise EvaluationError(

@@ -102,7 +102,7 @@ def greedy_soup_checkpoints(
     }
     facts = {"subject": subject, "selection": str(chosen), "test": test_evaluate is not None, **settings}
     identity = identity_digest({"soup": json.dumps(facts, sort_keys=True), "plan": plan.identity})
-    with WorkFolder(out, inputs=inputs, overwrite=overwrite) as work:
+    with WorkFolder(Path(out), inputs=inputs, overwrite=overwrite) as work:
         if work.finished(identity):
             return Trace.from_json(trace_path(out).read_text(encoding="utf-8"))
         work.prepare()

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mergelab.errors import OutputError
+from mergelab.checkpoints.json_data import read_json_object
+from mergelab.errors import CheckpointError, OutputError
 from mergelab.merging.soups.scores import Scores
 
 __all__ = ["Journal"]
@@ -42,10 +43,10 @@ class Journal:
         if not path.exists():
             return cls(path, subject)
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_json_object(path)
             scores = {tuple(entry["members"]): entry["scores"] for entry in data["scores"]}
-            found = data["subject"]
-        except (ValueError, KeyError, TypeError) as error:
+            found = dict(data["subject"])
+        except (CheckpointError, AttributeError, KeyError, TypeError) as error:
             raise OutputError(
                 f"{path} is not a readable journal of a greedy soup; start again with --overwrite."
             ) from error

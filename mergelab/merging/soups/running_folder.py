@@ -58,7 +58,7 @@ def update_average(
     if decay is not None and not 0 <= decay <= 1:
         raise RecipeError(f"decay is {decay}; an exponential average needs a decay within [0, 1].")
     fresh = list(candidate_names(checkpoints).values())
-    with WorkFolder(out, inputs=fresh, overwrite=True) as work:
+    with WorkFolder(Path(out), inputs=fresh, overwrite=True) as work:
         state = _read(work.out, decay) if _holds_files(work.out) else RunningFolder((), decay)
         known = [path for path in fresh if str(path.resolve()) in state.checkpoints]
         if len(known) == len(fresh):

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from mergelab.errors import EvaluationError
 from mergelab.merging.soups.scores import Scores
-from mergelab.merging.soups.selection import Selection
+from mergelab.merging.soups.selection import Metric, Selection, as_selection
 from mergelab.merging.soups.trace import Decision, Ranked, Trace
 
 __all__ = ["Rule", "ScoreSoup", "greedy_search"]
@@ -22,7 +22,7 @@ def greedy_search(
     names: Iterable[str],
     score: ScoreSoup,
     *,
-    selection: Selection,
+    selection: str | Metric | Selection,
     rule: Rule = "paper",
     min_delta: float = 0.0,
     patience: int | None = None,
@@ -43,7 +43,7 @@ def greedy_search(
         names: the candidates, all different.
         score: scores the soup of a tuple of candidates; called with one name each, then with trial soups
             `(*members, candidate)`.
-        selection: orders score sheets.
+        selection: orders score sheets; a metric or its name will do.
         rule: acceptance on ties, the paper's algorithm or its released code.
         min_delta: least improvement, >= 0.
         patience: stop after this many rejections in a row; None: try every candidate.
@@ -55,7 +55,7 @@ def greedy_search(
     Reference:
         Wortsman et al., Model soups (arXiv:2203.05482), recipe 1 and github.com/mlfoundations/model-soups.
     """
-    names = list(names)
+    names, selection = list(names), as_selection(selection)
     _check(names, rule, min_delta, patience, max_size)
     ranking = [Ranked(name, score((name,))) for name in names]
     ranking.sort(key=lambda r: (tuple(-w for w in selection.worth(r.scores)), r.name))

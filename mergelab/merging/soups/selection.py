@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -55,15 +56,39 @@ class Selection(Protocol):
         ...
 
 
+def _metric(given: str | Metric) -> Metric:
+    """A metric, or the name of one whose larger values are better."""
+    if isinstance(given, Metric):
+        return given
+    if isinstance(given, str):
+        return Metric(given)
+    raise EvaluationError(f"A selection rule has {given!r} where a metric or its name was expected.")
+
+
+def _pairs(given: Iterable[tuple[str | Metric, float]], what: str) -> tuple[tuple[Metric, float], ...]:
+    """Metrics with a number each."""
+    found: list[tuple[Metric, float]] = []
+    for pair in given:
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[1], int | float):
+            raise EvaluationError(f"A selection rule has {pair!r} where (metric, {what}) was expected.")
+        found.append((_metric(pair[0]), pair[1]))
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class Lexicographic:
-    """The first metric decides; each next one only where all before it are equal."""
+    """The first metric decides; each next one only where all before it are equal.
+
+    Metrics may be given by name, where larger is better.
+    """
 
     metrics: tuple[Metric, ...]
 
     def __post_init__(self) -> None:
-        if not self.metrics:
+        given = (self.metrics,) if isinstance(self.metrics, str | Metric) else self.metrics
+        if not given:
             raise EvaluationError("A selection rule needs at least one metric; none was given.")
+        object.__setattr__(self, "metrics", tuple(map(_metric, given)))
 
     def worth(self, scores: Scores) -> tuple[float, ...]:
         return tuple(metric.worth(scores) for metric in self.metrics)
@@ -77,13 +102,14 @@ class Lexicographic:
 
 @dataclass(frozen=True)
 class WeightedSum:
-    """The sum of `weight * worth` over metrics, where `worth` is negated for metrics to minimise."""
+    """The sum of `weight * worth` over metrics or their names; `worth` is negated for metrics to minimise."""
 
     terms: tuple[tuple[Metric, float], ...]
 
     def __post_init__(self) -> None:
         if not self.terms:
             raise EvaluationError("A selection rule needs at least one metric; none was given.")
+        object.__setattr__(self, "terms", _pairs(self.terms, "weight"))
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -101,7 +127,7 @@ class WeightedSum:
 
 @dataclass(frozen=True)
 class Guarded:
-    """Another rule, with limits on how far metrics may fall below the best single model's.
+    """Another rule (or a metric), with limits on how far metrics may fall below the best single model's.
 
     The reference is the best single model and not the previous soup, so that many small losses cannot add
     up to more than the limit.
@@ -111,8 +137,10 @@ class Guarded:
     limits: tuple[tuple[Metric, float], ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rule", as_selection(self.rule))
+        object.__setattr__(self, "limits", _pairs(self.limits, "limit"))
         for metric, limit in self.limits:
-            if limit < 0:
+            if not limit >= 0:
                 raise EvaluationError(f"The limit on {metric.name!r} is {limit}; expected 0 or more.")
 
     @property
@@ -139,7 +167,13 @@ class Guarded:
 
 
 def as_selection(rule: str | Metric | Selection) -> Selection:
-    """Returns a rule for a metric's name (larger is better), a `Metric`, or a rule itself."""
-    if isinstance(rule, str):
-        rule = Metric(rule)
-    return Lexicographic((rule,)) if isinstance(rule, Metric) else rule
+    """Returns a rule for a metric's name (larger is better), a `Metric`, or a rule itself.
+
+    Raises:
+        EvaluationError: it is none of these.
+    """
+    if isinstance(rule, str | Metric):
+        return Lexicographic((_metric(rule),))
+    if not all(hasattr(rule, name) for name in ("metrics", "worth", "objection")):
+        raise EvaluationError(f"{rule!r} is no selection rule; give a metric, its name, or a rule of them.")
+    return rule

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from mergelab.checkpoints.folder import open_checkpoint
+from mergelab.checkpoints.text_file import MAX_PROSE, read_text
+from mergelab.checkpoints.tokenizer_file import open_tokenizer_file
 from mergelab.data.windows import evaluation_windows
 from mergelab.errors import CheckpointError, EvaluationError
 from mergelab.models.load import load_model
@@ -68,24 +70,19 @@ class TextLoss:
         return {METRIC: nats / math.log(2) / windows.num_bytes}
 
     def _read(self) -> str:
-        try:
-            text = Path(self.text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise EvaluationError(f"The text {self.text} cannot be read as UTF-8 ({error}).") from error
+        text = read_text(self.text, MAX_PROSE, error=EvaluationError)
         if not text.strip():
             raise EvaluationError(f"The text {self.text} is empty; a loss needs some text.")
         return text
 
 
 def _tokenize(folder: Path, text: str) -> list[int]:
-    from tokenizers import Tokenizer
-
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(
             f"{folder} has no tokenizer.json; the loss on a text needs the model's tokenizer."
         )
-    return Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False).ids
+    return open_tokenizer_file(path).encode(text, add_special_tokens=False).ids
 
 
 def _separator(folder: Path) -> int:
@@ -94,5 +91,7 @@ def _separator(folder: Path) -> int:
     for name in ("bos_token_id", "eos_token_id"):
         found = config.get(name)
         if found is not None:
-            return int(found[0] if isinstance(found, list) else found)
+            first = found[0] if isinstance(found, list) and found else found
+            if type(first) is int and 0 <= first < 2**31:
+                return first
     return 0

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from mergelab.errors import OutputError
+from mergelab.checkpoints.json_data import parse_json_object
+from mergelab.errors import CheckpointError, OutputError
 from mergelab.merging.soups.scores import Scores
 
 __all__ = ["Decision", "Ranked", "Trace"]
@@ -87,7 +87,7 @@ class Trace:
             OutputError: the text is not a trace of this format.
         """
         try:
-            data = json.loads(text)
+            data = parse_json_object(text.encode(), "the trace")
             if data["format"] != _FORMAT:
                 raise ValueError(f"its format is {data['format']!r}, expected {_FORMAT}")
             return cls(
@@ -96,5 +96,5 @@ class Trace:
                 decisions=tuple(Decision(**d) for d in data["decisions"]),
                 test=data["test"],
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (CheckpointError, ValueError, KeyError, TypeError) as error:
             raise OutputError(f"This is not the trace of a greedy soup ({error}); make it again.") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from mergelab.merging.streaming.blocks import BLOCK_ELEMENTS, Block
 from mergelab.merging.streaming.inputs import Buffers
 from mergelab.merging.streaming.tensor_run import Limits, TensorRun
 from mergelab.merging.streaming.tree_run import run_tree
+from mergelab.platform import usable_cores
 
 __all__ = ["StreamReport", "Writer", "default_threads", "limits_for", "stream_jobs"]
 
@@ -55,9 +55,7 @@ class StreamReport:
 
 def default_threads() -> int:
     """One thread per available core, at most 8: beyond that memory bandwidth is the limit."""
-    return max(
-        1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    )
+    return min(8, usable_cores())
 
 
 def limits_for(memory: int, threads: int) -> Limits:

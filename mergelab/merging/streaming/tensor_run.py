@@ -90,7 +90,8 @@ class TensorRun:
             self._buffers.give_back(buffer)
 
     def _region(self, block: Block) -> Region:
-        return Region(split_words(block.start), self._key, block.shape, "float64", short=True)
+        count = np.uint32(block.count)
+        return Region(split_words(block.start), self._key, block.shape, "float64", short=True, count=count)
 
     def _known(self, inputs: InputBlock, block: Block) -> tuple[tuple[Any, ...], ...]:
         """What is known so far, with the results that belong to this block filled in."""
@@ -151,6 +152,10 @@ class TensorRun:
         if isinstance(declared, RowOrder | PerBlock):
             self.known[part].append(_PER_BLOCK)
         elif isinstance(declared, Sum):
+            known = tuple(self.known[part])
+            if declared.needed is not None and not declared.needed(self.merge.parts[part], known):
+                self.known[part].append(None)
+                return
             self.finish_sum(part, measure, self.total(part, measure))
         else:
             self.known[part].append(self._rank(part, measure, declared))
@@ -178,7 +183,9 @@ class TensorRun:
 
     def _rank(self, part: int, measure: int, declared: Rank) -> tuple[tuple[Selection, ...], ...]:
         counts = self.counts(part, declared, self.job.size)
-        fixed = [[trivial_selection(c, self.job.size) for c in stream] for stream in counts]
+        fixed = [
+            [trivial_selection(c, self.job.size, values=declared.values) for c in stream] for stream in counts
+        ]
         searches = {
             (s, r): KeySearch(counts[s][r], self.job.size)
             for s, stream in enumerate(fixed)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mergelab.checkpoints.json_data import parse_json, read_json_object
+from mergelab.checkpoints.json_data import parse_json_object, read_optional_json
 from mergelab.checkpoints.source import Checkpoint
-from mergelab.errors import RecipeError, did_you_mean
+from mergelab.checkpoints.text_file import read_text
+from mergelab.errors import RecipeError, did_you_mean, quoted
 from mergelab.merging.vocabulary.chat_formats import CHAT_FORMATS
 from mergelab.merging.vocabulary.write import json_bytes
 
@@ -43,8 +45,8 @@ def chat_template_files(
     if choice not in CHAT_FORMATS and "{{" not in template and "{%" not in template:
         names = ("auto", *CHAT_FORMATS)
         raise RecipeError(
-            f"chat_template: {choice!r} is neither jinja nor a known format{did_you_mean(choice, names)}; "
-            f"write one of {', '.join(names)}, or the template itself"
+            f"chat_template: {quoted(choice)} is neither jinja nor a known format"
+            f"{did_you_mean(choice, names)}; write one of {', '.join(names)}, or the template itself"
         )
     _check_jinja(template)
     written = {"chat_template.jinja": template.encode("utf-8")}
@@ -60,16 +62,15 @@ def read_chat_template(folder: Path) -> str | None:
     Raises:
         CheckpointError: a file of it is not JSON.
     """
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if os.path.lexists(folder / "chat_template.jinja"):
+        return read_text(folder / "chat_template.jinja")
     for name in ("chat_template.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            template = read_json_object(folder / name).get("chat_template")
-            if isinstance(template, list):
-                named = {entry.get("name"): entry.get("template") for entry in template}
-                template = named.get("default")
-            if isinstance(template, str):
-                return template
+        template = read_optional_json(folder / name).get("chat_template")
+        if isinstance(template, list):
+            named = [entry for entry in template if isinstance(entry, dict)]
+            template = next((e.get("template") for e in named if e.get("name") == "default"), None)
+        if isinstance(template, str):
+            return template
     return None
 
 
@@ -84,34 +85,25 @@ def _tokenizer_config(
 ) -> dict[str, Any]:
     if files is not None:
         raw = files.get("tokenizer_config.json")
-        return {} if raw is None else parse_json(raw, "tokenizer_config.json")
+        return {} if raw is None else parse_json_object(raw, "tokenizer_config.json")
     path = models[base or next(iter(models))].path / "tokenizer_config.json"
-    return read_json_object(path) if path.is_file() else {}
+    return read_optional_json(path)
 
 
 def _check_jinja(template: str) -> None:
-    """Parses, in a sandbox and without running it, with the extensions chat templates may use."""
-    from jinja2 import TemplateSyntaxError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    """Parses a template as its readers will, without compiling or running it."""
+    from jinja2 import TemplateSyntaxError
 
-    class Generation(Extension):
-        """`{% generation %}`: marks what the assistant wrote, for training; parsed as a plain block."""
+    from mergelab.data.chat_worker import chat_environment
 
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body).set_lineno(line)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
-    )
     try:
-        environment.parse(template)
+        chat_environment().parse(template)
     except TemplateSyntaxError as error:
-        raise RecipeError(
-            f"chat_template: not valid jinja: {error.message} at line {error.lineno}; correct it"
-        ) from error
+        fault = f"{error.message} at line {error.lineno}"
+    except (RecursionError, MemoryError):
+        fault = "it is nested too deeply"
+    except (ArithmeticError, ValueError) as error:  # literals that Python does not take
+        fault = str(error)
+    else:
+        return
+    raise RecipeError(f"chat_template: not valid jinja: {fault[:500]}; correct it")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from mergelab.errors import did_you_mean
+from mergelab.errors import MAX_FAULTS, did_you_mean, quoted, shortened
 from mergelab.merging.recipe import TokenRule, TokenSource
 from mergelab.merging.vocabulary.rows import ZERO, Row
 from mergelab.merging.vocabulary.tokenizer_files import Tokenizer
@@ -40,22 +40,24 @@ class RuleBook:
                 continue
             definition = next((t.added[token] for t in self.tokenizers.values() if token in t.added), None)
             elsewhere = any(token in vocabulary for vocabulary in self.vocabularies.values())
-            near = did_you_mean(token, known)
+            # Looking through a vocabulary takes long, and more than these are not shown.
+            many = len(self.faults) + len(self.warnings) >= MAX_FAULTS
+            near = "" if many else did_you_mean(token, known)
             if rule.source is None and not elsewhere:
                 self.faults.append(
-                    f"tokenizer.tokens[{token!r}]: no model has this token{near}, so its row needs "
+                    f"tokenizer.tokens[{quoted(token)}]: no model has this token{near}, so its row needs "
                     "a source: give it {kind: zero} or {kind: model_token, model: ..., token: ...}"
                 )
                 continue
             number = additions.add_token(token, definition)
             if not elsewhere:
                 self.warnings.append(
-                    f"token {token!r} is in no model's vocabulary{near}; it is added with id {number}"
+                    f"token {quoted(token)} is in no model's vocabulary{near}; it is added with id {number}"
                 )
 
     def row(self, token: str, source: str | TokenSource) -> Row:
         """The row a rule names; ZERO, with a fault noted, where there is none."""
-        field_name = f"tokenizer.tokens[{token!r}].source"
+        field_name = f"tokenizer.tokens[{quoted(token)}].source"
         if isinstance(source, str):
             return self._named(field_name, source, token)
         if source.kind == "zero" or source.model is None:
@@ -78,8 +80,9 @@ class RuleBook:
             return ZERO
         vocabulary = self.vocabularies[model]
         if token not in vocabulary:
+            near = "" if len(self.faults) >= MAX_FAULTS else did_you_mean(token, vocabulary)
             self.faults.append(
-                f"{field_name}: model {model!r} has no token {token!r}{did_you_mean(token, vocabulary)}; "
+                f"{field_name}: model {quoted(model)} has no token {quoted(token)}{near}; "
                 "name one it has with {kind: model_token, model: ..., token: ...}"
             )
             return ZERO
@@ -96,6 +99,6 @@ def unknown_model(field_name: str, model: str, models: Iterable[str]) -> str:
     """The sentence for a model name that the recipe's tokenizer section uses and the merge does not have."""
     names = list(models)
     return (
-        f"{field_name}: no model {model!r} in this merge{did_you_mean(model, names)}; its models are "
-        f"{', '.join(map(repr, names))}"
+        f"{field_name}: no model {quoted(model)} in this merge{did_you_mean(model, names)}; its models are "
+        f"{shortened(', '.join(map(repr, names)), 400)}"
     )

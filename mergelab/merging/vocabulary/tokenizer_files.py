@@ -8,8 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mergelab.checkpoints.json_data import read_json_object
-from mergelab.errors import CheckpointError
+from mergelab.checkpoints.json_data import read_json_object, read_optional_json
+from mergelab.checkpoints.text_file import MAX_TABLE, read_bytes
+from mergelab.errors import CheckpointError, quoted, shortened
 
 __all__ = ["TOKENIZER_FILES", "Tokenizer", "added_token", "read_tokenizer"]
 
@@ -62,7 +63,7 @@ class Tokenizer:
     def files(self) -> dict[str, bytes]:
         """The tokenizer's files by name, as they are."""
         paths = (self.folder / name for name in TOKENIZER_FILES)
-        return {path.name: path.read_bytes() for path in paths if path.is_file()}
+        return {path.name: read_bytes(path, MAX_TABLE) for path in paths if path.is_file()}
 
 
 def read_tokenizer(name: str, folder: Path) -> Tokenizer:
@@ -74,7 +75,7 @@ def read_tokenizer(name: str, folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(_missing(name, folder))
-    data = read_json_object(path)
+    data = read_json_object(path, MAX_TABLE)
     model = data.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(vocab, dict | list):
@@ -91,28 +92,31 @@ def read_tokenizer(name: str, folder: Path) -> Tokenizer:
         plain = {piece[0]: i for i, piece in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
         added = {str(a["content"]): a for a in data.get("added_tokens") or ()}
         added |= _only_in_config(folder, {**plain, **added})
-        plain = dict(sorted(plain.items(), key=lambda item: int(item[1])))
-        added = dict(sorted(added.items(), key=lambda item: int(item[1]["id"])))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+        plain = dict(sorted(plain.items(), key=lambda item: _token_id(item[1])))
+        added = dict(sorted(added.items(), key=lambda item: _token_id(item[1]["id"])))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} has a malformed vocabulary or added token ({type(error).__name__}: {error}); expected "
+            f"{path} has a malformed vocabulary or added token ({shortened(str(error), 200)}); expected "
             "token -> id and a list of {id, content, ...}"
         ) from error
     return Tokenizer(name, folder, data, kind, plain, added)
+
+
+def _token_id(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**31:
+        raise ValueError(f"{quoted(value)} is no token id")
+    return value
 
 
 def _only_in_config(folder: Path, known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Added tokens that `tokenizer_config.json` or `added_tokens.json` has and `tokenizer.json` lacks."""
     found: dict[str, dict[str, Any]] = {}
     config = folder / "tokenizer_config.json"
-    if config.is_file():
-        decoder = read_json_object(config).get("added_tokens_decoder") or {}
-        for number, definition in decoder.items():
-            found[definition["content"]] = added_token(int(number), **definition)
-    extra = folder / "added_tokens.json"
-    if extra.is_file():
-        for token, number in read_json_object(extra).items():
-            found.setdefault(token, added_token(int(number), token))
+    decoder = read_optional_json(config).get("added_tokens_decoder") or {}
+    for number, definition in decoder.items():
+        found[str(definition["content"])] = added_token(int(number), **definition)
+    for token, number in read_optional_json(folder / "added_tokens.json").items():
+        found.setdefault(token, added_token(int(number), token))
     return {token: definition for token, definition in found.items() if token not in known}
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from mergelab.checkpoints.json_data import parse_json
+from mergelab.checkpoints.json_data import parse_json_object
 from mergelab.errors import CheckpointError
 from mergelab.merging.vocabulary.union import Additions
 
@@ -36,7 +36,8 @@ def tokenizer_files(additions: Additions) -> dict[str, bytes]:
     added = {**additions.donor.added, **additions.added}
     kept["tokenizer.json"] = json_bytes(_tokenizer_json(additions, added))
     if "tokenizer_config.json" in kept:
-        config = parse_json(kept["tokenizer_config.json"], f"{additions.donor.folder}/tokenizer_config.json")
+        place = f"{additions.donor.folder}/tokenizer_config.json"
+        config = parse_json_object(kept["tokenizer_config.json"], place)
         decoder = config.get("added_tokens_decoder")
         if decoder is not None:
             for definition in additions.added.values():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mergelab.errors import CheckpointError, did_you_mean
+from mergelab.errors import CheckpointError, did_you_mean, quoted
 from mergelab.models.families.bert import BERT
 from mergelab.models.families.gemma import GEMMA2, GEMMA3_TEXT
 from mergelab.models.families.gpt2 import GPT2
@@ -49,8 +49,9 @@ def model_from_config(config: Mapping[str, Any], place: str = "config.json") -> 
     kind = config.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
+        near = did_you_mean(kind, FAMILIES) if isinstance(kind, str) else ""
         raise CheckpointError(
-            f"{place} has model_type {kind!r}{did_you_mean(str(kind), FAMILIES)}, but the supported ones are "
+            f"{place} has model_type {quoted(kind)}{near}, but the supported ones are "
             f"{', '.join(FAMILIES)}; docs/models.md shows how to add a family."
         )
     return Model(family, family.read(config, place), dict(config))

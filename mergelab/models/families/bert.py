@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from mergelab.models.config_fields import read_fields
+from mergelab.models.config_fields import head_width, read_fields
 from mergelab.models.encoder import ENCODER
 from mergelab.models.encoder_config import EncoderConfig
 from mergelab.models.family import Family
@@ -65,6 +65,7 @@ def read_bert(config: Mapping[str, Any], place: str) -> EncoderConfig:
             "add_cross_attention": (False,),
         },
     )
+    head_width(fields["hidden_size"], fields["num_attention_heads"], place)
     return EncoderConfig(
         vocab_size=fields["vocab_size"],
         width=fields["hidden_size"],

@@ -68,7 +68,7 @@ def read_gemma3(config: Mapping[str, Any], place: str) -> DecoderConfig:
         "_sliding_window_pattern": None,
     }
     fields = read_usual_fields(config, place, optional, _FIXED)
-    every = fields["_sliding_window_pattern"] or fields["sliding_window_pattern"]
+    every = fields["_sliding_window_pattern"] or fields["sliding_window_pattern"] or 6
     windows = _windows(fields, place, every)
     full, sliding = _rotaries(fields, place)
     return _decoder(

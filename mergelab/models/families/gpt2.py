@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mergelab.models.config_fields import read_fields
+from mergelab.models.config_fields import head_width, read_fields
 from mergelab.models.declaration import Fused
 from mergelab.models.decoder import DECODER
 from mergelab.models.decoder_config import DecoderConfig
@@ -68,18 +68,19 @@ def read_gpt2(config: Mapping[str, Any], place: str) -> DecoderConfig:
         },
     )
     width, layers, heads = fields["n_embd"], fields["n_layer"], fields["n_head"]
+    head_dim = head_width(width, heads, place)
     return DecoderConfig(
         vocab_size=fields["vocab_size"],
         width=width,
         layers=layers,
         heads=heads,
         kv_heads=heads,
-        head_dim=width // heads,
+        head_dim=head_dim,
         mlp_width=fields["n_inner"] or 4 * width,
         max_length=fields["n_positions"],
         rotary=(),
         windows=(None,) * layers,
-        query_scale=(width // heads) ** -0.5,
+        query_scale=head_dim**-0.5,
         norm=NormKind("layer", fields["layer_norm_epsilon"]),
         qkv_bias=True,
         out_bias=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mergelab.models.config_fields import read_fields
+from mergelab.models.config_fields import head_width, read_fields
 from mergelab.models.config_rotary import ROTARY_FIELDS, read_rotary
 from mergelab.models.declaration import FusedHeads
 from mergelab.models.decoder import DECODER
@@ -70,7 +70,7 @@ def read_gpt_neox(config: Mapping[str, Any], place: str) -> DecoderConfig:
         fixed={"hidden_act": tuple(ACTIVATIONS), "is_decoder": (False, True)},
     )
     width, layers, heads = fields["hidden_size"], fields["num_hidden_layers"], fields["num_attention_heads"]
-    length, head_dim = fields["max_position_embeddings"], width // heads
+    length, head_dim = fields["max_position_embeddings"], head_width(width, heads, place)
     rotary = read_rotary(
         {"partial_rotary_factor": fields["rotary_pct"]} | {k: v for k, v in fields.items() if v is not None},
         place,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mergelab.errors import CheckpointError
 from mergelab.models.decoder import DECODER
 from mergelab.models.decoder_config import DecoderConfig, Experts
 from mergelab.models.families.llama import LLAMA_LINEAR, LLAMA_NORMS, LLAMA_UNUSED, llama_rows
@@ -37,12 +38,15 @@ def read_mixtral(config: Mapping[str, Any], place: str) -> DecoderConfig:
         "num_experts_per_tok": 2,
     }
     fields = read_usual_fields(config, place, optional, {"hidden_act": ("silu",)})
+    experts, chosen = fields["num_local_experts"], fields["num_experts_per_tok"]
+    if chosen > experts:
+        raise CheckpointError(f"{place} chooses {chosen} of {experts} experts; correct one of the two.")
     return usual_decoder(
         fields,
         place,
         theta=1e6,
         windows=(fields["sliding_window"],) * fields["num_hidden_layers"],
-        experts=Experts(fields["num_local_experts"], fields["num_experts_per_tok"]),
+        experts=Experts(experts, chosen),
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mergelab.models.config_fields import read_fields
+from mergelab.errors import CheckpointError
+from mergelab.models.config_fields import head_width, read_fields
 from mergelab.models.config_rotary import ROTARY_FIELDS, read_rotary
 from mergelab.models.decoder_config import DecoderConfig
 from mergelab.models.layers.norms import NormKind
@@ -40,7 +41,9 @@ def read_usual_fields(
     Raises:
         CheckpointError: as `read_fields`.
     """
-    return read_fields(config, place, required=_REQUIRED, optional={**_OPTIONAL, **optional}, fixed=fixed)
+    found = read_fields(config, place, required=_REQUIRED, optional={**_OPTIONAL, **optional}, fixed=fixed)
+    width, heads = found["hidden_size"], found["num_attention_heads"]
+    return {**found, "head_dim": found["head_dim"] or head_width(width, heads, place)}
 
 
 def usual_decoder(
@@ -62,7 +65,13 @@ def usual_decoder(
         fields["num_attention_heads"],
         fields["max_position_embeddings"],
     )
-    head_dim = fields["head_dim"] or fields["hidden_size"] // heads
+    head_dim = fields["head_dim"]
+    key_heads = fields["num_key_value_heads"] or heads
+    if heads % key_heads:
+        raise CheckpointError(
+            f"{place} has {heads} heads for {key_heads} key-value heads, which cannot share them evenly; "
+            "correct one of the two."
+        )
     if "rotary" not in different:
         rotary = read_rotary(fields, place, head_dim=head_dim, max_length=length, theta=theta)
         different["rotary"] = (rotary,) * layers
@@ -71,7 +80,7 @@ def usual_decoder(
         "width": fields["hidden_size"],
         "layers": layers,
         "heads": heads,
-        "kv_heads": fields["num_key_value_heads"] or heads,
+        "kv_heads": key_heads,
         "head_dim": head_dim,
         "mlp_width": fields["intermediate_size"],
         "max_length": length,

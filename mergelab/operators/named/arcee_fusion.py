@@ -34,7 +34,7 @@ class ArceeFusion(Reduction):
     granularity: ClassVar[Granularity] = "row"
 
     def measures(self) -> tuple[Measure, ...]:
-        return (Rank(ArceeFusion.keys, ArceeFusion.quartiles),)
+        return (Rank(ArceeFusion.keys, ArceeFusion.quartiles, values=True),)
 
     def importance(self, delta: jax.Array, base: jax.Array) -> jax.Array:
         """`|delta|` times the row's divergence."""

@@ -23,7 +23,7 @@ class ModelStock(Reduction):
     """`t mean(X) + (1 - t) B` with `t = N c / (1 + (N-1) c)`, c the mean pairwise cosine of `X_i - B`.
 
     `filter_wise` takes the angle row by row (last axis) instead of over the whole tensor. `t` is 0 where
-    its denominator is below 1e-6, and is not clamped.
+    its denominator is below 1e-6 (of a float32 sum, 1e-5), and is not clamped.
     """
 
     filter_wise: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -33,22 +33,27 @@ class ModelStock(Reduction):
         return "row" if self.filter_wise else "element"
 
     def measures(self) -> tuple[Measure, ...]:
-        return () if self.filter_wise else (Sum(ModelStock.products, ModelStock.ratio),)
+        if self.filter_wise:
+            return ()
+        exact = Sum(ModelStock.exact_products, ModelStock.ratio, needed=lambda _, known: bool(known[0][1]))
+        return Sum(ModelStock.products, ModelStock.ratio), exact
 
     def products(self, xs: Arrays, base: Any, region: Region, known: Known) -> Any:
         """Squared norms of the deltas, and inner products of all pairs."""
-        return self._products([rounded(x - base) for x in xs], region.total)
+        return self._products([rounded(x - base) for x in xs], lambda x, y: region.total(x * y))
 
-    def _products(self, deltas: list[jax.Array], total: Any) -> Any:
+    def exact_products(self, xs: Arrays, base: Any, region: Region, known: Known) -> Any:
+        """The same with nothing rounded before it is added up."""
+        return self._products([rounded(x - base) for x in xs], region.dot)
+
+    def _products(self, deltas: list[jax.Array], inner: Any) -> Any:
         pairs = {
-            (i, j): total(deltas[i] * deltas[j])
-            for i in range(len(deltas))
-            for j in range(i + 1, len(deltas))
+            (i, j): inner(deltas[i], deltas[j]) for i in range(len(deltas)) for j in range(i + 1, len(deltas))
         }
-        return [total(d * d) for d in deltas], [pairs[key] for key in sorted(pairs)]
+        return [inner(d, d) for d in deltas], [pairs[key] for key in sorted(pairs)]
 
-    def ratio(self, totals: Any) -> jax.Array:
-        """The interpolation ratio t."""
+    def ratio(self, totals: Any) -> tuple[jax.Array, jax.Array]:
+        """The interpolation ratio t, and whether its denominator is so small that exact products matter."""
         squares, products = totals
         n = len(squares)
         norms = [safe_sqrt(s) for s in squares]
@@ -59,16 +64,18 @@ class ModelStock(Reduction):
         ]
         cosine = sum(cosines[1:], cosines[0]) / len(pairs)
         denominator = 1 + rounded((n - 1) * cosine)
-        degenerate = jnp.abs(denominator) < 1e-6
+        degenerate = jnp.abs(denominator) < (1e-6 if denominator.dtype == jnp.float64 else 1e-5)
         t = jnp.where(degenerate, 0, n * cosine / jnp.where(degenerate, 1, denominator))
-        return t.astype(jnp.float32)
+        return t.astype(jnp.float32), jnp.abs(denominator) < 0.05
 
     def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> jax.Array:
         assert base is not None
         if self.filter_wise:
-            t = self.ratio(self._products([rounded(x - base) for x in xs], lambda p: row_sum(rounded(p))))
+            deltas = [rounded(x - base) for x in xs]
+            t, _ = self.ratio(self._products(deltas, lambda x, y: row_sum(rounded(x * y))))
         else:
-            (t,) = known
+            rough, exact = known
+            t, _ = rough if exact is None else exact
         mean = sum(xs[1:], xs[0]) / jnp.float32(len(xs))
         return rounded(t * mean) + rounded((1 - t) * base)
 

@@ -12,7 +12,7 @@ from mergelab.errors import OperatorError
 from mergelab.operators.algebra import Arrays, Known, Merge, algebraic
 from mergelab.operators.declare import PerModel, Range, operator
 from mergelab.operators.hyper import total_weight, weights
-from mergelab.operators.reductions.gram import GramReduction, safe_sqrt
+from mergelab.operators.reductions.gram import GramReduction, resolution, safe_sqrt
 from mergelab.operators.region import Region
 
 __all__ = ["MultiSlerp", "multislerp"]
@@ -32,20 +32,20 @@ class MultiSlerp(GramReduction):
 
     per_model: ClassVar[tuple[str, ...]] = ("weight",)
 
-    def coefficients(self, gram: jax.Array) -> tuple[jax.Array, ...]:
-        """The factors of all models."""
+    def solve(self, gram: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """The factors of all models; directions that nearly cancel need exact products."""
         n, dtype = gram.shape[0], gram.dtype
         w = jnp.broadcast_to(jnp.asarray(self.weight, dtype), (n,))
         w = w / jnp.sum(w) if self.normalize else w
         if n == 1:
-            return (jnp.ones((), jnp.float32),)
+            return (jnp.ones((), jnp.float32),), jnp.bool_(False)
         eps = jnp.asarray(self.eps, dtype)
         norms = safe_sqrt(jnp.diagonal(gram))
         inverse = 1 / (norms + eps)
         cosines = gram * inverse[:, None] * inverse[None, :]
         length = safe_sqrt(w @ cosines @ w)
-        # Below float32's resolution of the inputs the mean direction would be amplified rounding noise.
-        vanished = length < jnp.maximum(eps, 1e-6)
+        # Below its resolution the mean direction would be amplified rounding noise.
+        vanished = length < jnp.maximum(eps, resolution(dtype) * jnp.sum(jnp.abs(w)))
         m = w / jnp.where(vanished, 1, length)
         along = cosines @ m
         tangent = w - jnp.sum(w * along) * m
@@ -54,7 +54,8 @@ class MultiSlerp(GramReduction):
         combined = direction * inverse * jnp.sum(w * norms)
         # Antipodal pairs have no direction between them: two models fall back to their weighted sum.
         fallback = w if n == 2 else jnp.full_like(w, jnp.nan)
-        return tuple(jnp.where(vanished, fallback, combined).astype(jnp.float32))
+        doubtful = length < 0.1 * jnp.sum(jnp.abs(w))
+        return tuple(jnp.where(vanished, fallback, combined).astype(jnp.float32)), doubtful
 
     def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> jax.Array:
         # A lone model is passed through without touching its bits.
@@ -62,7 +63,7 @@ class MultiSlerp(GramReduction):
 
     def check(self, known: Known, name: str) -> None:
         """Refuses directions that cancel out."""
-        if bool(jnp.any(jnp.isnan(jnp.stack(known[0])))):
+        if bool(jnp.any(jnp.isnan(jnp.stack(self.coefficients(known))))):
             raise OperatorError(
                 f"multislerp: the weighted directions of tensor {name!r} sum to zero (all-zero or antipodal "
                 "tensors), so no point between them is defined; change a weight, or merge this tensor "

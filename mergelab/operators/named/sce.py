@@ -76,8 +76,8 @@ class EnergyMean(Reduction):
         return (Sum(EnergyMean.energy, EnergyMean.shares),)
 
     def energy(self, xs: Arrays, base: Any, region: Region, known: Known) -> Any:
-        """Sums of squares, and the number of entries."""
-        return [region.total(x * x) for x in xs], region.total(jnp.ones_like(xs[0]))
+        """Sums of squares, and the number of entries (those of the tensor: padding would thin the means)."""
+        return [region.total(x * x) for x in xs], region.elements()
 
     def shares(self, totals: Any) -> tuple[jax.Array, ...]:
         """The models' weights."""

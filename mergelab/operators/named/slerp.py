@@ -26,8 +26,8 @@ class Slerp(GramReduction):
 
     with_base: ClassVar[bool] = True
 
-    def coefficients(self, gram: jax.Array) -> tuple[jax.Array, ...]:
-        """The coefficients of A and B."""
+    def solve(self, gram: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """The coefficients of A and B; nearly parallel and antiparallel vectors are off the arc anyway."""
         t = jnp.asarray(self.t, gram.dtype)
         norms = safe_sqrt(jnp.diagonal(gram))
         norms = jnp.where(norms <= 1e-8, 1, norms)
@@ -36,7 +36,7 @@ class Slerp(GramReduction):
         theta = safe_arccos(jnp.where(straight, 0, cosine))
         a = jnp.where(straight, 1 - t, jnp.sin((1 - t) * theta) / jnp.sin(theta))
         b = jnp.where(straight, t, jnp.sin(t * theta) / jnp.sin(theta))
-        return a.astype(jnp.float32), b.astype(jnp.float32)
+        return (a.astype(jnp.float32), b.astype(jnp.float32)), jnp.bool_(False)
 
 
 @operator(

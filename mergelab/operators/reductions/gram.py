@@ -1,12 +1,17 @@
 """Reductions `sum_i c_i x_i` whose coefficients depend on the models only through their Gram matrix.
 
 Points, norms, angles and tangents on a sphere are all inner products, so no geometry ever touches the big
-arrays: one pass accumulates an N x N matrix (in float64 wherever the arrays are concrete), a few scalar
-operations give the coefficients, and one more pass applies them.
+arrays: one pass accumulates an N x N matrix, a few scalar operations give the coefficients, and one more pass
+applies them.
+
+The matrix adds up products that were rounded to float32, which is fast and good to about 1e-7. Where vectors
+cancel, what is left of them is no larger than that error and would be magnified; `solve` says so, and then
+the matrix is made once more from float64 products.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +22,7 @@ from mergelab.operators.arithmetic import add_scaled
 from mergelab.operators.measures import Measure, Sum
 from mergelab.operators.region import Region
 
-__all__ = ["GramReduction", "combine", "safe_arccos", "safe_sqrt"]
+__all__ = ["GramReduction", "combine", "resolution", "safe_arccos", "safe_sqrt"]
 
 
 def combine(coefficients: Any, xs: Arrays) -> jax.Array:
@@ -27,6 +32,15 @@ def combine(coefficients: Any, xs: Arrays) -> jax.Array:
         total = add_scaled(total, c, x)
     assert total is not None
     return total
+
+
+def resolution(dtype: Any) -> float:
+    """The length below which a difference of unit vectors is rounding noise.
+
+    In float64 that is the rounding of the float32 inputs themselves; float32 sums cancel only to the square
+    root of their own error.
+    """
+    return 1e-6 if dtype == jnp.float64 else 1e-3
 
 
 def safe_sqrt(x: jax.Array) -> jax.Array:
@@ -43,7 +57,7 @@ def safe_arccos(x: jax.Array) -> jax.Array:
 
 
 class GramReduction(Reduction):
-    """A reduction that implements `coefficients(gram)`; the base, if it takes part, is row 0.
+    """A reduction that implements `solve(gram)`; the base, if it takes part, is row 0.
 
     Subclasses set `with_base` when the base model is itself one of the combined vectors (and the merge does
     not work on deltas).
@@ -56,15 +70,20 @@ class GramReduction(Reduction):
         return (base, *xs) if self.with_base and base is not None else xs
 
     def measures(self) -> tuple[Measure, ...]:
-        return (Sum(type(self).gram, type(self).coefficients),)
+        solve, kind = type(self).solve, type(self)
+        return Sum(kind.gram, solve), Sum(kind.exact_gram, solve, needed=lambda _, known: bool(known[0][1]))
 
     def gram(self, xs: Arrays, base: Any, region: Region, known: Known) -> jax.Array:
-        """Inner products of all pairs, `[models, models]`."""
-        vectors = self.vectors(xs, base)
+        """Inner products of all pairs, `[models, models]`, from products rounded to float32."""
+        return self._pairs(self.vectors(xs, base), lambda x, y: region.total(x * y))
+
+    def exact_gram(self, xs: Arrays, base: Any, region: Region, known: Known) -> jax.Array:
+        """The same from products in the wide dtype."""
+        return self._pairs(self.vectors(xs, base), region.dot)
+
+    def _pairs(self, vectors: Arrays, inner: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
         upper = {
-            (i, j): region.total(vectors[i] * vectors[j])
-            for i in range(len(vectors))
-            for j in range(i, len(vectors))
+            (i, j): inner(vectors[i], vectors[j]) for i in range(len(vectors)) for j in range(i, len(vectors))
         }
         return jnp.stack(
             [
@@ -73,9 +92,15 @@ class GramReduction(Reduction):
             ]
         )
 
-    def coefficients(self, gram: jax.Array) -> tuple[jax.Array, ...]:
-        """One float32 coefficient per vector."""
+    def solve(self, gram: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """One float32 coefficient per vector, and whether they need a Gram matrix of exact products."""
         raise NotImplementedError
 
+    @staticmethod
+    def coefficients(known: Known) -> tuple[jax.Array, ...]:
+        """The coefficients from the best Gram matrix there is."""
+        rough, exact = known
+        return (rough if exact is None else exact)[0]
+
     def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> jax.Array:
-        return combine(known[0], self.vectors(xs, base))
+        return combine(self.coefficients(known), self.vectors(xs, base))

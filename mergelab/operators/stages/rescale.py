@@ -61,6 +61,6 @@ def _inward(measure: Measure) -> Measure:
     def hide(call: Callable[..., Any]) -> Callable[..., Any]:
         return lambda part, *arguments: call(part.inner, *arguments)
 
-    fields = [field for field in ("of", "finish", "counts") if hasattr(measure, field)]
+    fields = [f for f in ("of", "finish", "counts", "needed") if getattr(measure, f, None) is not None]
     hidden = {field: hide(getattr(measure, field)) for field in fields}
     return dataclasses.replace(measure, **hidden)

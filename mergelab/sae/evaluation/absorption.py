@@ -52,10 +52,10 @@ def absorption(
     """Measures it on activations with labels.
 
     Args:
-        dictionary: reads and reconstructs the activations.
-        x: `[rows, d]`, float32.
+        dictionary: reconstructs the activations, and reads them unless it is a transcoder.
+        x: `[rows, d]`, float32, of the site it writes.
         labels: `[rows]`, bool: the class.
-        codes: `[rows, n_latents]` of the activations, where they are known.
+        codes: `[rows, n_latents]` of the same tokens, where they are known; a transcoder's must be.
         max_main: main latents at most.
         gain: a further main latent is one that raises the F1 of a sparse probe by so much.
         cosine: least cosine of an absorbing latent's direction with the probe's.
@@ -65,6 +65,13 @@ def absorption(
     Raises:
         SAEError: a class is missing, or the probe gets no token of the class right.
     """
+    if codes is None and not dictionary.is_autoencoder:
+        raise SAEError(
+            f"the dictionary is a transcoder ({dictionary.mapping()}), so the activations it writes do not "
+            "give its codes; give both."
+        )
+    if x.shape[1] != dictionary.d_out:
+        raise SAEError(f"activations are {x.shape[1]} wide, but the dictionary writes {dictionary.d_out}.")
     codes = np.asarray(encode(dictionary, jnp.asarray(x))) if codes is None else codes
     main = _main_latents(codes, labels, max_main, gain, seed)
     weights, bias, _ = fit_logistic(jnp.asarray(x), jnp.asarray(labels))

@@ -38,8 +38,9 @@ def control_dictionary(
     steps: int = 500,
     batch_size: int = 1024,
     seed: int = 0,
+    target_site: str | None = None,
 ) -> Dictionary:
-    """Makes a top-k dictionary of the source's first site.
+    """Makes a top-k dictionary of the source's first site, or a transcoder from it to another of its sites.
 
     Args:
         kind: one of `CONTROLS`.
@@ -49,6 +50,7 @@ def control_dictionary(
         steps: of the training.
         batch_size: at most; a text with fewer rows has batches of all of them.
         seed: of parameters and order.
+        target_site: of the source, for the control of a transcoder.
 
     Raises:
         SAEError: there is no such kind, or k is out of range.
@@ -56,22 +58,26 @@ def control_dictionary(
     if kind not in CONTROLS:
         raise SAEError(f"there is no control {kind!r}{did_you_mean(kind, CONTROLS)}; known: {CONTROLS}.")
     rows = source.at(source.sites[0])
-    variant = TopK(d_in=rows.d_in, n_latents=n_latents, k=k)
+    target = None if target_site in (None, source.sites[0]) else source.at(target_site)
+    variant = TopK(d_in=rows.d_in, n_latents=n_latents, k=k, d_out=None if target is None else target.d_in)
     recipe = Recipe(steps=steps, batch_size=min(batch_size, source.rows))
     # Not the directions that a training with this seed begins from: a control must not be its relative.
     key = jax.random.fold_in(jax.random.key(seed), 1)
     # Another order than the training's own.
-    sample = next(ActivationStream(rows, min(source.rows, SAMPLE_ROWS), seed=seed + 1)).input
-    metadata = {"control": kind}
+    drawn = next(ActivationStream(rows, min(source.rows, SAMPLE_ROWS), seed=seed + 1, target=target))
+    sample, target_sample = drawn.input, None if target is None else drawn.target
+    metadata = {"control": kind, "site": source.sites[0]}
+    metadata |= {} if target is None else {"target_site": target_site}
     if kind == "random":
-        state = random_state(variant, key, sample)
+        state = random_state(variant, key, sample, target_sample)
         return finished_dictionary(variant, recipe, state, use_average=False, metadata=metadata)
-    state = initialize(variant, recipe, key, sample)
+    state = initialize(variant, recipe, key, sample, target_sample)
     step = make_step(variant, recipe)
     if kind == "frozen decoder":
         step = freeze_decoder(step, state, recipe.ema_decay)
-    stream = ActivationStream(rows, recipe.batch_size, seed=seed)
+    stream = ActivationStream(rows, recipe.batch_size, seed=seed, target=target)
     for _ in range(recipe.steps):
-        x = jnp.asarray(next(stream).input)
-        state, _ = step(state, x, x)
+        batch = next(stream)
+        x = jnp.asarray(batch.input)
+        state, _ = step(state, x, x if target is None else jnp.asarray(batch.target))
     return finished_dictionary(variant, recipe, state, metadata=metadata)

@@ -1,4 +1,4 @@
-"""What a reconstruction costs the model: its next-token loss with the dictionary spliced in at its site."""
+"""What a reconstruction costs the model: its next-token loss with a dictionary spliced in where it writes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from jax import Array
 from mergelab.errors import SAEError
 from mergelab.models.model import Model
 from mergelab.sae.dictionary import Dictionary
-from mergelab.sae.evaluation.host import check_reads
-from mergelab.sae.evaluation.passes import mean_activation, passes, splice
+from mergelab.sae.evaluation.host import check_target
+from mergelab.sae.evaluation.passes import mean_activation, passes, splice_from
 from mergelab.sae.model_source import ModelActivations
 
 __all__ = ["Downstream", "compute_equivalent", "evaluate_downstream", "require_logits"]
@@ -28,7 +28,7 @@ class Downstream:
     Attributes:
         tokens: predicted tokens; the first of each context is none.
         ce: cross-entropy of the model as it is.
-        ce_spliced: with the site replaced by its reconstruction.
+        ce_spliced: with the site that the dictionary writes replaced by its reconstruction.
         ce_zero: with the site replaced by zero.
         ce_mean: with the site replaced by its mean over the text.
         kl: `KL(as it is || spliced)` of the next-token distributions.
@@ -67,21 +67,22 @@ def evaluate_downstream(
     """Runs the model as it is, spliced, and ablated in both ways (arXiv 2406.04093, section 4.1).
 
     Args:
-        dictionary: reads and reconstructs the first of the source's sites.
+        dictionary: reads the first of the source's sites, and reconstructs it or, as a transcoder, another.
         source: model and text.
         contexts: use so many of the text's; all by default.
 
     Raises:
-        SAEError: the dictionary does not fit the site, or the model predicts no tokens.
+        SAEError: the dictionary does not fit the sites, or the model predicts no tokens.
     """
-    check_reads(dictionary, source)
+    target = check_target(dictionary, source)
     require_logits(source)
-    mean = jnp.asarray(mean_activation(source, contexts), jnp.float32)
+    mean = jnp.asarray(mean_activation(source, contexts, target), jnp.float32)
+    sites = (source.sites[0], target)
     tokens = source.tokens[:contexts]
     total = np.zeros(5)
     for batch, real in passes(tokens, source.batch):
         found = np.asarray(
-            _losses(source.params, dictionary, mean, batch, model=source.model, site=source.sites[0]),
+            _losses(source.params, dictionary, mean, batch, model=source.model, sites=sites),
             np.float64,
         )
         total += found[:, :real].sum(axis=1)
@@ -89,16 +90,20 @@ def evaluate_downstream(
     return Downstream(predicted, *(float(value) for value in total / predicted))
 
 
-@partial(jax.jit, static_argnames=("model", "site"))
+@partial(jax.jit, static_argnames=("model", "sites"))
 def _losses(
-    params: Any, dictionary: Dictionary, mean: Array, tokens: Array, *, model: Model, site: str
+    params: Any, dictionary: Dictionary, mean: Array, tokens: Array, *, model: Model, sites: tuple[str, str]
 ) -> Array:
-    """Sums over each context, `[5, batch]`, in the order of the fields of `Downstream`."""
+    """Sums over each context, `[5, batch]`, in the order of the fields of `Downstream`.
 
-    def log_probabilities(edit: Any) -> Array:
-        out = model.apply(params, tokens, edit=edit).logits
-        assert out is not None
-        return jax.nn.log_softmax(out[:, :-1])
+    `sites` are what the dictionary reads and what it writes.
+    """
+    read, site = sites
+
+    def log_probabilities(edit: Any) -> tuple[Array, Array]:
+        out = model.apply(params, tokens, edit=edit, capture=[read])
+        assert out.logits is not None
+        return jax.nn.log_softmax(out.logits[:, :-1]), out.captured[read]
 
     def middle(x: Array) -> Array:
         return jnp.broadcast_to(mean[None, None].astype(x.dtype), x.shape)
@@ -106,8 +111,9 @@ def _losses(
     def cross_entropy(logp: Array) -> Array:
         return -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0].sum(axis=1)
 
-    edits = (None, {site: splice(dictionary)}, {site: jnp.zeros_like}, {site: middle})
-    found = [log_probabilities(edit) for edit in edits]
+    plain, x = log_probabilities(None)
+    edits = ({site: splice_from(dictionary, x)}, {site: jnp.zeros_like}, {site: middle})
+    found = [plain, *(log_probabilities(edit)[0] for edit in edits)]
     kl = (jnp.exp(found[0]) * (found[0] - found[1])).sum(axis=(1, 2))
     return jnp.stack([*(cross_entropy(logp) for logp in found), kl])
 

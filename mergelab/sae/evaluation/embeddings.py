@@ -18,8 +18,8 @@ from mergelab.errors import SAEError
 from mergelab.models.model import Model
 from mergelab.models.sentence import Pooling, pool
 from mergelab.sae.dictionary import Dictionary
-from mergelab.sae.evaluation.host import check_reads
-from mergelab.sae.evaluation.passes import mean_activation, passes, splice
+from mergelab.sae.evaluation.host import check_target
+from mergelab.sae.evaluation.passes import mean_activation, passes, splice_from
 from mergelab.sae.model_source import ModelActivations
 
 __all__ = ["EmbeddingChange", "evaluate_embeddings", "rank_agreement"]
@@ -62,7 +62,7 @@ def evaluate_embeddings(
     """Embeds every context as it is, spliced, and with the site at its mean.
 
     Args:
-        dictionary: reads and reconstructs the first of the source's sites.
+        dictionary: reads the first of the source's sites, and reconstructs it or, as a transcoder, another.
         source: an encoder and a text, whose contexts are the texts that are embedded.
         contexts: use so many of them; all by default. Similarities are of the first 1024.
         pooling: how the last states of a text become its embedding.
@@ -71,7 +71,7 @@ def evaluate_embeddings(
         SAEError: the dictionary does not fit the site, the model is no encoder, or there are fewer than three
             contexts.
     """
-    check_reads(dictionary, source)
+    target = check_target(dictionary, source)
     tokens = source.tokens[:contexts]
     if source.model.family.architecture.causal:
         raise SAEError(
@@ -80,7 +80,7 @@ def evaluate_embeddings(
         )
     if len(tokens) < 3:
         raise SAEError(f"similarities of {len(tokens)} contexts have no order; give text for three or more.")
-    mean = jnp.asarray(mean_activation(source, contexts), jnp.float32)
+    mean = jnp.asarray(mean_activation(source, contexts, target), jnp.float32)
     found = [
         np.asarray(
             _embeddings(
@@ -89,7 +89,7 @@ def evaluate_embeddings(
                 mean,
                 batch,
                 model=source.model,
-                site=source.sites[0],
+                sites=(source.sites[0], target),
                 pooling=pooling,
             )
         )[:, :real]
@@ -106,7 +106,7 @@ def evaluate_embeddings(
     )
 
 
-@partial(jax.jit, static_argnames=("model", "site", "pooling"))
+@partial(jax.jit, static_argnames=("model", "sites", "pooling"))
 def _embeddings(
     params: Any,
     dictionary: Dictionary,
@@ -114,21 +114,24 @@ def _embeddings(
     tokens: Array,
     *,
     model: Model,
-    site: str,
+    sites: tuple[str, str],
     pooling: Pooling,
 ) -> Array:
-    """Of length 1, `[3, batch, width]`: as it is, spliced, at the mean."""
+    """Of length 1, `[3, batch, width]`: as it is, spliced, at the mean; `sites` are read and written."""
+    read, site = sites
 
     def middle(x: Array) -> Array:
         return jnp.broadcast_to(mean[None, None].astype(x.dtype), x.shape)
 
-    def embed(edit: Any) -> Array:
-        hidden = model.apply(params, tokens, edit=edit).hidden
-        assert hidden is not None
-        vectors = pool(hidden.astype(jnp.float32), jnp.ones(tokens.shape, bool), pooling)
-        return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+    def embed(edit: Any) -> tuple[Array, Array]:
+        out = model.apply(params, tokens, edit=edit, capture=[read])
+        assert out.hidden is not None
+        vectors = pool(out.hidden.astype(jnp.float32), jnp.ones(tokens.shape, bool), pooling)
+        norms = jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+        return vectors / norms, out.captured[read]
 
-    return jnp.stack([embed(edit) for edit in (None, {site: splice(dictionary)}, {site: middle})])
+    plain, x = embed(None)
+    return jnp.stack([plain, embed({site: splice_from(dictionary, x)})[0], embed({site: middle})[0]])
 
 
 def rank_agreement(one: np.ndarray, other: np.ndarray) -> float:

@@ -15,7 +15,7 @@ from jax import Array
 from mergelab.models.model import Model
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.downstream import require_logits
-from mergelab.sae.evaluation.host import check_reads
+from mergelab.sae.evaluation.host import check_target
 from mergelab.sae.evaluation.passes import passes
 from mergelab.sae.evaluation.patterns import Explanation, Match, judge_explanation, mean_match
 from mergelab.sae.model_source import ModelActivations
@@ -69,14 +69,14 @@ def score_explanations(
     """Simulates the latents on a text, compares, and splices the simulations in with the error kept.
 
     Args:
-        dictionary: reads the first of the source's sites.
+        dictionary: reads the first of the source's sites; what its latents do is done at the one it writes.
         source: model and text; a text the explanations are not made of.
         explanations: of distinct latents.
 
     Raises:
         SAEError: the dictionary does not fit the site, or the model predicts no tokens.
     """
-    check_reads(dictionary, source)
+    target = check_target(dictionary, source)
     require_logits(source)
     latents = jnp.asarray([explanation.latent for explanation in explanations], jnp.int32)
 
@@ -93,7 +93,7 @@ def score_explanations(
             tokens,
             jnp.asarray(simulated),
             model=source.model,
-            site=source.sites[0],
+            sites=(source.sites[0], target),
         )
         total += np.asarray(losses, np.float64)[:, :real].sum(axis=1)
         promised.append(simulated[:real])
@@ -104,7 +104,7 @@ def score_explanations(
     return ExplanationScore(matches, predicted, *(float(value) for value in total / predicted))
 
 
-@partial(jax.jit, static_argnames=("model", "site"))
+@partial(jax.jit, static_argnames=("model", "sites"))
 def _losses(
     params: Any,
     dictionary: Dictionary,
@@ -113,28 +113,25 @@ def _losses(
     simulated: Array,
     *,
     model: Model,
-    site: str,
+    sites: tuple[str, str],
 ) -> tuple[Array, Array]:
     """Sums over each context `[3, batch]`: as it is, simulated, ablated; and the true codes."""
+    read, site = sites
 
     def replaced(values: Array) -> Any:
-        def edit(x: Array) -> Array:
-            rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-            codes = dictionary.encode(rows)
-            changed = codes.at[:, latents].set(values.reshape(len(rows), -1))
-            change = dictionary.reconstruct(rows, changed) - dictionary.reconstruct(rows, codes)
-            return x + change.reshape(x.shape).astype(x.dtype)
-
-        return {site: edit}
+        changed = every.at[:, latents].set(values.reshape(len(rows), -1))
+        change = dictionary.reconstruct(rows, changed) - dictionary.reconstruct(rows, every)
+        return {site: lambda y: y + change.reshape(y.shape).astype(y.dtype)}
 
     def loss(edit: Any) -> tuple[Array, Array]:
-        out = model.apply(params, tokens, edit=edit, capture=[site])
+        out = model.apply(params, tokens, edit=edit, capture=[read])
         assert out.logits is not None
         logp = jax.nn.log_softmax(out.logits[:, :-1])
         chosen = jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)
-        return -chosen[..., 0].sum(axis=1), out.captured[site]
+        return -chosen[..., 0].sum(axis=1), out.captured[read]
 
     plain, x = loss(None)
-    codes = dictionary.encode(x.reshape(-1, x.shape[-1]).astype(jnp.float32))[:, latents]
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    every = dictionary.encode(rows)
     losses = [plain, loss(replaced(simulated))[0], loss(replaced(jnp.zeros_like(simulated)))[0]]
-    return jnp.stack(losses), codes.reshape(simulated.shape)
+    return jnp.stack(losses), every[:, latents].reshape(simulated.shape)

@@ -12,7 +12,7 @@ from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.activity import Activity, activity
 from mergelab.sae.evaluation.examples import Survey, survey
 from mergelab.sae.evaluation.hierarchy import Child
-from mergelab.sae.evaluation.logit_effects import LogitEffects, logit_effects
+from mergelab.sae.evaluation.logit_effects import LogitEffects, logit_effects, writes_stream
 from mergelab.sae.evaluation.n2g import explain, match_explanations
 from mergelab.sae.evaluation.patterns import Explanation, Match
 from mergelab.sae.evaluation.scorecard import halves
@@ -76,7 +76,7 @@ def make_gallery(
     """Gathers it in three passes over the text.
 
     Args:
-        dictionary: reads and reconstructs the first of the source's sites.
+        dictionary: reads the first of the source's sites.
         source: model and text.
         most: latents shown.
         examples: contexts per latent.
@@ -96,7 +96,7 @@ def make_gallery(
     )
     happened = activity(dictionary, source, chosen, seen.peak, progress=partial(progress, "activity"))
     causal = source.model.family.architecture.causal
-    reaches = causal and len(chosen) > 0 and dictionary.d_out == source.model.config.width
+    reaches = causal and len(chosen) > 0 and writes_stream(dictionary, source)
     effects = logit_effects(dictionary, source, chosen) if reaches else None
     return Gallery(source.sites[0], seen, happened, effects)
 

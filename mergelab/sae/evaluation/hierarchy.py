@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mergelab.errors import SAEError
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.examples import survey
 from mergelab.sae.evaluation.host import check_reads
@@ -58,9 +59,16 @@ def hierarchy(
         By latent; those without a child are left away.
 
     Raises:
-        SAEError: the wide dictionary does not fit the site, or the two write different widths.
+        SAEError: the wide dictionary does not fit the site, or the two read or write different ones.
     """
     check_reads(wide, source)
+    for what in ("reads", "writes"):
+        one, other = getattr(narrow.config, what), getattr(wide.config, what)
+        if one is not None and other is not None and one != other:
+            raise SAEError(
+                f"the wider dictionary {what} {', '.join(other)}, but the other {', '.join(one)}; give "
+                "one of the same sites."
+            )
     splits = feature_splits(narrow, wide, threshold=threshold)
     chosen = {int(latent): splits[int(latent)][:most] for latent in latents if int(latent) in splits}
     wanted = sorted({child for children in chosen.values() for child in children})

@@ -8,10 +8,11 @@ from typing import Any
 
 from mergelab.checkpoints.digest import weights_sha256
 from mergelab.errors import SAEError
-from mergelab.sae.dictionary import Dictionary
+from mergelab.sae.dictionary import Dictionary, at_sites
+from mergelab.sae.formats.hook_names import site_of
 from mergelab.sae.model_source import ModelActivations, open_model_activations
 
-__all__ = ["check_host", "check_reads", "open_host"]
+__all__ = ["check_host", "check_modules", "check_reads", "check_target", "open_host"]
 
 
 def check_host(dictionary: Dictionary, model: str | Path, *, any_model: bool = False) -> bool:
@@ -47,45 +48,132 @@ def open_host(
     texts: Sequence[str | Path],
     *,
     site: str | None = None,
+    target_site: str | None = None,
     length: int = 64,
     any_model: bool = False,
     mesh: Any = None,
 ) -> ModelActivations:
-    """Activations of the dictionary's host on text files, at the site it reads.
+    """Activations of the dictionary's host on text files, at the site it reads and, of a transcoder, the one
+    it writes as far as that is known.
 
     Args:
-        dictionary: what will read them.
+        dictionary: what will read them. Where it does not say its sites itself, give it to evaluations as
+            `mergelab.sae.dictionary.at_sites(dictionary, site, target_site)`.
         model: a Hugging Face folder with its tokenizer.
         texts: UTF-8 files.
-        site: such as `blocks.8.resid_post`; that of the dictionary's metadata if None.
+        site: such as `blocks.8.resid_post`; that of the dictionary if None.
+        target_site: that a transcoder writes; that of the dictionary if None.
         length: of a context, in tokens.
         any_model: accept other weights than the recorded ones.
         mesh: devices to spread the model over.
 
     Raises:
-        SAEError: the weights or the width are not the dictionary's, no site is known, or the text is short.
+        SAEError: the weights or the widths are not the dictionary's, no site is known, or the text is short.
         SiteError: the model has no such site.
         CheckpointError: the model cannot be read.
     """
     check_host(dictionary, model, any_model=any_model)
-    site = site or dictionary.config.metadata.get("site")
-    if site is None:
-        raise SAEError("the dictionary does not say which site it reads; name it (site, --site).")
-    source = open_model_activations(model, [site], texts, length=length, mesh=mesh)
+    _check_one_site(dictionary)
+    dictionary = at_sites(dictionary, site, target_site)
+    reads, writes = dictionary.config.reads, dictionary.config.writes
+    if reads is None:
+        metadata = dictionary.config.metadata
+        hook = metadata.get("hook_name", metadata.get("hf_hook_point_in", metadata.get("hookpoint")))
+        named = f" ({hook!r} is the name of none here)" if isinstance(hook, str) else ""
+        raise SAEError(f"the dictionary does not say which site it reads{named}; name it (site, --site).")
+    sites = [reads[0]]
+    if not dictionary.is_autoencoder and writes is not None:
+        sites.append(writes[0])
+    source = open_model_activations(model, sites, texts, length=length, mesh=mesh)
+    check_modules(dictionary, source)
     check_reads(dictionary, source)
+    if len(sites) > 1:
+        check_target(dictionary, source)
     return source
 
 
-def check_reads(dictionary: Dictionary, source: ModelActivations) -> None:
-    """Checks that the dictionary reads and reconstructs activations of the source's first site.
+def check_modules(dictionary: Dictionary, source: ModelActivations) -> None:
+    """Checks that a module by which another library named a site has that site as its output here.
+
+    Where blocks normalize what they add to the stream, a site holds what is added, not the module's output.
 
     Raises:
-        SAEError: it reads or writes another width, or several sites.
+        SAEError: it has not.
     """
-    width = source.widths[0]
-    if (dictionary.d_in, dictionary.d_out, dictionary.config.sites) != (width, width, 1):
+    if getattr(source.model.config, "block", None) != "sandwich":
+        return
+    for key in ("hookpoint", "hf_hook_point_in", "hf_hook_point_out"):
+        said = dictionary.config.metadata.get(key)
+        site = site_of(said)
+        if not isinstance(said, str) or site is None or "layernorm" in said:
+            continue
+        if site in source.sites and site.endswith((".attn.out", ".mlp.out")):
+            raise SAEError(
+                f"the dictionary is of the output of the module {said!r}, which this model normalizes "
+                f"before it adds it to the stream, so it is not the site {site!r}; no site holds it."
+            )
+
+
+def _check_one_site(dictionary: Dictionary) -> None:
+    if dictionary.config.sites != 1:
         raise SAEError(
-            f"the dictionary maps {dictionary.config.sites} activation(s), {dictionary.d_in} wide in all, to "
-            f"{dictionary.d_out}, but site {source.sites[0]!r} is {width} wide; take the site it was trained "
-            "on."
+            f"the dictionary reads {dictionary.config.sites} activations side by side, but a model is read "
+            "at one site; judge it on stored activations (--data)."
         )
+
+
+def check_reads(dictionary: Dictionary, source: ModelActivations) -> None:
+    """Checks that the dictionary reads activations of the source's first site.
+
+    Raises:
+        SAEError: it reads another width, or several sites.
+    """
+    _check_one_site(dictionary)
+    width = source.widths[0]
+    if dictionary.d_in != width:
+        raise SAEError(
+            f"the dictionary reads activations {dictionary.d_in} wide, but site {source.sites[0]!r} is "
+            f"{width} wide; take the site it was trained on."
+        )
+
+
+def check_target(dictionary: Dictionary, source: ModelActivations) -> str:
+    """The site of the source whose activations the dictionary reconstructs.
+
+    The first for an autoencoder. For a transcoder the one it says it writes, and where it does not say, the
+    source's second.
+
+    Raises:
+        SAEError: the source lacks that site, its width is another, or it is not known.
+    """
+    check_reads(dictionary, source)
+    sites = source.sites
+    if dictionary.is_autoencoder:
+        if not dictionary.target_known and len(sites) > 1:
+            raise SAEError(
+                f"the dictionary does not say whether it writes {sites[0]!r}, which it reads, or "
+                f"{sites[1]!r}; say it (mergelab.sae.dictionary.at_sites)."
+            )
+        return source.sites[0]
+    writes = dictionary.config.writes
+    if writes is None:
+        if len(sites) != 2:
+            raise SAEError(
+                f"the dictionary is a transcoder and does not say which site it writes, so {sites[0]!r}, "
+                "which it reads, is not what it is to be compared with; name it (target_site, --target-site)."
+            )
+        target = sites[1]
+    else:
+        target = writes[0]
+    if target not in sites:
+        raise SAEError(
+            f"the dictionary is a transcoder and writes {target!r}, but the activations are of "
+            f"{', '.join(sites)}; open them with that site too (target_site, --target-site)."
+        )
+    width = source.widths[sites.index(target)]
+    if dictionary.d_out != width:
+        raise SAEError(
+            f"the dictionary writes activations {dictionary.d_out} wide, but site {target!r} is {width} "
+            "wide; take the site it was trained to write."
+        )
+    return target

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,13 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from mergelab.errors import OutputError
+from mergelab.checkpoints.json_data import parse_json_object
+from mergelab.checkpoints.output_target import disk_errors
+from mergelab.checkpoints.text_file import read_bytes
+from mergelab.errors import CheckpointError, OutputError
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.metrics import Score
 from mergelab.sae.evaluation.scorecard import Scorecard
 from mergelab.sae.model_source import ModelActivations
 
 __all__ = ["Journal", "evaluation_key"]
+
+_BEGINNING = b'{"key": "'
 
 
 def evaluation_key(
@@ -60,22 +66,30 @@ class Journal(MutableMapping[str, Scorecard]):
         self.path, self.key = path, key
         self._found: dict[str, Scorecard] = {}
         try:
-            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-            if lines and not lines[-1].endswith(b"\n"):
-                torn = lines.pop()
-                with path.open("r+b") as file:
-                    file.truncate(path.stat().st_size - len(torn))
+            lines = read_bytes(path, error=OutputError).splitlines(keepends=True) if path.exists() else []
         except OSError as error:
             raise OutputError(f"{path}: cannot be read ({error.strerror}); choose another file.") from error
+        torn = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
         for number, line in enumerate(lines, 1):
             try:
-                entry = json.loads(line)
+                entry = parse_json_object(line, "the line")
                 if entry["key"] == key:
                     self._found[entry["metric"]] = _card(entry)
-            except (ValueError, KeyError, TypeError) as error:
+            except (CheckpointError, ValueError, KeyError, TypeError) as error:
                 raise OutputError(
                     f"{path}, line {number}: is no line of an evaluation's journal; choose another file."
                 ) from error
+        if torn:
+            self._cut_off(torn)
+
+    def _cut_off(self, torn: bytes) -> None:
+        """Cuts off a torn last line, if it is the beginning of one of ours and not a text of the user's."""
+        if torn[: len(_BEGINNING)] != _BEGINNING[: len(torn)]:
+            raise OutputError(
+                f"{self.path}: its last line is no line of an evaluation's journal; choose another file."
+            )
+        with disk_errors(self.path):
+            os.truncate(self.path, self.path.stat().st_size - len(torn))
 
     def __getitem__(self, metric: str) -> Scorecard:
         return self._found[metric]

@@ -19,7 +19,7 @@ from mergelab.sae.evaluation.downstream import require_logits
 from mergelab.sae.evaluation.passes import passes
 from mergelab.sae.model_source import ModelActivations
 
-__all__ = ["LogitEffects", "logit_effects"]
+__all__ = ["LogitEffects", "logit_effects", "writes_stream"]
 
 _PIECE = 64  # latents in one pass: 64 rows of logits
 
@@ -58,22 +58,23 @@ def logit_effects(
     """Reads decoder rows as if they stood in the last residual stream.
 
     Args:
-        dictionary: writes the residual stream's width.
+        dictionary: writes the residual stream, or what is added to it (`writes_stream`).
         source: the model, and the text whose mean scale is taken (its first pass).
         latents: those to look at.
         count: tokens at either end.
         bins: of a histogram.
 
     Raises:
-        SAEError: the model predicts no tokens, or the dictionary writes another width than its stream's.
+        SAEError: the model predicts no tokens, or the dictionary does not write its stream.
     """
     require_logits(source)
     model = source.model
     width = model.config.width
-    if dictionary.d_out != width:
+    if not writes_stream(dictionary, source):
         raise SAEError(
-            f"the dictionary writes {dictionary.d_out} wide activations, but the model's stream is {width}, "
-            "so its latents have no effect of their own on logits; leave the effects away."
+            f"the dictionary ({dictionary.mapping()}) writes activations {dictionary.d_out} wide, and the "
+            f"model's stream is {width} wide or another site, so its latents have no effect of their own on "
+            "logits; omit the effects."
         )
     tokens, real = next(passes(source.tokens, source.batch))
     scale = _mean_scale(source.params, tokens[:real], model=model)
@@ -86,6 +87,20 @@ def logit_effects(
     ]
     parts = [np.concatenate(column)[: len(chosen)] for column in zip(*found, strict=True)]
     return LogitEffects(chosen, *parts)
+
+
+def writes_stream(dictionary: Dictionary, source: ModelActivations) -> bool:
+    """Whether what a dictionary writes is the residual stream, or is added to it.
+
+    Width alone does not tell: where nobody said what it writes, an autoencoder writes the first site.
+    """
+    writes = dictionary.config.writes
+    site = writes[0] if writes is not None else source.sites[0] if dictionary.is_autoencoder else None
+    if site is None or dictionary.d_out != source.model.config.width:
+        return False
+    return site == "embed" or site.endswith(
+        (".resid_pre", ".resid_mid", ".resid_post", "attn.out", "mlp.out")
+    )
 
 
 @partial(jax.jit, static_argnames="model")

@@ -16,8 +16,9 @@ from mergelab.sae.evaluation.downstream import compute_equivalent, evaluate_down
 from mergelab.sae.evaluation.embeddings import evaluate_embeddings
 from mergelab.sae.evaluation.examples import survey
 from mergelab.sae.evaluation.explanation_loss import ExplanationScore, score_explanations
+from mergelab.sae.evaluation.host import check_target
 from mergelab.sae.evaluation.n2g import explain, match_explanations
-from mergelab.sae.evaluation.passes import read_batches
+from mergelab.sae.evaluation.passes import read_batches, read_pairs
 from mergelab.sae.evaluation.patterns import mean_match
 from mergelab.sae.evaluation.probing import best_probes, sparse_probe
 from mergelab.sae.evaluation.progressive import progressive_recovery
@@ -91,7 +92,10 @@ class Metric:
 def _reconstruction(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[str, Score]]:
     found = reconstruction_on_model(dictionary, evidence.judge)
     spread = densities(found.densities)
-    yield "nmse", Score(found.nmse, "", "squared error over that of the mean; 0 exact, 1 useless")
+    written = check_target(dictionary, evidence.judge)
+    taken = "" if dictionary.target_known else ", taken for what it writes as the dictionary does not say it"
+    against = f"squared error of {written} over that of its mean; 0 exact, 1 useless{taken}"
+    yield "nmse", Score(found.nmse, "", against)
     yield "explained_variance", Score(found.explained_variance, "", "1 exact, 0 useless")
     yield "cosine", Score(found.cosine, "", "of a row and its reconstruction; 1 exact")
     yield "l2_ratio", Score(found.l2_ratio, "", "norm of reconstruction over norm of row; below 1 shrinks")
@@ -161,7 +165,9 @@ def _probing(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[str, 
 def _absorption(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[str, Score]]:
     codes, tasks = _columns(dictionary, evidence, lambda d, x: d.encode(x))
     contexts = len(codes) // evidence.judge.tokens.shape[1]
-    x = np.concatenate(list(read_batches(evidence.judge, contexts)))
+    # The probe reads the site at which decoder rows mean something.
+    written = check_target(dictionary, evidence.judge)
+    x = np.concatenate(list(read_batches(evidence.judge, contexts, written)))
     found = []
     for labels in tasks.values():
         try:
@@ -181,9 +187,10 @@ def _sparsity(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[str,
     against = "effective part of V x T logits that an ablation moves; lower is more local"
     latents = latent_sparsity(dictionary, source, samples=samples, seed=seed)
     yield "latents", Score(latents.sparsity, "", against)
-    channels = channel_sparsity(source, samples=samples, seed=seed)
-    yield "channels", Score(channels.sparsity, "", f"the same of channels of {source.sites[0]}")
-    neurons = ".".join([*source.sites[0].split(".")[:2], "mlp.post"])
+    written = check_target(dictionary, source)
+    channels = channel_sparsity(replace(source, sites=(written,)), samples=samples, seed=seed)
+    yield "channels", Score(channels.sparsity, "", f"the same of channels of {written}")
+    neurons = ".".join([*written.split(".")[:2], "mlp.post"])
     if len(source.model.sites().get(neurons, ())) == 3:
         found = channel_sparsity(replace(source, sites=(neurons,)), samples=samples, seed=seed)
         yield "neurons", Score(found.sparsity, "", f"the same of channels of {neurons}")
@@ -211,14 +218,15 @@ def _explanations(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[
 
 
 def _progressive(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[str, Score]]:
-    if dictionary.config.activation == "gated":
-        return
-    x = np.concatenate(list(read_batches(evidence.judge, _start(evidence, dictionary.d_in))))
+    most = _start(evidence, dictionary.d_in + (0 if dictionary.is_autoencoder else dictionary.d_out))
+    pairs = list(read_pairs(dictionary, evidence.judge, most))
+    x = np.concatenate([read for read, _ in pairs])
+    y = None if dictionary.is_autoencoder else np.concatenate([written for _, written in pairs])
     k = dictionary.config.k or max(
         1, round(float((dictionary.encode(jnp.asarray(x[:4096])) > 0).sum(1).mean()))
     )
     ks = [at for at in (k // 4, k // 2, 2 * k, 4 * k) if 1 <= at <= dictionary.n_latents]
-    for point in progressive_recovery(dictionary, x, ks=ks):
+    for point in progressive_recovery(dictionary, x, ks=ks, targets=y):
         yield f"nmse_k{point.k}", Score(point.nmse, "", f"keeping {point.k} latents, trained with about {k}")
 
 

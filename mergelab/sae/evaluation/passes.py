@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mergelab.errors import SAEError
 from mergelab.models.sites import Edit
 from mergelab.sae.dictionary import Dictionary
+from mergelab.sae.evaluation.host import check_target
 from mergelab.sae.model_source import ModelActivations
 
 __all__ = [
@@ -20,7 +22,9 @@ __all__ = [
     "mean_activation",
     "passes",
     "read_batches",
+    "read_pairs",
     "splice",
+    "splice_from",
 ]
 
 
@@ -35,35 +39,85 @@ def passes(tokens: np.ndarray, batch: int) -> Iterator[tuple[jax.Array, int]]:
         yield jnp.asarray(np.concatenate([part, filler]), jnp.int32), len(part)
 
 
-def read_batches(source: ModelActivations, contexts: int | None = None) -> Iterator[np.ndarray]:
-    """Activations of the source's first site, pass by pass: float32 `[rows, d]`, rows in order."""
+def read_batches(
+    source: ModelActivations, contexts: int | None = None, site: str | None = None
+) -> Iterator[np.ndarray]:
+    """Activations of one of the source's sites, pass by pass: float32 `[rows, d]`, rows in order.
+
+    The first site, if none is named.
+    """
+    place = 0 if site is None else source.sites.index(site)
+    for found in _read(source, contexts):
+        yield found[place]
+
+
+def read_pairs(
+    dictionary: Dictionary, source: ModelActivations, contexts: int | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What the dictionary reads and what it is to reconstruct, pass by pass: float32 `[rows, d]` each.
+
+    Raises:
+        SAEError: the source has no activations of the site that the dictionary writes.
+    """
+    place = source.sites.index(check_target(dictionary, source))
+    for found in _read(source, contexts):
+        yield found[0], found[place]
+
+
+def _read(source: ModelActivations, contexts: int | None) -> Iterator[tuple[np.ndarray, ...]]:
     total, length = source.tokens.shape
     total = min(total, contexts or total)
     for start in range(0, total, source.batch):
-        yield source.read_sites(start * length, min(start + source.batch, total) * length)[0]
+        yield source.read_sites(start * length, min(start + source.batch, total) * length)
 
 
-def mean_activation(source: ModelActivations, contexts: int | None = None) -> np.ndarray:
-    """The mean of the source's first site over the tokens: float64 `[d]`."""
-    total, rows = np.zeros(source.widths[0]), 0
-    for x in read_batches(source, contexts):
+def mean_activation(
+    source: ModelActivations, contexts: int | None = None, site: str | None = None
+) -> np.ndarray:
+    """The mean of one of the source's sites, the first if none is named, over the tokens: float64 `[d]`."""
+    total, rows = np.zeros(source.widths[0 if site is None else source.sites.index(site)]), 0
+    for x in read_batches(source, contexts, site):
         total, rows = total + x.sum(axis=0, dtype=np.float64), rows + len(x)
     return total / rows
 
 
 def splice(dictionary: Dictionary) -> Edit:
-    """An edit `[batch, length, d]` -> its reconstruction, in the activation's own dtype."""
+    """An edit `[batch, length, d]` -> its reconstruction, in the activation's own dtype, for an autoencoder.
 
-    def reconstruct(x: jax.Array) -> jax.Array:
-        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        return dictionary(rows).reshape(x.shape).astype(x.dtype)
+    Raises:
+        SAEError: the dictionary writes another activation than it reads (`splice_from`).
+    """
+    if not dictionary.is_autoencoder:
+        raise SAEError(
+            f"the dictionary is a transcoder ({dictionary.mapping()}), so its output does not stand in for "
+            "its input; splice it in where it writes (splice_from)."
+        )
+    return lambda x: splice_from(dictionary, x)(x)
 
-    return reconstruct
+
+def splice_from(dictionary: Dictionary, x: jax.Array) -> Edit:
+    """The edit that puts the reconstruction from `x` into the site that the dictionary writes.
+
+    Args:
+        dictionary: any; an autoencoder writes the site of `x`.
+        x: `[batch, length, d_in]`, what the site it reads holds in the pass that is edited.
+
+    Returns:
+        An edit of `[batch, length, d_out]`, which keeps the dtype.
+    """
+    found = dictionary(x.reshape(-1, x.shape[-1]).astype(jnp.float32))
+    return lambda y: found.reshape(y.shape).astype(y.dtype)
 
 
 def anonymous(dictionary: Dictionary) -> Dictionary:
-    """The dictionary without metadata: what differs in that alone shares compiled programs."""
-    return replace(dictionary, config=replace(dictionary.config, metadata={}))
+    """The dictionary without metadata: what differs in that alone shares compiled programs.
+
+    An autoencoder writes what it reads wherever that is; a transcoder keeps the names of its sites.
+    """
+    config = replace(dictionary.config, metadata={})
+    if dictionary.is_autoencoder and dictionary.target_known:
+        config = replace(config, reads=None, writes=None, transcoder=False)
+    return replace(dictionary, config=config)
 
 
 @jax.jit

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mergelab.checkpoints.text_file import MAX_PROSE, read_text
 from mergelab.data.tokenizer import load_tokenizer
 from mergelab.errors import SAEError
 from mergelab.sae.model_source import cut_contexts
@@ -127,10 +128,7 @@ def label_texts(model: Path, texts: Sequence[Path], length: int) -> LabelledToke
     tokenizer = load_tokenizer(model)
     documents, answers = [], []
     for path in texts:
-        try:
-            text = path.read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise SAEError(f"{path}: the text cannot be read ({error.strerror}).") from error
+        text = read_text(path, MAX_PROSE, error=SAEError, errors="replace")
         encoding = tokenizer.backend.encode(text, add_special_tokens=False)
         labels = character_labels(text, python=path.suffix == ".py")
         solid = np.flatnonzero([not character.isspace() for character in text])

@@ -71,6 +71,7 @@ def progressive_recovery(
     ks: Sequence[int] = (),
     thresholds: Sequence[float] = (),
     batch: int = 4096,
+    targets: np.ndarray | None = None,
 ) -> list[RecoveryPoint]:
     """Reconstruction at other sparsities than the trained one (arXiv 2406.04093, section 5.3).
 
@@ -80,18 +81,25 @@ def progressive_recovery(
         ks: latents per token to keep, each tried alone.
         thresholds: thresholds to keep latents above, each tried alone.
         batch: rows at a time.
+        targets: `[rows, d_out]`, float32, what a transcoder is to write of the same tokens.
 
     Raises:
-        SAEError: the dictionary is gated, or a k is not among 1 to its latents.
+        SAEError: the dictionary is gated, a k is not among 1 to its latents, or a transcoder has no targets.
     """
+    if targets is None and not dictionary.is_autoencoder:
+        raise SAEError(
+            f"the dictionary is a transcoder ({dictionary.mapping()}), so it is not to be compared with what "
+            "it reads; give the targets."
+        )
+    y = x if targets is None else targets
     points: list[RecoveryPoint] = []
     trials = [(with_top_k(dictionary, k), k, None) for k in ks]
     trials += [(with_threshold(dictionary, t), None, t) for t in thresholds]
     for trial, k, threshold in trials:
-        totals = Totals.zero(x[:batch], dictionary.n_latents)
+        totals = Totals.zero(y[:batch], dictionary.n_latents)
         for start in range(0, len(x), batch):
             codes, out = encode_and_reconstruct(trial, jnp.asarray(x[start : start + batch]))
-            totals = totals.add(x[start : start + batch], np.asarray(out), np.asarray(codes))
+            totals = totals.add(y[start : start + batch], np.asarray(out), np.asarray(codes))
         found = totals.result()
         points.append(RecoveryPoint(k, threshold, found.l0, found.nmse, found.explained_variance))
     return points

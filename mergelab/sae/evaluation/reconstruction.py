@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mergelab.errors import SAEError
+from mergelab.sae.dictionary import Dictionary
 
 __all__ = ["Coder", "Reconstruction", "Totals", "density_histogram", "evaluate_reconstruction"]
 
@@ -175,13 +176,21 @@ def evaluate_reconstruction(
     Raises:
         SAEError: there are no batches, they do not vary, or targets are missing or too many.
     """
+    if targets is None and isinstance(coder, Dictionary) and not coder.is_autoencoder:
+        raise SAEError(
+            f"the dictionary is a transcoder ({coder.mapping()}), so it is not to be compared with what it "
+            "reads; give the targets."
+        )
     totals: Totals | None = None
     pairs = ((batch, batch) for batch in batches) if targets is None else zip(batches, targets, strict=True)
     for batch, target in pairs:
         codes = coder.encode(batch)
         if totals is None:
             totals = Totals.zero(target, codes.shape[1])
-        totals = totals.add(target, coder.decode(codes), codes)
+        # A skip path and a normalization belong to a dictionary's reconstruction, not to its decoder.
+        whole = isinstance(coder, Dictionary)
+        out = coder.reconstruct(batch, codes) if whole else coder.decode(codes)
+        totals = totals.add(target, out, codes)
     if totals is None:
         raise SAEError("there are no activations to evaluate on; give at least one batch.")
     return totals.result()

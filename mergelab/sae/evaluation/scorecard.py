@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from mergelab.errors import SAEError, did_you_mean
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.controls import control_dictionary, random_model
-from mergelab.sae.evaluation.host import check_reads
+from mergelab.sae.evaluation.host import check_reads, check_target
 from mergelab.sae.evaluation.metrics import METRICS, Evidence, Metric, Score
 from mergelab.sae.evaluation.passes import anonymous
+from mergelab.sae.evaluation.settings import differences, settings_of
 from mergelab.sae.model_source import ModelActivations
 
 __all__ = ["Scorecard", "applicable_metrics", "control_scorecard", "halves", "scorecard", "seed_spread"]
@@ -26,10 +28,13 @@ class Scorecard:
     Attributes:
         scores: by name, such as `downstream.delta_ce`.
         seconds: by metric, its wall time, compilation included.
+        settings: of the dictionary and its training (`mergelab.sae.evaluation.settings`); None where nobody
+            took them down.
     """
 
     scores: Mapping[str, Score]
     seconds: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] | None = None
 
     def values(self) -> dict[str, float]:
         """The figures alone."""
@@ -79,10 +84,11 @@ def scorecard(
     """Runs evaluations.
 
     What must be fitted (explanations) is fitted on the first half of the contexts; every figure is of the
-    second half.
+    second half. Of the metrics that nobody asked for by name, one that cannot be had is a row that says why,
+    its value NaN.
 
     Args:
-        dictionary: reads and reconstructs the first of the source's sites.
+        dictionary: reads the first of the source's sites, and reconstructs it or, as a transcoder, another.
         source: the dictionary's host (`mergelab.sae.evaluation.host.open_host`) and a text it was not
             trained on.
         metrics: names of `METRICS`; all that apply by default.
@@ -97,28 +103,39 @@ def scorecard(
         progress: is told the name of each metric before it runs.
 
     Raises:
-        SAEError: a metric is unknown or cannot be had of this model and text, or the dictionary does not fit.
+        SAEError: a metric is unknown, one that was asked for cannot be had of this model and text, or the
+            dictionary does not fit.
     """
     check_reads(dictionary, source)
     names = _asked(metrics, source, labels)
+    settings = settings_of(dictionary)
     dictionary = anonymous(dictionary)
     fit, judge = halves(source)
     answers = {task: label[len(fit.tokens) :] for task, label in (labels or {}).items()}
     evidence = Evidence(fit, judge, answers, mask_token, curve, samples, explained, seed)
     memory = {} if memory is None else memory
+    lacking: dict[str, Scorecard] = {}
     for name in names:
         progress(name)
         if name not in memory:
             started = time.perf_counter()
-            measured = METRICS[name].measure(dictionary, evidence)
-            scores = {f"{name}.{part}": score for part, score in measured}
+            try:
+                scores = {
+                    f"{name}.{part}": score for part, score in METRICS[name].measure(dictionary, evidence)
+                }
+            except SAEError as error:
+                if metrics is not None:
+                    raise
+                lacking[name] = Scorecard({name: Score(float("nan"), "", f"not available: {error}")})
+                continue
             memory[name] = Scorecard(scores, {name: time.perf_counter() - started})
-    return _joined([memory[name] for name in names])
+    return _joined([lacking.get(name) or memory[name] for name in names], settings)
 
 
-def _joined(cards: Sequence[Scorecard]) -> Scorecard:
+def _joined(cards: Sequence[Scorecard], settings: Mapping[str, Any]) -> Scorecard:
     scores = {name: score for card in cards for name, score in card.scores.items()}
-    return Scorecard(scores, {name: value for card in cards for name, value in card.seconds.items()})
+    seconds = {name: value for card in cards for name, value in card.seconds.items()}
+    return Scorecard(scores, seconds, settings)
 
 
 def _asked(
@@ -175,15 +192,18 @@ def control_scorecard(
         SAEError: as `scorecard` and `control_dictionary`.
     """
     names = _asked(metrics, source, labels)
+    target = None if dictionary.is_autoencoder else check_target(dictionary, source)
     if memory is not None and all(name in memory for name in names):
-        return _joined([memory[name] for name in names])
+        return _joined([memory[name] for name in names], {"control": kind})
     host = random_model(source, seed) if kind == "random model" else source
     fit, _ = halves(host)
-    control = control_dictionary(kind, fit, n_latents=dictionary.n_latents, k=k, steps=steps, seed=seed)
+    control = control_dictionary(
+        kind, fit, n_latents=dictionary.n_latents, k=k, steps=steps, seed=seed, target_site=target
+    )
     return scorecard(
         control,
         host,
-        metrics=names,
+        metrics=metrics,
         labels=labels,
         mask_token=mask_token,
         samples=samples,
@@ -200,9 +220,16 @@ def seed_spread(cards: Sequence[Scorecard]) -> dict[str, tuple[float, float]]:
         cards: two or more, of the same metrics.
 
     Raises:
-        SAEError: there are fewer than two, or their metrics differ.
+        SAEError: there are fewer than two, their metrics differ, or their dictionaries differ in more than
+            the seed.
     """
     if len(cards) < 2 or len({tuple(card.scores) for card in cards}) > 1:
         raise SAEError(f"the spread of {len(cards)} scorecards; expected two or more of the same metrics.")
+    unlike = differences([card.settings for card in cards if card.settings is not None])
+    if unlike:
+        raise SAEError(
+            f"the dictionaries are not seeds of one training, as they differ in {'; '.join(unlike)}; compare "
+            "them one by one."
+        )
     columns = {name: np.array([card.scores[name].value for card in cards]) for name in cards[0].scores}
     return {name: (float(v.mean()), float(v.std(ddof=1))) for name, v in columns.items()}

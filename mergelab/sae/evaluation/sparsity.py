@@ -16,7 +16,7 @@ from mergelab.errors import SAEError
 from mergelab.models.model import Model
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.downstream import require_logits
-from mergelab.sae.evaluation.host import check_reads
+from mergelab.sae.evaluation.host import check_target
 from mergelab.sae.evaluation.passes import passes
 from mergelab.sae.model_source import ModelActivations
 
@@ -68,7 +68,7 @@ def latent_sparsity(
     """Ablates latents one at a time, each at one token, the error of the reconstruction kept.
 
     Args:
-        dictionary: reads the first of the source's sites.
+        dictionary: reads the first of the source's sites; effects begin at the one it writes.
         source: model and text.
         samples: random tokens, at each of which one of the active latents is ablated; a token counts as often
             as it has active latents, so the mean is that over all pairs of token and active latent.
@@ -79,9 +79,8 @@ def latent_sparsity(
         SAEError: the dictionary does not fit the site, contexts are shorter than the horizon, or nothing is
             active.
     """
-    check_reads(dictionary, source)
-
-    return _sparsity(source, _latent_change, dictionary, samples, horizon, seed)
+    sites = (source.sites[0], check_target(dictionary, source))
+    return _sparsity(source, sites, _latent_change, dictionary, samples, horizon, seed)
 
 
 def channel_sparsity(
@@ -100,7 +99,8 @@ def channel_sparsity(
     Raises:
         SAEError: contexts are shorter than the horizon, or the model predicts no tokens.
     """
-    return _sparsity(source, _channel_change, None, samples, horizon, seed)
+    sites = (source.sites[0], source.sites[0])
+    return _sparsity(source, sites, _channel_change, None, samples, horizon, seed)
 
 
 _Change = Callable[[Any, Array, Array], tuple[Array, Array]]
@@ -124,7 +124,7 @@ def _channel_change(_: None, x: Array, lot: Array) -> tuple[Array, Array]:
     return jnp.where(chosen, -x, 0), jnp.ones(len(x), jnp.int32)
 
 
-@partial(jax.jit, static_argnames=("model", "site", "change", "horizon"))
+@partial(jax.jit, static_argnames=("model", "sites", "change", "horizon"))
 def _ablate(
     params: Any,
     dictionary: Dictionary | None,
@@ -133,13 +133,14 @@ def _ablate(
     lot: Array,
     *,
     model: Model,
-    site: str,
+    sites: tuple[str, str],
     change: _Change,
     horizon: int,
 ) -> tuple[Array, Array]:
+    read, site = sites
     rows = jnp.arange(len(tokens))
-    plain = model.apply(params, tokens, capture=[site])
-    x = plain.captured[site]
+    plain = model.apply(params, tokens, capture=[read])
+    x = plain.captured[read]
     difference, weight = change(dictionary, x[rows, position].astype(jnp.float32), lot)
     edit = {site: lambda value: value.at[rows, position].add(difference.astype(value.dtype))}
     ablated = model.apply(params, tokens, edit=edit)
@@ -151,6 +152,7 @@ def _ablate(
 
 def _sparsity(
     source: ModelActivations,
+    sites: tuple[str, str],
     change: _Change,
     dictionary: Dictionary | None,
     samples: int,
@@ -182,7 +184,7 @@ def _sparsity(
             jnp.asarray(position, jnp.int32),
             jnp.asarray(lot, jnp.float32),
             model=source.model,
-            site=source.sites[0],
+            sites=sites,
             change=change,
             horizon=horizon,
         )

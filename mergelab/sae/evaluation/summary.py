@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergelab.sae.dictionary import Dictionary
-from mergelab.sae.evaluation.host import check_reads
-from mergelab.sae.evaluation.passes import encode_and_reconstruct, read_batches
+from mergelab.sae.evaluation.passes import encode_and_reconstruct, read_pairs
 from mergelab.sae.evaluation.reconstruction import Reconstruction, Totals, density_histogram
 from mergelab.sae.model_source import ModelActivations
 
@@ -22,24 +21,23 @@ DENSITY_EDGES = np.arange(-7.0, 0.5, 0.5)
 def reconstruction_on_model(
     dictionary: Dictionary, source: ModelActivations, *, contexts: int | None = None
 ) -> Reconstruction:
-    """Encodes and reconstructs the source's first site, pass by pass, with sums in float64.
+    """Encodes the source's first site and reconstructs what the dictionary writes, with sums in float64.
 
     Args:
-        dictionary: reads and reconstructs it.
+        dictionary: reads it; figures are of the site it writes (`check_target`).
         source: model and text.
         contexts: use so many of the text's; all by default.
 
     Raises:
-        SAEError: the dictionary does not fit the site, or its activations do not vary.
+        SAEError: the dictionary does not fit the sites, or their activations do not vary.
     """
-    check_reads(dictionary, source)
     totals: Totals | None = None
     rows = source.batch * source.tokens.shape[1]
-    for x in read_batches(source, contexts):
+    for x, y in read_pairs(dictionary, source, contexts):
         filled = np.pad(x, ((0, rows - len(x)), (0, 0)))  # one shape, one program
         codes, out = encode_and_reconstruct(dictionary, jnp.asarray(filled))
-        totals = totals or Totals.zero(x, dictionary.n_latents)
-        totals = totals.add(x, np.asarray(out)[: len(x)], np.asarray(codes)[: len(x)])
+        totals = totals or Totals.zero(y, dictionary.n_latents)
+        totals = totals.add(y, np.asarray(out)[: len(x)], np.asarray(codes)[: len(x)])
     assert totals is not None, "a source has at least one context"
     return totals.result()
 

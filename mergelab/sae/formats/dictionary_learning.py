@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mergelab.checkpoints import open_pickled, read_whole
-from mergelab.checkpoints.json_data import read_json_object
+from mergelab.checkpoints import TensorSource, open_pickled
 from mergelab.checkpoints.pickle_writer import write_pickled
 from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import CheckpointError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
-from mergelab.sae.formats.convert import arrays_of, refuse, subtracting_b_dec, transposed
+from mergelab.sae.formats.convert import arrays_of, check_sizes, refuse, subtracting_b_dec, transposed
+from mergelab.sae.formats.hook_names import said_or, site_of, submodule_of
 from mergelab.sae.formats.own import write_folder
+from mergelab.sae.formats.settings import Settings, number_in
 
 __all__ = ["read_dictionary_learning", "write_dictionary_learning"]
 
 _TOP_K = "AutoEncoderTopK"
 _BATCH = ("BatchTopKSAE", "MatryoshkaBatchTopKSAE")
+_AXES = {
+    "W_enc": ("d", "n"), "W_dec": ("n", "d"), "b_enc": ("n",), "b_dec": ("d",), "encoder.weight": ("n", "d"),
+    "encoder.bias": ("n",), "decoder.weight": ("d", "n"),
+}  # fmt: skip
 
 
 def read_dictionary_learning(path: Path) -> Dictionary:
@@ -29,16 +35,26 @@ def read_dictionary_learning(path: Path) -> Dictionary:
     Raises:
         CheckpointError: a file is missing, or the class of the dictionary is not supported.
     """
-    config = read_json_object(path / "config.json")
-    trainer: Any = config.get("trainer")
-    kind = trainer.get("dict_class") if isinstance(trainer, dict) else None
+    config = Settings.read(path / "config.json")
+    trainer = config.inner("trainer")
+    kind = trainer.values.get("dict_class")
     tensors = open_pickled(path / "ae.pt").tensors
-    n = tensors["b_enc"].shape[0] if "b_enc" in tensors else 0
+    told = _sites(config.values)
+    check_sizes(
+        path / "ae.pt",
+        {name: tensor.shape for name, tensor in tensors.items()},
+        {name: _AXES[name] for name in tensors if name in _AXES},
+        path / "config.json",
+        {
+            "d": ("activation_dim", trainer.values.get("activation_dim")),
+            "n": ("dict_size", trainer.values.get("dict_size")),
+        },
+    )
     if kind == "JumpReluAutoEncoder":
         wanted = {"W_enc": True, "W_dec": True, "b_enc": True, "b_dec": True, "threshold": True}
         found = arrays_of(tensors, wanted, path / "ae.pt")
-        return Dictionary(**found, config=DictionaryConfig("jump_relu")).checked()
-    if kind != _TOP_K and kind not in _BATCH:
+        return Dictionary(**found, config=DictionaryConfig("jump_relu", **told)).checked()
+    if not isinstance(kind, str) or kind not in (_TOP_K, *_BATCH):
         raise CheckpointError(
             f"{path / 'config.json'}: trainer.dict_class {kind!r} is not supported; "
             f"{_TOP_K}, {', '.join(_BATCH)} and JumpReluAutoEncoder are"
@@ -57,13 +73,40 @@ def read_dictionary_learning(path: Path) -> Dictionary:
         }
     n = found["b_enc"].shape[0]
     if kind == _TOP_K:
-        k = int(read_whole(tensors["k"])) if "k" in tensors else int(trainer["k"])
-        return Dictionary(**found, config=DictionaryConfig("topk", k, subtract_b_dec=True)).checked()
+        k = _k_in(path / "ae.pt", tensors["k"]) if "k" in tensors else trainer.whole("k")
+        return Dictionary(**found, config=DictionaryConfig("topk", k, subtract_b_dec=True, **told)).checked()
     if "threshold" not in tensors:
         raise CheckpointError(f"{path / 'ae.pt'}: has no threshold, which a batch-top-k dictionary needs")
-    threshold = np.full(n, float(read_whole(tensors["threshold"])), np.float32)
-    settings = DictionaryConfig("batch_topk", int(trainer["k"]), subtract_b_dec=True)
+    threshold = np.full(n, number_in(path / "ae.pt", "threshold", tensors["threshold"]), np.float32)
+    settings = DictionaryConfig("batch_topk", trainer.whole("k"), subtract_b_dec=True, **told)
     return Dictionary(**found, threshold=found["b_enc"] * 0 + threshold, config=settings).checked()
+
+
+def _k_in(path: Path, tensor: TensorSource) -> int:
+    k = number_in(path, "k", tensor)
+    if k != int(k) or not 1 <= k < 2**31:
+        raise CheckpointError(
+            f"{path}: k is {k}, but a whole number of at least 1 was expected; get it again"
+        )
+    return int(k)
+
+
+def _sites(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`reads`, `writes`, `transcoder` and `metadata`: a trainer names a submodule, a buffer which end of it.
+
+    `io: in_and_out` is how the library's buffer gives a training the input and the output of a submodule.
+    """
+    trainer, buffer = config.get("trainer"), config.get("buffer")
+    trainer = trainer if isinstance(trainer, Mapping) else {}
+    io = buffer.get("io") if isinstance(buffer, Mapping) else None
+    name = trainer.get("submodule_name")
+    site = site_of(name) if io != "in" else None
+    keys = ("submodule_name", "layer", "lm_name")
+    metadata = {key: trainer[key] for key in keys if isinstance(trainer.get(key), str | int)}
+    if io == "in_and_out":
+        writes = None if site is None else (site,)
+        return {"writes": writes, "transcoder": True, "metadata": metadata}
+    return {"reads": None if site is None else (site,), "transcoder": False, "metadata": metadata}
 
 
 def write_dictionary_learning(dictionary: Dictionary, path: Path | WorkFolder) -> None:
@@ -78,9 +121,12 @@ def write_dictionary_learning(dictionary: Dictionary, path: Path | WorkFolder) -
         raise refuse(
             "dictionary_learning", f"the activation {config.activation!r}", "'mergelab' or 'saelens'"
         )
-    if config.normalization != "none" or dictionary.W_skip is not None or dictionary.d_in != dictionary.d_out:
-        raise refuse("dictionary_learning", "a normalisation, a skip path or two widths", "'mergelab'")
+    if not dictionary.is_autoencoder:
+        raise refuse("dictionary_learning", f"a transcoder ({dictionary.mapping()})", "'mergelab'")
+    if config.normalization != "none" or dictionary.W_skip is not None:
+        raise refuse("dictionary_learning", "a normalisation or a skip path", "'mergelab'")
     trainer: dict[str, Any] = {"activation_dim": dictionary.d_in, "dict_size": dictionary.n_latents}
+    trainer |= _named(config)
     if config.activation == "topk":
         arrays = subtracting_b_dec(dictionary).as_numpy()
         trainer |= {"dict_class": _TOP_K, "k": config.k}
@@ -99,3 +145,16 @@ def write_dictionary_learning(dictionary: Dictionary, path: Path | WorkFolder) -
         tree = dictionary.as_numpy()
     cfg = json.dumps({"trainer": trainer}, indent=2) + "\n"
     write_folder(path, {"config.json": cfg}, {"ae.pt": tree}, write=write_pickled)
+
+
+def _named(config: DictionaryConfig) -> dict[str, Any]:
+    """`submodule_name`, `layer` and `lm_name`, as far as they are known."""
+    site = None if config.reads is None else config.reads[0]
+    name = said_or(config.metadata, "submodule_name", site, submodule_of(site))
+    layer = site.split(".")[1] if site is not None and site.startswith("blocks.") else None
+    found = {
+        "submodule_name": name,
+        "layer": config.metadata.get("layer") if layer is None else int(layer),
+        "lm_name": config.metadata.get("lm_name", config.metadata.get("model")),
+    }
+    return {key: value for key, value in found.items() if value is not None}

@@ -13,6 +13,7 @@ from mergelab.checkpoints.new_files import NewFiles
 from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import CheckpointError, SAEError, did_you_mean
 from mergelab.sae.dictionary import Dictionary
+from mergelab.sae.formats.convert import refuse
 from mergelab.sae.formats.dictionary_learning import read_dictionary_learning, write_dictionary_learning
 from mergelab.sae.formats.gemma_scope import read_gemma_scope, read_gemma_scope_2, write_gemma_scope
 from mergelab.sae.formats.openai import read_openai, write_openai
@@ -89,7 +90,10 @@ FORMATS: Mapping[str, FileFormat] = {
 
 def _says(path: Path, words: str) -> bool:
     cfg = path / "cfg.json"
-    return cfg.is_file() and words in cfg.read_text(errors="replace")[:4096]
+    if not cfg.is_file():
+        return False
+    with cfg.open("rb") as file:
+        return words.encode() in file.read(4096)
 
 
 def load_dictionary(path: str | Path, format: str | None = None, *, mesh: Mesh | None = None) -> Dictionary:
@@ -109,9 +113,13 @@ def load_dictionary(path: str | Path, format: str | None = None, *, mesh: Mesh |
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
     kind = _format(format) if format is not None else _recognised(path)
-    if mesh is None:
-        return kind.read(path)
-    return read_own(path, mesh) if kind is FORMATS["mergelab"] else place_dictionary(kind.read(path), mesh)
+    if mesh is not None and kind is FORMATS["mergelab"]:
+        return read_own(path, mesh)
+    try:
+        found = kind.read(path)
+    except SAEError as error:  # of the dictionary, which does not know where it comes from
+        raise CheckpointError(f"{path}: {error}") from error
+    return found if mesh is None else place_dictionary(found, mesh)
 
 
 def _recognised(path: Path) -> FileFormat:
@@ -145,6 +153,8 @@ def save_dictionary(
         OutputError: the path is taken, is being written by another run, or cannot be written.
     """
     kind = _format(format)
+    if kind is not FORMATS["mergelab"] and dictionary.config.sites != 1:
+        raise refuse(format, f"a crosscoder of {dictionary.config.sites} sites", "'mergelab'")
     place = Path(path) if isinstance(path, str) else path
     if kind.write is write_own:
         write_own(dictionary.checked(), cast("Path | WorkFolder", place), overwrite=overwrite)

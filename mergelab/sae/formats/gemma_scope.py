@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from mergelab.checkpoints import open_safetensors
+from mergelab.checkpoints.json_data import read_json_object
+from mergelab.checkpoints.npz_file import NpzArray, open_npz
 from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import CheckpointError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
-from mergelab.sae.formats.convert import arrays_of, refuse
+from mergelab.sae.formats.convert import arrays_of, check_finite, check_sizes, refuse
+from mergelab.sae.formats.hook_names import hook_of, said_or, site_of
 from mergelab.sae.formats.own import write_folder
 
 __all__ = ["read_gemma_scope", "read_gemma_scope_2", "write_gemma_scope"]
 
 _NPZ = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+_KINDS = {
+    "resid": re.compile(r"gemma-scope.*-res(-|$)|^resid_post"),
+    "mlp": re.compile(r"gemma-scope.*-mlp(-|$)|^mlp_out"),
+    "att": re.compile(r"gemma-scope.*-att(-|$)|^attn_out"),
+    "transcoder": re.compile(r"gemma-scope.*-transcoders?(-|$)|^transcoder"),
+}
+"""What the names of the releases' folders say a dictionary is of."""
+_WRITTEN = {"resid": "resid_post", "mlp": "mlp.out", "att": "attn.z", "transcoder": "mlp.out"}
 
 
 def read_gemma_scope(path: Path) -> Dictionary:
@@ -28,15 +42,26 @@ def read_gemma_scope(path: Path) -> Dictionary:
         CheckpointError: not such a file.
     """
     file = path / "params.npz" if path.is_dir() else path
-    try:
-        with np.load(file, allow_pickle=False) as held:
-            missing = [name for name in _NPZ if name not in held]
-            if missing:
-                raise CheckpointError(f"{file}: has no array {missing[0]!r}, only {', '.join(held)}")
-            arrays = {name: jnp.asarray(held[name].astype(np.float32)) for name in _NPZ}
-    except (OSError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{file}: not a readable .npz file ({error}); download it again") from error
-    return Dictionary(**arrays, config=DictionaryConfig("jump_relu")).checked()
+    stored = open_npz(file, _NPZ)
+    _check_shapes(file, stored)  # before anything is inflated
+    arrays = {name: jnp.asarray(array.read().astype(np.float32)) for name, array in stored.items()}
+    for name, value in arrays.items():
+        check_finite(file, name, value)
+    return Dictionary(**arrays, config=DictionaryConfig("jump_relu", **_sites(file))).checked()
+
+
+def _check_shapes(file: Path, arrays: Mapping[str, NpzArray]) -> None:
+    """Checks that arrays are floats, and fit together."""
+    d, n = (*arrays["W_enc"].shape, 0, 0)[:2]
+    out = arrays["W_dec"].shape[-1] if arrays["W_dec"].shape else 0
+    wanted = {"W_enc": (d, n), "W_dec": (n, out), "b_enc": (n,), "b_dec": (out,), "threshold": (n,)}
+    for name, shape in wanted.items():
+        found = arrays[name]
+        if found.dtype.kind != "f" or found.shape != shape:
+            raise CheckpointError(
+                f"{file}: {name} is {found.dtype.name} of shape {list(found.shape)}, but floats of shape "
+                f"{list(shape)} were expected by W_enc of {list(arrays['W_enc'].shape)}; download it again"
+            )
 
 
 def read_gemma_scope_2(path: Path) -> Dictionary:
@@ -47,7 +72,16 @@ def read_gemma_scope_2(path: Path) -> Dictionary:
     """
     file = path / "params.safetensors" if path.is_dir() else path
     wanted = {name: True for name in ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")}
-    found = arrays_of(open_safetensors(file).tensors, {**wanted, "affine_skip_connection": False}, file)
+    tensors = open_safetensors(file).tensors
+    check_sizes(
+        file,
+        {name: tensor.shape for name, tensor in tensors.items()},
+        {
+            "w_enc": ("d_in", "n"), "w_dec": ("n", "d_out"), "b_enc": ("n",), "b_dec": ("d_out",),
+            "threshold": ("n",), "affine_skip_connection": ("d_in", "d_out"),
+        },
+    )  # fmt: skip
+    found = arrays_of(tensors, {**wanted, "affine_skip_connection": False}, file)
     skip: Array | None = found.get("affine_skip_connection")
     return Dictionary(
         W_enc=found["w_enc"],
@@ -56,8 +90,43 @@ def read_gemma_scope_2(path: Path) -> Dictionary:
         b_dec=found["b_dec"],
         threshold=found["threshold"],
         W_skip=skip,
-        config=DictionaryConfig("jump_relu"),
+        config=DictionaryConfig("jump_relu", **_sites(file)),
     ).checked()
+
+
+def _sites(file: Path) -> dict[str, Any]:
+    """`reads`, `writes`, `transcoder` and `metadata`.
+
+    `config.json` beside the file says them: version 2 under `hf_hook_point_in` and `_out`, files of this
+    library as hooks of TransformerLens. Where there is none, the names of the release's folders do
+    (`gemma-scope-2b-pt-mlp/layer_3/...`), which for a transcoder tell what is written alone.
+    """
+    beside = file.with_name("config.json")
+    said = read_json_object(beside) if beside.is_file() else {}
+    keys = ("hook_name", "hook_name_out", "hf_hook_point_in", "hf_hook_point_out", "model_name")
+    metadata = {key: said[key] for key in keys if isinstance(said.get(key), str)}
+    hook = metadata.get("hook_name", metadata.get("hf_hook_point_in"))
+    target = metadata.get("hook_name_out", metadata.get("hf_hook_point_out"))
+    parts = file.absolute().parent.parts[-6:]
+    layers = [found[1] for part in parts if (found := re.search(r"layer_(\d{1,4})(?!\d)", part))]
+    released = any("gemma-scope" in part for part in parts)
+    kinds = [kind for part in parts for kind, words in _KINDS.items() if released and words.search(part)]
+    transcoder: bool | None = None
+    if hook is not None and target is not None:
+        transcoder = hook != target
+    elif kinds:
+        transcoder = kinds[-1] == "transcoder"
+        named = f"blocks.{int(layers[-1])}.{_WRITTEN[kinds[-1]]}" if layers else None
+        hook, target = (hook, target or named) if transcoder else (hook or named, None)
+    reads, writes = site_of(hook), site_of(target)
+    if reads is not None and writes is not None:
+        transcoder = None
+    return {
+        "reads": None if reads is None else (reads,),
+        "writes": None if writes is None else (writes,),
+        "transcoder": transcoder,
+        "metadata": metadata,
+    }
 
 
 def write_gemma_scope(dictionary: Dictionary, path: Path | WorkFolder) -> None:
@@ -72,10 +141,38 @@ def write_gemma_scope(dictionary: Dictionary, path: Path | WorkFolder) -> None:
         raise refuse("gemma-scope", f"the activation {config.activation!r}", "'mergelab' or 'saelens'")
     if config.normalization != "none" or config.subtract_b_dec or dictionary.W_skip is not None:
         raise refuse("gemma-scope", "a normalisation, a subtracted b_dec or a skip path", "'mergelab'")
+    said = _hooks(dictionary)
+    if not dictionary.is_autoencoder and "hook_name_out" not in said:
+        raise refuse("gemma-scope", "a transcoder whose sites are not known", "'mergelab' or 'saelens'")
+    cfg = json.dumps({"architecture": "jump_relu", **said}, indent=2) + "\n"
     arrays = dictionary.as_numpy()
-    write_folder(path, {}, {"params.npz": {name: arrays[name] for name in _NPZ}}, write=_write_npz)
+    write_folder(
+        path,
+        {"config.json": cfg} if said else {},
+        {"params.npz": {name: arrays[name] for name in _NPZ}},
+        write=_write_npz,
+    )
 
 
 def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     with path.open("wb") as file:
         np.savez(file, allow_pickle=False, **dict(arrays))
+
+
+def _hooks(dictionary: Dictionary) -> dict[str, str]:
+    """`hook_name` and, always beside it, `hook_name_out`, in TransformerLens' names; nothing if one has none.
+
+    A hook that is no site here is the one the dictionary was read with.
+    """
+    config = dictionary.config
+    found: dict[str, str] = {}
+    for key, sites in (("hook_name", config.reads), ("hook_name_out", config.writes)):
+        site = None if sites is None else sites[0]
+        said = said_or(config.metadata, key, site, hook_of(site) or site)
+        if said is not None:
+            found[key] = said
+    if dictionary.is_autoencoder and "hook_name" in found:
+        return {"hook_name": found["hook_name"], "hook_name_out": found["hook_name"]}
+    if not dictionary.is_autoencoder and "hook_name_out" in found:
+        return {"hook_name": "unknown", **found}
+    return {}

@@ -14,7 +14,7 @@ from mergelab.checkpoints.new_files import NewFiles
 from mergelab.checkpoints.pickle_writer import write_pickled
 from mergelab.errors import CheckpointError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
-from mergelab.sae.formats.convert import arrays_of, refuse, subtracting_b_dec, transposed
+from mergelab.sae.formats.convert import arrays_of, check_sizes, refuse, subtracting_b_dec, transposed
 
 __all__ = ["read_openai", "write_openai"]
 
@@ -34,6 +34,16 @@ def read_openai(path: Path, k: int | None = None) -> Dictionary:
     """
     opened = open_pickled(path, values=True)
     wanted = {"encoder.weight": True, "decoder.weight": True, "pre_bias": True, "latent_bias": True}
+    check_sizes(
+        path,
+        {name: tensor.shape for name, tensor in opened.tensors.items()},
+        {
+            "encoder.weight": ("n", "d"),
+            "decoder.weight": ("d", "n"),
+            "pre_bias": ("d",),
+            "latent_bias": ("n",),
+        },
+    )
     found = arrays_of(opened.tensors, wanted, path)
     said = _settings(opened.values)
     kind = said.get("activation", "ReLU")
@@ -43,6 +53,10 @@ def read_openai(path: Path, k: int | None = None) -> Dictionary:
     if kind not in ("TopK", "ReLU"):
         raise CheckpointError(f"{path}: activation {kind!r} is not supported; 'TopK' and 'ReLU' are")
     top = kind == "TopK"
+    if top and (type(k) is not int or k < 1):
+        raise CheckpointError(
+            f"{path}: k is {k!r}, but a whole number of at least 1 was expected; get it again"
+        )
     return Dictionary(
         W_enc=found["encoder.weight"].T,
         b_enc=found["latent_bias"],
@@ -53,6 +67,7 @@ def read_openai(path: Path, k: int | None = None) -> Dictionary:
             k if top else None,
             subtract_b_dec=True,
             normalization="layer_norm" if top else "none",
+            transcoder=False,
         ),
     ).checked()
 
@@ -61,7 +76,7 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """`activation` and `k`, which stand beside the tensors."""
     inner = values.get("activation_state_dict")
     k = inner.get("k") if isinstance(inner, Mapping) else None
-    said: dict[str, Any] = {"k": k} if isinstance(k, int) else {}
+    said: dict[str, Any] = {} if k is None else {"k": k}
     if isinstance(values.get("activation"), str):
         said["activation"] = values["activation"]
     return said
@@ -80,8 +95,8 @@ def write_openai(dictionary: Dictionary, path: Path | NewFiles) -> None:
         raise refuse(
             "openai", f"{config.activation!r} with {config.normalization!r}", "'mergelab' or 'saelens'"
         )
-    if dictionary.d_in != dictionary.d_out or dictionary.W_skip is not None:
-        raise refuse("openai", "a transcoder", "'mergelab' or 'sparsify'")
+    if not dictionary.is_autoencoder or dictionary.W_skip is not None:
+        raise refuse("openai", f"a transcoder ({dictionary.mapping()})", "'mergelab' or 'saelens'")
     arrays = subtracting_b_dec(dictionary).as_numpy()
     n = dictionary.n_latents
     tree: dict[str, Any] = {

@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 
 from mergelab.checkpoints import open_safetensors
 from mergelab.checkpoints.dtypes import is_float
-from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.new_files import check_new_folder
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.tensor_files import write_tensors
@@ -26,6 +25,8 @@ from mergelab.models.declaration import Leaf
 from mergelab.models.load import load_params
 from mergelab.models.save import save_params
 from mergelab.sae.dictionary import LATENT_AXIS, Dictionary, DictionaryConfig
+from mergelab.sae.formats.convert import check_finite, check_sizes
+from mergelab.sae.formats.settings import Settings
 
 __all__ = ["FORMAT", "read_own", "write_folder", "write_own"]
 
@@ -34,6 +35,12 @@ FORMAT = "mergelab-sae-1"
 
 _CFG, _WEIGHTS = "cfg.json", "sae.safetensors"
 _WHOLE = 1 << 62  # one file, however large
+_AXES = {
+    "W_enc": ("d_in", "n_latents"), "b_enc": ("n_latents",), "W_dec": ("n_latents", "d_out"),
+    "b_dec": ("d_out",), "threshold": ("n_latents",), "W_skip": ("d_in", "d_out"),
+    "magnitude_scale": ("n_latents",),
+    "magnitude_bias": ("n_latents",),
+}  # fmt: skip
 
 
 def write_own(dictionary: Dictionary, path: Path | WorkFolder, *, overwrite: bool = False) -> None:
@@ -150,12 +157,20 @@ def read_own(path: Path, mesh: Mesh | None = None) -> Dictionary:
 
     Raises:
         CheckpointError: a file is missing, or says things that do not fit together.
+        NonFiniteError: a tensor holds NaN or infinity.
         MeshError: another process failed.
     """
-    settings: dict[str, Any] = dict(read_json_object(path / _CFG))
+    told = Settings.read(path / _CFG)
+    settings: dict[str, Any] = dict(told.values)
     if settings.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path / _CFG}: expected format {FORMAT!r}; it was written by something else")
     sizes = {name: settings.pop(name, None) for name in ("d_in", "d_out", "n_latents")}
+    settings |= {
+        "k": None if settings.get("k") is None else told.whole("k"),
+        "subtract_b_dec": told.flag("subtract_b_dec", False),
+        "sites": told.whole("sites", 1),
+        "metadata": told.mapping("metadata"),
+    }
     tensors = open_safetensors(path / _WEIGHTS).tensors
     known = [field for field in Dictionary.__dataclass_fields__ if field != "config"]
     unknown = [name for name in tensors if name not in known]
@@ -170,6 +185,13 @@ def read_own(path: Path, mesh: Mesh | None = None) -> Dictionary:
                 f"{path / _WEIGHTS}: {name} is {tensor.dtype} {list(tensor.shape)}, where floats with {axes} "
                 f"{'axes' if axes > 1 else 'axis'} were expected; write the dictionary again"
             )
+    check_sizes(
+        path / _WEIGHTS,
+        {name: tensor.shape for name, tensor in tensors.items()},
+        {name: _AXES[name] for name in known},
+        path / _CFG,
+        {name: (name, value) for name, value in sizes.items()},
+    )
     split = "latents" if mesh is not None and "latents" in mesh.axis_names else None
     try:
         table = _table({name: tensor.shape for name, tensor in tensors.items()})
@@ -177,6 +199,8 @@ def read_own(path: Path, mesh: Mesh | None = None) -> Dictionary:
         found = Dictionary(**arrays, config=DictionaryConfig(**settings)).checked()
     except (SAEError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+    for name, values in arrays.items():
+        check_finite(path / _WEIGHTS, name, values)
     mine = {"d_in": found.d_in, "d_out": found.d_out, "n_latents": found.n_latents}
     if sizes != mine:
         raise CheckpointError(f"{path / _CFG}: says {sizes}, but the tensors have {mine}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergelab.checkpoints import open_safetensors
-from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import CheckpointError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
-from mergelab.sae.formats.convert import arrays_of, refuse
+from mergelab.sae.formats.convert import arrays_of, check_sizes, not_subtracting_b_dec, refuse
+from mergelab.sae.formats.hook_names import hook_of, said_or, site_of
 from mergelab.sae.formats.own import write_folder
+from mergelab.sae.formats.settings import Settings
 
 __all__ = ["WEIGHTS", "read_saelens", "write_saelens"]
 
@@ -24,7 +26,15 @@ WEIGHTS = "sae_weights.safetensors"
 _ACTIVATIONS = {
     "standard": "relu", "gated": "gated", "topk": "topk", "jumprelu": "jump_relu",
     "transcoder": "relu", "skip_transcoder": "relu", "jumprelu_transcoder": "jump_relu",
+    "jumprelu_skip_transcoder": "jump_relu",
 }  # fmt: skip
+_OF_THE_MODEL = (
+    "model_name", "hook_name", "model_class_name", "hook_head_index", "model_from_pretrained_kwargs",
+    "prepend_bos", "exclude_special_tokens", "neuronpedia_id", "context_size", "seqpos_slice", "dataset_path",
+    "sae_lens_version", "sae_lens_training_version", "hook_name_out", "hook_head_index_out", "hf_hook_name",
+    "hf_hook_name_out",
+)  # fmt: skip
+"""What versions before 6 say beside the architecture, and version 6 under `metadata`."""
 _NORMALIZATIONS = {"none": "none", "layer_norm": "layer_norm"}
 
 
@@ -34,14 +44,11 @@ def read_saelens(path: Path) -> Dictionary:
     Raises:
         CheckpointError: a file is missing, or of an architecture or normalisation that is not supported.
     """
-    cfg: dict[str, Any] = dict(read_json_object(path / "cfg.json"))
-    architecture = cfg.get("architecture", "standard")
-    if architecture not in _ACTIVATIONS:
-        raise CheckpointError(
-            f"{path / 'cfg.json'}: architecture {architecture!r} is not one of {', '.join(_ACTIVATIONS)}"
-        )
+    settings = Settings.read(path / "cfg.json")
+    cfg: dict[str, Any] = dict(settings.values)
+    architecture = settings.word("architecture", _ACTIVATIONS, "standard")
     normalization = cfg.get("normalize_activations", "none")
-    if normalization not in _NORMALIZATIONS:
+    if not isinstance(normalization, str) or normalization not in _NORMALIZATIONS:
         raise CheckpointError(
             f"{path / 'cfg.json'}: normalize_activations {normalization!r} needs data not in the file; "
             "fold it in SAELens first (fold_activation_norm_scaling_factor)"
@@ -49,16 +56,25 @@ def read_saelens(path: Path) -> Dictionary:
     gated = architecture == "gated"
     wanted = {"W_enc": True, "W_dec": True, "b_dec": True, "b_enc": not gated}
     wanted |= {name: gated for name in ("b_gate", "r_mag", "b_mag")}
-    wanted |= {"threshold": _ACTIVATIONS[architecture] == "jump_relu", "W_skip": False}
-    found = arrays_of(open_safetensors(path / WEIGHTS).tensors, wanted, path / WEIGHTS)
+    maps = "transcoder" in architecture
+    wanted |= {"threshold": _ACTIVATIONS[architecture] == "jump_relu", "W_skip": "skip" in architecture}
+    tensors = open_safetensors(path / WEIGHTS).tensors
+    check_sizes(
+        path / WEIGHTS,
+        {name: tensor.shape for name, tensor in tensors.items()},
+        _axes("d_out" if maps else "d_in"),
+        path / "cfg.json",
+        {name: (name, cfg.get(name)) for name in ("d_in", "d_sae", *(["d_out"] if maps else []))},
+    )
+    found = arrays_of(tensors, wanted, path / WEIGHTS)
     config = DictionaryConfig(
         activation=_ACTIVATIONS[architecture],
-        k=cfg.get("k") if architecture == "topk" else None,
-        subtract_b_dec=bool(cfg.get("apply_b_dec_to_input", True)) and "transcoder" not in architecture,
+        k=settings.whole("k") if architecture == "topk" else None,
+        subtract_b_dec=settings.flag("apply_b_dec_to_input", True) and not maps,
         normalization=_NORMALIZATIONS[normalization],
-        metadata=dict(cfg.get("metadata") or {}),
+        **_sites(settings.values, settings.mapping("metadata"), maps),
     )
-    if cfg.get("rescale_acts_by_decoder_norm") and architecture == "topk":
+    if settings.flag("rescale_acts_by_decoder_norm", False) and architecture == "topk":
         # Codes count in units of the decoder's norms: the same as a decoder of norm 1.
         norms = jnp.linalg.norm(found["W_dec"], axis=1)
         found["W_enc"], found["b_enc"] = found["W_enc"] * norms[None, :], found["b_enc"] * norms
@@ -76,6 +92,49 @@ def read_saelens(path: Path) -> Dictionary:
     ).checked()
 
 
+def _axes(out: str) -> dict[str, tuple[str, ...]]:
+    latents = ("b_enc", "b_gate", "r_mag", "b_mag", "threshold")
+    both = {"W_enc": ("d_in", "d_sae"), "W_dec": ("d_sae", out), "b_dec": (out,), "W_skip": (out, "d_in")}
+    return both | {name: ("d_sae",) for name in latents}
+
+
+def _sites(cfg: Mapping[str, Any], own: Mapping[str, Any], maps: bool) -> dict[str, Any]:
+    """`reads`, `writes`, `transcoder` and `metadata` of a configuration, whose hooks become sites."""
+    said = {key: cfg[key] for key in _OF_THE_MODEL if cfg.get(key) is not None}
+    if "hook_point" in cfg:
+        said.setdefault("hook_name", cfg["hook_point"])
+    metadata = {**said, **own}
+    hook, target = metadata.get("hook_name"), metadata.get("hook_name_out")
+    reads = site_of(hook) or site_of(metadata.get("site"))
+    writes = site_of(target) or site_of(metadata.get("target_site"))
+    if hook is not None and target is not None:
+        maps = hook != target  # also where the hooks are no sites here
+    known = reads is not None and writes is not None
+    return {
+        "reads": None if reads is None else (reads,),
+        "writes": None if writes is None else (writes,),
+        "transcoder": None if known else maps,
+        "metadata": metadata,
+    }
+
+
+def _hooks(dictionary: Dictionary) -> dict[str, str]:
+    """`hook_name`, and of a transcoder `hook_name_out`, as far as they are known."""
+    metadata, config = dictionary.config.metadata, dictionary.config
+    found: dict[str, str] = {}
+    for key, own, sites in (
+        ("hook_name", "site", config.reads),
+        ("hook_name_out", "target_site", None if dictionary.is_autoencoder else config.writes),
+    ):
+        site = None if sites is None else sites[0]
+        name = said_or(metadata, key, site, hook_of(site))
+        if name is not None and (key == "hook_name" or not dictionary.is_autoencoder):
+            found[key] = name
+        if site is not None:
+            found[own] = site
+    return found
+
+
 def write_saelens(dictionary: Dictionary, path: Path | WorkFolder) -> None:
     """Writes a folder for SAELens; a batch-top-k dictionary becomes `jumprelu`, as SAELens itself saves them.
 
@@ -85,39 +144,57 @@ def write_saelens(dictionary: Dictionary, path: Path | WorkFolder) -> None:
     """
     config = dictionary.config
     activation = "jump_relu" if config.activation == "batch_topk" else config.activation
-    # An autoencoder that subtracts nothing has two widths alike and no skip path.
-    maps = dictionary.d_in != dictionary.d_out or dictionary.W_skip is not None
+    # SAELens has skip paths in transcoders alone.
+    maps = not dictionary.is_autoencoder or dictionary.W_skip is not None
     names = {"relu": "standard", "gated": "gated", "topk": "topk", "jump_relu": "jumprelu"}
     architecture = names[activation]
     if maps:
-        if activation not in ("relu", "jump_relu") or (
-            dictionary.W_skip is not None and activation != "relu"
-        ):
+        if activation not in ("relu", "jump_relu"):
             raise refuse("saelens", f"a {config.activation} transcoder", "'mergelab' or 'sparsify'")
-        skip = dictionary.W_skip is not None
-        architecture = (
-            "skip_transcoder" if skip else {"relu": "transcoder"}.get(activation, "jumprelu_transcoder")
-        )
+        before, skip = "jumprelu_" * (activation == "jump_relu"), "skip_" * (dictionary.W_skip is not None)
+        architecture = f"{before}{skip}transcoder"
+        dictionary = not_subtracting_b_dec(dictionary)
     arrays = dictionary.as_numpy()
     if activation == "gated":
         renamed = {"b_enc": "b_gate", "magnitude_scale": "r_mag", "magnitude_bias": "b_mag"}
         arrays = {renamed.get(name, name): value for name, value in arrays.items()}
     if "W_skip" in arrays:
         arrays["W_skip"] = np.ascontiguousarray(arrays["W_skip"].T)
-    known = {key: value for key, value in config.metadata.items() if isinstance(value, str | int | float)}
+    names = ("hook_name", "hook_name_out", "site", "target_site")
+    known = {
+        key: value
+        for key, value in config.metadata.items()
+        if isinstance(value, str | int | float) and key not in names
+    }
+    hooks = _hooks(dictionary)
+    if maps and dictionary.is_autoencoder and "hook_name" in hooks:
+        hooks["hook_name_out"] = hooks["hook_name"]
     cfg: dict[str, Any] = {
         "architecture": architecture,
         "d_in": dictionary.d_in,
         "d_sae": dictionary.n_latents,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": config.subtract_b_dec,
+        "apply_b_dec_to_input": dictionary.config.subtract_b_dec,
         "normalize_activations": config.normalization,
         "reshape_activations": "none",
-        "metadata": known,
+        # Without a version SAELens takes the file for one of before 6, whose metadata stood elsewhere.
+        "metadata": {"sae_lens_version": "6.0.0", **known, **_training(config.metadata), **hooks},
     }
     if maps:
         cfg["d_out"] = dictionary.d_out
     if activation == "topk":
         cfg |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
     write_folder(path, {"cfg.json": json.dumps(cfg, indent=2) + "\n"}, {WEIGHTS: arrays})
+
+
+def _training(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What SAELens wants to know of the text, where the dictionary was trained here."""
+    found: dict[str, Any] = {}
+    if "settings" in metadata or "model_hash" in metadata:
+        found["prepend_bos"] = False
+    if isinstance(metadata.get("model"), str):
+        found["model_name"] = metadata["model"]
+    if isinstance(metadata.get("context"), int):
+        found["context_size"] = metadata["context"]
+    return found

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mergelab.checkpoints import open_safetensors
-from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.work_folder import WorkFolder
-from mergelab.errors import CheckpointError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
-from mergelab.sae.formats.convert import arrays_of, refuse, subtracting_b_dec, transposed
+from mergelab.sae.formats.convert import (
+    arrays_of,
+    check_sizes,
+    not_subtracting_b_dec,
+    refuse,
+    subtracting_b_dec,
+    transposed,
+)
+from mergelab.sae.formats.hook_names import module_of, said_or, site_of
 from mergelab.sae.formats.own import write_folder
+from mergelab.sae.formats.settings import Settings
 
 __all__ = ["read_sparsify", "write_sparsify"]
 
@@ -25,19 +34,61 @@ def read_sparsify(path: Path) -> Dictionary:
     Raises:
         CheckpointError: a file is missing, or the activation is not top-k.
     """
-    cfg: dict[str, Any] = dict(read_json_object(path / _CFG))
-    if cfg.get("activation", "topk") != "topk":
-        raise CheckpointError(f"{path / _CFG}: activation {cfg['activation']!r} is not supported; 'topk' is")
+    settings = Settings.read(path / _CFG)
+    settings.word("activation", ("topk",), "topk")
+    cfg = settings.values
     wanted = {"encoder.weight": True, "encoder.bias": True, "W_dec": True, "b_dec": True, "W_skip": False}
-    found = arrays_of(open_safetensors(path / _WEIGHTS).tensors, wanted, path / _WEIGHTS)
+    tensors = open_safetensors(path / _WEIGHTS).tensors
+    check_sizes(
+        path / _WEIGHTS,
+        {name: tensor.shape for name, tensor in tensors.items()},
+        {
+            "encoder.weight": ("n", "d"), "encoder.bias": ("n",), "W_dec": ("n", "d"), "b_dec": ("d",),
+            "W_skip": ("d", "d"),
+        },
+        path / _CFG,
+        {"d": ("d_in", cfg.get("d_in")), "n": ("num_latents", cfg.get("num_latents") or None)},
+    )  # fmt: skip
+    found = arrays_of(tensors, wanted, path / _WEIGHTS)
     return Dictionary(
         W_enc=found["encoder.weight"].T,
         b_enc=found["encoder.bias"],
         W_dec=found["W_dec"],
         b_dec=found["b_dec"],
         W_skip=found["W_skip"].T if "W_skip" in found else None,
-        config=DictionaryConfig("topk", cfg.get("k", 32), subtract_b_dec=not cfg.get("transcode", False)),
+        config=DictionaryConfig(
+            "topk",
+            settings.whole("k", 32),
+            subtract_b_dec=not settings.flag("transcode", False),
+            **_sites(path, cfg),
+        ),
     ).checked()
+
+
+def _sites(path: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """`reads`, `writes`, `transcoder` and `metadata`: sparsify names a module by the folder of its coder.
+
+    An autoencoder is of the module's output. A transcoder reads the module's input, which stands behind a
+    norm and is no site here, and writes its output. `hook_mode` is how early versions said it.
+    """
+    transcodes = bool(cfg.get("transcode", False)) or cfg.get("hook_mode") == "transcode"
+    folder = path.absolute()
+    folder = folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder
+    hookpoint = cfg.get("hookpoint") or (folder.name if site_of(folder.name) else None)
+    target = site_of(hookpoint) if cfg.get("hook_mode") != "input" else None
+    reads, writes = site_of(cfg.get("site")), site_of(cfg.get("target_site")) or target
+    if not transcodes:
+        reads = reads or target
+        writes = reads
+    known = reads is not None and writes is not None
+    # The name this library made up for its own site says nothing more.
+    own = module_of(site_of(cfg.get("target_site" if transcodes else "site")))
+    return {
+        "reads": None if reads is None else (reads,),
+        "writes": None if writes is None else (writes,),
+        "transcoder": None if known and transcodes == (reads != writes) else transcodes,
+        "metadata": {} if hookpoint is None or hookpoint == own else {"hookpoint": hookpoint},
+    }
 
 
 def write_sparsify(dictionary: Dictionary, path: Path | WorkFolder) -> None:
@@ -56,8 +107,8 @@ def write_sparsify(dictionary: Dictionary, path: Path | WorkFolder) -> None:
         )
     if dictionary.d_in != dictionary.d_out:
         raise refuse("sparsify", f"widths {dictionary.d_in} and {dictionary.d_out}", "'mergelab'")
-    skip = dictionary.W_skip is not None
-    given = dictionary if skip else subtracting_b_dec(dictionary)
+    skip, transcodes = dictionary.W_skip is not None, not dictionary.is_autoencoder
+    given = (not_subtracting_b_dec if transcodes else subtracting_b_dec)(dictionary)
     arrays = given.as_numpy()
     tensors = {
         "encoder.weight": transposed(arrays["W_enc"]),
@@ -75,7 +126,20 @@ def write_sparsify(dictionary: Dictionary, path: Path | WorkFolder) -> None:
         "k": config.k,
         "multi_topk": False,
         "skip_connection": skip,
-        "transcode": skip,
+        "transcode": transcodes,
         "d_in": dictionary.d_in,
+        **_named(dictionary),
     }
     write_folder(path, {_CFG: json.dumps(cfg, indent=2) + "\n"}, {_WEIGHTS: tensors})
+
+
+def _named(dictionary: Dictionary) -> dict[str, str]:
+    """The module and the sites, which sparsify itself leaves to the folder's name and does not read."""
+    config = dictionary.config
+    reads = None if config.reads is None else config.reads[0]
+    writes = None if config.writes is None else config.writes[0]
+    hookpoint = said_or(config.metadata, "hookpoint", writes, module_of(writes))
+    names = {"hookpoint": hookpoint, "site": reads, "target_site": writes}
+    if dictionary.is_autoencoder:
+        del names["target_site"]
+    return {key: name for key, name in names.items() if name is not None}

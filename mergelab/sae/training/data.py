@@ -6,9 +6,11 @@ from dataclasses import fields
 
 from mergelab.data.activations import ActivationSource, open_activation_files
 from mergelab.data.toy import ToyTruth
-from mergelab.errors import SAEError, did_you_mean
+from mergelab.errors import SAEError, did_you_mean, shortened
 from mergelab.sae.config import DataSection
+from mergelab.sae.memory import machine_memory, readable_bytes
 from mergelab.sae.model_source import open_model_activations
+from mergelab.sae.options import checked_options
 
 __all__ = ["open_data"]
 
@@ -28,8 +30,17 @@ def open_data(section: DataSection, tokens: int) -> tuple[ActivationSource, Acti
         known = [option.name for option in fields(ToyTruth)]
         for name in section.toy:
             if name not in known:
-                raise SAEError(f"data.toy.{name} is not a known key{did_you_mean(name, known)}.")
-        return ToyTruth(**{"rows": tokens, **section.toy}), None
+                raise SAEError(f"data.toy.{shortened(name)} is not a known key{did_you_mean(name, known)}.")
+        options = checked_options(ToyTruth, section.toy, "data.toy.", most=2**53)
+        truth = ToyTruth(**{"rows": tokens, **options})
+        # Its features, and the order of its blocks of rows.
+        needed = 12 * truth.n_features * truth.d_in + truth.rows // 64
+        if needed > machine_memory():
+            raise SAEError(
+                f"data.toy of {truth.n_features:,} features, {truth.d_in:,} wide, and {truth.rows:,} rows "
+                f"takes {readable_bytes(needed)}, more than this machine has; lower n_features, d_in or rows."
+            )
+        return truth, None
     if section.kind == "model":
         for name in ("model", "site", "text"):
             if getattr(section, name) is None:

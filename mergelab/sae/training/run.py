@@ -19,10 +19,11 @@ from mergelab.data.activations import ActivationStream, Batch, Prefetch, Trace
 from mergelab.errors import CheckpointError, SAEError
 from mergelab.processes import Terminated, together
 from mergelab.sae.config import TrainConfig, load_config
-from mergelab.sae.dictionary import Dictionary
-from mergelab.sae.finish import finished_dictionary
+from mergelab.sae.dictionary import Dictionary, DictionaryConfig
+from mergelab.sae.finish import finished_dictionary, transcodes
 from mergelab.sae.formats import load_dictionary, save_dictionary
 from mergelab.sae.initialize import SAMPLE_ROWS, initialize
+from mergelab.sae.memory import check_memory
 from mergelab.sae.placement import batch_part, dictionary_shardings, place_batch
 from mergelab.sae.provenance import host_metadata
 from mergelab.sae.recipe import Recipe
@@ -131,6 +132,7 @@ def _train(
     variant = settings.sae.build(source.d_in, None if target is None else target.d_in)
     mesh = None if settings.mesh is None else make_mesh(settings.mesh)
     _check_batch(recipe, mesh)
+    check_memory(variant, recipe, mesh, min(settings.data.buffer_rows, source.rows))
     part, parts = batch_part(mesh)
     stream = ActivationStream(
         source,
@@ -149,6 +151,9 @@ def _train(
     # A dictionary remembers whose features it holds, so that it is never judged on another model. The process
     # that writes this asks alone: a model's digest takes reading all of it.
     host = host_metadata(settings.data) if jax.process_index() == 0 else {}
+    known = {**host, **settings.metadata}
+    # Sites that contradict the data are an error now, not after the training.
+    DictionaryConfig("relu", sites=variant.sites, transcoder=transcodes(variant, known), metadata=known)
     state = _start(variant, recipe, settings, stream, mesh)
     step = make_step(variant, recipe, mesh)
     with together("writing the run's folder", distributed=distributed):
@@ -166,7 +171,8 @@ def _train(
                 folder.disclaim()
             raise
     summary = {name: run.last[name] for name in _SUMMARY if name in run.last}
-    metadata = {**host, **settings.metadata, "variant": variant.name, "training": summary}
+    told = settings.model_dump(mode="json", include={"sae", "data", "train"}, exclude_defaults=True)
+    metadata = {**known, "variant": variant.name, "training": summary, "settings": told}
     dictionary = _finish(variant, recipe, state, metadata, mesh)
     save_dictionary(dictionary, out / "final", overwrite=folder.begun)
     with together("noting the result", distributed=distributed):

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from mergelab.errors import SAEError, did_you_mean
+from mergelab.errors import SAEError, did_you_mean, quoted
+from mergelab.sae.options import checked_options
 from mergelab.sae.variants.batch_top_k import BatchTopK
 from mergelab.sae.variants.crosscoder import crosscoder
 from mergelab.sae.variants.gated import Gated
@@ -43,7 +44,7 @@ VARIANTS: Mapping[str, type[Variant]] = {
 """Variants by the name a configuration gives them."""
 
 
-def make_variant(name: str, **options: Any) -> Variant:
+def make_variant(name: str, /, **options: Any) -> Variant:
     """The variant of this name with these hyper-parameters.
 
     Raises:
@@ -51,17 +52,17 @@ def make_variant(name: str, **options: Any) -> Variant:
     """
     if name not in VARIANTS:
         raise SAEError(
-            f"there is no SAE variant {name!r}{did_you_mean(name, VARIANTS)}; "
+            f"there is no SAE variant {quoted(name)}{did_you_mean(name, VARIANTS)}; "
             f"the variants are {', '.join(VARIANTS)}."
         )
     known = [option.name for option in fields(VARIANTS[name])]
     for option in options:
         if option not in known:
             raise SAEError(
-                f"the SAE variant {name!r} has no option {option!r}{did_you_mean(option, known)}; "
+                f"the SAE variant {name!r} has no option {quoted(option)}{did_you_mean(option, known)}; "
                 f"its options are {', '.join(known)}."
             )
     missing = [option for option in ("d_in", "n_latents") if option not in options]
     if missing:
         raise SAEError(f"the SAE variant {name!r} needs {' and '.join(missing)}.")
-    return VARIANTS[name](**options)
+    return VARIANTS[name](**checked_options(VARIANTS[name], options, "", most=2**200))

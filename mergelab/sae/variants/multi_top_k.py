@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from jax import Array
 
+from mergelab.errors import SAEError
 from mergelab.sae.sparse.encode import prefers_dense, top_k_codes
 from mergelab.sae.variants.live import live_bias
 from mergelab.sae.variants.top_k import TopK
@@ -28,6 +29,13 @@ class MultiTopK(TopK):
     weight: float = 1 / 8
 
     name: ClassVar[str] = "multi_topk"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.multiple < 1 or self.multiple * self.k >= 2**31:
+            raise SAEError(
+                f"multiple is {self.multiple}; it must be at least 1, and times k below 2147483648."
+            )
 
     def encode(self, params: Params, x: Array, context: Context) -> Encoded:
         k = self.k if context.k is None else context.k

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mergelab.errors import SAEError
+from mergelab.errors import SAEError, quoted
 from mergelab.sae.shards import ONE_DEVICE, Shards
 from mergelab.sae.sparse.codes import Codes
 from mergelab.sae.sparse.rows import row_dot
@@ -23,6 +23,14 @@ __all__ = ["Context", "Encoded", "Outcome", "Params", "Variant"]
 
 Params = dict[str, Array]
 """`encoder [n, d_in]`, `encoder_bias [n]`, `decoder [n, d_out]`, `decoder_bias [d_out]`, a variant's own."""
+
+
+_MOST = 2**31 - 1
+
+
+def _weights(n_latents: int, d_in: int, d_out: int) -> str:
+    size = 4 * n_latents * (d_in + d_out) // 10**12
+    return f"{size:,} TB" if size < 10**12 else "more memory than there is"
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,13 @@ class Variant:
         for name in ("d_in", "n_latents", "sites"):
             if getattr(self, name) < 1:
                 raise SAEError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value > _MOST:
+                raise SAEError(
+                    f"{name} is {quoted(value)}; what it counts is numbered in 32 bits, so it is at most "
+                    f"{_MOST} (the weights alone would take "
+                    f"{_weights(self.n_latents, self.d_in, self.width_out)})."
+                )
         if self.d_in % self.sites or self.width_out % self.sites:
             raise SAEError(
                 f"a crosscoder of {self.sites} sites reads widths it can divide, not d_in={self.d_in}; "

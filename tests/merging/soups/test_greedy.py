@@ -105,6 +105,43 @@ def test_a_weighted_sum_trades_metrics_with_their_directions() -> None:
     assert members(sheet(**before, a_b={"acc": 0.8, "loss": 0.9}), rule) == ("a",)
 
 
+ACC = Metric("acc")
+RULES: list[Any] = [
+    "acc", ACC, Lexicographic(("acc",)), Lexicographic((ACC,)), Lexicographic(["acc"]), Lexicographic("acc"),
+    WeightedSum((("acc", 1.0),)), WeightedSum(((ACC, 1.0),)), WeightedSum([["acc", 1]]),
+    Guarded("acc", ()), Guarded(ACC, (("other", 9.0),)), Guarded(Lexicographic((ACC, "other")), ((ACC, 9),)),
+    Guarded(WeightedSum(((ACC, 1.0),)), [["other", 9.0]]), Guarded(Guarded(ACC, ()), ()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("guarded", [False, True])
+def test_a_rule_takes_metrics_names_and_rules_alike(rule: Any, guarded: bool) -> None:
+    rule = Guarded(rule, (("other", 0.05),)) if guarded else rule
+    before = {"a": {"acc": 0.9, "other": 0.5}, "b": {"acc": 0.8, "other": 0.5}}
+    assert ACC in as_selection(rule).metrics
+    assert members(sheet(**before, a_b={"acc": 0.91, "other": 0.5}), rule) == ("a", "b")
+    assert members(sheet(**before, a_b={"acc": 0.89, "other": 0.5}), rule) == ("a",)
+    worse = members(sheet(**before, a_b={"acc": 0.91, "other": 0.4}), rule)
+    assert worse == (("a",) if guarded else ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: as_selection(3), "3 is no selection rule"),  # type: ignore[arg-type]
+        (lambda: Guarded(None, ()), "None is no selection rule"),  # type: ignore[arg-type]
+        (lambda: Lexicographic((1,)), "1 where a metric"),  # type: ignore[arg-type]
+        (lambda: WeightedSum((ACC,)), r"where \(metric, weight\) was expected"),  # type: ignore[arg-type]
+        (lambda: Guarded(ACC, (("other", "a"),)), r"where \(metric, limit\) was expected"),  # type: ignore[arg-type]
+        (lambda: Guarded(ACC, (("other", float("nan")),)), "is nan; expected 0 or more"),
+    ],
+)
+def test_what_is_no_rule_is_refused_when_it_is_made(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(EvaluationError, match=message):
+        make()
+
+
 def test_a_guard_measures_from_the_best_single_model_so_losses_cannot_add_up() -> None:
     rule = Guarded(as_selection("acc"), ((Metric("other"), 0.05),))
     scores = sheet(

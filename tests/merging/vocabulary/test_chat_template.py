@@ -122,6 +122,8 @@ def test_extensions_of_chat_templates_are_allowed(choice: str, make_model: Make)
         ),
         ("{% for m in messages %}", "chat_template: not valid jinja: .* at line 1; correct it"),
         ("{% unknown %}{{ 1 }}", "chat_template: not valid jinja: Encountered unknown tag 'unknown'"),
+        ("{{ " + "-" * 50_000 + "1 }}", "chat_template: not valid jinja: it is nested too deeply"),
+        ("{{ " + "1" * 5_000 + " }}", "chat_template: not valid jinja: Exceeds the limit"),
     ],
 )
 def test_what_is_not_a_template(choice: str, message: str, make_model: Make) -> None:

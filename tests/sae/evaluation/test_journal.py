@@ -41,6 +41,10 @@ def test_a_torn_line_is_cut_off_and_a_foreign_file_refused(tmp_path: Path) -> No
     (tmp_path / "notes.txt").write_text("mine\n")
     with pytest.raises(OutputError, match=r"notes\.txt, line 1"):
         Journal(tmp_path / "notes.txt", "one")
+    (tmp_path / "one_line.txt").write_text("notes without a last newline")
+    with pytest.raises(OutputError, match="its last line is no line"):
+        Journal(tmp_path / "one_line.txt", "one")
+    assert (tmp_path / "one_line.txt").read_text() == "notes without a last newline"
 
 
 def test_an_evaluation_goes_on_where_it_was_stopped(

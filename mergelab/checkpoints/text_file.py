@@ -1,0 +1,102 @@
+"""The one place where small files are read whole: regular files only, up to a bound, text as UTF-8."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from mergelab.checkpoints.lfs import refuse_pointer
+from mergelab.errors import CheckpointError, MergelabError, shortened
+
+__all__ = ["MAX_PROSE", "MAX_SETTINGS", "MAX_TABLE", "read_bytes", "read_text"]
+
+MAX_SETTINGS = 64 * 2**20
+"""Bytes of the largest file of settings that is read: a `config.json`, an index, a recipe."""
+
+MAX_TABLE = 256 * 2**20
+"""Bytes of the largest file that lists tokens: a `tokenizer.json`."""
+
+MAX_PROSE = 2**30
+"""Bytes of the largest file of text for a model to read; more is given as several files."""
+
+
+def read_bytes(
+    path: Path | str, limit: int = MAX_SETTINGS, *, error: type[MergelabError] = CheckpointError
+) -> bytes:
+    """Returns what is in a regular file of at most `limit` bytes.
+
+    A pipe, a device or a folder is refused and not opened for good: reading one may never end.
+
+    Raises:
+        MergelabError: `error`, if the file is missing, of another kind, too large, or cannot be read.
+        CheckpointError: the file is a Git LFS pointer.
+    """
+    place = shortened(str(path), 200)
+    try:
+        # Without O_NONBLOCK, opening a pipe waits until someone writes to it.
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with open(file, "rb", buffering=0) as stream:
+            status = os.fstat(stream.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise error(f"{place} is {_kind(status.st_mode)}; give a regular file")
+            # A file of the kernel's has size 0 and yet content, so the size alone is no bound.
+            found = b"" if status.st_size > limit else _read(stream.fileno(), limit + 1)
+    except FileNotFoundError:
+        raise error(f"{place} does not exist") from None
+    except IsADirectoryError:
+        raise error(f"{place} is a folder; give a regular file") from None
+    except (OSError, ValueError) as failure:
+        reason = failure.strerror if isinstance(failure, OSError) else "its name is not a file name"
+        raise error(f"{place} cannot be read ({reason})") from None
+    size = max(status.st_size, len(found))
+    if size > limit:
+        raise error(
+            f"{place} has {size:,} bytes, more than the {limit:,} that are read of such a file; check that "
+            "it is the right one"
+        )
+    refuse_pointer(found, place)
+    return found
+
+
+def read_text(
+    path: Path | str,
+    limit: int = MAX_SETTINGS,
+    *,
+    error: type[MergelabError] = CheckpointError,
+    errors: str = "strict",
+) -> str:
+    """Returns the text of a UTF-8 file, whatever the locale; a byte order mark is dropped, CRLF becomes LF.
+
+    Args:
+        path: the file.
+        limit: the bytes it may have.
+        error: what is raised.
+        errors: what happens to bytes that are not UTF-8: `strict` refuses them, `replace` marks them.
+
+    Raises:
+        MergelabError: `error`, as from `read_bytes`, or if the file is not UTF-8 text.
+    """
+    raw = read_bytes(path, limit, error=error)
+    try:
+        text = raw.decode("utf-8-sig", errors)
+    except UnicodeDecodeError as failure:
+        place = shortened(str(path), 200)
+        raise error(
+            f"{place} cannot be read as UTF-8 text (byte {failure.start:,}); save it as UTF-8"
+        ) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _read(file: int, count: int) -> bytes:
+    """At most `count` bytes: a single read returns as few as it likes."""
+    parts: list[bytes] = []
+    while count > 0 and (part := os.read(file, min(count, 2**24))):
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")

@@ -124,7 +124,7 @@ def _existing(path: Path | str) -> Path:
 
 
 def _damaged(folder: Path, error: Exception) -> CheckpointError:
-    words = f"{type(error).__name__}: {error}"[:300]
+    words = one_line(f"{type(error).__name__}: {error}")[:300]
     return CheckpointError(f"{folder} cannot be restored ({words}); the checkpoint is damaged.")
 
 

@@ -109,7 +109,8 @@ def open_pickled(path: Path | str, *, values: bool = False) -> PickledFile:
             f"{path}: data.pkl has {length} bytes, too many to describe weights; do not load it"
         )
     if f"{root}/byteorder" in entries:
-        order = file.read(*entries[f"{root}/byteorder"], "the byte order")
+        begin, size = entries[f"{root}/byteorder"]
+        order = file.read(begin, min(size, 16), "the byte order")
         if order != b"little":
             raise CheckpointError(
                 f"{path} has byte order {order!r}; save it again on a little-endian machine"

@@ -54,9 +54,12 @@ class StridedTensor:
     def _gather(self, places: np.ndarray, out: np.ndarray) -> None:
         width = self.dtype.itemsize
         last = int(places.max())
-        for low in range(int(places.min()), last + 1, _WINDOW // width):
+        left = places
+        while left.size:  # windows that hold no element are passed over: a stride may be as large as the file
+            low = int(left.min())
             window = np.empty(min(_WINDOW // width, last + 1 - low), self.dtype)
             place = window.view(np.uint8).data
             self.file.read_into(self.offset + low * width, place, f"tensor {self.name!r}")
             inside = (places >= low) & (places < low + window.size)
             out[inside] = window[places[inside] - low]
+            left = left[left >= low + window.size]

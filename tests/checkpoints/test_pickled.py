@@ -21,6 +21,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mergelab.checkpoints import pickle_data
+from mergelab.checkpoints import pickled as pickled_file
+from mergelab.checkpoints.file_tensor import WeightFile
 from mergelab.checkpoints.lora_tensor import read_whole
 from mergelab.checkpoints.pickled import open_pickled
 from mergelab.checkpoints.strided_tensor import StridedTensor
@@ -314,6 +317,50 @@ def test_values_of_exponential_size_are_never_walked(
     bomb = before.removeprefix(b"\x80\x02") + b")" + b"q\x00h\x00\x86" * 60
     with pytest.raises(CheckpointError, match=message):
         open_pickled(archive(tmp_path / "x.pt", b"\x80\x04" + bomb + after, data_0=FOUR))
+
+
+def test_plain_values_of_exponential_size_are_never_walked(tmp_path: Path) -> None:
+    bomb: dict[str, Any] = {}
+    for _ in range(40):
+        bomb = {"a": bomb, "b": bomb}
+    wide = {str(n): 1 for n in range(100)}
+    for _ in range(6):
+        wide = dict.fromkeys(wide, wide)  # type: ignore[arg-type]
+    for value in (bomb, wide):
+        pickled = torch_pickle()[:-1] + b"X\x01\x00\x00\x00e" + pickle.dumps(value, 2)[2:-1] + b"s."
+        path = archive(tmp_path / "x.pt", pickled, data_0=FOUR)
+        with pytest.raises(CheckpointError, match="entry 'e' of the state dict is a dict"):
+            open_pickled(path, values=True)
+    small = torch_pickle()[:-1] + b"X\x01\x00\x00\x00e" + pickle.dumps({"k": {"n": 2}}, 2)[2:-1] + b"s."
+    assert open_pickled(archive(path, small, data_0=FOUR), values=True).values == {"e": {"k": {"n": 2}}}
+
+
+def test_opcodes_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickle_data, "_MAX_OPCODES", 1_000)
+    assert open_pickled(DATA / "state_dict.pt").tensors
+    with pytest.raises(CheckpointError, match="more than 1000 opcodes"):
+        open_pickled(archive(tmp_path / "x.pt", b"}" * 1_001 + b".", data_0=FOUR))
+
+
+def test_tensors_that_repeat_their_storage_are_counted_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = archive(tmp_path / "x.pt", torch_pickle(shape=100, stride=0), data_0=FOUR)
+    monkeypatch.setattr(pickled_file, "_MAX_EXPANDED", 384)
+    assert read_whole(open_pickled(path).tensors["w"]).shape == (100,)
+    monkeypatch.setattr(pickled_file, "_MAX_EXPANDED", 383)
+    with pytest.raises(CheckpointError, match=r"x\.pt: tensor 'w' of shape \(100,\) would take 400 bytes"):
+        open_pickled(path)
+
+
+def test_a_stride_as_large_as_the_file_does_not_read_all_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.write(np.float32(3).tobytes())
+        file.seek(2**36)
+        file.write(np.float32(4).tobytes())
+    tensor = StridedTensor("x", (2,), np.dtype(np.float32), WeightFile.open(path), 0, (2**34,))
+    assert read_whole(tensor).tolist() == [3, 4]
 
 
 def test_the_allow_list_covers_what_torch_writes() -> None:

@@ -127,6 +127,8 @@ BROKEN = {
     "boolean shape": (raw_file({"x": entry("F32", [True], 0, 4)}, bytes(4)), "tensor 'x' has shape"),
     "negative": (raw_file({"x": entry("F32", [-2], 0, 8)}, bytes(8)), "-2 is negative"),
     "minus zero": (raw_file(b'{"x":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}', b""), "negative"),
+    "huge and empty": (raw_file({"x": entry("F32", [2**62, 0], 0, 0)}, b""), "too large"),
+    "endless list": (raw_file(b'{"x":[1' + b",1" * 4_000_000 + b"]}", b""), "lists more than any"),
     "huge shape": (raw_file({"x": entry("F32", [2**40, 2**40], 0, 8)}, bytes(8)), "too large"),
     "size mismatch": (
         raw_file({"x": entry("F32", [3], 0, 8)}, bytes(8)),

@@ -17,6 +17,8 @@ from mergelab.merging.vocabulary.write import json_bytes
 
 __all__ = ["chat_template_files", "read_chat_template"]
 
+_MAX_TEMPLATE = 1_000_000
+
 
 def chat_template_files(
     choice: str,
@@ -96,6 +98,11 @@ def _check_jinja(template: str) -> None:
 
     from mergelab.data.chat_worker import chat_environment
 
+    if len(template) > _MAX_TEMPLATE:
+        raise RecipeError(
+            f"chat_template: has {len(template):,} characters, more than the {_MAX_TEMPLATE:,} that "
+            "any genuine one has; use another"
+        )
     try:
         chat_environment().parse(template)
     except TemplateSyntaxError as error:

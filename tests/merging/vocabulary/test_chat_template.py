@@ -123,6 +123,7 @@ def test_extensions_of_chat_templates_are_allowed(choice: str, make_model: Make)
         ("{% for m in messages %}", "chat_template: not valid jinja: .* at line 1; correct it"),
         ("{% unknown %}{{ 1 }}", "chat_template: not valid jinja: Encountered unknown tag 'unknown'"),
         ("{{ " + "-" * 50_000 + "1 }}", "chat_template: not valid jinja: it is nested too deeply"),
+        ("{{ 1 }}" * 200_000, "chat_template: has 1,400,000 characters, more than the 1,000,000"),
         ("{{ " + "1" * 5_000 + " }}", "chat_template: not valid jinja: Exceeds the limit"),
     ],
 )

@@ -136,11 +136,10 @@ def command():
 
 
 # Each of these takes a process: one signal or three, the one or the other, in turn.
-@pytest.mark.parametrize(
-    ("doing", "signals"),
-    zip(COMMANDS, cycle([[signal.SIGINT], [signal.SIGTERM] * 3, [signal.SIGTERM], [signal.SIGINT] * 3])),
-    ids=COMMANDS,
-)
+IN_TURN = cycle([[signal.SIGINT], [signal.SIGTERM] * 3, [signal.SIGTERM], [signal.SIGINT] * 3])
+
+
+@pytest.mark.parametrize(("doing", "signals"), [(doing, next(IN_TURN)) for doing in COMMANDS], ids=COMMANDS)
 def test_a_signal_ends_a_command(doing: str, signals: list[signal.Signals], tmp_path: Path) -> None:
     ended = interrupt(f"{COMMANDS[doing]}\nguarded(command)", signals, cwd=tmp_path)
     assert (ended.status, ended.err) == (128 + signals[0], "interrupted\n")

@@ -24,6 +24,7 @@ __all__ = [
     "RecipeError",
     "SAEError",
     "SiteError",
+    "TokenError",
     "did_you_mean",
     "dotted",
     "first_faults",
@@ -88,6 +89,10 @@ class SAEError(MergelabError, ValueError):
 
 class SiteError(MergelabError, ValueError):
     """A site that the model does not have, or an edit that changes the shape or dtype of an activation."""
+
+
+class TokenError(MergelabError, ValueError):
+    """Token ids that a model has no embedding for, or more tokens than it has positions."""
 
 
 class MeshError(MergelabError, ValueError):

@@ -10,6 +10,8 @@ import errno
 import os
 from collections.abc import Mapping
 
+from mergelab.errors import shortened
+
 __all__ = ["one_line", "refusal", "refused_file"]
 
 _FULL = ("the disk is full", "free some space or choose another disk, then run the command again")
@@ -83,6 +85,4 @@ def refused_file(error: BaseException) -> str | None:
 
 def one_line(text: str, limit: int = 300) -> str:
     """Returns text without line breaks, its middle omitted where it is longer than `limit` characters."""
-    text = " ".join(text.split())
-    half = limit // 2
-    return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
+    return shortened(" ".join(text.split()), limit)

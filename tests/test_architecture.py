@@ -83,6 +83,47 @@ def test_only_the_command_line_prints_and_no_file_is_long(path: Path) -> None:
     assert room_of(path) == "cli" or "print" not in calls
 
 
+# Where text becomes data, and what reads only its own pipes, journals and torn lines.
+PARSERS = {
+    "checkpoints/json_data.py",
+    "checkpoints/yaml_data.py",
+    "checkpoints/journal.py",
+    "checkpoints/output_lock.py",
+    "data/chat_sandbox.py",
+    "data/chat_worker.py",
+    "sae/training/metrics.py",
+    "topology/compiler.py",
+    "topology/worker.py",
+}
+
+
+def loads(source: str) -> set[str]:
+    """Calls of a parser that sets no bounds: `json.loads`, `yaml.safe_load`, ...."""
+    return {
+        f"{node.func.value.id}.{node.func.attr}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id in ("json", "yaml")
+        and re.match(r"(safe_|full_|unsafe_)?(load|parse|compose)", node.func.attr)
+    }
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_json_and_yaml_are_read_in_one_place(path: Path) -> None:
+    found = loads(path.read_text(encoding="utf-8"))
+    assert not found or path.relative_to(PACKAGE).as_posix() in PARSERS, (
+        f"{found}: use mergelab.checkpoints.json_data or yaml_data, which bound what they read"
+    )
+
+
+def test_an_unbounded_parser_would_be_seen() -> None:
+    assert loads("import json\ndef f(x):\n    return json.loads(x)") == {"json.loads"}
+    assert loads("yaml.safe_load(text)") == {"yaml.safe_load"}
+    assert loads("json.dumps(x); yaml.safe_dump(x); parse_json(x)") == set()
+
+
 def test_third_party_imports_are_declared() -> None:
     import tomllib
 

@@ -17,6 +17,7 @@ from mergelab.checkpoints.lora_config import read_lora_config
 from mergelab.checkpoints.lora_merge import LoraMerge
 from mergelab.checkpoints.lora_parts import sort_adapter
 from mergelab.checkpoints.source import TensorSource
+from mergelab.checkpoints.text_file import read_bytes
 from mergelab.checkpoints.tied_head import untied_config
 from mergelab.errors import CheckpointError
 
@@ -94,5 +95,5 @@ def with_lora(checkpoint: FolderCheckpoint | LoraCheckpoint, adapter_path: Path 
     merge.replace(parts.whole)
     merge.update(parts.modules)
     untied = merge.finish()
-    digest = hashlib.sha256(config_path.read_bytes()).hexdigest()
+    digest = hashlib.sha256(read_bytes(config_path)).hexdigest()
     return LoraCheckpoint(checkpoint, adapter, digest, merge.tensors, untied, tuple(merge.warnings))

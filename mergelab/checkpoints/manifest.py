@@ -10,7 +10,9 @@ from typing import Any
 
 import xxhash
 
+from mergelab.checkpoints.json_data import read_json
 from mergelab.checkpoints.work_folder import sync_path, sync_tree
+from mergelab.errors import CheckpointError
 
 __all__ = [
     "MANIFEST",
@@ -84,10 +86,10 @@ def first_fault(folder: Path) -> str | None:
     if not folder.is_dir():
         return "is not a folder"
     try:
-        said = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"has no {MANIFEST}, so it was not finished"
-    except (OSError, ValueError, RecursionError):
+        said = read_json(folder / MANIFEST)
+    except CheckpointError:
+        if not os.path.lexists(folder / MANIFEST):
+            return f"has no {MANIFEST}, so it was not finished"
         return f"has a damaged {MANIFEST}"
     if not isinstance(said, dict) or said.get("format") != _FORMAT:
         return f"has a damaged {MANIFEST}"

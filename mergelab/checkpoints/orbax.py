@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mergelab.checkpoints.orbax_calls import quiet_orbax
 from mergelab.errors import CheckpointError, OutputError
 from mergelab.refusals import one_line, refusal
 
@@ -46,7 +47,7 @@ def save_tree(tree: Any, path: Path | str, *, overwrite: bool = False) -> Path:
         raise OutputError(f"{out} is not empty; choose another folder or pass --overwrite")
     try:
         _check_writable(out.parent)
-        with ocp.StandardCheckpointer() as checkpointer:
+        with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(out, tree, force=True)
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         for unfinished in out.parent.glob(f"{glob.escape(out.name)}.orbax-checkpoint-tmp*"):
@@ -101,7 +102,7 @@ def restore_tree(path: Path | str, like: Any) -> Any:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or device), like
     )
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(folder, target)
     except (MemoryError, jax.errors.JaxRuntimeError):  # the arrays are too large for this machine
         raise

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from mergelab.errors import OutputError
+from mergelab.checkpoints.json_data import read_json_object
+from mergelab.errors import CheckpointError, OutputError
 
 __all__ = ["MARKER", "check_target", "check_vacant", "disk_errors", "recorded_identity"]
 
@@ -93,10 +93,9 @@ def check_vacant(out: Path, *, overwrite: bool) -> None:
 def recorded_identity(out: Path) -> str | None:
     """The identity of the work that `out` is the result of, or None; folders appear only when complete."""
     try:
-        content = json.loads((out / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = read_json_object(out / MARKER).get("identity")
+    except CheckpointError:
         return None
-    found = content.get("identity") if isinstance(content, dict) else None
     return found if isinstance(found, str) else None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-from pathlib import Path
 
 from mergelab.checkpoints.lfs import refuse_pointer
 from mergelab.errors import CheckpointError, MergelabError, shortened
@@ -22,7 +21,7 @@ MAX_PROSE = 2**30
 
 
 def read_bytes(
-    path: Path | str, limit: int = MAX_SETTINGS, *, error: type[MergelabError] = CheckpointError
+    path: str | os.PathLike[str], limit: int = MAX_SETTINGS, *, error: type[MergelabError] = CheckpointError
 ) -> bytes:
     """Returns what is in a regular file of at most `limit` bytes.
 
@@ -60,7 +59,7 @@ def read_bytes(
 
 
 def read_text(
-    path: Path | str,
+    path: str | os.PathLike[str],
     limit: int = MAX_SETTINGS,
     *,
     error: type[MergelabError] = CheckpointError,

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mergelab.cli.meshes import MESH
-from mergelab.cli.numbers import Number, Seed, WholeNumber
+from mergelab.cli.numbers import ANY_NUMBER, Number, Seed, WholeNumber
 
 __all__ = ["command"]
 
@@ -28,9 +28,15 @@ __all__ = ["command"]
 @click.option("--positions", type=WholeNumber(1), help="Last tokens to look at.  [default: the template's]")
 @click.option("--winsorize", type=Number(0, 1, min_open=True), help="Clip to this quantile first.")
 @click.option("--orthogonal", is_flag=True, help="Keep the part along the mean of harmless prompts.")
-@click.option("--max-kl", default=0.1, show_default=True, help="Nats that harmless answers may move.")
-@click.option("--min-induced", default=0.0, show_default=True, help="Least refusal score when added.")
-@click.option("--max-depth", default=0.8, show_default=True, help="Part of the layers to look at.")
+@click.option(
+    "--max-kl", type=ANY_NUMBER, default=0.1, show_default=True, help="Nats that harmless answers may move."
+)
+@click.option(
+    "--min-induced", type=ANY_NUMBER, default=0.0, show_default=True, help="Least refusal score when added."
+)
+@click.option(
+    "--max-depth", type=ANY_NUMBER, default=0.8, show_default=True, help="Part of the layers to look at."
+)
 @click.option(
     "--keep-norms", type=click.Choice(["written", "coordinate"]), help="Norms that edited matrices keep."
 )

@@ -21,7 +21,11 @@ __all__ = ["command"]
     "--text", "texts", multiple=True, required=True, type=click.Path(path_type=Path), help="Repeatable."
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
-@click.option("--context", type=WholeNumber(1), default=64, show_default=True, help="Tokens in a context.")
+@click.option(
+    "--context",
+    type=WholeNumber(1),
+    help="Tokens in a context; 64, or the model's positions if they are fewer, if not given.",
+)
 @click.option("--tokens", type=WholeNumber(1, 2**62), help="At most so many; all of the text if not given.")
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "int8"]), default="float32", show_default=True,
@@ -33,7 +37,7 @@ def command(
     sites: tuple[str, ...],
     texts: tuple[Path, ...],
     out: Path,
-    context: int,
+    context: int | None,
     tokens: int | None,
     dtype: str,
     as_json: bool,

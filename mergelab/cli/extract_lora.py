@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergelab.cli.numbers import Number, Seed, WholeNumber
+from mergelab.cli.numbers import ANY_NUMBER, Seed, WholeNumber
 from mergelab.cli.sizes import readable
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _WORST = 5
 @click.option("--base", required=True, type=click.Path(path_type=Path), help="The model it was tuned from.")
 @click.option("--out", "-o", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--rank", type=WholeNumber(1), help="Largest rank of a module's factors.")
-@click.option("--energy", type=Number(), help="Fraction of each squared norm to keep, by the least rank.")
+@click.option("--energy", type=ANY_NUMBER, help="Fraction of each squared norm to keep, by the least rank.")
 @click.option("--randomized", is_flag=True, help="A randomised SVD: much faster for large matrices.")
 @click.option("--target", "targets", multiple=True, metavar="GLOB", help="Only modules of such names.")
 @click.option(

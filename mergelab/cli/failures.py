@@ -6,7 +6,7 @@ import errno
 import os
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,6 @@ __all__ = [
 EXIT_REFUSED = 2
 EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
 EXIT_CLOSED_PIPE = 141  # 128 + SIGPIPE, as of any program whose reader has gone
-
-_FAULTS, _CHARACTERS = 20, 2000
 
 _READERS = {
     "json.decoder.JSONDecodeError": "it is not valid JSON",
@@ -77,13 +75,11 @@ class Failure(click.ClickException):
     exit_code = EXIT_REFUSED
 
     def __init__(self, error: MergelabError | str) -> None:
-        self.faults: Sequence[str] = (
-            (error,) if isinstance(error, str) else getattr(error, "faults", (str(error),))
-        )
+        self.faults: Sequence[str] = (MergelabError(error) if isinstance(error, str) else error).faults
         super().__init__("\n".join(self.faults))
 
     def show(self, file: Any = None) -> None:
-        for line in _bounded(self.faults):
+        for line in self.faults:
             click.echo(f"error: {line}", file=file, err=file is None)
 
 
@@ -165,11 +161,12 @@ def _sentence(error: BaseException) -> str | None:
     quoted = f" ({text})" if text else ""
     names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
     reader = next((said for name, said in _READERS.items() if name in names), None)
-    if isinstance(error, ModuleNotFoundError) and not (error.name or "mergelab").startswith("mergelab"):
-        return f"the package {error.name} is not installed; install mergelab again with its dependencies"
-    foreign = isinstance(error, OSError | MemoryError | ValueError | RuntimeError) or reader is not None
-    if foreign and not isinstance(error, NotImplementedError) and (why := refusal(error)):
+    kinds = OSError | MemoryError | ValueError | RuntimeError | ImportError
+    foreign = isinstance(error, kinds) and not isinstance(error, NotImplementedError)
+    if (foreign or reader is not None) and (why := refusal(error)):
         return why
+    if isinstance(error, ImportError) and not (error.name or "mergelab").startswith("mergelab"):
+        return f"the package {error.name} is missing or of another version{quoted}; install mergelab again"
     if reader is not None:
         return f"{reader}{quoted}; check the file"
     if isinstance(error, ValueError | RuntimeError):
@@ -209,15 +206,3 @@ def _kept_traceback(error: BaseException) -> str:
     except OSError:
         return " that MERGELAB_TRACEBACK=1 shows"
     return f" in {name} (MERGELAB_TRACEBACK=1 shows it here)"
-
-
-def _bounded(faults: Sequence[str]) -> Iterator[str]:
-    """The first faults, as many as people read: 20 in 2,000 characters, and how many more there are."""
-    room = _CHARACTERS
-    for number, fault in enumerate(faults):
-        if number and (number == _FAULTS or len(fault) > room):
-            yield f"... and {len(faults) - number} more"
-            return
-        half = _CHARACTERS // 2
-        yield fault if len(fault) <= _CHARACTERS else f"{fault[:half]} ... {fault[-half:]}"
-        room -= len(fault)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergelab.cli.meshes import MESH
-from mergelab.cli.model_folder import load_either
+from mergelab.cli.model_folder import load_either, read_model
 from mergelab.cli.numbers import SEED, Number, WholeNumber
 from mergelab.errors import quoted
 
@@ -88,6 +88,8 @@ def command(
     if options["stops"] and tokenizer is None:
         raise click.UsageError(f"--stop needs a tokenizer to read what was generated; {path} has none")
     ids = token_ids if tokenizer is None or prompt is None else tokenizer.encode(prompt)
+    if (path / "config.json").is_file():  # before any weight is read
+        _check_prompt(path, ids or [], max_new_tokens, from_text=prompt is not None)
     model, params = load_either(path, options["mesh"], options["dtype"])
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -100,6 +102,33 @@ def command(
         click.echo(json.dumps({**found, "prompt_token_ids": ids}))
     else:
         click.echo(",".join(map(str, found["token_ids"])) if tokenizer is None else found["text"])
+
+
+def _check_prompt(path: Path, ids: Sequence[int], max_new_tokens: int, *, from_text: bool) -> None:
+    """Refuses tokens the model has no embedding for, and more than it is made for.
+
+    Raises:
+        DecodingError: prompt and new tokens are more than the positions.
+        TokenError: an id is beyond the vocabulary.
+    """
+    import numpy as np
+
+    from mergelab.errors import DecodingError
+    from mergelab.models.token_checks import check_ids
+
+    model = read_model(path)
+    place = str(path / "tokenizer.json") if from_text else "--token-ids"
+    size = model.config.vocab_size
+    # Whatever is beyond int64 is beyond any vocabulary.
+    bounded = [max(min(token, 2**62), -(2**62)) for token in ids]
+    check_ids(np.asarray(bounded, np.int64), size, "the model's vocabulary", place)
+    room = model.config.max_length
+    total = len(ids) + max_new_tokens
+    if total > room:
+        raise DecodingError(
+            f"{path}: a prompt of {len(ids)} tokens and {max_new_tokens} new ones are {total} tokens, more "
+            f"than the model's {room} positions; shorten the prompt or ask for fewer (--max-new-tokens)."
+        )
 
 
 def _sampler(options: Mapping[str, Any]) -> Sampler:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import click
+
+from mergelab.errors import quoted
 
 __all__ = ["MESH"]
 
@@ -18,9 +21,10 @@ class _Mesh(click.ParamType):
         sizes: dict[str, int] = {}
         for part in value.split(","):
             name, _, size = (text.strip() for text in part.partition("="))
-            if not name.isidentifier() or not size.isdigit() or int(size) < 1 or name in sizes:
+            # As many devices as nine digits say are more than there are.
+            if not name.isidentifier() or not re.fullmatch("0{0,8}[1-9][0-9]{0,8}", size) or name in sizes:
                 self.fail(
-                    f"{value!r} is not a mesh; write each axis once with its size, data=2,tensor=8",
+                    f"{quoted(value)} is not a mesh; write each axis once with its size, data=2,tensor=8",
                     param,
                     ctx,
                 )

@@ -6,7 +6,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["load_either"]
+__all__ = ["load_either", "read_model"]
+
+
+def read_model(path: Path) -> Any:
+    """The model that a folder's `config.json` describes, in either form, without its parameters.
+
+    Raises:
+        CheckpointError: there is none, or it is of no supported family.
+    """
+    from mergelab.checkpoints.json_data import read_json_object
+    from mergelab.errors import CheckpointError
+    from mergelab.models.families import model_from_config
+
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path} has no config.json; name the folder of a model")
+    return model_from_config(read_json_object(file), str(file))
 
 
 def load_either(

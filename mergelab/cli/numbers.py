@@ -10,7 +10,7 @@ import click
 
 from mergelab.errors import shortened
 
-__all__ = ["SEED", "Number", "Seed", "WholeNumber"]
+__all__ = ["ANY_NUMBER", "SEED", "Number", "Seed", "WholeNumber"]
 
 _MOST = 2**31 - 1  # counts and sizes become 32-bit integers of arrays
 _MAX_DIGITS = 1000
@@ -67,12 +67,24 @@ class WholeNumber(click.IntRange):
 
 
 class Number(click.FloatRange):
-    """`click.FloatRange` without NaN and infinity, which compare as neither too small nor too large."""
+    """`click.FloatRange` without NaN, which compares as neither too small nor too large, and infinity."""
+
+    bounded = True
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if isinstance(value, str) and len(value) > 100:
             self.fail(f"{shortened(value)!r} is not a number; write a shorter one", param, ctx)
         number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
+        if math.isnan(number) or (self.bounded and math.isinf(number)):
             self.fail(f"{value} is not a number that can be used; write a finite one", param, ctx)
         return number
+
+
+class _AnyNumber(Number):
+    """A number without bounds; infinity stands for no limit."""
+
+    name = "float"
+    bounded = False
+
+
+ANY_NUMBER = _AnyNumber()

@@ -39,7 +39,11 @@ __all__ = ["command"]
 )
 @click.option("--site", help="Such as blocks.8.resid_post; what the dictionary says, if not given.")
 @click.option("--target-site", help="That a transcoder writes; what the dictionary says, if not given.")
-@click.option("--context", type=WholeNumber(2), default=64, show_default=True, help="Tokens in a context.")
+@click.option(
+    "--context",
+    type=WholeNumber(2),
+    help="Tokens in a context; what the dictionary was trained with, else 64, if not given.",
+)
 @click.option(
     "--metrics",
     metavar="A,B",
@@ -269,7 +273,7 @@ def _on_text(
     for one in opened:
         check_target(one, host)
     asked = None if options["metrics"] is None else [name.strip() for name in options["metrics"].split(",")]
-    labels = label_texts(model, texts, length).labels
+    labels = label_texts(model, texts, host.tokens.shape[1]).labels
     common: dict[str, Any] = {
         "metrics": asked,
         "labels": labels,

@@ -26,7 +26,11 @@ __all__ = ["command"]
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A new .html file.")
 @click.option("--site", help="Such as blocks.8.resid_post; what the dictionary says, if not given.")
 @click.option("--target-site", help="That a transcoder writes; what the dictionary says, if not given.")
-@click.option("--context", type=WholeNumber(2), default=64, show_default=True, help="Tokens in a context.")
+@click.option(
+    "--context",
+    type=WholeNumber(2),
+    help="Tokens in a context; what the dictionary was trained with, else 64, if not given.",
+)
 @click.option("--latents", type=WholeNumber(1), default=2000, show_default=True, help="At most so many.")
 @click.option("--examples", type=WholeNumber(1), default=8, show_default=True, help="Contexts per latent.")
 @click.option(
@@ -52,7 +56,7 @@ def command(
     out: Path,
     site: str | None,
     target_site: str | None,
-    context: int,
+    context: int | None,
     latents: int,
     examples: int,
     explain: int,

@@ -73,7 +73,7 @@ def direct_logit_attribution(
         SiteError: the model is an encoder, whose norms leave no sum.
     """
     require_decoder(model)
-    tokens, real = check_prompts(tokens, mask)
+    tokens, real = check_prompts(model, tokens, mask)
     chosen = [None if ids is None else np.asarray(ids, np.int32) for ids in (right, wrong)]
     if any(ids is not None and ids.shape != tokens.shape[:1] for ids in chosen):
         raise SiteError(f"give one token id for each of the {len(tokens)} prompts.")

@@ -14,6 +14,7 @@ from jax import Array
 from mergelab.errors import SiteError
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit, match_sites
+from mergelab.models.token_checks import check_tokens
 
 __all__ = ["Patterns", "batches", "check_pairs", "check_prompts", "collect", "stream_sites"]
 
@@ -68,7 +69,7 @@ def collect(
         SiteError: as `stream_sites`, or a prompt has no token at the position.
     """
     names = stream_sites(model, sites)
-    tokens, real = check_prompts(tokens, mask)
+    tokens, real = check_prompts(model, tokens, mask)
     places = None if position is None else _places(real, position)
     parts: list[tuple[np.ndarray, ...]] = []
     for chosen, count in batches(len(tokens), batch):
@@ -80,30 +81,36 @@ def collect(
     return {name: join(values) for name, values in zip(names, zip(*parts, strict=True), strict=True)}
 
 
-def check_prompts(tokens: Any, mask: Any = None) -> tuple[np.ndarray, np.ndarray]:
+def check_prompts(model: Model, tokens: Any, mask: Any = None) -> tuple[np.ndarray, np.ndarray]:
     """Token ids int32 and the mask bool, both `[prompts, length]` on the host.
 
     Raises:
         SiteError: there are no prompts, or the shapes differ.
+        TokenError: ids beyond the model's vocabulary, or more tokens than it has learned positions.
     """
-    tokens = np.asarray(tokens, np.int32)
+    tokens = np.asarray(tokens)
     real = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask, bool)
     if tokens.ndim != 2 or not tokens.size or real.shape != tokens.shape:
         raise SiteError(
             f"tokens of shape {list(tokens.shape)} and a mask of shape {list(real.shape)} are no prompts; "
             "expected [prompts, length] for both, with at least one prompt."
         )
-    return tokens, real
+    # Passes are compiled for the width of the array, in which a row's padding has a place too.
+    check_tokens(model, tokens, place="prompts")
+    return tokens.astype(np.int32), real
 
 
-def check_pairs(source: Any, target: Any, mask: Any = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def check_pairs(
+    model: Model, source: Any, target: Any, mask: Any = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Two sets of token ids int32 and their common mask bool, all `[prompts, length]` on the host.
 
     Raises:
         SiteError: the shapes differ.
+        TokenError: as `check_prompts`.
     """
-    source, real = check_prompts(source, mask)
-    target, _ = check_prompts(target)
+    source, real = check_prompts(model, source, mask)
+    target, _ = check_prompts(model, target)
     if source.shape != target.shape:
         raise SiteError(
             f"source prompts of shape {list(source.shape)} and target prompts of shape {list(target.shape)} "

@@ -88,7 +88,7 @@ def compare_next_tokens(
             f"sets of {k} next tokens cannot be compared over vocabularies of {sizes[0]} and {sizes[1]}; "
             "give models with one vocabulary, and a k within it."
         )
-    tokens, real = check_prompts(tokens, mask)
+    tokens, real = check_prompts(model, tokens, mask)
     parts: list[tuple[np.ndarray, ...]] = []
     for rows, count in batches(len(tokens), batch):
         found = _compare((first[0], second[0]), (first[1], second[1]), tokens[rows], real[rows], k)

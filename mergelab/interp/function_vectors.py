@@ -122,7 +122,7 @@ def indirect_effects(
     Raises:
         SiteError: a prompt is padded on the right.
     """
-    tokens, real = check_prompts(tokens, mask)
+    tokens, real = check_prompts(model, tokens, mask)
     if not real[:, -1].all():
         raise SiteError("prompts are padded on the right; pad them on the left, so that all end together.")
     c, metric, length = model.config, token_probability(answers), tokens.shape[1]

@@ -20,6 +20,7 @@ from mergelab.errors import SiteError
 from mergelab.interp.collect import batches
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit, as_partials
+from mergelab.models.token_checks import check_tokens
 
 __all__ = ["HeadScores", "head_scores", "repeated_tokens"]
 
@@ -89,6 +90,7 @@ def head_scores(
 
     Raises:
         SiteError: the model is an encoder, or has too few positions.
+        TokenError: `first` is none of its tokens.
     """
     c = model.config
     if not model.family.architecture.causal or 2 * half + (first is not None) > c.max_length or half < 2:
@@ -97,6 +99,7 @@ def head_scores(
             f"{c.max_length} positions; take a decoder, and halves of 2 tokens or more that fit it."
         )
     tokens = repeated_tokens(c.vocab_size, half, prompts, seed=seed, first=first, lowest=lowest)
+    check_tokens(model, tokens, place="the first token and those drawn")
     total, loss = np.zeros((3, c.layers, c.heads)), 0.0
     for rows, count in batches(prompts, batch):
         scores, losses = _scores(model, params, tokens[rows], as_partials(edit), half)

@@ -23,6 +23,7 @@ from mergelab.errors import SiteError
 from mergelab.interp.collect import Patterns, batches, check_prompts, stream_sites
 from mergelab.interp.readout import readout, require_decoder
 from mergelab.models.model import Model, Params
+from mergelab.models.token_checks import check_tokens
 
 __all__ = ["LensReading", "TunedLens", "logit_lens", "read_lens", "train_tuned_lens"]
 
@@ -103,6 +104,7 @@ def logit_lens(
         SiteError: as `TunedLens.identity`.
     """
     lens = TunedLens.identity(model, sites) if lens is None else lens
+    check_tokens(model, tokens)
     tokens = jnp.asarray(tokens, jnp.int32)
     streams = model.apply(params, tokens, capture=lens.sites, logits=False).captured
     return {
@@ -133,7 +135,7 @@ def read_lens(
         SiteError: as `TunedLens.identity`.
     """
     lens = TunedLens.identity(model) if lens is None else lens
-    tokens, real = check_prompts(tokens, mask)
+    tokens, real = check_prompts(model, tokens, mask)
     total = np.zeros((3, len(lens.sites)))
     predicted = (real[:, 1:] & real[:, :-1]).sum()
     for rows, count in batches(len(tokens), batch):
@@ -188,7 +190,9 @@ def train_tuned_lens(
 
     losses = []
     for _ in range(steps):
-        lens, state, loss = step(params, lens, state, jnp.asarray(next(batches), jnp.int32))
+        tokens = next(batches)
+        check_tokens(model, tokens, place="training batches")
+        lens, state, loss = step(params, lens, state, jnp.asarray(tokens, jnp.int32))
         losses.append(loss)
     return lens, np.asarray(jax.device_get(losses), np.float32)
 

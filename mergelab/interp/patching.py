@@ -90,7 +90,7 @@ def patch_grid(
         SiteError: prompts do not pair up, or sites have no positions, no heads, or different numbers of them.
     """
     names = stream_sites(model, sites)
-    source, target, real = check_pairs(source, target, mask)
+    source, target, real = check_pairs(model, source, target, mask)
     cells, shape = cell_grid(model, names, source.shape[1], by_head)
     parts: list[tuple[np.ndarray, ...]] = []
     for rows, count in batches(len(source), batch):
@@ -123,7 +123,7 @@ def attribution_patching(
     softmaxes and norms above all. Arguments and errors as for `patch_grid`.
     """
     names = stream_sites(model, sites)
-    source, target, real = check_pairs(source, target, mask)
+    source, target, real = check_pairs(model, source, target, mask)
     cell_grid(model, names, source.shape[1], by_head)
     parts: list[tuple[np.ndarray, ...]] = []
     for rows, count in batches(len(source), batch):

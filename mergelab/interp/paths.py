@@ -69,7 +69,7 @@ def path_patching(
             `patch_grid`.
     """
     sent, received = stream_sites(model, senders), stream_sites(model, receivers)
-    source, target, real = check_pairs(source, target, mask)
+    source, target, real = check_pairs(model, source, target, mask)
     held, frozen = _held_fixed(model, sent, received)
     if receiver_head is not None:
         _check_head(model, received, receiver_head)

@@ -88,7 +88,7 @@ def swap_layers(
         SiteError: the model is an encoder, or the parameters differ in shape or dtype.
     """
     require_decoder(model)
-    tokens, real = check_prompts(tokens, mask)
+    tokens, real = check_prompts(model, tokens, mask)
     for leaf in model.table():
         one, other = get_leaf(first, leaf), get_leaf(second, leaf)
         if one.shape != other.shape or one.dtype != other.dtype:

@@ -17,6 +17,7 @@ from mergelab.merging.layout import Place
 from mergelab.merging.missing import Ingredients, find_tensor, outcome
 from mergelab.merging.parameters import resolve
 from mergelab.merging.row_prefix import RowPrefix
+from mergelab.merging.suspicions import Factors
 from mergelab.merging.vocabulary import VocabularyPlan
 from mergelab.merging.vocabulary.embeddings import is_token_tensor
 from mergelab.operators import OPERATORS
@@ -41,6 +42,7 @@ class JobBuilder:
         lacking: output tensors by the models that lack them.
         rejected: tensor names by the reason their operator gives for refusing its parameters.
         skipped: tensors that are not made at all.
+        factors: how strongly models enter, where that is worth a warning.
         settings: the hyper-parameters of each job, in order; part of a plan's identity.
     """
 
@@ -54,6 +56,7 @@ class JobBuilder:
     lacking: dict[tuple[str, ...], list[Place]] = field(default_factory=dict)
     rejected: dict[str, list[str]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
+    factors: Factors = field(default_factory=Factors)
     settings: list[str] = field(default_factory=list)
     _merges: dict[str, Merge] = field(default_factory=dict)
 
@@ -128,6 +131,7 @@ class JobBuilder:
         given = dict(zip((s.model for s in place.piece.sources), place.names, strict=True))
         named = [(source, given[source.model]) for source, _ in found.inputs]
         arguments = resolve(self.operator, place.piece, named, place.name, place.t)
+        self.factors.add(self.operator, arguments, [source.model for source, _ in found.inputs], place.name)
         setting = repr(sorted(arguments.items()))
         self.settings.append(setting)
         unscaled = self.operator.name == "passthrough" and arguments.get("scale") in (None, [None])

@@ -118,15 +118,17 @@ def with_moved_parts(
         model = blocks[0][0]
         if [i for _, i in blocks] == list(range(stack.counts[model])):
             return tensor
-    found = {model: find(model) for model, _ in blocks}
+    found: dict[str, TensorSource] = {}
     widths = set()
-    for model, source in found.items():
+    for model in dict.fromkeys(model for model, _ in blocks):
+        source = find(model)
         if source is None or source.shape[axis] % stack.counts[model] or source.dtype != tensor.dtype:
             raise CheckpointError(
                 f"tensor {name!r} has a part per layer, but model {model!r}, from which layers are taken, "
                 f"has {'none' if source is None else f'{list(source.shape)} {source.dtype}'} for its "
                 f"{stack.counts[model]} layers; take layers from models of one kind"
             )
+        found[model] = source
         widths.add((source.shape[axis] // stack.counts[model], source.shape[1 - axis]))
     if len(widths) > 1:
         raise CheckpointError(
@@ -134,8 +136,7 @@ def with_moved_parts(
             "layers from models of the same sizes"
         )
     ((width, _),) = widths
-    parts = tuple((source, i) for model, i in blocks if (source := found[model]) is not None)
-    return LayerParts(parts, width, axis)
+    return LayerParts(tuple((found[model], i) for model, i in blocks), width, axis)
 
 
 def _common(a: str, b: str) -> int:

@@ -20,7 +20,7 @@ Block = tuple[str, int]
 _NOT_PER_LAYER = re.compile(
     r"((?<!layer)_ids?|_tokens|_limit|_multipliers|_token_index|^architectures|^id2label|^label2id|^mtp_|^time_step_|_size|_sizes|_config|"
     r"^torch_dtype|^dtype|^rope_scaling|^rope_parameters|^out_features|^out_indices|^stage_names|"
-    r"^supported_aspect_ratios|^vision_feature_layer|^keys_to_ignore_at_inference|^tags|^pruned_heads|"
+    r"^supported_aspect_ratios|^vision_feature_layer|^keys_to_ignore_at_inference|^tags|"
     r"^conv_(dim|kernel|stride)|^depths|^mrope_section|_mean|_std)$"
 )
 _PER_LAYER_SIZE = re.compile(r"^(moe_)?(shared_)?(intermediate|ffn|mlp)_(hidden_)?size$|_per_layer")
@@ -78,7 +78,7 @@ class Tower:
         own = self.fields(model).get(field.name, field)
         try:
             return own.read(self.part(model), self.count(model))
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
             keys = ", ".join(repr(key) for key in own.uses if key in self.part(model))
             place = f"config.json of model {model!r}"
             raise RecipeError(
@@ -131,7 +131,10 @@ def unlike_sources(tower: Tower, sources: Sequence[Sequence[Block]]) -> list[str
     for name, field in tower.fields(tower.donor).items():
         if field.write is None:
             continue
-        kinds = {model: tower.kinds(model, field) for model in models}
+        try:
+            kinds = {model: tower.kinds(model, field) for model in models}
+        except RecipeError:
+            continue  # only layers that move must have a kind
         unlike = {
             i: (first, other)
             for i, (first, *others) in enumerate(sources)
@@ -140,7 +143,7 @@ def unlike_sources(tower: Tower, sources: Sequence[Sequence[Block]]) -> list[str
         }
         if unlike:
             i, pair = next(iter(unlike.items()))
-            a, b = (f"layer {j} of {m!r} is {_nth(kinds[m], j)!r}" for m, j in pair)
+            a, b = (f"layer {j} of {m!r} is {_named(_nth(kinds[m], j))}" for m, j in pair)
             more = f" (and so for layers {_shown([*unlike][1:])})" if len(unlike) > 1 else ""
             found.append(
                 f"layer {i} is merged from layers of unlike kinds: by {name!r}, {a} and {b}{more}; "
@@ -165,10 +168,16 @@ def _contradiction(
     model, index = blocks[i]
     rest = f"; the same holds for layers {_shown(wrong[1:])}" if len(wrong) > 1 else ""
     return (
-        f"config.json: layer {i} of the output is layer {index} of {model!r} and {wanted[i]!r} there, but "
-        f"{name!r} can only make it {found[i]!r} in this place{rest}; choose slices that keep such layers "
-        "where the field can state them"
+        f"config.json: layer {i} of the output is layer {index} of {model!r} and {_named(wanted[i])} there, "
+        f"but {name!r} can only make it {_named(found[i])} in this place{rest}; choose slices that keep such "
+        "layers where the field can state them"
     )
+
+
+def _named(value: object) -> str:
+    """A value for a sentence, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:56]}...{text[-1]}"
 
 
 def _shown(numbers: Sequence[int]) -> str:
@@ -244,7 +253,7 @@ def _doubts(part: Mapping[str, Any], tower: Tower, handled: set[str], count: int
             found.append(f"config.json: {key!r} may list layer numbers of {tower.donor!r}; check it")
         elif period:
             found.append(
-                f"config.json: {key!r} = {value!r} may choose layers by number, which are not those of "
+                f"config.json: {key!r} = {_named(value)} may choose layers by number, which are not those of "
                 f"{tower.donor!r} any more; check it"
             )
         elif key == "scale_depth" and count != tower.count(tower.donor):

@@ -29,6 +29,7 @@ from mergelab.merging.planned_checkpoint import PlannedCheckpoint
 from mergelab.merging.recipe import Recipe
 from mergelab.merging.recipe_checks import recipe_faults, recipe_warnings
 from mergelab.merging.scopes import scoped_parts
+from mergelab.merging.suspicions import odd_relations
 from mergelab.merging.vocabulary import (
     VocabularyPlan,
     chat_template_files,
@@ -201,8 +202,11 @@ def _plan(
         sources=layout.sources,
         architectures=shapes,
     )
+    unread = [name for name, c in checkpoints.items() if isinstance(c, PlannedCheckpoint)]
     warnings = [
         *(origin.sentence(*warning) for warning in recipe_warnings(recipe)),
+        *builder.factors.sentences(),
+        *odd_relations(jobs, recipe.base_model, unread),
         *layout.warnings,
         *absences(builder.lacking, builder.skipped),
         *config_differences(configs, donor),

@@ -191,21 +191,27 @@ def _check_values(given: Mapping[str, Any], place: str, optional: Mapping[str, A
             fits = type(value) is int and low <= value <= high
             expected = f"a whole number from {low} to {high:,}"
         elif name in NUMBERS:
-            fits = type(value) in (int, float) and 0 < value < math.inf
-            expected = "a number above 0"
+            fits, expected = _is_positive(value), "a number above 0"
         elif name in SWITCHES:
             fits, expected = isinstance(value, bool), "true or false"
         elif name in MAPPINGS:
             fits, expected = isinstance(value, Mapping), "an object"
         elif name in LISTS:
-            fits = isinstance(value, list) and len(value) <= MAX_LAYERS
-            fits, expected = fits and all(isinstance(kind, str) for kind in value), "a list of words"
+            fits, expected = _are_words(value), "a list of words"
         else:
             fits, expected = isinstance(value, str), "a word"
         if not fits:
             raise CheckpointError(
                 f"{place} has {name} = {quoted(value)}, but expected {expected}; correct it."
             )
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _are_words(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= MAX_LAYERS and all(isinstance(v, str) for v in value)
 
 
 def head_width(width: int, heads: int, place: str) -> int:

@@ -18,6 +18,7 @@ from mergelab.models.declaration import Leaf
 from mergelab.models.family import Family
 from mergelab.models.sites import Edit, Shape, Tap
 from mergelab.models.table import build_table
+from mergelab.models.token_checks import check_ids, check_length, check_positions, concrete, learned_positions
 
 __all__ = ["Model", "Output", "Params"]
 
@@ -132,7 +133,8 @@ class Model:
 
         Args:
             params: the parameters, as `table()` describes them.
-            tokens: token ids; padding may hold any valid id.
+            tokens: token ids; padding may hold any valid id. Those that are not traced are checked, which
+                waits for them where they are on a device.
             positions: of the tokens. By default a decoder counts each row's real tokens from 0 (on from those
                 in the cache), and an encoder all tokens.
             mask: True for real tokens, False for padding on either side. Outputs at padding are meaningless.
@@ -145,6 +147,7 @@ class Model:
 
         Raises:
             SiteError: no site matches a name or pattern, or an edit changes shape or dtype.
+            TokenError: ids or segments beyond their embeddings, or more tokens than learned positions.
             MergelabError: a cache is given to an encoder, or token types to a decoder.
         """
         causal = self.family.architecture.causal
@@ -152,6 +155,7 @@ class Model:
             raise self._no_cache()
         if token_types is not None and causal:
             raise MergelabError(f"a {self.family.model_type!r} model has no token types; leave them away.")
+        self._check(tokens, positions, mask, cache, token_types)
         if positions is None:
             positions = self._positions(tokens, mask, cache)
         # A cache must be filled in every layer, so it carries the pass to the end.
@@ -161,6 +165,32 @@ class Model:
         found: Any = module.apply({"params": params}, tokens, positions, mask, cache, tap, **extra)
         out, hidden, cache = found
         return Output(out if logits else None, hidden, tap.captured, cache)
+
+    def _check(
+        self,
+        tokens: Int[Array, "batch length"],
+        positions: Int[Array, "batch length"] | None,
+        mask: Bool[Array, "batch length"] | None,
+        cache: Cache | None,
+        token_types: Int[Array, "batch length"] | None,
+    ) -> None:
+        """Refuses what no embedding exists for, as far as it can be known before the program runs."""
+        check_ids(tokens, self.config.vocab_size, "the model's vocabulary", "tokens")
+        if token_types is not None:
+            check_ids(token_types, self.config.token_types, "the model's token types", "token_types")
+        if positions is not None:
+            check_positions(self, positions)
+        elif cache is not None:
+            # Slots may outnumber positions, as padding takes slots too.
+            if mask is None:
+                check_length(self, tokens.shape[1])
+            known = concrete(cache.mask) is not None and (mask is None or concrete(mask) is not None)
+            if learned_positions(self) is not None and known:
+                check_positions(self, self._positions(tokens, mask, cache))
+        else:
+            real = None if mask is None or not self.family.architecture.causal else concrete(mask)
+            longest = tokens.shape[1] if real is None else int(real.sum(axis=1).max(initial=0))
+            check_length(self, longest)
 
     def _positions(
         self,

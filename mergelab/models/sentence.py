@@ -18,6 +18,7 @@ from mergelab.checkpoints.tokenizer_file import open_tokenizer_file
 from mergelab.errors import CheckpointError, quoted
 from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params
+from mergelab.models.token_checks import check_tokens
 
 if TYPE_CHECKING:
     import tokenizers
@@ -84,8 +85,15 @@ class SentenceEncoder:
         Args:
             texts: any number of them.
             batch_size: texts that run together; texts of like length share a batch.
+
+        Raises:
+            TokenError: the tokenizer gives ids that the model has no embedding for.
         """
         ids = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
+        for each in ids:
+            check_tokens(
+                self.model, np.asarray(each, np.int64), place="the tokenizer of the sentence encoder"
+            )
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         found = np.zeros((len(ids), self.model.config.width), np.float32)
         for start in range(0, len(order), batch_size):

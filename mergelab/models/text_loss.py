@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit, as_partials
+from mergelab.models.token_checks import check_ids, check_length
 
 __all__ = ["summed_loss"]
 
@@ -35,7 +36,12 @@ def summed_loss(
         is_target: bool `[windows, length]`, which of the others count.
         edit: functions by site, as in `Model.apply`.
         batch: windows in one forward pass.
+
+    Raises:
+        TokenError: ids beyond the vocabulary, or windows longer than the model's learned positions.
     """
+    check_ids(tokens, model.config.vocab_size, "the model's vocabulary", "windows of text")
+    check_length(model, tokens.shape[1] - 1)
     edits = as_partials(edit)
     total = 0.0
     for start in range(0, len(tokens), batch):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mergelab.checkpoints.output_lock import OutputLock
 from mergelab.checkpoints.output_target import check_target
+from mergelab.checkpoints.text_file import read_text
 from mergelab.checkpoints.work_folder import publish_file
 from mergelab.data.corpus import DOMAINS, Document, gather
 from mergelab.merging import merge
@@ -88,7 +89,7 @@ def _run(
 
     for number, name in enumerate(settings.recipes, start=1):
         folder, recipe = f"merges/{name}", copy_recipe(name, out / "recipes")
-        keys[folder] = stage_key(key, recipe.read_text(encoding="utf-8"))
+        keys[folder] = stage_key(key, read_text(recipe))
 
         def write_merge(path: Path, recipe: Path = recipe) -> None:
             merge(recipe, path, seed=seed)

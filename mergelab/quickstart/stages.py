@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mergelab import __version__
+from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.work_folder import publish_file
-from mergelab.errors import OutputError
+from mergelab.errors import CheckpointError, OutputError
 
 __all__ = ["Stages", "remove", "stage_key"]
 
@@ -84,8 +85,8 @@ class Stages:
 
     def _read(self) -> dict[str, Any]:
         try:
-            return dict(json.loads(self.record.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+            return read_json_object(self.record)
+        except CheckpointError:
             return {}  # no run yet, or a run killed in its first moment
 
     def _write(self) -> None:

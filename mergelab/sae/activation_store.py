@@ -16,12 +16,13 @@ import ml_dtypes
 import numpy as np
 
 from mergelab.checkpoints.digest import weights_sha256
+from mergelab.checkpoints.json_data import parse_json_object, read_json
 from mergelab.checkpoints.manifest import Entry, file_fault, write_whole
 from mergelab.checkpoints.new_files import check_new_folder
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.tensor_files import write_tensors
 from mergelab.checkpoints.work_folder import WorkFolder, sync_path
-from mergelab.errors import OutputError
+from mergelab.errors import CheckpointError, OutputError
 from mergelab.sae.model_source import ModelActivations
 
 __all__ = ["quantized", "write_store"]
@@ -132,8 +133,8 @@ def _claim(work: WorkFolder, facts: Mapping[str, Any], notice: Callable[[str], N
     path = work.path / "store.json"
     if work.path.is_dir() and any(work.path.iterdir()):
         try:
-            said = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            said = read_json(path)
+        except CheckpointError:
             said = None
             notice(f"the begun {work.out.name} does not say what it is of, so it is begun anew")
         if said == facts:
@@ -153,9 +154,9 @@ def _receipts(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
-            said = json.loads(line)
+            said = parse_json_object(line, "the line")
             found[said["file"]] = said["entry"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (CheckpointError, KeyError, TypeError):
             continue
     return found
 

@@ -14,7 +14,15 @@ from mergelab.errors import SAEError, did_you_mean, quoted, shortened
 from mergelab.sae.recipe import Recipe
 from mergelab.sae.variants import Variant, make_variant
 
-__all__ = ["CheckpointSection", "DataSection", "SAESection", "TrainConfig", "TrainSection", "load_config"]
+__all__ = [
+    "CheckpointSection",
+    "DataSection",
+    "SAESection",
+    "TrainConfig",
+    "TrainSection",
+    "load_config",
+    "plain_settings",
+]
 
 
 MAX_CONFIG = 16 * 2**20
@@ -83,7 +91,7 @@ class DataSection(_Section):
         site: of `model`: such as `blocks.8.resid_post`.
         target_site: of `model`, for a transcoder.
         text: of `model`: a text file, or several.
-        context: of `model`: tokens in a context.
+        context: of `model`: tokens in a context, at most the model's positions.
         toy: of `toy`: options of `mergelab.data.toy.ToyTruth`.
         buffer_rows: rows that are shuffled together.
     """
@@ -179,7 +187,7 @@ class TrainConfig(_Section):
     data: DataSection
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
-    mesh: dict[str, Count] | None = None
+    mesh: dict[str, Annotated[Whole, Field(ge=-1, le=_MOST)]] | None = None
     log_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     metadata: dict[str, Any] = Field(default_factory=dict)
 
@@ -204,7 +212,7 @@ def load_config(
         data = _plain(config, 0)
     else:
         name = shortened(str(config), 200)
-        data = _one_value(read_text(config, MAX_CONFIG, error=SAEError), name)
+        data = plain_settings(read_text(config, MAX_CONFIG, error=SAEError), name)
     if not isinstance(data, dict):
         raise SAEError(f"{name}: expected the sections sae, data and train, found {type(data).__name__}.")
     for override in overrides:
@@ -218,8 +226,12 @@ def load_config(
         raise SAEError([*explained, *(name for _ in faults[100:])]) from error
 
 
-def _one_value(text: str, source: str) -> Any:
-    """The one value of a YAML text, None if it is empty."""
+def plain_settings(text: str, source: str = "the configuration") -> Any:
+    """The one value of a YAML text as plain data, None if it is empty.
+
+    Raises:
+        SAEError: the text is not YAML as configurations have it, or has a second document.
+    """
     documents = parse_yaml(text, source, SAEError)
     if len(documents) > 1:
         raise SAEError(f"{source}:{documents[1].line}: a second document begins here; keep one in a file.")
@@ -246,7 +258,7 @@ def _with_override(data: dict[str, Any], override: str) -> dict[str, Any]:
         inner = here.get(key)
         here[key] = dict(inner) if isinstance(inner, dict) else {}
         here = here[key]
-    here[keys[-1]] = _one_value(text, f"--set {shortened(path)}")
+    here[keys[-1]] = plain_settings(text, f"--set {shortened(path)}")
     return changed
 
 

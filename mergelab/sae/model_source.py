@@ -18,14 +18,20 @@ from mergelab.data.tokenizer import load_tokenizer
 from mergelab.errors import NonFiniteError, SAEError
 from mergelab.models.load import load_model
 from mergelab.models.model import Model
+from mergelab.models.token_checks import check_tokens, window_length
 
 __all__ = [
+    "DEFAULT_CONTEXT",
     "ModelActivations",
     "SiteActivations",
     "contexts_of_texts",
     "cut_contexts",
     "open_model_activations",
 ]
+
+
+DEFAULT_CONTEXT = 64
+"""Tokens in a context, where nothing says how many."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class ModelActivations:
     Row `r` belongs to `tokens[r // length, r % length]`, which leads back to its text. Any range of rows can
     be read, so a shuffled stream over them stands and goes on exactly as over files; several sites come of
     one forward pass.
+
+    Ids and length are checked against the model's embeddings (`TokenError`).
 
     Attributes:
         model: the model.
@@ -57,6 +65,7 @@ class ModelActivations:
             raise SAEError(
                 f"tokens have shape {list(self.tokens.shape)}; expected whole contexts [n, length]."
             )
+        check_tokens(self.model, self.tokens, place="the contexts")
         for site in self.sites:
             shape = self.model.sites().get(site)
             if shape is not None and len(shape) != 3:
@@ -183,7 +192,8 @@ def open_model_activations(
     sites: Sequence[str],
     texts: Sequence[str | Path],
     *,
-    length: int = 64,
+    length: int | None = None,
+    default: int = DEFAULT_CONTEXT,
     dtype: Any = None,
     mesh: Any = None,
 ) -> ModelActivations:
@@ -193,11 +203,13 @@ def open_model_activations(
         model: a Hugging Face folder with its tokenizer.
         sites: names, such as `blocks.8.resid_post`.
         texts: UTF-8 files.
-        length: of a context, in tokens.
+        length: of a context, in tokens; if None the default, or as many as the model has positions.
+        default: what a context has that nobody asked for.
         dtype: of the weights; the stored one if None.
         mesh: devices to spread the model over.
 
     Raises:
+        TokenError: the context is longer than the model's positions, or a token is beyond its vocabulary.
         SAEError: a text cannot be read, or the texts are too short.
         SiteError: the model has no such site.
         CheckpointError: the model cannot be read.
@@ -206,7 +218,8 @@ def open_model_activations(
     for path in map(Path, texts):
         read.append(read_text(path, MAX_PROSE, error=SAEError, errors="replace"))
     loaded, params = load_model(model, mesh=mesh, dtype=dtype)
-    tokens = contexts_of_texts(Path(model), read, length)
+    tokens = contexts_of_texts(Path(model), read, window_length(loaded, length, default))
+    check_tokens(loaded, tokens, place=str(Path(model) / "tokenizer.json"))
     framed = load_tokenizer(model).frame is not None
     found = ModelActivations(loaded, params, tokens, tuple(sites), framed=framed)
     _ = found.widths  # names of sites are checked here, before anything is computed

@@ -75,7 +75,7 @@ def _whole(value: Any, most: int) -> int:
         value = int(value) if len(value) < 40 else None
     elif isinstance(value, float) and value.is_integer():
         value = int(value)
-    number = operator.index(value)
+    number: int = operator.index(value)  # pyright: ignore[reportArgumentType]  # raises for the rest
     if abs(number) > most:
         raise ValueError
     return number

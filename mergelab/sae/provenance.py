@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from mergelab.checkpoints.digest import weights_sha256
+from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.errors import CheckpointError
+from mergelab.models.families import model_from_config
+from mergelab.models.model import Model
 from mergelab.sae.config import DataSection
 
 __all__ = ["host_metadata", "store_facts"]
 
 
 def host_metadata(data: DataSection) -> dict[str, Any]:
-    """`site`, `model` and `model_hash` of the activations, as far as the data says where they come from.
+    """`site`, `model`, `model_hash` and `context` of the activations, as far as the data says it.
 
     With targets also their site, `target_site`. A model is asked for the digest of its weights; files of
     `mergelab activations` carry it beside them.
@@ -29,8 +32,9 @@ def host_metadata(data: DataSection) -> dict[str, Any]:
     """
     if data.kind == "model" and data.model is not None:
         target = {} if data.target_site is None else {"target_site": data.target_site}
-        digest = weights_sha256(data.model)
-        return {"site": data.site, **target, "model": data.model, "model_hash": digest}
+        found = {"site": data.site, **target, "model": data.model, "model_hash": weights_sha256(data.model)}
+        # A default context beyond the model's positions is cut where the data is opened.
+        return found | {"context": min(data.context, _read_model(data.model).config.max_length)}
     if data.kind == "files" and data.path is not None:
         found = store_facts(data.path)
         target = {} if data.target_path is None else store_facts(data.target_path)
@@ -65,4 +69,12 @@ def store_facts(patterns: str | Sequence[str]) -> dict[str, Any]:
             f"{store} does not map sites to widths and name a model and its model_sha256, as `mergelab "
             "activations` writes it; collect the activations again."
         )
-    return {"site": site, "model": model, "model_hash": digest} if site in widths else {}
+    found = {"site": site, "model": model, "model_hash": digest}
+    if isinstance(facts.get("context"), int):
+        found["context"] = facts["context"]
+    return found if site in widths else {}
+
+
+def _read_model(folder: str) -> Model:
+    checkpoint = open_checkpoint(folder)
+    return model_from_config(checkpoint.config, str(checkpoint.path / "config.json"))

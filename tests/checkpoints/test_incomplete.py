@@ -71,9 +71,7 @@ def test_one_shard_of_several_is_no_model(tmp_path: Path) -> None:
     shards(tmp_path, SHARDS)
     (tmp_path / "model.safetensors.index.json").unlink()
     (tmp_path / SHARDS[1]).unlink()
-    with pytest.raises(
-        CheckpointError, match=r"only the file model-00001-of-00002\.safetensors, .* one of 2"
-    ):
+    with pytest.raises(CheckpointError, match=r"only the file model-00001-of-00002\..* one of 2"):
         open_checkpoint(tmp_path)
     (tmp_path / SHARDS[0]).rename(tmp_path / "model-00001-of-00001.safetensors")
     assert list(open_checkpoint(tmp_path).tensors) == ["t0"]

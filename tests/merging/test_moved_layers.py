@@ -197,6 +197,17 @@ def test_refusals_name_the_field_and_the_layers() -> None:
         moved(sized("qwen2", 6, use_sliding_window=True, max_window_layers="all"), TWICE)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_senseless_values_are_refused_or_passed_over(name: str) -> None:
+    keys = {key for field in layer_fields(CONFIGS[name], ()) for key in field.uses}
+    for key in sorted(keys):
+        for value in ("x", [], {}, {"0": 1}, -1, 0, 2.5, [["x"]], [[["x"], "y"]], True, ["x"] * 6, 10**9):
+            try:
+                moved({**CONFIGS[name], key: value}, TWICE)
+            except RecipeError as error:
+                assert all(len(sentence) < 500 for sentence in error.faults)
+
+
 def test_each_layer_is_of_the_kind_it_has_in_its_own_model() -> None:
     config = sized("gemma3_text", 6, sliding_window_pattern=3)
     other = sized("gemma3_text", 6, sliding_window_pattern=2)
@@ -259,17 +270,13 @@ def test_tensors_with_a_part_per_layer_have_those_of_the_layers(tmp_path: Path) 
     sources, wanted = {}, {}
     for n, name in enumerate("ab"):
         sources[name] = {
-            "model.embed_tokens_per_layer.weight": np.arange(15, dtype=np.float32).reshape(5, 3) + 100 * n,
-            "model.per_layer_model_projection.weight": np.arange(24, dtype=np.float32).reshape(6, 4)
-            - 100 * n,
+            key: np.arange(30, dtype=np.float32).reshape((5, 6) if axis else (6, 5)) + 100 * n
+            for key, axis in axes.items()
         }
         layers = {f"model.layers.{i}.w": np.full((2, 2), i, np.float32) for i in range(3)}
         write_model(tmp_path / name, sources[name] | layers, config=config)
     blocks = [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("b", 2)]
-    for axis, name in (
-        (1, "model.embed_tokens_per_layer.weight"),
-        (0, "model.per_layer_model_projection.weight"),
-    ):
+    for name, axis in axes.items():
         parts = {model: np.split(tensors[name], 3, axis) for model, tensors in sources.items()}
         wanted[name] = np.concatenate([parts[model][i] for model, i in blocks], axis)
     slices = [
@@ -288,9 +295,7 @@ def test_tensors_with_a_part_per_layer_have_those_of_the_layers(tmp_path: Path) 
             source.read_into(start, piece)
             np.testing.assert_array_equal(piece, expected.reshape(-1)[start : start + piece.size])
     write_model(tmp_path / "b", layers, config=config)
-    with pytest.raises(
-        RecipeError, match="has a part per layer, but model 'b', .* has none for its 3 layers"
-    ):
+    with pytest.raises(RecipeError, match=r"a part per layer, but model 'b', .* has none for its 3 layers"):
         make_plan(stacked, base_dir=tmp_path)
 
 

@@ -102,12 +102,12 @@ def test_sizes_that_no_weights_have_are_refused_at_once(
         {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, tmp_path / "model.safetensors"
     )
     (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(CheckpointError, match=message):
         load_model(tmp_path)
     (fault,) = take_inventory(tmp_path).faults
     assert message in fault
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_an_inventory_names_twenty_faults_and_counts_the_rest(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergelab.errors import MergelabError, SAEError
-from mergelab.sae.config import TrainConfig, load_config
+from mergelab.sae.config import TrainConfig, load_config, plain_settings
 from mergelab.sae.memory import check_memory, state_bytes
 from mergelab.sae.recipe import Recipe
 from mergelab.sae.training.data import open_data
@@ -113,6 +113,7 @@ def test_numbers_are_read_as_the_types_they_stand_for() -> None:
     variant = make_variant("matryoshka", d_in=16, n_latents="32", k=4.0, prefixes=[8, 32], skip="no")
     assert (variant.n_latents, variant.skip) == (32, False)
     assert (variant.k, variant.prefixes) == (4, (8, 32))  # type: ignore[attr-defined]
+    assert load_config(SETTINGS, ["mesh.data=-1"]).mesh == {"data": -1}
     config = load_config(SETTINGS, ["train.lr=1e-3", "train.center=no", "sae.variant=relu"])
     assert config.train.lr == 1e-3
     assert config.train.center is False
@@ -217,13 +218,11 @@ SNIPPETS = st.sampled_from(
     )
 )
 def test_a_mutated_configuration_is_used_or_refused(edits: list[tuple[int, int, str]]) -> None:
-    from mergelab.sae.config import _one_value
-
     text = CONFIG
     for start, cut, new in edits[:4]:
         text = text[:start] + new + text[start + cut :]
     try:
-        data = _one_value(text, "s.yaml")
+        data = plain_settings(text, "s.yaml")
         if isinstance(data, dict):
             use(load_config(copy.deepcopy(data)))
     except MergelabError as error:

@@ -22,9 +22,11 @@ SITE = "blocks.0.resid_post"
 
 def test_a_store_and_its_model_say_the_same(tmp_path: Path) -> None:
     folder = write(tmp_path / "model", "bert")
-    wanted = {"site": SITE, "model": str(folder), "model_hash": weights_sha256(folder)}
-    direct = DataSection(kind="model", model=str(folder), site=SITE, text="text.txt")
+    wanted = {"site": SITE, "model": str(folder), "model_hash": weights_sha256(folder), "context": 8}
+    direct = DataSection(kind="model", model=str(folder), site=SITE, text="text.txt", context=8)
     assert host_metadata(direct) == wanted
+    longer = direct.model_copy(update={"context": 64 + 1})
+    assert host_metadata(longer) == wanted | {"context": 64}  # all the positions there are
     model, params = tiny("bert")
     tokens = np.random.default_rng(0).integers(3, 61, (4, 8)).astype(np.int32)
     write_store(ModelActivations(model, params, tokens, (SITE, "embed")), tmp_path / "acts", model=folder)

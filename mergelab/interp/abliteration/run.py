@@ -36,6 +36,7 @@ from mergelab.interp.abliteration.write import write_abliterated
 from mergelab.interp.abliteration.writers import check_decoder
 from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params
+from mergelab.models.token_checks import check_tokens, window_length
 
 __all__ = ["Progress", "Settings", "abliterate"]
 
@@ -59,7 +60,8 @@ class Settings:
         trials, rounds: of a search (`search_ablation`); with 0 trials the direction is removed everywhere.
         max_new_tokens: of each answer that is looked through for phrases.
         batch: prompts in one forward pass.
-        text_length: tokens in a window of the text whose loss is measured.
+        text_length: tokens in a window of the text whose loss is measured; 256, or as many as the model has
+            positions, if None.
         seed: shuffles the prompts and draws the trials.
     """
 
@@ -74,7 +76,7 @@ class Settings:
     rounds: int = 4
     max_new_tokens: int = 32
     batch: int = 16
-    text_length: int = 256
+    text_length: int | None = None
     seed: int = 0
 
 
@@ -157,7 +159,10 @@ def _measure(
     model, params = load_model(source, mesh=mesh, dtype=dtype)
     check_decoder(model)
     ids = check_refusal_ids(model, refusal_tokens(tokenizer, settings.phrases))
-    sets = [encode_prompts(tokenizer, texts, system=settings.system) for texts in (harmful, harmless)]
+    sets = [
+        _within(model, encode_prompts(tokenizer, texts, system=settings.system), f"{source}, {name} prompts")
+        for name, texts in (("harmful", harmful), ("harmless", harmless))
+    ]
     positions = settings.positions or post_instruction_tokens(tokenizer, *sets)
     bad, good = (_Parts.of(prompts.shuffled(settings.seed)) for prompts in sets)
     windows = None if text is None else _windows(model, tokenizer, text, settings.text_length)
@@ -240,13 +245,21 @@ class _Parts:
         return cls(find, *rest.split(0.5))
 
 
-def _windows(model: Model, tokenizer: Tokenizer, text: str, length: int) -> EvaluationWindows:
+def _within(model: Model, prompts: Prompts, place: str) -> Prompts:
+    """The prompts, if the model has embeddings for them; what pads them may be a token it lacks."""
+    prompts = Prompts(np.where(prompts.mask, prompts.tokens, 0), prompts.mask)
+    check_tokens(model, prompts.tokens, prompts.mask, place=place)
+    return prompts
+
+
+def _windows(model: Model, tokenizer: Tokenizer, text: str, length: int | None) -> EvaluationWindows:
     tokens = tokenizer.encode(text, add_special_tokens=False)
     if not tokens:
         raise MergelabError("the text to measure the loss on is empty; give another, or none.")
     begin = tokenizer.id_of("bos")
     separator = begin if begin is not None else tokenizer.pad_id
-    return text_windows(tokens, separator, min(length, model.config.max_length))
+    check_tokens(model, np.asarray([*tokens, separator])[:, None], place=f"{tokenizer.folder}, the text")
+    return text_windows(tokens, separator, window_length(model, length, 256, place="text_length"))
 
 
 def _search(

@@ -21,6 +21,7 @@ from mergelab.checkpoints import (
     plan_shards,
     read_whole,
 )
+from mergelab.checkpoints.text_file import read_bytes
 from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import CheckpointError, did_you_mean
 from mergelab.interp.abliteration.ablation import Ablation
@@ -87,7 +88,7 @@ def write_abliterated(
     check_ablation(model, ablation)
     edits = _stored_edits(model, checkpoint, ablation)
     specs = [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()]
-    content = {"config.json": (checkpoint.path / "config.json").read_bytes()}
+    content = {"config.json": read_bytes(checkpoint.path / "config.json")}
     content |= donor_files(checkpoint.path, None) | dict(files or {})
     identity = {
         "the model": checkpoint.fingerprint(),

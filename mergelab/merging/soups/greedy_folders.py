@@ -10,6 +10,7 @@ from typing import Any
 
 from mergelab.checkpoints import open_checkpoint
 from mergelab.checkpoints.output_target import check_target, disk_errors
+from mergelab.checkpoints.text_file import read_text
 from mergelab.checkpoints.work_folder import WorkFolder, publish_file
 from mergelab.checkpoints.writer import identity_digest
 from mergelab.merging.plan import make_plan
@@ -104,7 +105,7 @@ def greedy_soup_checkpoints(
     identity = identity_digest({"soup": json.dumps(facts, sort_keys=True), "plan": plan.identity})
     with WorkFolder(Path(out), inputs=inputs, overwrite=overwrite) as work:
         if work.finished(identity):
-            return Trace.from_json(trace_path(out).read_text(encoding="utf-8"))
+            return Trace.from_json(read_text(trace_path(out)))
         work.prepare()
         if overwrite:
             work.clear_stages()

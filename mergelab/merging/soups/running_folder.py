@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.work_folder import WorkFolder
-from mergelab.errors import OutputError, RecipeError
+from mergelab.errors import CheckpointError, OutputError, RecipeError
 from mergelab.merging.soups.folders import StrPath, average_checkpoints, candidate_names
 
 __all__ = ["RunningFolder", "update_average"]
@@ -99,9 +100,9 @@ def _weights(before: int, new: int, decay: float | None) -> list[float]:
 
 def _read(out: Path, decay: float | None) -> RunningFolder:
     try:
-        data = json.loads((out / STATE).read_text(encoding="utf-8"))
+        data = read_json_object(out / STATE)
         state = RunningFolder(tuple(data["checkpoints"]), data["decay"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (CheckpointError, KeyError, TypeError) as error:
         raise OutputError(
             f"{out} exists and is no running average (no readable {STATE}); choose another output folder."
         ) from error

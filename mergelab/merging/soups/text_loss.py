@@ -16,10 +16,12 @@ from mergelab.data.windows import evaluation_windows
 from mergelab.errors import CheckpointError, EvaluationError
 from mergelab.models.load import load_model
 from mergelab.models.text_loss import summed_loss
+from mergelab.models.token_checks import check_tokens, window_length
 
 __all__ = ["METRIC", "TextLoss"]
 
 METRIC = "bits_per_byte"
+_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class TextLoss:
 
     Attributes:
         text: the file, read as one document.
-        length: tokens per window, at most what the model was made for; a window begins afresh.
+        length: tokens per window, at most what the model was made for; a window begins afresh. If None, 512,
+            or as many as the model was made for.
         batch: windows per forward pass.
 
     Raises:
@@ -38,7 +41,7 @@ class TextLoss:
     """
 
     text: Path
-    length: int = 512
+    length: int | None = None
     batch: int = 8
 
     def __post_init__(self) -> None:
@@ -48,13 +51,14 @@ class TextLoss:
     def subject(self) -> str:
         """Says what the scores are of, for the journal of an interrupted run."""
         digest = hashlib.sha256(self._read().encode()).hexdigest()
-        return f"bits per byte of a text with SHA-256 {digest}, windows of {self.length}"
+        return f"bits per byte of a text with SHA-256 {digest}, windows of {self.length or _LENGTH}"
 
     def __call__(self, folder: Path) -> dict[str, float]:
         """Returns `{"bits_per_byte": loss}` for the model in `folder`.
 
         Raises:
             CheckpointError: the folder holds no causal model of a supported family, or no `tokenizer.json`.
+            TokenError: `length` is more than its positions, or its tokenizer has tokens it lacks.
         """
         text = self._read()
         tokens = _tokenize(folder, text)
@@ -64,7 +68,9 @@ class TextLoss:
                 f"{folder} holds a {model.family.model_type!r} model, which predicts no next token; score it "
                 "with a command of your own."
             )
-        length = min(self.length, model.config.max_length)
+        place = str(folder / "tokenizer.json")
+        check_tokens(model, np.asarray(tokens)[:, None], place=place)
+        length = window_length(model, self.length, _LENGTH, place=f"{folder}, windows of text")
         windows = evaluation_windows([tokens], _separator(folder), length, len(text.encode()))
         nats = summed_loss(model, params, windows.tokens, windows.is_target, batch=self.batch)
         return {METRIC: nats / math.log(2) / windows.num_bytes}

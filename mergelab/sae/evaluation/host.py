@@ -10,9 +10,9 @@ from mergelab.checkpoints.digest import weights_sha256
 from mergelab.errors import SAEError
 from mergelab.sae.dictionary import Dictionary, at_sites
 from mergelab.sae.formats.hook_names import site_of
-from mergelab.sae.model_source import ModelActivations, open_model_activations
+from mergelab.sae.model_source import DEFAULT_CONTEXT, ModelActivations, open_model_activations
 
-__all__ = ["check_host", "check_modules", "check_reads", "check_target", "open_host"]
+__all__ = ["check_host", "check_modules", "check_reads", "check_target", "open_host", "trained_context"]
 
 
 def check_host(dictionary: Dictionary, model: str | Path, *, any_model: bool = False) -> bool:
@@ -49,7 +49,7 @@ def open_host(
     *,
     site: str | None = None,
     target_site: str | None = None,
-    length: int = 64,
+    length: int | None = None,
     any_model: bool = False,
     mesh: Any = None,
 ) -> ModelActivations:
@@ -63,12 +63,14 @@ def open_host(
         texts: UTF-8 files.
         site: such as `blocks.8.resid_post`; that of the dictionary if None.
         target_site: that a transcoder writes; that of the dictionary if None.
-        length: of a context, in tokens.
+        length: of a context, in tokens; if None, what the dictionary was trained with, or else 64, and never
+            more than the model has positions.
         any_model: accept other weights than the recorded ones.
         mesh: devices to spread the model over.
 
     Raises:
         SAEError: the weights or the widths are not the dictionary's, no site is known, or the text is short.
+        TokenError: `length` is more than the model's positions, or a token is beyond its vocabulary.
         SiteError: the model has no such site.
         CheckpointError: the model cannot be read.
     """
@@ -84,12 +86,24 @@ def open_host(
     sites = [reads[0]]
     if not dictionary.is_autoencoder and writes is not None:
         sites.append(writes[0])
-    source = open_model_activations(model, sites, texts, length=length, mesh=mesh)
+    source = open_model_activations(
+        model, sites, texts, length=length, default=trained_context(dictionary), mesh=mesh
+    )
     check_modules(dictionary, source)
     check_reads(dictionary, source)
     if len(sites) > 1:
         check_target(dictionary, source)
     return source
+
+
+def trained_context(dictionary: Dictionary) -> int:
+    """The tokens in a context of the dictionary's training, where its metadata says so; else 64."""
+    metadata = dictionary.config.metadata
+    for name in ("context", "context_size"):
+        found = metadata.get(name)
+        if isinstance(found, int) and not isinstance(found, bool) and found >= 2:
+            return found
+    return DEFAULT_CONTEXT
 
 
 def check_modules(dictionary: Dictionary, source: ModelActivations) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from mergelab.checkpoints.json_data import read_json
 from mergelab.checkpoints.manifest import first_fault, write_manifest
 from mergelab.checkpoints.orbax_calls import call_orbax, orbax_reason
 from mergelab.checkpoints.work_folder import sync_path
@@ -147,7 +148,7 @@ class Checkpoints:
 
         try:
             found = call_orbax(read)
-            place = json.loads((folder / _PLACE / "metadata").read_text(encoding="utf-8"))
+            place = read_json(folder / _PLACE / "metadata")
         except MergelabError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds
@@ -193,8 +194,8 @@ class Checkpoints:
         """What is wrong with a checkpoint whose files are as they were listed."""
         folder = self.folder / str(step)
         try:
-            place = json.loads((folder / _PLACE / "metadata").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            place = read_json(folder / _PLACE / "metadata")
+        except CheckpointError:
             return f"has no readable {_PLACE}/metadata"
         if not isinstance(place, dict) or not (folder / _STATE).is_dir():
             return f"lacks its {_STATE}"

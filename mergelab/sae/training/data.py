@@ -9,7 +9,7 @@ from mergelab.data.toy import ToyTruth
 from mergelab.errors import SAEError, did_you_mean, shortened
 from mergelab.sae.config import DataSection
 from mergelab.sae.memory import machine_memory, readable_bytes
-from mergelab.sae.model_source import open_model_activations
+from mergelab.sae.model_source import DEFAULT_CONTEXT, open_model_activations
 from mergelab.sae.options import checked_options
 
 __all__ = ["open_data"]
@@ -48,7 +48,9 @@ def open_data(section: DataSection, tokens: int) -> tuple[ActivationSource, Acti
         assert section.model is not None and section.site is not None and section.text is not None
         sites = [section.site, *([section.target_site] if section.target_site else [])]
         texts = [section.text] if isinstance(section.text, str) else section.text
-        found = open_model_activations(section.model, sites, texts, length=section.context)
+        # A file that repeats the default asks for no more than one that leaves it out.
+        length = None if section.context == DEFAULT_CONTEXT else section.context
+        found = open_model_activations(section.model, sites, texts, length=length)
         return found.at(section.site), found.at(section.target_site) if section.target_site else None
     if section.path is None:
         raise SAEError("data.path is missing: data of kind 'files' needs the files' path or glob.")

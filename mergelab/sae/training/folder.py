@@ -12,13 +12,15 @@ from typing import Any, Self
 import jax
 import yaml
 
+from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.manifest import file_fault, list_files, write_whole
 from mergelab.checkpoints.output_lock import OutputLock
 from mergelab.checkpoints.output_target import check_target, disk_errors
+from mergelab.checkpoints.text_file import read_text
 from mergelab.checkpoints.work_folder import WorkFolder
-from mergelab.errors import OutputError, SAEError
+from mergelab.errors import CheckpointError, MergelabError, OutputError, SAEError
 from mergelab.processes import agree, together
-from mergelab.sae.config import TrainConfig
+from mergelab.sae.config import TrainConfig, plain_settings
 from mergelab.sae.training.inputs import check_same, fingerprint, input_paths
 
 __all__ = ["RunFolder"]
@@ -113,13 +115,15 @@ class RunFolder:
     def _check_config(self) -> None:
         written = self.path / _CONFIG
         try:
-            before = yaml.safe_load(written.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            before = plain_settings(read_text(written))
+        except MergelabError as error:
             raise OutputError(
                 f"{written}: cannot be read ({type(error).__name__}), so it is not known what run this is; "
                 "choose another folder"
             ) from error
-        changed = _first_difference(before, self._settings.model_dump(mode="json"))
+        # Through the same text: what one reader takes for a number another may take for a word.
+        now = plain_settings(yaml.safe_dump(self._settings.model_dump(mode="json"), sort_keys=False))
+        changed = _first_difference(before, now)
         if changed is not None:
             raise SAEError(f"{written}: the run began with {changed}; resume it as it was, or begin another.")
 
@@ -142,10 +146,10 @@ class RunFolder:
 
     def _read_result(self) -> tuple[int, dict[str, float]] | None:
         try:
-            said = json.loads((self.path / _RESULT).read_text(encoding="utf-8"))
+            said = read_json_object(self.path / _RESULT)
             steps, metrics = int(said["steps"]), {str(k): float(v) for k, v in said["metrics"].items()}
             fault = file_fault(self.final, said["files"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError):
             # Killed between the dictionary and this record: both are made again.
             return None
         if fault is not None:
@@ -175,8 +179,8 @@ class RunFolder:
             return
         path = self.path / _INPUTS
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))["files"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            before = read_json_object(path)["files"]
+        except (CheckpointError, KeyError) as error:
             raise OutputError(
                 f"{path}: cannot be read ({type(error).__name__}), so the data may be other than it was; "
                 "begin another run"

@@ -6,16 +6,22 @@ Four simulated devices in each of two processes; the runs of `MESHES` one after 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 
 from mergelab.errors import MergelabError
+from mergelab.processes import Terminated
 from mergelab.sae.formats import load_dictionary
 from mergelab.sae.training import train
+from mergelab.sae.training.checkpoints import Checkpoints
 from mergelab.sharding import make_mesh
 
 MESHES: dict[str, dict[str, int]] = {
@@ -42,6 +48,20 @@ def stop_at(step: int) -> Any:
     return progress
 
 
+def terminate(process: int) -> Any:
+    """SIGTERM to the first process alone, as of a cluster that takes one machine; JAX tells the other."""
+    sent: list[int] = []
+
+    def progress(done: int, *_: Any) -> None:
+        if done >= 8 and not sent:
+            sent.append(done)
+            if process == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(3)  # JAX looks for the signal about once a second
+
+    return progress
+
+
 def main(port: str, process: int, folder: Path) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 4)
@@ -58,10 +78,16 @@ def main(port: str, process: int, folder: Path) -> None:
         }
     resumed = {**CONFIG, "mesh": MESHES["each process its tokens"]}
     try:
-        train(resumed, folder / "resumed", progress=stop_at(14))
+        train(resumed, folder / "resumed", progress=stop_at(21))
     except Stopped:
         report["stopped"] = True
-    train(resumed, folder / "resumed", resume=True)
+    multihost_utils.sync_global_devices("stopped")
+    if process == 0:  # what only one process has seen, all of them pass over
+        os.truncate(folder / "resumed" / "checkpoints" / "20" / "manifest.json", 30)
+    said: list[str] = []
+    report["resumed"] = train(resumed, folder / "resumed", resume=True, notice=said.append).resumed
+    report["said"] = said
+    report["again"] = train(resumed, folder / "resumed", resume=True).resumed
     try:
         train(CONFIG, folder / "no mesh")
     except MergelabError as error:
@@ -70,6 +96,10 @@ def main(port: str, process: int, folder: Path) -> None:
         train(resumed, folder / "resumed")
     except MergelabError as error:
         report["occupied"] = str(error)
+    try:
+        train(resumed, folder / "terminated", progress=terminate(process))
+    except Terminated:
+        report["terminated"] = Checkpoints(folder / "terminated" / "checkpoints", 2).find().step
     (folder / f"report-{process}.json").write_text(json.dumps(report))
     jax.distributed.shutdown()
 

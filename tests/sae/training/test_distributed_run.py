@@ -56,6 +56,22 @@ def test_a_stopped_run_ends_in_the_same_bytes(run: tuple[Path, list[Any]]) -> No
     assert (folder / "resumed" / "final" / "sae.safetensors").read_bytes() == whole.read_bytes()
 
 
+def test_both_processes_pass_over_what_one_finds_damaged(run: tuple[Path, list[Any]]) -> None:
+    folder, reports = run
+    assert [len(report["said"]) for report in reports] == [1, 0]
+    assert "20 has a damaged manifest" in reports[0]["said"][0]
+    assert "goes on from step 10" in reports[0]["said"][0]
+    assert [(report["resumed"], report["again"]) for report in reports] == [(False, True)] * 2
+    assert not [path for path in folder.rglob(".*") if path.name.startswith(".")]
+
+
+def test_sigterm_to_one_process_keeps_one_step_of_both(run: tuple[Path, list[Any]]) -> None:
+    folder, reports = run
+    step = reports[0]["terminated"]
+    assert step == reports[1]["terminated"] and step > 8 and step not in (10, 20)
+    assert not (folder / "terminated" / "final").exists()
+
+
 def test_faults_are_said_in_every_process(run: tuple[Path, list[Any]]) -> None:
     _, reports = run
     for report in reports:

@@ -1,0 +1,130 @@
+"""Token ids and lengths that a model has embeddings for: beyond them lookups give NaN, or another row."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from mergelab.errors import TokenError
+
+if TYPE_CHECKING:
+    from mergelab.models.model import Model
+
+__all__ = [
+    "check_ids",
+    "check_length",
+    "check_positions",
+    "check_tokens",
+    "concrete",
+    "learned_positions",
+    "window_length",
+]
+
+
+def learned_positions(model: Model) -> int | None:
+    """How many positions have a learned embedding; None where positions are rotations, which do not end."""
+    return None if getattr(model.config, "rotary", ()) else model.config.max_length
+
+
+def concrete(values: Any) -> np.ndarray | None:
+    """Values as a host array; None while JAX traces them, or where they lie on other processes' devices."""
+    if isinstance(values, Tracer) or (isinstance(values, jax.Array) and not values.is_fully_addressable):
+        return None
+    return np.asarray(values)
+
+
+def check_tokens(model: Model, tokens: Any, mask: Any = None, *, place: str = "tokens") -> None:
+    """Checks concrete token ids, padding among them, and the length of the longest row.
+
+    Args:
+        model: what will read them.
+        tokens: ids `[..., length]`, or one list of them.
+        mask: True for real tokens; all by default.
+        place: what they are, for messages.
+
+    Raises:
+        TokenError: ids that are none of the model's vocabulary, or more tokens than it has learned positions.
+    """
+    check_ids(tokens, model.config.vocab_size, "the model's vocabulary", place)
+    shape = np.shape(tokens)
+    if len(shape) > 0:
+        real = None if mask is None else concrete(mask)
+        length = shape[-1] if real is None else int(real.sum(axis=-1).max(initial=0))
+        check_length(model, length, place=place)
+
+
+def check_ids(ids: Any, size: int, what: str, place: str) -> None:
+    """Checks that concrete ids are rows of a table.
+
+    Raises:
+        TokenError: they are not integers from 0 to `size - 1`.
+    """
+    found = concrete(ids)
+    if found is None or not found.size:
+        return
+    if found.dtype.kind not in "iu":
+        raise TokenError(f"{place}: token ids are {found.dtype} where integers were expected.")
+    low, high = int(found.min()), int(found.max())
+    if low < 0:
+        raise TokenError(f"{place}: token {low} is negative; ids of {what} run from 0 to {size - 1}.")
+    if high >= size:
+        raise TokenError(
+            f"{place}: token {high} is beyond {what} of {size}; use the tokenizer files that belong to this "
+            "model."
+        )
+
+
+def check_length(model: Model, length: int, *, place: str = "tokens") -> None:
+    """Checks a length against the learned positions; it is known even while JAX traces the tokens.
+
+    Raises:
+        TokenError: there are fewer positions.
+    """
+    room = learned_positions(model)
+    if room is not None and length > room:
+        raise TokenError(
+            f"{place}: {length} tokens are more than the model's {room} learned positions; cut them into "
+            f"pieces of at most {room} tokens."
+        )
+
+
+def window_length(model: Model, asked: int | None, default: int, *, place: str = "context") -> int:
+    """How many tokens a piece of text has: what is asked for, or the default as far as positions go.
+
+    Args:
+        model: what will read them; rotary positions count as far as the model is made for.
+        asked: None for the default.
+        default: never refused, only cut.
+        place: what asks, for messages.
+
+    Raises:
+        TokenError: more is asked for than there are positions.
+    """
+    room = model.config.max_length
+    if asked is not None and asked > room:
+        raise TokenError(
+            f"{place}: {asked} tokens are more than the model's {room} positions; ask for at most {room}."
+        )
+    return min(default, room) if asked is None else asked
+
+
+def check_positions(model: Model, positions: Any, *, place: str = "positions") -> None:
+    """Checks concrete positions against the learned ones.
+
+    Raises:
+        TokenError: a position is negative or has no embedding.
+    """
+    room = learned_positions(model)
+    found = None if room is None else concrete(positions)
+    if room is None or found is None or not found.size:
+        return
+    low, high = int(found.min()), int(found.max())
+    if low < 0 or high >= room:
+        bad = low if low < 0 else high
+        raise TokenError(
+            f"{place}: position {bad} is none of the model's {room} learned positions (0 to {room - 1}); "
+            "give fewer tokens."
+        )

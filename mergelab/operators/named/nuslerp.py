@@ -48,21 +48,23 @@ class NuSlerp(Reduction):
 
     def products(self, xs: Arrays, base: Any, region: Region, known: Known) -> tuple[Any, ...]:
         """`<a,a>, <b,b>, <a,b>`, over everything or over the first axis; in float32 the squared sine, too."""
+        a, b = xs
         if self.along == "all":
-            products = _products(*xs, lambda x, y: region.total(x * y))
+            products = _products(a, b, lambda x, y: region.total(x * y))
         else:
             products = self.exact_products(xs, base, region, known)
         if region.wide == "float64":
             return (*products[:3], None)
         total = region.total if self.along == "all" else _down
-        return (*products[:3], _squared_sine(*xs, products, total))
+        return (*products[:3], _squared_sine(a, b, products, total))
 
     def exact_products(self, xs: Arrays, base: Any, region: Region, known: Known) -> tuple[Any, ...]:
         """The same with nothing rounded before it is added up."""
+        a, b = xs
         if self.along == "all":
-            return _products(*xs, region.dot)
-        a, b = (x.astype(region.wide) for x in xs)
-        return _products(a, b, lambda x, y: _down(x * y))
+            return _products(a, b, region.dot)
+        wide = (a.astype(region.wide), b.astype(region.wide))
+        return _products(*wide, lambda x, y: _down(x * y))
 
     def coefficients(self, totals: tuple[Any, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The factors of both vectors, and whether the vectors are so nearly opposite that rounding shows."""

@@ -197,6 +197,9 @@ def _sparsity(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[str,
 
 
 def _explanations(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[str, Score]]:
+    causal = evidence.judge.model.family.architecture.causal
+    if causal:
+        check_target(dictionary, evidence.judge)  # before the work of explaining
     seen = survey(dictionary, evidence.fit, latents=[])
     active = np.flatnonzero(seen.density > 0)
     if not len(active):
@@ -204,7 +207,6 @@ def _explanations(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[
     chosen = np.random.default_rng(evidence.seed).permutation(active)[: evidence.explained]
     examples = survey(dictionary, evidence.fit, count=8, latents=chosen.tolist()).examples
     explained = explain(dictionary, evidence.fit, examples, mask_token=evidence.mask_token)
-    causal = evidence.judge.model.family.architecture.causal
     judge = score_explanations if causal else match_explanations
     found = judge(dictionary, evidence.judge, list(explained.values()))
     matches = found.matches if isinstance(found, ExplanationScore) else found

@@ -11,8 +11,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from mergelab.checkpoints.text_file import read_text
 from mergelab.checkpoints.yaml_data import MAX_DEPTH, parse_yaml
 from mergelab.errors import SAEError, did_you_mean, quoted, shortened
+from mergelab.sae.options import checked_options
 from mergelab.sae.recipe import Recipe
-from mergelab.sae.variants import Variant, make_variant
+from mergelab.sae.variants import VARIANTS, Variant, make_variant
 
 __all__ = [
     "CheckpointSection",
@@ -75,6 +76,8 @@ class SAESection(BaseModel):
         options = {"n_latents": self.n_latents, **(self.model_extra or {})}
         if d_out is not None and options.setdefault("d_out", d_out) != d_out:
             raise SAEError(f"sae.d_out is {quoted(options['d_out'])}, but the targets are {d_out} wide.")
+        if self.variant in VARIANTS:
+            options = checked_options(VARIANTS[self.variant], options, "sae.", most=2**200)
         return make_variant(self.variant, **{**options, "d_in": d_in})
 
 

@@ -105,7 +105,7 @@ def test_odd_options_of_every_variant_are_refused(variant: str) -> None:
 
 @pytest.mark.parametrize("value", ["null", "x", "1.5", "[]", "2001-01-01"])
 def test_k_has_to_be_a_whole_number(value: str) -> None:
-    with pytest.raises(SAEError, match=r"^k is .*; expected a whole number\.$"):
+    with pytest.raises(SAEError, match=r"^sae\.k is .*; expected a whole number\.$"):
         use(load_config(SETTINGS, [f"sae.k={value}"]))
 
 

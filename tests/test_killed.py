@@ -30,12 +30,16 @@ CONFIG: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A command, how it is given again, and which of its outputs must be as those of an undisturbed run."""
+    """A command, how it is given again, and which of its outputs must be as those of an undisturbed run.
+
+    `run` are options of the training whose dictionary it takes.
+    """
 
     command: str
     again: str = ""
     output: str = "out"
     setup: str = ""
+    run: str = ""
 
     @property
     def repeated(self) -> str:
@@ -62,8 +66,14 @@ CASES = {
     "activations": Case("activations a --site blocks.0.resid_post --text t.txt --context 16 --out out"),
     "sae train": Case("sae train s.yml --out out", "--resume", output="out/final"),
     **{
-        f"sae export to {name}": Case(f"sae export run --format {name} --out out")
-        for name in ("saelens", "sparsify", "dictionary-learning", "gemma-scope", "openai")
+        f"sae export to {name}": Case(f"sae export run --format {name} --out out", run=options)
+        for name, options in {
+            "saelens": "",
+            "sparsify": "",
+            "dictionary_learning": "",
+            "gemma-scope": "--set sae.variant=batch_topk",
+            "openai": "--set train.normalize=layer_norm",
+        }.items()
     },
     "sae features": Case("sae features run --model a --text t.txt --out page.html", output="page.html"),
 }
@@ -187,7 +197,7 @@ def test_killed_at_any_moment_and_given_again(
     case = CASES[name]
     start = workshop(inputs, tmp_path / "start")
     if "run" in case.command.split():
-        done = commands.run("sae train run.yml --out run", start)
+        done = commands.run(f"sae train run.yml --out run {case.run}", start)
         assert done["status"] == 0, done["err"]
     if case.setup:
         done = commands.run(case.setup, start)

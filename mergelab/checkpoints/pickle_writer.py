@@ -28,12 +28,19 @@ def write_pickled(path: Path, tree: Mapping[str, Any]) -> None:
     arrays: list[np.ndarray] = []
     data = b"\x80\x02" + _value(tree, arrays) + b"."
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("archive/data.pkl", data)
-        archive.writestr("archive/byteorder", "little")
+        archive.writestr(_entry("archive/data.pkl"), data)
+        archive.writestr(_entry("archive/byteorder"), "little")
         for key, array in enumerate(arrays):
-            with archive.open(f"archive/data/{key}", "w", force_zip64=True) as file:
+            with archive.open(_entry(f"archive/data/{key}"), "w", force_zip64=True) as file:
                 file.write(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data)
-        archive.writestr("archive/version", "3\n")
+        archive.writestr(_entry("archive/version"), "3\n")
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    """A member without the time of its writing, so that the same arrays are the same bytes."""
+    entry = zipfile.ZipInfo(name)
+    entry.external_attr = 0o600 << 16
+    return entry
 
 
 def _value(value: Any, arrays: list[np.ndarray]) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -338,3 +339,17 @@ def test_places_are_refused_before_anything_is_read(tmp_path: Path, name: str) -
 
 def test_every_format_is_tested() -> None:
     assert {name for name, _ in WRITTEN} | {"gemma-scope-2"} == set(FORMATS)
+
+
+@pytest.mark.parametrize("name", ["dictionary_learning", "openai", "gemma-scope"])
+def test_the_bytes_do_not_depend_on_the_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    found = []
+    for year in (2000, 2020):
+        moment = time.struct_time((year, 2, 3, 4, 5, 6, 0, 1, 0))
+        monkeypatch.setattr(time, "localtime", lambda _=None, moment=moment: moment)
+        path = tmp_path / f"{year}.pt"
+        save_dictionary(dict(WRITTEN)[name], path, name)
+        found.append([file.read_bytes() for file in ([path] if path.is_file() else sorted(path.iterdir()))])
+    assert found[0] == found[1]

@@ -98,8 +98,8 @@ def odd_relations(jobs: Iterable[Job], base: str | None, unread: Iterable[str]) 
     """Compares a few thousand values of up to 16 matrices of each model with the base's.
 
     A model whose median cosine with the base is below 0.25 has nothing of it. A model's change is an outlier
-    if its norm is above 20 times the median of the others'; without a base, changes are from the median of three
-    models or more.
+    if its norm is above 20 times the median of the others'; without a base, changes are from the median of
+    three models or more.
 
     Args:
         jobs: what is to be made.

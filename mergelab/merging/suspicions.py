@@ -97,9 +97,9 @@ def _factors(operator: Operator, arguments: Mapping[str, Any], models: int) -> t
 def odd_relations(jobs: Iterable[Job], base: str | None, unread: Iterable[str]) -> list[str]:
     """Compares a few thousand values of up to 16 matrices of each model with the base's.
 
-    A model whose median cosine with the base is below 0.25 has nothing of it. Where the method takes no base,
-    the first model stands for it. A model's change is an outlier if its norm is above 20 times the median of
-    the others'; without a base, changes are from the median of three models or more.
+    A model whose median cosine with the base is below 0.25 has nothing of it. A model's change is an outlier
+    if its norm is above 20 times the median of the others'; without a base, changes are from the median of
+    three models or more.
 
     Args:
         jobs: what is to be made.
@@ -153,25 +153,16 @@ def _sample(job: Job) -> np.ndarray | None:
 
 
 def _relations(names: list[str], samples: list[np.ndarray], base: str | None) -> list[str]:
-    known = base in names
-    reference = names.index(base) if base is not None and known else 0
-    others = [i for i in range(len(names)) if i != reference]
-    found = []
-    for i in others:
-        cosines = [_cosine(sample[i], sample[reference]) for sample in samples]
-        measured = [cosine for cosine in cosines if cosine is not None]
-        if measured and float(np.median(measured)) < LEAST_COSINE:
-            of = "the base" if known else "model"
-            found.append(
-                f"model {names[i]!r} does not seem to descend from {of} {names[reference]!r} (the cosine of "
-                f"their weights is {float(np.median(measured)):.2f}): merging helps only models of one origin"
-            )
-    if known:
+    if base in names:
+        reference = names.index(base)
         origins = [sample[reference] for sample in samples]
+        others = [i for i in range(len(names)) if i != reference]
+        found = _strangers(names, samples, reference)
     elif len(names) > 2:
-        origins, others = [np.median(sample, axis=0) for sample in samples], list(range(len(names)))
+        origins = [np.median(sample, axis=0) for sample in samples]
+        others, found = list(range(len(names))), []
     else:
-        return found
+        return []
     size = math.sqrt(sum(float(origin @ origin) for origin in origins))
     changes = {
         i: math.sqrt(sum(float(np.sum((s[i] - o) ** 2)) for s, o in zip(samples, origins, strict=True)))
@@ -185,6 +176,18 @@ def _relations(names: list[str], samples: list[np.ndarray], base: str | None) ->
             found.append(
                 f"the change of model {names[i]!r} is {times:.0f} times that of the other models: it will "
                 "drown theirs; lower its weight, or omit it"
+            )
+    return found
+
+
+def _strangers(names: list[str], samples: list[np.ndarray], base: int) -> list[str]:
+    found = []
+    for i in range(len(names)):
+        measured = [c for sample in samples if (c := _cosine(sample[i], sample[base])) is not None]
+        if measured and (cosine := float(np.median(measured))) < LEAST_COSINE:
+            found.append(
+                f"model {names[i]!r} does not seem to descend from the base {names[base]!r} (the cosine of "
+                f"their weights is {cosine:.2f}): a merge helps only models of one origin"
             )
     return found
 

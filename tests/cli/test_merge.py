@@ -131,3 +131,16 @@ def test_readable_sizes() -> None:
         "5 GB",
         "2 TB",
     ]
+
+
+def test_another_architecture_is_refused_by_the_dry_run_and_merged_with_a_warning_when_told(
+    folder: Path,
+) -> None:
+    (folder / "b" / "config.json").write_text('{"model_type": "mistral", "num_hidden_layers": 3}')
+    refused = run("r.yaml", "--dry-run")
+    assert refused.exit_code != 0
+    assert "is of model_type 'mistral'" in str(refused.exception) + refused.output
+    told = run("r.yaml", "--out", "out", "--allow-mixed-architectures", "--json")
+    assert told.exit_code == 0, told.output
+    assert "model_type is 'mistral'" in "".join(json.loads(told.stdout)["warnings"])
+    assert "warning: model_type is 'mistral'" in told.stderr

@@ -19,7 +19,7 @@ from mergelab.checkpoints.output_lock import OutputLock
 from mergelab.cli.main import cli
 from mergelab.data.activations import ActivationStream, open_activation_files
 from mergelab.data.bpe import train_bpe
-from mergelab.errors import OutputError, SAEError, SiteError
+from mergelab.errors import OutputError, SAEError, SiteError, TokenError
 from mergelab.models import llama
 from mergelab.sae import activation_store
 from mergelab.sae.activation_store import quantized, write_store
@@ -222,12 +222,36 @@ def test_the_command_and_a_training_on_the_model(folder: Path, tmp_path: Path) -
     assert transcoder.W_dec.shape == (64, 32) and not np.allclose(transcoder.W_dec, online.dictionary.W_dec)
 
 
+def test_a_tokenizer_larger_than_the_embedding_is_named(folder: Path, tmp_path: Path) -> None:
+    config = llama.LlamaConfig(
+        vocab_size=100, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=4, max_position_embeddings=48,
+    )  # fmt: skip
+    files = {"tokenizer.json": (folder / "model" / "tokenizer.json").read_bytes()}
+    llama.save(llama.init(config, 0), config, tmp_path / "model", files=files)
+    message = r"tokenizer.json: token \d+ is beyond the model's vocabulary of 100"
+    with pytest.raises(TokenError, match=message):
+        open_model_activations(tmp_path / "model", ["embed"], [folder / "text.txt"])
+
+
+def test_a_context_nobody_asked_for_fits_the_model(folder: Path) -> None:
+    texts = [folder / "text.txt"]
+    found = [
+        open_model_activations(folder / "model", SITES, texts, default=default).tokens.shape[1]
+        for default in (16, 4096)
+    ]
+    assert found == [16, 64]
+
+
 def test_what_cannot_be_read_is_said(folder: Path) -> None:
     with pytest.raises(SiteError, match=r"blocks\.9"):
         open_model_activations(folder / "model", ["blocks.9.resid_post"], [folder / "text.txt"])
     with pytest.raises(SAEError, match="reads"):
         open_model_activations(folder / "model", ["blocks.0.attn.pattern"], [folder / "text.txt"])
     with pytest.raises(SAEError, match="do not fill one context"):
+        (folder / "short.txt").write_text("def")
+        open_model_activations(folder / "model", SITES, [folder / "short.txt"], length=64)
+    with pytest.raises(TokenError, match="1000000 tokens are more than the model's 64 positions"):
         open_model_activations(folder / "model", SITES, [folder / "text.txt"], length=10**6)
     with pytest.raises(SAEError, match="cannot be read"):
         open_model_activations(folder / "model", SITES, [folder / "none.txt"])

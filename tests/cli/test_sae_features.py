@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = np.random.default_rng(seed).standard_normal((40, 16)).astype(np.float32)
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         metadata = {"site": SITE, "model_hash": weights_sha256(path / "model")}
-        config_ = DictionaryConfig(k=3, metadata=metadata)
+        config_ = DictionaryConfig(k=3, transcoder=False, metadata=metadata)
         arrays = (jnp.asarray(rows.T), jnp.zeros(40), jnp.asarray(rows), jnp.zeros(16))
         save_dictionary(Dictionary(*arrays, config=config_), path / f"seed{seed}")
     return path

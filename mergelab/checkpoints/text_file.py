@@ -37,17 +37,18 @@ def read_bytes(
         file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with open(file, "rb", buffering=0) as stream:
             status = os.fstat(stream.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise error(f"{place} is {_kind(status.st_mode)}; give a regular file")
+            regular = stat.S_ISREG(status.st_mode)
             # A file of the kernel's has size 0 and yet content, so the size alone is no bound.
-            found = b"" if status.st_size > limit else _read(stream.fileno(), limit + 1)
+            found = _read(stream.fileno(), limit + 1) if regular and status.st_size <= limit else b""
     except FileNotFoundError:
-        raise error(f"{place} does not exist") from None
+        raise error(f"{place} cannot be read: it does not exist; check the path") from None
     except IsADirectoryError:
-        raise error(f"{place} is a folder; give a regular file") from None
+        raise error(f"{place} cannot be read: it is a folder; give a regular file") from None
     except (OSError, ValueError) as failure:
         reason = failure.strerror if isinstance(failure, OSError) else "its name is not a file name"
         raise error(f"{place} cannot be read ({reason})") from None
+    if not regular:
+        raise error(f"{place} cannot be read: it is {_kind(status.st_mode)}; give a regular file")
     size = max(status.st_size, len(found))
     if size > limit:
         raise error(

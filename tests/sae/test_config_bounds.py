@@ -190,8 +190,9 @@ def test_what_is_no_file_of_text_is_refused(tmp_path: Path) -> None:
         "x" * 300,
         "a\0b",
     ):
-        with pytest.raises(SAEError):
+        with pytest.raises(SAEError) as caught:
             load_config(path)
+        assert ("not a file name" in str(caught.value)) == (path == "a\0b")
 
 
 def test_text_is_utf_8_whatever_the_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

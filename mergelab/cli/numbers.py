@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -63,7 +63,7 @@ class WholeNumber(click.IntRange):
         text = str(value) if isinstance(value, str | int) else ""
         if len(text) > 19 or (text.lstrip("+-").isdecimal() and abs(int(text)) > self.most):
             self.fail(f"{shortened(text)} is beyond {self.most:,}, the most there can be.", param, ctx)
-        return super().convert(value, param, ctx)
+        return super().convert(cast("Any", value), param, ctx)
 
 
 class Number(click.FloatRange):
@@ -74,7 +74,7 @@ class Number(click.FloatRange):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if isinstance(value, str) and len(value) > 100:
             self.fail(f"{shortened(value)!r} is not a number; write a shorter one", param, ctx)
-        number = super().convert(value, param, ctx)
+        number = super().convert(cast("Any", value), param, ctx)
         if math.isnan(number) or (self.bounded and math.isinf(number)):
             self.fail(f"{value} is not a number that can be used; write a finite one", param, ctx)
         return number

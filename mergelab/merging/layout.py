@@ -181,7 +181,7 @@ def _blocks(
                 f"with this slice the output has {len(layers) + length:,} layers; at most {MAX_LAYERS:,}"
             )
             layout.faults.append((piece.path, f"{message} are made"))
-            return [], ()
+            return [], []
         for offset in range(length):
             t = offset / (length - 1) if length > 1 else 1.0
             found: dict[str, None] = {}

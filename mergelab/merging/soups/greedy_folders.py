@@ -86,6 +86,7 @@ def greedy_soup_checkpoints(
     """
     paths = candidate_names(checkpoints)
     inputs = (*paths.values(), *inputs)
+    check_target(Path(out), inputs)
     check_target(trace_path(out), inputs, folder=False)
     plan = make_plan(soup_recipe(dict.fromkeys(paths.values(), 1.0)))  # faults are told before any evaluation
     chosen = as_selection(selection)

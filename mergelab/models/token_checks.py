@@ -72,7 +72,8 @@ def check_ids(ids: Any, size: int, what: str, place: str) -> None:
         raise TokenError(f"{place}: token {low} is negative; ids of {what} run from 0 to {size - 1}.")
     if high >= size:
         raise TokenError(
-            f"{place}: token {high} is beyond {what} of {size}; use the tokenizer files that belong to this "
+            f"{place}: token {high} is beyond {what} of {size} (ids from 0 to {size - 1}); use the tokenizer "
+            "files that belong to this "
             "model."
         )
 

@@ -58,7 +58,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (here / name / "tokenizer.json").write_text(
             json.dumps(tokenizer | {"pre_tokenizer": {"type": "Whitespace"}})
         )
-    (here / "r.yaml").write_text("merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n")
+    (here / "r.yaml").write_text(
+        "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n"
+    )
     (here / "t.txt").write_text("\n".join(f"w{i} w{i + 1} w{i + 2} w3" for i in range(30)))
     np.save(here / "x.npy", np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32))
     (here / "s.yaml").write_text(

@@ -27,7 +27,7 @@ CONFIG = {
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 300_000,
 }
 GENERATE = "generate a --token-ids 1,2,3 --max-new-tokens 200000 --greedy"
 ORBAX = "convert a out --to orbax --overwrite"

@@ -13,6 +13,7 @@ from mergelab.checkpoints.output_target import check_target, disk_errors
 from mergelab.checkpoints.text_file import read_text
 from mergelab.checkpoints.work_folder import WorkFolder, publish_file
 from mergelab.checkpoints.writer import identity_digest
+from mergelab.errors import OutputError
 from mergelab.merging.plan import make_plan
 from mergelab.merging.soups.folders import StrPath, average_checkpoints, candidate_names, soup_recipe
 from mergelab.merging.soups.greedy import describe
@@ -87,7 +88,7 @@ def greedy_soup_checkpoints(
     paths = candidate_names(checkpoints)
     inputs = (*paths.values(), *inputs)
     check_target(Path(out), inputs)
-    check_target(trace_path(out), inputs, folder=False)
+    _check_trace(trace_path(out), inputs)
     plan = make_plan(soup_recipe(dict.fromkeys(paths.values(), 1.0)))  # faults are told before any evaluation
     chosen = as_selection(selection)
     metrics = [metric.name for metric in chosen.metrics]
@@ -147,6 +148,19 @@ def greedy_soup_checkpoints(
             soup.rename(work.path)
         work.publish(identity)
     return trace
+
+
+def _check_trace(path: Path, inputs: Iterable[Path]) -> None:
+    """Refuses a trace's place in which something else lies."""
+    check_target(path, inputs, folder=False)
+    if path.exists():
+        try:
+            Trace.from_json(read_text(path, error=OutputError))
+        except OutputError:
+            raise OutputError(
+                f"{path} is there already and is not the trace of a greedy soup; move it, or choose another "
+                "output"
+            ) from None
 
 
 def _test(evaluate: FolderEvaluator, folder: Path, name: str, metrics: Sequence[str]) -> Scores:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mergelab.checkpoints import TensorSource, is_float, read_whole
 from mergelab.checkpoints.json_data import read_json_object
-from mergelab.errors import CheckpointError
+from mergelab.errors import CheckpointError, NonFiniteError
 
 __all__ = ["Settings", "check_tensors", "number_in"]
 
@@ -123,5 +123,5 @@ def number_in(path: Path, name: str, tensor: TensorSource) -> float | int:
     value = np.asarray(read_whole(tensor)).reshape(())
     found = int(value) if tensor.dtype.kind in "iu" else float(value)
     if not math.isfinite(found):
-        raise CheckpointError(f"{path}: {name} is {found}, but a finite number was expected; get it again")
+        raise NonFiniteError(f"{path}: {name} is {found}, but a finite number was expected; get it again")
     return found

@@ -168,6 +168,9 @@ def test_greedy_over_folders(four: dict[str, Path], tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c", "d", "soup", "soup.trace.json"]
     with pytest.raises(OutputError, match="is not empty"):
         greedy_soup_checkpoints(list(four.values()), out, closeness)
+    trace_path(tmp_path / "other").write_text("notes of the user's")
+    with pytest.raises(OutputError, match="is not the trace of a greedy soup"):
+        greedy_soup_checkpoints(list(four.values()), tmp_path / "other", closeness)
     again = greedy_soup_checkpoints([four["a"]], out, closeness, overwrite=True)
     assert again.members == ("a",)
     np.testing.assert_array_equal(weights_of(out), np.float32(-1.5))

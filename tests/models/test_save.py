@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mergelab.checkpoints.folder import open_checkpoint
+from mergelab.checkpoints.output_target import MARKER
 from mergelab.errors import CheckpointError, OutputError
 from mergelab.models.declaration import get_leaf, tree_from_leaves
 from mergelab.models.load import load_params
@@ -87,5 +88,9 @@ def test_a_full_folder_is_kept_unless_it_is_to_be_replaced(tmp_path: Path) -> No
     with pytest.raises(OutputError, match="not empty"):
         save_params(tree(), TABLE, tmp_path / "out", files={})
     assert (tmp_path / "out" / "precious").read_text() == "kept"
-    save_params(tree(), TABLE, tmp_path / "out", files={}, overwrite=True)
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"model.safetensors"}
+    with pytest.raises(OutputError, match="was not written by mergelab"):
+        save_params(tree(), TABLE, tmp_path / "out", files={}, overwrite=True)
+    assert (tmp_path / "out" / "precious").read_text() == "kept"
+    save_params(tree(), TABLE, tmp_path / "ours", files={"old.txt": b"of an earlier save"})
+    save_params(tree(), TABLE, tmp_path / "ours", files={}, overwrite=True)
+    assert {p.name for p in (tmp_path / "ours").iterdir()} == {"model.safetensors", MARKER}

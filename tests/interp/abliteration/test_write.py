@@ -73,6 +73,7 @@ def test_the_folder_holds_the_in_memory_edit(name: str, keep_norms: KeepNorms, t
     assert sum(done) == sum(x.nbytes for x in before.values())
     assert {p.name for p in out.iterdir()} == {
         "README.md",
+        "mergelab.json",
         "config.json",
         "model.safetensors",
         "tokenizer.json",
@@ -142,7 +143,7 @@ def test_faults_name_the_tensor(tmp_path: Path) -> None:
     source = write(tmp_path / "model", "llama")
     model, _ = load_model(source)
     ablation = some_ablation(model)
-    with pytest.raises(OutputError, match="is not empty"):
+    with pytest.raises(OutputError, match="is an input of this command"):
         write_abliterated(source, source, ablation)
     with pytest.raises(MergelabError, match=r"expected \[3, 24\]"):
         write_abliterated(source, tmp_path / "out", Ablation.everywhere(jnp.ones(24), 3))

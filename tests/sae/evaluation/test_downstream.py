@@ -90,7 +90,9 @@ def test_another_model_is_refused_unless_any_will_do(host: Host) -> None:
         open_host(host.dictionary, other, [host.held_out], length=LENGTH)
     source = open_host(host.dictionary, other, [host.held_out], length=LENGTH, any_model=True)
     assert source.sites == (SITE,) and not check_host(host.dictionary, other, any_model=True)
-    nameless = replace(host.dictionary, config=replace(host.dictionary.config, metadata={}))
+    nameless = replace(
+        host.dictionary, config=replace(host.dictionary.config, metadata={}, reads=None, writes=None)
+    )
     assert not check_host(nameless, other)
     with pytest.raises(SAEError, match="which site"):
         open_host(nameless, other, [host.held_out])

@@ -150,7 +150,8 @@ def _write_all(
         folder = work.stages / str(number)
         if not _is_done(staged, folder, running["resume"]):
             with WorkFolder(folder, overwrite=True) as inner:
-                seconds += _write(staged, inner, (), **running)
+                if not inner.finished(staged.identity):
+                    seconds += _write(staged, inner, (), **running)
         folders[str(stage.name)] = folder
         stages.append(staged)
     if folders:

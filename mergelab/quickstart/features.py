@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mergelab.checkpoints.work_folder import publish_file
 from mergelab.data.corpus import Document
 from mergelab.models.load import load_model
 from mergelab.quickstart.settings import AutoencoderSettings
@@ -52,7 +53,7 @@ def train_autoencoder(
         The metrics of the last step.
     """
     text = path.with_name(f"{path.name}.txt")
-    text.write_text("\n\n".join(document.text for document in documents), encoding="utf-8")
+    publish_file(text, "\n\n".join(document.text for document in documents).encode())
     config: dict[str, Any] = {
         "sae": {"variant": "topk", "n_latents": settings.n_latents, "k": settings.k},
         "data": {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergelab.checkpoints.work_folder import publish_file
 from mergelab.report.comparison import Comparison, Score, in_reading_order
 
 if TYPE_CHECKING:
@@ -72,9 +73,11 @@ def svg(figure: Figure) -> str:
 
 def save_figure(comparison: Comparison, folder: Path) -> None:
     """Writes `figure.png` (200 dpi, white) and `figure.svg` (transparent)."""
-    score_figure(comparison).savefig(folder / "figure.png", dpi=200, facecolor="white")
+    image = io.BytesIO()
+    score_figure(comparison).savefig(image, format="png", dpi=200, facecolor="white")
+    publish_file(folder / "figure.png", image.getvalue())
     # A figure of its own: drawing moves the layout of one already drawn by a hair.
-    (folder / "figure.svg").write_text(svg(score_figure(comparison)), encoding="utf-8")
+    publish_file(folder / "figure.svg", svg(score_figure(comparison)).encode())
 
 
 def _panel(ax: Axes, title: str, values: list[float], scores: list[Score], palette: _Palette) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 # JAX reads these once, at its first import: they stand before it.
@@ -15,6 +16,14 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import hypothesis
 import jax
 import pytest
+
+# A shell starts its background jobs deaf to Ctrl-C, and a command stays as it was started.
+for _number, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGTERM, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

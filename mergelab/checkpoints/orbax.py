@@ -27,7 +27,7 @@ def is_tree(path: Path | str) -> bool:
     return (Path(path) / _METADATA).is_file()
 
 
-def save_tree(tree: Any, path: Path | str, *, overwrite: bool = False) -> Path:
+def save_tree(tree: Any, path: Path | str) -> Path:
     """Writes a tree of arrays; every process writes the shards that its devices hold.
 
     Orbax makes the folder under another name and renames it when it is complete.
@@ -35,7 +35,6 @@ def save_tree(tree: Any, path: Path | str, *, overwrite: bool = False) -> Path:
     Args:
         tree: arrays in dictionaries.
         path: a folder that does not exist, or is empty.
-        overwrite: replace a folder that is not empty.
 
     Raises:
         OutputError: the folder is not empty, or cannot be written.
@@ -43,8 +42,8 @@ def save_tree(tree: Any, path: Path | str, *, overwrite: bool = False) -> Path:
     import orbax.checkpoint as ocp
 
     out = Path(os.path.abspath(path))
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
-        raise OutputError(f"{out} is not empty; choose another folder or pass --overwrite")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise OutputError(f"{out} is not empty; choose another folder")
     try:
         _check_writable(out.parent)
         with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:

@@ -83,7 +83,7 @@ class OutputLock:
         try:
             note = json.loads(os.pread(self._file, _LARGEST_NOTE, 0))
             return Publication(str(note["identity"]), int(note["inode"]))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def note(self, publication: Publication | None) -> None:

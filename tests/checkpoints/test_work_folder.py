@@ -154,7 +154,7 @@ def test_a_lock_whose_file_was_removed_while_it_was_taken_is_taken_anew(tmp_path
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"identity": "x"}', b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"identity": "x"}', b"\xff\xfe", b"[" * 60_000])
 def test_a_torn_note_of_a_publication_is_no_note(content: bytes, tmp_path: Path) -> None:
     (tmp_path / ".out.lock").write_bytes(content)
     publish(tmp_path / "out", "one")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 
+from mergelab.version import __version__
+
 TYPE_CHECKING = False  # that of `typing`, which takes longer to import than all the rest
 if TYPE_CHECKING:
     from typing import Any
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
     from mergelab import operators as operators
     from mergelab.merging.merge import merge as merge
     from mergelab.merging.recipe import Recipe as Recipe
-
-__version__ = "0.1.0"
 
 __all__ = ["Recipe", "__version__", "errors", "merge", "operators"]
 

@@ -70,6 +70,61 @@ def test_a_wrong_import_would_be_seen() -> None:
     assert violations("merging", "from mergelab.operators import OPERATORS", floor) == []
 
 
+def file_imports(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Module -> modules of ours that its source imports; the front door counts as importing nothing."""
+
+    def module_of(name: str) -> str | None:
+        parent = name.rpartition(".")[0]
+        return name if name in sources else parent if parent in sources else None
+
+    found: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        modules = {module_of(name) for name in imported(source)} - {None, module}
+        found[module] = {m for m in modules if m} if "." in module else set()
+    return found
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that import one another, directly or through others."""
+    reach: dict[str, set[str]] = {}
+    for start in graph:
+        seen: set[str] = set()
+        todo = [*graph[start]]
+        while todo:
+            module = todo.pop()
+            if module not in seen:
+                seen.add(module)
+                todo += graph.get(module, ())
+        reach[start] = seen
+    tied = {module for module, seen in reach.items() if module in seen}
+    groups = {tuple(sorted(m for m in reach[module] if module in reach[m])) for module in tied}
+    return sorted(map(list, groups))
+
+
+def all_sources() -> dict[str, str]:
+    return {
+        ".".join(("mergelab", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): (
+            path.read_text(encoding="utf-8")
+        )
+        for path in FILES
+    }
+
+
+def test_no_files_import_one_another_in_a_circle() -> None:
+    assert circles(file_imports(all_sources())) == []
+
+
+def test_a_circle_would_be_seen() -> None:
+    sources = {
+        "mergelab": "import mergelab.a",
+        "mergelab.a": "def f():\n    from mergelab.b import g",
+        "mergelab.b": "if TYPE_CHECKING:\n    from mergelab import a",
+        "mergelab.c": "from mergelab.a import f",
+    }
+    assert circles(file_imports(sources)) == [["mergelab.a", "mergelab.b"]]
+    assert circles(file_imports({**sources, "mergelab.b": "import json"})) == []
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_only_the_command_line_prints_and_no_file_is_long(path: Path) -> None:
     source = path.read_text(encoding="utf-8")

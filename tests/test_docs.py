@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mergelab import Recipe
 from mergelab.errors import RecipeError
+from mergelab.merging.recipe_file import parse_recipe
 from mergelab.sae.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -68,10 +68,10 @@ def test_a_broken_link_would_be_seen() -> None:
 
 @pytest.mark.parametrize(("page", "number", "text"), RECIPES, ids=[f"{page}-{n}" for page, n, _ in RECIPES])
 def test_the_recipes_in_the_pages_are_valid(page: str, number: int, text: str) -> None:
-    recipe = Recipe.parse(text, source=page)
+    recipe = parse_recipe(text, source=page)
     assert recipe.model_texts()
     with pytest.raises(RecipeError, match="merge_metod"):
-        Recipe.parse(text.replace("merge_method", "merge_metod"), source=page)
+        parse_recipe(text.replace("merge_method", "merge_metod"), source=page)
 
 
 @pytest.mark.parametrize("text", TRAININGS)

@@ -162,7 +162,7 @@ for seed, name in enumerate("ab"):
     save_model(model, model.init(seed), folder / name)
 entries = [{"model": str(folder / name), "parameters": {"weight": 0.5}} for name in "ab"]
 recipe = json.dumps({"merge_method": "linear", "dtype": "float32", "models": entries})
-mergelab.merge(mergelab.Recipe.parse(recipe), folder / "merged")
+mergelab.merge(mergelab.parse_recipe(recipe), folder / "merged")
 embedding = [np.asarray(load_model(folder / name)[1]["embed"]["embedding"]) for name in ("a", "b", "merged")]
 np.testing.assert_allclose(embedding[2], (embedding[0] + embedding[1]) / 2, rtol=1e-6)
 print("merged", os.environ["JAX_PLATFORMS"])

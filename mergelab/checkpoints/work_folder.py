@@ -11,11 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from mergelab import __version__
 from mergelab.checkpoints.output_lock import OutputLock, Publication
 from mergelab.checkpoints.output_target import MARKER, check_target, check_vacant, disk_errors
 from mergelab.errors import OutputError
 from mergelab.platform import exchange
+from mergelab.version import __version__
 
 __all__ = ["WorkFolder", "publish_file", "sync_path", "sync_tree"]
 

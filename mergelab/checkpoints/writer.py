@@ -20,7 +20,6 @@ from typing import Self
 
 import numpy as np
 
-from mergelab import __version__
 from mergelab.checkpoints.file_names import check_file_name
 from mergelab.checkpoints.file_tensor import check_piece
 from mergelab.checkpoints.folder import open_checkpoint
@@ -31,6 +30,7 @@ from mergelab.checkpoints.receipts import Receipts, digest_leaves, leaf_bounds, 
 from mergelab.checkpoints.shard_plan import ShardPlan
 from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import CheckpointError, OutputError
+from mergelab.version import __version__
 
 __all__ = ["CheckpointWriter", "check_digests", "identity_digest"]
 

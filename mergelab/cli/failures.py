@@ -89,7 +89,7 @@ class Bug(click.ClickException):
     exit_code = EXIT_BUG
 
     def __init__(self, error: BaseException) -> None:
-        from mergelab import __version__
+        from mergelab.version import __version__
 
         said = one_line(str(error))
         name = f"{type(error).__name__}: {said}" if said else type(error).__name__

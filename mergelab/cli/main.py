@@ -13,11 +13,11 @@ from typing import Any
 
 import click
 
-from mergelab import __version__
 from mergelab.cli.failures import ClosedPipe, Failure, Interrupted, Stopped, failure_of
 from mergelab.cli.guard import guarded
 from mergelab.errors import did_you_mean
 from mergelab.processes import Terminated
+from mergelab.version import __version__
 
 __all__ = ["SECTIONS", "CommandTable", "Failure", "cli", "main", "run"]
 

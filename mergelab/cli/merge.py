@@ -77,10 +77,10 @@ def command(
         raise click.UsageError("name the folder to write with --out DIR, or look at the plan with --dry-run")
     from mergelab.cli.runtime import configure_jax
     from mergelab.merging.plan import make_plan
-    from mergelab.merging.recipe import Recipe
+    from mergelab.merging.recipe_file import load_recipe
 
     configure_jax()
-    loaded = Recipe.load(recipe)
+    loaded = load_recipe(recipe)
     plan = make_plan(loaded, **planning)
     if dry_run:
         summary = _summary(plan, memory, out or Path.cwd())

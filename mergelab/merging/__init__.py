@@ -1,11 +1,12 @@
 """Merging checkpoints: a recipe, its plan, and the streamed run; soups and vocabularies beside.
 
->>> from mergelab.merging import Recipe, merge
->>> merge(Recipe.load("ties.yaml"), "merged", seed=1)                            # doctest: +SKIP
+>>> from mergelab.merging import load_recipe, merge
+>>> merge(load_recipe("ties.yaml"), "merged", seed=1)                            # doctest: +SKIP
 """
 
 from mergelab.merging.merge import Merged, merge
 from mergelab.merging.plan import Plan, make_plan
 from mergelab.merging.recipe import Recipe
+from mergelab.merging.recipe_file import load_recipe, parse_recipe, recipe_yaml
 
-__all__ = ["Merged", "Plan", "Recipe", "make_plan", "merge"]
+__all__ = ["Merged", "Plan", "Recipe", "load_recipe", "make_plan", "merge", "parse_recipe", "recipe_yaml"]

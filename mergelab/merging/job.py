@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mergelab.checkpoints.source import TensorSource
-from mergelab.operators.algebra import Merge
+from mergelab.operators.compose import Merge
 
 __all__ = ["Job"]
 

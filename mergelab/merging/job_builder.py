@@ -21,7 +21,7 @@ from mergelab.merging.suspicions import Factors
 from mergelab.merging.vocabulary import VocabularyPlan
 from mergelab.merging.vocabulary.embeddings import is_token_tensor
 from mergelab.operators import OPERATORS
-from mergelab.operators.algebra import Merge
+from mergelab.operators.compose import Merge
 from mergelab.operators.declare import Operator
 
 __all__ = ["JobBuilder"]

@@ -16,6 +16,7 @@ from mergelab.merging.model_card import model_card
 from mergelab.merging.plan import Plan, make_plan
 from mergelab.merging.provenance import SHA256SUMS, provenance, sha256_sums
 from mergelab.merging.recipe import Recipe
+from mergelab.merging.recipe_file import load_recipe
 from mergelab.merging.streaming import stream_jobs
 
 __all__ = ["Merged", "merge"]
@@ -92,7 +93,7 @@ def merge(
     Example:
         >>> merge("ties.yaml", "merged", seed=1)                                    # doctest: +SKIP
     """
-    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     planning: dict[str, Any] = {
         "base_dir": None if base_dir is None else Path(base_dir),
         "seed": seed,

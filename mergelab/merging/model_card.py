@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import yaml
 
-from mergelab import __version__
 from mergelab.merging.model_ref import parse_model_ref
 from mergelab.merging.plan import Plan
+from mergelab.merging.recipe_file import recipe_yaml
+from mergelab.version import __version__
 
 __all__ = ["model_card"]
 
@@ -57,7 +58,7 @@ def model_card(
         "",
         "## Recipe",
         "",
-        *_fenced(recipe.to_yaml(), "yaml"),
+        *_fenced(recipe_yaml(recipe), "yaml"),
         "",
         "## Inputs",
         "",

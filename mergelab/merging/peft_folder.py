@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from mergelab import __version__
 from mergelab.checkpoints import CheckpointWriter, TensorSpec, plan_shards
 from mergelab.checkpoints.output_target import MARKER
 from mergelab.checkpoints.work_folder import WorkFolder
+from mergelab.version import __version__
 
 __all__ = ["adapter_config", "write_adapter"]
 

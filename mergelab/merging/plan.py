@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mergelab import __version__
 from mergelab.checkpoints import Checkpoint, LoraCheckpoint, dtype_from_name, open_checkpoint
 from mergelab.checkpoints.writer import identity_digest
 from mergelab.merging.architecture import Architecture, infer_architecture
@@ -28,6 +27,7 @@ from mergelab.merging.plan_checks import absences, shortened, strangers
 from mergelab.merging.planned_checkpoint import PlannedCheckpoint
 from mergelab.merging.recipe import Recipe
 from mergelab.merging.recipe_checks import recipe_faults, recipe_warnings
+from mergelab.merging.recipe_file import recipe_yaml
 from mergelab.merging.scopes import scoped_parts
 from mergelab.merging.suspicions import odd_relations
 from mergelab.merging.vocabulary import (
@@ -37,6 +37,7 @@ from mergelab.merging.vocabulary import (
     vocabulary_differences,
 )
 from mergelab.operators import OPERATORS
+from mergelab.version import __version__
 
 __all__ = ["Plan", "make_plan"]
 
@@ -144,8 +145,14 @@ def make_plan(
         planned: dict[str, Plan] = {}
         for stage in recipe.merges:
             if stage.name is not None and stage.name not in known:
-                planned[stage.name] = _plan(stage, known, dtype=None, **options)
-                known[stage.name] = PlannedCheckpoint.of(planned[stage.name], Path(scratch) / str(len(known)))
+                plan = planned[stage.name] = _plan(stage, known, dtype=None, **options)
+                known[stage.name] = PlannedCheckpoint.of(
+                    Path(scratch) / str(len(known)),
+                    config=plan.config,
+                    files=plan.files,
+                    jobs=plan.jobs,
+                    identity=plan.identity,
+                )
         return _plan(recipe, known, dtype=dtype, planned=planned, **options)
 
 
@@ -278,7 +285,7 @@ def _identities(
     """SHA-256 of the version, the recipe, every resolved job, the inputs' fingerprints, and the options."""
     content = {
         "version": __version__,
-        "recipe": recipe.to_yaml(),
+        "recipe": recipe_yaml(recipe),
         "jobs": [
             [job.name, job.shape, str(job.dtype), [s.name for s in job.sources], job.model_names, setting]
             for job, setting in zip(jobs, settings, strict=True)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mergelab.checkpoints.source import TensorSource
 from mergelab.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from mergelab.merging.plan import Plan
+from mergelab.merging.job import Job
 
 __all__ = ["PlannedCheckpoint"]
 
@@ -46,11 +44,19 @@ class PlannedCheckpoint:
     identity: str
 
     @classmethod
-    def of(cls, plan: Plan, folder: Path) -> PlannedCheckpoint:
-        """Writes the plan's small files to `folder`, which must not exist."""
+    def of(
+        cls,
+        folder: Path,
+        *,
+        config: Mapping[str, Any],
+        files: Mapping[str, bytes],
+        jobs: Iterable[Job],
+        identity: str,
+    ) -> PlannedCheckpoint:
+        """Writes a plan's small files to `folder`, which must not exist; the jobs name its tensors."""
         folder.mkdir(parents=True)
-        for name, content in plan.files.items():
+        for name, content in files.items():
             (folder / name).write_bytes(content)
-        (folder / "config.json").write_text(json.dumps(plan.config))
-        tensors = {job.name: _PlannedTensor(job.name, job.shape, job.dtype) for job in plan.jobs}
-        return cls(folder, plan.config, tensors, plan.identity)
+        (folder / "config.json").write_text(json.dumps(config))
+        tensors = {job.name: _PlannedTensor(job.name, job.shape, job.dtype) for job in jobs}
+        return cls(folder, config, tensors, identity)

@@ -6,13 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mergelab import __version__
 from mergelab.checkpoints.output_target import disk_errors
-
-if TYPE_CHECKING:
-    from mergelab.merging.plan import Plan
+from mergelab.merging.plan import Plan
+from mergelab.merging.recipe_file import recipe_yaml
+from mergelab.version import __version__
 
 __all__ = ["SHA256SUMS", "provenance", "sha256_sums"]
 
@@ -25,7 +24,7 @@ def provenance(plan: Plan, digests: Mapping[str, str]) -> bytes:
         "mergelab": __version__,
         "identity": plan.identity,
         "seed": plan.seed,
-        "recipe": plan.recipe.to_yaml(),
+        "recipe": recipe_yaml(plan.recipe),
         "models": [
             {"model": model.name, "revision": model.revision, "fingerprint": model.fingerprint}
             for model in plan.models

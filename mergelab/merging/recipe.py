@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -28,6 +27,7 @@ from pydantic import (
 from mergelab.errors import quoted, shortened
 from mergelab.merging.faults import FieldPath, LocatedError, Origin
 from mergelab.merging.model_ref import model_ref_text, parse_model_ref
+from mergelab.merging.recipe_faults import field_faults
 from mergelab.merging.setting import Setting, parse_setting
 
 __all__ = [
@@ -211,9 +211,7 @@ class Recipe(_Part):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            from mergelab.merging.recipe_faults import field_faults
-
-            raise LocatedError(field_faults(error, fields)) from None
+            raise LocatedError(field_faults(error, fields, type(self))) from None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -224,30 +222,6 @@ class Recipe(_Part):
         if self.tokenizer is not None and self.tokenizer_source is not None:
             raise ValueError("'tokenizer_source' and 'tokenizer' say the same thing: keep one")
         return self
-
-    @classmethod
-    def load(cls, path: str | Path) -> Recipe:
-        """Reads and checks a recipe file; of several documents, the one that the others lead to.
-
-        Raises:
-            RecipeError: everything wrong with it, one sentence per fault with its line.
-        """
-        from mergelab.merging.recipe_file import load_recipe
-
-        return load_recipe(Path(path))
-
-    @classmethod
-    def parse(cls, text: str, source: str = "recipe") -> Recipe:
-        """Reads and checks a recipe from YAML text; `source` names it in messages."""
-        from mergelab.merging.recipe_file import parse_recipe
-
-        return parse_recipe(text, source)
-
-    def to_yaml(self) -> str:
-        """The recipe as YAML (several documents if it has `merges`); `Recipe.parse` restores an equal one."""
-        from mergelab.merging.recipe_file import recipe_yaml
-
-        return recipe_yaml(self)
 
     @property
     def origin(self) -> Origin:

@@ -28,12 +28,12 @@ _EXPECTED = {
 }
 
 
-def field_faults(error: ValidationError, data: Any) -> list[tuple[FieldPath, str]]:
-    """`(path, message)` of each error; `data` is what was validated."""
+def field_faults(error: ValidationError, data: Any, root: type[BaseModel]) -> list[tuple[FieldPath, str]]:
+    """`(path, message)` of each error; `data` is what was validated as a `root`."""
     details = [detail for detail in error.errors(include_url=False) if not _is_consequence(detail)]
     # Far more than are shown: the rest are counted, and looking for what was meant takes its time.
     return [
-        _fault(detail, data)
+        _fault(detail, data, root)
         if i < _EXPLAINED
         else (_data_path(detail["loc"], data), "is not what is expected here")
         for i, detail in enumerate(details)
@@ -46,12 +46,12 @@ def _is_consequence(detail: Any) -> bool:
     return detail["type"] == "too_short" and isinstance(found, list | tuple) and len(found) >= _count(detail)
 
 
-def _fault(detail: Any, data: Any) -> tuple[FieldPath, str]:
+def _fault(detail: Any, data: Any, root: type[BaseModel]) -> tuple[FieldPath, str]:
     path = _data_path(detail["loc"], data)
     kind: str = detail["type"]
     found = detail.get("input")
     if kind == "extra_forbidden":
-        return path, f"unknown key{did_you_mean(str(path[-1]), _fields_at(path[:-1]))}"
+        return path, f"unknown key{did_you_mean(str(path[-1]), _fields_at(path[:-1], root))}"
     if kind == "missing":
         return path, "is missing"
     if kind == "literal_error":
@@ -96,11 +96,9 @@ def _data_path(location: tuple[str | int, ...], data: Any) -> FieldPath:
     return tuple(path)
 
 
-def _fields_at(path: FieldPath) -> list[str]:
-    """The field names of the recipe part at `path`, by walking the annotations."""
-    from mergelab.merging.recipe import Recipe
-
-    here: Any = Recipe
+def _fields_at(path: FieldPath, root: type[BaseModel]) -> list[str]:
+    """The field names of the part at `path` of a `root`, by walking the annotations."""
+    here: Any = root
     for part in path:
         field = here.model_fields.get(str(part))
         here = here if field is None else _model_in(field.annotation)  # a list index or a free key: same part

@@ -14,6 +14,7 @@ from mergelab.checkpoints.text_file import read_text
 from mergelab.errors import MAX_FAULTS, RecipeError, quoted
 from mergelab.merging.faults import FieldPath, LocatedError, Origin, raise_faults
 from mergelab.merging.recipe import Recipe
+from mergelab.merging.recipe_checks import recipe_faults
 from mergelab.merging.recipe_graph import link_recipes
 from mergelab.merging.recipe_yaml import Document, parse_documents
 
@@ -27,8 +28,13 @@ _NO_MODEL = "<missing model>"
 _STAND_INS: Mapping[str, Any] = {"model": _NO_MODEL, "layer_range": (0, 1), "value": 0, "kind": "zero"}
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Reads a recipe file; see `Recipe.load`."""
+def load_recipe(path: str | Path) -> Recipe:
+    """Reads and checks a recipe file; of several documents, the one that the others lead to.
+
+    Raises:
+        RecipeError: everything wrong with it, one sentence per fault with its line.
+    """
+    path = Path(path)
     if not os.path.lexists(path):
         raise RecipeError(f"recipe {quoted(str(path), 200)} does not exist (looked in {Path.cwd()})")
     try:
@@ -39,7 +45,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def parse_recipe(text: str, source: str = "recipe", path: Path | None = None) -> Recipe:
-    """Reads a recipe from text; see `Recipe.parse`."""
+    """Reads and checks a recipe from YAML text; `source` names it in messages, `path` is its file."""
     documents = parse_documents(text, source)
     if not documents:
         raise RecipeError(f"{source}: is empty: a recipe needs at least 'merge_method' and 'models'")
@@ -56,8 +62,6 @@ def parse_recipe(text: str, source: str = "recipe", path: Path | None = None) ->
 
 def _read(document: Document, origin: Origin) -> tuple[Recipe | None, list[str]]:
     """One document and its faults; faulty fields are left out so that the rest is checked too."""
-    from mergelab.merging.recipe_checks import recipe_faults
-
     data: Any = copy.deepcopy(document.data)
     if not isinstance(data, dict):
         return None, [origin.sentence((), f"expected a mapping with 'merge_method', found {quoted(data)}")]
@@ -125,7 +129,7 @@ _Dumper.add_representer(list, _Dumper.represent_sequence_inline)
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """Writes a recipe as YAML; see `Recipe.to_yaml`."""
+    """The recipe as YAML (several documents if it has `merges`); `parse_recipe` restores an equal one."""
     documents = [
         one.model_dump(mode="json", exclude_defaults=True, exclude={"merges"})
         for one in (*recipe.merges, recipe)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -10,10 +10,8 @@ from jax.core import Tracer
 
 from mergelab.errors import TokenError
 
-if TYPE_CHECKING:
-    from mergelab.models.model import Model
-
 __all__ = [
+    "Embeds",
     "check_ids",
     "check_length",
     "check_positions",
@@ -24,7 +22,17 @@ __all__ = [
 ]
 
 
-def learned_positions(model: Model) -> int | None:
+@runtime_checkable
+class Embeds(Protocol):
+    """What embeds tokens and positions: a model, as far as these checks look at it."""
+
+    @property
+    def config(self) -> Any:
+        """Its sizes: `vocab_size`, `max_length`, and `rotary` where positions are rotations."""
+        ...
+
+
+def learned_positions(model: Embeds) -> int | None:
     """How many positions have a learned embedding; None where positions are rotations, which do not end."""
     return None if getattr(model.config, "rotary", ()) else model.config.max_length
 
@@ -36,7 +44,7 @@ def concrete(values: Any) -> np.ndarray | None:
     return np.asarray(values)
 
 
-def check_tokens(model: Model, tokens: Any, mask: Any = None, *, place: str = "tokens") -> None:
+def check_tokens(model: Embeds, tokens: Any, mask: Any = None, *, place: str = "tokens") -> None:
     """Checks concrete token ids, padding among them, and the length of the longest row.
 
     Args:
@@ -78,7 +86,7 @@ def check_ids(ids: Any, size: int, what: str, place: str) -> None:
         )
 
 
-def check_length(model: Model, length: int, *, place: str = "tokens") -> None:
+def check_length(model: Embeds, length: int, *, place: str = "tokens") -> None:
     """Checks a length against the learned positions; it is known even while JAX traces the tokens.
 
     Raises:
@@ -92,7 +100,7 @@ def check_length(model: Model, length: int, *, place: str = "tokens") -> None:
         )
 
 
-def window_length(model: Model, asked: int | None, default: int, *, place: str = "context") -> int:
+def window_length(model: Embeds, asked: int | None, default: int, *, place: str = "context") -> int:
     """How many tokens a piece of text has: what is asked for, or the default as far as positions go.
 
     Args:
@@ -112,7 +120,7 @@ def window_length(model: Model, asked: int | None, default: int, *, place: str =
     return min(default, room) if asked is None else asked
 
 
-def check_positions(model: Model, positions: Any, *, place: str = "positions") -> None:
+def check_positions(model: Embeds, positions: Any, *, place: str = "positions") -> None:
     """Checks concrete positions against the learned ones.
 
     Raises:

@@ -8,7 +8,8 @@ A named operator is called with hyper-parameters and gives a `Merge`; a `Merge` 
 compose your own: `ops.chain(ops.Trim(0.2), ops.ElectSign(), ops.DisjointMean())`.
 """
 
-from mergelab.operators.algebra import Merge, Reduction, Stage, algebraic, chain
+from mergelab.operators.algebra import Reduction, Stage, algebraic
+from mergelab.operators.compose import Merge, chain
 from mergelab.operators.declare import REQUIRED, Operator, Parameter, PerModel, Range, operator
 from mergelab.operators.named.arcee_fusion import arcee_fusion
 from mergelab.operators.named.breadcrumbs import breadcrumbs, breadcrumbs_ties

@@ -1,4 +1,4 @@
-"""The merge algebra: stages, reductions, and the `Merge` they compose into.
+"""The merge algebra: stages, reductions, and the `Formula` they compose into, evaluated block by block.
 
     deltas = models - base                     where the merge works on differences
     deltas = stage(deltas) ...                 each keeps the number of models
@@ -11,7 +11,6 @@ than one stacked array: nothing is copied to build it, sharding is kept, and loo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
 
@@ -21,14 +20,23 @@ from jax.typing import ArrayLike
 
 from mergelab.errors import OperatorError
 from mergelab.operators.arithmetic import coefficient, rounded
-from mergelab.operators.in_memory import merge_trees
 from mergelab.operators.measures import Measure, Sum
 from mergelab.operators.region import Region
 
-__all__ = ["Granularity", "Inputs", "Merge", "Part", "Reduction", "Stacked", "Stage", "algebraic", "chain"]
+__all__ = [
+    "Formula",
+    "Granularity",
+    "Part",
+    "Reduction",
+    "Stacked",
+    "Stage",
+    "algebraic",
+    "finish_measure",
+    "measure_block",
+    "merge_block",
+]
 
 Granularity = Literal["element", "row", "column"]
-BaseUse = Literal["required", "optional", "as_input"]
 Known = tuple[Any, ...]
 Arrays = tuple[jax.Array, ...]
 T = TypeVar("T")
@@ -111,40 +119,6 @@ class Reduction(Part):
         raise NotImplementedError
 
 
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """What a merge takes: declared by named operators, checked before anything is computed.
-
-    Attributes:
-        operator: the operator's name, for messages.
-        base: `required`, `optional`, or `as_input` (a base is one more ordinary model).
-        min_models, max_models: how many models besides the base (`max_models` None: any number).
-    """
-
-    operator: str = "this merge"
-    base: BaseUse = "optional"
-    min_models: int = 1
-    max_models: int | None = None
-
-    def check(self, models: int, has_base: bool) -> None:
-        """Checks the number of models and the presence of a base.
-
-        Raises:
-            OperatorError: they are not what the operator takes.
-        """
-        if self.base == "required" and not has_base:
-            raise OperatorError(f"{self.operator} works relative to a base model: pass `base`.")
-        if self.base == "as_input" and has_base:
-            raise OperatorError(f"{self.operator} treats all models alike: pass the base among `models`.")
-        if models < self.min_models or (self.max_models is not None and models > self.max_models):
-            exactly = self.max_models == self.min_models
-            wanted = f"exactly {self.min_models}" if exactly else f"at least {self.min_models}"
-            if not exactly and self.max_models is not None:
-                wanted = f"{self.min_models} to {self.max_models}"
-            besides = " besides the base" if self.base == "required" else ""
-            raise OperatorError(f"{self.operator} merges {wanted} model(s){besides}, but got {models}.")
-
-
 @algebraic
 class Stacked:
     """The same block of all models in one array `[models, *block]`, the base last if `with_base`.
@@ -162,8 +136,8 @@ class Stacked:
 
 
 @algebraic
-class Merge:
-    """A merge: stages, then a reduction; call it on models.
+class Formula:
+    """What is computed for every tensor: stages, then a reduction.
 
     Attributes:
         stages: applied in order.
@@ -171,14 +145,12 @@ class Merge:
         scale: lambda, the factor on the reduced delta (used when `deltas`).
         deltas: whether models enter as differences from the base (if there is one), which is added back
             at the end.
-        inputs: how many models, and whether a base.
     """
 
     stages: tuple[Stage, ...]
     reduce: Reduction
     scale: ArrayLike = 1.0
     deltas: bool = dataclasses.field(default=True, metadata={"static": True})
-    inputs: Inputs = dataclasses.field(default=Inputs(), metadata={"static": True})
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -199,55 +171,32 @@ class Merge:
         """All measures in the order they can be taken: (part, measure, declaration)."""
         return tuple((p, m, d) for p, part in enumerate(self.parts) for m, d in enumerate(part.measures()))
 
-    def check(self, models: int, has_base: bool) -> None:
-        """Checks the number of models, the presence of a base, and the number of per-model values.
-
-        Raises:
-            OperatorError: they are not what the merge takes.
-        """
-        self.inputs.check(models, has_base)
-        for part in self.parts:
-            part.check_models(models, self.inputs.operator)
-
-    def __call__(self, models: Sequence[Any], base: Any = None, *, seed: int = 0, dtype: Any = None) -> Any:
-        """Merges pytrees of arrays: on one device, sharded, or under `jit`, `vmap` and `grad`.
-
-        Args:
-            models: one pytree per model, equal in structure and shapes.
-            base: the base model's pytree, where the operator uses one.
-            seed: seeds the random draws, which also depend on tensor names and model order.
-            dtype: the dtype of the result; by default each tensor's promoted input dtype.
-
-        Returns:
-            A pytree of the models' structure. Computed in float32; non-float leaves are copied.
-
-        Raises:
-            OperatorError: structures or shapes differ, a needed base is missing, or a non-float leaf differs
-                between models.
-        """
-        return merge_trees(self, models, base, seed=seed, dtype=dtype)
-
 
 def _upto(
-    merge: Merge, values: Arrays | Stacked, base: jax.Array | None, region: Region, known: Known, stop: int
+    formula: Formula,
+    values: Arrays | Stacked,
+    base: jax.Array | None,
+    region: Region,
+    known: Known,
+    stop: int,
 ) -> Any:
-    """Runs the merge up to (not including) part `stop`: the arrays that part sees, and the base."""
+    """Runs the formula up to (not including) part `stop`: the arrays that part sees, and the base."""
     if isinstance(values, Stacked):
         values, base = values.arrays()
     wide = jax.numpy.float32
     base = None if base is None else base.astype(wide)
     xs = tuple(v.astype(wide) for v in values)
-    if merge.deltas and base is not None:
+    if formula.deltas and base is not None:
         # Unrounded differences keep XLA's CPU backend from vectorising the sums over them (10 x slower).
         xs = tuple(rounded(x - base) for x in xs)
-    for stage, results in zip(merge.stages[:stop], known, strict=False):
+    for stage, results in zip(formula.stages[:stop], known, strict=False):
         xs = stage.apply(xs, base, region, results)
     return xs, base
 
 
 @partial(jax.jit, static_argnames=("part", "measure"))
 def measure_block(
-    merge: Merge,
+    formula: Formula,
     values: Arrays | Stacked,
     base: jax.Array | None,
     region: Region,
@@ -257,15 +206,15 @@ def measure_block(
     measure: int,
 ) -> Any:
     """Evaluates one measure on one block of a tensor."""
-    xs, base = _upto(merge, values, base, region, known, part)
-    owner = merge.parts[part]
+    xs, base = _upto(formula, values, base, region, known, part)
+    owner = formula.parts[part]
     return owner.measures()[measure].of(owner, xs, base, region, known[part])
 
 
 @partial(jax.jit, static_argnames=("part", "measure"))
-def finish_measure(merge: Merge, totals: Any, *, part: int, measure: int) -> Any:
+def finish_measure(formula: Formula, totals: Any, *, part: int, measure: int) -> Any:
     """Turns a `Sum`'s totals into what its part wants to know."""
-    owner = merge.parts[part]
+    owner = formula.parts[part]
     declared = owner.measures()[measure]
     assert isinstance(declared, Sum)
     return declared.finish(owner, totals)
@@ -273,7 +222,7 @@ def finish_measure(merge: Merge, totals: Any, *, part: int, measure: int) -> Any
 
 @partial(jax.jit, static_argnames=("dtype",))
 def merge_block(
-    merge: Merge,
+    formula: Formula,
     values: Arrays | Stacked,
     base: jax.Array | None,
     region: Region,
@@ -282,20 +231,8 @@ def merge_block(
     dtype: Any,
 ) -> jax.Array:
     """Merges one block: `[*block]` per model in, `[*block]` of `dtype` out."""
-    xs, base = _upto(merge, values, base, region, known, len(merge.stages))
-    out = merge.reduce.apply(xs, base, region, known[len(merge.stages)])
-    if merge.deltas and base is not None:
-        out = base + rounded(out * coefficient(merge.scale))
+    xs, base = _upto(formula, values, base, region, known, len(formula.stages))
+    out = formula.reduce.apply(xs, base, region, known[len(formula.stages)])
+    if formula.deltas and base is not None:
+        out = base + rounded(out * coefficient(formula.scale))
     return out.astype(dtype)
-
-
-def chain(*parts: Stage | Reduction, scale: ArrayLike = 1.0, deltas: bool = True) -> Merge:
-    """Composes stages and one final reduction into a merge, as `optax.chain` composes updates.
-
-    Example:
-        >>> from mergelab import operators as ops
-        >>> merge = ops.chain(ops.Trim(0.2), ops.ElectSign(), ops.DisjointMean())
-    """
-    *stages, reduce = parts
-    inputs = Inputs(base="required" if deltas else "optional")
-    return Merge(tuple(stages), reduce, scale, deltas, inputs)  # type: ignore[arg-type]

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mergelab import __version__
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.work_folder import publish_file
 from mergelab.errors import CheckpointError, OutputError
+from mergelab.version import __version__
 
 __all__ = ["Stages", "remove", "stage_key"]
 

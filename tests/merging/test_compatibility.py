@@ -13,6 +13,7 @@ from mergelab.errors import RecipeError
 from mergelab.merging.compatibility import is_buffer
 from mergelab.merging.plan import Plan, make_plan
 from mergelab.merging.recipe import Recipe
+from mergelab.merging.recipe_file import parse_recipe
 from tests.merging.recipes import write_model
 
 MATRIX, VECTOR = (4, 4), (4,)
@@ -140,8 +141,8 @@ def test_models_of_another_type_are_refused_unless_told(tmp_path: Path) -> None:
         "- sources: [{model: b, layer_range: [1, 3]}]\n"
     )
     with pytest.raises(RecipeError, match="of model_type 'mistral'"):
-        make_plan(Recipe.parse(stack), base_dir=tmp_path)
-    assert make_plan(Recipe.parse(stack), base_dir=tmp_path, allow_mixed_architectures=True).jobs
+        make_plan(parse_recipe(stack), base_dir=tmp_path)
+    assert make_plan(parse_recipe(stack), base_dir=tmp_path, allow_mixed_architectures=True).jobs
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from mergelab.checkpoints.dtypes import safetensors_name
 from mergelab.errors import MergelabError, RecipeError
 from mergelab.merging.plan import Plan, make_plan
 from mergelab.merging.recipe import Recipe
+from mergelab.merging.recipe_file import load_recipe, parse_recipe
 from tests.merging.recipes import BLOCK, write_model
 
 
@@ -27,7 +28,7 @@ def header(file: Path) -> dict[str, Any]:
 
 
 def plan_of(folder: Path, text: str, **options: Any) -> Plan:
-    return make_plan(Recipe.parse(text), base_dir=folder, **options)
+    return make_plan(parse_recipe(text), base_dir=folder, **options)
 
 
 def linear(*models: str, **fields: Any) -> Recipe:
@@ -39,7 +40,7 @@ def test_every_recorded_recipe_plans_what_mergekit_wrote(goldens: Path) -> None:
     for case in sorted((goldens / "recipes").iterdir()):
         same = case / "SAME_AS"
         weights = (case.parent / same.read_text().strip() if same.exists() else case) / "model.safetensors"
-        plan = make_plan(Recipe.load(case / "config.yaml"), base_dir=goldens)
+        plan = make_plan(load_recipe(case / "config.yaml"), base_dir=goldens)
         planned = {job.name: (safetensors_name(job.dtype), job.shape) for job in plan.jobs}
         assert planned == header(weights), case.name
         recorded = json.loads((case / "config.json").read_text())
@@ -87,7 +88,7 @@ def _settings(plan: Plan, folder: Path, text: str) -> dict[str, Any]:
     from mergelab.merging.scopes import scoped_parts
     from mergelab.operators import OPERATORS
 
-    recipe = Recipe.parse(text)
+    recipe = parse_recipe(text)
     operator = OPERATORS[recipe.merge_method]
     models = {}
     for name in recipe.model_texts():
@@ -151,7 +152,7 @@ def test_a_slice_gets_the_base_where_its_layers_are_clear(tmp_path: Path) -> Non
     assert job.base.name == "model.layers.1.mlp.weight"
     assert job.model_names == ("a", "b", "z")
     with pytest.raises(RecipeError, match="needs the base model among the sources of this slice"):
-        Recipe.parse(text % "1, 3")
+        parse_recipe(text % "1, 3")
 
 
 def test_stored_dtypes(tmp_path: Path) -> None:
@@ -333,7 +334,7 @@ def test_missing_models_are_all_named_with_where_they_were_looked_for(tmp_path: 
         "- model: someone/some-model\n"
     )
     with pytest.raises(RecipeError) as caught:
-        make_plan(Recipe.load(folder / "r.yaml"))
+        make_plan(load_recipe(folder / "r.yaml"))
     near, hub = caught.value.faults
     assert near.startswith(
         "r.yaml:5: models[1].model: model 'lama-one' does not exist (did you mean 'llama-one'?)"
@@ -344,7 +345,7 @@ def test_missing_models_are_all_named_with_where_they_were_looked_for(tmp_path: 
     assert "hub" in hub
     write_model(tmp_path / "cwd" / "lama-one")
     write_model(tmp_path / "cwd" / "someone" / "some-model")
-    assert len(make_plan(Recipe.load(folder / "r.yaml")).models) == 3
+    assert len(make_plan(load_recipe(folder / "r.yaml")).models) == 3
 
 
 def test_the_working_directory_comes_before_the_recipes_folder(tmp_path: Path, monkeypatch) -> None:
@@ -352,7 +353,7 @@ def test_the_working_directory_comes_before_the_recipes_folder(tmp_path: Path, m
         write_model(tmp_path / place / "m", seed=len(place))
     (tmp_path / "recipes" / "r.yaml").write_text("merge_method: passthrough\nmodels: [{model: m}]\n")
     monkeypatch.chdir(tmp_path / "cwd")
-    (model,) = make_plan(Recipe.load(tmp_path / "recipes" / "r.yaml")).models
+    (model,) = make_plan(load_recipe(tmp_path / "recipes" / "r.yaml")).models
     assert model.checkpoint.path.resolve() == (tmp_path / "cwd" / "m").resolve()
 
 

@@ -15,6 +15,7 @@ from mergelab.merging.architecture import Module, infer_architecture
 from mergelab.merging.output_config import output_config
 from mergelab.merging.plan import make_plan
 from mergelab.merging.recipe import Recipe
+from mergelab.merging.recipe_file import parse_recipe
 from tests.merging.recipes import write_model
 
 
@@ -211,7 +212,7 @@ modules:
     - sources: [{model: a, layer_range: [0, 4]}]
     - sources: [{model: b, layer_range: [2, 4]}]
 """
-    plan = make_plan(Recipe.parse(text), base_dir=tmp_path)
+    plan = make_plan(parse_recipe(text), base_dir=tmp_path)
     assert plan.config["vision_config"]["num_hidden_layers"] == 3
     assert plan.config["text_config"]["num_hidden_layers"] == 6
     owners = {job.name: job.model_names for job in plan.jobs}
@@ -220,12 +221,12 @@ modules:
     assert owners["vision_tower.vision_model.encoder.layers.2.mlp.w"] == ("a",)
     short = text.replace("  multi_modal_projector: {models: [{model: b}]}\n", "")
     with pytest.raises(RecipeError, match="module 'multi_modal_projector' of the models is left out"):
-        make_plan(Recipe.parse(short), base_dir=tmp_path)
+        make_plan(parse_recipe(short), base_dir=tmp_path)
     with pytest.raises(RecipeError, match=r"no module of this name \(did you mean 'vision_tower'\?\)"):
-        make_plan(Recipe.parse(text.replace("vision_tower", "vision_towel")), base_dir=tmp_path)
+        make_plan(parse_recipe(text.replace("vision_tower", "vision_towel")), base_dir=tmp_path)
     flat = "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 2]}]}]\n"
     with pytest.raises(RecipeError, match=r"several towers \(language_model, vision_tower\)"):
-        make_plan(Recipe.parse(flat), base_dir=tmp_path)
+        make_plan(parse_recipe(flat), base_dir=tmp_path)
 
 
 def test_models_form_reaches_every_tower(tmp_path) -> None:

@@ -14,6 +14,7 @@ from mergelab.errors import CheckpointError, MergelabError, RecipeError, quoted,
 from mergelab.merging.layout import MAX_LAYERS
 from mergelab.merging.plan import make_plan
 from mergelab.merging.recipe import Recipe
+from mergelab.merging.recipe_file import load_recipe, parse_recipe, recipe_yaml
 from tests.merging.recipes import write_model
 
 LINEAR = "merge_method: linear\nparameters: {weight: 1}\n"
@@ -25,7 +26,7 @@ def refused(text: str, message: str) -> RecipeError:
     """The error of a recipe that is refused within ten seconds, 2,000 characters and 20 faults."""
     began = time.process_time()
     with pytest.raises(RecipeError, match=message) as caught:
-        Recipe.parse(text)
+        parse_recipe(text)
     assert time.process_time() - began < 10
     assert len(str(caught.value)) <= 2000
     assert len(caught.value.faults) <= 21
@@ -70,11 +71,11 @@ def test_layers_are_counted_before_they_are_laid_out(tmp_path: Path, monkeypatch
     write_model(tmp_path / "a")
     billion = "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 1000000000]}]}]\n"
     with pytest.raises(RecipeError, match="is beyond model 'a': it has 3 layers"):
-        make_plan(Recipe.parse(billion))
+        make_plan(parse_recipe(billion))
     one = "{sources: [{model: a, layer_range: [0, 3]}]}"
     slices = f"x: &s {one}\n".replace("x: ", "slices: [") + ", *s" * (MAX_LAYERS // 3) + "]\n"
     with pytest.raises(RecipeError, match=r"the output has 10,002 layers; at most 10,000 are made"):
-        make_plan(Recipe.parse("merge_method: passthrough\n" + slices))
+        make_plan(parse_recipe("merge_method: passthrough\n" + slices))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_a_name_too_long_for_a_file_is_a_model_that_does_not_exist(
     monkeypatch.chdir(tmp_path)
     write_model(tmp_path / "a")
     with pytest.raises(RecipeError, match=r"model '.*' does not exist: looked in") as caught:
-        make_plan(Recipe.parse(f"{LINEAR}models: [{{model: '{name}'}}]\n"))
+        make_plan(parse_recipe(f"{LINEAR}models: [{{model: '{name}'}}]\n"))
     assert len(str(caught.value)) < 500
 
 
@@ -99,7 +100,7 @@ def chain(count: int) -> str:
 
 
 def test_a_long_chain_of_recipes_is_followed() -> None:
-    recipe = Recipe.parse(chain(1500))
+    recipe = parse_recipe(chain(1500))
     assert [stage.name for stage in recipe.merges] == [f"r{i}" for i in range(1499, 0, -1)]
 
 
@@ -111,7 +112,7 @@ def test_a_long_circle_of_recipes_is_refused() -> None:
 def test_a_long_recipe_is_read_in_seconds() -> None:
     began = time.process_time()
     text = LINEAR + "models:\n" + "".join(f"- model: m{i}\n" for i in range(6000))
-    assert len(Recipe.parse(text).models or ()) == 6000
+    assert len(parse_recipe(text).models or ()) == 6000
     assert time.process_time() - began < 10
 
 
@@ -149,7 +150,7 @@ def test_what_is_no_file_of_text_is_refused(tmp_path: Path) -> None:
         Path("a\0b"),
     ):
         with pytest.raises(RecipeError, match="recipe"):
-            Recipe.load(path)
+            load_recipe(path)
 
 
 def test_messages_quote_shortly_whatever_the_value() -> None:
@@ -203,7 +204,7 @@ def test_a_mutated_recipe_is_read_or_refused(edits: list[tuple[int, int, str]]) 
     for start, cut, new in edits[:4]:
         text = text[:start] + new + text[start + cut :]
     try:
-        recipe = Recipe.parse(text)
-        assert Recipe.parse(recipe.to_yaml()) == recipe
+        recipe = parse_recipe(text)
+        assert parse_recipe(recipe_yaml(recipe)) == recipe
     except MergelabError as error:
         assert len(str(error)) <= 2000

@@ -10,6 +10,7 @@ import pytest
 
 from mergelab.merging.plan import make_plan
 from mergelab.merging.recipe import Recipe
+from mergelab.merging.recipe_file import load_recipe, parse_recipe
 from tests.merging.recipes import write_model
 
 SHAPES = {"model.embed_tokens.weight": (20, 16), "model.norm.weight": (16,)} | {
@@ -117,15 +118,15 @@ def test_layers_of_other_places_and_results_to_come_are_not_compared(tmp_path: P
         "merge_method: linear\nparameters: {weight: 1}\nslices:\n"
         "- sources: [{model: base, layer_range: [0, 2]}, {model: a, layer_range: [1, 3]}]\n"
     )
-    assert not any("descend" in w for w in make_plan(Recipe.parse(crossed), base_dir=tmp_path).warnings)
+    assert not any("descend" in w for w in make_plan(parse_recipe(crossed), base_dir=tmp_path).warnings)
     graph = (
         "name: first\nmerge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}]\n---\n"
         "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: first}, {model: base}]\n"
     )
-    assert make_plan(Recipe.parse(graph), base_dir=tmp_path).warnings == ()
+    assert make_plan(parse_recipe(graph), base_dir=tmp_path).warnings == ()
 
 
 def test_the_recorded_family_is_of_one_origin(goldens: Path) -> None:
     for case in ("task_arithmetic_default", "linear_nonorm", "ties_nonuniform", "nuslerp_base", "gpt2_slerp"):
-        plan = make_plan(Recipe.load(goldens / "recipes" / case / "config.yaml"), base_dir=goldens)
+        plan = make_plan(load_recipe(goldens / "recipes" / case / "config.yaml"), base_dir=goldens)
         assert plan.warnings == (), case

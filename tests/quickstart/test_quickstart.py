@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from mergelab.cli.main import cli
 from mergelab.data.corpus import DOMAINS
-from mergelab.merging import Recipe
+from mergelab.merging.recipe_file import load_recipe
 from mergelab.models import llama
 from mergelab.operators import OPERATORS
 from mergelab.quickstart.family import checkpoint_steps
@@ -177,7 +177,7 @@ def test_a_foreign_folder_and_a_wrong_preset_are_refused(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ALL_RECIPES)
 def test_the_quickstart_recipes_are_valid_and_name_its_models(name: str, tmp_path: Path) -> None:
-    recipe = Recipe.load(copy_recipe(name, tmp_path))
+    recipe = load_recipe(copy_recipe(name, tmp_path))
     assert recipe.merge_method in OPERATORS
     assert set(recipe.model_texts()) <= {f"../models/{model}" for model in ("base", *DOMAINS)}
 
@@ -189,7 +189,7 @@ def test_no_quickstart_recipe_is_forgotten() -> None:
 def test_the_example_recipes_are_valid_and_listed(repository: Path) -> None:
     folder = repository / "configs" / "recipes"
     listed = (folder / "README.md").read_text()
-    recipes = {path.name: Recipe.load(path) for path in sorted(folder.glob("*.yaml"))}
+    recipes = {path.name: load_recipe(path) for path in sorted(folder.glob("*.yaml"))}
     assert len(recipes) >= 10
     for name, recipe in recipes.items():
         assert f"`{name}`" in listed

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from mergelab import __version__
 from mergelab.interp.abliteration.ablation import Ablation
 from mergelab.interp.abliteration.behaviour import Behaviour
 from mergelab.interp.abliteration.search import SearchResult, Trial
 from mergelab.interp.abliteration.selection import Selection
 from mergelab.interp.abliteration.weights import KeepNorms
+from mergelab.version import __version__
 
 __all__ = ["Report"]
 

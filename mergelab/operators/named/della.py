@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import jax.numpy as jnp
 
 from mergelab.errors import OperatorError
-from mergelab.operators.algebra import Merge
+from mergelab.operators.compose import Merge
 from mergelab.operators.declare import PerModel, Range, operator
 from mergelab.operators.hyper import exact, is_concrete
 from mergelab.operators.named.task_vectors import Density, task_vector_merge

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 
-from mergelab.operators.algebra import Merge, algebraic
+from mergelab.operators.algebra import algebraic
+from mergelab.operators.compose import Merge
 from mergelab.operators.declare import Range, operator
 from mergelab.operators.reductions.gram import GramReduction, resolution, safe_arccos, safe_sqrt
 

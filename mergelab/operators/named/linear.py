@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from mergelab.errors import OperatorError
-from mergelab.operators.algebra import Merge
+from mergelab.operators.compose import Merge
 from mergelab.operators.declare import PerModel, operator
 from mergelab.operators.hyper import total_weight, weights
 from mergelab.operators.reductions.weighted import Mean, WeightedSum

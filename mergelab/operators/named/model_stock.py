@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mergelab.operators.algebra import Arrays, Granularity, Known, Merge, Reduction, algebraic
+from mergelab.operators.algebra import Arrays, Granularity, Known, Reduction, algebraic
 from mergelab.operators.arithmetic import rounded, row_sum
+from mergelab.operators.compose import Merge
 from mergelab.operators.declare import operator
 from mergelab.operators.measures import Measure, Sum
 from mergelab.operators.reductions.gram import safe_sqrt

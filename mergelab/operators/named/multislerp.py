@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from mergelab.errors import OperatorError
-from mergelab.operators.algebra import Arrays, Known, Merge, algebraic
+from mergelab.operators.algebra import Arrays, Known, algebraic
+from mergelab.operators.compose import Merge
 from mergelab.operators.declare import PerModel, Range, operator
 from mergelab.operators.hyper import total_weight, weights
 from mergelab.operators.reductions.gram import GramReduction, resolution, safe_sqrt

@@ -9,8 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from mergelab.operators.algebra import Arrays, Granularity, Known, Merge, Reduction, algebraic
+from mergelab.operators.algebra import Arrays, Granularity, Known, Reduction, algebraic
 from mergelab.operators.arithmetic import coefficient, rounded, row_sum
+from mergelab.operators.compose import Merge
 from mergelab.operators.declare import PerModel, operator
 from mergelab.operators.hyper import weights
 from mergelab.operators.measures import Measure, Sum

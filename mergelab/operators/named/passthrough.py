@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mergelab.operators.algebra import Merge
+from mergelab.operators.compose import Merge
 from mergelab.operators.declare import operator
 from mergelab.operators.hyper import weights
 from mergelab.operators.reductions.weighted import WeightedSum

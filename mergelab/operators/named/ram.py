@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 
-from mergelab.operators.algebra import Arrays, Known, Merge, Reduction, algebraic
+from mergelab.operators.algebra import Arrays, Known, Reduction, algebraic
 from mergelab.operators.arithmetic import coefficient, rounded
+from mergelab.operators.compose import Merge
 from mergelab.operators.declare import Range, operator
 from mergelab.operators.hyper import exact, weights
 from mergelab.operators.measures import Measure, Sum

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from mergelab.operators.algebra import Arrays, Known, Merge, Reduction, Stage, algebraic
+from mergelab.operators.algebra import Arrays, Known, Reduction, Stage, algebraic
 from mergelab.operators.arithmetic import rounded
+from mergelab.operators.compose import Merge
 from mergelab.operators.declare import Range, operator
 from mergelab.operators.hyper import exact
 from mergelab.operators.measures import Measure, Rank, Sum

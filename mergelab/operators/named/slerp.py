@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from mergelab.operators.algebra import Merge, algebraic
+from mergelab.operators.algebra import algebraic
+from mergelab.operators.compose import Merge
 from mergelab.operators.declare import operator
 from mergelab.operators.hyper import weights
 from mergelab.operators.reductions.gram import GramReduction, safe_arccos, safe_sqrt

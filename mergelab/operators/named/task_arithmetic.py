@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from mergelab.operators.algebra import Merge
+from mergelab.operators.compose import Merge
 from mergelab.operators.declare import PerModel, operator
 from mergelab.operators.named.task_vectors import Density, task_vector_merge
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from mergelab.operators.algebra import Merge, Stage
+from mergelab.operators.algebra import Stage
+from mergelab.operators.compose import Merge
 from mergelab.operators.declare import PerModel, Range
 from mergelab.operators.hyper import weights
 from mergelab.operators.reductions.weighted import DisjointMean, Mean, WeightedSum

@@ -1,16 +1,27 @@
-"""Runs a merge on whole arrays: on one device, sharded over a mesh, or inside a user's transformation."""
+"""A merge, callable on whole trees: on one device, sharded over a mesh, or inside a user's transformation."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from mergelab.errors import OperatorError
+from mergelab.operators.algebra import (
+    Formula,
+    Reduction,
+    Stage,
+    algebraic,
+    finish_measure,
+    measure_block,
+    merge_block,
+)
 from mergelab.operators.masks import pack_masks
 from mergelab.operators.measures import Measure, PerBlock, Rank, RowOrder, Sum
 from mergelab.operators.randomness import tensor_key
@@ -19,10 +30,94 @@ from mergelab.operators.row_order import above_place
 from mergelab.operators.selection import Selection, select_on_device, select_on_host, trivial_selection
 from mergelab.trees import same_structure
 
-if TYPE_CHECKING:
-    from mergelab.operators.algebra import Merge
+__all__ = ["BaseUse", "Inputs", "Merge", "chain"]
 
-__all__ = ["merge_trees"]
+BaseUse = Literal["required", "optional", "as_input"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a merge takes: declared by named operators, checked before anything is computed.
+
+    Attributes:
+        operator: the operator's name, for messages.
+        base: `required`, `optional`, or `as_input` (a base is one more ordinary model).
+        min_models, max_models: how many models besides the base (`max_models` None: any number).
+    """
+
+    operator: str = "this merge"
+    base: BaseUse = "optional"
+    min_models: int = 1
+    max_models: int | None = None
+
+    def check(self, models: int, has_base: bool) -> None:
+        """Checks the number of models and the presence of a base.
+
+        Raises:
+            OperatorError: they are not what the operator takes.
+        """
+        if self.base == "required" and not has_base:
+            raise OperatorError(f"{self.operator} works relative to a base model: pass `base`.")
+        if self.base == "as_input" and has_base:
+            raise OperatorError(f"{self.operator} treats all models alike: pass the base among `models`.")
+        if models < self.min_models or (self.max_models is not None and models > self.max_models):
+            exactly = self.max_models == self.min_models
+            wanted = f"exactly {self.min_models}" if exactly else f"at least {self.min_models}"
+            if not exactly and self.max_models is not None:
+                wanted = f"{self.min_models} to {self.max_models}"
+            besides = " besides the base" if self.base == "required" else ""
+            raise OperatorError(f"{self.operator} merges {wanted} model(s){besides}, but got {models}.")
+
+
+@algebraic
+class Merge(Formula):
+    """A formula with what it takes: call it on models.
+
+    Attributes:
+        inputs: how many models, and whether a base.
+    """
+
+    inputs: Inputs = dataclasses.field(default=Inputs(), metadata={"static": True})
+
+    def check(self, models: int, has_base: bool) -> None:
+        """Checks the number of models, the presence of a base, and the number of per-model values.
+
+        Raises:
+            OperatorError: they are not what the merge takes.
+        """
+        self.inputs.check(models, has_base)
+        for part in self.parts:
+            part.check_models(models, self.inputs.operator)
+
+    def __call__(self, models: Sequence[Any], base: Any = None, *, seed: int = 0, dtype: Any = None) -> Any:
+        """Merges pytrees of arrays: on one device, sharded, or under `jit`, `vmap` and `grad`.
+
+        Args:
+            models: one pytree per model, equal in structure and shapes.
+            base: the base model's pytree, where the operator uses one.
+            seed: seeds the random draws, which also depend on tensor names and model order.
+            dtype: the dtype of the result; by default each tensor's promoted input dtype.
+
+        Returns:
+            A pytree of the models' structure. Computed in float32; non-float leaves are copied.
+
+        Raises:
+            OperatorError: structures or shapes differ, a needed base is missing, or a non-float leaf differs
+                between models.
+        """
+        return _merge_trees(self, models, base, seed=seed, dtype=dtype)
+
+
+def chain(*parts: Stage | Reduction, scale: ArrayLike = 1.0, deltas: bool = True) -> Merge:
+    """Composes stages and one final reduction into a merge, as `optax.chain` composes updates.
+
+    Example:
+        >>> from mergelab import operators as ops
+        >>> merge = ops.chain(ops.Trim(0.2), ops.ElectSign(), ops.DisjointMean())
+    """
+    *stages, reduce = parts
+    inputs = Inputs(base="required" if deltas else "optional")
+    return Merge(tuple(stages), reduce, scale, deltas, inputs)  # type: ignore[arg-type]
 
 
 class _Leaf:
@@ -43,7 +138,7 @@ class _Leaf:
         return tuple(map(tuple, self.known))
 
 
-def merge_trees(merge: Merge, models: Sequence[Any], base: Any, *, seed: int, dtype: Any) -> Any:
+def _merge_trees(merge: Merge, models: Sequence[Any], base: Any, *, seed: int, dtype: Any) -> Any:
     """The body of `Merge.__call__`, which documents it."""
     models = list(models)
     merge.check(len(models), base is not None)
@@ -103,7 +198,6 @@ def _take(
     merge: Merge, leaves: list[_Leaf], part: int, measure: int, declared: Measure, traced: bool
 ) -> None:
     """Takes one measure of every tensor and files the result with each."""
-    from mergelab.operators.algebra import finish_measure, measure_block
 
     def block(leaf: _Leaf) -> Any:
         with jax.enable_x64(not traced and isinstance(declared, Sum)):
@@ -191,8 +285,6 @@ def _share(pooled: Selection, offset: int, size: int) -> Selection:
 
 
 def _merged(merge: Merge, leaf: _Leaf, dtype: Any) -> jax.Array:
-    from mergelab.operators.algebra import merge_block
-
     inputs = leaf.values if leaf.base is None else (*leaf.values, leaf.base)
     out_dtype = jnp.dtype(dtype) if dtype is not None else _promoted([v.dtype for v in inputs])
     out = merge_block(merge, leaf.values, leaf.base, leaf.region, leaf.results(), dtype=out_dtype)

@@ -147,8 +147,8 @@ PARSERS = {
     "data/chat_sandbox.py",
     "data/chat_worker.py",
     "sae/training/metrics.py",
-    "topology/compiler.py",
-    "topology/worker.py",
+    "aot/compiler.py",
+    "aot/worker.py",
 }
 
 

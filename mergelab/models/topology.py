@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from mergelab.aot import ChipReport, compile_for_topology
 from mergelab.models.declaration import tree_from_leaves
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model
 from mergelab.sharding import DEFAULT_RULES, Rules, named_sharding
-from mergelab.topology import ChipReport, compile_for_topology
 
 __all__ = ["compile_forward", "lower_forward"]
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mergelab.aot import Chip, ChipReport, Roofline, chip_of, compile_for_topology, roofline
 from mergelab.errors import SAEError
 from mergelab.sae.config import TrainConfig
 from mergelab.sae.initialize import fresh_state, sample_shapes
@@ -18,7 +19,6 @@ from mergelab.sae.placement import mesh_axes, state_shardings
 from mergelab.sae.recipe import Recipe
 from mergelab.sae.step import make_step
 from mergelab.sae.variants import make_variant
-from mergelab.topology import Chip, ChipReport, Roofline, chip_of, compile_for_topology, roofline
 
 __all__ = ["StepPlan", "lower_step", "plan_step"]
 

@@ -1,13 +1,12 @@
-"""What chips can do at most, and the least time a compiled program can take on one."""
+"""What a chip can do, and what a compiled program asks of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from mergelab.errors import MeshError
-from mergelab.topology.report import ChipReport
 
-__all__ = ["Chip", "Roofline", "chip_of", "roofline"]
+__all__ = ["Chip", "ChipReport", "Collective", "Roofline", "chip_of", "roofline"]
 
 
 @dataclass(frozen=True)
@@ -75,3 +74,52 @@ def roofline(report: ChipReport, chip: Chip) -> Roofline:
     """A lower bound of a program's time, from the compiler's own counts; not a prediction."""
     exchanged = sum(collective.nbytes for collective in report.collectives)
     return Roofline(report.flops / chip.flops, report.traffic / chip.bandwidth, exchanged / chip.network)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of exchange between chips in a compiled program.
+
+    Attributes:
+        kind: `all-gather`, `all-reduce`, `reduce-scatter`, `all-to-all` or `collective-permute`.
+        count: how many the program has; those inside a loop count once.
+        nbytes: bytes of their results on one chip, together.
+    """
+
+    kind: str
+    count: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class ChipReport:
+    """A program as it was compiled for one chip of many.
+
+    Attributes:
+        chips: how many chips the topology has.
+        device: what one is, as the compiler calls it.
+        arguments: bytes of the inputs.
+        outputs: bytes of the results.
+        aliased: bytes of results that take the place of inputs that are used up.
+        temporaries: bytes of the largest working memory.
+        flops: floating-point operations of one run on one chip, loops counted once.
+        traffic: bytes that one run reads and writes in the chip's memory, as the compiler estimates them.
+        collectives: what the chips exchange.
+        seconds: how long the compilation took.
+    """
+
+    chips: int
+    device: str
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    flops: float
+    traffic: float
+    collectives: tuple[Collective, ...]
+    seconds: float
+
+    @property
+    def peak(self) -> int:
+        """Bytes that one chip needs."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries

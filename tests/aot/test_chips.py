@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from mergelab.aot import ChipReport, Collective, chip_of, roofline
 from mergelab.errors import MeshError
-from mergelab.topology import ChipReport, Collective, chip_of, roofline
 
 
 def test_the_slowest_part_bounds_a_run() -> None:

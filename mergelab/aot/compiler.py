@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mergelab.aot.chips import ChipReport, Collective
 from mergelab.errors import DependencyError, MeshError
-from mergelab.topology.report import ChipReport, Collective
 
 __all__ = ["compile_for_topology"]
 
@@ -65,7 +65,7 @@ def _ask(question: Mapping[str, Any], timeout: float) -> dict[str, Any]:
         settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_LOG_DIR": "disabled"}
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "mergelab.topology.worker", str(answer)],
+                [sys.executable, "-m", "mergelab.aot.worker", str(answer)],
                 input=json.dumps(question),
                 env=kept | settings | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 capture_output=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mergelab.topology.program import collectives
+from mergelab.aot.worker import collectives
 
 
 def test_collectives_are_read_off_a_program() -> None:

@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks.machine import describe
 from benchmarks.minilm_tables import OURS, render
 from benchmarks.table import replace_section
-from mergelab.checkpoints.digest import weights_sha256
+from mergelab.checkpoints.folder import weights_sha256
 from mergelab.data.corpus import Corpus, gather
 from mergelab.data.tokenizer import Tokenizer, load_tokenizer
 from mergelab.report.features import render_features

@@ -47,15 +47,15 @@ def watch(folder: str, kill: int | None, seen: list[int]) -> None:
 
     sys.addaudithook(hook)
     # The exchange of two folders is a call into the C library, which no audit event announces.
-    from mergelab.checkpoints import work_folder
+    from mergelab.checkpoints import publish
 
-    exchange = work_folder.exchange
+    exchange = publish.exchange
 
     def counted(a: Path, b: Path) -> bool:
         change()
         return exchange(a, b)
 
-    work_folder.exchange = counted
+    publish.exchange = counted
 
 
 def child(job: dict[str, Any], answer: int) -> None:

@@ -143,7 +143,7 @@ PARSERS = {
     "checkpoints/json_data.py",
     "checkpoints/yaml_data.py",
     "checkpoints/journal.py",
-    "checkpoints/output_lock.py",
+    "checkpoints/output_target.py",
     "data/chat_sandbox.py",
     "data/chat_worker.py",
     "sae/training/metrics.py",

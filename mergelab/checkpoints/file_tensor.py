@@ -1,18 +1,20 @@
-"""A tensor stored as one run of bytes in a file, read in flat pieces into the caller's own memory."""
+"""Tensors in files as sources: one run of bytes, many runs, and strided views."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mergelab.checkpoints.lfs import POINTER_BYTES, refuse_pointer
+from mergelab.checkpoints.source import TensorSource
+from mergelab.checkpoints.text_file import POINTER_BYTES, refuse_pointer
 from mergelab.errors import CheckpointError
 
-__all__ = ["FileTensor", "WeightFile", "check_piece"]
+__all__ = ["FileTensor", "StridedTensor", "WeightFile", "check_piece", "read_runs"]
 
 
 @dataclass(frozen=True)
@@ -126,3 +128,101 @@ def check_piece(tensor: Any, size: int, start: int, piece: np.ndarray) -> None:
         raise ValueError(
             f"elements [{start}, {start + piece.size}) lie outside tensor {tensor.name!r} of {size} elements"
         )
+
+
+def read_runs(source: TensorSource, starts: Sequence[int] | np.ndarray, out: np.ndarray) -> None:
+    """Fills row `i` of `out` with the flat elements of the tensor from `starts[i]` on.
+
+    Args:
+        source: the tensor.
+        starts: the first element of each run, inside the tensor.
+        out: `[runs, length]`, contiguous, of the tensor's dtype.
+
+    Raises:
+        CheckpointError: the file is shorter than its header says, has changed, or cannot be read.
+    """
+    if len(starts) < 2 or not isinstance(source, FileTensor):
+        for start, row in zip(starts, out, strict=True):
+            source.read_into(int(start), row)
+        return
+    # The first run goes through the tensor itself, which checks that the file is still the one it was.
+    source.read_into(int(starts[0]), out[0])
+    width = source.dtype.itemsize
+    rows = out.view(np.uint8)
+    try:
+        file = os.open(source.file.path, os.O_RDONLY)
+        try:
+            for start, row in zip(starts[1:], rows[1:], strict=True):
+                _read_fully(file, source, source.offset + int(start) * width, row.data)
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise CheckpointError(
+            f"{source.file.path}: reading tensor {source.name!r} failed ({error.strerror}); "
+            "check the disk and run again"
+        ) from error
+
+
+def _read_fully(file: int, source: FileTensor, offset: int, out: memoryview) -> None:
+    while len(out):
+        count = os.preadv(file, [out], offset)
+        if not count:
+            raise CheckpointError(
+                f"{source.file.path}: the file became shorter while tensor {source.name!r} was read; "
+                "download or copy it again"
+            )
+        out, offset = out[count:], offset + count
+
+
+_ELEMENTS = 1 << 20
+_WINDOW = 1 << 24
+
+
+@dataclass(frozen=True)
+class StridedTensor:
+    """A `TensorSource` whose element `[i, j, ...]` lies `i*strides[0] + j*strides[1] + ...` elements on.
+
+    A piece is gathered a million elements at a time, reading the bytes they span in windows of 16 MB: memory
+    stays bounded, at the price of reading a transposed tensor's bytes once per million elements.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    file: WeightFile
+    offset: int
+    strides: tuple[int, ...]
+
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Fills `out` (1-D, contiguous, of `self.dtype`) with flat elements `[start, start + out.size)`.
+
+        Raises:
+            CheckpointError: the file ends early, has changed, or cannot be read.
+            ValueError: `out` is not such a buffer, or the range leaves the tensor.
+        """
+        check_piece(self, int(np.prod(self.shape, dtype=np.int64)), start, out)
+        for done in range(0, out.size, _ELEMENTS):
+            part = out[done : done + _ELEMENTS]
+            self._gather(self._places(start + done, part.size), part)
+
+    def _places(self, start: int, count: int) -> np.ndarray:
+        """Returns where elements `[start, start + count)` are stored, int64 [count], from `offset` on."""
+        rest = np.arange(start, start + count, dtype=np.int64)
+        places = np.zeros(count, np.int64)
+        for dimension, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            rest, index = np.divmod(rest, dimension)
+            places += index * stride
+        return places
+
+    def _gather(self, places: np.ndarray, out: np.ndarray) -> None:
+        width = self.dtype.itemsize
+        last = int(places.max())
+        left = places
+        while left.size:  # windows that hold no element are passed over: a stride may be as large as the file
+            low = int(left.min())
+            window = np.empty(min(_WINDOW // width, last + 1 - low), self.dtype)
+            place = window.view(np.uint8).data
+            self.file.read_into(self.offset + low * width, place, f"tensor {self.name!r}")
+            inside = (places >= low) & (places < low + window.size)
+            out[inside] = window[places[inside] - low]
+            left = left[left >= low + window.size]

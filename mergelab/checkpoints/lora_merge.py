@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mergelab.checkpoints.cast_tensor import CastTensor
 from mergelab.checkpoints.dtypes import is_float
-from mergelab.checkpoints.lora_config import LoraConfig
-from mergelab.checkpoints.lora_tensor import BiasedTensor, FactorCache, LowRankTensor
+from mergelab.checkpoints.lora_tensor import BiasedTensor, CastTensor, FactorCache, LowRankTensor
+from mergelab.checkpoints.peft import LoraConfig
 from mergelab.checkpoints.source import Checkpoint, TensorSource
 from mergelab.checkpoints.tied_head import (
     TiedHead,

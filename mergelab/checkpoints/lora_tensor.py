@@ -1,4 +1,4 @@
-"""A weight with a low-rank update: W + scale * left @ right, computed as it is read."""
+"""A weight with low-rank updates added to it, as a tensor source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,31 @@ import numpy as np
 from mergelab.checkpoints.file_tensor import check_piece
 from mergelab.checkpoints.source import TensorSource
 
-__all__ = ["BiasedTensor", "FactorCache", "LowRankTensor", "read_whole"]
+__all__ = ["BiasedTensor", "CastTensor", "FactorCache", "LowRankTensor", "read_whole"]
+
+
+@dataclass(frozen=True)
+class CastTensor:
+    """A `TensorSource` that reads another one's elements, rounds them to `dtype` and answers to `name`."""
+
+    name: str
+    dtype: np.dtype[Any]
+    source: TensorSource
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Fills `out` with flat elements `[start, start + out.size)`; errors are those of the source."""
+        check_piece(self, int(np.prod(self.shape, dtype=np.int64)), start, out)
+        if self.source.dtype == self.dtype:
+            self.source.read_into(start, out)
+            return
+        stored = np.empty(out.size, self.source.dtype)
+        self.source.read_into(start, stored)
+        out[:] = stored.astype(self.dtype)
+
 
 _BLOCK = 1 << 18
 _TILE = 64

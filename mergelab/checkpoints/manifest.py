@@ -11,7 +11,7 @@ from typing import Any
 import xxhash
 
 from mergelab.checkpoints.json_data import read_json
-from mergelab.checkpoints.work_folder import sync_path, sync_tree
+from mergelab.checkpoints.publish import sync_path, sync_tree
 from mergelab.errors import CheckpointError
 
 __all__ = [

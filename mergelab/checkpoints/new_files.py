@@ -1,19 +1,24 @@
-"""New files that belong together: locked before any work, renamed when all of them are whole."""
+"""Single new files, published whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from mergelab.checkpoints.output_lock import OutputLock, Publication
-from mergelab.checkpoints.output_target import check_target, disk_errors
-from mergelab.checkpoints.work_folder import sync_path
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from mergelab.checkpoints.output_target import OutputLock, Publication, check_target, disk_errors
+from mergelab.checkpoints.publish import sync_path
 from mergelab.errors import OutputError
 
-__all__ = ["Content", "NewFiles", "check_new_folder"]
+__all__ = ["Content", "NewFiles", "check_new_folder", "write_tensors"]
+
 
 Content = bytes | Callable[[Path], None]
 """A file's bytes, or a function that writes them to the path it is given."""
@@ -137,3 +142,21 @@ def _partial(path: Path) -> Path:
 
 def _inode(path: Path) -> int:
     return os.lstat(path).st_ino
+
+
+_CODE = re.compile(r"os error (\d+)")
+
+
+def write_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays to a safetensors file.
+
+    Raises:
+        OSError: the file system refuses; safetensors itself raises an error of its own.
+    """
+    try:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+    except SafetensorError as error:
+        code = _CODE.search(str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error

@@ -15,10 +15,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mergelab.checkpoints.file_names import check_file_name
+from mergelab.checkpoints.model_files import check_file_name
 from mergelab.checkpoints.output_target import disk_errors
+from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.shard_plan import ShardPlan
-from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import OutputError
 from mergelab.processes import together
 

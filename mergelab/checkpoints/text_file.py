@@ -1,14 +1,40 @@
-"""The one place where small files are read whole: regular files only, up to a bound, text as UTF-8."""
+"""Small text files, read within bounds; Git LFS pointers are told from content."""
 
 from __future__ import annotations
 
 import os
 import stat
 
-from mergelab.checkpoints.lfs import refuse_pointer
 from mergelab.errors import CheckpointError, MergelabError, shortened
 
-__all__ = ["MAX_PROSE", "MAX_SETTINGS", "MAX_TABLE", "read_bytes", "read_text"]
+__all__ = [
+    "MAX_PROSE",
+    "MAX_SETTINGS",
+    "MAX_TABLE",
+    "POINTER_BYTES",
+    "read_bytes",
+    "read_text",
+    "refuse_pointer",
+]
+
+
+_FIRST_LINE = b"version https://git-lfs.github.com/spec/"
+POINTER_BYTES = 1024
+"""Pointers are shorter than this (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md)."""
+
+
+def refuse_pointer(start: bytes, place: str) -> None:
+    """Checks that a file is not a pointer; `start` is how it begins, `place` its name for the message.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    if start.startswith(_FIRST_LINE):
+        raise CheckpointError(
+            f"{place} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, or "
+            "download the file"
+        )
+
 
 MAX_SETTINGS = 64 * 2**20
 """Bytes of the largest file of settings that is read: a `config.json`, an index, a recipe."""

@@ -20,15 +20,14 @@ from typing import Self
 
 import numpy as np
 
-from mergelab.checkpoints.file_names import check_file_name
 from mergelab.checkpoints.file_tensor import check_piece
 from mergelab.checkpoints.folder import open_checkpoint
-from mergelab.checkpoints.journal import Journal, Piece
+from mergelab.checkpoints.journal import Journal, Piece, Receipts, digest_leaves, leaf_bounds, tensor_digest
 from mergelab.checkpoints.json_data import read_json_object
+from mergelab.checkpoints.model_files import check_file_name
 from mergelab.checkpoints.output_target import MARKER, disk_errors, recorded_identity
-from mergelab.checkpoints.receipts import Receipts, digest_leaves, leaf_bounds, tensor_digest
+from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.shard_plan import ShardPlan
-from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import CheckpointError, OutputError
 from mergelab.version import __version__
 

@@ -55,7 +55,7 @@ def command(
     """
     from tqdm import tqdm
 
-    from mergelab.checkpoints.work_folder import WorkFolder
+    from mergelab.checkpoints.publish import WorkFolder
     from mergelab.sae.activation_store import write_store
     from mergelab.sae.model_source import open_model_activations
 

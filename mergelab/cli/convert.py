@@ -56,10 +56,10 @@ def command(
     started = time.perf_counter()
     import jax
 
-    from mergelab.checkpoints.digest import stat_sha256
-    from mergelab.checkpoints.work_folder import WorkFolder
+    from mergelab.checkpoints.folder import stat_sha256
+    from mergelab.checkpoints.model_files import donor_files
+    from mergelab.checkpoints.publish import WorkFolder
     from mergelab.checkpoints.writer import identity_digest
-    from mergelab.merging.extra_files import donor_files
     from mergelab.models.orbax_folder import save_orbax
     from mergelab.models.save import save_model
 

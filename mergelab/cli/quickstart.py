@@ -64,7 +64,7 @@ def command(out: Path, seed: int, preset: str, force: bool, as_json: bool) -> No
 
 
 def _write_report(results: Results, out: Path) -> None:
-    from mergelab.checkpoints.work_folder import publish_file
+    from mergelab.checkpoints.publish import publish_file
     from mergelab.report.figure import save_figure
     from mergelab.report.page import render_page
 

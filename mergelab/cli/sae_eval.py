@@ -251,7 +251,7 @@ def _on_text(
     """
     from tqdm import tqdm
 
-    from mergelab.checkpoints.digest import weights_sha256
+    from mergelab.checkpoints.folder import weights_sha256
     from mergelab.cli.sae_folder import open_dictionary
     from mergelab.data.tokenizer import load_tokenizer
     from mergelab.sae.dictionary import at_sites

@@ -83,7 +83,7 @@ def command(
 
     from tqdm import tqdm
 
-    from mergelab.checkpoints.digest import stat_sha256
+    from mergelab.checkpoints.folder import stat_sha256
     from mergelab.checkpoints.new_files import Content, NewFiles
     from mergelab.cli.sae_folder import open_dictionary
     from mergelab.data.tokenizer import load_tokenizer

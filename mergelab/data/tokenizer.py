@@ -12,8 +12,8 @@ import numpy as np
 import tokenizers
 
 from mergelab.checkpoints.json_data import read_optional_json
+from mergelab.checkpoints.model_files import open_tokenizer_file
 from mergelab.checkpoints.text_file import read_text
-from mergelab.checkpoints.tokenizer_file import open_tokenizer_file
 from mergelab.errors import CheckpointError, MergelabError, quoted
 
 __all__ = ["Tokenizer", "load_tokenizer"]

@@ -21,11 +21,12 @@ from mergelab.checkpoints import (
     open_checkpoint,
     read_whole,
 )
-from mergelab.checkpoints.digest import stat_sha256
+from mergelab.checkpoints.folder import stat_sha256
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.output_target import MARKER
+from mergelab.checkpoints.peft import adapter_config, write_adapter
+from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.tied_head import conv1d_layers, find_tied_head
-from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.checkpoints.writer import identity_digest
 from mergelab.errors import CheckpointError, NonFiniteError, OperatorError, did_you_mean
 from mergelab.merging.extract_head import (
@@ -35,7 +36,6 @@ from mergelab.merging.extract_head import (
     repeated_embeddings,
     unsplittable,
 )
-from mergelab.merging.peft_folder import adapter_config, write_adapter
 from mergelab.operators.low_rank import (
     LowRank,
     balanced_factors,

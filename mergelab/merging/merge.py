@@ -10,7 +10,7 @@ from typing import Any
 
 from mergelab.checkpoints import CheckpointWriter, TensorSpec, plan_shards
 from mergelab.checkpoints.output_target import MARKER, recorded_identity
-from mergelab.checkpoints.work_folder import WorkFolder, publish_file
+from mergelab.checkpoints.publish import WorkFolder, publish_file
 from mergelab.checkpoints.writer import check_digests
 from mergelab.merging.model_card import model_card
 from mergelab.merging.plan import Plan, make_plan

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mergelab.checkpoints import Checkpoint, LoraCheckpoint, dtype_from_name, open_checkpoint
+from mergelab.checkpoints.model_files import donor_files
 from mergelab.checkpoints.writer import identity_digest
 from mergelab.merging.architecture import Architecture, infer_architecture
 from mergelab.merging.compatibility import absent, incomplete, mixed, packed
-from mergelab.merging.extra_files import donor_files
 from mergelab.merging.faults import raise_faults
 from mergelab.merging.find_models import FoundModel, find_models
 from mergelab.merging.job import Job

@@ -16,11 +16,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mergelab.checkpoints.file_names import check_file_name
 from mergelab.checkpoints.json_data import read_json_object
+from mergelab.checkpoints.model_files import check_file_name
 from mergelab.checkpoints.orbax import is_tree, restore_tree, save_tree, tree_shapes
 from mergelab.checkpoints.output_target import disk_errors
-from mergelab.checkpoints.work_folder import WorkFolder
+from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import CheckpointError
 from mergelab.models.declaration import get_leaf, stored_shapes, tree_from_leaves
 from mergelab.models.families import model_from_config

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.shard_plan import TensorSpec, plan_shards
 from mergelab.checkpoints.shared_writer import SharedWriter
-from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import OutputError
 from mergelab.models import transposed_copy
 from mergelab.models.declaration import Leaf, Piece, get_leaf, stored_shapes

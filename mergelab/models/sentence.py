@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mergelab.checkpoints.json_data import read_json, read_json_object
-from mergelab.checkpoints.tokenizer_file import open_tokenizer_file
+from mergelab.checkpoints.model_files import open_tokenizer_file
 from mergelab.errors import CheckpointError, quoted
 from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params

@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mergelab.checkpoints.runs import read_runs
+from mergelab.checkpoints.file_tensor import read_runs
 from mergelab.checkpoints.source import TensorSource
 from mergelab.errors import NonFiniteError
 from mergelab.models.declaration import Leaf

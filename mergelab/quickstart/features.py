@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mergelab.checkpoints.work_folder import publish_file
+from mergelab.checkpoints.publish import publish_file
 from mergelab.data.corpus import Document
 from mergelab.models.load import load_model
 from mergelab.quickstart.settings import AutoencoderSettings

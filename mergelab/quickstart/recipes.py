@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import mergelab
-from mergelab.checkpoints.work_folder import publish_file
+from mergelab.checkpoints.publish import publish_file
 from mergelab.errors import MergelabError
 
 __all__ = ["copy_recipe", "recipe_folder"]

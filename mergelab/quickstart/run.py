@@ -8,10 +8,9 @@ from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
 
-from mergelab.checkpoints.output_lock import OutputLock
-from mergelab.checkpoints.output_target import check_target
+from mergelab.checkpoints.output_target import OutputLock, check_target
+from mergelab.checkpoints.publish import publish_file
 from mergelab.checkpoints.text_file import read_text
-from mergelab.checkpoints.work_folder import publish_file
 from mergelab.data.corpus import DOMAINS, Document, gather
 from mergelab.merging import merge
 from mergelab.quickstart.family import Family, train_tokenizer

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelab.checkpoints.json_data import read_json_object
-from mergelab.checkpoints.work_folder import publish_file
+from mergelab.checkpoints.publish import publish_file
 from mergelab.errors import CheckpointError, OutputError
 from mergelab.version import __version__
 

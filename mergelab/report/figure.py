@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergelab.checkpoints.work_folder import publish_file
+from mergelab.checkpoints.publish import publish_file
 from mergelab.report.comparison import Comparison, Score, in_reading_order
 
 if TYPE_CHECKING:

@@ -15,13 +15,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mergelab.checkpoints.digest import weights_sha256
+from mergelab.checkpoints.folder import weights_sha256
 from mergelab.checkpoints.json_data import parse_json_object, read_json
 from mergelab.checkpoints.manifest import Entry, file_fault, write_whole
-from mergelab.checkpoints.new_files import check_new_folder
+from mergelab.checkpoints.new_files import check_new_folder, write_tensors
 from mergelab.checkpoints.output_target import disk_errors
-from mergelab.checkpoints.tensor_files import write_tensors
-from mergelab.checkpoints.work_folder import WorkFolder, sync_path
+from mergelab.checkpoints.publish import WorkFolder, sync_path
 from mergelab.errors import CheckpointError, OutputError
 from mergelab.sae.model_source import ModelActivations
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mergelab.checkpoints.digest import weights_sha256
-from mergelab.checkpoints.folder import open_checkpoint
+from mergelab.checkpoints.folder import open_checkpoint, weights_sha256
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.errors import CheckpointError
 from mergelab.models.families import model_from_config

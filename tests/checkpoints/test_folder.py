@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from mergelab.checkpoints.file_names import check_file_name
 from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.checkpoints.lora_tensor import read_whole
+from mergelab.checkpoints.model_files import check_file_name
 from mergelab.checkpoints.source import TensorSource
 from mergelab.errors import CheckpointError
 

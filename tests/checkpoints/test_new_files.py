@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mergelab.checkpoints.new_files import NewFiles
-from mergelab.checkpoints.output_lock import OutputLock
+from mergelab.checkpoints.output_target import OutputLock
 from mergelab.errors import OutputError
 
 

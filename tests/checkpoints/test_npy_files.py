@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mergelab.checkpoints.npy_file import open_npy, parse_npy_header
-from mergelab.checkpoints.npz_file import open_npz
+from mergelab.checkpoints.npy_files import open_npy, open_npz, parse_npy_header
 from mergelab.errors import CheckpointError, MergelabError
 
 

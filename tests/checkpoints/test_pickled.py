@@ -21,12 +21,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergelab.checkpoints import pickle_data
-from mergelab.checkpoints import pickled as pickled_file
-from mergelab.checkpoints.file_tensor import WeightFile
+from mergelab.checkpoints import torch_pickle as pickle_data
+from mergelab.checkpoints import torch_reader as pickled_file
+from mergelab.checkpoints.file_tensor import StridedTensor, WeightFile
 from mergelab.checkpoints.lora_tensor import read_whole
-from mergelab.checkpoints.pickled import open_pickled
-from mergelab.checkpoints.strided_tensor import StridedTensor
+from mergelab.checkpoints.torch_reader import open_pickled
 from mergelab.errors import CheckpointError
 
 DATA = Path(__file__).parent / "data"

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mergelab.checkpoints.output_lock import OutputLock
-from mergelab.checkpoints.output_target import MARKER, check_target, recorded_identity
-from mergelab.checkpoints.work_folder import WorkFolder, publish_file
+from mergelab.checkpoints.output_target import MARKER, OutputLock, check_target, recorded_identity
+from mergelab.checkpoints.publish import WorkFolder, publish_file
 from mergelab.errors import OutputError
 
 
@@ -125,7 +124,7 @@ def test_a_second_writer_is_refused_and_touches_nothing(tmp_path: Path) -> None:
         first.prepare()
         first.clear()
         (first.path / "piece").write_text("first")
-        program = "import sys; from mergelab.checkpoints.work_folder import WorkFolder\n"
+        program = "import sys; from mergelab.checkpoints.publish import WorkFolder\n"
         program += "with WorkFolder(sys.argv[1], overwrite=True) as w: w.prepare(); w.clear()"
         second = subprocess.run([sys.executable, "-c", program, str(out)], capture_output=True, text=True)
         assert "another run is writing this output" in second.stderr

@@ -19,11 +19,11 @@ import safetensors
 
 from mergelab.checkpoints.dtypes import SAFETENSORS
 from mergelab.checkpoints.folder import open_checkpoint
+from mergelab.checkpoints.journal import LEAF
 from mergelab.checkpoints.lora_tensor import read_whole
 from mergelab.checkpoints.output_target import MARKER
-from mergelab.checkpoints.receipts import LEAF
+from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.shard_plan import ShardPlan, TensorSpec, plan_shards
-from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.checkpoints.writer import CheckpointWriter
 from mergelab.errors import CheckpointError, OutputError
 
@@ -347,7 +347,7 @@ def test_a_kill_while_publishing_is_completed_by_the_next_run(
         out.mkdir()
         (out / MARKER).write_text("{}")
     if not can_exchange:
-        monkeypatch.setattr("mergelab.checkpoints.work_folder.exchange", lambda a, b: False)
+        monkeypatch.setattr("mergelab.checkpoints.publish.exchange", lambda a, b: False)
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -496,7 +496,7 @@ KILLED = """
 import os, sys
 import numpy as np
 from mergelab.checkpoints.shard_plan import TensorSpec, plan_shards
-from mergelab.checkpoints.work_folder import WorkFolder
+from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.writer import CheckpointWriter
 
 tensors = {f"t{i}": np.arange(i, i + 50_000, dtype=np.float32) for i in range(12)}

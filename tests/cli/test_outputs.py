@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import save_file
 
-from mergelab.checkpoints.output_lock import OutputLock
+from mergelab.checkpoints.output_target import OutputLock
 from mergelab.cli.main import cli
 from mergelab.models.declaration import stored_shapes
 from mergelab.models.families import model_from_config

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from mergelab.checkpoints.output_lock import OutputLock
+from mergelab.checkpoints.output_target import OutputLock
 from mergelab.cli.main import cli
 from mergelab.data.activations import ActivationStream, open_activation_files
 from mergelab.data.bpe import train_bpe
@@ -179,7 +179,7 @@ def test_a_full_disk_is_a_sentence_and_the_next_call_goes_on(
     def full(*_: Any) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("mergelab.checkpoints.tensor_files.save_file", full)
+    monkeypatch.setattr("mergelab.checkpoints.new_files.save_file", full)
     with pytest.raises(OutputError, match=r"acts: the disk is full \(No space left"):
         write_store(source, begun.with_name("acts"), model=folder / "model")
     monkeypatch.undo()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mergelab.checkpoints.digest import weights_sha256
+from mergelab.checkpoints.folder import weights_sha256
 from mergelab.errors import CheckpointError
 from mergelab.sae.activation_store import write_store
 from mergelab.sae.config import DataSection

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from mergelab.checkpoints import TensorSource, open_safetensors
-from mergelab.checkpoints.npy_file import NpyFile, open_npy
+from mergelab.checkpoints.npy_files import NpyFile, open_npy
 from mergelab.errors import CheckpointError, NonFiniteError
 
 __all__ = ["ActivationFiles", "find_activation_files", "open_activation_files"]

@@ -13,7 +13,7 @@ import numpy as np
 
 from mergelab.checkpoints import open_checkpoint
 from mergelab.checkpoints.output_target import recorded_identity
-from mergelab.checkpoints.work_folder import WorkFolder
+from mergelab.checkpoints.publish import WorkFolder
 from mergelab.data.tokenizer import Tokenizer, load_tokenizer
 from mergelab.data.windows import EvaluationWindows
 from mergelab.errors import MergelabError

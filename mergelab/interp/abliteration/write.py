@@ -21,14 +21,14 @@ from mergelab.checkpoints import (
     plan_shards,
     read_whole,
 )
+from mergelab.checkpoints.model_files import donor_files
+from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.text_file import read_bytes
-from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import CheckpointError, did_you_mean
 from mergelab.interp.abliteration.ablation import Ablation
 from mergelab.interp.abliteration.stored_matrix import BLOCK, edited_blocks
 from mergelab.interp.abliteration.weights import KeepNorms, check_ablation, writer_terms
 from mergelab.interp.abliteration.writers import Writer, writers
-from mergelab.merging.extra_files import donor_files
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model
 from mergelab.models.save import SHARD_BYTES

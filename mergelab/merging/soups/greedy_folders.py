@@ -10,8 +10,8 @@ from typing import Any
 
 from mergelab.checkpoints import open_checkpoint
 from mergelab.checkpoints.output_target import check_target, disk_errors
+from mergelab.checkpoints.publish import WorkFolder, publish_file
 from mergelab.checkpoints.text_file import read_text
-from mergelab.checkpoints.work_folder import WorkFolder, publish_file
 from mergelab.checkpoints.writer import identity_digest
 from mergelab.errors import OutputError
 from mergelab.merging.plan import make_plan

@@ -11,7 +11,7 @@ from typing import Any
 
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.output_target import disk_errors
-from mergelab.checkpoints.work_folder import WorkFolder
+from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import CheckpointError, OutputError, RecipeError
 from mergelab.merging.soups.folders import StrPath, average_checkpoints, candidate_names
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from mergelab.checkpoints.folder import open_checkpoint
+from mergelab.checkpoints.model_files import open_tokenizer_file
 from mergelab.checkpoints.text_file import MAX_PROSE, read_text
-from mergelab.checkpoints.tokenizer_file import open_tokenizer_file
 from mergelab.data.windows import evaluation_windows
 from mergelab.errors import CheckpointError, EvaluationError
 from mergelab.models.load import load_model

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mergelab.checkpoints.digest import weights_sha256
+from mergelab.checkpoints.folder import weights_sha256
 from mergelab.errors import SAEError
 from mergelab.sae.dictionary import Dictionary, at_sites
 from mergelab.sae.formats.hook_names import site_of

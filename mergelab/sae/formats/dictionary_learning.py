@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from mergelab.checkpoints import TensorSource, open_pickled
-from mergelab.checkpoints.pickle_writer import write_pickled
-from mergelab.checkpoints.work_folder import WorkFolder
+from mergelab.checkpoints.publish import WorkFolder
+from mergelab.checkpoints.torch_pickle import write_pickled
 from mergelab.errors import CheckpointError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats.convert import arrays_of, check_sizes, refuse, subtracting_b_dec, transposed

@@ -10,7 +10,7 @@ from typing import Any, cast
 from jax.sharding import Mesh
 
 from mergelab.checkpoints.new_files import NewFiles
-from mergelab.checkpoints.work_folder import WorkFolder
+from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import CheckpointError, SAEError, did_you_mean
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.formats.convert import refuse

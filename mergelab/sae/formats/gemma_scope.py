@@ -14,8 +14,8 @@ from jax import Array
 
 from mergelab.checkpoints import open_safetensors
 from mergelab.checkpoints.json_data import read_json_object
-from mergelab.checkpoints.npz_file import NpzArray, open_npz
-from mergelab.checkpoints.work_folder import WorkFolder
+from mergelab.checkpoints.npy_files import NpzArray, open_npz
+from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import CheckpointError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats.convert import arrays_of, check_finite, check_sizes, refuse

@@ -11,7 +11,7 @@ import numpy as np
 
 from mergelab.checkpoints import open_pickled
 from mergelab.checkpoints.new_files import NewFiles
-from mergelab.checkpoints.pickle_writer import write_pickled
+from mergelab.checkpoints.torch_pickle import write_pickled
 from mergelab.errors import CheckpointError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats.convert import arrays_of, check_sizes, refuse, subtracting_b_dec, transposed

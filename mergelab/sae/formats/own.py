@@ -16,10 +16,9 @@ from jax.sharding import Mesh
 
 from mergelab.checkpoints import open_safetensors
 from mergelab.checkpoints.dtypes import is_float
-from mergelab.checkpoints.new_files import check_new_folder
+from mergelab.checkpoints.new_files import check_new_folder, write_tensors
 from mergelab.checkpoints.output_target import disk_errors
-from mergelab.checkpoints.tensor_files import write_tensors
-from mergelab.checkpoints.work_folder import WorkFolder
+from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import CheckpointError, OutputError, SAEError
 from mergelab.models.declaration import Leaf
 from mergelab.models.load import load_params

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergelab.checkpoints import open_safetensors
-from mergelab.checkpoints.work_folder import WorkFolder
+from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import CheckpointError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats.convert import arrays_of, check_sizes, not_subtracting_b_dec, refuse

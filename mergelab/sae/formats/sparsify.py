@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelab.checkpoints import open_safetensors
-from mergelab.checkpoints.work_folder import WorkFolder
+from mergelab.checkpoints.publish import WorkFolder
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats.convert import (
     arrays_of,

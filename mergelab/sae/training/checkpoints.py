@@ -20,7 +20,7 @@ from etils import epath
 from mergelab.checkpoints.json_data import read_json
 from mergelab.checkpoints.manifest import first_fault, write_manifest
 from mergelab.checkpoints.orbax_calls import call_orbax, orbax_reason
-from mergelab.checkpoints.work_folder import sync_path
+from mergelab.checkpoints.publish import sync_path
 from mergelab.errors import CheckpointError, MergelabError, OutputError
 from mergelab.processes import Terminated, agree, together
 from mergelab.sae.state import TrainState

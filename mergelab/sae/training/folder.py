@@ -14,10 +14,9 @@ import yaml
 
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.manifest import file_fault, list_files, write_whole
-from mergelab.checkpoints.output_lock import OutputLock
-from mergelab.checkpoints.output_target import check_target, disk_errors
+from mergelab.checkpoints.output_target import OutputLock, check_target, disk_errors
+from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.text_file import read_text
-from mergelab.checkpoints.work_folder import WorkFolder
 from mergelab.errors import CheckpointError, MergelabError, OutputError, SAEError
 from mergelab.processes import agree, together
 from mergelab.sae.config import TrainConfig, plain_settings

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mergelab.checkpoints.work_folder import WorkFolder
+from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import EvaluationError, OutputError, RecipeError
 from mergelab.merging.soups import Trace, uniform_soup
 from mergelab.merging.soups.folders import average_checkpoints, by_step, candidate_names

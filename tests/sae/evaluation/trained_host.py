@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mergelab.checkpoints.digest import weights_sha256
+from mergelab.checkpoints.folder import weights_sha256
 from mergelab.data.bpe import tokenizer_files, train_bpe
 from mergelab.data.corpus import sources_folder
 from mergelab.data.windows import random_windows, token_stream

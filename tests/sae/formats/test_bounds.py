@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mergelab.checkpoints.pickle_writer import write_pickled
+from mergelab.checkpoints.torch_pickle import write_pickled
 from mergelab.errors import CheckpointError, MergelabError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats import load_dictionary, save_dictionary

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mergelab.checkpoints.output_lock import OutputLock
+from mergelab.checkpoints.output_target import OutputLock
 from mergelab.errors import CheckpointError, OutputError, SAEError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats import FORMATS, load_dictionary, reserve, save_dictionary

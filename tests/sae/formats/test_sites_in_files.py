@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from mergelab.checkpoints.pickle_writer import write_pickled
+from mergelab.checkpoints.torch_pickle import write_pickled
 from mergelab.errors import CheckpointError, NonFiniteError
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats import load_dictionary, save_dictionary

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import yaml
 
-from mergelab.checkpoints.output_lock import OutputLock
+from mergelab.checkpoints.output_target import OutputLock
 from mergelab.errors import NonFiniteError, OutputError, SAEError
 from mergelab.processes import Terminated
 from mergelab.sae.config import load_config

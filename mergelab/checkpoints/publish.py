@@ -11,8 +11,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from mergelab.checkpoints.output_lock import OutputLock, Publication
-from mergelab.checkpoints.output_target import MARKER, check_target, check_vacant, disk_errors
+from mergelab.checkpoints.output_target import (
+    MARKER,
+    OutputLock,
+    Publication,
+    check_target,
+    check_vacant,
+    disk_errors,
+)
 from mergelab.errors import OutputError
 from mergelab.platform import exchange
 from mergelab.version import __version__

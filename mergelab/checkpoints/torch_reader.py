@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 
 from mergelab.checkpoints.dtypes import SAFETENSORS
-from mergelab.checkpoints.file_tensor import FileTensor, WeightFile
-from mergelab.checkpoints.pickle_data import Builder, read_pickle
+from mergelab.checkpoints.file_tensor import FileTensor, StridedTensor, WeightFile
 from mergelab.checkpoints.source import TensorSource
 from mergelab.checkpoints.stored_zip import stored_entries
-from mergelab.checkpoints.strided_tensor import StridedTensor
+from mergelab.checkpoints.torch_pickle import Builder, read_pickle
 from mergelab.errors import CheckpointError
 
 __all__ = ["WRAPPERS", "PickledFile", "open_pickled"]

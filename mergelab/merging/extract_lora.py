@@ -43,7 +43,7 @@ from mergelab.operators.low_rank import (
     rank_for_energy,
     truncated_svd,
 )
-from mergelab.operators.randomness import tensor_key
+from mergelab.operators.region import tensor_key
 
 __all__ = ["ExtractedLora", "extract_lora"]
 

@@ -12,26 +12,16 @@ from mergelab.operators.algebra import Reduction, Stage, algebraic
 from mergelab.operators.compose import Merge, chain
 from mergelab.operators.declare import REQUIRED, Operator, Parameter, PerModel, Range, operator
 from mergelab.operators.named.arcee_fusion import arcee_fusion
-from mergelab.operators.named.breadcrumbs import breadcrumbs, breadcrumbs_ties
-from mergelab.operators.named.dare import dare_linear, dare_ties
-from mergelab.operators.named.della import della, della_linear
-from mergelab.operators.named.karcher import karcher
-from mergelab.operators.named.linear import linear, uniform, wise_ft
+from mergelab.operators.named.dare import dare_linear, dare_ties, della, della_linear
+from mergelab.operators.named.linear import linear, passthrough, uniform, wise_ft
 from mergelab.operators.named.model_stock import model_stock
-from mergelab.operators.named.multislerp import multislerp
 from mergelab.operators.named.nearswap import nearswap
-from mergelab.operators.named.nuslerp import nuslerp
-from mergelab.operators.named.passthrough import passthrough
 from mergelab.operators.named.ram import ram, ramplus_tl
 from mergelab.operators.named.sce import sce
-from mergelab.operators.named.slerp import slerp
-from mergelab.operators.named.task_arithmetic import task_arithmetic
-from mergelab.operators.named.ties import ties
-from mergelab.operators.reductions.weighted import DisjointMean, Mean, WeightedSum
-from mergelab.operators.stages.drop import Drop, MagPrune
-from mergelab.operators.stages.elect import ElectSign
-from mergelab.operators.stages.rescale import RescaleL1
-from mergelab.operators.stages.trim import MaskTails, Trim
+from mergelab.operators.named.spherical import karcher, multislerp, nuslerp, slerp
+from mergelab.operators.named.task_vectors import breadcrumbs, breadcrumbs_ties, task_arithmetic, ties
+from mergelab.operators.reductions import DisjointMean, Mean, WeightedSum
+from mergelab.operators.stages import Drop, ElectSign, MagPrune, MaskTails, RescaleL1, Trim
 
 OPERATORS: dict[str, Operator] = {
     op.name: op

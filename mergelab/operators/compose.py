@@ -22,12 +22,15 @@ from mergelab.operators.algebra import (
     measure_block,
     merge_block,
 )
-from mergelab.operators.masks import pack_masks
-from mergelab.operators.measures import Measure, PerBlock, Rank, RowOrder, Sum
-from mergelab.operators.randomness import tensor_key
-from mergelab.operators.region import Region, whole
-from mergelab.operators.row_order import above_place
-from mergelab.operators.selection import Selection, select_on_device, select_on_host, trivial_selection
+from mergelab.operators.measures import Measure, PerBlock, Rank, RowOrder, Sum, pack_masks
+from mergelab.operators.order_statistics import (
+    Selection,
+    above_place,
+    select_on_device,
+    select_on_host,
+    trivial_selection,
+)
+from mergelab.operators.region import Region, tensor_key, whole
 from mergelab.trees import same_structure
 
 __all__ = ["BaseUse", "Inputs", "Merge", "chain"]

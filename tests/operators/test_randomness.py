@@ -16,12 +16,10 @@ from hypothesis import strategies as st
 from jax.extend.random import threefry_2x32
 
 from mergelab import operators as ops
-from mergelab.operators.masks import pack_masks
-from mergelab.operators.randomness import tensor_key, threefry, uniform
-from mergelab.operators.region import Region, whole
-from mergelab.operators.row_order import above_place
-from mergelab.operators.selection import split_words
-from mergelab.operators.stages.drop import MagPrune
+from mergelab.operators.measures import pack_masks
+from mergelab.operators.order_statistics import above_place, split_words
+from mergelab.operators.region import Region, tensor_key, threefry, uniform, whole
+from mergelab.operators.stages import MagPrune
 
 SIDE = 256
 SIZE = SIDE * SIDE
@@ -99,9 +97,7 @@ def test_draws_depend_on_the_name_not_on_the_order_of_tensors() -> None:
 
 
 def test_keys_do_not_depend_on_the_hash_seed_of_the_process() -> None:
-    program = (
-        "from mergelab.operators.randomness import tensor_key; print(*tensor_key(7, 'model.norm.weight'))"
-    )
+    program = "from mergelab.operators.region import tensor_key; print(*tensor_key(7, 'model.norm.weight'))"
     root = Path(__file__).resolve().parents[2]
     for hash_seed in ("0", "1234"):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(root)}

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mergelab import operators as ops
-from mergelab.operators.region import Region, whole
-from mergelab.operators.row_order import RowQuestion, above_place, above_place_on_host
-from mergelab.operators.selection import (
+from mergelab.operators.order_statistics import (
+    RowQuestion,
     Selection,
+    above_place,
+    above_place_on_host,
     kept_count,
     magnitude_key,
     ordered_key,
@@ -25,6 +26,7 @@ from mergelab.operators.selection import (
     split_words,
     trivial_selection,
 )
+from mergelab.operators.region import Region, whole
 from tests.operators import reference
 
 SIZE = 40

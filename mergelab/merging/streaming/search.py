@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mergelab.operators.selection import Selection, split_words
+from mergelab.operators.order_statistics import Selection, split_words
 
 __all__ = ["Found", "KeySearch"]
 

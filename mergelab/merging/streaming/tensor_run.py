@@ -18,12 +18,9 @@ from mergelab.merging.streaming.blocks import Block, blocks_of
 from mergelab.merging.streaming.inputs import Buffers, InputBlock, has_nonfinite, nonfinite_error, read_block
 from mergelab.merging.streaming.search import KeySearch
 from mergelab.operators.algebra import finish_measure, measure_block, merge_block
-from mergelab.operators.masks import pack_masks_on_host
-from mergelab.operators.measures import Measure, PerBlock, Rank, RowOrder, Sum
-from mergelab.operators.randomness import tensor_key
-from mergelab.operators.region import Region
-from mergelab.operators.row_order import above_place_on_host
-from mergelab.operators.selection import Selection, split_words, trivial_selection
+from mergelab.operators.measures import Measure, PerBlock, Rank, RowOrder, Sum, pack_masks_on_host
+from mergelab.operators.order_statistics import Selection, above_place_on_host, split_words, trivial_selection
+from mergelab.operators.region import Region, tensor_key
 
 __all__ = ["Limits", "TensorRun", "WriteBlock"]
 

@@ -12,7 +12,7 @@ from mergelab.errors import OperatorError
 from mergelab.merging.streaming.search import KeySearch
 from mergelab.merging.streaming.tensor_run import TensorRun, WriteBlock
 from mergelab.operators.measures import Rank, Sum
-from mergelab.operators.selection import Selection, split_words, trivial_selection
+from mergelab.operators.order_statistics import Selection, split_words, trivial_selection
 
 __all__ = ["run_tree"]
 

@@ -13,8 +13,8 @@ from mergelab.operators.arithmetic import rounded, row_sum
 from mergelab.operators.compose import Merge
 from mergelab.operators.declare import operator
 from mergelab.operators.measures import Measure, Rank
+from mergelab.operators.order_statistics import ordered_key, ordered_value
 from mergelab.operators.region import Region
-from mergelab.operators.selection import ordered_key, ordered_value
 
 __all__ = ["ArceeFusion", "arcee_fusion"]
 

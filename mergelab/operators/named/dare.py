@@ -1,16 +1,19 @@
-"""`dare_linear` and `dare_ties`: drop task-vector entries at random, rescale the rest."""
+"""Merges of randomly dropped task vectors: DARE and DELLA."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from mergelab.operators.compose import Merge
-from mergelab.operators.declare import PerModel, operator
-from mergelab.operators.hyper import exact
-from mergelab.operators.named.task_vectors import Density, task_vector_merge
-from mergelab.operators.stages.drop import Drop
+import jax.numpy as jnp
 
-__all__ = ["dare_linear", "dare_ties"]
+from mergelab.errors import OperatorError
+from mergelab.operators.compose import Merge
+from mergelab.operators.declare import PerModel, Range, exact, is_concrete, operator
+from mergelab.operators.named.task_vectors import Density, task_vector_merge
+from mergelab.operators.stages import Drop, MagPrune
+
+__all__ = ["dare_linear", "dare_ties", "della", "della_linear"]
+
 
 RescaleBy = Literal["l1", "density"]
 _REFERENCE = "Yu et al., 'Language Models are Super Mario' (DARE), arXiv 2311.03099"
@@ -61,3 +64,74 @@ def dare_ties(
 ) -> Merge:
     """DARE, then TIES's sign election: entries that disagree with the elected sign are dropped."""
     return _dare(weight, density, normalize, rescale, lambda_, rescale_by, elect=True)
+
+
+Epsilon = Annotated[float, PerModel(), Range(0.0, 0.5)]
+_REFERENCE = "Deep et al., 'DELLA-Merging', arXiv 2406.11617"
+
+
+def _check(density: Any, epsilon: Any) -> None:
+    densities, epsilons = _values(density), _values(epsilon)
+    if len(densities) == 1:
+        densities = densities * len(epsilons)
+    if len(epsilons) == 1:
+        epsilons = epsilons * len(densities)
+    # Sequences of unequal lengths are refused when the number of models is known.
+    for d, e in zip(densities, epsilons, strict=False):
+        if not is_concrete(d, e) or d <= 0 or d >= 1:
+            continue
+        if not (d - e > 0 and d + e < 1):
+            raise OperatorError(
+                f"della: density {d} with epsilon {e} leaves (0, 1), so keep probabilities would not be "
+                f"probabilities; choose epsilon below {min(d, 1 - d):g}."
+            )
+
+
+def _values(values: Any) -> list[Any]:
+    return list(values) if isinstance(values, list | tuple) or jnp.ndim(values) else [values]
+
+
+def _della(
+    weight: Any, density: Any, epsilon: Any, normalize: bool, rescale: bool, lambda_: Any, elect: bool
+) -> Merge:
+    density, epsilon = exact(density), exact(epsilon)
+    _check(density, epsilon)
+    return task_vector_merge(
+        weight, MagPrune(density, epsilon), normalize=normalize, scale=lambda_, elect=elect, rescale=rescale
+    )
+
+
+@operator(base="required", min_models=0, reference=_REFERENCE)
+def della(
+    weight: Annotated[Any, PerModel()],
+    density: Density = 1.0,
+    normalize: bool = True,
+    rescale: bool = True,
+    lambda_: float = 1.0,
+    int8_mask: bool = False,
+    epsilon: Epsilon = 0.15,
+) -> Merge:
+    """DELLA: keep entries with a probability that grows with their magnitude rank, elect signs, average.
+
+    Keep probabilities run from `density - epsilon` for the smallest entry of a row to `density + epsilon`
+    for the largest; equal magnitudes share the mean of theirs, where mergekit orders them arbitrarily.
+    `int8_mask` is accepted for compatibility and changes nothing.
+
+    Raises:
+        OperatorError: `density - epsilon` or `density + epsilon` leaves (0, 1).
+    """
+    return _della(weight, density, epsilon, normalize, rescale, lambda_, elect=True)
+
+
+@operator(base="required", min_models=0, reference=_REFERENCE)
+def della_linear(
+    weight: Annotated[Any, PerModel()],
+    density: Density = 1.0,
+    normalize: bool = False,
+    rescale: bool = True,
+    lambda_: float = 1.0,
+    int8_mask: bool = False,
+    epsilon: Epsilon = 0.15,
+) -> Merge:
+    """DELLA without the sign election: prune by rank at random, rescale, add up."""
+    return _della(weight, density, epsilon, normalize, rescale, lambda_, elect=False)

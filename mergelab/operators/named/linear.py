@@ -1,4 +1,4 @@
-"""Weighted averages: `linear`, its uniform case, and the line through base and fine-tune (WiSE-FT, ExPO)."""
+"""Weighted averages of models, and the copy of one."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import numpy as np
 
 from mergelab.errors import OperatorError
 from mergelab.operators.compose import Merge
-from mergelab.operators.declare import PerModel, operator
-from mergelab.operators.hyper import total_weight, weights
-from mergelab.operators.reductions.weighted import Mean, WeightedSum
+from mergelab.operators.declare import PerModel, operator, total_weight, weights
+from mergelab.operators.reductions import Mean, WeightedSum
 
-__all__ = ["linear", "uniform", "wise_ft"]
+__all__ = ["linear", "passthrough", "uniform", "wise_ft"]
 
 
 @operator(base="as_input", reference="Wortsman et al., 'Model soups', arXiv 2203.05482")
@@ -46,3 +45,9 @@ def wise_ft(alpha: float) -> Merge:
     `alpha` in [0, 1] is WiSE-FT; `alpha` > 1 is ExPO's extrapolation (Zheng et al., arXiv 2404.16792).
     """
     return Merge((), WeightedSum(), scale=alpha)
+
+
+@operator(base="as_input", max_models=1, reference="mergekit 0.1.5, method passthrough")
+def passthrough(scale: float | None = None) -> Merge:
+    """Copies the single model's tensors, multiplied by `scale` if given."""
+    return Merge((), WeightedSum(weights(1.0 if scale is None else scale)), deltas=False)

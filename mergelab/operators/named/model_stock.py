@@ -13,7 +13,7 @@ from mergelab.operators.arithmetic import rounded, row_sum
 from mergelab.operators.compose import Merge
 from mergelab.operators.declare import operator
 from mergelab.operators.measures import Measure, Sum
-from mergelab.operators.reductions.gram import safe_sqrt
+from mergelab.operators.reductions import safe_sqrt
 from mergelab.operators.region import Region
 
 __all__ = ["ModelStock", "model_stock"]

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from mergelab.operators.algebra import Arrays, Known, Reduction, algebraic
 from mergelab.operators.arithmetic import coefficient, rounded
 from mergelab.operators.compose import Merge
-from mergelab.operators.declare import operator
-from mergelab.operators.hyper import weights
+from mergelab.operators.declare import operator, weights
 from mergelab.operators.region import Region
 
 __all__ = ["NearSwap", "nearswap"]

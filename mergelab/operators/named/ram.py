@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from mergelab.operators.algebra import Arrays, Known, Reduction, algebraic
 from mergelab.operators.arithmetic import coefficient, rounded
 from mergelab.operators.compose import Merge
-from mergelab.operators.declare import Range, operator
-from mergelab.operators.hyper import exact, weights
+from mergelab.operators.declare import Range, exact, operator, weights
 from mergelab.operators.measures import Measure, Sum
 from mergelab.operators.region import Region
 

@@ -12,12 +12,11 @@ from jax.core import Tracer
 from mergelab.operators.algebra import Arrays, Known, Reduction, Stage, algebraic
 from mergelab.operators.arithmetic import rounded
 from mergelab.operators.compose import Merge
-from mergelab.operators.declare import Range, operator
-from mergelab.operators.hyper import exact
+from mergelab.operators.declare import Range, exact, operator
 from mergelab.operators.measures import Measure, Rank, Sum
+from mergelab.operators.order_statistics import kept_count, magnitude_key, selected
 from mergelab.operators.region import Region
-from mergelab.operators.selection import kept_count, magnitude_key, selected
-from mergelab.operators.stages.elect import agree
+from mergelab.operators.stages import agree
 
 __all__ = ["EnergyMean", "SelectVarying", "sce"]
 

@@ -14,7 +14,7 @@ from mergelab import operators as ops
 from mergelab.errors import OperatorError
 from mergelab.merging.job import Job
 from mergelab.merging.streaming import stream_jobs
-from mergelab.operators.selection import kept_count
+from mergelab.operators.order_statistics import kept_count
 
 SIZE = 2**31 + 9
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from mergelab.merging.streaming import search as search_module
 from mergelab.merging.streaming.search import KeySearch
-from mergelab.operators.selection import Selection, select_on_host
+from mergelab.operators.order_statistics import Selection, select_on_host
 
 HIGHEST = 2**32 - 1
 

@@ -1,28 +1,93 @@
-"""Reductions `sum_i c_i x_i` whose coefficients depend on the models only through their Gram matrix.
-
-Points, norms, angles and tangents on a sphere are all inner products, so no geometry ever touches the big
-arrays: one pass accumulates an N x N matrix, a few scalar operations give the coefficients, and one more pass
-applies them.
-
-The matrix adds up products that were rounded to float32, which is fast and good to about 1e-7. Where vectors
-cancel, what is left of them is no larger than that error and would be magnified; `solve` says so, and then
-the matrix is made once more from float64 products.
-"""
+"""Reductions: maps of all models' deltas to one (weighted sums and means, and sums by their Gram matrix)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from mergelab.operators.algebra import Arrays, Known, Reduction
-from mergelab.operators.arithmetic import add_scaled
+from mergelab.operators.algebra import Arrays, Known, Reduction, algebraic
+from mergelab.operators.arithmetic import add_scaled, coefficient, rounded
 from mergelab.operators.measures import Measure, Sum
 from mergelab.operators.region import Region
 
-__all__ = ["GramReduction", "combine", "resolution", "safe_arccos", "safe_sqrt"]
+__all__ = [
+    "DisjointMean",
+    "GramReduction",
+    "Mean",
+    "WeightedSum",
+    "combine",
+    "resolution",
+    "safe_arccos",
+    "safe_sqrt",
+]
+
+
+def _weighted(xs: Arrays, weight: Any) -> jax.Array:
+    total = None
+    for i, x in enumerate(xs):
+        total = add_scaled(total, coefficient(weight, i), x)
+    assert total is not None
+    return total
+
+
+def _weight_sum(weight: Any, models: int) -> jax.Array:
+    total = coefficient(weight, 0)
+    for i in range(1, models):
+        total = total + coefficient(weight, i)
+    return total
+
+
+@algebraic
+class WeightedSum(Reduction):
+    """`sum_i w_i x_i`."""
+
+    weight: Any = 1.0
+
+    transparent: ClassVar[bool] = True
+
+    per_model: ClassVar[tuple[str, ...]] = ("weight",)
+
+    def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> jax.Array:
+        return _weighted(xs, self.weight)
+
+
+@algebraic
+class Mean(Reduction):
+    """`sum_i w_i x_i / sum_i w_i`; a weight sum below 1e-8 in magnitude divides by 1 instead."""
+
+    weight: Any = 1.0
+
+    transparent: ClassVar[bool] = True
+
+    per_model: ClassVar[tuple[str, ...]] = ("weight",)
+
+    def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> jax.Array:
+        divisor = _weight_sum(self.weight, len(xs))
+        return rounded(_weighted(xs, self.weight)) / jnp.where(
+            jnp.abs(divisor) < 1e-8, jnp.float32(1), divisor
+        )
+
+
+@algebraic
+class DisjointMean(Reduction):
+    """`sum_i w_i x_i / sum of w_i over the models whose entry is not zero`; a zero sum divides by 1.
+
+    Reference: Yadav et al., "TIES-Merging", arXiv 2306.01708.
+    """
+
+    weight: Any = 1.0
+
+    per_model: ClassVar[tuple[str, ...]] = ("weight",)
+
+    def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> jax.Array:
+        divisor = jnp.zeros_like(xs[0])
+        for i, x in enumerate(xs):
+            w = coefficient(self.weight, i)
+            divisor = divisor + jnp.where(rounded(w * x) != 0, w, jnp.float32(0))
+        return rounded(_weighted(xs, self.weight)) / jnp.where(divisor == 0, jnp.float32(1), divisor)
 
 
 def combine(coefficients: Any, xs: Arrays) -> jax.Array:

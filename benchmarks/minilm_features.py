@@ -28,7 +28,7 @@ from benchmarks.table import replace_section
 from mergelab.checkpoints.folder import weights_sha256
 from mergelab.data.corpus import Corpus, gather
 from mergelab.data.tokenizer import Tokenizer, load_tokenizer
-from mergelab.report.features import render_features
+from mergelab.report.pages import render_features
 from mergelab.sae.activation_store import write_store
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.controls import CONTROLS, control_dictionary, random_model

@@ -65,8 +65,8 @@ def command(out: Path, seed: int, preset: str, force: bool, as_json: bool) -> No
 
 def _write_report(results: Results, out: Path) -> None:
     from mergelab.checkpoints.publish import publish_file
-    from mergelab.report.figure import save_figure
-    from mergelab.report.page import render_page
+    from mergelab.report.comparison import save_figure
+    from mergelab.report.pages import render_page
 
     save_figure(results, out)
     names = [score.name for score in results.scores if score.kind == "merge"]
@@ -77,7 +77,7 @@ def _write_report(results: Results, out: Path) -> None:
 
 def _summary(results: Results, out: Path) -> str:
     from mergelab.report.comparison import cells
-    from mergelab.report.table import text_table
+    from mergelab.report.tables import text_table
 
     header, rows = cells(results)
     first_merge = 1 + len(results.domains)

@@ -362,7 +362,7 @@ def _curve(path: Path | None, host: Any, mesh: Any) -> tuple[Any, Any] | None:
 
 
 def _table(columns: Mapping[str, Scorecard], sources: list[str], *, alike: bool) -> str:
-    from mergelab.report.table import text_table
+    from mergelab.report.tables import text_table
     from mergelab.sae.evaluation.scorecard import seed_spread
 
     cards = [columns[source] for source in sources]

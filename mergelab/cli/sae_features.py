@@ -87,7 +87,7 @@ def command(
     from mergelab.checkpoints.new_files import Content, NewFiles
     from mergelab.cli.sae_folder import open_dictionary
     from mergelab.data.tokenizer import load_tokenizer
-    from mergelab.report.features import render_features
+    from mergelab.report.pages import render_features
     from mergelab.sae.dictionary import at_sites
     from mergelab.sae.evaluation.gallery import explain_gallery, make_gallery
     from mergelab.sae.evaluation.hierarchy import hierarchy

@@ -1,11 +1,20 @@
-"""What a comparison of models must offer to be drawn, and its numbers as the cells of a table."""
+"""A comparison of models: what it must offer, its cells, and its dot plot."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
-__all__ = ["Comparison", "Score", "cells", "in_reading_order"]
+from mergelab.checkpoints.publish import publish_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["Comparison", "Score", "cells", "in_reading_order", "save_figure", "score_figure", "svg"]
 
 
 class Score(Protocol):
@@ -71,3 +80,96 @@ def _marked(value: float, best: float) -> str:
 
 def _percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{fraction:.0%}"
+
+
+@dataclass(frozen=True)
+class _Palette:
+    """Colours; those of the kinds are told apart by the colour-blind and in grey."""
+
+    ink: str
+    faint: str
+    base: str
+    specialist: str
+    merge: str
+
+    def of(self, kind: str) -> str:
+        return {"base": self.base, "specialist": self.specialist, "merge": self.merge}[kind]
+
+
+_LIGHT = _Palette(ink="#1f2328", faint="#d8dee4", base="#6e7781", specialist="#0969da", merge="#bc4c00")
+_DARK = _Palette(ink="#e6edf3", faint="#30363d", base="#8b949e", specialist="#58a6ff", merge="#f0883e")
+_MARKERS = {"base": "s", "specialist": "D", "merge": "o"}
+
+
+def score_figure(comparison: Comparison, *, dark: bool = False) -> Figure:
+    """Bits per byte (lower is better) of every model on every domain and on the mean.
+
+    A dashed line marks the base, so that what lies left of it is an improvement.
+    """
+    from matplotlib.figure import Figure
+
+    palette = _DARK if dark else _LIGHT
+    scores = in_reading_order(comparison)
+    panels = {
+        **{d: [s.bits[d] for s in scores] for d in comparison.domains},
+        "mean": [s.mean for s in scores],
+    }
+    figure = Figure(figsize=(2.0 + 2.1 * len(panels), 1.0 + 0.28 * len(scores)), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, (title, values) in zip(axes, panels.items(), strict=True):
+        _panel(ax, title, values, scores, palette)
+    axes[0].set_yticks(range(len(scores)), [s.name for s in scores])
+    axes[0].set_ylim(len(scores) - 0.4, -0.6)
+    for label, score in zip(axes[0].get_yticklabels(), scores, strict=True):
+        label.set_color(palette.of(score.kind))
+    figure.supxlabel("bits per byte of held-out text (left is better)", color=palette.ink, fontsize=9)
+    return figure
+
+
+def svg(figure: Figure) -> str:
+    """The figure as SVG text without a date, the same for equal figures."""
+    import matplotlib
+
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "mergelab"}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    return text.getvalue()
+
+
+def save_figure(comparison: Comparison, folder: Path) -> None:
+    """Writes `figure.png` (200 dpi, white) and `figure.svg` (transparent)."""
+    image = io.BytesIO()
+    score_figure(comparison).savefig(image, format="png", dpi=200, facecolor="white")
+    publish_file(folder / "figure.png", image.getvalue())
+    # A figure of its own: drawing moves the layout of one already drawn by a hair.
+    publish_file(folder / "figure.svg", svg(score_figure(comparison)).encode())
+
+
+def _panel(ax: Axes, title: str, values: list[float], scores: list[Score], palette: _Palette) -> None:
+    ax.set_title(title, loc="left", color=palette.ink, fontsize=10, fontweight="bold")
+    ax.set_facecolor("none")
+    ax.axvline(values[0], color=palette.base, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
+    ax.hlines(range(len(values)), values[0], values, colors=palette.faint, linewidth=2, zorder=1)
+    best = min(values)
+    for row, (value, score) in enumerate(zip(values, scores, strict=True)):
+        colour = palette.of(score.kind)
+        ax.plot(
+            value, row, _MARKERS[score.kind], color=colour, markersize=7 if value == best else 5, zorder=2
+        )
+        if value == best:
+            ax.annotate(
+                f"{value:.3f}",
+                (value, row),
+                (0, 7),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                color=colour,
+            )
+    ax.margins(x=0.12)
+    ax.locator_params(axis="x", nbins=4)
+    ax.tick_params(colors=palette.ink, labelsize=8, length=0)
+    ax.grid(axis="x", color=palette.faint, linewidth=0.6)
+    ax.set_axisbelow(True)
+    for side in ax.spines.values():
+        side.set_visible(False)

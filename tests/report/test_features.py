@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mergelab.report.features import page_data, render_features
+from mergelab.report.pages import page_data, render_features
 from mergelab.sae.evaluation.activity import Activity
 from mergelab.sae.evaluation.examples import Example, Survey
 from mergelab.sae.evaluation.gallery import Gallery

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from mergelab.report.comparison import cells, in_reading_order
-from mergelab.report.figure import save_figure, score_figure, svg
-from mergelab.report.page import render_page
-from mergelab.report.table import markdown_table, text_table
+from mergelab.report.comparison import cells, in_reading_order, save_figure, score_figure, svg
+from mergelab.report.pages import render_page
+from mergelab.report.tables import markdown_table, text_table
 
 
 @dataclass(frozen=True)

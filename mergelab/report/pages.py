@@ -1,14 +1,60 @@
-"""Renders latents of a dictionary as one HTML file to search and sort, which asks the network for nothing."""
+"""HTML pages in one file each: the report of a comparison, and a dictionary's features."""
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mergelab.report.comparison import Comparison, Score, in_reading_order, score_figure, svg
 from mergelab.sae.evaluation.gallery import Gallery
 
-__all__ = ["page_data", "render_features"]
+__all__ = ["page_data", "render_features", "render_page"]
+
+
+def render_page(comparison: Comparison, title: str, recipes: Mapping[str, str]) -> str:
+    """The page: verdict, figure, table, recipes, and where the numbers come from; light and dark.
+
+    Args:
+        comparison: the results.
+        title: the page's heading.
+        recipes: text of every recipe by name.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("mergelab.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    scores = in_reading_order(comparison)
+    domains = list(comparison.domains)
+    return environment.get_template("comparison.html").render(
+        title=title,
+        comparison=comparison,
+        domains=domains,
+        scores=scores,
+        best={**{d: min(s.bits[d] for s in scores) for d in domains}, "mean": min(s.mean for s in scores)},
+        recipes=recipes,
+        figures={side: _data_uri(comparison, dark=side == "dark") for side in ("light", "dark")},
+        description=_description(scores),
+        total_seconds=sum(comparison.seconds.values()),
+    )
+
+
+def _data_uri(comparison: Comparison, *, dark: bool) -> str:
+    text = svg(score_figure(comparison, dark=dark))
+    return "data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode()
+
+
+def _description(scores: list[Score]) -> str:
+    """What the figure shows, for those who cannot see it."""
+    means = ", ".join(f"{score.name} {score.mean:.3f}" for score in scores)
+    return f"Dot plot of bits per byte by domain; the means are {means}."
+
 
 _STEPS = 99  # activations are shown as parts of the latent's peak, in so many steps
 

@@ -26,8 +26,7 @@ from benchmarks.machine import describe
 from benchmarks.minilm_tables import OURS, render
 from benchmarks.table import replace_section
 from mergelab.checkpoints.folder import weights_sha256
-from mergelab.data.corpus import Corpus, gather
-from mergelab.data.tokenizer import Tokenizer, load_tokenizer
+from mergelab.quickstart.corpus import Corpus, gather
 from mergelab.report.pages import render_features
 from mergelab.sae.activation_store import write_store
 from mergelab.sae.dictionary import Dictionary
@@ -41,6 +40,7 @@ from mergelab.sae.evaluation.scorecard import halves, scorecard
 from mergelab.sae.formats import load_dictionary
 from mergelab.sae.model_source import open_model_activations
 from mergelab.sae.training import train
+from mergelab.text.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["Experiment", "main"]
 

@@ -27,11 +27,10 @@ from benchmarks.machine import describe
 from benchmarks.sae_peers.problem import TRAINERS, Arrays, Problem
 from benchmarks.sae_step import REPOSITORY, run_worker
 from benchmarks.table import replace_section
-from mergelab.data.bpe import END_OF_TEXT_ID, tokenizer_files
-from mergelab.data.corpus import DOMAINS, Corpus, gather
-from mergelab.data.windows import random_windows, token_stream
 from mergelab.models import llama
 from mergelab.models.load import load_model
+from mergelab.quickstart.bpe import END_OF_TEXT_ID, tokenizer_files
+from mergelab.quickstart.corpus import DOMAINS, Corpus, gather
 from mergelab.quickstart.family import fresh_params, train_tokenizer
 from mergelab.quickstart.settings import PRESETS, QuickstartSettings
 from mergelab.quickstart.train import train_lm
@@ -40,6 +39,7 @@ from mergelab.sae.evaluation.curve import loss_curve
 from mergelab.sae.evaluation.probing_tasks import LabelledTokens, label_texts
 from mergelab.sae.evaluation.scorecard import halves, scorecard
 from mergelab.sae.model_source import ModelActivations, contexts_of_texts
+from mergelab.text.packing import random_windows, token_stream
 
 __all__ = ["Bench", "main", "render"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.sae_peers.problem import Problem
-from mergelab.data.toy import ToyTruth
+from mergelab.sae.toy import ToyTruth
 
 __all__ = ["PRESETS", "Preset"]
 

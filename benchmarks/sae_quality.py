@@ -26,9 +26,9 @@ from benchmarks.sae_peers.problem import TRAINERS, Arrays, decode, encode
 from benchmarks.sae_presets import PRESETS, Preset
 from benchmarks.sae_step import REPOSITORY, run_worker
 from benchmarks.table import replace_section
-from mergelab.data.toy import BLOCK_ROWS, ToyTruth
 from mergelab.sae.evaluation.reconstruction import Totals
 from mergelab.sae.evaluation.recovery import matched_cosine, recovery
+from mergelab.sae.toy import BLOCK_ROWS, ToyTruth
 
 __all__ = ["Bench", "judge", "main", "render"]
 

@@ -15,9 +15,9 @@ from mergelab.cli.numbers import SEED, Number, WholeNumber
 from mergelab.errors import quoted
 
 if TYPE_CHECKING:
-    from mergelab.data.tokenizer import Tokenizer
     from mergelab.decoding import Sampler
     from mergelab.models.model import Model
+    from mergelab.text.tokenizer import Tokenizer
 
 __all__ = ["command"]
 
@@ -81,7 +81,7 @@ def command(
         raise click.UsageError(f"--greedy draws nothing: leave --{given[0].replace('_', '-')} away")
 
     from mergelab.cli.runtime import configure_jax
-    from mergelab.data.tokenizer import load_tokenizer
+    from mergelab.text.tokenizer import load_tokenizer
 
     configure_jax()
     tokenizer = load_tokenizer(path) if prompt is not None or (path / "tokenizer.json").is_file() else None
@@ -170,7 +170,7 @@ def _end_ids(tokenizer: Tokenizer | None, model: Model, path: Path) -> tuple[int
     if tokenizer is not None:
         return tokenizer.end_ids
     from mergelab.checkpoints.json_data import read_optional_json
-    from mergelab.data.tokenizer import token_ids
+    from mergelab.text.tokenizer import token_ids
 
     declared = read_optional_json(path / "generation_config.json").get("eos_token_id")
     declared = model.hf_config.get("eos_token_id") if declared is None else declared

@@ -14,7 +14,7 @@ from mergelab.cli.meshes import MESH
 from mergelab.cli.numbers import Seed, WholeNumber
 
 if TYPE_CHECKING:
-    from mergelab.data.activations import ActivationFiles
+    from mergelab.activations import ActivationFiles
     from mergelab.sae.dictionary import Dictionary
     from mergelab.sae.evaluation.scorecard import Scorecard
 
@@ -130,8 +130,8 @@ def _on_files(source: Path, options: Mapping[str, Any]) -> tuple[dict[str, float
     import jax.numpy as jnp
     import numpy as np
 
+    from mergelab.activations import open_activation_files
     from mergelab.cli.sae_folder import open_dictionary
-    from mergelab.data.activations import open_activation_files
     from mergelab.errors import SAEError
     from mergelab.sae.dictionary import at_sites
     from mergelab.sae.evaluation.passes import encode_and_reconstruct
@@ -181,7 +181,7 @@ def _targets(
     import glob
     from dataclasses import replace
 
-    from mergelab.data.activations import open_activation_files
+    from mergelab.activations import open_activation_files
     from mergelab.errors import SAEError
 
     if target_data:
@@ -253,7 +253,6 @@ def _on_text(
 
     from mergelab.checkpoints.folder import weights_sha256
     from mergelab.cli.sae_folder import open_dictionary
-    from mergelab.data.tokenizer import load_tokenizer
     from mergelab.sae.dictionary import at_sites
     from mergelab.sae.evaluation.controls import CONTROLS
     from mergelab.sae.evaluation.host import check_host, check_target, open_host
@@ -261,6 +260,7 @@ def _on_text(
     from mergelab.sae.evaluation.probing_tasks import label_texts
     from mergelab.sae.evaluation.scorecard import control_scorecard, scorecard
     from mergelab.sharding import make_mesh
+    from mergelab.text.tokenizer import load_tokenizer
 
     model, texts, length = options["model"], options["texts"], options["context"]
     mesh = None if options["mesh"] is None else make_mesh(options["mesh"])

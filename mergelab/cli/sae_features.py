@@ -86,7 +86,6 @@ def command(
     from mergelab.checkpoints.folder import stat_sha256
     from mergelab.checkpoints.new_files import Content, NewFiles
     from mergelab.cli.sae_folder import open_dictionary
-    from mergelab.data.tokenizer import load_tokenizer
     from mergelab.report.pages import render_features
     from mergelab.sae.dictionary import at_sites
     from mergelab.sae.evaluation.gallery import explain_gallery, make_gallery
@@ -94,6 +93,7 @@ def command(
     from mergelab.sae.evaluation.host import check_host, open_host
     from mergelab.sae.evaluation.neuronpedia import neuronpedia_batch
     from mergelab.sharding import make_mesh
+    from mergelab.text.tokenizer import load_tokenizer
 
     inputs = [source, model, *texts, *([] if wider is None else [wider])]
     options = (site, target_site, context, latents, examples, explain, any_model)

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from mergelab.data.tokenizer import Tokenizer
 from mergelab.decoding.generate import begin
 from mergelab.decoding.progress import advance
 from mergelab.decoding.prompts import pad_prompts
@@ -18,6 +17,7 @@ from mergelab.decoding.samplers import Sampler, greedy, row_keys
 from mergelab.decoding.stop import cut_at_strings, stop_at
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit, as_partials
+from mergelab.text.tokenizer import Tokenizer
 
 __all__ = ["Completion", "complete", "new_text"]
 

@@ -1,4 +1,4 @@
-"""Measures: what a part must know of a whole tensor before it acts on a block of it; masks packed into bits."""
+"""Measures: what a part must know of a whole tensor before it acts on a block; masks packed into bits."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from mergelab.data.windows import EvaluationWindows
+from mergelab.text.packing import EvaluationWindows
 
 __all__ = ["bits_per_byte", "summed_loss"]
 

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from mergelab.data.bpe import END_OF_TEXT_ID, tokenizer_files, train_bpe
-from mergelab.data.corpus import DOMAINS, Corpus, Document
-from mergelab.data.windows import evaluation_windows, random_windows, token_stream
 from mergelab.models import llama
+from mergelab.quickstart.bpe import END_OF_TEXT_ID, tokenizer_files, train_bpe
+from mergelab.quickstart.corpus import DOMAINS, Corpus, Document
 from mergelab.quickstart.evaluate import bits_per_byte, summed_loss
 from mergelab.quickstart.settings import QuickstartSettings
 from mergelab.quickstart.train import train_lm
+from mergelab.text.packing import evaluation_windows, random_windows, token_stream
 from mergelab.version import __version__
 
 __all__ = ["Family", "checkpoint_steps", "fresh_params", "train_tokenizer"]

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergelab.checkpoints.publish import publish_file
-from mergelab.data.corpus import Document
 from mergelab.models.load import load_model
+from mergelab.quickstart.corpus import Document
 from mergelab.quickstart.settings import AutoencoderSettings
 from mergelab.sae.evaluation.examples import survey
 from mergelab.sae.evaluation.reconstruction import Totals
@@ -115,6 +115,6 @@ def find_features(
 
 
 def _token_texts(model: Path) -> Callable[[int], str]:
-    from mergelab.data.tokenizer import load_tokenizer
+    from mergelab.text.tokenizer import load_tokenizer
 
     return load_tokenizer(model).piece

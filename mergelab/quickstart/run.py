@@ -11,8 +11,8 @@ from pathlib import Path
 from mergelab.checkpoints.output_target import OutputLock, check_target
 from mergelab.checkpoints.publish import publish_file
 from mergelab.checkpoints.text_file import read_text
-from mergelab.data.corpus import DOMAINS, Document, gather
 from mergelab.merging import merge
+from mergelab.quickstart.corpus import DOMAINS, Document, gather
 from mergelab.quickstart.family import Family, train_tokenizer
 from mergelab.quickstart.features import find_features, train_autoencoder
 from mergelab.quickstart.recipes import copy_recipe

@@ -95,7 +95,7 @@ class DataSection(_Section):
         target_site: of `model`, for a transcoder.
         text: of `model`: a text file, or several.
         context: of `model`: tokens in a context, at most the model's positions.
-        toy: of `toy`: options of `mergelab.data.toy.ToyTruth`.
+        toy: of `toy`: options of `mergelab.sae.toy.ToyTruth`.
         buffer_rows: rows that are shuffled together.
     """
 

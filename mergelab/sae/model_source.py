@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergelab.checkpoints.text_file import MAX_PROSE, read_text
-from mergelab.data.packing import pack_stream
-from mergelab.data.tokenizer import load_tokenizer
 from mergelab.errors import NonFiniteError, SAEError
 from mergelab.models.load import load_model
 from mergelab.models.model import Model
 from mergelab.models.token_checks import check_tokens, window_length
+from mergelab.text.packing import pack_stream
+from mergelab.text.tokenizer import load_tokenizer
 
 __all__ = [
     "DEFAULT_CONTEXT",

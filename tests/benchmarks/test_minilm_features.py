@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.minilm_features import main
 from benchmarks.minilm_tables import render
-from mergelab.data.corpus import sources_folder
+from mergelab.quickstart.corpus import sources_folder
 from tests.sae.evaluation.tiny_encoder import write_encoder
 
 

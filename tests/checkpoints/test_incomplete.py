@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 from mergelab.checkpoints import open_checkpoint
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.model_files import donor_files
-from mergelab.data.tokenizer import load_tokenizer
 from mergelab.errors import CheckpointError
+from mergelab.text.tokenizer import load_tokenizer
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4" * 64 + b"\nsize 2471645608\n"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

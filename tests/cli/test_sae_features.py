@@ -13,8 +13,8 @@ from click.testing import CliRunner
 
 from mergelab.checkpoints.folder import weights_sha256
 from mergelab.cli.main import cli
-from mergelab.data.bpe import train_bpe
 from mergelab.models import llama
+from mergelab.quickstart.bpe import train_bpe
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats import load_dictionary, save_dictionary
 

@@ -170,8 +170,8 @@ def test_faults_are_one_sentence(run, options: list[str], message: str) -> None:
 def test_greedy_with_the_loss_on_a_text(run) -> None:
     import jax
 
-    from mergelab.data.bpe import train_bpe
     from mergelab.models import llama
+    from mergelab.quickstart.bpe import train_bpe
 
     text = "a soup of siblings is the mean of their weights.\n" * 8
     Path("valid.txt").write_text(text)

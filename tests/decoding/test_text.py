@@ -8,10 +8,10 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from mergelab.data.tokenizer import Tokenizer
 from mergelab.decoding import generate, pad_prompts, sample
 from mergelab.decoding.text import complete, new_text
 from mergelab.errors import DecodingError
+from mergelab.text.tokenizer import Tokenizer
 from tests.decoding.tiny import tiny
 
 # 61 tokens, as the tiny models have: syllables, every fourth of which begins a word.

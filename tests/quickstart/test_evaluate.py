@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jaxtyping import Array
 
-from mergelab.data.windows import evaluation_windows
 from mergelab.quickstart.evaluate import bits_per_byte, summed_loss
+from mergelab.text.packing import evaluation_windows
 
 VOCABULARY = 16
 DOCUMENTS = [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11]]

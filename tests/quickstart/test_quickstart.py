@@ -14,10 +14,10 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from mergelab.cli.main import cli
-from mergelab.data.corpus import DOMAINS
 from mergelab.merging.recipe_file import load_recipe
 from mergelab.models import llama
 from mergelab.operators import OPERATORS
+from mergelab.quickstart.corpus import DOMAINS
 from mergelab.quickstart.family import checkpoint_steps
 from mergelab.quickstart.recipes import copy_recipe, recipe_folder
 from mergelab.quickstart.settings import ALL_RECIPES, PRESETS

@@ -11,8 +11,8 @@ import optax
 import pytest
 from jaxtyping import Array
 
-from mergelab.data.windows import random_windows
 from mergelab.quickstart.train import TrainSettings, next_token_loss, train_lm
+from mergelab.text.packing import random_windows
 
 VOCABULARY = 9
 SETTINGS = TrainSettings(steps=12, learning_rate=0.5, warmup_steps=2)

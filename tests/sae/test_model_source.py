@@ -15,12 +15,12 @@ from click.testing import CliRunner
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from mergelab.activations import ActivationStream, open_activation_files
 from mergelab.checkpoints.output_target import OutputLock
 from mergelab.cli.main import cli
-from mergelab.data.activations import ActivationStream, open_activation_files
-from mergelab.data.bpe import train_bpe
 from mergelab.errors import OutputError, SAEError, SiteError, TokenError
 from mergelab.models import llama
+from mergelab.quickstart.bpe import train_bpe
 from mergelab.sae import activation_store
 from mergelab.sae.activation_store import quantized, write_store
 from mergelab.sae.model_source import ModelActivations, open_model_activations

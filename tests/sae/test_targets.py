@@ -22,13 +22,13 @@ from click.testing import CliRunner
 
 from mergelab.cli.main import cli
 from mergelab.cli.sae_folder import open_dictionary
-from mergelab.data.bpe import train_bpe
 from mergelab.errors import SAEError
 from mergelab.interp.encoder_gap import coding_target
 from mergelab.interp.latents import ablate, splice
 from mergelab.interp.steering import latent_direction
 from mergelab.models.families import model_from_config
 from mergelab.models.save import save_model
+from mergelab.quickstart.bpe import train_bpe
 from mergelab.sae.activation_store import write_store
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig, at_sites
 from mergelab.sae.evaluation.absorption import absorption

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mergelab.data.tokenizer import Tokenizer
-from mergelab.data.windows import EvaluationWindows, evaluation_windows
 from mergelab.decoding import complete
 from mergelab.errors import MergelabError
 from mergelab.interp.abliteration.prompts import Prompts
@@ -17,6 +15,8 @@ from mergelab.interp.abliteration.scores import first_token_scores
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit
 from mergelab.models.text_loss import summed_loss
+from mergelab.text.packing import EvaluationWindows, evaluation_windows
+from mergelab.text.tokenizer import Tokenizer
 
 __all__ = [
     "REFUSAL_PHRASES",

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from mergelab.data.windows import EvaluationWindows
 from mergelab.interp.abliteration.ablation import Ablation
 from mergelab.interp.abliteration.prompts import Prompts
 from mergelab.interp.abliteration.runtime import ablate
@@ -19,6 +18,7 @@ from mergelab.interp.abliteration.scores import first_token_logits, kl_divergenc
 from mergelab.interp.abliteration.space import Space
 from mergelab.interp.abliteration.weights import KeepNorms, abliterate_params
 from mergelab.models.model import Model, Params
+from mergelab.text.packing import EvaluationWindows
 
 __all__ = ["Judge"]
 

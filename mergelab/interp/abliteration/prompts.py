@@ -10,10 +10,10 @@ import numpy as np
 
 from mergelab.checkpoints.json_data import parse_json
 from mergelab.checkpoints.text_file import read_text
-from mergelab.data.chat import Message, chat_text
-from mergelab.data.tokenizer import Tokenizer
 from mergelab.decoding import pad_prompts
 from mergelab.errors import CheckpointError, MergelabError
+from mergelab.text.chat import Message, chat_text
+from mergelab.text.tokenizer import Tokenizer
 
 __all__ = ["Batch", "Prompts", "encode_prompts", "post_instruction_tokens", "read_prompts"]
 

@@ -14,8 +14,6 @@ import numpy as np
 from mergelab.checkpoints import open_checkpoint
 from mergelab.checkpoints.output_target import recorded_identity
 from mergelab.checkpoints.publish import WorkFolder
-from mergelab.data.tokenizer import Tokenizer, load_tokenizer
-from mergelab.data.windows import EvaluationWindows
 from mergelab.errors import MergelabError
 from mergelab.interp.abliteration.ablation import Ablation
 from mergelab.interp.abliteration.behaviour import (
@@ -37,6 +35,8 @@ from mergelab.interp.abliteration.writers import check_decoder
 from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params
 from mergelab.models.token_checks import check_tokens, window_length
+from mergelab.text.packing import EvaluationWindows
+from mergelab.text.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["Progress", "Settings", "abliterate"]
 

@@ -8,7 +8,6 @@ from functools import partial
 
 import numpy as np
 
-from mergelab.data.windows import EvaluationWindows
 from mergelab.errors import MergelabError
 from mergelab.interp.abliteration.judge import Judge
 from mergelab.interp.abliteration.prompts import Prompts
@@ -16,6 +15,7 @@ from mergelab.interp.abliteration.scores import check_refusal_ids, first_token_s
 from mergelab.interp.abliteration.space import Space
 from mergelab.interp.abliteration.weights import KeepNorms
 from mergelab.models.model import Model, Params
+from mergelab.text.packing import EvaluationWindows
 
 __all__ = ["SearchResult", "Trial", "frontier", "search_ablation"]
 

@@ -12,11 +12,11 @@ import numpy as np
 from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.checkpoints.model_files import open_tokenizer_file
 from mergelab.checkpoints.text_file import MAX_PROSE, read_text
-from mergelab.data.windows import evaluation_windows
 from mergelab.errors import CheckpointError, EvaluationError
 from mergelab.models.load import load_model
 from mergelab.models.text_loss import summed_loss
 from mergelab.models.token_checks import check_tokens, window_length
+from mergelab.text.packing import evaluation_windows
 
 __all__ = ["METRIC", "TextLoss"]
 

@@ -96,7 +96,7 @@ def _check_jinja(template: str) -> None:
     """Parses a template as its readers will, without compiling or running it."""
     from jinja2 import TemplateSyntaxError
 
-    from mergelab.data.chat_worker import chat_environment
+    from mergelab.text.chat_worker import chat_environment
 
     if len(template) > _MAX_TEMPLATE:
         raise RecipeError(

@@ -7,7 +7,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from mergelab.data.activations import ActivationStream
+from mergelab.activations import ActivationStream
 from mergelab.errors import SAEError, did_you_mean
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.baselines import freeze_decoder, random_state

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from mergelab.checkpoints.text_file import MAX_PROSE, read_text
-from mergelab.data.tokenizer import load_tokenizer
 from mergelab.errors import SAEError
 from mergelab.sae.model_source import cut_contexts
+from mergelab.text.tokenizer import load_tokenizer
 
 __all__ = ["TASKS", "LabelledTokens", "character_labels", "label_texts"]
 

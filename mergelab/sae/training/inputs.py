@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mergelab.activations import ActivationFiles, ActivationSource, find_activation_files
 from mergelab.checkpoints.folder import bounded_digest
 from mergelab.checkpoints.manifest import Entry
-from mergelab.data.activations import ActivationFiles, ActivationSource, find_activation_files
 from mergelab.errors import CheckpointError, SAEError
 from mergelab.sae.config import DataSection
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mergelab.data.activations import ActivationStream, Batch, Prefetch, Trace
+from mergelab.activations import ActivationStream, Batch, Prefetch, Trace
 from mergelab.errors import CheckpointError, SAEError
 from mergelab.processes import Terminated, together
 from mergelab.sae.config import TrainConfig, load_config

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from mergelab.data.activations import ActivationStream, Batch, Prefetch, open_activation_files
-from mergelab.data.toy import ToyTruth
+from mergelab.activations import ActivationStream, Batch, Prefetch, open_activation_files
 from mergelab.errors import CheckpointError, NonFiniteError, SAEError
+from mergelab.sae.toy import ToyTruth
 
 
 class Numbered:

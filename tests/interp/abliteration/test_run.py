@@ -11,7 +11,6 @@ import pytest
 from click.testing import CliRunner
 
 from mergelab.cli.main import cli
-from mergelab.data.tokenizer import load_tokenizer
 from mergelab.errors import EvaluationError, MergelabError
 from mergelab.interp.abliteration.behaviour import is_refusal, refusal_tokens
 from mergelab.interp.abliteration.prompts import (
@@ -23,6 +22,7 @@ from mergelab.interp.abliteration.prompts import (
 from mergelab.interp.abliteration.run import Settings, abliterate
 from mergelab.interp.abliteration.selection import Filters
 from mergelab.models.load import load_model
+from mergelab.text.tokenizer import load_tokenizer
 from tests.interp.abliteration.planted import REFUSE, Planted, prompts, text_of, write_folder
 
 

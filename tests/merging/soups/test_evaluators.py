@@ -14,13 +14,13 @@ import jax
 import numpy as np
 import pytest
 
-from mergelab.data.bpe import train_bpe
 from mergelab.errors import CheckpointError, EvaluationError
 from mergelab.merging.soups.command import CommandEvaluator
 from mergelab.merging.soups.text_loss import TextLoss
 from mergelab.models import llama
 from mergelab.models.families import model_from_config
 from mergelab.models.save import save_model
+from mergelab.quickstart.bpe import train_bpe
 
 TEXT = "the soup of the day is the mean of the pots; naïve cooks weigh it.\n" * 5
 CONFIG = llama.LlamaConfig(

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mergelab.data.toy import ToyTruth
 from mergelab.sae.evaluation.baselines import freeze_decoder, random_state
 from mergelab.sae.evaluation.recovery import recovery
 from mergelab.sae.initialize import initialize
 from mergelab.sae.recipe import Recipe
 from mergelab.sae.state import TrainState
 from mergelab.sae.step import Step, make_step
+from mergelab.sae.toy import ToyTruth
 from mergelab.sae.update import averaged_params
 from mergelab.sae.variants import TopK
 

@@ -7,14 +7,14 @@ from functools import partial
 from pathlib import Path
 
 from mergelab.checkpoints.folder import weights_sha256
-from mergelab.data.bpe import tokenizer_files, train_bpe
-from mergelab.data.corpus import sources_folder
-from mergelab.data.windows import random_windows, token_stream
 from mergelab.models import llama
+from mergelab.quickstart.bpe import tokenizer_files, train_bpe
+from mergelab.quickstart.corpus import sources_folder
 from mergelab.quickstart.train import TrainSettings, train_lm
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.model_source import ModelActivations, open_model_activations
 from mergelab.sae.training import train
+from mergelab.text.packing import random_windows, token_stream
 
 SITE = "blocks.0.resid_post"
 LENGTH = 32

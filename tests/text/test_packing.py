@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergelab.data.packing import Contexts, pack_stream, pack_whole, same_document
 from mergelab.errors import MergelabError
+from mergelab.text.packing import Contexts, pack_stream, pack_whole, same_document
 
 documents = st.lists(st.lists(st.integers(1, 99), max_size=23), max_size=8)
 

@@ -13,7 +13,7 @@ __all__ = ["ActivationSource"]
 class ActivationSource(Protocol):
     """Activations `[rows, d_in]`, of which any range can be read.
 
-    `mergelab.data.toy.ToyTruth` is one; files and stores are others.
+    `mergelab.sae.toy.ToyTruth` is one; files and stores are others.
     """
 
     @property

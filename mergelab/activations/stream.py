@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mergelab.data.activations.source import ActivationSource
+from mergelab.activations.source import ActivationSource
 from mergelab.errors import SAEError
 
 __all__ = ["ActivationStream", "Batch"]

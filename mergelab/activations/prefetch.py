@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from mergelab.data.activations.stream import ActivationStream, Batch
+from mergelab.activations.stream import ActivationStream, Batch
 
 __all__ = ["Prefetch", "Trace"]
 

@@ -1,21 +1,14 @@
-"""Three kinds of text that every Python installation carries, split into training and held-out documents.
-
-- *code*: the standard library's sources with docstrings and comments removed.
-- *prose*: the docstrings of the same sources, and the language reference of `pydoc_data.topics`.
-- *names*: the names of Unicode characters (`unicodedata`), in code-point order. The third domain has to exist
-  everywhere, also where tests, headers and bundled wheels are stripped: this table is compiled into the
-  interpreter. It is unlike the other two (upper-case words of a controlled vocabulary, no syntax), large
-  enough (0.7 MB), and divides into pages of related characters, so pages can be held out whole.
-
-The split is by document, never by window: a source file is held out for code and prose at once, a topic or a
-page of characters as a whole.
-"""
+"""The text of the quickstart: the documentation and source that every Python carries, and names."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import inspect
+import io
 import sys
 import sysconfig
+import tokenize
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,10 +16,60 @@ from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from mergelab.data.python_text import docstrings, stripped_code
 from mergelab.errors import MergelabError
 
-__all__ = ["DOMAINS", "Corpus", "Document", "gather", "is_held_out", "sources_folder"]
+__all__ = [
+    "DOMAINS",
+    "Corpus",
+    "Document",
+    "docstrings",
+    "gather",
+    "is_held_out",
+    "sources_folder",
+    "stripped_code",
+]
+
+
+def docstrings(source: str) -> str:
+    """The cleaned docstrings of a module, its classes and functions, in source order, a blank line between.
+
+    Raises:
+        SyntaxError: `source` is not Python of the running version.
+    """
+    return "\n\n".join(inspect.cleandoc(str(node.value)) for node in _docstring_nodes(source))
+
+
+def stripped_code(source: str) -> str:
+    """`source` without docstrings, comments and blank lines; what remains keeps its layout.
+
+    Raises:
+        SyntaxError: `source` is not Python of the running version.
+    """
+    lines = source.split("\n")  # not splitlines(), which also splits at form feeds
+    for token in tokenize.generate_tokens(io.StringIO(source + "\n").readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in _docstring_nodes(source):
+        first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
+        # The columns of a syntax tree count UTF-8 bytes.
+        before = lines[first].encode()[: node.col_offset]
+        after = lines[last].encode()[node.end_col_offset :]
+        lines[first : last + 1] = [(before + after).decode(), *[""] * (last - first)]
+    kept = [line.rstrip() for line in lines if line.strip()]
+    return "\n".join(kept) + "\n" if kept else ""
+
+
+def _docstring_nodes(source: str) -> list[ast.Constant]:
+    found: list[ast.Constant] = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        match node.body[:1]:
+            case [ast.Expr(value=ast.Constant(value=str()) as constant)]:
+                found.append(constant)
+    return sorted(found, key=lambda constant: constant.lineno)
+
 
 DOMAINS = ("code", "prose", "names")
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mergelab.data.activations import ActivationSource, ActivationStream
-from mergelab.data.toy import BLOCK_ROWS, ToyTruth
+from mergelab.activations import ActivationSource, ActivationStream
 from mergelab.errors import SAEError
+from mergelab.sae.toy import BLOCK_ROWS, ToyTruth
 
 SMALL = ToyTruth(d_in=16, n_features=48, l0=3.0, rows=40 * BLOCK_ROWS)
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mergelab.data.corpus import DOMAINS, Corpus, gather, is_held_out
-from mergelab.data.python_text import docstrings, stripped_code
 from mergelab.errors import MergelabError
+from mergelab.quickstart.corpus import DOMAINS, Corpus, docstrings, gather, is_held_out, stripped_code
 
 SOURCE = '''\
 """Module."""

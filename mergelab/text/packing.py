@@ -1,9 +1,4 @@
-"""Packs documents into contexts of one length, and says where each document begins.
-
-Two ways: `pack_stream` joins documents and cuts the stream, which wastes nothing and cuts documents wherever
-they lie; `pack_whole` fits whole documents together and pads, which cuts only what is longer than a
-context. Both are functions of their input alone: no seed, no order but the given one.
-"""
+"""Token streams cut into contexts of a fixed length."""
 
 from __future__ import annotations
 
@@ -15,7 +10,16 @@ import numpy as np
 
 from mergelab.errors import MergelabError
 
-__all__ = ["Contexts", "pack_stream", "pack_whole", "same_document"]
+__all__ = [
+    "Contexts",
+    "EvaluationWindows",
+    "evaluation_windows",
+    "pack_stream",
+    "pack_whole",
+    "random_windows",
+    "same_document",
+    "token_stream",
+]
 
 
 @dataclass(frozen=True)
@@ -161,3 +165,51 @@ def _contexts(rows: Sequence[Sequence[_Piece]], length: int, pad_id: int) -> Con
 def _check(length: int) -> None:
     if length < 1:
         raise MergelabError(f"contexts were asked to be {length} tokens long; give a length of at least 1.")
+
+
+def token_stream(documents: Sequence[Sequence[int]], separator: int) -> np.ndarray:
+    """Joins tokenised documents into one int32 stream, `separator` before each and after the last."""
+    joined = [np.array([separator, *document], np.int32) for document in documents]
+    return np.concatenate([*joined, np.array([separator], np.int32)])
+
+
+def random_windows(stream: np.ndarray, length: int, batch: int, seed: int) -> Iterator[np.ndarray]:
+    """Endless int32 batches `[batch, length + 1]` of windows drawn uniformly from the stream."""
+    starts = np.random.default_rng(seed)
+    offsets = np.arange(length + 1)
+    while True:
+        yield stream[starts.integers(0, len(stream) - length, size=(batch, 1)) + offsets]
+
+
+@dataclass(frozen=True)
+class EvaluationWindows:
+    """Disjoint windows that cover a text: every token is a target exactly once.
+
+    Attributes:
+        tokens: int32 `[windows, length + 1]`; column 0 is context only, the rest are targets.
+        is_target: bool `[windows, length]`, False on padding.
+        num_bytes: UTF-8 bytes of the text the targets spell.
+    """
+
+    tokens: np.ndarray
+    is_target: np.ndarray
+    num_bytes: int
+
+
+def evaluation_windows(
+    documents: Sequence[Sequence[int]], separator: int, length: int, num_bytes: int
+) -> EvaluationWindows:
+    """Windows over documents, each begun afresh: a window sees `separator` or the token before it, no more.
+
+    The separator is never a target, so the targets are exactly the documents' tokens.
+    """
+    rows: list[np.ndarray] = []
+    masks: list[np.ndarray] = []
+    for document in documents:
+        stream = np.array([separator, *document], np.int32)
+        for start in range(0, len(document), length):
+            window = stream[start : start + length + 1]
+            padding = length + 1 - len(window)
+            rows.append(np.pad(window, (0, padding), constant_values=separator))
+            masks.append(np.arange(length) < len(window) - 1)
+    return EvaluationWindows(np.stack(rows), np.stack(masks), num_bytes)

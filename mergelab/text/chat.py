@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from mergelab.data.chat_sandbox import Budget, run_template
-from mergelab.data.tokenizer import Tokenizer
 from mergelab.errors import ChatTemplateError, did_you_mean
+from mergelab.text.chat_sandbox import Budget, run_template
+from mergelab.text.tokenizer import Tokenizer
 
 __all__ = ["Message", "chat_text", "render_chat"]
 

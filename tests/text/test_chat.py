@@ -19,11 +19,11 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
-from mergelab.data import chat_sandbox
-from mergelab.data.chat import chat_text, render_chat
-from mergelab.data.chat_sandbox import Budget
-from mergelab.data.tokenizer import Tokenizer
 from mergelab.errors import ChatTemplateError
+from mergelab.text import chat_sandbox
+from mergelab.text.chat import chat_text, render_chat
+from mergelab.text.chat_sandbox import Budget
+from mergelab.text.tokenizer import Tokenizer
 
 MESSAGES = [
     {"role": "system", "content": "Be <brief>."},

@@ -38,9 +38,9 @@ FLOOR = "read"
 
 def build_model(folder: Path, shape: Shape) -> int:
     """Writes a random bfloat16 Qwen2 unless it is there; returns the bytes of its weights."""
-    from mergelab.models.declaration import tree_from_leaves
     from mergelab.models.families import model_from_config
     from mergelab.models.save import save_model
+    from mergelab.models.table import tree_from_leaves
 
     fixed = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True}
     model = model_from_config({**fixed, **asdict(shape), "max_position_embeddings": 32768})

@@ -27,8 +27,8 @@ from benchmarks.machine import describe
 from benchmarks.sae_peers.problem import TRAINERS, Arrays, Problem
 from benchmarks.sae_step import REPOSITORY, run_worker
 from benchmarks.table import replace_section
-from mergelab.models import llama
 from mergelab.models.load import load_model
+from mergelab.quickstart import small_llama
 from mergelab.quickstart.bpe import END_OF_TEXT_ID, tokenizer_files
 from mergelab.quickstart.corpus import DOMAINS, Corpus, gather
 from mergelab.quickstart.family import fresh_params, train_tokenizer
@@ -156,13 +156,13 @@ class Bench:
         model = self.settings.model
         files = tokenizer_files(tokenizer, self.settings.context)
 
-        def keep(step: int, params: llama.Params) -> None:
+        def keep(step: int, params: small_llama.Params) -> None:
             if step in self.size.points:
-                llama.save(params, model, self.work / "checkpoints" / str(step), files)
+                small_llama.save(params, model, self.work / "checkpoints" / str(step), files)
 
-        apply = partial(llama.apply, model)
+        apply = partial(small_llama.apply, model)
         params, _ = train_lm(apply, fresh_params(model, 0), batches, self.settings.base, on_step=keep)
-        llama.save(params, model, path, files)
+        small_llama.save(params, model, path, files)
 
     def _curve(self) -> tuple[np.ndarray, np.ndarray]:
         """Losses of the host's checkpoints on the text that judges."""

@@ -17,8 +17,8 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from mergelab.models.declaration import stored_shapes
 from mergelab.models.families import model_from_config
+from mergelab.models.table import stored_shapes
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 12
 CONFIG: dict[str, Any] = {

@@ -60,7 +60,7 @@ def command(
     from mergelab.checkpoints.model_files import donor_files
     from mergelab.checkpoints.publish import WorkFolder
     from mergelab.checkpoints.writer import identity_digest
-    from mergelab.models.orbax_folder import save_orbax
+    from mergelab.models.orbax import save_orbax
     from mergelab.models.save import save_model
 
     with WorkFolder(out, inputs=[source], overwrite=overwrite) as work:

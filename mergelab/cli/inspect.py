@@ -17,7 +17,7 @@ from mergelab.cli.numbers import WholeNumber
 from mergelab.cli.sizes import readable
 
 if TYPE_CHECKING:
-    from mergelab.models.inventory import Inventory
+    from mergelab.models.footprint import Inventory
     from mergelab.models.model import Model
 
 __all__ = ["command"]
@@ -62,7 +62,7 @@ def command(
       mergelab inspect model --topology v5e:4x4 --mesh data=2,tensor=8
     """
     from mergelab.errors import CheckpointError
-    from mergelab.models.inventory import take_inventory
+    from mergelab.models.footprint import take_inventory
 
     inventory = take_inventory(path)
     if (mesh or topology) and (inventory.model is None or inventory.faults):
@@ -131,7 +131,7 @@ def _compile(
     batch: int | None,
     length: int | None,
 ) -> dict[str, Any]:
-    from mergelab.models.topology import compile_forward
+    from mergelab.models.footprint import compile_forward
 
     pass_ = {
         "batch": batch or mesh.get("data", 1) * mesh.get("fsdp", 1),

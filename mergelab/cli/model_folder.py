@@ -39,7 +39,7 @@ def load_either(
         MergelabError: as `load_model`, `load_orbax` and `make_mesh`.
     """
     from mergelab.models.load import load_model
-    from mergelab.models.orbax_folder import is_orbax_model, load_orbax
+    from mergelab.models.orbax import is_orbax_model, load_orbax
     from mergelab.sharding import make_mesh
 
     mesh = None if sizes is None else make_mesh(sizes)

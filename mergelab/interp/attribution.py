@@ -19,8 +19,8 @@ from jax import Array
 
 from mergelab.errors import SiteError
 from mergelab.interp.collect import batches, check_prompts
-from mergelab.interp.readout import norm_gain, require_decoder, unembedding
 from mergelab.models.model import Model, Params
+from mergelab.models.residual_stream import norm_gain, require_decoder, unembedding
 
 __all__ = ["Attribution", "direct_logit_attribution"]
 

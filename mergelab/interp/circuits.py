@@ -17,8 +17,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from mergelab.interp.readout import norm_gain, require_decoder, unembedding
 from mergelab.models.model import Model, Params
+from mergelab.models.residual_stream import norm_gain, require_decoder, unembedding
 
 __all__ = ["HeadWeights", "composition_scores", "copying_scores", "head_weights"]
 

@@ -13,8 +13,8 @@ from jax import Array
 
 from mergelab.errors import SiteError
 from mergelab.interp.collect import batches, check_prompts
-from mergelab.interp.readout import require_decoder
 from mergelab.models.model import Model, Params
+from mergelab.models.residual_stream import require_decoder
 
 __all__ = ["NextTokens", "compare_next_tokens"]
 

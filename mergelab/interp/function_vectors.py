@@ -18,8 +18,8 @@ from mergelab.errors import SiteError
 from mergelab.interp.collect import batches, check_prompts, collect
 from mergelab.interp.metrics import token_probability
 from mergelab.interp.patching import patched_metrics, rows_of
-from mergelab.interp.readout import require_decoder
 from mergelab.models.model import Model, Params
+from mergelab.models.residual_stream import require_decoder
 
 __all__ = ["FunctionVector", "function_vector", "indirect_effects", "mean_heads"]
 

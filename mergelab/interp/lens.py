@@ -21,8 +21,8 @@ from jaxtyping import Float
 
 from mergelab.errors import SiteError
 from mergelab.interp.collect import Patterns, batches, check_prompts, stream_sites
-from mergelab.interp.readout import readout, require_decoder
 from mergelab.models.model import Model, Params
+from mergelab.models.residual_stream import readout, require_decoder
 from mergelab.models.token_checks import check_tokens
 
 __all__ = ["LensReading", "TunedLens", "logit_lens", "read_lens", "train_tuned_lens"]

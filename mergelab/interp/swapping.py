@@ -15,9 +15,9 @@ from mergelab.errors import SiteError
 from mergelab.interp.collect import batches, check_prompts
 from mergelab.interp.metrics import Metric
 from mergelab.interp.patching import rows_of
-from mergelab.interp.readout import require_decoder
-from mergelab.models.declaration import Leaf, get_leaf, tree_from_leaves
 from mergelab.models.model import Model, Params
+from mergelab.models.residual_stream import require_decoder
+from mergelab.models.table import Leaf, get_leaf, tree_from_leaves
 
 __all__ = ["LayerSwaps", "swap_layers"]
 

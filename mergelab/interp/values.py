@@ -16,9 +16,9 @@ import numpy as np
 from jax import Array
 
 from mergelab.errors import SiteError
-from mergelab.interp.readout import unembedding
 from mergelab.interp.vectors import unit
 from mergelab.models.model import Model, Params
+from mergelab.models.residual_stream import unembedding
 
 __all__ = ["ValueVectors", "tokens_of_values", "value_search"]
 

@@ -13,14 +13,12 @@ from jaxtyping import Array, Bool, Float, Int
 from mergelab.models.cache import Cache
 from mergelab.models.decoder_config import DecoderConfig, decoder_sites
 from mergelab.models.decoder_parameters import decoder_parameters
-from mergelab.models.family import Architecture
-from mergelab.models.layers.attention import Attention, KeysValues, soft_cap
-from mergelab.models.layers.linear import Linear, matmul
-from mergelab.models.layers.masks import visible_keys
-from mergelab.models.layers.mlp import MLP
-from mergelab.models.layers.moe import MixtureOfExperts
+from mergelab.models.layers.attention import Attention, KeysValues, soft_cap, visible_keys
+from mergelab.models.layers.dense import Linear, matmul
+from mergelab.models.layers.mlp import MLP, MixtureOfExperts
 from mergelab.models.layers.norms import Norm
 from mergelab.models.layers.rotary import rotary_tables
+from mergelab.models.model import Architecture
 from mergelab.models.sites import Tap
 
 __all__ = ["DECODER", "Decoder"]

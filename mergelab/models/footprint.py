@@ -1,21 +1,93 @@
-"""What a model takes of each device of a mesh, computed from its table alone: no weights, no devices."""
+"""What a folder holds, takes of a mesh, and costs when it is compiled."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 
-from mergelab.errors import MeshError
-from mergelab.models.declaration import Leaf
+from mergelab.aot import ChipReport, compile_for_topology
+from mergelab.checkpoints import FolderCheckpoint, open_checkpoint
+from mergelab.errors import CheckpointError, MeshError, first_faults
+from mergelab.models.families import model_from_config
 from mergelab.models.model import Model
+from mergelab.models.table import Leaf, stored_shapes, tree_from_leaves
 from mergelab.sharding import DEFAULT_RULES, Rules, named_sharding
 
-__all__ = ["Footprint", "footprint"]
+__all__ = ["Footprint", "Inventory", "compile_forward", "footprint", "lower_forward", "take_inventory"]
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """A model folder, without its weights.
+
+    Attributes:
+        checkpoint: the opened folder.
+        model: the model its config describes, or None if it cannot be run here.
+        faults: why it cannot be run, or where weights and config disagree; one sentence each.
+    """
+
+    checkpoint: FolderCheckpoint
+    model: Model | None
+    faults: tuple[str, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored elements, over all tensors."""
+        return sum(math.prod(tensor.shape) for tensor in self.checkpoint.tensors.values())
+
+    @property
+    def dtypes(self) -> Mapping[np.dtype[Any], int]:
+        """Bytes stored in each dtype, most first."""
+        found: Counter[np.dtype[Any]] = Counter()
+        for tensor in self.checkpoint.tensors.values():
+            found[tensor.dtype] += math.prod(tensor.shape) * tensor.dtype.itemsize
+        return dict(found.most_common())
+
+    def dtype_of(self, leaf: Leaf) -> np.dtype[Any]:
+        """The dtype that a leaf is stored in; that of most bytes for a leaf no tensor stores."""
+        tensor = self.checkpoint.tensors.get(leaf.hf_names[0])
+        return next(iter(self.dtypes)) if tensor is None else tensor.dtype
+
+
+def take_inventory(path: Path | str) -> Inventory:
+    """Opens a model folder or weight file, reading headers and config only.
+
+    A model whose family is unknown still has an inventory: of its tensors.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged.
+    """
+    checkpoint = open_checkpoint(path)
+    if not checkpoint.config:
+        return Inventory(checkpoint, None, (f"{checkpoint.path} has no config.json: its family is unknown.",))
+    try:
+        model = model_from_config(checkpoint.config, str(checkpoint.path / "config.json"))
+        model = model.for_tensors(checkpoint.tensors)
+    except CheckpointError as error:
+        return Inventory(checkpoint, None, (str(error),))
+    return Inventory(checkpoint, model, first_faults(_disagreements(model, checkpoint)))
+
+
+def _disagreements(model: Model, checkpoint: FolderCheckpoint) -> list[str]:
+    """One sentence for each tensor that config and headers see differently."""
+    expected, found = stored_shapes(model.table()), checkpoint.tensors
+    faults = [f"the tensor {name!r} is missing." for name in expected if name not in found]
+    for name, tensor in found.items():
+        if name in expected and tensor.shape != expected[name]:
+            shapes = f"{list(tensor.shape)}, but config.json asks for {list(expected[name])}"
+            faults.append(f"the tensor {name!r} is {shapes}.")
+        elif name not in expected and not model.is_unused(name):
+            faults.append(f"config.json leaves no use for the tensor {name!r}.")
+    return faults
 
 
 @dataclass(frozen=True)
@@ -80,3 +152,59 @@ def footprint(
         width = max(dtype_of(leaf).itemsize for leaf in model.table())
         cache = 2 * c.layers * math.prod(sharding.shard_shape(shape)) * width
     return Footprint(dict(mesh), parameters, whole, total, cache)
+
+
+def compile_forward(
+    model: Model,
+    topology: str,
+    mesh: Mapping[str, int],
+    *,
+    batch: int,
+    length: int,
+    dtype: str = "bfloat16",
+    rules: Rules = DEFAULT_RULES,
+    timeout: float = 900.0,
+) -> ChipReport:
+    """Compiles `model.apply` for a TPU topology; needs no TPU. It proves what fits, never how fast it is.
+
+    Args:
+        model: the model.
+        topology: such as `v5e:4x4`, `v6e:16x16`, `v5p:4x8x8`.
+        mesh: the sizes of the mesh's axes; one may be -1.
+        batch: sequences in the pass, over all chips.
+        length: tokens of each.
+        dtype: of parameters and activations.
+        rules: logical axis -> mesh axes.
+        timeout: seconds after which the compiler is stopped.
+
+    Raises:
+        DependencyError: the TPU compiler is not installed.
+        MeshError: no such topology, a mesh that does not fit it, or a program that does not fit the chips.
+    """
+    request = {
+        "config": dict(model.hf_config),
+        "batch": batch,
+        "length": length,
+        "dtype": dtype,
+        "rules": {name: [to] if isinstance(to, str) else to for name, to in rules.items()},
+    }
+    return compile_for_topology(f"{__name__}:lower_forward", topology, mesh, request, timeout=timeout)
+
+
+def lower_forward(mesh: Mesh, request: Mapping[str, Any]) -> jax.stages.Lowered:
+    """The forward pass as the compiler's process builds it from a request of `compile_forward`."""
+    rules = {name: tuple(to) if to else None for name, to in request["rules"].items()}
+    model = model_from_config(request["config"])
+    dtype = jnp.dtype(request["dtype"])
+
+    def array(shape: tuple[int, ...], kind: Any, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, kind, sharding=named_sharding(mesh, shape, axes, rules))
+
+    params = tree_from_leaves({leaf: array(leaf.shape, dtype, leaf.axes) for leaf in model.table()})
+    tokens = array((request["batch"], request["length"]), jnp.int32, ("batch", "length"))
+
+    def forward(params: Any, tokens: jax.Array) -> Any:
+        found = model.apply(params, tokens)
+        return found.hidden if found.logits is None else found.logits
+
+    return jax.jit(forward).lower(params, tokens)

@@ -14,11 +14,11 @@ from mergelab.checkpoints.dtypes import dtype_from_name, is_float
 from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.checkpoints.source import Checkpoint, TensorSource
 from mergelab.errors import CheckpointError, did_you_mean
-from mergelab.models.declaration import Leaf, stored_shapes, tree_from_leaves
 from mergelab.models.families import model_from_config
 from mergelab.models.layout import Box, normalise, whole
 from mergelab.models.model import Model, Params
 from mergelab.models.shard_reader import Reading, ShardReader
+from mergelab.models.table import Leaf, stored_shapes, tree_from_leaves
 from mergelab.processes import span_processes, together
 from mergelab.sharding import DEFAULT_RULES, Rules, named_sharding
 

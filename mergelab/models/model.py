@@ -1,26 +1,66 @@
-"""A model: its family and configuration, and the pure functions they define on parameters and tokens."""
+"""A model: its configuration, module and table, applied to tokens; and what a family is."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jaxtyping import Array, Bool, Int
 
 from mergelab.errors import CheckpointError, MergelabError
 from mergelab.models.cache import ArrayLeaf, Cache, new_cache
-from mergelab.models.declaration import Leaf
-from mergelab.models.family import Family
 from mergelab.models.sites import Edit, Shape, Tap
-from mergelab.models.table import build_table
+from mergelab.models.table import Leaf, Parameters, Row, build_table
 from mergelab.models.token_checks import check_ids, check_length, check_positions, concrete, learned_positions
 
-__all__ = ["Model", "Output", "Params"]
+__all__ = ["Architecture", "Family", "Model", "Output", "Params"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A flax module that several families share, and what is known of it without building it.
+
+    Attributes:
+        module: from a configuration to the module.
+        parameters: path, shape and logical axes of every parameter.
+        sites: name and symbolic shape of every site, in forward order.
+        causal: whether tokens see only earlier ones (it can keep a cache, and has logits).
+    """
+
+    module: Callable[[Any], nn.Module]
+    parameters: Callable[[Any], Parameters]
+    sites: Callable[[Any], dict[str, Shape]]
+    causal: bool
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of models.
+
+    Attributes:
+        model_type: as `config.json` spells it.
+        architecture: the module it runs on.
+        read: `(config, place) -> configuration`; raises `CheckpointError` for what it cannot compute.
+        rows: the table that maps parameters to HF tensors, for one configuration.
+        prefix: what HF puts before tensor names in models with a head, and leaves away without one.
+        unused: glob patterns of tensors that files may hold and that the model does not need.
+        adapt: `(configuration, tensor names) -> configuration`, where files of one config differ.
+    """
+
+    model_type: str
+    architecture: Architecture
+    read: Callable[[Mapping[str, Any], str], Any]
+    rows: Callable[[Any], Iterable[Row]]
+    prefix: str = ""
+    unused: tuple[str, ...] = ()
+    adapt: Callable[[Any, Collection[str]], Any] = lambda config, names: config
+
 
 Params = dict[str, Any]
 

@@ -11,13 +11,23 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from mergelab.checkpoints.buffers import Staging, aligned_empty
 from mergelab.checkpoints.file_tensor import read_runs
 from mergelab.checkpoints.source import TensorSource
 from mergelab.errors import NonFiniteError
-from mergelab.models.declaration import Leaf
-from mergelab.models.layout import Box, box_shape, box_size, slices
-from mergelab.models.regions import blocks, intersection, join, relative, runs, widen
-from mergelab.models.staging import Staging, aligned_empty
+from mergelab.models.layout import (
+    Box,
+    blocks,
+    box_shape,
+    box_size,
+    intersection,
+    join,
+    relative,
+    runs,
+    slices,
+    widen,
+)
+from mergelab.models.table import Leaf
 from mergelab.platform import usable_cores
 
 __all__ = ["Reading", "ShardReader"]

@@ -1,13 +1,240 @@
-"""Rows with a block number left open, and how they become the table of leaves of one configuration."""
+"""The table of a family: where each parameter stands in the tree and in files, and what happens between."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
-from mergelab.models.declaration import Leaf, Transform
+import numpy as np
 
-__all__ = ["Parameter", "Parameters", "Row", "build_table", "linear_rows"]
+from mergelab.models.layout import Box, Layout, slices, whole
+
+__all__ = [
+    "Fused",
+    "FusedHeads",
+    "Leaf",
+    "Parameter",
+    "Parameters",
+    "Piece",
+    "Row",
+    "Transform",
+    "build_table",
+    "check_table",
+    "get_leaf",
+    "linear_rows",
+    "stored_shapes",
+    "tree_from_leaves",
+]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Part of a tensor that several leaves share: a range of its output features.
+
+    The leaf's last axis is the range that begins at `start` of the `size` output features in the file.
+
+    Attributes:
+        start: the first feature.
+        size: how many features the fused tensor has.
+        transposed: True where the file holds [out, in] (a torch `Linear`), False for [in, out] (`Conv1D`).
+            A vector has one order only.
+    """
+
+    start: int
+    size: int
+    transposed: bool = True
+
+
+@dataclass(frozen=True)
+class FusedHeads:
+    """One of the parts that a tensor interleaves head by head: its output features are [heads, parts, -1].
+
+    Attributes:
+        part: which part the leaf is.
+        parts: how many there are (query, key, value: 3).
+        heads: how many heads.
+        transposed: as in `Fused`.
+    """
+
+    part: int
+    parts: int
+    heads: int
+    transposed: bool = True
+
+
+Transform = Literal["identity", "transpose"] | Fused | FusedHeads
+
+
+class Piece(NamedTuple):
+    """The same elements in a file and in a leaf.
+
+    Attributes:
+        hf_name: the tensor in the file.
+        source: a box of that tensor seen in the shape `leaf.layout.view`.
+        target: the box of the leaf, of the same elements.
+    """
+
+    hf_name: str
+    source: Box
+    target: Box
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One row: a leaf, the HF tensor (or stack of tensors) that stores it, and how the two layouts relate.
+
+    Attributes:
+        path: keys from the root of the parameter tree to the leaf.
+        hf_name: the tensor's name in an HF checkpoint. In a stack, `{}` stands for the number of the tensor.
+        shape: the *leaf's* shape.
+        transform: `transpose` swaps the last two axes: kernels are [in, out] here, [out, in] in a torch
+            `Linear`. `Fused` and `FusedHeads` take a part of a tensor that other leaves share.
+        axes: the logical name of each axis for sharding rules (see `mergelab.sharding`), None where it is
+            never split; empty if no axis ever is.
+        stack: if positive, the leaf's first axis runs over that many HF tensors (experts).
+    """
+
+    path: tuple[str, ...]
+    hf_name: str
+    shape: tuple[int, ...]
+    transform: Transform = "identity"
+    axes: tuple[str | None, ...] = ()
+    stack: int = 0
+
+    def __post_init__(self) -> None:
+        if self.axes and len(self.axes) != len(self.shape):
+            raise ValueError(f"leaf {'.'.join(self.path)}: {self.axes} do not name the axes of {self.shape}")
+        if self.stack and (self.shape[:1] != (self.stack,) or "{}" not in self.hf_name):
+            raise ValueError(f"leaf {'.'.join(self.path)} of shape {self.shape} does not stack {self.stack}")
+        if self.layout.shape != self.shape[bool(self.stack) :]:
+            raise ValueError(f"leaf {'.'.join(self.path)}: {self.transform} does not fit shape {self.shape}")
+
+    @property
+    def name(self) -> str:
+        """The path, dotted."""
+        return ".".join(self.path)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How the leaf lies in its HF tensor, or each element of its first axis in one of the stack."""
+        return _layout(self.transform, self.shape[bool(self.stack) :])
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        """The shape of the tensor (of each tensor of a stack) in the HF checkpoint."""
+        return self.layout.stored_shape
+
+    @cached_property
+    def hf_names(self) -> tuple[str, ...]:
+        """The tensors of the HF checkpoint that the leaf is made of."""
+        if not self.stack:
+            return (self.hf_name,)
+        return tuple(self.hf_name.replace("{}", str(number)) for number in range(self.stack))
+
+    def forward(self, stored: Sequence[np.ndarray]) -> np.ndarray:
+        """The leaf, from the tensors that `hf_names` names; a view where numpy can give one."""
+        parts = [self.layout.forward(array) for array in stored]
+        return np.stack(parts) if self.stack else parts[0]
+
+    def inverse(self, leaf: np.ndarray, out: Sequence[np.ndarray]) -> None:
+        """Puts the leaf's elements into contiguous arrays for the tensors that `hf_names` names."""
+        for part, array in zip(leaf if self.stack else [leaf], out, strict=True):
+            self.layout.inverse(part, array)
+
+    def pullback(self, box: Box) -> Iterator[Piece]:
+        """Follows a slice of the leaf to the file: the pieces whose targets make up `box`."""
+        if not self.stack:
+            for source, target in self.layout.pullback(box):
+                yield Piece(self.hf_name, source, target)
+            return
+        (first, last), *rest = box
+        for number in range(first, last):
+            for source, target in self.layout.pullback(tuple(rest)):
+                yield Piece(self.hf_names[number], source, ((number, number + 1), *target))
+
+
+def _layout(transform: Transform, shape: tuple[int, ...]) -> Layout:
+    """The layout of a leaf of this shape (the axis of a stack not among it)."""
+    if isinstance(transform, FusedHeads):
+        width = shape[-1] // transform.heads
+        outputs = (transform.heads, transform.parts, width)
+        chosen = ((0, transform.heads), (transform.part, transform.part + 1), (0, width))
+    elif isinstance(transform, Fused):
+        outputs, chosen = (transform.size,), ((transform.start, transform.start + shape[-1]),)
+    else:
+        outputs, chosen = shape[-1:], whole(shape[-1:])
+    if not shape:
+        return Layout((), (), (), ())
+    transposed = len(shape) > 1 and (transform == "transpose" or getattr(transform, "transposed", False))
+    before, after = (shape[:-2], shape[-2:-1]) if transposed else (shape[:-1], ())
+    first, last = len(before), len(before) + len(outputs)
+    axes = [(i,) for i in range(first)] + [(last,)] * transposed + [tuple(range(first, last))]
+    return Layout(
+        (*before, math.prod(outputs), *after),
+        (*before, *outputs, *after),
+        (*whole(before), *chosen, *whole(after)),
+        tuple(axes),
+    )
+
+
+def stored_shapes(leaves: Iterable[Leaf]) -> dict[str, tuple[int, ...]]:
+    """The shape of every HF tensor of a table, by name, in table order.
+
+    Raises:
+        ValueError: two leaves see one tensor in different shapes.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for leaf in leaves:
+        for name in leaf.hf_names:
+            if shapes.setdefault(name, leaf.hf_shape) != leaf.hf_shape:
+                raise ValueError(f"tensor {name!r} is {shapes[name]} to one leaf, {leaf.hf_shape} to another")
+    return shapes
+
+
+def check_table(leaves: Sequence[Leaf]) -> None:
+    """Checks that a table is a one-to-one map: each leaf once, each element of each HF tensor once.
+
+    Raises:
+        ValueError: it is not; the message names the leaf or tensor.
+    """
+    paths = [leaf.path for leaf in leaves]
+    if len(set(paths)) != len(paths):
+        raise ValueError(f"leaf {next(p for p in paths if paths.count(p) > 1)} stands twice in the table")
+    seen = {name: np.zeros(shape, np.uint8) for name, shape in stored_shapes(leaves).items()}
+    for leaf in leaves:
+        for name in leaf.hf_names:
+            seen[name].reshape(leaf.layout.view)[slices(leaf.layout.window)] += 1
+    for name, times in seen.items():
+        if (times != 1).any():
+            raise ValueError(f"tensor {name!r} has elements that belong to no leaf or to more than one")
+
+
+def get_leaf(params: Mapping[str, Any], leaf: Leaf) -> Any:
+    """The array that `leaf` names in a parameter tree."""
+    node: Any = params
+    for key in leaf.path:
+        node = node[key]
+    return node
+
+
+def tree_from_leaves(arrays: Mapping[Leaf, Any]) -> dict[str, Any]:
+    """Builds the nested parameter tree that holds each array at its leaf's path."""
+    tree: dict[str, Any] = {}
+    for leaf, array in arrays.items():
+        *parents, last = leaf.path
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = array
+    return tree
 
 
 class Parameter(NamedTuple):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from mergelab.models import llama
+from mergelab.quickstart import small_llama
 from mergelab.quickstart.bpe import END_OF_TEXT_ID, tokenizer_files, train_bpe
 from mergelab.quickstart.corpus import DOMAINS, Corpus, Document
 from mergelab.quickstart.evaluate import bits_per_byte, summed_loss
@@ -33,13 +33,13 @@ def train_tokenizer(corpus: Corpus, settings: QuickstartSettings) -> str:
     return train_bpe(texts, settings.model.vocab_size).to_str()
 
 
-def fresh_params(model: llama.LlamaConfig, seed: int) -> llama.Params:
+def fresh_params(model: small_llama.LlamaConfig, seed: int) -> small_llama.Params:
     """Initial parameters with token embeddings of unit length.
 
     At the usual deviation of 0.02 what the blocks add drowns the tokens, and so short a training spends its
     first hundred steps on undoing that.
     """
-    params = llama.init(model, seed)
+    params = small_llama.init(model, seed)
     embedding = params["embed"]["embedding"]
     length = jnp.linalg.norm(embedding, axis=-1, keepdims=True)
     return params | {"embed": {"embedding": embedding / jnp.broadcast_to(length, embedding.shape)}}
@@ -59,7 +59,7 @@ class Family:
         self.corpus = corpus
         self.tokenizer = Tokenizer.from_str(tokenizer)
         self.seed = seed
-        self._apply = partial(llama.apply, settings.model)
+        self._apply = partial(small_llama.apply, settings.model)
         self._loss = summed_loss(self._apply)
 
     def train(
@@ -86,7 +86,7 @@ class Family:
         domains, steps = (
             (DOMAINS, self.settings.base) if start is None else ((name,), self.settings.specialist)
         )
-        params = fresh_params(self.settings.model, self.seed) if start is None else llama.load(start)[1]
+        params = fresh_params(self.settings.model, self.seed) if start is None else small_llama.load(start)[1]
         documents = [document for domain in domains for document in self.corpus.train[domain]]
         stream = token_stream(self._encode(documents), END_OF_TEXT_ID)
         seed = self.seed * (1 + len(DOMAINS)) + ("base", *DOMAINS).index(name)
@@ -94,26 +94,26 @@ class Family:
         files = tokenizer_files(self.tokenizer, self.settings.context)
         kept = checkpoint_steps(steps.steps) if checkpoints else ()
 
-        def report(step: int, params: llama.Params) -> None:
+        def report(step: int, params: small_llama.Params) -> None:
             if checkpoints and step in kept:
-                llama.save(params, self.settings.model, checkpoints / str(step), files)
+                small_llama.save(params, self.settings.model, checkpoints / str(step), files)
             if step % _REPORT_EVERY == 0 or step == steps.steps:
                 jax.block_until_ready(params)
                 on_step(step, steps.steps)
 
         params, losses = train_lm(self._apply, params, batches, steps, on_step=report)
-        llama.save(params, self.settings.model, path, files)
+        small_llama.save(params, self.settings.model, path, files)
         return {"first_loss": round(float(losses[0]), 4), "last_loss": round(float(losses[-20:].mean()), 4)}
 
     def evaluate(self, folder: Path) -> dict[str, float]:
         """Bits per byte of the model in an HF folder on every domain's held-out text."""
-        _, params = llama.load(folder)
+        _, params = small_llama.load(folder)
         return {domain: self._bits(params, self.corpus.held_out[domain]) for domain in DOMAINS}
 
     def facts(self) -> dict[str, str]:
         """Where the numbers come from, for the report."""
         model = self.settings.model
-        size = sum(leaf.size for leaf in llama.leaves(model))
+        size = sum(leaf.size for leaf in small_llama.leaves(model))
         return {
             "model": f"Llama, {size:,} parameters: width {model.hidden_size}, "
             f"{model.num_hidden_layers} layers, context {self.settings.context}, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mergelab.models.llama import LlamaConfig
+from mergelab.quickstart.small_llama import LlamaConfig
 from mergelab.quickstart.train import TrainSettings
 
 __all__ = ["PRESETS", "QuickstartSettings"]

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mergelab.checkpoints.orbax import restore_tree, save_tree, tree_shapes
 from mergelab.errors import CheckpointError
+from mergelab.models.orbax import restore_tree, save_tree, tree_shapes
 
 TREE = {"a": {"w": jnp.arange(12.0).reshape(3, 4)}, "b": jnp.ones(5)}
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from mergelab.checkpoints import open_checkpoint, read_whole
 from mergelab.cli.main import cli
 from mergelab.models.families import model_from_config
-from mergelab.models.orbax_folder import is_orbax_model
+from mergelab.models.orbax import is_orbax_model
 from mergelab.models.save import save_model
 
 CONFIG = {

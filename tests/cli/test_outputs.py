@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 
 from mergelab.checkpoints.output_target import OutputLock
 from mergelab.cli.main import cli
-from mergelab.models.declaration import stored_shapes
 from mergelab.models.families import model_from_config
+from mergelab.models.table import stored_shapes
 from tests.decoding.tiny import CONFIGS
 
 FOLDERS = {

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from mergelab.checkpoints.folder import weights_sha256
 from mergelab.cli.main import cli
-from mergelab.models import llama
+from mergelab.quickstart import small_llama
 from mergelab.quickstart.bpe import train_bpe
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats import load_dictionary, save_dictionary
@@ -30,13 +30,13 @@ def _invoke(*arguments: object) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("features")
-    config = llama.LlamaConfig(
+    config = small_llama.LlamaConfig(
         vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=2, head_dim=8, max_position_embeddings=32,
     )  # fmt: skip
     files = {"tokenizer.json": train_bpe([TEXT], 300).to_str().encode()}
     for seed, name in enumerate(("model", "other")):
-        llama.save(llama.init(config, seed), config, path / name, files=files)
+        small_llama.save(small_llama.init(config, seed), config, path / name, files=files)
     (path / "text.py").write_text(TEXT)
     for seed in range(2):
         rows = np.random.default_rng(seed).standard_normal((40, 16)).astype(np.float32)

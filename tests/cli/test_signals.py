@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mergelab.models.declaration import stored_shapes
 from mergelab.models.families import model_from_config
+from mergelab.models.table import stored_shapes
 from mergelab.quickstart.bpe import tokenizer_files, train_bpe
 
 REPOSITORY = Path(__file__).resolve().parents[2]

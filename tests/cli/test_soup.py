@@ -170,12 +170,12 @@ def test_faults_are_one_sentence(run, options: list[str], message: str) -> None:
 def test_greedy_with_the_loss_on_a_text(run) -> None:
     import jax
 
-    from mergelab.models import llama
+    from mergelab.quickstart import small_llama
     from mergelab.quickstart.bpe import train_bpe
 
     text = "a soup of siblings is the mean of their weights.\n" * 8
     Path("valid.txt").write_text(text)
-    config = llama.LlamaConfig(
+    config = small_llama.LlamaConfig(
         vocab_size=280,
         hidden_size=8,
         intermediate_size=8,
@@ -187,11 +187,11 @@ def test_greedy_with_the_loss_on_a_text(run) -> None:
         tie_word_embeddings=True,
         bos_token_id=0,
     )
-    params = llama.init(config, seed=0)
+    params = small_llama.init(config, seed=0)
     for i in range(2):
         Path(f"lm-{i}").mkdir()
         noisy = jax.tree.map(lambda x, i=i: x + 0.3 * jax.random.normal(jax.random.key(i), x.shape), params)
-        llama.save(noisy, config, Path(f"lm-{i}"))
+        small_llama.save(noisy, config, Path(f"lm-{i}"))
         train_bpe([text], config.vocab_size).save(f"lm-{i}/tokenizer.json")
     options = ("--method", "greedy", "--text", "valid.txt", "--test-text", "valid.txt", "--json")
     result = run("lm-0", "lm-1", "--out", "soup", *options)

@@ -12,8 +12,8 @@ from functools import partial
 
 import numpy as np
 
-from mergelab.models import llama
 from mergelab.models.model import Model, Params
+from mergelab.quickstart import small_llama
 from mergelab.quickstart.train import TrainSettings, train_lm
 
 VOCAB, LENGTH = 28, 16
@@ -58,13 +58,13 @@ def windows(batch: int) -> Iterator[np.ndarray]:
 
 def train_domains() -> Trained:
     """Two layers of width 32; knows the domain of a line from its words."""
-    config = llama.LlamaConfig(
+    config = small_llama.LlamaConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
     )  # fmt: skip
     settings = TrainSettings(steps=150, learning_rate=1e-2, warmup_steps=10)
-    start = llama.init(config, 0)
-    params, losses = train_lm(partial(llama.apply, config), start, windows(32), settings)
+    start = small_llama.init(config, 0)
+    params, losses = train_lm(partial(small_llama.apply, config), start, windows(32), settings)
     return Trained(config.model, params, float(losses[-10:].mean()))
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax
 
-from mergelab.models.declaration import get_leaf, tree_from_leaves
 from mergelab.models.model import Model, Params
+from mergelab.models.table import get_leaf, tree_from_leaves
 from mergelab.sharding import DEFAULT_RULES, make_mesh, named_sharding
 
 

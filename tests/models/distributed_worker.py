@@ -16,10 +16,10 @@ import numpy as np
 from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.checkpoints.shared_writer import SharedWriter
 from mergelab.errors import CheckpointError, MergelabError, OutputError
-from mergelab.models.declaration import Leaf
 from mergelab.models.load import load_model, load_params
-from mergelab.models.orbax_folder import load_orbax, save_orbax
+from mergelab.models.orbax import load_orbax, save_orbax
 from mergelab.models.save import save_model, save_params
+from mergelab.models.table import Leaf
 from mergelab.operators import OPERATORS
 from mergelab.sharding import make_mesh
 from tests.models.synthetic import Counted

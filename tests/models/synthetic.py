@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from mergelab.checkpoints.source import TensorSource
-from mergelab.models.declaration import Fused, FusedHeads, Leaf, stored_shapes
+from mergelab.models.table import Fused, FusedHeads, Leaf, stored_shapes
 
 TABLE = (
     Leaf(("embed",), "wte", (40, 16), axes=("vocab", "embed")),

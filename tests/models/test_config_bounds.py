@@ -16,10 +16,10 @@ from safetensors.numpy import save_file
 
 from mergelab.checkpoints.json_data import parse_json, read_json_object, read_optional_json
 from mergelab.errors import CheckpointError, MergelabError
-from mergelab.models.declaration import stored_shapes
 from mergelab.models.families import model_from_config
-from mergelab.models.inventory import take_inventory
+from mergelab.models.footprint import take_inventory
 from mergelab.models.load import load_model
+from mergelab.models.table import stored_shapes
 from tests.models.tiny_models import CONFIGS
 
 ODD: list[Any] = [

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergelab.models.declaration import (
+from mergelab.models.layout import Box, Layout, box_size, slices, whole
+from mergelab.models.table import (
     Fused,
     FusedHeads,
     Leaf,
@@ -18,7 +19,6 @@ from mergelab.models.declaration import (
     check_table,
     stored_shapes,
 )
-from mergelab.models.layout import Box, Layout, box_size, slices, whole
 
 SIZES = st.integers(1, 5)
 

@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mergelab.checkpoints.folder import open_checkpoint
-from mergelab.models.declaration import stored_shapes
 from mergelab.models.load import load_model
+from mergelab.models.table import stored_shapes
 from tests.models.distributed_worker import WIDE
 from tests.models.tiny_models import weights, write
 from tests.two_processes import run_two

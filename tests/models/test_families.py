@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from mergelab.errors import CheckpointError
-from mergelab.models.declaration import check_table, stored_shapes
 from mergelab.models.families import FAMILIES, model_from_config
 from mergelab.models.model import Model, Params
+from mergelab.models.table import check_table, stored_shapes
 from tests.models.tiny_models import CONFIGS, MASK, TOKENS, params_of, tiny, weights, write
 from tests.models.transformers_outputs import RECORDED, values
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from mergelab.errors import CheckpointError, OutputError
 from mergelab.models.families import model_from_config
 from mergelab.models.load import load_model
-from mergelab.models.orbax_folder import is_orbax_model, load_orbax, save_orbax
+from mergelab.models.orbax import is_orbax_model, load_orbax, save_orbax
 from mergelab.models.save import save_model
 from mergelab.operators import OPERATORS
 from mergelab.sharding import make_mesh

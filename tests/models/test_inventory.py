@@ -14,8 +14,7 @@ import safetensors.numpy
 from mergelab.checkpoints import dtype_from_name
 from mergelab.errors import CheckpointError, MeshError
 from mergelab.models.families import model_from_config
-from mergelab.models.footprint import footprint
-from mergelab.models.inventory import take_inventory
+from mergelab.models.footprint import footprint, take_inventory
 from mergelab.models.model import Model
 from mergelab.sharding import make_mesh, named_sharding
 

@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mergelab.errors import CheckpointError, OutputError
-from mergelab.models import llama
-from mergelab.models.llama import LlamaConfig
+from mergelab.quickstart import small_llama
+from mergelab.quickstart.small_llama import LlamaConfig
 from tests.models.tiny_models import weights
 
 SMALL = LlamaConfig(
@@ -47,13 +47,13 @@ def write(folder: Path, config: LlamaConfig, **changes: object) -> Path:
     return folder
 
 
-def logits(config: LlamaConfig, params: llama.Params, tokens: np.ndarray = TOKENS) -> np.ndarray:
-    return np.asarray(jax.jit(partial(llama.apply, config))(params, tokens))
+def logits(config: LlamaConfig, params: small_llama.Params, tokens: np.ndarray = TOKENS) -> np.ndarray:
+    return np.asarray(jax.jit(partial(small_llama.apply, config))(params, tokens))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_the_recorded_ones(name: str, tmp_path: Path) -> None:
-    config, params = llama.load(write(tmp_path, CONFIGS[name]))
+    config, params = small_llama.load(write(tmp_path, CONFIGS[name]))
     assert config == CONFIGS[name]
     recorded = json.loads(RECORDED.read_text())[name]
     np.testing.assert_allclose(logits(config, params)[:, -1, :12], recorded, rtol=0, atol=1e-4)
@@ -66,8 +66,8 @@ def test_logits_are_the_recorded_ones(name: str, tmp_path: Path) -> None:
 def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    config, params = llama.load(write(tmp_path / "theirs", CONFIGS[name]))
-    llama.save(params, config, tmp_path / "ours")
+    config, params = small_llama.load(write(tmp_path / "theirs", CONFIGS[name]))
+    small_llama.save(params, config, tmp_path / "ours")
     for folder in ("theirs", "ours"):
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype=torch.float32)
         with torch.no_grad():
@@ -97,7 +97,7 @@ def test_a_folder_written_by_transformers_loads(tmp_path: Path) -> None:
         )
     )
     theirs.save_pretrained(tmp_path)
-    config, params = llama.load(tmp_path)
+    config, params = small_llama.load(tmp_path)
     assert config.rope_theta == 1234.0
     with torch.no_grad():
         expected = theirs(torch.tensor(TOKENS % 50, dtype=torch.int64)).logits.numpy()
@@ -107,29 +107,29 @@ def test_a_folder_written_by_transformers_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_saving_restores_names_bytes_and_config(name: str, tmp_path: Path) -> None:
     source = write(tmp_path / "source", CONFIGS[name])
-    config, params = llama.load(source)
-    llama.save(params, config, tmp_path / "copy", {"tokenizer.json": b"{}"})
+    config, params = small_llama.load(source)
+    small_llama.save(params, config, tmp_path / "copy", {"tokenizer.json": b"{}"})
     original, copy = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "copy"))
     assert original.keys() == copy.keys()
     assert all(original[key].tobytes() == copy[key].tobytes() for key in original)
-    assert llama.load(tmp_path / "copy")[0] == config
+    assert small_llama.load(tmp_path / "copy")[0] == config
     assert (tmp_path / "copy" / "tokenizer.json").read_bytes() == b"{}"
     with pytest.raises(OutputError):
-        llama.save(params, config, tmp_path / "copy")
+        small_llama.save(params, config, tmp_path / "copy")
 
 
 def test_fresh_parameters_fill_the_table_and_nothing_else() -> None:
     for config in CONFIGS.values():
-        params = llama.init(config, seed=1)
+        params = small_llama.init(config, seed=1)
         shapes = {tuple(k.key for k in path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
-        assert shapes == {leaf.path: leaf.shape for leaf in llama.leaves(config)}
-    one, again, other = (llama.init(SMALL, seed=seed) for seed in (1, 1, 2))
+        assert shapes == {leaf.path: leaf.shape for leaf in small_llama.leaves(config)}
+    one, again, other = (small_llama.init(SMALL, seed=seed) for seed in (1, 1, 2))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), one, again))
     assert not jnp.array_equal(one["embed"]["embedding"], other["embed"]["embedding"])
 
 
 def test_the_future_does_not_reach_the_past() -> None:
-    params = llama.init(SMALL, seed=0)
+    params = small_llama.init(SMALL, seed=0)
     changed = TOKENS.copy()
     changed[:, 6] += 1
     before, after = logits(SMALL, params), logits(SMALL, params, changed)
@@ -159,9 +159,9 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(
     changes: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
-        llama.load(write(tmp_path, SMALL, **changes))
+        small_llama.load(write(tmp_path, SMALL, **changes))
 
 
 def test_newer_configs_keep_theta_in_rope_parameters(tmp_path: Path) -> None:
     newer = {"rope_theta": "absent", "rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}
-    assert llama.load(write(tmp_path, SMALL, **newer))[0].rope_theta == 777.0
+    assert small_llama.load(write(tmp_path, SMALL, **newer))[0].rope_theta == 777.0

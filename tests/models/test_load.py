@@ -13,10 +13,10 @@ from safetensors.numpy import save_file
 
 from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.errors import CheckpointError, MeshError, NonFiniteError
-from mergelab.models.declaration import get_leaf
 from mergelab.models.layout import whole
 from mergelab.models.load import load_params
 from mergelab.models.shard_reader import ShardReader
+from mergelab.models.table import get_leaf
 from mergelab.sharding import DEFAULT_RULES, make_mesh, named_sharding
 from tests.models.synthetic import TABLE, Counted, expected, tensors, write
 
@@ -79,7 +79,7 @@ def test_one_process_reads_each_byte_once(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("transform", ["identity", "transpose"])
 def test_half_of_a_leaf_is_half_of_the_reading(axis: int, transform: Any, tmp_path: Path) -> None:
     """What decides the reading of one process among several: rows and columns, straight and transposed."""
-    from mergelab.models.declaration import Leaf
+    from mergelab.models.table import Leaf
 
     stored = np.random.default_rng(0).normal(size=(64, 4096)).astype(np.float32)
     stored = stored.T.copy() if transform == "transpose" else stored

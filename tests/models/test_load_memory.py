@@ -23,7 +23,7 @@ import gc, json, re, resource, sys
 from pathlib import Path
 import jax
 from mergelab.checkpoints.folder import open_checkpoint
-from mergelab.models.declaration import Leaf
+from mergelab.models.table import Leaf
 from mergelab.models.load import load_params
 from mergelab.models.save import save_params
 from mergelab.sharding import make_mesh

@@ -9,9 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergelab.models import transposed_copy
-from mergelab.models.layout import Box, box_shape, box_size, slices
-from mergelab.models.regions import blocks, intersection, join, relative, runs, widen
+from mergelab.models import save
+from mergelab.models.layout import (
+    Box,
+    blocks,
+    box_shape,
+    box_size,
+    intersection,
+    join,
+    relative,
+    runs,
+    slices,
+    widen,
+)
 
 
 @st.composite
@@ -85,7 +95,7 @@ def test_transposed_copies_move_every_element(rows: int, columns: int, data: Any
     for turned in (False, True):
         whole = np.zeros((*lead, columns, rows), dtype).swapaxes(-1, -2)
         from_, to = (source, whole) if not turned else (np.asfortranarray(source), np.zeros(shape, dtype))
-        transposed_copy.copy(from_[part], to[part])
+        save.copy(from_[part], to[part])
         np.testing.assert_array_equal(to[part], source[part])
         outside = to.copy()
         outside[part] = 0
@@ -96,7 +106,7 @@ def test_transposed_copies_move_every_element(rows: int, columns: int, data: Any
 def test_transposed_copies_cross_their_tiles(dtype: Any) -> None:
     source = np.random.default_rng(0).normal(size=(131, 4100)).astype(dtype)
     target = np.zeros((4100, 132), dtype)
-    transposed_copy.copy(source, target.T[:131])
+    save.copy(source, target.T[:131])
     np.testing.assert_array_equal(target[:, :131], source.T)
     assert box_shape(((0, 4100), (0, 131))) == target[:, :131].shape
     assert not target[:, 131].any()

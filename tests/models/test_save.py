@@ -14,9 +14,9 @@ from safetensors.numpy import load_file
 from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.checkpoints.output_target import MARKER
 from mergelab.errors import CheckpointError, OutputError
-from mergelab.models.declaration import get_leaf, tree_from_leaves
 from mergelab.models.load import load_params
 from mergelab.models.save import save_params
+from mergelab.models.table import get_leaf, tree_from_leaves
 from mergelab.sharding import make_mesh
 from tests.models.synthetic import TABLE, expected, tensors, write
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import tokenizers
 
+from mergelab.activations.sentences import SentenceEncoder, load_sentence_encoder
 from mergelab.errors import CheckpointError
-from mergelab.models.sentence import SentenceEncoder, load_sentence_encoder
 from tests.models.tiny_models import write
 
 TEXTS = [

@@ -10,7 +10,7 @@ import pytest
 
 from mergelab.errors import DependencyError, MeshError
 from mergelab.models.families import model_from_config
-from mergelab.models.topology import compile_forward
+from mergelab.models.footprint import compile_forward
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",

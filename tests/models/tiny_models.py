@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from mergelab.models.declaration import stored_shapes, tree_from_leaves
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model, Params
+from mergelab.models.table import stored_shapes, tree_from_leaves
 
 _SIZES = {
     "vocab_size": 61,

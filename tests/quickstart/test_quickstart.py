@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 
 from mergelab.cli.main import cli
 from mergelab.merging.recipe_file import load_recipe
-from mergelab.models import llama
 from mergelab.operators import OPERATORS
+from mergelab.quickstart import small_llama
 from mergelab.quickstart.corpus import DOMAINS
 from mergelab.quickstart.family import checkpoint_steps
 from mergelab.quickstart.recipes import copy_recipe, recipe_folder
@@ -116,7 +116,7 @@ def test_checkpoints_are_evenly_spaced_in_the_logarithm() -> None:
 
 
 def test_a_merge_is_a_model_with_its_tokenizer(done: SimpleNamespace) -> None:
-    config, _ = llama.load(done.out / "merges" / "slerp")
+    config, _ = small_llama.load(done.out / "merges" / "slerp")
     assert config == PRESETS["tiny"].model
     tokenizer = Tokenizer.from_file(str(done.out / "merges" / "slerp" / "tokenizer.json"))
     assert tokenizer.get_vocab_size() == config.vocab_size
@@ -132,8 +132,8 @@ def test_transformers_loads_base_and_merge_with_equal_logits(done: SimpleNamespa
         tokens = np.array(tokenizer("def f(self):\n    return self.x")["input_ids"], np.int32)[None]
         with torch.no_grad():
             expected = theirs(torch.tensor(tokens, dtype=torch.int64)).logits.numpy()
-        config, params = llama.load(folder)
-        found = np.asarray(llama.apply(config, params, jnp.asarray(tokens)))
+        config, params = small_llama.load(folder)
+        found = np.asarray(small_llama.apply(config, params, jnp.asarray(tokens)))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
         assert (found.argmax(-1) == expected.argmax(-1)).all()
 

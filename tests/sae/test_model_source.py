@@ -19,7 +19,7 @@ from mergelab.activations import ActivationStream, open_activation_files
 from mergelab.checkpoints.output_target import OutputLock
 from mergelab.cli.main import cli
 from mergelab.errors import OutputError, SAEError, SiteError, TokenError
-from mergelab.models import llama
+from mergelab.quickstart import small_llama
 from mergelab.quickstart.bpe import train_bpe
 from mergelab.sae import activation_store
 from mergelab.sae.activation_store import quantized, write_store
@@ -33,12 +33,14 @@ TEXT = "def add(a, b):\n    return a + b\n\nfor number in range(10):\n    print(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    config = llama.LlamaConfig(
+    config = small_llama.LlamaConfig(
         vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
     )  # fmt: skip
     tokenizer = train_bpe([TEXT], 300).to_str()
-    llama.save(llama.init(config, 0), config, path / "model", files={"tokenizer.json": tokenizer.encode()})
+    small_llama.save(
+        small_llama.init(config, 0), config, path / "model", files={"tokenizer.json": tokenizer.encode()}
+    )
     (path / "text.txt").write_text(TEXT)
     return path
 
@@ -223,12 +225,12 @@ def test_the_command_and_a_training_on_the_model(folder: Path, tmp_path: Path) -
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_named(folder: Path, tmp_path: Path) -> None:
-    config = llama.LlamaConfig(
+    config = small_llama.LlamaConfig(
         vocab_size=100, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=2, head_dim=4, max_position_embeddings=48,
     )  # fmt: skip
     files = {"tokenizer.json": (folder / "model" / "tokenizer.json").read_bytes()}
-    llama.save(llama.init(config, 0), config, tmp_path / "model", files=files)
+    small_llama.save(small_llama.init(config, 0), config, tmp_path / "model", files=files)
     message = r"tokenizer.json: token \d+ is beyond the model's vocabulary of 100"
     with pytest.raises(TokenError, match=message):
         open_model_activations(tmp_path / "model", ["embed"], [folder / "text.txt"])

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mergelab.activations.losses import summed_loss
 from mergelab.decoding import complete
 from mergelab.errors import MergelabError
 from mergelab.interp.abliteration.prompts import Prompts
 from mergelab.interp.abliteration.scores import first_token_scores
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit
-from mergelab.models.text_loss import summed_loss
 from mergelab.text.packing import EvaluationWindows, evaluation_windows
 from mergelab.text.tokenizer import Tokenizer
 

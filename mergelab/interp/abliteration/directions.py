@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mergelab.errors import MergelabError, NonFiniteError
 from mergelab.interp.abliteration.prompts import Prompts
-from mergelab.interp.abliteration.writers import check_decoder
 from mergelab.models.model import Model, Params
+from mergelab.models.residual_stream import check_decoder
 
 __all__ = ["Directions", "find_directions", "mean_activations"]
 

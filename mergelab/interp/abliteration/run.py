@@ -31,9 +31,9 @@ from mergelab.interp.abliteration.selection import Filters, Selection, select_di
 from mergelab.interp.abliteration.space import Space
 from mergelab.interp.abliteration.weights import KeepNorms, abliterate_params
 from mergelab.interp.abliteration.write import write_abliterated
-from mergelab.interp.abliteration.writers import check_decoder
 from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params
+from mergelab.models.residual_stream import check_decoder
 from mergelab.models.token_checks import check_tokens, window_length
 from mergelab.text.packing import EvaluationWindows
 from mergelab.text.tokenizer import Tokenizer, load_tokenizer

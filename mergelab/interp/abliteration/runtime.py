@@ -13,10 +13,10 @@ from jaxtyping import Float
 
 from mergelab.interp.abliteration.ablation import Ablation
 from mergelab.interp.abliteration.weights import check_ablation, writer_terms
-from mergelab.interp.abliteration.writers import writers
-from mergelab.models.declaration import get_leaf
 from mergelab.models.model import Model
+from mergelab.models.residual_stream import writers
 from mergelab.models.sites import Edit
+from mergelab.models.table import get_leaf
 
 __all__ = ["ablate", "induce"]
 

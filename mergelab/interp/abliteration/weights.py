@@ -13,9 +13,9 @@ from jaxtyping import Float
 
 from mergelab.errors import MergelabError
 from mergelab.interp.abliteration.ablation import Ablation, unit
-from mergelab.interp.abliteration.writers import Writer, writers
-from mergelab.models.declaration import get_leaf, tree_from_leaves
 from mergelab.models.model import Model, Params
+from mergelab.models.residual_stream import Writer, writers
+from mergelab.models.table import get_leaf, tree_from_leaves
 
 __all__ = ["KeepNorms", "abliterate_params", "check_ablation", "orthogonalise", "writer_terms"]
 

@@ -28,9 +28,9 @@ from mergelab.errors import CheckpointError, did_you_mean
 from mergelab.interp.abliteration.ablation import Ablation
 from mergelab.interp.abliteration.stored_matrix import BLOCK, edited_blocks
 from mergelab.interp.abliteration.weights import KeepNorms, check_ablation, writer_terms
-from mergelab.interp.abliteration.writers import Writer, writers
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model
+from mergelab.models.residual_stream import Writer, writers
 from mergelab.models.save import SHARD_BYTES
 
 __all__ = ["write_abliterated"]

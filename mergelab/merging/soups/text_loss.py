@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from mergelab.activations.losses import summed_loss
 from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.checkpoints.model_files import open_tokenizer_file
 from mergelab.checkpoints.text_file import MAX_PROSE, read_text
 from mergelab.errors import CheckpointError, EvaluationError
 from mergelab.models.load import load_model
-from mergelab.models.text_loss import summed_loss
 from mergelab.models.token_checks import check_tokens, window_length
 from mergelab.text.packing import evaluation_windows
 

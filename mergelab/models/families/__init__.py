@@ -11,12 +11,10 @@ from mergelab.models.families.gemma import GEMMA2, GEMMA3_TEXT
 from mergelab.models.families.gpt2 import GPT2
 from mergelab.models.families.gpt_neox import GPT_NEOX
 from mergelab.models.families.llama import LLAMA
-from mergelab.models.families.mistral import MISTRAL
-from mergelab.models.families.mixtral import MIXTRAL
+from mergelab.models.families.mistral import MISTRAL, MIXTRAL
 from mergelab.models.families.phi3 import PHI3
 from mergelab.models.families.qwen import QWEN2, QWEN3
-from mergelab.models.family import Family
-from mergelab.models.model import Model
+from mergelab.models.model import Family, Model
 
 __all__ = ["FAMILIES", "model_from_config"]
 

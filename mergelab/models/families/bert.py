@@ -6,12 +6,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from mergelab.models.config_fields import head_width, read_fields
-from mergelab.models.encoder import ENCODER
-from mergelab.models.encoder_config import EncoderConfig
-from mergelab.models.family import Family
-from mergelab.models.layers.activations import ACTIVATIONS
+from mergelab.models.encoder import ENCODER, EncoderConfig
+from mergelab.models.families.config_fields import head_width, read_fields
+from mergelab.models.layers.mlp import ACTIVATIONS
 from mergelab.models.layers.norms import NormKind
+from mergelab.models.model import Family
 from mergelab.models.table import Row, linear_rows
 
 __all__ = ["BERT"]

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mergelab.models.config_fields import layer_types_of
-from mergelab.models.config_rotary import read_rotary, rotary_from
 from mergelab.models.decoder import DECODER
 from mergelab.models.decoder_config import DecoderConfig
+from mergelab.models.families.config_fields import layer_types_of, read_usual_fields, usual_decoder
 from mergelab.models.families.llama import LLAMA_LINEAR, LLAMA_UNUSED, llama_rows
-from mergelab.models.families.usual_fields import read_usual_fields, usual_decoder
-from mergelab.models.family import Family
+from mergelab.models.families.rotary_config import read_rotary, rotary_from
 from mergelab.models.layers.norms import NormKind
 from mergelab.models.layers.rotary import Rotary
+from mergelab.models.model import Family
 from mergelab.models.table import Row, linear_rows
 
 __all__ = ["GEMMA2", "GEMMA3_TEXT"]

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mergelab.models.config_fields import head_width, read_fields
-from mergelab.models.declaration import Fused
 from mergelab.models.decoder import DECODER
 from mergelab.models.decoder_config import DecoderConfig
-from mergelab.models.family import Family
-from mergelab.models.layers.activations import ACTIVATIONS
+from mergelab.models.families.config_fields import head_width, read_fields
+from mergelab.models.layers.mlp import ACTIVATIONS
 from mergelab.models.layers.norms import NormKind
-from mergelab.models.table import Row
+from mergelab.models.model import Family
+from mergelab.models.table import Fused, Row
 
 __all__ = ["GPT2"]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from mergelab.models.decoder import DECODER
 from mergelab.models.decoder_config import DecoderConfig
-from mergelab.models.families.usual_fields import read_usual_fields, usual_decoder
-from mergelab.models.family import Family
+from mergelab.models.families.config_fields import read_usual_fields, usual_decoder
+from mergelab.models.model import Family
 from mergelab.models.table import Row, linear_rows
 
 __all__ = ["LLAMA", "LLAMA_LINEAR", "LLAMA_NORMS", "LLAMA_ROWS", "LLAMA_UNUSED", "llama_rows"]

@@ -1,19 +1,44 @@
-"""Softmax attention with grouped key-value heads, rotary positions, and every intermediate as a site."""
+"""Attention with grouped heads and a cache, and its masks."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from mergelab.models.cache import Cache
-from mergelab.models.layers.linear import Linear
+from mergelab.models.layers.dense import Linear
 from mergelab.models.layers.norms import Norm, NormKind
 from mergelab.models.layers.rotary import rotate
 from mergelab.models.sites import Tap
 
-__all__ = ["Attention", "KeysValues", "attention_pattern", "mix_values", "soft_cap"]
+__all__ = ["Attention", "KeysValues", "attention_pattern", "mix_values", "soft_cap", "visible_keys"]
+
+
+def visible_keys(
+    queries: Int[Array, " query"],
+    keys: int,
+    real: Bool[Array, "batch key"] | None,
+    causal: bool = True,
+    window: int | None = None,
+) -> Bool[Array, "rows query key"]:
+    """True where a query may look at a key.
+
+    Args:
+        queries: the slot of each query.
+        keys: number of key slots, from 0.
+        real: False for padding; None if there is none (then `rows` is 1, else it is the batch).
+        causal: whether a query sees only its own slot and earlier ones.
+        window: if given, a query sees only the last `window` slots, its own among them.
+    """
+    distance = queries[:, None] - jnp.arange(keys, dtype=queries.dtype)[None]
+    seen = distance >= 0 if causal else jnp.ones(distance.shape, jnp.bool_)
+    if window is not None:
+        seen &= distance < window
+    seen = seen[None]
+    return seen if real is None else seen & real[:, None]
+
 
 KeysValues = tuple[Float[Array, "batch key kv_heads head_dim"], Float[Array, "batch key kv_heads head_dim"]]
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from mergelab.activations.sentences import Pooling, pool
 from mergelab.errors import SAEError
 from mergelab.models.model import Model
-from mergelab.models.sentence import Pooling, pool
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.host import check_target
 from mergelab.sae.evaluation.passes import mean_activation, passes, splice_from

@@ -20,9 +20,9 @@ from mergelab.checkpoints.new_files import check_new_folder, write_tensors
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import CheckpointError, OutputError, SAEError
-from mergelab.models.declaration import Leaf
 from mergelab.models.load import load_params
 from mergelab.models.save import save_params
+from mergelab.models.table import Leaf
 from mergelab.sae.dictionary import LATENT_AXIS, Dictionary, DictionaryConfig
 from mergelab.sae.formats.convert import check_finite, check_sizes
 from mergelab.sae.formats.settings import Settings

@@ -14,10 +14,10 @@ from mergelab.errors import MergelabError
 from mergelab.interp.abliteration.ablation import Ablation, LayerKernel, unit
 from mergelab.interp.abliteration.runtime import ablate, induce
 from mergelab.interp.abliteration.weights import abliterate_params, orthogonalise
-from mergelab.interp.abliteration.writers import writers
-from mergelab.models.declaration import get_leaf
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model, Output, Params
+from mergelab.models.residual_stream import writers
+from mergelab.models.table import get_leaf
 from tests.models.tiny_models import CONFIGS, MASK, TOKENS, tiny
 
 FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2", "mixtral", "qwen3")

@@ -18,11 +18,11 @@ from mergelab.interp.abliteration.ablation import Ablation, unit
 from mergelab.interp.abliteration.stored_matrix import edited_blocks
 from mergelab.interp.abliteration.weights import KeepNorms, abliterate_params, orthogonalise
 from mergelab.interp.abliteration.write import write_abliterated
-from mergelab.interp.abliteration.writers import writers
-from mergelab.models.declaration import get_leaf
 from mergelab.models.families import model_from_config
 from mergelab.models.load import load_model
 from mergelab.models.model import Model
+from mergelab.models.residual_stream import writers
+from mergelab.models.table import get_leaf
 from tests.models.tiny_models import CONFIGS, write
 
 

@@ -17,13 +17,13 @@ import pytest
 from mergelab.errors import CheckpointError, EvaluationError
 from mergelab.merging.soups.command import CommandEvaluator
 from mergelab.merging.soups.text_loss import TextLoss
-from mergelab.models import llama
 from mergelab.models.families import model_from_config
 from mergelab.models.save import save_model
+from mergelab.quickstart import small_llama
 from mergelab.quickstart.bpe import train_bpe
 
 TEXT = "the soup of the day is the mean of the pots; naïve cooks weigh it.\n" * 5
-CONFIG = llama.LlamaConfig(
+CONFIG = small_llama.LlamaConfig(
     vocab_size=300,
     hidden_size=16,
     intermediate_size=24,
@@ -97,7 +97,7 @@ def test_an_impossible_command_is_refused_before_anything_runs(command: str, mes
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with a byte-level BPE of 300 tokens."""
     folder = tmp_path_factory.mktemp("model")
-    llama.save(llama.init(CONFIG, seed=0), CONFIG, folder)
+    small_llama.save(small_llama.init(CONFIG, seed=0), CONFIG, folder)
     train_bpe([TEXT], CONFIG.vocab_size).save(str(folder / "tokenizer.json"))
     return folder
 
@@ -111,8 +111,8 @@ def test_the_loss_on_a_text_is_its_definition(model: Path, tmp_path: Path) -> No
     found = [TextLoss(text, length=32, batch=batch)(model)["bits_per_byte"] for batch in (1, 3)]
 
     tokens = np.array([0, *Tokenizer.from_file(str(model / "tokenizer.json")).encode(TEXT).ids], np.int32)
-    _, params = llama.load(model)
-    apply = jax.jit(partial(llama.apply, CONFIG))
+    _, params = small_llama.load(model)
+    apply = jax.jit(partial(small_llama.apply, CONFIG))
     bits = 0.0
     for start in range(0, len(tokens) - 1, 32):
         window = tokens[start : start + 33]
@@ -124,7 +124,7 @@ def test_the_loss_on_a_text_is_its_definition(model: Path, tmp_path: Path) -> No
     assert found == pytest.approx([expected, expected], rel=1e-5)
     swapped = jax.tree.map(lambda leaf: leaf[::-1], params)
     other = tmp_path / "other"
-    llama.save(swapped, CONFIG, other)
+    small_llama.save(swapped, CONFIG, other)
     shutil.copy(model / "tokenizer.json", other)
     assert TextLoss(text, length=32, batch=3)(other)["bits_per_byte"] != pytest.approx(expected, rel=1e-3)
 
@@ -157,7 +157,7 @@ def test_what_a_text_loss_needs(model: Path, tmp_path: Path) -> None:
     text.write_text(TEXT, encoding="utf-8")
     bare = tmp_path / "bare"
     bare.mkdir()
-    llama.save(llama.init(CONFIG, seed=0), CONFIG, bare)
+    small_llama.save(small_llama.init(CONFIG, seed=0), CONFIG, bare)
     with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
         TextLoss(text)(bare)
     other = TextLoss(text)

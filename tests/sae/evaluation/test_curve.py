@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mergelab.errors import SAEError
-from mergelab.models import llama
+from mergelab.quickstart import small_llama
 from mergelab.sae.evaluation.curve import loss_curve
 from mergelab.sae.evaluation.downstream import compute_equivalent, evaluate_downstream
 from mergelab.sharding import make_mesh
@@ -21,10 +21,10 @@ from tests.sae.evaluation.trained_host import Host
 def checkpoints(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The host at its end, and a quarter of the way to it from random weights."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    _, end = llama.load(host.folder)
-    early = jax.tree.map(lambda a, b: 0.25 * a + 0.75 * b, end, llama.init(host.config, 0))
+    _, end = small_llama.load(host.folder)
+    early = jax.tree.map(lambda a, b: 0.25 * a + 0.75 * b, end, small_llama.init(host.config, 0))
     for step, params in ((150, end), (9, early)):
-        llama.save(params, host.config, folder / str(step))
+        small_llama.save(params, host.config, folder / str(step))
     (folder / "notes").mkdir()
     return folder
 
@@ -46,8 +46,8 @@ def test_what_is_no_curve_is_said(host: Host, checkpoints: Path, tmp_path: Path)
     with pytest.raises(SAEError, match="1 folders named by a training step"):
         loss_curve(tmp_path, host.source)
     small = replace(host.config, intermediate_size=16)
-    params = llama.init(small, 0)
+    params = small_llama.init(small, 0)
     for step in (20, 30):
-        llama.save(params, small, tmp_path / "other" / str(step))
+        small_llama.save(params, small, tmp_path / "other" / str(step))
     with pytest.raises(SAEError, match="another shape"):
         loss_curve(tmp_path / "other", host.source)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mergelab.errors import SAEError
-from mergelab.models import llama
 from mergelab.models.load import load_model
+from mergelab.quickstart import small_llama
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.evaluation.downstream import Downstream, compute_equivalent, evaluate_downstream
 from mergelab.sae.evaluation.host import check_host, open_host
@@ -85,7 +85,9 @@ def test_another_model_is_refused_unless_any_will_do(host: Host) -> None:
     assert check_host(host.dictionary, host.folder)
     other = host.folder.with_name("other")
     tokenizer = (host.folder / "tokenizer.json").read_bytes()
-    llama.save(llama.init(host.config, 1), host.config, other, files={"tokenizer.json": tokenizer})
+    small_llama.save(
+        small_llama.init(host.config, 1), host.config, other, files={"tokenizer.json": tokenizer}
+    )
     with pytest.raises(SAEError, match="belongs to a model with"):
         open_host(host.dictionary, other, [host.held_out], length=LENGTH)
     source = open_host(host.dictionary, other, [host.held_out], length=LENGTH, any_model=True)

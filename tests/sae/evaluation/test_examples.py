@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mergelab.errors import SAEError
-from mergelab.models import llama
 from mergelab.models.families import model_from_config
+from mergelab.quickstart import small_llama
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.evaluation.examples import survey
 from mergelab.sae.model_source import ModelActivations
@@ -19,7 +19,7 @@ SITE = "blocks.0.resid_post"
 
 @pytest.fixture(scope="module")
 def source() -> ModelActivations:
-    config = llama.LlamaConfig(
+    config = small_llama.LlamaConfig(
         vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, head_dim=8,
         num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=16,
     )  # fmt: skip

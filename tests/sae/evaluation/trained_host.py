@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from mergelab.checkpoints.folder import weights_sha256
-from mergelab.models import llama
+from mergelab.quickstart import small_llama
 from mergelab.quickstart.bpe import tokenizer_files, train_bpe
 from mergelab.quickstart.corpus import sources_folder
 from mergelab.quickstart.train import TrainSettings, train_lm
@@ -27,7 +27,7 @@ class Host:
     folder: Path
     text: Path
     held_out: Path
-    config: llama.LlamaConfig
+    config: small_llama.LlamaConfig
     dictionary: Dictionary
     source: ModelActivations
     curve: tuple[tuple[int, float], ...]
@@ -41,17 +41,19 @@ def train_host(folder: Path) -> Host:
     text.write_text("\n\n".join(texts))
     held_out.write_text((sources_folder() / "bisect.py").read_text())
     tokenizer = train_bpe(texts, 384)
-    config = llama.LlamaConfig(
+    config = small_llama.LlamaConfig(
         vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=LENGTH, tie_word_embeddings=True,
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     stream = token_stream([tokenizer.encode(text).ids for text in texts], 0)
-    apply = partial(llama.apply, config)
+    apply = partial(small_llama.apply, config)
     settings = TrainSettings(steps=150, learning_rate=1e-2, warmup_steps=5)
-    params, losses = train_lm(apply, llama.init(config, 0), random_windows(stream, LENGTH, 16, 0), settings)
+    params, losses = train_lm(
+        apply, small_llama.init(config, 0), random_windows(stream, LENGTH, 16, 0), settings
+    )
     model = folder / "model"
-    llama.save(params, config, model, files=tokenizer_files(tokenizer, LENGTH))
+    small_llama.save(params, config, model, files=tokenizer_files(tokenizer, LENGTH))
     data = {"kind": "model", "model": str(model), "site": SITE, "text": str(text), "context": LENGTH}
     result = train(
         {

@@ -15,11 +15,11 @@ from jaxtyping import Array, Float, Int
 
 from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.errors import CheckpointError
-from mergelab.models.declaration import Leaf
 from mergelab.models.families import model_from_config
 from mergelab.models.load import load_params
 from mergelab.models.model import Model, Params
 from mergelab.models.save import save_params
+from mergelab.models.table import Leaf
 
 __all__ = ["LlamaConfig", "Params", "apply", "init", "leaves", "load", "save"]
 

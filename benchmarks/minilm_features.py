@@ -25,10 +25,11 @@ import numpy as np
 from benchmarks.machine import describe
 from benchmarks.minilm_tables import OURS, render
 from benchmarks.table import replace_section
+from mergelab.activations.capture import open_model_activations
+from mergelab.activations.store import write_store
 from mergelab.checkpoints.folder import weights_sha256
 from mergelab.quickstart.corpus import Corpus, gather
 from mergelab.report.pages import render_features
-from mergelab.sae.activation_store import write_store
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.controls import CONTROLS, control_dictionary, random_model
 from mergelab.sae.evaluation.examples import Example, survey
@@ -38,7 +39,6 @@ from mergelab.sae.evaluation.patterns import Explanation, Match, Pattern
 from mergelab.sae.evaluation.probing_tasks import LabelledTokens, label_texts
 from mergelab.sae.evaluation.scorecard import halves, scorecard
 from mergelab.sae.formats import load_dictionary
-from mergelab.sae.model_source import open_model_activations
 from mergelab.sae.training import train
 from mergelab.text.tokenizer import Tokenizer, load_tokenizer
 

@@ -27,6 +27,7 @@ from benchmarks.machine import describe
 from benchmarks.sae_peers.problem import TRAINERS, Arrays, Problem
 from benchmarks.sae_step import REPOSITORY, run_worker
 from benchmarks.table import replace_section
+from mergelab.activations.capture import ModelActivations, contexts_of_texts
 from mergelab.models.load import load_model
 from mergelab.quickstart import small_llama
 from mergelab.quickstart.bpe import END_OF_TEXT_ID, tokenizer_files
@@ -38,7 +39,6 @@ from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.evaluation.curve import loss_curve
 from mergelab.sae.evaluation.probing_tasks import LabelledTokens, label_texts
 from mergelab.sae.evaluation.scorecard import halves, scorecard
-from mergelab.sae.model_source import ModelActivations, contexts_of_texts
 from mergelab.text.packing import random_windows, token_stream
 
 __all__ = ["Bench", "main", "render"]

@@ -1,9 +1,7 @@
 """Activations as training data: sources of rows, shuffled batches with an exact place, batches made ahead."""
 
-from mergelab.activations.files import ActivationFiles, find_activation_files, open_activation_files
-from mergelab.activations.prefetch import Prefetch, Trace
-from mergelab.activations.source import ActivationSource
-from mergelab.activations.stream import ActivationStream, Batch
+from mergelab.activations.store import ActivationFiles, find_activation_files, open_activation_files
+from mergelab.activations.stream import ActivationSource, ActivationStream, Batch, Prefetch, Trace
 
 __all__ = [
     "ActivationFiles",

@@ -1,25 +1,44 @@
-"""Shuffled batches of activations, epoch after epoch, whose place is one number.
-
-Each epoch, blocks of neighbouring rows are put in a new order; several blocks at a time, a group, are read
-into a buffer. A group is cut into lanes of equal length, each shuffled by itself, and a batch takes as many
-rows of every lane: a process that needs a part of each batch reads its lanes and nothing else, and batches
-are the same however many processes share them. Everything follows from the seed, the epoch and the position,
-so a stream goes on from any position exactly as if it had never stopped, without reading what came before.
-"""
+"""Shuffled batches of activations with an exact place, made ahead."""
 
 from __future__ import annotations
 
 import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from mergelab.activations.source import ActivationSource
 from mergelab.errors import SAEError
 
-__all__ = ["ActivationStream", "Batch"]
+__all__ = ["ActivationSource", "ActivationStream", "Batch", "Prefetch", "Trace"]
+
+
+@runtime_checkable
+class ActivationSource(Protocol):
+    """Activations `[rows, d_in]`, of which any range can be read.
+
+    `mergelab.sae.toy.ToyTruth` is one; files and stores are others.
+    """
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        ...
+
+    @property
+    def d_in(self) -> int:
+        """Width of a row."""
+        ...
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop`: `[stop - start, d_in]`, float32."""
+        ...
+
 
 _BLOCK_ROWS = 1024
 _LANES = 64  # at most, and so the most processes that can share a batch
@@ -185,3 +204,89 @@ def _read(source: ActivationSource, numbers: np.ndarray) -> np.ndarray:
     cuts = np.flatnonzero(np.diff(numbers) != 1) + 1
     spans = [(int(part[0]), int(part[-1]) + 1) for part in np.split(numbers, cuts)]
     return np.concatenate([source.read(*span) for span in spans])
+
+
+Ready = TypeVar("Ready")
+
+_INTERRUPT_WAIT = 0.5
+"""Seconds an interrupted consumer gives the batch that is being made."""
+
+
+@dataclass
+class Trace:
+    """How a consumer fared.
+
+    Attributes:
+        batches: taken so far.
+        waited: seconds the consumer stood still for them.
+        working: seconds the consumer spent between one batch and the next.
+    """
+
+    batches: int = 0
+    waited: float = 0.0
+    working: float = 0.0
+
+
+class Prefetch(Generic[Ready]):
+    """An iterator over the batches of a stream, prepared ahead; a context manager that ends its thread.
+
+    Args:
+        stream: the batches.
+        prepare: what to make of each in the thread, such as putting it on the devices.
+        ahead: how many are kept ready.
+    """
+
+    def __init__(
+        self, stream: ActivationStream, prepare: Callable[[Batch], Ready], *, ahead: int = 2
+    ) -> None:
+        self.trace = Trace()
+        self._state = stream.state()
+        self._ready: queue.Queue[tuple[Any, Any, BaseException | None]] = queue.Queue(maxsize=ahead)
+        self._stop = threading.Event()
+        self._last: float | None = None
+        self._thread = threading.Thread(target=self._fill, args=(stream, prepare), daemon=True)
+        self._thread.start()
+
+    def _fill(self, stream: ActivationStream, prepare: Callable[[Batch], Ready]) -> None:
+        try:
+            while not self._stop.is_set():
+                batch = prepare(next(stream))
+                self._put((batch, stream.state(), None))
+        except BaseException as error:  # whatever it is, the consumer must hear of it
+            self._put((None, None, error))
+
+    def _put(self, item: tuple[Any, Any, BaseException | None]) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def state(self) -> dict[str, Any]:
+        """The stream's state as the consumer sees it: the place of the next batch it will take."""
+        return self._state
+
+    def __iter__(self) -> Iterator[Ready]:
+        return self
+
+    def __next__(self) -> Ready:
+        asked = time.perf_counter()
+        batch, state, error = self._ready.get()
+        if error is not None:
+            raise error
+        now = time.perf_counter()
+        if self._last is not None:
+            self.trace.working += asked - self._last
+        self.trace.batches += 1
+        self.trace.waited += now - asked
+        self._last, self._state = now, state
+        return batch
+
+    def __enter__(self) -> Prefetch[Ready]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._stop.set()
+        # A user who interrupts does not wait for a slow source; the thread dies with the process.
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self._thread.join(_INTERRUPT_WAIT if interrupted else None)

@@ -55,9 +55,9 @@ def command(
     """
     from tqdm import tqdm
 
+    from mergelab.activations.capture import open_model_activations
+    from mergelab.activations.store import write_store
     from mergelab.checkpoints.publish import WorkFolder
-    from mergelab.sae.activation_store import write_store
-    from mergelab.sae.model_source import open_model_activations
 
     with (
         WorkFolder(out, inputs=[model, *texts]) as work,

@@ -1,9 +1,9 @@
 """Next tokens from logits: samplers, stop rules, and generation with a key-value cache."""
 
+from mergelab.activations.batches import bucket_size, pad_prompts
 from mergelab.decoding.generate import Generated, begin, generate
 from mergelab.decoding.penalties import MinNewTokens, RepetitionPenalty, logit_bias, suppress
 from mergelab.decoding.progress import Progress, advance, start
-from mergelab.decoding.prompts import bucket_size, pad_prompts
 from mergelab.decoding.samplers import Sampler, greedy, row_keys, sample, sampler_from_options
 from mergelab.decoding.stop import Stop, cut_at_strings, stop_at
 from mergelab.decoding.text import Completion, complete

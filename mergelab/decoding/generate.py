@@ -11,8 +11,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, Key
 
+from mergelab.activations.batches import bucket_size, check_prompts, widen
 from mergelab.decoding.progress import Progress, advance, start
-from mergelab.decoding.prompts import bucket_size, check_prompts, widen
 from mergelab.decoding.samplers import Sampler, greedy, row_keys
 from mergelab.decoding.stop import Stop, stop_at
 from mergelab.decoding.transform import require

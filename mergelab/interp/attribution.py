@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from mergelab.activations.capture import batches, check_prompts
 from mergelab.errors import SiteError
-from mergelab.interp.collect import batches, check_prompts
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import norm_gain, require_decoder, unembedding
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
+from mergelab.activations.batches import map_pieces
 from mergelab.errors import SAEError
-from mergelab.interp.pieces import map_pieces
 
 __all__ = ["elastic_net", "hard_threshold", "lasso", "matching_pursuit", "orthogonal_matching_pursuit"]
 

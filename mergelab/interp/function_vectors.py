@@ -14,8 +14,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from mergelab.activations.capture import batches, check_prompts, collect
 from mergelab.errors import SiteError
-from mergelab.interp.collect import batches, check_prompts, collect
 from mergelab.interp.metrics import token_probability
 from mergelab.interp.patching import patched_metrics, rows_of
 from mergelab.models.model import Model, Params

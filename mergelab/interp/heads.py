@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from mergelab.activations.capture import batches
 from mergelab.errors import SiteError
-from mergelab.interp.collect import batches
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit, as_partials
 from mergelab.models.token_checks import check_tokens

@@ -15,11 +15,11 @@ import numpy as np
 from jax import Array
 from jax.tree_util import Partial
 
+from mergelab.activations.batches import map_pieces
+from mergelab.activations.capture import Patterns, batches, check_pairs, stream_sites
 from mergelab.errors import SiteError
-from mergelab.interp.collect import Patterns, batches, check_pairs, stream_sites
 from mergelab.interp.metrics import Metric
 from mergelab.interp.patching import PatchGrid, cell_grid, rows_of
-from mergelab.interp.pieces import map_pieces
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from mergelab.activations.batches import map_pieces
 from mergelab.errors import SiteError
-from mergelab.interp.pieces import map_pieces
 
 __all__ = ["Probe", "fit_linear", "fit_logistic", "fit_ridge"]
 

@@ -12,8 +12,8 @@ from jax import Array
 from jax.tree_util import Partial
 from jaxtyping import Bool, Float
 
+from mergelab.activations.capture import collect
 from mergelab.errors import SAEError, SiteError
-from mergelab.interp.collect import collect
 from mergelab.interp.vectors import mean_difference, mean_norm, principal_difference, with_strength
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit

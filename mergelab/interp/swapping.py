@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from mergelab.activations.capture import batches, check_prompts
 from mergelab.errors import SiteError
-from mergelab.interp.collect import batches, check_prompts
 from mergelab.interp.metrics import Metric
 from mergelab.interp.patching import rows_of
 from mergelab.models.model import Model, Params

@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mergelab.activations.capture import ModelActivations, contexts_of_texts
 from mergelab.checkpoints.publish import publish_file
 from mergelab.models.load import load_model
 from mergelab.quickstart.corpus import Document
@@ -17,7 +18,6 @@ from mergelab.quickstart.settings import AutoencoderSettings
 from mergelab.sae.evaluation.examples import survey
 from mergelab.sae.evaluation.reconstruction import Totals
 from mergelab.sae.formats import load_dictionary
-from mergelab.sae.model_source import ModelActivations, contexts_of_texts
 from mergelab.sae.training import train
 
 __all__ = ["Features", "find_features", "train_autoencoder"]

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mergelab.activations.capture import collect
 from mergelab.decoding import generate
 from mergelab.decoding.samplers import sample
 from mergelab.errors import SAEError, SiteError
-from mergelab.interp.collect import collect
 from mergelab.interp.steering import SteeringVector, add_vector, latent_direction, steering_vector
 from mergelab.interp.vectors import mean_difference, principal_difference, project_out, unit, with_strength
 from tests.interp.dictionaries import random_dictionary

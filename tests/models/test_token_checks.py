@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mergelab.activations.capture import ModelActivations, collect
 from mergelab.activations.losses import summed_loss
 from mergelab.decoding import generate
 from mergelab.errors import DecodingError, TokenError
-from mergelab.interp.collect import collect
 from mergelab.interp.lens import logit_lens, read_lens, train_tuned_lens
 from mergelab.models.model import Model
 from mergelab.models.token_checks import check_tokens, window_length
-from mergelab.sae.model_source import ModelActivations
 from tests.models import tiny_models
 
 VOCAB, ROOM = 61, 32

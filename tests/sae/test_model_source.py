@@ -15,15 +15,14 @@ from click.testing import CliRunner
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from mergelab.activations import ActivationStream, open_activation_files
+from mergelab.activations import ActivationStream, open_activation_files, store
+from mergelab.activations.capture import ModelActivations, open_model_activations
+from mergelab.activations.store import quantized, write_store
 from mergelab.checkpoints.output_target import OutputLock
 from mergelab.cli.main import cli
 from mergelab.errors import OutputError, SAEError, SiteError, TokenError
 from mergelab.quickstart import small_llama
 from mergelab.quickstart.bpe import train_bpe
-from mergelab.sae import activation_store
-from mergelab.sae.activation_store import quantized, write_store
-from mergelab.sae.model_source import ModelActivations, open_model_activations
 from mergelab.sae.training import train
 
 SITES = ("blocks.0.resid_post", "blocks.1.mlp.out")
@@ -112,7 +111,7 @@ def test_a_begun_store_goes_on_and_is_no_one_elses(
 @pytest.fixture
 def begun(folder: Path, source: ModelActivations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The work folder of a store that was stopped after two of its shards; the whole one is beside it."""
-    monkeypatch.setattr(activation_store, "_SHARD_ROWS", 320)
+    monkeypatch.setattr(store, "_SHARD_ROWS", 320)
     write_store(source, tmp_path / "whole", model=folder / "model")
 
     def stop(done: int, total: int) -> None:
@@ -185,7 +184,7 @@ def test_a_full_disk_is_a_sentence_and_the_next_call_goes_on(
     with pytest.raises(OutputError, match=r"acts: the disk is full \(No space left"):
         write_store(source, begun.with_name("acts"), model=folder / "model")
     monkeypatch.undo()
-    monkeypatch.setattr(activation_store, "_SHARD_ROWS", 320)
+    monkeypatch.setattr(store, "_SHARD_ROWS", 320)
     with (
         OutputLock(begun.with_name("acts")),
         pytest.raises(OutputError, match="another run is writing this output"),

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mergelab.activations.capture import ModelActivations
+from mergelab.activations.store import write_store
 from mergelab.checkpoints.folder import weights_sha256
 from mergelab.errors import CheckpointError
-from mergelab.sae.activation_store import write_store
 from mergelab.sae.config import DataSection
-from mergelab.sae.model_source import ModelActivations
 from mergelab.sae.provenance import host_metadata, store_facts
 from tests.models.tiny_models import tiny, write
 

@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from mergelab.activations.capture import ModelActivations, open_model_activations
+from mergelab.activations.store import write_store
 from mergelab.cli.main import cli
 from mergelab.cli.sae_folder import open_dictionary
 from mergelab.errors import SAEError
@@ -29,7 +31,6 @@ from mergelab.interp.steering import latent_direction
 from mergelab.models.families import model_from_config
 from mergelab.models.save import save_model
 from mergelab.quickstart.bpe import train_bpe
-from mergelab.sae.activation_store import write_store
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig, at_sites
 from mergelab.sae.evaluation.absorption import absorption
 from mergelab.sae.evaluation.downstream import evaluate_downstream
@@ -41,7 +42,6 @@ from mergelab.sae.evaluation.scorecard import control_scorecard, scorecard
 from mergelab.sae.evaluation.sparsity import latent_sparsity
 from mergelab.sae.evaluation.summary import reconstruction_on_model
 from mergelab.sae.formats import load_dictionary, save_dictionary
-from mergelab.sae.model_source import ModelActivations, open_model_activations
 from tests.models.tiny_models import tiny
 
 D, LENGTH = 16, 16

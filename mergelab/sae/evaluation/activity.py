@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from mergelab.activations.capture import ModelActivations
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.host import check_reads
 from mergelab.sae.evaluation.passes import read_batches
-from mergelab.sae.model_source import ModelActivations
 
 __all__ = ["Activity", "activity"]
 

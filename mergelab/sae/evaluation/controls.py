@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from mergelab.activations import ActivationStream
+from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError, did_you_mean
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.baselines import freeze_decoder, random_state
 from mergelab.sae.finish import finished_dictionary
 from mergelab.sae.initialize import SAMPLE_ROWS, initialize
-from mergelab.sae.model_source import ModelActivations
 from mergelab.sae.recipe import Recipe
 from mergelab.sae.step import make_step
 from mergelab.sae.variants import TopK

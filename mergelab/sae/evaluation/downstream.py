@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.model import Model
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.host import check_target
 from mergelab.sae.evaluation.passes import mean_activation, passes, splice_from
-from mergelab.sae.model_source import ModelActivations
 
 __all__ = ["Downstream", "compute_equivalent", "evaluate_downstream", "require_logits"]
 

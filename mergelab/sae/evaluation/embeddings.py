@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from mergelab.activations.capture import ModelActivations
 from mergelab.activations.sentences import Pooling, pool
 from mergelab.errors import SAEError
 from mergelab.models.model import Model
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.host import check_target
 from mergelab.sae.evaluation.passes import mean_activation, passes, splice_from
-from mergelab.sae.model_source import ModelActivations
 
 __all__ = ["EmbeddingChange", "evaluate_embeddings", "rank_agreement"]
 

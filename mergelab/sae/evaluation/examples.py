@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
+from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.passes import encode
-from mergelab.sae.model_source import ModelActivations
 
 __all__ = ["Example", "Survey", "survey"]
 

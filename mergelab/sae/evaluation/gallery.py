@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 
+from mergelab.activations.capture import ModelActivations
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.activity import Activity, activity
 from mergelab.sae.evaluation.examples import Survey, survey
@@ -16,7 +17,6 @@ from mergelab.sae.evaluation.logit_effects import LogitEffects, logit_effects, w
 from mergelab.sae.evaluation.n2g import explain, match_explanations
 from mergelab.sae.evaluation.patterns import Explanation, Match
 from mergelab.sae.evaluation.scorecard import halves
-from mergelab.sae.model_source import ModelActivations
 
 __all__ = ["Gallery", "choose_latents", "explain_gallery", "make_gallery"]
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.examples import survey
 from mergelab.sae.evaluation.host import check_reads
 from mergelab.sae.evaluation.matching import feature_splits
-from mergelab.sae.model_source import ModelActivations
 
 __all__ = ["Child", "hierarchy"]
 

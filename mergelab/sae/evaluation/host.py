@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mergelab.activations.capture import DEFAULT_CONTEXT, ModelActivations, open_model_activations
 from mergelab.checkpoints.folder import weights_sha256
 from mergelab.errors import SAEError
 from mergelab.sae.dictionary import Dictionary, at_sites
 from mergelab.sae.formats.hook_names import site_of
-from mergelab.sae.model_source import DEFAULT_CONTEXT, ModelActivations, open_model_activations
 
 __all__ = ["check_host", "check_modules", "check_reads", "check_target", "open_host", "trained_context"]
 

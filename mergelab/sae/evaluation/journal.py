@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mergelab.activations.capture import ModelActivations
 from mergelab.checkpoints.json_data import parse_json_object
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.text_file import read_bytes
@@ -19,7 +20,6 @@ from mergelab.errors import CheckpointError, OutputError
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.metrics import Score
 from mergelab.sae.evaluation.scorecard import Scorecard
-from mergelab.sae.model_source import ModelActivations
 
 __all__ = ["Journal", "evaluation_key"]
 

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.model import Model
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.downstream import require_logits
 from mergelab.sae.evaluation.passes import passes
-from mergelab.sae.model_source import ModelActivations
 
 __all__ = ["LogitEffects", "logit_effects", "writes_stream"]
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.absorption import absorption
@@ -24,7 +25,6 @@ from mergelab.sae.evaluation.probing import best_probes, sparse_probe
 from mergelab.sae.evaluation.progressive import progressive_recovery
 from mergelab.sae.evaluation.sparsity import channel_sparsity, latent_sparsity
 from mergelab.sae.evaluation.summary import densities, reconstruction_on_model
-from mergelab.sae.model_source import ModelActivations
 
 __all__ = ["METRICS", "Evidence", "Metric", "Score"]
 

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from mergelab.activations.capture import ModelActivations
 from mergelab.models.model import Model
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.examples import Example
 from mergelab.sae.evaluation.host import check_reads
 from mergelab.sae.evaluation.passes import encode, read_batches
 from mergelab.sae.evaluation.patterns import Explanation, Match, Pattern, judge_explanation
-from mergelab.sae.model_source import ModelActivations
 
 __all__ = ["Variant", "explain", "find_patterns", "match_explanations"]
 

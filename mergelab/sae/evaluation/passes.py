@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.sites import Edit
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.host import check_target
-from mergelab.sae.model_source import ModelActivations
 
 __all__ = [
     "anonymous",

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mergelab.activations.capture import cut_contexts
 from mergelab.checkpoints.text_file import MAX_PROSE, read_text
 from mergelab.errors import SAEError
-from mergelab.sae.model_source import cut_contexts
 from mergelab.text.tokenizer import load_tokenizer
 
 __all__ = ["TASKS", "LabelledTokens", "character_labels", "label_texts"]
@@ -114,7 +114,7 @@ def _python(text: str, found: Mapping[str, np.ndarray]) -> None:
 def label_texts(model: Path, texts: Sequence[Path], length: int) -> LabelledTokens:
     """Files in the tokens of a model's folder, with answers; files named `*.py` are Python.
 
-    The contexts are those of `mergelab.sae.model_source.contexts_of_texts`.
+    The contexts are those of `mergelab.activations.capture.contexts_of_texts`.
 
     Args:
         model: the folder, with a `tokenizer.json`.

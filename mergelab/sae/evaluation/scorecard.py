@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError, did_you_mean
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.controls import control_dictionary, random_model
@@ -16,7 +17,6 @@ from mergelab.sae.evaluation.host import check_reads, check_target
 from mergelab.sae.evaluation.metrics import METRICS, Evidence, Metric, Score
 from mergelab.sae.evaluation.passes import anonymous
 from mergelab.sae.evaluation.settings import differences, settings_of
-from mergelab.sae.model_source import ModelActivations
 
 __all__ = ["Scorecard", "applicable_metrics", "control_scorecard", "halves", "scorecard", "seed_spread"]
 

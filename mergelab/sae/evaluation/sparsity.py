@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.model import Model
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.downstream import require_logits
 from mergelab.sae.evaluation.host import check_target
 from mergelab.sae.evaluation.passes import passes
-from mergelab.sae.model_source import ModelActivations
 
 __all__ = ["AblationSparsity", "channel_sparsity", "effect_sparsity", "latent_sparsity"]
 

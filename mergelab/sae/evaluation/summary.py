@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
+from mergelab.activations.capture import ModelActivations
 from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.passes import encode_and_reconstruct, read_pairs
 from mergelab.sae.evaluation.reconstruction import Reconstruction, Totals, density_histogram
-from mergelab.sae.model_source import ModelActivations
 
 __all__ = ["DENSITY_EDGES", "Densities", "densities", "reconstruction_on_model"]
 

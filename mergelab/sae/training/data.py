@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import fields
 
 from mergelab.activations import ActivationSource, open_activation_files
+from mergelab.activations.capture import DEFAULT_CONTEXT, open_model_activations
 from mergelab.errors import SAEError, did_you_mean, shortened
 from mergelab.sae.config import DataSection
 from mergelab.sae.memory import machine_memory, readable_bytes
-from mergelab.sae.model_source import DEFAULT_CONTEXT, open_model_activations
 from mergelab.sae.options import checked_options
 from mergelab.sae.toy import ToyTruth
 

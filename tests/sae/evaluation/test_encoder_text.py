@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mergelab.activations.capture import cut_contexts
 from mergelab.errors import SAEError
 from mergelab.sae.evaluation.probing_tasks import label_texts
 from mergelab.sae.evaluation.scorecard import applicable_metrics, scorecard
-from mergelab.sae.model_source import cut_contexts
 from mergelab.text.tokenizer import load_tokenizer
 from tests.sae.evaluation.tiny_encoder import LENGTH, Encoder
 from tests.sae.evaluation.trained_host import Host

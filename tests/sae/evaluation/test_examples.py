@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.families import model_from_config
 from mergelab.quickstart import small_llama
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.evaluation.examples import survey
-from mergelab.sae.model_source import ModelActivations
 
 SITE = "blocks.0.resid_post"
 

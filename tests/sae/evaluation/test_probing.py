@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mergelab.activations.capture import contexts_of_texts
 from mergelab.errors import SAEError
 from mergelab.sae.evaluation.probing import best_probes, fit_logistic, probe_losses, sparse_probe
 from mergelab.sae.evaluation.probing_tasks import TASKS, character_labels, label_texts
-from mergelab.sae.model_source import contexts_of_texts
 from mergelab.text.tokenizer import load_tokenizer
 from tests.sae.evaluation.trained_host import LENGTH, Host
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
+from mergelab.activations.capture import ModelActivations, open_model_activations
 from mergelab.models.families import model_from_config
 from mergelab.models.save import save_model
 from mergelab.quickstart.corpus import sources_folder
 from mergelab.sae.dictionary import Dictionary, DictionaryConfig
-from mergelab.sae.model_source import ModelActivations, open_model_activations
 from tests.models.tiny_models import params_of, weights
 
 SITE = "blocks.0.resid_post"

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from mergelab.activations.capture import ModelActivations, open_model_activations
 from mergelab.checkpoints.folder import weights_sha256
 from mergelab.quickstart import small_llama
 from mergelab.quickstart.bpe import tokenizer_files, train_bpe
 from mergelab.quickstart.corpus import sources_folder
 from mergelab.quickstart.train import TrainSettings, train_lm
 from mergelab.sae.dictionary import Dictionary
-from mergelab.sae.model_source import ModelActivations, open_model_activations
 from mergelab.sae.training import train
 from mergelab.text.packing import random_windows, token_stream
 

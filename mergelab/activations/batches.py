@@ -1,14 +1,18 @@
-"""Prompts of different lengths as one left-padded array, of few enough shapes that compilation stays rare."""
+"""The one padding and the one batching: prompts in one shape, a fixed number at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from mergelab.decoding.transform import require
+from mergelab.errors import DecodingError
 
-__all__ = ["bucket_size", "check_prompts", "pad_prompts", "widen"]
+__all__ = ["bucket_size", "check_prompts", "map_pieces", "pad_prompts", "widen"]
+
 
 _SMALLEST = 16
 
@@ -27,6 +31,11 @@ def bucket_size(length: int) -> int:
     return power
 
 
+def _require(name: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise DecodingError(f"{name} was given {value!r}, but needs {expected}.")
+
+
 def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Stacks prompts, padded on the left: their last tokens meet in the last column.
 
@@ -40,9 +49,9 @@ def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[np.n
     Raises:
         DecodingError: there is no prompt, or an empty one (give it the token that begins a text).
     """
-    require("pad_prompts", prompts, len(prompts) > 0, "at least one prompt")
+    _require("pad_prompts", prompts, len(prompts) > 0, "at least one prompt")
     for prompt in prompts:
-        require("pad_prompts", prompt, len(prompt) > 0, "prompts of at least one token")
+        _require("pad_prompts", prompt, len(prompt) > 0, "prompts of at least one token")
     length = max(map(len, prompts))
     tokens = np.full((len(prompts), length), pad_id, np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -66,9 +75,31 @@ def check_prompts(tokens: np.ndarray, mask: np.ndarray, vocab_size: int) -> None
     """
     shapes = f"{tokens.shape} and {mask.shape}"
     two = tokens.ndim == 2 and tokens.size > 0
-    require("generate(tokens, mask)", shapes, two and tokens.shape == mask.shape, "equal [batch, length]")
+    _require("generate(tokens, mask)", shapes, two and tokens.shape == mask.shape, "equal [batch, length]")
     left = bool(mask[:, -1].all() and (np.diff(mask.astype(np.int8), axis=1) >= 0).all())
-    require("generate(mask)", mask.tolist()[:4], left, "padding on the left only, and no empty row")
+    _require("generate(mask)", mask.tolist()[:4], left, "padding on the left only, and no empty row")
     low, high = int(tokens.min()), int(tokens.max())
     expected = f"token ids below the vocabulary's {vocab_size}"
-    require("generate(tokens)", f"ids from {low} to {high}", low >= 0 and high < vocab_size, expected)
+    _require("generate(tokens)", f"ids from {low} to {high}", low >= 0 and high < vocab_size, expected)
+
+
+def map_pieces(function: Callable[[Any], Any], rows: Any, size: int) -> Any:
+    """`jax.lax.map(function, rows)` with `size` rows side by side, jittable.
+
+    The last piece is filled up with the first row. `jax.lax.map` alone would compile the function a second
+    time for a shorter one.
+
+    Args:
+        function: from one row of every array to arrays.
+        rows: a pytree of arrays `[n, ...]`, n at least 1.
+        size: rows computed at a time.
+    """
+    count = jax.tree.leaves(rows)[0].shape[0]
+    size = min(size, count)
+    missing = -count % size
+
+    def filled(x: Any) -> Any:
+        return jnp.concatenate([x, jnp.broadcast_to(x[:1], (missing, *x.shape[1:]))]) if missing else x
+
+    found = jax.lax.map(function, jax.tree.map(filled, rows), batch_size=size)
+    return jax.tree.map(lambda x: x[:count], found)

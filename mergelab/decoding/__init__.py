@@ -1,14 +1,23 @@
 """Next tokens from logits: samplers, stop rules, and generation with a key-value cache."""
 
 from mergelab.activations.batches import bucket_size, pad_prompts
-from mergelab.decoding.generate import Generated, begin, generate
-from mergelab.decoding.penalties import MinNewTokens, RepetitionPenalty, logit_bias, suppress
-from mergelab.decoding.progress import Progress, advance, start
+from mergelab.decoding.completion import Completion, complete
+from mergelab.decoding.generation import Generated, Progress, advance, begin, generate, start
 from mergelab.decoding.samplers import Sampler, greedy, row_keys, sample, sampler_from_options
 from mergelab.decoding.stop import Stop, cut_at_strings, stop_at
-from mergelab.decoding.text import Completion, complete
-from mergelab.decoding.transform import History, LogitsTransform, chain
-from mergelab.decoding.truncation import MinP, Temperature, TopK, TopP
+from mergelab.decoding.transforms import (
+    History,
+    LogitsTransform,
+    MinNewTokens,
+    MinP,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+    TopP,
+    chain,
+    logit_bias,
+    suppress,
+)
 
 __all__ = [
     "Completion",

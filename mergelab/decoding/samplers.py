@@ -15,9 +15,22 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
-from mergelab.decoding.penalties import MinNewTokens, RepetitionPenalty, logit_bias, suppress
-from mergelab.decoding.transform import Chain, History, LogitsTransform, chain, require, transform
-from mergelab.decoding.truncation import MinP, Temperature, TopK, TopP
+from mergelab.decoding.transforms import (
+    Chain,
+    History,
+    LogitsTransform,
+    MinNewTokens,
+    MinP,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+    TopP,
+    chain,
+    logit_bias,
+    require,
+    suppress,
+    transform,
+)
 from mergelab.errors import DecodingError
 
 __all__ = ["Sampler", "greedy", "row_keys", "sample", "sampler_from_options"]

@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
-from mergelab.decoding.transform import require, transform
+from mergelab.decoding.transforms import require, transform
 
 __all__ = ["Stop", "cut_at_strings", "stop_at"]
 

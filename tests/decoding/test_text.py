@@ -9,7 +9,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from mergelab.decoding import generate, pad_prompts, sample
-from mergelab.decoding.text import complete, new_text
+from mergelab.decoding.completion import complete, new_text
 from mergelab.errors import DecodingError
 from mergelab.text.tokenizer import Tokenizer
 from tests.decoding.tiny import tiny

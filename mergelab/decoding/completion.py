@@ -11,8 +11,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from mergelab.activations.batches import pad_prompts
-from mergelab.decoding.generate import begin
-from mergelab.decoding.progress import advance
+from mergelab.decoding.generation import advance, begin
 from mergelab.decoding.samplers import Sampler, greedy, row_keys
 from mergelab.decoding.stop import cut_at_strings, stop_at
 from mergelab.models.model import Model, Params

@@ -30,15 +30,15 @@ from mergelab.activations.store import write_store
 from mergelab.checkpoints.folder import weights_sha256
 from mergelab.quickstart.corpus import Corpus, gather
 from mergelab.report.pages import render_features
-from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.controls import CONTROLS, control_dictionary, random_model
-from mergelab.sae.evaluation.examples import Example, survey
-from mergelab.sae.evaluation.gallery import make_gallery
-from mergelab.sae.evaluation.n2g import explain, match_explanations
-from mergelab.sae.evaluation.patterns import Explanation, Match, Pattern
 from mergelab.sae.evaluation.probing_tasks import LabelledTokens, label_texts
 from mergelab.sae.evaluation.scorecard import halves, scorecard
+from mergelab.sae.features.explanations import Explanation, Match, Pattern
+from mergelab.sae.features.gallery import make_gallery
+from mergelab.sae.features.n2g import explain, match_explanations
+from mergelab.sae.features.survey import Example, survey
 from mergelab.sae.formats import load_dictionary
+from mergelab.sae.sae import Dictionary
 from mergelab.sae.training import train
 from mergelab.text.tokenizer import Tokenizer, load_tokenizer
 

@@ -26,10 +26,10 @@ from benchmarks.sae_presets import PRESETS
 from benchmarks.sae_quality import judge
 from benchmarks.sae_step import REPOSITORY
 from benchmarks.table import replace_section
-from mergelab.sae.finish import finished_dictionary
-from mergelab.sae.initialize import initialize
-from mergelab.sae.recipe import Recipe
-from mergelab.sae.step import make_step
+from mergelab.sae.training.finish import finished_dictionary
+from mergelab.sae.training.initialize import initialize
+from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.step import make_step
 from mergelab.sae.variants import make_variant
 
 __all__ = ["WITHOUT", "main", "render"]

@@ -35,10 +35,10 @@ from mergelab.quickstart.corpus import DOMAINS, Corpus, gather
 from mergelab.quickstart.family import fresh_params, train_tokenizer
 from mergelab.quickstart.settings import PRESETS, QuickstartSettings
 from mergelab.quickstart.train import train_lm
-from mergelab.sae.dictionary import Dictionary, DictionaryConfig
-from mergelab.sae.evaluation.curve import loss_curve
+from mergelab.sae.evaluation.downstream import loss_curve
 from mergelab.sae.evaluation.probing_tasks import LabelledTokens, label_texts
 from mergelab.sae.evaluation.scorecard import halves, scorecard
+from mergelab.sae.sae import Dictionary, DictionaryConfig
 from mergelab.text.packing import random_windows, token_stream
 
 __all__ = ["Bench", "main", "render"]

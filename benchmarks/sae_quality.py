@@ -27,7 +27,7 @@ from benchmarks.sae_presets import PRESETS, Preset
 from benchmarks.sae_step import REPOSITORY, run_worker
 from benchmarks.table import replace_section
 from mergelab.sae.evaluation.reconstruction import Totals
-from mergelab.sae.evaluation.recovery import matched_cosine, recovery
+from mergelab.sae.features.matching import matched_cosine, recovery
 from mergelab.sae.toy import BLOCK_ROWS, ToyTruth
 
 __all__ = ["Bench", "judge", "main", "render"]

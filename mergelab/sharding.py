@@ -12,11 +12,12 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mergelab.errors import MeshError, did_you_mean
 
-__all__ = ["DEFAULT_RULES", "Rules", "make_mesh", "named_sharding", "partition_spec"]
+__all__ = ["DEFAULT_RULES", "Rules", "make_mesh", "named_sharding", "partition_spec", "put"]
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -111,3 +112,9 @@ def named_sharding(
     }
     kept = [None if name in whole else name for name in axes]
     return NamedSharding(mesh, partition_spec(kept, present))
+
+
+def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """Puts an array, the same in every process, on a mesh: each device gets its own part."""
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

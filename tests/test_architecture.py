@@ -146,7 +146,7 @@ PARSERS = {
     "checkpoints/output_target.py",
     "text/chat_sandbox.py",
     "text/chat_worker.py",
-    "sae/training/metrics.py",
+    "sae/training/tracking.py",
     "aot/compiler.py",
     "aot/worker.py",
 }

@@ -10,7 +10,7 @@ import pytest
 
 from mergelab.errors import RecipeError
 from mergelab.merging.recipe_file import parse_recipe
-from mergelab.sae.config import load_config
+from mergelab.sae.training.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = sorted(

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.sae_peers.problem import Arrays, Problem
-from mergelab.sae.evaluation.baselines import freeze_decoder
-from mergelab.sae.finish import finished_dictionary
-from mergelab.sae.initialize import initialize
-from mergelab.sae.recipe import Recipe
-from mergelab.sae.step import make_step
+from mergelab.sae.evaluation.controls import freeze_decoder
+from mergelab.sae.training.finish import finished_dictionary
+from mergelab.sae.training.initialize import initialize
+from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.step import make_step
 from mergelab.sae.variants import make_variant
 
 __all__ = ["build"]

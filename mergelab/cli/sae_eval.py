@@ -15,8 +15,8 @@ from mergelab.cli.numbers import Seed, WholeNumber
 
 if TYPE_CHECKING:
     from mergelab.activations import ActivationFiles
-    from mergelab.sae.dictionary import Dictionary
     from mergelab.sae.evaluation.scorecard import Scorecard
+    from mergelab.sae.sae import Dictionary
 
 __all__ = ["command"]
 
@@ -133,10 +133,10 @@ def _on_files(source: Path, options: Mapping[str, Any]) -> tuple[dict[str, float
     from mergelab.activations import open_activation_files
     from mergelab.cli.sae_folder import open_dictionary
     from mergelab.errors import SAEError
-    from mergelab.sae.dictionary import at_sites
-    from mergelab.sae.evaluation.passes import encode_and_reconstruct
     from mergelab.sae.evaluation.reconstruction import Totals
-    from mergelab.sae.provenance import store_facts
+    from mergelab.sae.sae import at_sites
+    from mergelab.sae.splice import encode_and_reconstruct
+    from mergelab.sae.training.data import store_facts
 
     dictionary = open_dictionary(source)
     if options["site"] or options["target_site"]:
@@ -253,12 +253,11 @@ def _on_text(
 
     from mergelab.checkpoints.folder import weights_sha256
     from mergelab.cli.sae_folder import open_dictionary
-    from mergelab.sae.dictionary import at_sites
     from mergelab.sae.evaluation.controls import CONTROLS
-    from mergelab.sae.evaluation.host import check_host, check_target, open_host
-    from mergelab.sae.evaluation.journal import Journal, evaluation_key
     from mergelab.sae.evaluation.probing_tasks import label_texts
-    from mergelab.sae.evaluation.scorecard import control_scorecard, scorecard
+    from mergelab.sae.evaluation.scorecard import Journal, control_scorecard, evaluation_key, scorecard
+    from mergelab.sae.sae import at_sites
+    from mergelab.sae.subject_model import check_host, check_target, open_host
     from mergelab.sharding import make_mesh
     from mergelab.text.tokenizer import load_tokenizer
 
@@ -332,7 +331,7 @@ def _check_same_sites(sources: Sequence[Path], dictionaries: Sequence[Dictionary
 
 
 def _active(dictionary: Any, host: Any) -> int:
-    from mergelab.sae.evaluation.summary import reconstruction_on_model
+    from mergelab.sae.evaluation.reconstruction import reconstruction_on_model
 
     found = reconstruction_on_model(dictionary, host, contexts=host.batch)
     return max(1, min(round(found.l0), dictionary.n_latents))
@@ -343,7 +342,7 @@ def _curve(path: Path | None, host: Any, mesh: Any) -> tuple[Any, Any] | None:
 
     from mergelab.checkpoints.json_data import read_json
     from mergelab.errors import MergelabError, SAEError
-    from mergelab.sae.evaluation.curve import loss_curve
+    from mergelab.sae.evaluation.downstream import loss_curve
     from mergelab.sae.evaluation.scorecard import halves
 
     if path is None:

@@ -33,8 +33,8 @@ def command(source: Path, format: str, out: Path, site: str | None, target_site:
       mergelab sae export old --format saelens --out new --target-site blocks.3.mlp.out
     """
     from mergelab.cli.sae_folder import open_dictionary
-    from mergelab.sae.dictionary import at_sites
     from mergelab.sae.formats import reserve, save_dictionary
+    from mergelab.sae.sae import at_sites
 
     with reserve(out, format, inputs=[source]) as place:
         dictionary = at_sites(open_dictionary(source), site, target_site)

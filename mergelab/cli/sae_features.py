@@ -12,7 +12,7 @@ from mergelab.cli.meshes import MESH
 from mergelab.cli.numbers import WholeNumber
 
 if TYPE_CHECKING:
-    from mergelab.sae.dictionary import Dictionary
+    from mergelab.sae.sae import Dictionary
 
 __all__ = ["command"]
 
@@ -87,11 +87,10 @@ def command(
     from mergelab.checkpoints.new_files import Content, NewFiles
     from mergelab.cli.sae_folder import open_dictionary
     from mergelab.report.pages import render_features
-    from mergelab.sae.dictionary import at_sites
-    from mergelab.sae.evaluation.gallery import explain_gallery, make_gallery
-    from mergelab.sae.evaluation.hierarchy import hierarchy
-    from mergelab.sae.evaluation.host import check_host, open_host
-    from mergelab.sae.evaluation.neuronpedia import neuronpedia_batch
+    from mergelab.sae.features.gallery import explain_gallery, make_gallery, neuronpedia_batch
+    from mergelab.sae.features.matching import hierarchy
+    from mergelab.sae.sae import at_sites
+    from mergelab.sae.subject_model import check_host, open_host
     from mergelab.sharding import make_mesh
     from mergelab.text.tokenizer import load_tokenizer
 

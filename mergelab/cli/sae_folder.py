@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mergelab.sae.dictionary import Dictionary
+    from mergelab.sae.sae import Dictionary
 
 __all__ = ["open_dictionary"]
 
@@ -32,8 +32,8 @@ def _as_trained(dictionary: Dictionary, config: Path) -> Dictionary:
     from dataclasses import replace
 
     from mergelab.errors import SAEError
-    from mergelab.sae.config import load_config
-    from mergelab.sae.dictionary import at_sites
+    from mergelab.sae.sae import at_sites
+    from mergelab.sae.training.config import load_config
 
     if dictionary.target_known or not config.is_file():
         return dictionary

@@ -13,7 +13,7 @@ from mergelab.cli.numbers import WholeNumber
 from mergelab.cli.sizes import readable
 
 if TYPE_CHECKING:
-    from mergelab.sae.plan import StepPlan
+    from mergelab.sae.training.aot import StepPlan
 
 __all__ = ["command"]
 
@@ -49,8 +49,8 @@ def command(
     """
     import dataclasses
 
-    from mergelab.sae.config import load_config
-    from mergelab.sae.plan import plan_step
+    from mergelab.sae.training.aot import plan_step
+    from mergelab.sae.training.config import load_config
 
     settings = load_config(config, overrides)
     plan = plan_step(settings, topology, mesh, d_out=d_out)

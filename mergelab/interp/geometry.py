@@ -17,7 +17,7 @@ from jax import Array
 from jaxtyping import Float
 
 from mergelab.errors import SAEError
-from mergelab.sae.dictionary import Dictionary
+from mergelab.sae.sae import Dictionary
 
 __all__ = ["PCA", "Manifold", "feature_manifold", "pca", "similar_latents"]
 

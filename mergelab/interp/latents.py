@@ -22,8 +22,7 @@ from jaxtyping import Bool, Float, Int
 
 from mergelab.errors import SAEError
 from mergelab.models.sites import Edit
-from mergelab.sae.dictionary import Dictionary
-from mergelab.sae.layer_norm import layer_norm
+from mergelab.sae.sae import Dictionary, layer_norm
 
 __all__ = ["ablate", "add", "clamp", "edit_latents", "scale", "splice"]
 

@@ -17,7 +17,7 @@ from mergelab.errors import SAEError, SiteError
 from mergelab.interp.vectors import mean_difference, mean_norm, principal_difference, with_strength
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit
-from mergelab.sae.dictionary import Dictionary
+from mergelab.sae.sae import Dictionary
 
 __all__ = ["SteeringVector", "add_vector", "latent_direction", "steering_vector"]
 

@@ -15,8 +15,8 @@ from mergelab.checkpoints.publish import publish_file
 from mergelab.models.load import load_model
 from mergelab.quickstart.corpus import Document
 from mergelab.quickstart.settings import AutoencoderSettings
-from mergelab.sae.evaluation.examples import survey
 from mergelab.sae.evaluation.reconstruction import Totals
+from mergelab.sae.features.survey import survey
 from mergelab.sae.formats import load_dictionary
 from mergelab.sae.training import train
 

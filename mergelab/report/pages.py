@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mergelab.report.comparison import Comparison, Score, in_reading_order, score_figure, svg
-from mergelab.sae.evaluation.gallery import Gallery
+from mergelab.sae.features.gallery import Gallery
 
 __all__ = ["page_data", "render_features", "render_page"]
 

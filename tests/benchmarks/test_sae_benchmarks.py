@@ -13,8 +13,8 @@ import pytest
 from benchmarks import sae_ablation, sae_quality, sae_step
 from benchmarks.sae_presets import PRESETS
 from benchmarks.table import replace_section
-from mergelab.sae.recipe import Recipe
 from mergelab.sae.toy import BLOCK_ROWS, ToyTruth
+from mergelab.sae.training.recipe import Recipe
 
 # Features that do not overlap: the dictionary that is the truth makes no error at all.
 EASY = ToyTruth(d_in=16, n_features=16, l0=2.0, exponent=0.0, rows=1024)

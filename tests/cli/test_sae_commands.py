@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 from mergelab.cli.main import cli
 from mergelab.quickstart.settings import PRESETS
-from mergelab.sae.config import load_config
 from mergelab.sae.formats import load_dictionary
+from mergelab.sae.training.config import load_config
 
 
 def _invoke(*arguments: object) -> tuple[int, str]:

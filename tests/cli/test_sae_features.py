@@ -15,8 +15,8 @@ from mergelab.checkpoints.folder import weights_sha256
 from mergelab.cli.main import cli
 from mergelab.quickstart import small_llama
 from mergelab.quickstart.bpe import train_bpe
-from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats import load_dictionary, save_dictionary
+from mergelab.sae.sae import Dictionary, DictionaryConfig
 
 SITE = "blocks.0.resid_post"
 TEXT = "def add(a, b):\n    return a + b\n\nfor number in range(10):\n    print(add(number, 1))  # Sum\n" * 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from mergelab.sae.dictionary import Dictionary, DictionaryConfig
+from mergelab.sae.sae import Dictionary, DictionaryConfig
 
 
 def random_dictionary(

@@ -10,14 +10,15 @@ import pytest
 from jax import Array
 
 from mergelab.errors import SAEError
-from mergelab.interp.coding import (
+from mergelab.sae.evaluation.sparse_coding import (
+    coding_target,
     elastic_net,
+    encoder_gap,
     hard_threshold,
     lasso,
     matching_pursuit,
     orthogonal_matching_pursuit,
 )
-from mergelab.interp.encoder_gap import coding_target, encoder_gap
 from tests.interp.dictionaries import random_dictionary
 
 N, D, K = 60, 24, 5

@@ -11,7 +11,7 @@ import pytest
 from mergelab.errors import SAEError, SiteError
 from mergelab.interp.geometry import feature_manifold, pca, similar_latents
 from mergelab.interp.probes import Probe, fit_linear, fit_logistic, fit_ridge
-from mergelab.sae.dictionary import Dictionary, DictionaryConfig
+from mergelab.sae.sae import Dictionary, DictionaryConfig
 
 RNG = np.random.default_rng(0)
 MIXING = RNG.normal(size=(12, 12)) * np.linspace(0.2, 3, 12)

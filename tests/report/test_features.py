@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 
 from mergelab.report.pages import page_data, render_features
-from mergelab.sae.evaluation.activity import Activity
-from mergelab.sae.evaluation.examples import Example, Survey
-from mergelab.sae.evaluation.gallery import Gallery
-from mergelab.sae.evaluation.logit_effects import LogitEffects
-from mergelab.sae.evaluation.patterns import Explanation, Match, Pattern
+from mergelab.sae.features.explanations import Explanation, Match, Pattern
+from mergelab.sae.features.gallery import Gallery
+from mergelab.sae.features.logit_effects import LogitEffects
+from mergelab.sae.features.survey import Activity, Example, Survey
 
 WORDS = ["</script>", " return", " the", "\n", " élan", " def", "<b>x</b>", " cat"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mergelab.errors import SAEError
-from mergelab.sae.config import TrainSection
-from mergelab.sae.recipe import Recipe
+from mergelab.sae.training.config import TrainSection
+from mergelab.sae.training.recipe import Recipe
 
 
 def test_a_bare_configuration_is_the_bare_recipe() -> None:

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergelab.errors import MergelabError, SAEError
-from mergelab.sae.config import TrainConfig, load_config, plain_settings
-from mergelab.sae.memory import check_memory, state_bytes
-from mergelab.sae.recipe import Recipe
+from mergelab.sae.training.config import TrainConfig, load_config, plain_settings
 from mergelab.sae.training.data import open_data
+from mergelab.sae.training.memory import check_memory, state_bytes
+from mergelab.sae.training.recipe import Recipe
 from mergelab.sae.variants import VARIANTS, make_variant
 
 CONFIG = """sae: {variant: topk, n_latents: 32, k: 4}
@@ -136,7 +136,7 @@ def test_more_latents_than_this_machine_holds_are_refused_before_they_are_made()
 def test_the_estimate_is_the_size_of_the_state() -> None:
     import jax
 
-    from mergelab.sae.initialize import fresh_state, sample_shapes
+    from mergelab.sae.training.initialize import fresh_state, sample_shapes
 
     variant, recipe = make_variant("topk", d_in=16, n_latents=4096, k=4), Recipe(steps=9, batch_size=8)
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))

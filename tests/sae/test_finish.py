@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 
 from mergelab.errors import SAEError
-from mergelab.sae.dictionary import Dictionary, DictionaryConfig
-from mergelab.sae.finish import finished_dictionary
-from mergelab.sae.initialize import initialize
-from mergelab.sae.layer_norm import layer_norm
-from mergelab.sae.recipe import Recipe
-from mergelab.sae.step import make_step
+from mergelab.sae.sae import Dictionary, DictionaryConfig, layer_norm
+from mergelab.sae.training.finish import finished_dictionary
+from mergelab.sae.training.initialize import initialize
+from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.step import make_step
 from mergelab.sae.variants import Context, make_variant
 
 D, N, BATCH = 12, 48, 64

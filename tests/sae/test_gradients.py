@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mergelab.sae.initialize import initial_params
-from mergelab.sae.revive import auxiliary_gradients
-from mergelab.sae.shards import ONE_DEVICE, Shards
-from mergelab.sae.sparse.encode import top_k_codes
+from mergelab.sae.kernels.codes import top_k_codes
+from mergelab.sae.kernels.collectives import ONE_DEVICE, Shards
+from mergelab.sae.training.aux_k import auxiliary_gradients
+from mergelab.sae.training.initialize import initial_params
 from mergelab.sae.variants import Context, MultiTopK, TopK, Variant, make_variant
 
 TOKENS, D, N, K = 12, 16, 96, 4

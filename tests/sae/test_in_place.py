@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mergelab.sae.in_place import update_rows
-from mergelab.sae.initialize import initialize
-from mergelab.sae.recipe import Recipe
-from mergelab.sae.shards import Shards
-from mergelab.sae.step import make_step, train_step
+from mergelab.sae.kernels.collectives import Shards
+from mergelab.sae.kernels.rows import update_rows
+from mergelab.sae.training.initialize import initialize
+from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.step import make_step, train_step
 from mergelab.sae.variants import make_variant
 
 

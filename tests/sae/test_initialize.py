@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from mergelab.sae.initialize import best_initial_scale, initial_params
+from mergelab.sae.training.initialize import best_initial_scale, initial_params
 from mergelab.sae.variants import make_variant
 
 

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 
 from mergelab.cli.main import cli
 from mergelab.errors import MergelabError, MeshError, SAEError
-from mergelab.sae.config import load_config
-from mergelab.sae.plan import lower_step, plan_step
+from mergelab.sae.training.aot import lower_step, plan_step
+from mergelab.sae.training.config import load_config
 from mergelab.sharding import make_mesh
 
 CONFIG: dict[str, Any] = {

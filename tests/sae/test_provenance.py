@@ -13,8 +13,8 @@ from mergelab.activations.capture import ModelActivations
 from mergelab.activations.store import write_store
 from mergelab.checkpoints.folder import weights_sha256
 from mergelab.errors import CheckpointError
-from mergelab.sae.config import DataSection
-from mergelab.sae.provenance import host_metadata, store_facts
+from mergelab.sae.training.config import DataSection
+from mergelab.sae.training.data import host_metadata, store_facts
 from tests.models.tiny_models import tiny, write
 
 SITE = "blocks.0.resid_post"

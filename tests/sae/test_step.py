@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 
 from mergelab.errors import MeshError, SAEError
-from mergelab.sae.initialize import initialize
-from mergelab.sae.placement import place_batch, place_state
-from mergelab.sae.recipe import Recipe
-from mergelab.sae.state import TrainState
-from mergelab.sae.step import make_step
-from mergelab.sae.update import averaged_params
+from mergelab.sae.training.initialize import initialize
+from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.state import TrainState, place_batch, place_state
+from mergelab.sae.training.step import make_step
+from mergelab.sae.training.update import averaged_params
 from mergelab.sae.variants import Variant, make_variant
 from mergelab.sharding import make_mesh
 

@@ -25,23 +25,22 @@ from mergelab.activations.store import write_store
 from mergelab.cli.main import cli
 from mergelab.cli.sae_folder import open_dictionary
 from mergelab.errors import SAEError
-from mergelab.interp.encoder_gap import coding_target
 from mergelab.interp.latents import ablate, splice
 from mergelab.interp.steering import latent_direction
 from mergelab.models.families import model_from_config
 from mergelab.models.save import save_model
 from mergelab.quickstart.bpe import train_bpe
-from mergelab.sae.dictionary import Dictionary, DictionaryConfig, at_sites
 from mergelab.sae.evaluation.absorption import absorption
 from mergelab.sae.evaluation.downstream import evaluate_downstream
-from mergelab.sae.evaluation.host import check_modules, check_target, open_host
-from mergelab.sae.evaluation.passes import splice as splice_in_place
 from mergelab.sae.evaluation.progressive import progressive_recovery
-from mergelab.sae.evaluation.reconstruction import evaluate_reconstruction
+from mergelab.sae.evaluation.reconstruction import evaluate_reconstruction, reconstruction_on_model
 from mergelab.sae.evaluation.scorecard import control_scorecard, scorecard
+from mergelab.sae.evaluation.sparse_coding import coding_target
 from mergelab.sae.evaluation.sparsity import latent_sparsity
-from mergelab.sae.evaluation.summary import reconstruction_on_model
 from mergelab.sae.formats import load_dictionary, save_dictionary
+from mergelab.sae.sae import Dictionary, DictionaryConfig, at_sites
+from mergelab.sae.splice import splice as splice_in_place
+from mergelab.sae.subject_model import check_modules, check_target, open_host
 from tests.models.tiny_models import tiny
 
 D, LENGTH = 16, 16

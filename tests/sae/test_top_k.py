@@ -11,11 +11,9 @@ from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from mergelab.sae.shards import Shards
-from mergelab.sae.sparse import search as searching
-from mergelab.sae.sparse.search import pre_activations, search
-from mergelab.sae.sparse.threshold import kth_largest
-from mergelab.sae.sparse.top_k import largest, top_k
+from mergelab.sae.kernels import largest as searching
+from mergelab.sae.kernels.collectives import Shards
+from mergelab.sae.kernels.largest import kth_largest, largest, pre_activations, search, top_k
 from mergelab.sharding import make_mesh
 
 

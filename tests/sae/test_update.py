@@ -8,11 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from mergelab.sae.initialize import initialize
-from mergelab.sae.recipe import Recipe
-from mergelab.sae.schedule import learning_rate
-from mergelab.sae.shards import ONE_DEVICE
-from mergelab.sae.update import update
+from mergelab.sae.kernels.collectives import ONE_DEVICE
+from mergelab.sae.training.initialize import initialize
+from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.update import learning_rate, update
 from mergelab.sae.variants import make_variant
 
 D, N, STEPS = 6, 12, 40

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergelab.errors import SAEError
-from mergelab.sae.dictionary import Dictionary
-from mergelab.sae.evaluation.passes import encode
 from mergelab.sae.evaluation.probing import fit_logistic, sparse_probe
+from mergelab.sae.sae import Dictionary
+from mergelab.sae.splice import encode
 
 __all__ = ["Absorption", "absorption"]
 

@@ -1,4 +1,4 @@
-"""Dictionaries to compare with: untrained, with a frozen decoder, and of a model that knows nothing."""
+"""Controls: dictionaries that know nothing of the model, and what they score."""
 
 from __future__ import annotations
 
@@ -6,19 +6,64 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import Array
 
 from mergelab.activations import ActivationStream
 from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError, did_you_mean
-from mergelab.sae.dictionary import Dictionary
-from mergelab.sae.evaluation.baselines import freeze_decoder, random_state
-from mergelab.sae.finish import finished_dictionary
-from mergelab.sae.initialize import SAMPLE_ROWS, initialize
-from mergelab.sae.recipe import Recipe
-from mergelab.sae.step import make_step
+from mergelab.sae.sae import Dictionary
+from mergelab.sae.training.finish import finished_dictionary
+from mergelab.sae.training.initialize import SAMPLE_ROWS, initialize
+from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.state import TrainState
+from mergelab.sae.training.step import Metrics, Step, make_step
 from mergelab.sae.variants import TopK
+from mergelab.sae.variants.variant import Variant
 
-__all__ = ["CONTROLS", "control_dictionary", "random_model"]
+__all__ = ["CONTROLS", "control_dictionary", "freeze_decoder", "random_model", "random_state"]
+
+
+def random_state(
+    variant: Variant,
+    key: Array,
+    sample: np.ndarray | Array,
+    target_sample: np.ndarray | Array | None = None,
+) -> TrainState:
+    """A dictionary before any training: decoder rows uniform on the sphere, the encoder their transpose.
+
+    Args:
+        variant: the dictionary's hyper-parameters.
+        key: a `jax.random` key.
+        sample: `[rows, d_in]` activations; the centre is their geometric median, as in a training.
+        target_sample: `[rows, d_out]`, for a transcoder.
+    """
+    return initialize(variant, Recipe(steps=1, batch_size=1, ema=0), key, sample, target_sample)
+
+
+def freeze_decoder(step: Step, initial: TrainState, ema: float) -> Step:
+    """A step that trains everything but the directions of the decoder, and their moving average.
+
+    Args:
+        step: what `mergelab.sae.training.step.make_step` gave.
+        initial: the state the training starts from; its decoder is copied here, before a step uses it up.
+        ema: the decay of the recipe's moving average.
+    """
+    decoder = jnp.copy(initial.params["decoder"])
+
+    def frozen(state: TrainState, x: Array, y: Array) -> tuple[TrainState, Metrics]:
+        state, metrics = step(state, x, y)
+        average = state.average
+        if average:
+            # The weights of an average that is not yet normalised sum to 1 - ema^steps.
+            weight = 1 - ema ** state.step.astype(jnp.float32)
+            average = {**average, "decoder": weight * decoder}
+        # A copy: the next step donates its state, and this decoder must outlive it.
+        params = {**state.params, "decoder": jnp.copy(decoder)}
+        return replace(state, params=params, average=average), metrics
+
+    return frozen
+
 
 CONTROLS = ("random", "frozen decoder", "random model")
 """An untrained dictionary; one whose encoder alone was trained; one fully trained on a random model."""

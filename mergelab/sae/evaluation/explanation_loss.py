@@ -14,11 +14,11 @@ from jax import Array
 
 from mergelab.activations.capture import ModelActivations
 from mergelab.models.model import Model
-from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.downstream import require_logits
-from mergelab.sae.evaluation.host import check_target
-from mergelab.sae.evaluation.passes import passes
-from mergelab.sae.evaluation.patterns import Explanation, Match, judge_explanation, mean_match
+from mergelab.sae.features.explanations import Explanation, Match, judge_explanation, mean_match
+from mergelab.sae.sae import Dictionary
+from mergelab.sae.splice import passes
+from mergelab.sae.subject_model import check_target
 
 __all__ = ["ExplanationScore", "score_explanations"]
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergelab.errors import SAEError
-from mergelab.sae.dictionary import Dictionary
-from mergelab.sae.evaluation.matching import match_features
-from mergelab.sae.evaluation.passes import encode, encode_and_reconstruct
 from mergelab.sae.evaluation.reconstruction import Totals
+from mergelab.sae.features.matching import match_features
+from mergelab.sae.sae import Dictionary
+from mergelab.sae.splice import encode, encode_and_reconstruct
 
 __all__ = ["RecallPoint", "RecoveryPoint", "progressive_recovery", "recall_against_sparsity"]
 __all__ += ["with_threshold", "with_top_k"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mergelab.sae.dictionary import Dictionary
+from mergelab.sae.sae import Dictionary
 
 __all__ = ["differences", "settings_of"]
 

@@ -15,10 +15,10 @@ from jax import Array, lax
 from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.model import Model
-from mergelab.sae.dictionary import Dictionary
 from mergelab.sae.evaluation.downstream import require_logits
-from mergelab.sae.evaluation.host import check_target
-from mergelab.sae.evaluation.passes import passes
+from mergelab.sae.sae import Dictionary
+from mergelab.sae.splice import passes
+from mergelab.sae.subject_model import check_target
 
 __all__ = ["AblationSparsity", "channel_sparsity", "effect_sparsity", "latent_sparsity"]
 

@@ -13,11 +13,11 @@ from mergelab.checkpoints import TensorSource, open_pickled
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.torch_pickle import write_pickled
 from mergelab.errors import CheckpointError
-from mergelab.sae.dictionary import Dictionary, DictionaryConfig
-from mergelab.sae.formats.convert import arrays_of, check_sizes, refuse, subtracting_b_dec, transposed
 from mergelab.sae.formats.hook_names import said_or, site_of, submodule_of
 from mergelab.sae.formats.own import write_folder
 from mergelab.sae.formats.settings import Settings, number_in
+from mergelab.sae.formats.shared import arrays_of, check_sizes, refuse, subtracting_b_dec, transposed
+from mergelab.sae.sae import Dictionary, DictionaryConfig
 
 __all__ = ["read_dictionary_learning", "write_dictionary_learning"]
 

@@ -17,10 +17,10 @@ from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.npy_files import NpzArray, open_npz
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import CheckpointError
-from mergelab.sae.dictionary import Dictionary, DictionaryConfig
-from mergelab.sae.formats.convert import arrays_of, check_finite, check_sizes, refuse
 from mergelab.sae.formats.hook_names import hook_of, said_or, site_of
 from mergelab.sae.formats.own import write_folder
+from mergelab.sae.formats.shared import arrays_of, check_finite, check_sizes, refuse
+from mergelab.sae.sae import Dictionary, DictionaryConfig
 
 __all__ = ["read_gemma_scope", "read_gemma_scope_2", "write_gemma_scope"]
 

@@ -13,8 +13,8 @@ from mergelab.checkpoints import open_pickled
 from mergelab.checkpoints.new_files import NewFiles
 from mergelab.checkpoints.torch_pickle import write_pickled
 from mergelab.errors import CheckpointError
-from mergelab.sae.dictionary import Dictionary, DictionaryConfig
-from mergelab.sae.formats.convert import arrays_of, check_sizes, refuse, subtracting_b_dec, transposed
+from mergelab.sae.formats.shared import arrays_of, check_sizes, refuse, subtracting_b_dec, transposed
+from mergelab.sae.sae import Dictionary, DictionaryConfig
 
 __all__ = ["read_openai", "write_openai"]
 

@@ -23,9 +23,9 @@ from mergelab.errors import CheckpointError, OutputError, SAEError
 from mergelab.models.load import load_params
 from mergelab.models.save import save_params
 from mergelab.models.table import Leaf
-from mergelab.sae.dictionary import LATENT_AXIS, Dictionary, DictionaryConfig
-from mergelab.sae.formats.convert import check_finite, check_sizes
 from mergelab.sae.formats.settings import Settings
+from mergelab.sae.formats.shared import check_finite, check_sizes
+from mergelab.sae.sae import LATENT_AXIS, Dictionary, DictionaryConfig
 
 __all__ = ["FORMAT", "read_own", "write_folder", "write_own"]
 

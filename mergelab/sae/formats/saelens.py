@@ -13,11 +13,11 @@ import numpy as np
 from mergelab.checkpoints import open_safetensors
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import CheckpointError
-from mergelab.sae.dictionary import Dictionary, DictionaryConfig
-from mergelab.sae.formats.convert import arrays_of, check_sizes, not_subtracting_b_dec, refuse
 from mergelab.sae.formats.hook_names import hook_of, said_or, site_of
 from mergelab.sae.formats.own import write_folder
 from mergelab.sae.formats.settings import Settings
+from mergelab.sae.formats.shared import arrays_of, check_sizes, not_subtracting_b_dec, refuse
+from mergelab.sae.sae import Dictionary, DictionaryConfig
 
 __all__ = ["WEIGHTS", "read_saelens", "write_saelens"]
 

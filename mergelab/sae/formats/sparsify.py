@@ -10,8 +10,10 @@ from typing import Any
 
 from mergelab.checkpoints import open_safetensors
 from mergelab.checkpoints.publish import WorkFolder
-from mergelab.sae.dictionary import Dictionary, DictionaryConfig
-from mergelab.sae.formats.convert import (
+from mergelab.sae.formats.hook_names import module_of, said_or, site_of
+from mergelab.sae.formats.own import write_folder
+from mergelab.sae.formats.settings import Settings
+from mergelab.sae.formats.shared import (
     arrays_of,
     check_sizes,
     not_subtracting_b_dec,
@@ -19,9 +21,7 @@ from mergelab.sae.formats.convert import (
     subtracting_b_dec,
     transposed,
 )
-from mergelab.sae.formats.hook_names import module_of, said_or, site_of
-from mergelab.sae.formats.own import write_folder
-from mergelab.sae.formats.settings import Settings
+from mergelab.sae.sae import Dictionary, DictionaryConfig
 
 __all__ = ["read_sparsify", "write_sparsify"]
 

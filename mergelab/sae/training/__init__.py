@@ -1,5 +1,5 @@
 """Training runs: batches to steps, with checkpoints, metrics and a finished dictionary at the end."""
 
-from mergelab.sae.training.run import Progress, Result, train
+from mergelab.sae.training.trainer import Progress, Result, train
 
 __all__ = ["Progress", "Result", "train"]

@@ -23,7 +23,7 @@ from mergelab.checkpoints.orbax_calls import call_orbax, orbax_reason
 from mergelab.checkpoints.publish import sync_path
 from mergelab.errors import CheckpointError, MergelabError, OutputError
 from mergelab.processes import Terminated, agree, together
-from mergelab.sae.state import TrainState
+from mergelab.sae.training.state import TrainState
 
 __all__ = ["Checkpoints", "Found"]
 

@@ -11,7 +11,7 @@ from mergelab.activations import ActivationFiles, ActivationSource, find_activat
 from mergelab.checkpoints.folder import bounded_digest
 from mergelab.checkpoints.manifest import Entry
 from mergelab.errors import CheckpointError, SAEError
-from mergelab.sae.config import DataSection
+from mergelab.sae.training.config import DataSection
 
 __all__ = ["changed_input", "check_same", "fingerprint", "input_paths", "read_once"]
 
@@ -39,7 +39,7 @@ def fingerprint(data: DataSection) -> dict[str, Any]:
     """Size and digest of every file that decides a training, by path: plain JSON data.
 
     Weights of a model and large activations are known by their size and by blocks spread over them; the
-    digest of all of a model's weights is in the dictionary's metadata (`mergelab.sae.provenance`).
+    digest of all of a model's weights is in the dictionary's metadata (`mergelab.sae.training.data`).
 
     Raises:
         CheckpointError: a file cannot be read.

@@ -7,16 +7,13 @@ from dataclasses import fields
 from typing import Any
 
 from mergelab.errors import SAEError, did_you_mean, quoted
-from mergelab.sae.options import checked_options
 from mergelab.sae.variants.batch_top_k import BatchTopK
-from mergelab.sae.variants.crosscoder import crosscoder
 from mergelab.sae.variants.gated import Gated
 from mergelab.sae.variants.jump_relu import JumpReLU
 from mergelab.sae.variants.matryoshka import Matryoshka
-from mergelab.sae.variants.multi_top_k import MultiTopK
+from mergelab.sae.variants.options import checked_options
 from mergelab.sae.variants.relu import ReLU
-from mergelab.sae.variants.top_k import TopK
-from mergelab.sae.variants.transcoder import transcoder
+from mergelab.sae.variants.top_k import MultiTopK, TopK, crosscoder, transcoder
 from mergelab.sae.variants.variant import Context, Encoded, Outcome, Params, Variant
 
 __all__ = [

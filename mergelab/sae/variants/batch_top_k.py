@@ -14,11 +14,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from mergelab.errors import SAEError
-from mergelab.sae.sparse.codes import DenseCodes
-from mergelab.sae.sparse.search import pre_activations
-from mergelab.sae.sparse.threshold import kth_largest
-from mergelab.sae.variants.live import live_bias
-from mergelab.sae.variants.variant import Context, Encoded, Params, Variant
+from mergelab.sae.kernels.codes import DenseCodes
+from mergelab.sae.kernels.largest import kth_largest, pre_activations
+from mergelab.sae.variants.variant import Context, Encoded, Params, Variant, live_bias
 
 __all__ = ["BatchTopK"]
 

@@ -16,11 +16,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from mergelab.errors import SAEError
-from mergelab.sae.sparse.codes import DenseCodes
-from mergelab.sae.sparse.search import pre_activations
-from mergelab.sae.variants.live import live_bias
+from mergelab.sae.kernels.codes import DenseCodes
+from mergelab.sae.kernels.largest import pre_activations
 from mergelab.sae.variants.relu import warmed
-from mergelab.sae.variants.variant import Context, Encoded, Params, Variant
+from mergelab.sae.variants.variant import Context, Encoded, Params, Variant, live_bias
 
 __all__ = ["JumpReLU", "jump_relu", "step"]
 

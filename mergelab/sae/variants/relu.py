@@ -13,10 +13,9 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jax import Array
 
-from mergelab.sae.sparse.codes import DenseCodes
-from mergelab.sae.sparse.search import pre_activations
-from mergelab.sae.variants.live import live_bias
-from mergelab.sae.variants.variant import Context, Encoded, Params, Variant
+from mergelab.sae.kernels.codes import DenseCodes
+from mergelab.sae.kernels.largest import pre_activations
+from mergelab.sae.variants.variant import Context, Encoded, Params, Variant, live_bias
 
 __all__ = ["ReLU", "warmed"]
 

@@ -1,4 +1,4 @@
-"""TopK: each token keeps its k largest pre-activations (Gao et al., arXiv 2406.04093): the reference."""
+"""TopK SAEs, with several k at once, and the transcoders and crosscoders made of them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
 from jax import Array
 
 from mergelab.errors import SAEError
-from mergelab.sae.sparse.encode import prefers_dense, top_k_codes
-from mergelab.sae.variants.live import live_bias
-from mergelab.sae.variants.variant import Context, Encoded, Params, Variant
+from mergelab.sae.kernels.codes import prefers_dense, top_k_codes
+from mergelab.sae.kernels.rows import row_dot
+from mergelab.sae.variants.variant import Context, Encoded, Params, Variant, live_bias
 
-__all__ = ["TopK"]
+__all__ = ["MultiTopK", "TopK", "crosscoder", "site_norms", "transcoder"]
 
 
 @dataclass(frozen=True)
@@ -48,3 +49,81 @@ class TopK(Variant):
 
     def export(self, params: Params, statistics: Mapping[str, Array]) -> dict[str, Any]:
         return {"activation": "topk", "k": self.k}
+
+
+@dataclass(frozen=True)
+class MultiTopK(TopK):
+    """TopK with the loss `L(k) + weight * L(multiple * k)`.
+
+    Attributes:
+        multiple: how many times k the second reconstruction uses.
+        weight: of its error.
+    """
+
+    multiple: int = 4
+    weight: float = 1 / 8
+
+    name: ClassVar[str] = "multi_topk"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.multiple < 1 or self.multiple * self.k >= 2**31:
+            raise SAEError(
+                f"multiple is {self.multiple}; it must be at least 1, and times k below 2147483648."
+            )
+
+    def encode(self, params: Params, x: Array, context: Context) -> Encoded:
+        k = self.k if context.k is None else context.k
+        most = min(self.multiple * self.k, self.n_latents)
+        codes, wide = top_k_codes(
+            x,
+            params["encoder"],
+            live_bias(params, context),
+            [k, self.multiple * k],
+            most,
+            context.shards,
+            dense=prefers_dense(self.n_latents, most, context.shards.platform),
+            compute_dtype=context.compute_dtype,
+        )
+        return Encoded(codes, also=((self.weight, wide),))
+
+
+def transcoder(
+    d_in: int, d_out: int, n_latents: int, *, kind: type[Variant] = TopK, skip: bool = False, **options: Any
+) -> Variant:
+    """A transcoder: any kind of sparse code, with a target of its own.
+
+    Args:
+        d_in: width of the activation that is read.
+        d_out: width of the one that is reconstructed.
+        n_latents: how many latents.
+        kind: the kind of code.
+        skip: adds `x @ skip`, a `[d_in, d_out]` matrix that starts at zero.
+        **options: of the kind, such as `k`.
+    """
+    return kind(d_in=d_in, n_latents=n_latents, d_out=d_out, skip=skip, **options)
+
+
+def crosscoder(
+    d_model: int, sites: int, n_latents: int, *, kind: type[Variant] = TopK, **options: Any
+) -> Variant:
+    """A crosscoder over `sites` activations of width `d_model`: any kind of sparse code.
+
+    A kind with a penalty weighs each code by the sum over sites of its decoder's norms, so that a latent may
+    live at one site or at many at the same price.
+
+    Args:
+        d_model: width of each activation.
+        sites: how many.
+        n_latents: how many latents.
+        kind: the kind of code.
+        **options: of the kind, such as `k`.
+    """
+    return kind(d_in=sites * d_model, n_latents=n_latents, sites=sites, **options)
+
+
+def site_norms(decoder: Array, sites: int) -> Array:
+    """Decoder norms by site: `[n, sites * d_model]` -> `[n, sites]`; where each latent lives."""
+    n, width = decoder.shape
+    parts = decoder.reshape(n * sites, width // sites)
+    return jnp.sqrt(row_dot(parts, parts)).reshape(n, sites)

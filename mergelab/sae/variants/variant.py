@@ -1,8 +1,4 @@
-"""What every kind of sparse autoencoder is: parameters, an encoder to sparse codes, a linear decoder, a loss.
-
-A variant is a frozen dataclass of hyper-parameters; its methods are pure functions of a parameter tree. They
-are written for the part of the latents and tokens that one device holds (see `mergelab.sae.shards`).
-"""
+"""What a variant is: hyper-parameters, parameters, codes and a loss."""
 
 from __future__ import annotations
 
@@ -15,11 +11,18 @@ import jax.numpy as jnp
 from jax import Array
 
 from mergelab.errors import SAEError, quoted
-from mergelab.sae.shards import ONE_DEVICE, Shards
-from mergelab.sae.sparse.codes import Codes
-from mergelab.sae.sparse.rows import row_dot
+from mergelab.sae.kernels.codes import Codes
+from mergelab.sae.kernels.collectives import ONE_DEVICE, Shards
+from mergelab.sae.kernels.rows import row_dot
 
-__all__ = ["Context", "Encoded", "Outcome", "Params", "Variant"]
+__all__ = ["Context", "Encoded", "Outcome", "Params", "Variant", "live_bias"]
+
+
+def live_bias(params: Params, context: Context) -> Array:
+    """The encoder's bias `[n]`, so low for latents that take no part that they never fire."""
+    bias = params["encoder_bias"]
+    return bias if context.live is None else jnp.where(context.live, bias, jnp.finfo(bias.dtype).min)
+
 
 Params = dict[str, Array]
 """`encoder [n, d_in]`, `encoder_bias [n]`, `decoder [n, d_out]`, `decoder_bias [d_out]`, a variant's own."""

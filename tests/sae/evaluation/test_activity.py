@@ -11,10 +11,9 @@ import pytest
 from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.families import model_from_config
-from mergelab.sae.dictionary import Dictionary, DictionaryConfig
-from mergelab.sae.evaluation.activity import activity
-from mergelab.sae.evaluation.examples import survey
-from mergelab.sae.evaluation.logit_effects import logit_effects
+from mergelab.sae.features.logit_effects import logit_effects
+from mergelab.sae.features.survey import activity, survey
+from mergelab.sae.sae import Dictionary, DictionaryConfig
 from tests.sae.evaluation.trained_host import Host
 
 

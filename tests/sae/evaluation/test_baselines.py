@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mergelab.sae.evaluation.baselines import freeze_decoder, random_state
-from mergelab.sae.evaluation.recovery import recovery
-from mergelab.sae.initialize import initialize
-from mergelab.sae.recipe import Recipe
-from mergelab.sae.state import TrainState
-from mergelab.sae.step import Step, make_step
+from mergelab.sae.evaluation.controls import freeze_decoder, random_state
+from mergelab.sae.features.matching import recovery
 from mergelab.sae.toy import ToyTruth
-from mergelab.sae.update import averaged_params
+from mergelab.sae.training.initialize import initialize
+from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.state import TrainState
+from mergelab.sae.training.step import Step, make_step
+from mergelab.sae.training.update import averaged_params
 from mergelab.sae.variants import TopK
 
 TRUTH = ToyTruth(d_in=16, n_features=32, l0=2.0, exponent=0.0, rows=300 * 256)

@@ -11,8 +11,7 @@ import pytest
 
 from mergelab.errors import SAEError
 from mergelab.quickstart import small_llama
-from mergelab.sae.evaluation.curve import loss_curve
-from mergelab.sae.evaluation.downstream import compute_equivalent, evaluate_downstream
+from mergelab.sae.evaluation.downstream import compute_equivalent, evaluate_downstream, loss_curve
 from mergelab.sharding import make_mesh
 from tests.sae.evaluation.trained_host import Host
 

@@ -12,9 +12,9 @@ import pytest
 from mergelab.errors import SAEError
 from mergelab.models.load import load_model
 from mergelab.quickstart import small_llama
-from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.evaluation.downstream import Downstream, compute_equivalent, evaluate_downstream
-from mergelab.sae.evaluation.host import check_host, open_host
+from mergelab.sae.sae import Dictionary, DictionaryConfig
+from mergelab.sae.subject_model import check_host, open_host
 from mergelab.sharding import make_mesh
 from tests.sae.evaluation.trained_host import LENGTH, SITE, Host
 

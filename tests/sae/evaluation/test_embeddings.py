@@ -14,9 +14,9 @@ from scipy.stats import spearmanr
 from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.load import load_model
-from mergelab.sae.dictionary import Dictionary, DictionaryConfig
-from mergelab.sae.evaluation.embeddings import evaluate_embeddings, rank_agreement
 from mergelab.sae.evaluation.scorecard import applicable_metrics, scorecard
+from mergelab.sae.evaluation.text_embeddings import evaluate_embeddings, rank_agreement
+from mergelab.sae.sae import Dictionary, DictionaryConfig
 from mergelab.sharding import make_mesh
 from tests.models.tiny_models import tiny, write
 from tests.sae.evaluation.trained_host import Host

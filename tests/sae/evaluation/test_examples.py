@@ -11,8 +11,8 @@ from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.families import model_from_config
 from mergelab.quickstart import small_llama
-from mergelab.sae.dictionary import Dictionary, DictionaryConfig
-from mergelab.sae.evaluation.examples import survey
+from mergelab.sae.features.survey import survey
+from mergelab.sae.sae import Dictionary, DictionaryConfig
 
 SITE = "blocks.0.resid_post"
 

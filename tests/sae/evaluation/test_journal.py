@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from mergelab.errors import OutputError, SAEError
-from mergelab.sae.evaluation.journal import Journal, evaluation_key
-from mergelab.sae.evaluation.metrics import METRICS, Metric, Score
-from mergelab.sae.evaluation.scorecard import Scorecard, control_scorecard, scorecard
+from mergelab.sae.evaluation.metric import METRICS, Metric, Score
+from mergelab.sae.evaluation.scorecard import Journal, Scorecard, control_scorecard, evaluation_key, scorecard
 from tests.sae.evaluation.trained_host import Host
 
 CARD = Scorecard({"a.x": Score(0.1, "nats", "0 best"), "a.y": Score(float("nan"), "", "1 best")}, {"a": 2.5})

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from mergelab.errors import SAEError
-from mergelab.sae.dictionary import Dictionary, DictionaryConfig
-from mergelab.sae.evaluation import matching
 from mergelab.sae.evaluation.absorption import absorption
-from mergelab.sae.evaluation.matching import feature_splits, match_features, shared_features
 from mergelab.sae.evaluation.progressive import (
     progressive_recovery,
     recall_against_sparsity,
     with_threshold,
     with_top_k,
 )
+from mergelab.sae.features import matching
+from mergelab.sae.features.matching import feature_splits, match_features, shared_features
+from mergelab.sae.sae import Dictionary, DictionaryConfig
 
 RNG = np.random.default_rng(0)
 

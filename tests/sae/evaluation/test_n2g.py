@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from mergelab.activations.capture import ModelActivations
-from mergelab.sae.dictionary import Dictionary, DictionaryConfig
-from mergelab.sae.evaluation.examples import Example, survey
 from mergelab.sae.evaluation.explanation_loss import score_explanations
-from mergelab.sae.evaluation.n2g import Variant, explain, find_patterns, match_explanations
-from mergelab.sae.evaluation.patterns import Explanation, Pattern, judge_explanation
+from mergelab.sae.features.explanations import Explanation, Pattern, judge_explanation
+from mergelab.sae.features.n2g import Variant, explain, find_patterns, match_explanations
+from mergelab.sae.features.survey import Example, survey
+from mergelab.sae.sae import Dictionary, DictionaryConfig
 from tests.sae.evaluation.tiny_encoder import Encoder
 from tests.sae.evaluation.trained_host import Host
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mergelab.errors import SAEError
-from mergelab.sae.evaluation.recovery import matched_cosine, max_cosines, recovery
+from mergelab.sae.features.matching import matched_cosine, max_cosines, recovery
 
 
 def _directions(rows: int, width: int, seed: int = 0) -> np.ndarray:

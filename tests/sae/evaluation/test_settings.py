@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import pytest
 
 from mergelab.errors import SAEError
-from mergelab.sae.dictionary import Dictionary, DictionaryConfig
-from mergelab.sae.evaluation.metrics import Score
+from mergelab.sae.evaluation.metric import Score
 from mergelab.sae.evaluation.scorecard import Scorecard, seed_spread
 from mergelab.sae.evaluation.settings import differences, settings_of
+from mergelab.sae.sae import Dictionary, DictionaryConfig
 
 TRAIN = {"batch_size": 64, "tokens": 6400, "seed": 0}
 DATA = {"kind": "model", "site": "blocks.0.resid_post"}

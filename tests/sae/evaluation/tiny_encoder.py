@@ -14,7 +14,7 @@ from mergelab.activations.capture import ModelActivations, open_model_activation
 from mergelab.models.families import model_from_config
 from mergelab.models.save import save_model
 from mergelab.quickstart.corpus import sources_folder
-from mergelab.sae.dictionary import Dictionary, DictionaryConfig
+from mergelab.sae.sae import Dictionary, DictionaryConfig
 from tests.models.tiny_models import params_of, weights
 
 SITE = "blocks.0.resid_post"

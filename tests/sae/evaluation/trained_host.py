@@ -12,7 +12,7 @@ from mergelab.quickstart import small_llama
 from mergelab.quickstart.bpe import tokenizer_files, train_bpe
 from mergelab.quickstart.corpus import sources_folder
 from mergelab.quickstart.train import TrainSettings, train_lm
-from mergelab.sae.dictionary import Dictionary
+from mergelab.sae.sae import Dictionary
 from mergelab.sae.training import train
 from mergelab.text.packing import random_windows, token_stream
 

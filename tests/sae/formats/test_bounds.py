@@ -16,10 +16,10 @@ from safetensors.numpy import load_file, save_file
 
 from mergelab.checkpoints.torch_pickle import write_pickled
 from mergelab.errors import CheckpointError, MergelabError
-from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats import load_dictionary, save_dictionary
 from mergelab.sae.formats.gemma_scope import read_gemma_scope
 from mergelab.sae.formats.settings import Settings
+from mergelab.sae.sae import Dictionary, DictionaryConfig
 
 D, N = 4, 6
 WRONG: list[Any] = [float("nan"), "x", [], {}, 1.5, 0, -1, True, 1e300, 10**30]

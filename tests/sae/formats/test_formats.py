@@ -18,8 +18,8 @@ from safetensors.numpy import load_file, save_file
 
 from mergelab.checkpoints.output_target import OutputLock
 from mergelab.errors import CheckpointError, OutputError, SAEError
-from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats import FORMATS, load_dictionary, reserve, save_dictionary
+from mergelab.sae.sae import Dictionary, DictionaryConfig
 from mergelab.sharding import make_mesh
 
 RECORDED = Path(__file__).parent / "recorded"

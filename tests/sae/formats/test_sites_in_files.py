@@ -15,9 +15,9 @@ from safetensors.numpy import load_file, save_file
 
 from mergelab.checkpoints.torch_pickle import write_pickled
 from mergelab.errors import CheckpointError, NonFiniteError
-from mergelab.sae.dictionary import Dictionary, DictionaryConfig
 from mergelab.sae.formats import load_dictionary, save_dictionary
 from mergelab.sae.formats.hook_names import hook_of, module_of, site_of, submodule_of
+from mergelab.sae.sae import Dictionary, DictionaryConfig
 
 D, N = 6, 10
 SUFFIXES = (

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mergelab.sae.training import train
-from mergelab.sae.training.metrics import read_metrics
+from mergelab.sae.training.tracking import read_metrics
 from tests.sae.training.distributed_worker import CONFIG, MESHES
 from tests.two_processes import run_two
 

@@ -12,8 +12,7 @@ import pytest
 
 from mergelab.errors import DependencyError
 from mergelab.sae.training import train
-from mergelab.sae.training.loggers import open_loggers
-from mergelab.sae.training.metrics import read_metrics
+from mergelab.sae.training.tracking import open_loggers, read_metrics
 from tests.sae.training.test_run import CONFIG
 
 

@@ -20,12 +20,12 @@ import yaml
 from mergelab.checkpoints.output_target import OutputLock
 from mergelab.errors import NonFiniteError, OutputError, SAEError
 from mergelab.processes import Terminated
-from mergelab.sae.config import load_config
 from mergelab.sae.training import checkpoints as checkpoints_module
 from mergelab.sae.training import train
 from mergelab.sae.training.checkpoints import Checkpoints
+from mergelab.sae.training.config import load_config
 from mergelab.sae.training.folder import RunFolder
-from mergelab.sae.training.metrics import MetricsFile, read_metrics
+from mergelab.sae.training.tracking import MetricsFile, read_metrics
 
 
 def _config(data: Path) -> dict[str, Any]:
@@ -201,8 +201,8 @@ def test_nothing_is_claimed_until_the_data_has_been_read(
         train(config, tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
     # The same where the bad row is met on the way: there was no checkpoint yet that would be lost.
-    monkeypatch.setattr("mergelab.sae.training.run.read_once", lambda *_: None)
-    monkeypatch.setattr("mergelab.sae.training.run.SAMPLE_ROWS", 64)
+    monkeypatch.setattr("mergelab.sae.training.trainer.read_once", lambda *_: None)
+    monkeypatch.setattr("mergelab.sae.training.trainer.SAMPLE_ROWS", 64)
     with pytest.raises(NonFiniteError, match="row 400"):
         train({**config, "data": {**config["data"], "buffer_rows": 1}}, tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]

@@ -15,10 +15,10 @@ import pytest
 import yaml
 
 from mergelab.errors import OutputError, SAEError
-from mergelab.sae.config import load_config
 from mergelab.sae.formats import load_dictionary
 from mergelab.sae.training import train
-from mergelab.sae.training.metrics import read_metrics
+from mergelab.sae.training.config import load_config
+from mergelab.sae.training.tracking import read_metrics
 
 CONFIG: dict[str, Any] = {
     "sae": {"variant": "topk", "n_latents": 64, "k": 4},

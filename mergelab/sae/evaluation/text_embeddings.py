@@ -1,0 +1,165 @@
+"""What a reconstruction costs an encoder: how its text embeddings change with the dictionary spliced in.
+
+An encoder predicts no next tokens, so what is downstream of a site is the vector it makes of a whole text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from mergelab.activations.capture import ModelActivations
+from mergelab.activations.sentences import Pooling, pool
+from mergelab.errors import SAEError
+from mergelab.models.model import Model
+from mergelab.sae.sae import Dictionary
+from mergelab.sae.splice import mean_activation, passes, splice_from
+from mergelab.sae.subject_model import check_target
+
+__all__ = ["EmbeddingChange", "evaluate_embeddings", "rank_agreement"]
+
+_COMPARED = 1024  # contexts whose similarities are compared: half a million pairs
+
+
+@dataclass(frozen=True)
+class EmbeddingChange:
+    """Embeddings of an encoder with its site replaced, against its own.
+
+    Attributes:
+        contexts: texts embedded.
+        cosine: mean cosine of a text's embedding as it is and with the site replaced by its reconstruction.
+        cosine_mean: the same with the site replaced by its mean over the text, which makes all texts one.
+        rank: Spearman's correlation, over pairs of texts, of their similarity as it is and spliced.
+        nearest: the part of the texts whose nearest other text stays the same.
+    """
+
+    contexts: int
+    cosine: float
+    cosine_mean: float
+    rank: float
+    nearest: float
+
+    @property
+    def recovered(self) -> float:
+        """`(cosine - cosine_mean) / (1 - cosine_mean)`: 1 is lossless, 0 as bad as mean ablation."""
+        gap = 1 - self.cosine_mean
+        return (self.cosine - self.cosine_mean) / gap if gap else float("nan")
+
+
+def evaluate_embeddings(
+    dictionary: Dictionary,
+    source: ModelActivations,
+    *,
+    contexts: int | None = None,
+    pooling: Pooling = "mean",
+) -> EmbeddingChange:
+    """Embeds every context as it is, spliced, and with the site at its mean.
+
+    Args:
+        dictionary: reads the first of the source's sites, and reconstructs it or, as a transcoder, another.
+        source: an encoder and a text, whose contexts are the texts that are embedded.
+        contexts: use so many of them; all by default. Similarities are of the first 1024.
+        pooling: how the last states of a text become its embedding.
+
+    Raises:
+        SAEError: the dictionary does not fit the site, the model is no encoder, or there are fewer than three
+            contexts.
+    """
+    target = check_target(dictionary, source)
+    tokens = source.tokens[:contexts]
+    if source.model.family.architecture.causal:
+        raise SAEError(
+            f"a {source.model.family.model_type!r} model makes no embeddings of texts, but predicts next "
+            "tokens; ask for the metric 'downstream'."
+        )
+    if len(tokens) < 3:
+        raise SAEError(f"similarities of {len(tokens)} contexts have no order; give text for three or more.")
+    mean = jnp.asarray(mean_activation(source, contexts, target), jnp.float32)
+    found = [
+        np.asarray(
+            _embeddings(
+                source.params,
+                dictionary,
+                mean,
+                batch,
+                model=source.model,
+                sites=(source.sites[0], target),
+                pooling=pooling,
+            )
+        )[:, :real]
+        for batch, real in passes(tokens, source.batch)
+    ]
+    plain, spliced, flat = np.concatenate(found, axis=1).astype(np.float64)
+    near, near_spliced = (_similarities(part[:_COMPARED]) for part in (plain, spliced))
+    return EmbeddingChange(
+        contexts=len(tokens),
+        cosine=float((plain * spliced).sum(axis=1).mean()),
+        cosine_mean=float((plain * flat).sum(axis=1).mean()),
+        rank=rank_agreement(plain[:_COMPARED], spliced[:_COMPARED]),
+        nearest=float((near.argmax(axis=1) == near_spliced.argmax(axis=1)).mean()),
+    )
+
+
+@partial(jax.jit, static_argnames=("model", "sites", "pooling"))
+def _embeddings(
+    params: Any,
+    dictionary: Dictionary,
+    mean: Array,
+    tokens: Array,
+    *,
+    model: Model,
+    sites: tuple[str, str],
+    pooling: Pooling,
+) -> Array:
+    """Of length 1, `[3, batch, width]`: as it is, spliced, at the mean; `sites` are read and written."""
+    read, site = sites
+
+    def middle(x: Array) -> Array:
+        return jnp.broadcast_to(mean[None, None].astype(x.dtype), x.shape)
+
+    def embed(edit: Any) -> tuple[Array, Array]:
+        out = model.apply(params, tokens, edit=edit, capture=[read])
+        assert out.hidden is not None
+        vectors = pool(out.hidden.astype(jnp.float32), jnp.ones(tokens.shape, bool), pooling)
+        norms = jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+        return vectors / norms, out.captured[read]
+
+    plain, x = embed(None)
+    return jnp.stack([plain, embed({site: splice_from(dictionary, x)})[0], embed({site: middle})[0]])
+
+
+def rank_agreement(one: np.ndarray, other: np.ndarray) -> float:
+    """Spearman's correlation of the cosines of all pairs of texts, in two embeddings of the same texts.
+
+    Args:
+        one: `[texts, width]`, of length 1.
+        other: the same texts, `[texts, width]`, of length 1.
+
+    Returns:
+        From -1 to 1; NaN where all cosines of a set are equal.
+    """
+    pairs = np.triu_indices(len(one), 1)
+    a, b = (_ranks(_similarities(part)[pairs]) for part in (one, other))
+    a, b = a - a.mean(), b - b.mean()
+    norm = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / norm if norm else float("nan")
+
+
+def _similarities(embeddings: np.ndarray) -> np.ndarray:
+    """Cosines of all pairs, `[texts, texts]`; a text is not its own neighbour."""
+    found = embeddings @ embeddings.T
+    np.fill_diagonal(found, -np.inf)
+    return found
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1; equal values share the mean of theirs."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[which]

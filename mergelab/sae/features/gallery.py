@@ -1,0 +1,203 @@
+"""All that is known of some latents, as data for our page and for Neuronpedia."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from mergelab.activations.capture import ModelActivations
+from mergelab.sae.evaluation.scorecard import halves
+from mergelab.sae.features.explanations import Explanation, Match
+from mergelab.sae.features.logit_effects import LogitEffects, logit_effects, writes_stream
+from mergelab.sae.features.matching import Child
+from mergelab.sae.features.n2g import explain, match_explanations
+from mergelab.sae.features.survey import Activity, Survey, activity, survey
+from mergelab.sae.sae import Dictionary
+
+__all__ = ["Gallery", "choose_latents", "explain_gallery", "make_gallery", "neuronpedia_batch"]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """What was found of some latents on a text.
+
+    Attributes:
+        site: where the dictionary reads.
+        survey: densities, peaks, and each latent's strongest contexts.
+        activity: histograms and neighbours, of the latents shown.
+        effects: on logits, of the same latents in the same order; None where there are none.
+        explained: N2G explanations of some of them, with precision and recall on text they are not made of.
+        children: of some of them, what they have become in a wider dictionary (`hierarchy`).
+    """
+
+    site: str
+    survey: Survey
+    activity: Activity
+    effects: LogitEffects | None
+    explained: Mapping[int, tuple[Explanation, Match]] = field(default_factory=dict)
+    children: Mapping[int, tuple[Child, ...]] = field(default_factory=dict)
+
+    @property
+    def latents(self) -> np.ndarray:
+        """`[m]`, the latents shown."""
+        return self.activity.latents
+
+
+def choose_latents(density: np.ndarray, most: int) -> np.ndarray:
+    """The latents active at all: if there are more than `most`, every so-manieth in the order of density.
+
+    Args:
+        density: `[n_latents]`.
+        most: at least 1.
+
+    Returns:
+        Their numbers, rising.
+    """
+    order = np.argsort(-density, kind="stable")
+    order = order[: int((density > 0).sum())]
+    if len(order) > most:
+        order = order[np.linspace(0, len(order) - 1, most).round().astype(np.int64)]
+    return np.sort(order)
+
+
+def make_gallery(
+    dictionary: Dictionary,
+    source: ModelActivations,
+    *,
+    most: int = 2000,
+    examples: int = 8,
+    latents: Sequence[int] | None = None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Gallery:
+    """Gathers it in three passes over the text.
+
+    Args:
+        dictionary: reads the first of the source's sites.
+        source: model and text.
+        most: latents shown.
+        examples: contexts per latent.
+        latents: those to show; by default `choose_latents`.
+        progress: is told the pass over the text, its contexts done and in all.
+
+    Raises:
+        SAEError: the dictionary does not fit the site.
+    """
+    if latents is None:
+        density = survey(dictionary, source, latents=[], progress=partial(progress, "density")).density
+        chosen = choose_latents(density, most)
+    else:
+        chosen = np.asarray(sorted(latents), np.int64)
+    seen = survey(
+        dictionary, source, count=examples, latents=chosen.tolist(), progress=partial(progress, "examples")
+    )
+    happened = activity(dictionary, source, chosen, seen.peak, progress=partial(progress, "activity"))
+    causal = source.model.family.architecture.causal
+    reaches = causal and len(chosen) > 0 and writes_stream(dictionary, source)
+    effects = logit_effects(dictionary, source, chosen) if reaches else None
+    return Gallery(source.sites[0], seen, happened, effects)
+
+
+def explain_gallery(
+    gallery: Gallery, dictionary: Dictionary, source: ModelActivations, *, count: int, mask_token: int
+) -> Gallery:
+    """The gallery with explanations of its `count` latents of highest peak.
+
+    They are made of the first half of the text and judged on the second.
+
+    Raises:
+        SAEError: the text has one context.
+    """
+    order = np.argsort(-gallery.survey.peak[gallery.latents], kind="stable")[:count]
+    chosen = gallery.latents[order].tolist()
+    fit, judge = halves(source)
+    found = survey(dictionary, fit, count=8, latents=chosen).examples
+    made = explain(dictionary, fit, found, mask_token=mask_token)
+    matches = match_explanations(dictionary, judge, list(made.values()))
+    explained = dict(zip(made, zip(made.values(), matches, strict=True), strict=True))
+    return replace(gallery, explained=explained)
+
+
+_ALIGNED = 3  # coordinates of the residual stream that a latent writes most
+
+
+def neuronpedia_batch(
+    gallery: Gallery,
+    dictionary: Dictionary,
+    words: Callable[[int], str],
+    *,
+    model_id: str,
+    sae_id: str,
+    layer: int,
+) -> dict[str, Any]:
+    """One batch of features.
+
+    Bars are parallel lists of as many heights as values, the values being middles of bins.
+
+    Args:
+        gallery: what to write.
+        dictionary: the gallery's.
+        words: the text of a token.
+        model_id: as Neuronpedia knows the model.
+        sae_id: name of the dictionary there.
+        layer: the site's block.
+    """
+    return {
+        "model_id": model_id,
+        "layer": layer,
+        "sae_id_suffix": sae_id,
+        "features": [_feature(gallery, dictionary, words, i) for i in range(len(gallery.latents))],
+    }
+
+
+def _feature(gallery: Gallery, dictionary: Dictionary, words: Callable[[int], str], i: int) -> dict[str, Any]:
+    happened, effects = gallery.activity, gallery.effects
+    latent = int(happened.latents[i])
+    peak = float(gallery.survey.peak[latent])
+    bars = happened.histogram.shape[1]
+    written = np.asarray(dictionary.W_dec[latent], np.float64)
+    aligned = np.argsort(-np.abs(written), kind="stable")[:_ALIGNED]
+    found: dict[str, Any] = {
+        "feature_index": latent,
+        "neuron_alignment_indices": aligned.tolist(),
+        "neuron_alignment_values": _rounded(written[aligned]),
+        "neuron_alignment_l1": _rounded(np.abs(written[aligned]) / max(float(np.abs(written).sum()), 1e-12)),
+        "correlated_features_indices": happened.neighbours[i].tolist(),
+        "correlated_features_pearson": _rounded(happened.likeness[i]),
+        "frac_nonzero": round(float(gallery.survey.density[latent]), 8),
+        "maxActApprox": round(peak, 6),
+        "freq_hist_data_bar_heights": happened.histogram[i].tolist(),
+        "freq_hist_data_bar_values": _rounded((np.arange(bars) + 0.5) * peak / bars),
+        "decoder_weights_dist": [],
+        "activations": [
+            {
+                "bin_min": 0.0,
+                "bin_max": round(peak, 6),
+                "bin_contains": 0.0,
+                "tokens": [words(token) for token in example.tokens],
+                "values": _rounded(np.asarray(example.codes)),
+                "qualifying_token_index": int(np.argmax(example.codes)),
+            }
+            for example in gallery.survey.examples[latent]
+        ],
+    }
+    if effects is None:
+        empty = ("pos_str", "pos_values", "neg_str", "neg_values")
+        names = (*empty, "logits_hist_data_bar_heights", "logits_hist_data_bar_values")
+        return found | {name: [] for name in names}
+    edges = effects.edges[i]
+    return found | {
+        "pos_str": [words(int(token)) for token in effects.top[i]],
+        "pos_values": _rounded(effects.top_values[i]),
+        "neg_str": [words(int(token)) for token in effects.bottom[i]],
+        "neg_values": _rounded(effects.bottom_values[i]),
+        "logits_hist_data_bar_heights": effects.histogram[i].tolist(),
+        "logits_hist_data_bar_values": _rounded((edges[1:] + edges[:-1]) / 2),
+    }
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return [round(float(value), 6) for value in values]

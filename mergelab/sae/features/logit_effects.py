@@ -1,0 +1,133 @@
+"""What latents do to the next token with nothing between: decoder rows through final norm and unembedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from mergelab.activations.capture import ModelActivations
+from mergelab.errors import SAEError
+from mergelab.models.model import Model
+from mergelab.sae.evaluation.downstream import require_logits
+from mergelab.sae.sae import Dictionary
+from mergelab.sae.splice import passes
+
+__all__ = ["LogitEffects", "logit_effects", "writes_stream"]
+
+_PIECE = 64  # latents in one pass: 64 rows of logits
+
+
+@dataclass(frozen=True)
+class LogitEffects:
+    """Changes of logits for one unit of activation, the final norm's scale frozen at its mean over the text.
+
+    Attributes:
+        latents: `[m]`.
+        top: `[m, count]`, tokens whose logits rise most, and by how much.
+        top_values: `[m, count]`, falling.
+        bottom: `[m, count]`, tokens whose logits fall most.
+        bottom_values: `[m, count]`, rising.
+        histogram: `[m, bins]`, tokens of the vocabulary by effect, between the `edges` `[m, bins + 1]`.
+        edges: see `histogram`.
+    """
+
+    latents: np.ndarray
+    top: np.ndarray
+    top_values: np.ndarray
+    bottom: np.ndarray
+    bottom_values: np.ndarray
+    histogram: np.ndarray
+    edges: np.ndarray
+
+
+def logit_effects(
+    dictionary: Dictionary,
+    source: ModelActivations,
+    latents: Sequence[int] | np.ndarray,
+    *,
+    count: int = 10,
+    bins: int = 20,
+) -> LogitEffects:
+    """Reads decoder rows as if they stood in the last residual stream.
+
+    Args:
+        dictionary: writes the residual stream, or what is added to it (`writes_stream`).
+        source: the model, and the text whose mean scale is taken (its first pass).
+        latents: those to look at.
+        count: tokens at either end.
+        bins: of a histogram.
+
+    Raises:
+        SAEError: the model predicts no tokens, or the dictionary does not write its stream.
+    """
+    require_logits(source)
+    model = source.model
+    width = model.config.width
+    if not writes_stream(dictionary, source):
+        raise SAEError(
+            f"the dictionary ({dictionary.mapping()}) writes activations {dictionary.d_out} wide, and the "
+            f"model's stream is {width} wide or another site, so its latents have no effect of their own on "
+            "logits; omit the effects."
+        )
+    tokens, real = next(passes(source.tokens, source.batch))
+    scale = _mean_scale(source.params, tokens[:real], model=model)
+    chosen = np.asarray(latents, np.int64)
+    filled = np.pad(chosen, (0, -len(chosen) % _PIECE))
+    rows = np.asarray(dictionary.W_dec, np.float32)[filled].reshape(-1, _PIECE, width)
+    found = [
+        [np.asarray(part) for part in _effects(source.params, jnp.asarray(piece), scale, model, count, bins)]
+        for piece in rows
+    ]
+    parts = [np.concatenate(column)[: len(chosen)] for column in zip(*found, strict=True)]
+    return LogitEffects(chosen, *parts)
+
+
+def writes_stream(dictionary: Dictionary, source: ModelActivations) -> bool:
+    """Whether what a dictionary writes is the residual stream, or is added to it.
+
+    Width alone does not tell: where nobody said what it writes, an autoencoder writes the first site.
+    """
+    writes = dictionary.config.writes
+    site = writes[0] if writes is not None else source.sites[0] if dictionary.is_autoencoder else None
+    if site is None or dictionary.d_out != source.model.config.width:
+        return False
+    return site == "embed" or site.endswith(
+        (".resid_pre", ".resid_mid", ".resid_post", "attn.out", "mlp.out")
+    )
+
+
+@partial(jax.jit, static_argnames="model")
+def _mean_scale(params: Any, tokens: Array, *, model: Model) -> Array:
+    found = model.apply(params, tokens, capture=["final_norm.scale"], logits=False).captured
+    return found["final_norm.scale"].mean()
+
+
+@partial(jax.jit, static_argnames=("model", "count", "bins"))
+def _effects(
+    params: Any, rows: Array, scale: Array, model: Model, count: int, bins: int
+) -> tuple[Array, ...]:
+    last = f"blocks.{model.config.layers - 1}.resid_post"
+
+    def logits(stream: Array) -> Array:
+        # Each row is a text of one token, whose last stream is replaced.
+        edit = {
+            last: lambda x: stream[:, None].astype(x.dtype),
+            "final_norm.scale": lambda s: jnp.broadcast_to(scale.astype(s.dtype), s.shape),
+        }
+        out = model.apply(params, jnp.zeros((len(stream), 1), jnp.int32), edit=edit).logits
+        assert out is not None
+        return out[:, 0]
+
+    # The norm's bias, where it has one, is no effect of the latent.
+    effects = logits(rows) - logits(jnp.zeros_like(rows))
+    high, top = lax.top_k(effects, count)
+    low, bottom = lax.top_k(-effects, count)
+    counts, edges = jax.vmap(lambda row: jnp.histogram(row, bins))(effects)
+    return top, high, bottom, -low, counts.astype(jnp.int32), edges

@@ -1,0 +1,304 @@
+"""The same feature elsewhere: in another dictionary, in a wider one, in the ground truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mergelab.activations.capture import ModelActivations
+from mergelab.errors import SAEError
+from mergelab.sae.features.survey import survey
+from mergelab.sae.sae import Dictionary
+from mergelab.sae.subject_model import check_reads
+
+__all__ = [
+    "Child",
+    "FeatureMatch",
+    "Recovery",
+    "SeedSpread",
+    "feature_splits",
+    "hierarchy",
+    "match_features",
+    "matched_cosine",
+    "max_cosines",
+    "recovery",
+    "shared_features",
+]
+
+
+_EXACT = 4096  # up to so many latents the assignment is optimal: the algorithm is cubic
+_PIECE = 1024
+
+
+@dataclass(frozen=True)
+class FeatureMatch:
+    """For each latent of the first dictionary, its match in the second.
+
+    Attributes:
+        latent: `[n]`, int64; -1 where one-to-one matching left none over.
+        cosine: `[n]`, float32, of the decoder directions; 0 where there is no match.
+    """
+
+    latent: np.ndarray
+    cosine: np.ndarray
+
+    def share_above(self, threshold: float) -> float:
+        """The part of the latents whose match is more alike than this."""
+        return float((self.cosine > threshold).mean())
+
+
+def match_features(one: Dictionary, other: Dictionary, *, one_to_one: bool = True) -> FeatureMatch:
+    """Pairs latents by the cosine of what they write.
+
+    Trainings with the same seed begin from the same directions, latent by latent, whatever their width:
+    compare such of different seeds.
+
+    One-to-one pairs maximise the sum of cosines (Hungarian algorithm) for at most 4096 latents; beyond, they
+    are taken greedily from the most alike pair of each row on. Otherwise every latent has its nearest.
+
+    Args:
+        one: a dictionary.
+        other: another of the same site.
+        one_to_one: no latent of the second stands for two of the first.
+
+    Raises:
+        SAEError: they write different widths.
+    """
+    a, b = _directions(one), _directions(other)
+    if a.shape[1] != b.shape[1]:
+        raise SAEError(f"the dictionaries write {a.shape[1]} and {b.shape[1]} wide; give two of one site.")
+    if not one_to_one:
+        return _nearest(a, b)
+    if max(len(a), len(b)) > _EXACT:
+        return _greedy(a, b)
+    from scipy.optimize import linear_sum_assignment
+
+    cosines = a @ b.T
+    rows, columns = linear_sum_assignment(cosines, maximize=True)
+    latent, cosine = np.full(len(a), -1), np.zeros(len(a), np.float32)
+    latent[rows], cosine[rows] = columns, cosines[rows, columns]
+    return FeatureMatch(latent, cosine)
+
+
+def _directions(dictionary: Dictionary) -> np.ndarray:
+    rows = np.asarray(dictionary.W_dec, np.float32)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(norms > 0, norms, 1)
+
+
+def _nearest(a: np.ndarray, b: np.ndarray) -> FeatureMatch:
+    latent, cosine = np.zeros(len(a), np.int64), np.zeros(len(a), np.float32)
+    for start in range(0, len(a), _PIECE):
+        piece = slice(start, start + _PIECE)
+        cosines = a[piece] @ b.T
+        latent[piece], cosine[piece] = cosines.argmax(axis=1), cosines.max(axis=1)
+    return FeatureMatch(latent, cosine)
+
+
+def _greedy(a: np.ndarray, b: np.ndarray) -> FeatureMatch:
+    """Rounds: every free latent asks its nearest free one, which takes the most alike of those that ask."""
+    latent, cosine = np.full(len(a), -1), np.zeros(len(a), np.float32)
+    free_a, free_b = np.arange(len(a)), np.arange(len(b))
+    while len(free_a) and len(free_b):
+        near = _nearest(a[free_a], b[free_b])
+        order = np.argsort(-near.cosine, kind="stable")
+        _, first = np.unique(near.latent[order], return_index=True)
+        won = order[first]
+        latent[free_a[won]], cosine[free_a[won]] = free_b[near.latent[won]], near.cosine[won]
+        free_b = np.delete(free_b, near.latent[won])
+        free_a = np.delete(free_a, won)
+    return FeatureMatch(latent, cosine)
+
+
+def feature_splits(narrow: Dictionary, wide: Dictionary, *, threshold: float = 0.5) -> dict[int, list[int]]:
+    """Which latents of a wider dictionary each latent of a narrow one has become.
+
+    A latent of the wide one is a child of the nearest of the narrow one, if their cosine is above the
+    threshold: a hierarchy in which a feature with two or more children has split.
+
+    Args:
+        narrow: a dictionary.
+        wide: another of the same site, with more latents.
+        threshold: least cosine of parent and child.
+
+    Returns:
+        By latent of the narrow one its children, the most alike first; those without any are left away.
+
+    Raises:
+        SAEError: they write different widths.
+    """
+    up = match_features(wide, narrow, one_to_one=False)
+    children: dict[int, list[int]] = {}
+    for child in np.argsort(-up.cosine, kind="stable").tolist():
+        if up.cosine[child] > threshold:
+            children.setdefault(int(up.latent[child]), []).append(child)
+    return dict(sorted(children.items()))
+
+
+@dataclass(frozen=True)
+class SeedSpread:
+    """How much of a dictionary another seed finds again.
+
+    Attributes:
+        mean_cosine: of the one-to-one matches.
+        shared: the part of the latents whose match has a cosine above the threshold.
+    """
+
+    mean_cosine: float
+    shared: float
+
+
+def shared_features(one: Dictionary, other: Dictionary, *, threshold: float = 0.7) -> SeedSpread:
+    """Compares two trainings that differ in their seed (threshold of arXiv 2501.16615).
+
+    Raises:
+        SAEError: they write different widths.
+    """
+    found = match_features(one, other)
+    return SeedSpread(float(found.cosine.mean()), found.share_above(threshold))
+
+
+@dataclass(frozen=True)
+class Child:
+    """A latent of the wider dictionary.
+
+    Attributes:
+        latent: its number there.
+        cosine: of what it writes with what its parent writes.
+        tokens: the tokens it is most active on, each once, the strongest first.
+    """
+
+    latent: int
+    cosine: float
+    tokens: tuple[int, ...]
+
+
+def hierarchy(
+    narrow: Dictionary,
+    wide: Dictionary,
+    source: ModelActivations,
+    latents: Sequence[int] | np.ndarray,
+    *,
+    threshold: float = 0.5,
+    most: int = 6,
+    examples: int = 4,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[int, tuple[Child, ...]]:
+    """The children of latents (`feature_splits`), in one pass of the wider dictionary over a text.
+
+    Args:
+        narrow: a dictionary.
+        wide: another that reads the first of the source's sites, with more latents.
+        source: model and text.
+        latents: of the narrow one.
+        threshold: least cosine of parent and child.
+        most: children of a latent, the most alike ones.
+        examples: contexts whose strongest token is taken.
+        progress: is told contexts done and contexts in all.
+
+    Returns:
+        By latent; those without a child are left away.
+
+    Raises:
+        SAEError: the wide dictionary does not fit the site, or the two read or write different ones.
+    """
+    check_reads(wide, source)
+    for what in ("reads", "writes"):
+        one, other = getattr(narrow.config, what), getattr(wide.config, what)
+        if one is not None and other is not None and one != other:
+            raise SAEError(
+                f"the wider dictionary {what} {', '.join(other)}, but the other {', '.join(one)}; give "
+                "one of the same sites."
+            )
+    splits = feature_splits(narrow, wide, threshold=threshold)
+    chosen = {int(latent): splits[int(latent)][:most] for latent in latents if int(latent) in splits}
+    wanted = sorted({child for children in chosen.values() for child in children})
+    seen = survey(wide, source, count=examples, latents=wanted, progress=progress).examples
+    up, down = _unit(np.asarray(narrow.W_dec)), _unit(np.asarray(wide.W_dec))
+    return {
+        latent: tuple(
+            Child(
+                child,
+                float(up[latent] @ down[child]),
+                tuple(dict.fromkeys(e.tokens[int(np.argmax(e.codes))] for e in seen[child])),
+            )
+            for child in children
+        )
+        for latent, children in chosen.items()
+    }
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(norms > 0, norms, 1)
+
+
+_FEATURES = 1024  # features that are compared with all rows at a time
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Recovery of true features.
+
+    Attributes:
+        mean_max_cosine: over the true features, the mean cosine with the nearest row of the decoder.
+        above: the part of them whose nearest row has a cosine above .9.
+    """
+
+    mean_max_cosine: float
+    above: float
+
+
+def recovery(features: np.ndarray, decoder: np.ndarray, threshold: float = 0.9) -> Recovery:
+    """Compares a decoder with the truth; several features may have the same nearest row.
+
+    Args:
+        features: `[n_features, d]`, of any norm above 0.
+        decoder: `[n_latents, d]`; rows of norm 0 point nowhere and have cosine 0.
+        threshold: the cosine that `above` counts from.
+
+    Raises:
+        SAEError: the widths differ, or a feature has norm 0.
+    """
+    nearest = max_cosines(features, decoder)
+    return Recovery(float(nearest.mean()), float((nearest > threshold).mean()))
+
+
+def max_cosines(features: np.ndarray, decoder: np.ndarray) -> np.ndarray:
+    """The cosine of each feature with the nearest row of the decoder: `[n_features]`, float32."""
+    truth, rows = _unit_rows(features, decoder)
+    pieces = [truth[start : start + _FEATURES] @ rows.T for start in range(0, len(truth), _FEATURES)]
+    return np.concatenate([piece.max(axis=1) for piece in pieces])
+
+
+def matched_cosine(features: np.ndarray, decoder: np.ndarray) -> float:
+    """Mean cosine under the best assignment in which no row stands for two features (often called MCC).
+
+    Where there are fewer rows than features, only as many features as there are rows count.
+
+    Raises:
+        SAEError: the widths differ, or a feature has norm 0.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    truth, rows = _unit_rows(features, decoder)
+    cosines = truth @ rows.T
+    return float(cosines[linear_sum_assignment(cosines, maximize=True)].mean())
+
+
+def _unit_rows(features: np.ndarray, decoder: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if features.ndim != 2 or decoder.ndim != 2 or features.shape[1] != decoder.shape[1]:
+        raise SAEError(
+            f"features of shape {list(features.shape)} cannot be compared with a decoder of shape "
+            f"{list(decoder.shape)}; expected [n_features, d] and [n_latents, d]."
+        )
+    norms = np.linalg.norm(features, axis=1, keepdims=True)
+    if not norms.all():
+        raise SAEError(
+            f"feature {int(np.argmin(norms))} has norm 0, so nothing can recover it; leave it out."
+        )
+    lengths = np.linalg.norm(decoder, axis=1, keepdims=True)
+    rows = decoder / np.where(lengths > 0, lengths, 1)
+    return (features / norms).astype(np.float32), rows.astype(np.float32)

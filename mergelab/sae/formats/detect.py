@@ -1,0 +1,185 @@
+"""Finds out which library wrote a dictionary, and reads it; writes one for another library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from jax.sharding import Mesh
+
+from mergelab.checkpoints.new_files import NewFiles
+from mergelab.checkpoints.publish import WorkFolder
+from mergelab.errors import CheckpointError, SAEError, did_you_mean
+from mergelab.sae.formats.dictionary_learning import read_dictionary_learning, write_dictionary_learning
+from mergelab.sae.formats.gemma_scope import read_gemma_scope, read_gemma_scope_2, write_gemma_scope
+from mergelab.sae.formats.openai import read_openai, write_openai
+from mergelab.sae.formats.own import FORMAT, read_own, write_own
+from mergelab.sae.formats.saelens import WEIGHTS, read_saelens, write_saelens
+from mergelab.sae.formats.shared import refuse
+from mergelab.sae.formats.sparsify import read_sparsify, write_sparsify
+from mergelab.sae.sae import Dictionary, place_dictionary
+
+__all__ = ["FORMATS", "FileFormat", "load_dictionary", "reserve", "save_dictionary"]
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """One library's files.
+
+    Attributes:
+        read: makes a dictionary of a folder or file.
+        write: writes a dictionary to a new folder or file, or to the locked place of one (`reserve`).
+        recognise: whether a folder or file is of this format.
+        looks_for: what `recognise` looks for, in words.
+        one_file: whether it is a file, not a folder.
+    """
+
+    read: Callable[[Path], Dictionary]
+    write: Callable[[Dictionary, Any], None]
+    recognise: Callable[[Path], bool]
+    looks_for: str
+    one_file: bool = False
+
+
+def _no_writer(dictionary: Dictionary, path: Any) -> None:
+    raise SAEError("dictionaries of Gemma Scope 2 can be read, not written; export to 'gemma-scope'.")
+
+
+FORMATS: Mapping[str, FileFormat] = {
+    "mergelab": FileFormat(read_own, write_own, lambda p: _says(p, FORMAT), "cfg.json of this library"),
+    "saelens": FileFormat(
+        read_saelens, write_saelens, lambda p: (p / WEIGHTS).is_file(), f"cfg.json and {WEIGHTS}"
+    ),
+    "sparsify": FileFormat(
+        read_sparsify,
+        write_sparsify,
+        lambda p: (p / "sae.safetensors").is_file() and _says(p, '"expansion_factor"'),
+        "cfg.json and sae.safetensors",
+    ),
+    "dictionary_learning": FileFormat(
+        read_dictionary_learning,
+        write_dictionary_learning,
+        lambda p: (p / "ae.pt").is_file(),
+        "ae.pt and config.json",
+    ),
+    "openai": FileFormat(
+        read_openai,
+        write_openai,
+        lambda p: p.is_file() and p.suffix == ".pt",
+        "a file NAME.pt",
+        one_file=True,
+    ),
+    "gemma-scope": FileFormat(
+        read_gemma_scope,
+        write_gemma_scope,
+        lambda p: p.suffix == ".npz" or (p / "params.npz").is_file(),
+        "params.npz",
+    ),
+    "gemma-scope-2": FileFormat(
+        read_gemma_scope_2,
+        _no_writer,
+        lambda p: (p / "params.safetensors").is_file(),
+        "params.safetensors",
+    ),
+}
+"""Formats by the name `mergelab sae export --format` gives them."""
+
+
+def _says(path: Path, words: str) -> bool:
+    cfg = path / "cfg.json"
+    if not cfg.is_file():
+        return False
+    with cfg.open("rb") as file:
+        return words.encode() in file.read(4096)
+
+
+def load_dictionary(path: str | Path, format: str | None = None, *, mesh: Mesh | None = None) -> Dictionary:
+    """Reads a finished dictionary.
+
+    Args:
+        path: a folder, or a file for formats that are one.
+        format: a name of `FORMATS`; found out from the files where it is left away.
+        mesh: splits the latents over its axis `latents`; of this library's own files each process then reads
+            only what its devices hold. JAX's default device if None.
+
+    Raises:
+        CheckpointError: there is nothing there, or nothing of a known format.
+        SAEError: there is no such format.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such file or folder")
+    kind = _format(format) if format is not None else _recognised(path)
+    if mesh is not None and kind is FORMATS["mergelab"]:
+        return read_own(path, mesh)
+    try:
+        found = kind.read(path)
+    except SAEError as error:  # of the dictionary, which does not know where it comes from
+        raise CheckpointError(f"{path}: {error}") from error
+    return found if mesh is None else place_dictionary(found, mesh)
+
+
+def _recognised(path: Path) -> FileFormat:
+    for kind in FORMATS.values():
+        if kind.recognise(path):
+            return kind
+    wanted = "; ".join(f"{name}: {kind.looks_for}" for name, kind in FORMATS.items())
+    raise CheckpointError(f"{path}: not a dictionary of a known format ({wanted}); name its format")
+
+
+def save_dictionary(
+    dictionary: Dictionary,
+    path: str | Path | WorkFolder | NewFiles,
+    format: str = "mergelab",
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes a finished dictionary.
+
+    This library's own files can be written from devices of several processes, all of which then make this
+    call; those of others are written by one process that has all of the dictionary.
+
+    Args:
+        dictionary: what to write.
+        path: a new folder, or a new file for formats that are one; or the locked place of one (`reserve`).
+        format: a name of `FORMATS`.
+        overwrite: of this library's own files: replace a folder that mergelab wrote.
+
+    Raises:
+        SAEError: there is no such format, or it cannot express this dictionary.
+        OutputError: the path is taken, is being written by another run, or cannot be written.
+    """
+    kind = _format(format)
+    if kind is not FORMATS["mergelab"] and dictionary.config.sites != 1:
+        raise refuse(format, f"a crosscoder of {dictionary.config.sites} sites", "'mergelab'")
+    place = Path(path) if isinstance(path, str) else path
+    if kind.write is write_own:
+        write_own(dictionary.checked(), cast("Path | WorkFolder", place), overwrite=overwrite)
+    else:
+        kind.write(dictionary.checked(), place)
+
+
+def reserve(path: str | Path, format: str, *, inputs: Iterable[str | Path] = ()) -> WorkFolder | NewFiles:
+    """The place of a dictionary's files: a context manager that checks it and holds its lock.
+
+    Args:
+        path: a new folder, or a new file for formats that are one.
+        format: a name of `FORMATS`.
+        inputs: what is read, which the output must not endanger.
+
+    Raises:
+        SAEError: there is no such format.
+        OutputError: on entering, that the path is taken or cannot be written.
+    """
+    return NewFiles([path], inputs=inputs) if _format(format).one_file else WorkFolder(path, inputs=inputs)
+
+
+def _format(name: str) -> FileFormat:
+    if name not in FORMATS:
+        raise SAEError(
+            f"there is no dictionary format {name!r}{did_you_mean(name, FORMATS)}; "
+            f"the formats are {', '.join(FORMATS)}."
+        )
+    return FORMATS[name]

@@ -1,0 +1,385 @@
+"""Sparse autoencoders as they are used: parameters, configuration, encode and decode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mergelab.errors import SAEError
+from mergelab.sae.kernels.largest import top_k
+from mergelab.sae.kernels.rows import sum_of_rows
+from mergelab.sharding import put
+
+__all__ = [
+    "ACTIVATIONS",
+    "LATENT_AXIS",
+    "Dictionary",
+    "DictionaryConfig",
+    "at_sites",
+    "dictionary_shardings",
+    "layer_norm",
+    "place_dictionary",
+]
+
+
+_EPS = 1e-5
+
+
+def layer_norm(x: Array) -> tuple[Array, Array, Array]:
+    """Each token less its mean over the width, divided by its unbiased standard deviation + 1e-5.
+
+    Args:
+        x: `[tokens, d]`, d at least 2.
+
+    Returns:
+        The normalised tokens, and what undoes it: means and scales `[tokens, 1]`.
+    """
+    mean = x.mean(axis=-1, keepdims=True)
+    scale = x.std(axis=-1, keepdims=True, ddof=1) + _EPS
+    return (x - mean) / scale, mean, scale
+
+
+ACTIVATIONS = ("topk", "batch_topk", "jump_relu", "relu", "gated")
+NORMALIZATIONS = ("none", "layer_norm")
+LATENT_AXIS = {
+    "W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0, "magnitude_scale": 0, "magnitude_bias": 0,
+}  # fmt: skip
+"""Which axis of an array of a dictionary runs over latents; the others have none."""
+
+
+@dataclass(frozen=True)
+class DictionaryConfig:
+    """How the arrays of a dictionary are used.
+
+    Attributes:
+        activation: `topk` keeps the k largest pre-activations; `batch_topk` and `jump_relu` those above
+            `threshold`; `relu` the positive ones; `gated` decides by one path and measures by another.
+        k: latents per token, for `topk`.
+        subtract_b_dec: whether `b_dec` is subtracted from the input before it is encoded.
+        normalization: `none`, or `layer_norm`: each token loses its mean over the width and is divided by its
+            unbiased standard deviation + 1e-5, and the reconstruction is put back (OpenAI's); what a
+            transcoder writes has a scale of its own and stays as it is.
+        sites: how many activations stand side by side in the input, for a crosscoder.
+        reads: the sites whose activations are read, one for each of `sites`; None where they are not known.
+            Taken from `site` of the metadata where it is not given.
+        writes: the sites whose activations are reconstructed; None where they are not known. Taken from
+            `target_site` of the metadata where it is not given.
+        transcoder: True where what is written is another activation than what is read, also if the sites
+            have no name here; False for an autoencoder; None where nobody said. Follows from the sites where
+            both are known.
+        metadata: what else is known: `site`, `model`, `model_hash`, training figures. Plain JSON.
+    """
+
+    activation: str = "topk"
+    k: int | None = None
+    subtract_b_dec: bool = False
+    normalization: str = "none"
+    sites: int = 1
+    reads: tuple[str, ...] | None = None
+    writes: tuple[str, ...] | None = None
+    transcoder: bool | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise SAEError(f"activation is {self.activation!r}; it may be {', '.join(ACTIVATIONS)}.")
+        if self.normalization not in NORMALIZATIONS:
+            raise SAEError(f"normalization is {self.normalization!r}; it may be {', '.join(NORMALIZATIONS)}.")
+        if self.activation == "topk" and (not isinstance(self.k, int) or self.k < 1):
+            raise SAEError(f"a top-k dictionary needs k of at least 1, but k is {self.k}.")
+        reads, writes, transcoder = _resolved(self)
+        object.__setattr__(self, "reads", reads)
+        object.__setattr__(self, "writes", writes)
+        object.__setattr__(self, "transcoder", transcoder)
+
+
+def _resolved(
+    config: DictionaryConfig,
+) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None, bool | None]:
+    """`reads`, `writes` and `transcoder`, each completed from the others."""
+    said = config.metadata if config.sites == 1 and isinstance(config.metadata, Mapping) else {}
+    reads = _names("reads", config.reads if config.reads is not None else said.get("site"))
+    writes = _names("writes", config.writes if config.writes is not None else said.get("target_site"))
+    transcoder = config.transcoder
+    if transcoder not in (None, True, False):
+        raise SAEError(f"transcoder is {transcoder!r}; it may be true, false or null.")
+    if reads is not None and len(reads) != config.sites:
+        raise SAEError(f"reads names {len(reads)} sites, but the dictionary reads {config.sites}.")
+    if reads is not None and writes is not None:
+        if transcoder is not None and transcoder != (reads != writes):
+            kind = "a transcoder" if transcoder else "an autoencoder"
+            raise SAEError(
+                f"the dictionary is said to be {kind}, but reads {', '.join(reads)} and writes "
+                f"{', '.join(writes)}; correct one of them."
+            )
+        transcoder = reads != writes
+    elif transcoder is False:
+        reads = writes = reads if reads is not None else writes
+    return reads, writes, transcoder
+
+
+def _names(field: str, value: Any) -> tuple[str, ...] | None:
+    names = (value,) if isinstance(value, str) else value
+    if names is None:
+        return None
+    if (
+        not isinstance(names, Sequence)
+        or not names
+        or not all(isinstance(name, str) and name for name in names)
+    ):
+        raise SAEError(f"{field} is {value!r}; expected names of sites, such as 'blocks.8.resid_post'.")
+    return tuple(names)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "W_enc", "b_enc", "W_dec", "b_dec", "threshold", "W_skip", "magnitude_scale", "magnitude_bias",
+    ],
+    meta_fields=["config"],
+)  # fmt: skip
+@dataclass(frozen=True)
+class Dictionary:
+    """A sparse dictionary of activations: pure functions of its arrays.
+
+    Attributes:
+        W_enc: `[d_in, n]`.
+        b_enc: `[n]`.
+        W_dec: `[n, d_out]`; a row is the direction a latent writes.
+        b_dec: `[d_out]`.
+        config: how they are used.
+        threshold: `[n]`, for `jump_relu` and `batch_topk`.
+        W_skip: `[d_in, d_out]`, added to the output of a skip transcoder.
+        magnitude_scale: `[n]`, for `gated`: `exp` of it scales the product that measures.
+        magnitude_bias: `[n]`, for `gated`.
+    """
+
+    W_enc: Array
+    b_enc: Array
+    W_dec: Array
+    b_dec: Array
+    config: DictionaryConfig
+    threshold: Array | None = None
+    W_skip: Array | None = None
+    magnitude_scale: Array | None = None
+    magnitude_bias: Array | None = None
+
+    @property
+    def d_in(self) -> int:
+        """Width of what is read."""
+        return self.W_enc.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        """Width of what is reconstructed."""
+        return self.W_dec.shape[1]
+
+    @property
+    def n_latents(self) -> int:
+        """How many latents there are."""
+        return self.W_enc.shape[1]
+
+    @property
+    def is_autoencoder(self) -> bool:
+        """Whether it writes what it reads: only then may its output stand in for its input.
+
+        Where nobody said (`target_known` is False), two equal widths without a skip path count as one
+        activation.
+        """
+        if self.config.transcoder is not None:
+            return not self.config.transcoder
+        return self.d_in == self.d_out and self.W_skip is None
+
+    @property
+    def target_known(self) -> bool:
+        """Whether it is known to be an autoencoder or a transcoder, and not only taken for an autoencoder."""
+        return self.config.transcoder is not None or not self.is_autoencoder
+
+    def mapping(self) -> str:
+        """What it reads and writes, for messages: `blocks.3.resid_mid -> blocks.3.mlp.out`."""
+        reads, writes = self.config.reads, self.config.writes
+        left = "an activation of unknown site" if reads is None else ", ".join(reads)
+        if self.is_autoencoder and writes is None:
+            writes = reads
+        return f"{left} -> {'another of unknown site' if writes is None else ', '.join(writes)}"
+
+    def checked(self) -> Dictionary:
+        """Returns itself.
+
+        Raises:
+            SAEError: an array is missing or has a shape that does not fit the others.
+        """
+        for name in ("W_enc", "W_dec"):
+            if getattr(self, name).ndim != 2:
+                raise SAEError(f"{name} has shape {list(getattr(self, name).shape)}; two axes were expected.")
+        d, n, out = self.d_in, self.n_latents, self.d_out
+        if self.config.transcoder is False and d != out:
+            raise SAEError(f"an autoencoder writes what it reads, but this one maps {d} to {out} wide.")
+        wanted: dict[str, tuple[int, ...]] = {
+            "W_enc": (d, n),
+            "b_enc": (n,),
+            "W_dec": (n, out),
+            "b_dec": (out,),
+        }
+        needs: dict[str, tuple[str, ...]] = {
+            "jump_relu": ("threshold",),
+            "batch_topk": ("threshold",),
+            "gated": ("magnitude_scale", "magnitude_bias"),
+        }
+        wanted |= {name: (n,) for name in needs.get(self.config.activation, ())}
+        if self.W_skip is not None:
+            wanted["W_skip"] = (d, out)
+        for name, shape in wanted.items():
+            value = getattr(self, name)
+            if value is None:
+                raise SAEError(f"a dictionary with activation {self.config.activation!r} needs {name}.")
+            if tuple(value.shape) != shape:
+                raise SAEError(f"{name} has shape {list(value.shape)}, but {list(shape)} was expected.")
+        if self.config.subtract_b_dec and d != out:
+            raise SAEError(f"b_dec of width {out} cannot be subtracted from inputs of width {d}.")
+        if self.config.k is not None and self.config.activation == "topk" and self.config.k > n:
+            raise SAEError(f"k is {self.config.k}, but the dictionary has only {n} latents.")
+        return self
+
+    def _normalized(self, x: Array) -> tuple[Array, Array | None, Array | None]:
+        if self.config.normalization == "none":
+            return x, None, None
+        return layer_norm(x)
+
+    def pre_activations(self, x: Array) -> Array:
+        """`[tokens, d_in]` -> `[tokens, n]`: before the activation; the gate's, for `gated`."""
+        x, _, _ = self._normalized(x)
+        if self.config.subtract_b_dec:
+            x = x - self.b_dec[None, :]
+        return x @ self.W_enc + self.b_enc[None, :]
+
+    def encode(self, x: Array) -> Array:
+        """The codes, dense: `[tokens, d_in]` -> `[tokens, n]`."""
+        pre = self.pre_activations(x)
+        kind = self.config.activation
+        if kind == "topk":
+            values, indices = self._chosen(pre)
+            rows = jnp.arange(pre.shape[0])[:, None]
+            return jnp.zeros_like(pre).at[rows, indices].set(values)
+        if kind == "relu":
+            return jnp.maximum(pre, 0)
+        if kind == "gated":
+            assert self.magnitude_scale is not None and self.magnitude_bias is not None
+            size = jnp.exp(self.magnitude_scale)[None, :] * (pre - self.b_enc[None, :])
+            return jnp.where(pre > 0, jnp.maximum(size + self.magnitude_bias[None, :], 0), 0)
+        assert self.threshold is not None
+        return jnp.where(pre > self.threshold[None, :], jnp.maximum(pre, 0), 0)
+
+    def _chosen(self, pre: Array) -> tuple[Array, Array]:
+        assert self.config.k is not None
+        values, indices = top_k(pre, self.config.k)
+        return jnp.maximum(values, 0), indices
+
+    def sparse_codes(self, x: Array) -> tuple[Array, Array]:
+        """Values and latents of the k active ones: `[tokens, d_in]` -> `[tokens, k]` twice, for `topk`.
+
+        Raises:
+            SAEError: the dictionary's activation is not `topk`.
+        """
+        if self.config.activation != "topk":
+            raise SAEError(
+                f"only top-k dictionaries have k codes per token; this is {self.config.activation!r}."
+            )
+        return self._chosen(self.pre_activations(x))
+
+    def decode(self, codes: Array) -> Array:
+        """`[tokens, n]` -> `[tokens, d_out]`: without skip path and without undoing a `layer_norm`."""
+        return codes @ self.W_dec + self.b_dec[None, :]
+
+    def decode_sparse(self, values: Array, indices: Array) -> Array:
+        """Like `decode`, from pairs `[tokens, k]`."""
+        return sum_of_rows(values, indices, self.W_dec) + self.b_dec[None, :]
+
+    def reconstruct(self, x: Array, codes: Array) -> Array:
+        """What these codes make of `x`: `[tokens, d_in]`, `[tokens, n]` -> `[tokens, d_out]`."""
+        normal, mean, scale = self._normalized(x)
+        out = self.decode(codes)
+        if not self.is_autoencoder:
+            # What is written has a scale of its own; a skip path reads the activation as it is (SAELens).
+            return out if self.W_skip is None else out + x @ self.W_skip
+        if self.W_skip is not None:
+            out = out + normal @ self.W_skip
+        return out if mean is None or scale is None else out * scale + mean
+
+    def __call__(self, x: Array) -> Array:
+        """The reconstruction: `[tokens, d_in]` -> `[tokens, d_out]`."""
+        return self.reconstruct(x, self.encode(x))
+
+    def arrays(self) -> dict[str, Array]:
+        """Its arrays by name, those that are there."""
+        names = (f for f in self.__dataclass_fields__ if f != "config" and getattr(self, f) is not None)
+        return {name: getattr(self, name) for name in names}
+
+    def as_numpy(self) -> dict[str, np.ndarray]:
+        """Its arrays by name on the host."""
+        return {name: np.asarray(value) for name, value in self.arrays().items()}
+
+
+def at_sites(dictionary: Dictionary, site: str | None = None, target_site: str | None = None) -> Dictionary:
+    """The dictionary, told the sites at which it is used: they win over what it says itself.
+
+    Args:
+        dictionary: of one site.
+        site: that it reads; what it says if None. An autoencoder then writes it too.
+        target_site: that it writes, for a transcoder, or for a dictionary that does not say what it is.
+
+    Raises:
+        SAEError: an autoencoder is given another target, or a transcoder its own input.
+    """
+    if site is None and target_site is None:
+        return dictionary
+    config = dictionary.config
+    reads = config.reads if site is None else (site,)
+    known = config.transcoder is not None
+    if target_site is not None:
+        writes: tuple[str, ...] | None = (target_site,)
+        if known and dictionary.is_autoencoder and reads not in (None, writes):
+            raise SAEError(
+                f"the dictionary is an autoencoder and writes what it reads, not {target_site!r}; omit the "
+                "target (target_site, --target-site)."
+            )
+    else:
+        writes = reads if known and dictionary.is_autoencoder else config.writes
+    kind = None if reads is not None and writes is not None else config.transcoder
+    if config.transcoder and reads == writes and reads is not None:
+        raise SAEError(
+            f"the dictionary is a transcoder, so it does not write {reads[0]!r}, which it reads; name the "
+            "site it was trained to write (target_site, --target-site)."
+        )
+    # The names in the metadata would be taken for a site that is not given here.
+    metadata = {key: value for key, value in config.metadata.items() if key not in ("site", "target_site")}
+    changed = replace(config, reads=reads, writes=writes, transcoder=kind, metadata=metadata)
+    return replace(dictionary, config=changed)
+
+
+def place_dictionary(dictionary: Dictionary, mesh: Mesh) -> Dictionary:
+    """Puts a dictionary, the same in every process, on a mesh, its latents split over the axis `latents`."""
+    return jax.tree.map(put, dictionary, dictionary_shardings(dictionary, mesh))
+
+
+def dictionary_shardings(dictionary: Dictionary, mesh: Mesh) -> Dictionary:
+    """How a dictionary, or the shapes of one, lies on a mesh: a tree of shardings like it.
+
+    Its latents are split over the axis `latents`, if the mesh has one that divides their number.
+    """
+    latents = "latents" if dictionary.n_latents % mesh.shape.get("latents", 1) == 0 else None
+    latents = latents if "latents" in mesh.axis_names else None
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        axis = LATENT_AXIS.get(path[0].name)
+        return NamedSharding(mesh, PartitionSpec(*(latents if i == axis else None for i in range(leaf.ndim))))
+
+    return jax.tree_util.tree_map_with_path(sharding, dictionary)

@@ -1,0 +1,130 @@
+"""AuxK: latents that stopped firing learn to explain what the others leave (arXiv 2406.04093, A.2).
+
+The dead latents are gathered first, so the cost goes with their number, not with the dictionary's; when none
+is dead nothing is computed. The error they explain is held fixed, so the rest of the loss is not touched:
+this adds its own value and gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from mergelab.sae.kernels.collectives import Shards
+from mergelab.sae.kernels.largest import kth_largest, pre_activations
+from mergelab.sae.kernels.rows import row_dot
+from mergelab.sae.variants.variant import Params, Variant
+
+__all__ = ["auxiliary_gradients"]
+
+Outcome = tuple[Array, Params]
+"""The auxiliary loss, and gradients."""
+
+_PER_LATENT = ("encoder", "encoder_bias", "decoder")
+
+
+def _capacities(n: int) -> list[int]:
+    """Sizes for which a program is compiled: the dead are gathered into the smallest that holds them."""
+    sizes = []
+    size = 256
+    while size < n:
+        sizes.append(size)
+        # What is cheap anyway need not be cut to measure.
+        size *= 4 if size < 1024 else 2
+    return [*sizes, n]
+
+
+def auxiliary_gradients(
+    variant: Variant,
+    params: Params,
+    grads: Params,
+    dead: Array,
+    x: Array,
+    error: Array,
+    *,
+    k: int,
+    coefficient: float,
+    tokens: int,
+    shards: Shards,
+    compute_dtype: str = "float32",
+) -> tuple[Array, Params]:
+    """The auxiliary loss, and the gradients with its own added.
+
+    The k dead latents with the largest pre-activations reconstruct the error; the loss is that
+    reconstruction's mean squared error over the variance of the error in this batch.
+
+    Args:
+        variant: says whether inputs are centred by the decoder's bias.
+        params: this device's shard.
+        grads: gradients of the main loss, shares of a sum over shards of the batch.
+        dead: `[n]`, bool.
+        x: `[tokens, d_in]`, this device's tokens, not centred.
+        error: `[tokens, d_out]`, target minus reconstruction.
+        k: how many dead latents a token uses, over all shards.
+        coefficient: of the loss.
+        tokens: tokens in the batch over all devices.
+        shards: the mesh axes.
+        compute_dtype: of the factors of the encoder's product.
+
+    Returns:
+        This device's share of the loss before its coefficient, and the gradients.
+    """
+    n = dead.shape[0]
+    error = lax.stop_gradient(error)
+    mean = shards.sum_data(error.sum(axis=0)) / tokens
+    spread = error - mean[None, :]
+    variance = shards.sum_data(row_dot(spread, spread).sum())
+    scale = jnp.where(variance > 0, 1 / jnp.maximum(variance, 1e-30), 0.0)
+
+    def loss(rows: Params, shared: Params) -> Array:
+        # The gradient of what centres the inputs is a sum over tokens, so it is taken through a bias that is
+        # zero: through the inputs it would be a product of their size.
+        centred = lax.stop_gradient(variant.center(shared, x, shards))
+        moved = variant.center(shared, jnp.zeros_like(x[:1]), shards)
+        nothing = (moved - lax.stop_gradient(moved)) @ lax.stop_gradient(rows["encoder"]).T
+        pre = pre_activations(centred, rows["encoder"], rows["encoder_bias"] + nothing[0], compute_dtype)
+        codes = jnp.maximum(pre, 0)
+        least = kth_largest(
+            codes, k, lambda flags: shards.sum_latents(flags.sum(axis=1, dtype=jnp.int32, keepdims=True))
+        )
+        codes = jnp.where(codes >= least, codes, 0)
+        miss = error - shards.join_latents(codes @ rows["decoder"])
+        return row_dot(miss, miss).sum() * scale
+
+    def revive(capacity: int) -> Callable[[Outcome], Outcome]:
+        def run(outcome: Outcome) -> Outcome:
+            _, grads = outcome
+            (places,) = jnp.nonzero(dead, size=capacity, fill_value=n)
+            rows = {name: params[name].at[places].get(mode="clip") for name in _PER_LATENT}
+            # Places that hold no dead latent stand at -inf: they never fire and have no gradient.
+            rows["encoder_bias"] = jnp.where(places < n, rows["encoder_bias"], -jnp.inf)
+            shared = {"decoder_bias": params["decoder_bias"]}
+            value, (own, common) = jax.value_and_grad(loss, argnums=(0, 1))(rows, shared)
+            added = {
+                name: grads[name].at[places].add(coefficient * own[name], mode="drop") for name in _PER_LATENT
+            }
+            bias = grads["decoder_bias"] + coefficient * common["decoder_bias"]
+            return value, {**grads, **added, "decoder_bias": bias}
+
+        return run
+
+    if k == 0 or coefficient == 0:
+        return jnp.zeros(()), grads
+    capacities = _capacities(n)
+    most = shards.most(dead.sum(dtype=jnp.int32))
+    choice = jnp.searchsorted(jnp.array(capacities, jnp.int32), most)
+
+    def unchanged(outcome: Outcome) -> Outcome:
+        return outcome
+
+    def any_dead(outcome: Outcome) -> Outcome:
+        if shards.platform != "cpu":  # one decision, as the host takes part in each
+            return lax.switch(choice, [revive(capacity) for capacity in capacities], outcome)
+        for place, capacity in enumerate(capacities):  # a choice among several would copy the gradients
+            outcome = lax.cond(choice == place, revive(capacity), unchanged, outcome)
+        return outcome
+
+    return lax.cond(most > 0, any_dead, unchanged, (jnp.zeros(()), grads))

@@ -1,0 +1,370 @@
+"""Configuration to finished SAE: a run that can be interrupted and resumed."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mergelab.activations import ActivationStream, Batch, Prefetch, Trace
+from mergelab.errors import CheckpointError, SAEError
+from mergelab.processes import Terminated, preempted, together
+from mergelab.sae.formats import load_dictionary, save_dictionary
+from mergelab.sae.sae import Dictionary, DictionaryConfig, dictionary_shardings
+from mergelab.sae.training.checkpoints import Checkpoints
+from mergelab.sae.training.config import TrainConfig, load_config
+from mergelab.sae.training.data import host_metadata, open_data
+from mergelab.sae.training.finish import finished_dictionary, transcodes
+from mergelab.sae.training.folder import RunFolder
+from mergelab.sae.training.initialize import SAMPLE_ROWS, initialize
+from mergelab.sae.training.inputs import read_once
+from mergelab.sae.training.memory import check_memory
+from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.state import TrainState, batch_part, place_batch
+from mergelab.sae.training.step import Metrics, Step, make_step
+from mergelab.sae.training.tracking import Logger, MetricsFile, open_loggers
+from mergelab.sae.variants import Variant
+from mergelab.sharding import make_mesh
+
+__all__ = ["Progress", "Result", "Termination", "train"]
+
+
+class Termination:
+    """Notes SIGTERM instead of obeying it; a context manager that puts the earlier handler back.
+
+    Only the main thread of a process can take signals; elsewhere nothing is changed. In a distributed run JAX
+    takes the signal and finds a step at which all processes stop.
+
+    Attributes:
+        unsaved: whether a step has been made that no checkpoint holds; without one the signal is obeyed at
+            once.
+    """
+
+    def __init__(self) -> None:
+        self.unsaved = False
+        self._came = False
+        self._distributed = jax.process_count() > 1
+        self._before: Any = None
+        self._installed = False
+
+    def due(self, step: int) -> bool:
+        """Whether the run is to be kept and ended after this step; every process gets the same answer."""
+        return preempted(step) if self._distributed else self._came
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        came, self._came = self._came, True
+        if not self.unsaved and not came:  # a second one does not disturb the end
+            raise Terminated
+
+    def __enter__(self) -> Self:
+        if not self._distributed and threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._on_signal)
+            self._installed = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._installed:
+            self._installed = False
+            # None stands for a handler that Python did not install and cannot put back.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if self._before is None else self._before)
+
+
+Progress = Callable[[int, int, Mapping[str, float]], None]
+"""Called with steps done, steps in all, and the metrics of a logged step."""
+
+_SUMMARY = ("nmse", "l0", "dead_fraction", "tokens")
+
+_DIVERGED = 10.0
+"""A normalised error this large is worse than any useful start: the training has diverged."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run made.
+
+    Attributes:
+        path: the folder of the finished dictionary, `OUT/final`.
+        dictionary: what is in it, its arrays on the mesh of the training.
+        steps: steps done in all.
+        metrics: of the last logged step.
+        trace: how long the steps waited for data in this process.
+        resumed: the run had finished before; nothing was trained.
+    """
+
+    path: Path
+    dictionary: Dictionary
+    steps: int
+    metrics: dict[str, float]
+    trace: Trace
+    resumed: bool = False
+
+
+def train(
+    config: TrainConfig | Mapping[str, Any] | str | Path,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overrides: Sequence[str] = (),
+    progress: Progress | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> Result:
+    """Trains a sparse autoencoder and writes it to `OUT/final`.
+
+    `OUT` also gets `config.yaml`, `metrics.jsonl` and `checkpoints/`. In a distributed run every process
+    makes this call on a shared file system; each reads the rows its devices need.
+
+    Args:
+        config: a YAML file or what it would hold (`mergelab.sae.training.config`).
+        out: a new folder, or with `resume` that of an earlier run.
+        resume: goes on from the newest whole checkpoint; without one the run begins anew. On the same devices
+            the result is bit for bit that of a run that was never stopped. The result of a run that has
+            finished is returned as it is.
+        overrides: `section.key=value`, as for `--set`.
+        progress: is told of every logged step.
+        notice: is told what the user should know, such as a damaged checkpoint that was passed over; a Python
+            warning if None.
+
+    Raises:
+        SAEError: the configuration or the data is wrong, or another than that of the run to resume, or the
+            training diverged; then the last good checkpoint is still there.
+        OutputError: `out` holds a run already, is written by another one, or cannot be written; then the last
+            whole checkpoint is still there.
+        CheckpointError: activation files are missing or malformed.
+        Terminated: SIGTERM came; a checkpoint of the step it came in has been written.
+    """
+    settings = load_config(config, overrides)
+    notice = notice or _warn
+    with RunFolder(Path(out), settings, resume=resume, notice=notice) as folder:
+        known = folder.finished()
+        if known is not None:
+            mesh = None if settings.mesh is None else make_mesh(settings.mesh)
+            steps, metrics = known
+            found = load_dictionary(folder.final, mesh=mesh)
+            return Result(Path(out) / "final", found, steps, metrics, Trace(), resumed=True)
+        return _train(settings, Path(out), folder, progress, notice)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
+def _train(
+    settings: TrainConfig,
+    out: Path,
+    folder: RunFolder,
+    progress: Progress | None,
+    notice: Callable[[str], None],
+) -> Result:
+    recipe = settings.train.build()
+    source, target = open_data(settings.data, recipe.tokens)
+    variant = settings.sae.build(source.d_in, None if target is None else target.d_in)
+    mesh = None if settings.mesh is None else make_mesh(settings.mesh)
+    _check_batch(recipe, mesh)
+    check_memory(variant, recipe, mesh, min(settings.data.buffer_rows, source.rows))
+    part, parts = batch_part(mesh)
+    stream = ActivationStream(
+        source,
+        recipe.batch_size,
+        seed=settings.train.seed,
+        target=target,
+        buffer_rows=settings.data.buffer_rows,
+        process=part,
+        processes=parts,
+    )
+    distributed = jax.process_count() > 1
+    with together("reading the data", distributed=distributed):
+        folder.check_inputs()
+        if jax.process_index() == 0:
+            read_once(source, target)
+    # A dictionary remembers whose features it holds, so that it is never judged on another model. The process
+    # that writes this asks alone: a model's digest takes reading all of it.
+    host = host_metadata(settings.data) if jax.process_index() == 0 else {}
+    known = {**host, **settings.metadata}
+    # Sites that contradict the data are an error now, not after the training.
+    DictionaryConfig("relu", sites=variant.sites, transcoder=transcodes(variant, known), metadata=known)
+    state = _start(variant, recipe, settings, stream, mesh)
+    step = make_step(variant, recipe, mesh)
+    with together("writing the run's folder", distributed=distributed):
+        folder.claim()
+    with Checkpoints(out / "checkpoints", settings.checkpoint.keep) as checkpoints:
+        done = _done(checkpoints, folder, notice) if folder.begun else None
+        if done is not None:
+            state, place = checkpoints.restore(done, state)
+            stream.restore(place)
+        run = _Run(settings, recipe, step, checkpoints, out, progress)
+        try:
+            state, trace = run.steps(state, done or 0, stream, mesh)
+        except CheckpointError:
+            if checkpoints.latest() is None:  # the data is bad, and nothing would be lost
+                folder.disclaim()
+            raise
+    summary = {name: run.last[name] for name in _SUMMARY if name in run.last}
+    told = settings.model_dump(mode="json", include={"sae", "data", "train"}, exclude_defaults=True)
+    metadata = {**known, "variant": variant.name, "training": summary, "settings": told}
+    dictionary = _finish(variant, recipe, state, metadata, mesh)
+    save_dictionary(dictionary, out / "final", overwrite=folder.begun)
+    with together("noting the result", distributed=distributed):
+        folder.record(recipe.steps, run.last)
+    return Result(out / "final", dictionary, recipe.steps, run.last, trace)
+
+
+def _done(checkpoints: Checkpoints, folder: RunFolder, notice: Callable[[str], None]) -> int | None:
+    """The step a begun run goes on from; what is passed over is said."""
+    found = checkpoints.find()
+    if jax.process_index() == 0:
+        goes_on = "the run begins anew" if found.step is None else f"the run goes on from step {found.step}"
+        if found.passed_over:
+            notice(f"{'; '.join(found.passed_over)}: passed over, {goes_on}")
+        elif found.step is None:
+            notice(f"{folder.path}: no checkpoint was written before the run stopped; {goes_on}")
+    return found.step
+
+
+def _check_batch(recipe: Recipe, mesh: Mesh | None) -> None:
+    parts = 1 if mesh is None else mesh.shape.get("data", 1)
+    if recipe.batch_size % parts:
+        raise SAEError(
+            f"train.batch_size is {recipe.batch_size}, which {parts} devices cannot share; change one."
+        )
+
+
+def _start(
+    variant: Variant, recipe: Recipe, settings: TrainConfig, stream: ActivationStream, mesh: Mesh | None
+) -> TrainState:
+    """The state before the first step, from a sample drawn like a batch; the same in every process."""
+    rows = min(stream.source.rows, SAMPLE_ROWS)
+    sample = next(
+        ActivationStream(
+            stream.source,
+            rows,
+            seed=settings.train.seed + 2**31,  # not the order of the training itself
+            target=stream.target,
+            buffer_rows=settings.data.buffer_rows,
+        )
+    )
+    key = jax.random.key(settings.train.seed)
+    target = None if variant.d_out is None else sample.target
+    return initialize(variant, recipe, key, sample.input, target, mesh=mesh)
+
+
+class _Run:
+    """The loop: steps, lines of metrics one logged step late, checkpoints, and the guard."""
+
+    def __init__(
+        self,
+        settings: TrainConfig,
+        recipe: Recipe,
+        step: Step,
+        checkpoints: Checkpoints,
+        out: Path,
+        progress: Progress | None,
+    ) -> None:
+        self.recipe, self.step, self.checkpoints = recipe, step, checkpoints
+        self.every, self.log_every = settings.checkpoint.every, settings.checkpoint.log_every
+        self.settings, self.out, self.progress = settings, out, progress
+        self.last: dict[str, float] = {}
+        self._loggers: list[Logger] = []
+        self._file: MetricsFile | None = None
+        self._began = (0.0, 0)
+
+    def steps(
+        self, state: TrainState, done: int, stream: ActivationStream, mesh: Mesh | None
+    ) -> tuple[TrainState, Trace]:
+        def prepare(batch: Batch) -> tuple[Any, Any]:
+            def put(rows: np.ndarray) -> Any:
+                return jnp.asarray(rows) if mesh is None else place_batch(rows, mesh)
+
+            x = put(batch.input)
+            return x, x if batch.target is batch.input else put(batch.target)
+
+        if jax.process_index() == 0:
+            config = self.settings.model_dump(mode="json")
+            self._file = MetricsFile(self.out / "metrics.jsonl", done)
+            self._loggers = [self._file]
+            self._loggers = [*open_loggers(self.settings.log_to, self.out, config, done), self._file]
+        waiting: tuple[int, Metrics] | None = None
+        self._began = (time.perf_counter(), done)
+        try:
+            with Prefetch(stream, prepare) as batches, Termination() as termination:
+                for number in range(done + 1, self.recipe.steps + 1):
+                    x, y = next(batches)
+                    state, metrics = self.step(state, x, y)
+                    termination.unsaved = True
+                    end = number == self.recipe.steps
+                    stop = termination.due(number) and not end
+                    save = (number % self.every == 0 or stop) and not end
+                    if number % self.log_every == 0 or save or end:
+                        # The step before is read while this one runs; the device never waits for the log.
+                        if waiting is not None:
+                            self._log(*waiting)
+                        waiting = (number, metrics)
+                    if waiting is not None and (save or end):
+                        self._log(*waiting)
+                        waiting = None
+                    if save:
+                        self._save(number, state, batches.state())
+                        termination.unsaved = False
+                    if stop:
+                        self.checkpoints.wait()
+                        raise Terminated
+                return state, batches.trace
+        finally:
+            for logger in self._loggers:
+                logger.close()
+
+    def _save(self, number: int, state: TrainState, place: Mapping[str, Any]) -> None:
+        if self._file is not None:
+            self._file.sync()  # lines before a checkpoint are never written again
+        self.checkpoints.save(number, state, place)
+
+    def _log(self, number: int, metrics: Metrics) -> None:
+        self.checkpoints.check()
+        line = {name: float(np.asarray(value)) for name, value in metrics.items()}
+        if not np.isfinite(list(line.values())).all() or line["nmse"] > _DIVERGED:
+            good = self.checkpoints.latest()
+            where = "no checkpoint was written yet" if good is None else f"the last good checkpoint is {good}"
+            raise SAEError(
+                f"the training diverged at step {number} (loss {line['loss']:.4g}, nmse {line['nmse']:.4g}); "
+                f"{where}: begin again with a lower train.lr, or with train.clip."
+            )
+        began, first = self._began
+        seconds = max(time.perf_counter() - began, 1e-9)
+        rate = (number - first) * self.recipe.batch_size / seconds
+        self.last = {
+            "step": number,
+            "tokens": number * self.recipe.batch_size,
+            **line,
+            "tokens_per_second": rate,
+        }
+        for logger in self._loggers:
+            logger.write(self.last)
+        if self.progress is not None:
+            self.progress(number, self.recipe.steps, self.last)
+
+
+def _finish(
+    variant: Variant,
+    recipe: Recipe,
+    state: TrainState,
+    metadata: Mapping[str, Any],
+    mesh: Mesh | None,
+) -> Dictionary:
+    """The dictionary, which stays on the mesh as the training's parameters lie there."""
+    finish = partial(finished_dictionary, variant, recipe, metadata=metadata)
+    needed = replace(state, mean={}, square={})
+    shardings = None if mesh is None else dictionary_shardings(jax.eval_shape(finish, needed), mesh)
+    return jax.jit(finish, out_shardings=shardings)(needed)

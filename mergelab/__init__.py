@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
     from mergelab import errors as errors
     from mergelab import operators as operators
-    from mergelab.merging.merge import merge as merge
-    from mergelab.merging.recipe import Recipe as Recipe
+    from mergelab.merging.recipe.schema import Recipe as Recipe
+    from mergelab.merging.run_merge import merge as merge
 
 __all__ = ["Recipe", "__version__", "errors", "merge", "operators"]
 
-_NAMES = {"merge": "mergelab.merging.merge", "Recipe": "mergelab.merging.recipe"}
+_NAMES = {"merge": "mergelab.merging.run_merge", "Recipe": "mergelab.merging.recipe.schema"}
 _ROOMS = (
     "checkpoints", "data", "decoding", "errors", "merging", "models",
     "operators", "quickstart", "report", "sae", "sharding", "trees",

@@ -85,7 +85,7 @@ def main() -> None:
 
     import mergelab.cli.abliterate
     import mergelab.interp.abliteration
-    import mergelab.merging.merge
+    import mergelab.merging.run_merge
     import mergelab.merging.soups.greedy_folders
     import mergelab.sae.training  # noqa: F401
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mergelab.errors import RecipeError
-from mergelab.merging.recipe_file import parse_recipe
+from mergelab.merging.recipe.recipe_file import parse_recipe
 from mergelab.sae.training.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent

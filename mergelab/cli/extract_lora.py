@@ -14,7 +14,7 @@ from mergelab.cli.numbers import ANY_NUMBER, Seed, WholeNumber
 from mergelab.cli.sizes import readable
 
 if TYPE_CHECKING:
-    from mergelab.merging.extract_lora import ExtractedLora
+    from mergelab.merging.lora_extraction import ExtractedLora
 
 __all__ = ["command"]
 
@@ -62,7 +62,7 @@ def command(finetuned: Path, base: Path, out: Path, as_json: bool, **options: An
         raise click.UsageError("say how large the adapter may be, with --rank or --energy")
     started = time.perf_counter()
     from mergelab.checkpoints import open_checkpoint
-    from mergelab.merging.extract_lora import extract_lora
+    from mergelab.merging.lora_extraction import extract_lora
 
     total = sum(file.file.size for file in open_checkpoint(base).files)
     with _progress_bar(total) as bar:

@@ -15,7 +15,7 @@ from mergelab.cli.numbers import Seed, WholeNumber
 from mergelab.cli.sizes import SIZE, readable
 
 if TYPE_CHECKING:
-    from mergelab.merging.plan import Plan
+    from mergelab.merging.plan.planner import Plan
 
 __all__ = ["command"]
 
@@ -76,8 +76,8 @@ def command(
     if out is None and not dry_run:
         raise click.UsageError("name the folder to write with --out DIR, or look at the plan with --dry-run")
     from mergelab.cli.runtime import configure_jax
-    from mergelab.merging.plan import make_plan
-    from mergelab.merging.recipe_file import load_recipe
+    from mergelab.merging.plan.planner import make_plan
+    from mergelab.merging.recipe.recipe_file import load_recipe
 
     configure_jax()
     loaded = load_recipe(recipe)
@@ -91,7 +91,7 @@ def command(
     for warning in warnings:
         click.echo(f"warning: {warning}", err=True)
 
-    from mergelab.merging.merge import merge
+    from mergelab.merging.run_merge import merge
 
     total = sum(p.bytes_out for p in (*plan.stages.values(), plan))
     with _progress_bar(total) as bar:

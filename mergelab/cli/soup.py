@@ -14,9 +14,8 @@ from mergelab.cli.numbers import Number, WholeNumber
 from mergelab.cli.sizes import SIZE
 
 if TYPE_CHECKING:
-    from mergelab.merging.soups.command import CommandEvaluator
-    from mergelab.merging.soups.selection import Metric, Selection
-    from mergelab.merging.soups.text_loss import TextLoss
+    from mergelab.merging.soups.evaluators import CommandEvaluator, TextLoss
+    from mergelab.merging.soups.scores import Metric, Selection
     from mergelab.merging.soups.trace import Trace
 
 __all__ = ["command"]
@@ -106,8 +105,7 @@ def _average(
 ) -> tuple[dict[str, Any], str]:
     """Makes a soup that needs no evaluation; returns the result as data and as text."""
     from mergelab.errors import RecipeError
-    from mergelab.merging.soups.folders import average_checkpoints, by_step
-    from mergelab.merging.soups.running_folder import update_average
+    from mergelab.merging.soups.folders import average_checkpoints, by_step, update_average
 
     paths = by_step(checkpoints)
     if method in ("running", "ema"):
@@ -164,11 +162,11 @@ def _evaluator(given: Mapping[str, Any], prefix: str) -> CommandEvaluator | Text
         flag = prefix.replace("_", "-")
         raise RecipeError(f"--{flag}evaluate and --{flag}text both name an evaluator; keep one.")
     if text is not None:
-        from mergelab.merging.soups.text_loss import TextLoss
+        from mergelab.merging.soups.evaluators import TextLoss
 
         return TextLoss(text)
     if command is not None:
-        from mergelab.merging.soups.command import CommandEvaluator
+        from mergelab.merging.soups.evaluators import CommandEvaluator
 
         return CommandEvaluator(command, given.get("timeout"))
     return None
@@ -176,7 +174,7 @@ def _evaluator(given: Mapping[str, Any], prefix: str) -> CommandEvaluator | Text
 
 def _selection(given: Mapping[str, Any]) -> Selection:
     from mergelab.errors import RecipeError
-    from mergelab.merging.soups.selection import Guarded, Lexicographic, Metric, WeightedSum
+    from mergelab.merging.soups.scores import Guarded, Lexicographic, Metric, WeightedSum
 
     default = "min" if "text" in given else "max"
     direction = given.get("direction", default)
@@ -204,7 +202,7 @@ def _selection(given: Mapping[str, Any]) -> Selection:
 def _metric(text: str, direction: Any) -> tuple[Metric, float | None]:
     """Reads `NAME[:min|:max][=NUMBER]`."""
     from mergelab.errors import RecipeError
-    from mergelab.merging.soups.selection import Metric
+    from mergelab.merging.soups.scores import Metric
 
     name, equals, number = text.partition("=")
     name, colon, own = name.partition(":")

@@ -1,19 +1,23 @@
-"""`mergelab.json` in the output: what it was made from, for programs; and the digests of its weight files."""
+"""What an output says of its making: `mergelab.json`, digests, and the model card."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mergelab.checkpoints.output_target import disk_errors
-from mergelab.merging.plan import Plan
-from mergelab.merging.recipe_file import recipe_yaml
+from mergelab.merging.plan.planner import Plan
+from mergelab.merging.recipe.model_refs import parse_model_ref
+from mergelab.merging.recipe.recipe_file import recipe_yaml
 from mergelab.version import __version__
 
-__all__ = ["SHA256SUMS", "provenance", "sha256_sums"]
+__all__ = ["SHA256SUMS", "model_card", "provenance", "sha256_sums"]
+
 
 SHA256SUMS = "SHA256SUMS"
 
@@ -46,3 +50,85 @@ def sha256_sums(folder: Path) -> tuple[dict[str, str], bytes]:
             with file.open("rb") as stream:
                 digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return digests, "".join(f"{digest}  {name}\n" for name, digest in digests.items()).encode()
+
+
+def model_card(
+    plan: Plan,
+    name: str,
+    digests: Mapping[str, str],
+    *,
+    stages: Sequence[Plan] = (),
+) -> str:
+    """Returns the card as Markdown with Hugging Face front matter; needs no network and states no date.
+
+    Args:
+        plan: the plan of the merge.
+        name: the model's name, for the heading.
+        digests: the digest of every output tensor's bytes, by name.
+        stages: the plans of the recipes it builds on.
+    """
+    recipe = plan.recipe
+    plans = (*stages, plan)
+    stage_names = {stage.recipe.name for stage in stages}
+    front = {
+        "library_name": "transformers",
+        "tags": ["mergelab", "merge", recipe.merge_method],
+        "base_model": _base_models(plans, stage_names),
+    }
+    summary = (
+        f"Merged with mergelab {__version__}: {recipe.merge_method} of {len(plan.models)} models, "
+        f"{len(plan.jobs)} tensors, {plan.bytes_out:,} bytes, seed {plan.seed}."
+    )
+    rows = [
+        f"| `{model.name}` | {_cell(model.revision)} | `{model.fingerprint}` |"
+        for one in plans
+        for model in one.models
+        if model.name not in stage_names
+    ]
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        summary,
+        "",
+        "## Recipe",
+        "",
+        *_fenced(recipe_yaml(recipe), "yaml"),
+        "",
+        "## Inputs",
+        "",
+        "| model | revision | fingerprint (SHA-256 of config, headers and first values) |",
+        "| --- | --- | --- |",
+        *dict.fromkeys(rows),
+        "",
+        "## Output",
+        "",
+        f"Plan `{plan.identity}`: the same recipe, inputs, seed and version give the same bytes.",
+        "",
+    ]
+    lines += ["<details><summary>Digest of every tensor (XXH3)</summary>", ""]
+    lines += ["| tensor | digest |", "| --- | --- |"]
+    lines += [f"| `{tensor}` | `{digest}` |" for tensor, digest in digests.items()]
+    lines += ["", "</details>", ""]
+    return "\n".join(lines)
+
+
+def _base_models(plans: Sequence[Plan], stage_names: set[str | None]) -> list[str]:
+    """The models' paths, without adapters and revisions, each once."""
+    names = [parse_model_ref(model.name).path for plan in plans for model in plan.models]
+    return list(dict.fromkeys(name for name in names if name not in stage_names))
+
+
+def _cell(revision: str | None) -> str:
+    return f"`{revision}`" if revision else "local"
+
+
+def _fenced(text: str, language: str) -> list[str]:
+    """A code block whose fence is longer than any run of backticks in the text."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return [f"{fence}{language}", text.rstrip(), fence]

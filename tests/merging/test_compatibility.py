@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from mergelab.errors import RecipeError
-from mergelab.merging.compatibility import is_buffer
-from mergelab.merging.plan import Plan, make_plan
-from mergelab.merging.recipe import Recipe
-from mergelab.merging.recipe_file import parse_recipe
+from mergelab.merging.plan.compatibility import is_buffer
+from mergelab.merging.plan.planner import Plan, make_plan
+from mergelab.merging.recipe.recipe_file import parse_recipe
+from mergelab.merging.recipe.schema import Recipe
 from tests.merging.recipes import write_model
 
 MATRIX, VECTOR = (4, 4), (4,)

@@ -19,7 +19,7 @@ from mergelab.checkpoints import (
     with_lora,
 )
 from mergelab.errors import CheckpointError, NonFiniteError, OperatorError, OutputError
-from mergelab.merging.extract_lora import extract_lora
+from mergelab.merging.lora_extraction import extract_lora
 
 RNG = np.random.default_rng(0)
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}

@@ -12,9 +12,9 @@ import safetensors.numpy
 
 from mergelab.checkpoints import open_checkpoint, read_whole, with_lora
 from mergelab.errors import CheckpointError
-from mergelab.merging.extract_lora import extract_lora
-from mergelab.merging.merge import merge
-from mergelab.merging.recipe_file import parse_recipe
+from mergelab.merging.lora_extraction import extract_lora
+from mergelab.merging.recipe.recipe_file import parse_recipe
+from mergelab.merging.run_merge import merge
 
 RNG = np.random.default_rng(0)
 GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}

@@ -16,11 +16,11 @@ from safetensors.numpy import load_file, save_file
 
 from mergelab.errors import RecipeError
 from mergelab.merging import Recipe, merge
-from mergelab.merging.architecture import infer_architecture
-from mergelab.merging.layer_fields import layer_fields
-from mergelab.merging.layer_kinds import same_kind
-from mergelab.merging.output_config import output_config
-from mergelab.merging.plan import make_plan
+from mergelab.merging.plan.output_config import output_config
+from mergelab.merging.plan.planner import make_plan
+from mergelab.merging.structure.architecture import infer_architecture
+from mergelab.merging.structure.layer_fields import layer_fields
+from mergelab.merging.structure.layer_kinds import same_kind
 from mergelab.models.families import model_from_config
 from mergelab.models.load import load_model
 from tests.merging.layer_cases import CONFIGS, SLICES, order, recipe, write_layers

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mergelab.merging import merge
-from mergelab.merging.layer_fields import FAMILY_FIELDS, layer_fields
-from mergelab.merging.layer_kinds import same_kind
+from mergelab.merging.structure.layer_fields import FAMILY_FIELDS, layer_fields
+from mergelab.merging.structure.layer_kinds import same_kind
 from tests.merging.layer_cases import CONFIGS, SLICES, config_of, order, recipe
 from tests.merging.layers_in_transformers import LISTS, RECORDED, kinds, load, logits, restacked, save_random
 from tests.merging.layers_in_transformers import config_of as in_transformers

@@ -13,9 +13,9 @@ import pytest
 
 from mergelab.checkpoints.dtypes import safetensors_name
 from mergelab.errors import MergelabError, RecipeError
-from mergelab.merging.plan import Plan, make_plan
-from mergelab.merging.recipe import Recipe
-from mergelab.merging.recipe_file import load_recipe, parse_recipe
+from mergelab.merging.plan.planner import Plan, make_plan
+from mergelab.merging.recipe.recipe_file import load_recipe, parse_recipe
+from mergelab.merging.recipe.schema import Recipe
 from tests.merging.recipes import BLOCK, write_model
 
 
@@ -82,10 +82,9 @@ def test_gradients_run_over_the_layers_of_a_model(tmp_path: Path) -> None:
 def _settings(plan: Plan, folder: Path, text: str) -> dict[str, Any]:
     """The resolved parameters by tensor, through the same layout the plan uses."""
     from mergelab.checkpoints import open_checkpoint
-    from mergelab.merging.architecture import infer_architecture
-    from mergelab.merging.layout import lay_out
-    from mergelab.merging.parameters import resolve
-    from mergelab.merging.scopes import scoped_parts
+    from mergelab.merging.plan.output_tensors import lay_out
+    from mergelab.merging.recipe.scopes import resolve, scoped_parts
+    from mergelab.merging.structure.architecture import infer_architecture
     from mergelab.operators import OPERATORS
 
     recipe = parse_recipe(text)

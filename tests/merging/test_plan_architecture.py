@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergelab.errors import RecipeError
-from mergelab.merging.architecture import Module, infer_architecture
-from mergelab.merging.output_config import output_config
-from mergelab.merging.plan import make_plan
-from mergelab.merging.recipe import Recipe
-from mergelab.merging.recipe_file import parse_recipe
+from mergelab.merging.plan.output_config import output_config
+from mergelab.merging.plan.planner import make_plan
+from mergelab.merging.recipe.recipe_file import parse_recipe
+from mergelab.merging.recipe.schema import Recipe
+from mergelab.merging.structure.architecture import Module, infer_architecture
 from tests.merging.recipes import write_model
 
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergelab.errors import CheckpointError, MergelabError, RecipeError, quoted, shortened
-from mergelab.merging.layout import MAX_LAYERS
-from mergelab.merging.plan import make_plan
-from mergelab.merging.recipe import Recipe
-from mergelab.merging.recipe_file import load_recipe, parse_recipe, recipe_yaml
+from mergelab.merging.plan.output_tensors import MAX_LAYERS
+from mergelab.merging.plan.planner import make_plan
+from mergelab.merging.recipe.recipe_file import load_recipe, parse_recipe, recipe_yaml
+from mergelab.merging.recipe.schema import Recipe
 from tests.merging.recipes import write_model
 
 LINEAR = "merge_method: linear\nparameters: {weight: 1}\n"

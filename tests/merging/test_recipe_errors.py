@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from mergelab.errors import RecipeError
-from mergelab.merging.recipe import Recipe
-from mergelab.merging.recipe_checks import recipe_warnings
-from mergelab.merging.recipe_file import load_recipe, parse_recipe, recipe_yaml
+from mergelab.merging.recipe.recipe_file import load_recipe, parse_recipe, recipe_yaml
+from mergelab.merging.recipe.schema import Recipe
+from mergelab.merging.recipe.scopes import recipe_warnings
 
 TIES = "merge_method: ties\nbase_model: base\nmodels:\n- model: a\n  parameters: {weight: 1}\n"
 LINEAR = "merge_method: linear\nmodels:\n- model: a\n- model: b\nparameters: {weight: 1}\n"

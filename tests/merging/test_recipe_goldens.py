@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mergelab.merging import merge
-from mergelab.merging.recipe_file import load_recipe, parse_recipe, recipe_yaml
+from mergelab.merging.recipe.recipe_file import load_recipe, parse_recipe, recipe_yaml
 
 # Bit for bit: copies, and task vectors without random draws.
 EXACT = [

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from mergelab.errors import NonFiniteError, OutputError, RecipeError
 from mergelab.merging import Recipe, make_plan, merge
-from mergelab.merging.recipe_file import parse_recipe, recipe_yaml
+from mergelab.merging.recipe.recipe_file import parse_recipe, recipe_yaml
 from tests.merging.recipes import write_model
 
 

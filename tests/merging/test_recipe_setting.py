@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergelab.errors import RecipeError
-from mergelab.merging.parameters import resolve
-from mergelab.merging.recipe import Recipe
-from mergelab.merging.scopes import scoped_parts
-from mergelab.merging.setting import UNSET, Unset, parse_setting
+from mergelab.merging.recipe.schema import Recipe
+from mergelab.merging.recipe.scopes import resolve, scoped_parts
+from mergelab.merging.recipe.settings import UNSET, Unset, parse_setting
 from mergelab.operators import OPERATORS
 
 numbers = st.lists(st.floats(-10, 10), min_size=1, max_size=6)

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergelab.errors import RecipeError
-from mergelab.merging.recipe import Recipe, TokenSource
-from mergelab.merging.recipe_file import load_recipe, parse_recipe, recipe_yaml
-from mergelab.merging.recipe_yaml import parse_documents
+from mergelab.merging.recipe.recipe_file import load_recipe, parse_documents, parse_recipe, recipe_yaml
+from mergelab.merging.recipe.schema import Recipe, TokenSource
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mergelab.merging.plan import make_plan
-from mergelab.merging.recipe import Recipe
-from mergelab.merging.recipe_file import load_recipe, parse_recipe
+from mergelab.merging.plan.planner import make_plan
+from mergelab.merging.recipe.recipe_file import load_recipe, parse_recipe
+from mergelab.merging.recipe.schema import Recipe
 from tests.merging.recipes import write_model
 
 SHAPES = {"model.embed_tokens.weight": (20, 16), "model.norm.weight": (16,)} | {

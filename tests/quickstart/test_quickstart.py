@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from mergelab.cli.main import cli
-from mergelab.merging.recipe_file import load_recipe
+from mergelab.merging.recipe.recipe_file import load_recipe
 from mergelab.operators import OPERATORS
 from mergelab.quickstart import small_llama
 from mergelab.quickstart.corpus import DOMAINS

@@ -1,10 +1,15 @@
 """Model soups: averages of fine-tuned siblings, chosen on validation data or not at all."""
 
-from mergelab.merging.soups.averages import ExponentialAverage, RunningAverage
+from mergelab.merging.soups.averages import (
+    ExponentialAverage,
+    RunningAverage,
+    exponential_soup,
+    last_soup,
+    uniform_soup,
+)
 from mergelab.merging.soups.greedy import GreedySoup, greedy_soup, replay
-from mergelab.merging.soups.selection import Guarded, Lexicographic, Metric, Selection, WeightedSum
+from mergelab.merging.soups.scores import Guarded, Lexicographic, Metric, Selection, WeightedSum
 from mergelab.merging.soups.trace import Decision, Ranked, Trace
-from mergelab.merging.soups.uniform import exponential_soup, last_soup, uniform_soup
 
 __all__ = [
     "Decision",

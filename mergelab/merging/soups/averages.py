@@ -1,8 +1,12 @@
-"""Running and exponential averages of a stream of parameter trees, in the memory of one average."""
+"""Averages of parameter trees in memory: of all, or of the candidates that are given."""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,11 +15,21 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Int, PyTree
 
-from mergelab.errors import OperatorError
+from mergelab.errors import EvaluationError, OperatorError
 from mergelab.operators.arithmetic import rounded
 from mergelab.trees import named_leaves
 
-__all__ = ["ExponentialAverage", "RunningAverage"]
+__all__ = [
+    "Candidates",
+    "ExponentialAverage",
+    "Loader",
+    "RunningAverage",
+    "exponential_soup",
+    "last_soup",
+    "load_weights",
+    "loaders",
+    "uniform_soup",
+]
 
 
 @jax.tree_util.register_dataclass
@@ -163,3 +177,105 @@ def _check_alike(mean: PyTree, tree: PyTree) -> None:
                 f"Leaf {name!r} is of type {leaf.dtype} and differs between trees, so it has no average; "
                 "leave it out of the trees or make it equal in all of them."
             )
+
+
+Loader = Callable[[], PyTree[Array]]
+"""Returns one candidate's parameters; called each time they are needed, so nothing else need hold them."""
+
+Candidates = Mapping[str, Any] | Sequence[Any]
+"""Parameter trees, loaders or checkpoint paths: by name, or in order (named `model_0`, `model_1`, ...)."""
+
+
+def loaders(candidates: Candidates) -> dict[str, Loader]:
+    """Returns one loader per candidate, by name.
+
+    A string or path is a checkpoint folder, read into `{tensor name: array}`; a callable that is not itself
+    a pytree node is a loader; anything else is the parameter tree.
+
+    Raises:
+        EvaluationError: there are no candidates.
+    """
+    if not candidates:
+        raise EvaluationError("A soup needs at least one candidate; none was given.")
+    if isinstance(candidates, Mapping):
+        return {str(name): _loader(candidate) for name, candidate in candidates.items()}
+    width = len(str(len(candidates) - 1))
+    return {f"model_{i:0{width}}": _loader(candidate) for i, candidate in enumerate(candidates)}
+
+
+def load_weights(path: str | Path) -> dict[str, np.ndarray]:
+    """Returns every tensor of a checkpoint folder as an array, by name.
+
+    Raises:
+        CheckpointError: the folder is missing, malformed or unsafe to read.
+    """
+    from mergelab.checkpoints import open_checkpoint, read_whole
+
+    return {name: read_whole(source) for name, source in open_checkpoint(path).tensors.items()}
+
+
+def _loader(candidate: Any) -> Loader:
+    if isinstance(candidate, str | Path):
+        return partial(load_weights, candidate)
+    # A callable pytree node (a module object) is parameters; only a callable *leaf* is a loader.
+    if callable(candidate) and jax.tree_util.all_leaves([candidate]):
+        return candidate
+    return lambda: candidate
+
+
+def uniform_soup(trees: Mapping[str, Any] | Iterable[Any]) -> PyTree[Array]:
+    """Returns the equal-weight mean of the trees, holding one tree and one float32 mean at a time.
+
+    Args:
+        trees: a collection (by name or in order) or generator of parameter trees, loaders or checkpoint
+            paths (see `candidates.loaders`); a generator is consumed as it goes.
+
+    Returns:
+        A tree like the first one, in its dtypes.
+
+    Raises:
+        OperatorError: there are no trees, or they differ in structure, shape or a non-floating leaf.
+
+    Reference:
+        Wortsman et al., Model soups (arXiv:2203.05482), recipe 1.
+    """
+    average: RunningAverage | None = None
+    for tree in _each(trees):
+        average = RunningAverage.of(tree) if average is None else average.add(tree)
+    if average is None:
+        raise OperatorError("uniform_soup was given no trees; it needs at least one.")
+    return average.result()
+
+
+def last_soup(trees: Iterable[Any], count: int) -> PyTree[Array]:
+    """Returns the mean of the last `count` items of a stream (latest weight averaging, arXiv:2209.14981).
+
+    Items are kept unloaded until the stream ends, so a stream of loaders or paths costs one tree of memory
+    and a stream of trees costs `count`. Fewer than `count` items are all averaged.
+
+    Raises:
+        OperatorError: `count` < 1, or as `uniform_soup`.
+    """
+    if count < 1:
+        raise OperatorError(f"count is {count}; last_soup averages at least 1 tree.")
+    return uniform_soup(deque(trees, maxlen=count))
+
+
+def exponential_soup(trees: Iterable[Any], decay: float) -> PyTree[Array]:
+    """Returns the exponential moving average of a stream, oldest first, started at its first tree.
+
+    Raises:
+        OperatorError: there are no trees, they differ, or `decay` is outside [0, 1].
+    """
+    average: ExponentialAverage | None = None
+    for tree in _each(trees):
+        average = ExponentialAverage.of(tree, decay) if average is None else average.add(tree)
+    if average is None:
+        raise OperatorError("exponential_soup was given no trees; it needs at least one.")
+    return average.result()
+
+
+def _each(trees: Mapping[str, Any] | Iterable[Any]) -> Iterator[PyTree[Array]]:
+    for item in trees.values() if isinstance(trees, Mapping) else trees:
+        (load,) = loaders([item]).values()
+        yield load()

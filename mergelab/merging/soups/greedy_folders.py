@@ -1,29 +1,85 @@
-"""Greedy soup of checkpoint folders: each trial is a streamed merge that an evaluator sees as a folder."""
+"""Greedy soups of folders: streamed, and resumable from a journal."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mergelab.checkpoints import open_checkpoint
+from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.output_target import check_target, disk_errors
 from mergelab.checkpoints.publish import WorkFolder, publish_file
 from mergelab.checkpoints.text_file import read_text
 from mergelab.checkpoints.writer import identity_digest
-from mergelab.errors import OutputError
-from mergelab.merging.plan import make_plan
+from mergelab.errors import CheckpointError, OutputError
+from mergelab.merging.plan.planner import make_plan
 from mergelab.merging.soups.folders import StrPath, average_checkpoints, candidate_names, soup_recipe
-from mergelab.merging.soups.greedy import describe
-from mergelab.merging.soups.journal import Journal
-from mergelab.merging.soups.scores import Scores, call_evaluator
-from mergelab.merging.soups.search import Rule, greedy_search
-from mergelab.merging.soups.selection import Metric, Selection, as_selection
+from mergelab.merging.soups.greedy import Rule, describe, greedy_search
+from mergelab.merging.soups.scores import Metric, Scores, Selection, as_selection, call_evaluator
 from mergelab.merging.soups.trace import Trace
 
-__all__ = ["FolderEvaluator", "greedy_soup_checkpoints", "trace_path"]
+__all__ = ["FolderEvaluator", "Journal", "greedy_soup_checkpoints", "trace_path"]
+
+
+@dataclass
+class Journal:
+    """Scores of soups by their members, on disk after every evaluation.
+
+    The search itself is deterministic and cheap: run again over remembered scores it makes the same
+    decisions, so evaluations are all that need be kept.
+
+    Attributes:
+        path: the file.
+        subject: what the scores are of (evaluator, fingerprints of the candidates); a journal of another
+            subject is refused.
+        scores: by members, in the order in which they were added.
+    """
+
+    path: Path
+    subject: Mapping[str, object]
+    scores: dict[tuple[str, ...], Scores] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path, subject: Mapping[str, object]) -> Journal:
+        """Returns the journal at `path`, empty if there is none.
+
+        Raises:
+            OutputError: it is unreadable, or of another subject.
+        """
+        if not path.exists():
+            return cls(path, subject)
+        try:
+            data = read_json_object(path)
+            scores = {tuple(entry["members"]): entry["scores"] for entry in data["scores"]}
+            found = dict(data["subject"])
+        except (CheckpointError, AttributeError, KeyError, TypeError) as error:
+            raise OutputError(
+                f"{path} is not a readable journal of a greedy soup; start again with --overwrite."
+            ) from error
+        if odd := next((key for key in subject if found.get(key) != subject[key]), None):
+            raise OutputError(
+                f"{path} is of an interrupted soup with different {odd}; start again with --overwrite, or "
+                "choose another output folder."
+            )
+        return cls(path, subject, scores)
+
+    def record(self, members: tuple[str, ...], scores: Scores) -> None:
+        """Adds one evaluation and writes the file anew."""
+        self.scores[members] = scores
+        entries = [{"members": list(m), "scores": dict(s)} for m, s in self.scores.items()]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_name(self.path.name + ".part")
+        with beside.open("w", encoding="utf-8") as stream:
+            json.dump({"subject": self.subject, "scores": entries}, stream, indent=2)
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(self.path)
+
 
 FolderEvaluator = Callable[[Path], float | Mapping[str, float]]
 """Scores the model in a folder: a number, or numbers by metric name."""

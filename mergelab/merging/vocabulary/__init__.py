@@ -1,7 +1,7 @@
 """The merged model's tokenizer: one vocabulary for all models, and its rows in every embedding."""
 
-from mergelab.merging.vocabulary.chat_template import chat_template_files
-from mergelab.merging.vocabulary.differences import vocabulary_differences
-from mergelab.merging.vocabulary.plan import VocabularyPlan, plan_vocabulary
+from mergelab.merging.vocabulary.chat_templates import chat_template_files
+from mergelab.merging.vocabulary.tokenizer_data import vocabulary_differences
+from mergelab.merging.vocabulary.vocabulary_plan import VocabularyPlan, plan_vocabulary
 
 __all__ = ["VocabularyPlan", "chat_template_files", "plan_vocabulary", "vocabulary_differences"]

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from mergelab.errors import MAX_FAULTS, did_you_mean, quoted, shortened
-from mergelab.merging.recipe import TokenRule, TokenSource
-from mergelab.merging.vocabulary.rows import ZERO, Row
-from mergelab.merging.vocabulary.tokenizer_files import Tokenizer
-from mergelab.merging.vocabulary.union import Additions
+from mergelab.merging.recipe.schema import TokenRule, TokenSource
+from mergelab.merging.vocabulary.embedding_rows import ZERO, Row
+from mergelab.merging.vocabulary.merged_tokenizer import Additions
+from mergelab.merging.vocabulary.tokenizer_data import Tokenizer
 
 __all__ = ["RuleBook"]
 

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from mergelab.errors import CheckpointError, EvaluationError
-from mergelab.merging.soups.command import CommandEvaluator
-from mergelab.merging.soups.text_loss import TextLoss
+from mergelab.merging.soups.evaluators import CommandEvaluator, TextLoss
 from mergelab.models.families import model_from_config
 from mergelab.models.save import save_model
 from mergelab.quickstart import small_llama

@@ -16,9 +16,14 @@ from safetensors.numpy import load_file, save_file
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import EvaluationError, OutputError, RecipeError
 from mergelab.merging.soups import Trace, uniform_soup
-from mergelab.merging.soups.folders import average_checkpoints, by_step, candidate_names
+from mergelab.merging.soups.folders import (
+    STATE,
+    average_checkpoints,
+    by_step,
+    candidate_names,
+    update_average,
+)
 from mergelab.merging.soups.greedy_folders import greedy_soup_checkpoints, trace_path
-from mergelab.merging.soups.running_folder import STATE, update_average
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from mergelab.errors import EvaluationError, OperatorError, OutputError
 from mergelab.merging.soups import Guarded, Lexicographic, Metric, Trace, WeightedSum, greedy_soup, replay
-from mergelab.merging.soups.search import greedy_search
-from mergelab.merging.soups.selection import as_selection
+from mergelab.merging.soups.greedy import greedy_search
+from mergelab.merging.soups.scores import as_selection
 
 
 def scalar(**values: float) -> dict[str, dict[str, np.ndarray]]:

@@ -12,8 +12,8 @@ import pytest
 
 from mergelab import operators as ops
 from mergelab.errors import OperatorError
-from mergelab.merging.job import Job
-from mergelab.merging.streaming import stream_jobs
+from mergelab.merging.engine import stream_jobs
+from mergelab.merging.engine.job import Job
 from mergelab.operators.order_statistics import kept_count
 
 SIZE = 2**31 + 9

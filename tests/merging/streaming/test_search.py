@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mergelab.merging.streaming import search as search_module
-from mergelab.merging.streaming.search import KeySearch
+from mergelab.merging.engine import order_search as search_module
+from mergelab.merging.engine.order_search import KeySearch
 from mergelab.operators.order_statistics import Selection, select_on_host
 
 HIGHEST = 2**32 - 1

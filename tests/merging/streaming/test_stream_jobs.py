@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from mergelab.errors import CheckpointError, NonFiniteError, OperatorError
-from mergelab.merging.job import Job
-from mergelab.merging.streaming import blocks, stream_jobs
+from mergelab.merging.engine import blocks, stream_jobs
+from mergelab.merging.engine.job import Job
 from mergelab.operators.measures import Sum
 from tests.operators.cases import CASES, build
 

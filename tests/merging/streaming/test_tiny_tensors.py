@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mergelab import operators as ops
-from mergelab.merging.streaming.blocks import blocks_of
+from mergelab.merging.engine.blocks import blocks_of
 from mergelab.operators.algebra import measure_block
 from mergelab.operators.measures import Sum
 from mergelab.operators.region import Region

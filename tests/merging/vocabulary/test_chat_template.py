@@ -14,7 +14,7 @@ from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.checkpoints.source import Checkpoint
 from mergelab.errors import RecipeError
 from mergelab.merging.vocabulary import chat_template_files
-from mergelab.merging.vocabulary.chat_formats import CHAT_FORMATS
+from mergelab.merging.vocabulary.chat_templates import CHAT_FORMATS
 
 Make = Callable[..., Checkpoint]
 TALK = [

@@ -10,7 +10,7 @@ import pytest
 
 from mergelab.checkpoints.source import Checkpoint
 from mergelab.errors import CheckpointError, RecipeError
-from mergelab.merging.recipe import TokenizerSpec
+from mergelab.merging.recipe.schema import TokenizerSpec
 from mergelab.merging.vocabulary import plan_vocabulary
 
 Make = Callable[..., Checkpoint]

@@ -14,7 +14,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from mergelab.checkpoints.folder import open_checkpoint
-from mergelab.merging.recipe import TokenizerSpec
+from mergelab.merging.recipe.schema import TokenizerSpec
 from mergelab.merging.vocabulary import VocabularyPlan, plan_vocabulary
 from tests.merging.vocabulary.record_mergekit import (
     CASES,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mergelab.checkpoints.source import Checkpoint
-from mergelab.merging.recipe import TokenizerSpec
+from mergelab.merging.recipe.schema import TokenizerSpec
 from mergelab.merging.vocabulary import VocabularyPlan, plan_vocabulary
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"

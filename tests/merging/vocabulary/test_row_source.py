@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergelab.merging.vocabulary.row_source import RowSource
-from mergelab.merging.vocabulary.rows import RowMap
+from mergelab.merging.vocabulary.embedding_rows import RowMap, RowSource
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn]
 

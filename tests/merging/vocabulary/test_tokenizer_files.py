@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.checkpoints.source import Checkpoint
-from mergelab.merging.recipe import TokenizerSpec
+from mergelab.merging.recipe.schema import TokenizerSpec
 from mergelab.merging.vocabulary import VocabularyPlan, plan_vocabulary, vocabulary_differences
 
 Make = Callable[..., Checkpoint]

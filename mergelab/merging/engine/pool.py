@@ -1,0 +1,296 @@
+"""All jobs of a plan within a memory budget; merges of whole trees step by step."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import jax
+import numpy as np
+
+from mergelab.errors import CheckpointError, OperatorError
+from mergelab.merging.engine.blocks import BLOCK_ELEMENTS, Block, Buffers
+from mergelab.merging.engine.job import Job
+from mergelab.merging.engine.order_search import KeySearch
+from mergelab.merging.engine.tensor_run import Limits, TensorRun, WriteBlock
+from mergelab.operators.measures import Rank, Sum
+from mergelab.operators.order_statistics import Selection, split_words, trivial_selection
+from mergelab.platform import usable_cores
+
+__all__ = ["StreamReport", "Writer", "default_threads", "limits_for", "run_tree", "stream_jobs"]
+
+
+def run_tree(runs: Sequence[TensorRun], write: WriteBlock) -> None:
+    """Runs jobs in lockstep; tensors are ranked together in name order, as in memory.
+
+    Raises:
+        OperatorError: the jobs do not all use the same operator.
+    """
+    runs = sorted(runs, key=lambda run: run.job.name)
+    shape = [[(p, m, type(d)) for p, m, d in run.merge.steps()] for run in runs]
+    if any(steps != shape[0] for steps in shape):
+        raise OperatorError(
+            "an operator with scope 'tree' looks at all tensors together, so every tensor must use the same "
+            "one; remove the differing slices or modules."
+        )
+    for part, measure, declared in runs[0].merge.steps():
+        if getattr(declared, "scope", "tensor") != "tree":
+            for run in runs:
+                run.take(part, measure, run.merge.parts[part].measures()[measure])
+        elif isinstance(declared, Sum):
+            totals = [run.total(part, measure) for run in runs]
+            pooled = jax.tree.map(lambda *each: sum(each[1:], each[0]), *totals)
+            for run in runs:
+                run.finish_sum(part, measure, pooled)
+        elif isinstance(declared, Rank):
+            _rank(runs, part, measure, declared)
+    for run in runs:
+        run.write(write)
+
+
+def _rank(runs: Sequence[TensorRun], part: int, measure: int, declared: Rank) -> None:
+    size = sum(run.job.size for run in runs)
+    counts = runs[0].counts(part, declared, size)
+    pooled = [
+        [_select(runs, part, measure, s, count, size) for count in stream] for s, stream in enumerate(counts)
+    ]
+    offset = 0
+    for run in runs:
+        shared = tuple(tuple(_share(sel, offset, run.job.size) for sel in stream) for stream in pooled)
+        run.known[part].append(shared)
+        offset += run.job.size
+
+
+def _select(
+    runs: Sequence[TensorRun], part: int, measure: int, stream: int, count: int, size: int
+) -> Selection:
+    if (trivial := trivial_selection(count, size)) is not None:
+        return trivial
+    places = [(run, block) for run in runs for block in run.blocks]
+
+    def keys(run: TensorRun, block: Any) -> np.ndarray:
+        return run.keys(block, part, measure)[stream]
+
+    search = KeySearch(count, size, limit=max(1024, 2**23 // len(places)))
+    step = max(1, size >> 18)
+    search.narrow(np.concatenate([keys(run, block)[::step] for run, block in places]))
+    while not search.conclude([search.look(keys(run, block)) for run, block in places]):
+        pass
+    position = search.tie_block()
+    if position is not None:
+        run, block = places[position]
+        before = sum(other.job.size for other in runs[: runs.index(run)])
+        search.place_tie(position, keys(run, block), before + block.start)
+    return search.selection()
+
+
+def _share(pooled: Selection, offset: int, size: int) -> Selection:
+    cutoff = (int(pooled.cutoff[0]) << 32) | int(pooled.cutoff[1])
+    return Selection(pooled.threshold, split_words(min(max(cutoff - offset, 0), size)))
+
+
+T = TypeVar("T")
+
+
+class Writer(Protocol):
+    """What the runner needs of an output: pieces written at their place, from any thread."""
+
+    @property
+    def done(self) -> frozenset[str]:
+        """Tensors that an interrupted run has already written in full."""
+        ...
+
+    def write(self, name: str, start: int, array: np.ndarray) -> None: ...
+
+
+@dataclass(frozen=True)
+class StreamReport:
+    """What a streaming run did.
+
+    Attributes:
+        tensors: tensors written now.
+        reused: tensors found complete from an interrupted run.
+        bytes_in, bytes_out: size of the inputs read and of the tensors written, each counted once.
+        seconds: wall time from the first read to the last write.
+    """
+
+    tensors: int
+    reused: int
+    bytes_in: int
+    bytes_out: int
+    seconds: float
+
+
+def default_threads() -> int:
+    """One thread per available core, at most 8: beyond that memory bandwidth is the limit."""
+    return min(8, usable_cores())
+
+
+def limits_for(memory: int, threads: int) -> Limits:
+    """Divides a memory budget: half of it for buffers in flight, a quarter each for caches and for keys."""
+    share = memory // 4 // threads
+    return Limits(cache=share, keys=share)
+
+
+def stream_jobs(
+    jobs: Sequence[Job],
+    writer: Writer,
+    *,
+    seed: int = 0,
+    memory: int = 2**30,
+    threads: int | None = None,
+    allow_nonfinite: bool = False,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> StreamReport:
+    """Makes every tensor of `jobs` and writes it.
+
+    Args:
+        jobs: what to make.
+        writer: where to; tensors in `writer.done` are skipped.
+        seed: seeds random draws (which also depend on tensor names).
+        memory: bytes that buffers, caches and keys may take together; the interpreter and JAX come on top.
+        threads: blocks worked on at a time; default one per core. The output does not depend on it.
+        allow_nonfinite: merge NaN and infinity instead of refusing them.
+        progress: called with the number of bytes just written, from worker threads.
+
+    Raises:
+        CheckpointError: an input is unreadable, or NaN or infinite; integer tensors differ between models.
+        OperatorError: a merge is given other numbers of models or values than it takes, or has no meaningful
+            result for some tensor.
+        OutputError: the output cannot be written.
+    """
+    for job in jobs:
+        if job.merge is not None:
+            job.merge.check(len(job.sources), job.base is not None)
+    started = time.perf_counter()
+    todo = [job for job in jobs if job.name not in writer.done and job.size]
+    threads = threads or default_threads()
+    runner = _Runner(writer, seed, limits_for(memory, threads), threads, not allow_nonfinite, progress)
+    try:
+        runner.run(todo)
+    finally:
+        runner.close()
+    return StreamReport(
+        tensors=len(jobs) - sum(job.name in writer.done for job in jobs),
+        reused=sum(job.name in writer.done for job in jobs),
+        bytes_in=sum(job.bytes_in for job in todo),
+        bytes_out=sum(job.bytes_out for job in todo),
+        seconds=time.perf_counter() - started,
+    )
+
+
+class _Runner:
+    """Two pools: one thread per tensor in progress, and workers that share the blocks of large tensors."""
+
+    def __init__(
+        self,
+        writer: Writer,
+        seed: int,
+        limits: Limits,
+        threads: int,
+        check: bool,
+        progress: Callable[[int], None],
+    ) -> None:
+        self._writer, self._seed, self._limits, self._threads = writer, seed, limits, threads
+        self._check, self._progress = check, progress
+        self._buffers = Buffers()
+        self._tensors = ThreadPoolExecutor(threads, "tensor")
+        self._blocks = ThreadPoolExecutor(threads, "block")
+        self._stop = False
+
+    def close(self) -> None:
+        self._stop = True
+        self._tensors.shutdown(cancel_futures=True)
+        self._blocks.shutdown(cancel_futures=True)
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        pooled = [job for job in jobs if job.merge is not None and _looks_at_tree(job.merge)]
+        if pooled:
+            run_tree([self._run_of(job) for job in pooled], self._write)
+        rest = [job for job in jobs if job.merge is None or not _looks_at_tree(job.merge)]
+        futures = [self._tensors.submit(self._one, job) for job in rest]
+        _, pending = wait(futures, return_when=FIRST_EXCEPTION)
+        if pending:
+            self._stop = True
+            for future in pending:
+                future.cancel()
+        errors = [e for f in futures if not f.cancelled() and (e := f.exception()) is not None]
+        for error in errors:
+            if not isinstance(error, CancelledError):
+                raise error
+
+    def _run_of(self, job: Job) -> TensorRun:
+        return TensorRun(
+            job,
+            seed=self._seed,
+            limits=self._limits,
+            buffers=self._buffers,
+            map_blocks=self._map,
+            check=self._check,
+        )
+
+    def _one(self, job: Job) -> None:
+        if self._stop:
+            return
+        if job.merge is None:
+            self._copy(job)
+            return
+        run = self._run_of(job)
+        for step in job.merge.steps():
+            run.take(*step)
+        run.write(self._write)
+
+    def _write(self, name: str, start: int, array: np.ndarray) -> None:
+        self._writer.write(name, start, array)
+        self._progress(array.nbytes)
+
+    def _map(self, function: Callable[[Block], T], blocks: Sequence[Block]) -> Iterator[T]:
+        """Applies a function to blocks, results in order, a bounded number in flight."""
+        if len(blocks) <= 1 or self._threads == 1:
+            for block in blocks:
+                yield function(block)
+            return
+        waiting: deque[Future[T]] = deque()
+        try:
+            for block in blocks:
+                if self._stop:
+                    raise CancelledError
+                waiting.append(self._blocks.submit(function, block))
+                if len(waiting) >= 2 * self._threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+            wait(waiting)
+
+    def _copy(self, job: Job) -> None:
+        """Copies a tensor; where several models have it, all must hold the same bytes."""
+        first, *others = job.sources
+        for start in range(0, job.size, BLOCK_ELEMENTS):
+            count = min(BLOCK_ELEMENTS, job.size - start)
+            piece = _read(first, start, count)
+            for position, other in enumerate(others, start=1):
+                if _read(other, start, count).tobytes() != piece.tobytes():
+                    names = job.model_names or tuple(f"model {i}" for i in range(len(job.sources)))
+                    raise CheckpointError(
+                        f"tensor {job.name!r} ({first.dtype}) cannot be averaged and differs between "
+                        f"{names[0]} and {names[position]}; make them equal, or take it from one model with "
+                        "a `modules` or `slices` recipe."
+                    )
+            self._write(job.name, start, piece if piece.dtype == job.dtype else piece.astype(job.dtype))
+
+
+def _read(source: Any, start: int, count: int) -> np.ndarray:
+    piece = np.empty(count, source.dtype)
+    source.read_into(start, piece)
+    return piece
+
+
+def _looks_at_tree(merge: Any) -> bool:
+    return any(getattr(declared, "scope", "tensor") == "tree" for _, _, declared in merge.steps())

@@ -1,0 +1,243 @@
+"""Model references to opened checkpoints: folders, hub snapshots, adapters, and results still to come."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mergelab.checkpoints import Checkpoint, FolderCheckpoint, open_checkpoint, with_lora
+from mergelab.checkpoints.output_target import recorded_identity
+from mergelab.checkpoints.source import TensorSource
+from mergelab.errors import CheckpointError, DependencyError, MergelabError, did_you_mean, quoted, shortened
+from mergelab.merging.engine.job import Job
+from mergelab.merging.recipe.faults import FieldPath, Origin, raise_faults
+from mergelab.merging.recipe.model_refs import ModelRef, parse_model_ref
+
+__all__ = ["FoundModel", "PlannedCheckpoint", "find_models"]
+
+
+@dataclass(frozen=True)
+class _PlannedTensor:
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        raise CheckpointError(f"tensor {self.name!r} belongs to a merge that has not run yet; run that first")
+
+
+@dataclass(frozen=True)
+class PlannedCheckpoint:
+    """A `Checkpoint` of tensors that can be planned with but not read.
+
+    Attributes:
+        path: a folder with the planned config and tokenizer files.
+        config: the planned `config.json`.
+        tensors: by name.
+        identity: the plan's.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorSource]
+    identity: str
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        *,
+        config: Mapping[str, Any],
+        files: Mapping[str, bytes],
+        jobs: Iterable[Job],
+        identity: str,
+    ) -> PlannedCheckpoint:
+        """Writes a plan's small files to `folder`, which must not exist; the jobs name its tensors."""
+        folder.mkdir(parents=True)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        (folder / "config.json").write_text(json.dumps(config))
+        tensors = {job.name: _PlannedTensor(job.name, job.shape, job.dtype) for job in jobs}
+        return cls(folder, config, tensors, identity)
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SAMPLE = 1024
+_SAMPLES = 4
+_HUB_FILES = ["*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """An opened input model.
+
+    Attributes:
+        name: its reference as the recipe writes it.
+        checkpoint: its tensors, with the adapter added if the reference names one.
+        revision: the hub commit it was taken from, or None.
+        fingerprint: SHA-256 over config, headers and a sample of every tensor, and over the adapter.
+        paths: the model and the adapter on this disk; empty if it is the result of another recipe.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    revision: str | None
+    fingerprint: str
+    paths: tuple[Path, ...] = ()
+
+
+def find_models(
+    texts: Mapping[str, FieldPath],
+    origin: Origin,
+    base_dir: Path | None = None,
+    stages: Mapping[str, Checkpoint] | None = None,
+) -> dict[str, FoundModel]:
+    """Opens every model; relative paths are looked up in the working directory, then in the recipe's folder.
+
+    Args:
+        texts: model references, with their place in the recipe.
+        origin: where the recipe was read from.
+        base_dir: what to use in place of the recipe's folder.
+        stages: results of other recipes, by name; these names come before folders.
+
+    Raises:
+        RecipeError: models that cannot be found or opened, all named at once.
+    """
+    folders = [Path.cwd(), *(folder for folder in (base_dir or origin.folder,) if folder is not None)]
+    found: dict[str, FoundModel] = {}
+    faults: list[str] = []
+    for text, path in texts.items():
+        try:
+            found[text] = _open(text, folders, stages or {})
+        except DependencyError:
+            raise
+        except MergelabError as error:
+            faults.append(origin.sentence(path, str(error)))
+    raise_faults(faults)
+    return found
+
+
+def _open(text: str, folders: list[Path], stages: Mapping[str, Checkpoint]) -> FoundModel:
+    reference = parse_model_ref(text)
+    if any(_exists(folder / text) for folder in folders):
+        reference = ModelRef(text)  # a folder whose own name holds '@' or '+'
+    fingerprint = None
+    paths: list[Path] = []
+    if reference.path in stages:
+        checkpoint, revision = stages[reference.path], None
+        # The same before and after the stage has run, so that a plan's identity is known from the start.
+        fingerprint = recorded_identity(checkpoint.path)
+    else:
+        path, revision = _locate(reference.path, reference.revision, folders, list(stages))
+        checkpoint = open_checkpoint(path)
+        paths.append(path)
+    fingerprint = fingerprint or _fingerprint(checkpoint)
+    if reference.adapter is not None:
+        adapter, _ = _locate(reference.adapter, reference.adapter_revision, folders, [])
+        if not isinstance(checkpoint, FolderCheckpoint):
+            raise CheckpointError(
+                f"adapter {quoted(reference.adapter)} needs a finished model: run {quoted(reference.path)} "
+                "by itself"
+            )
+        checkpoint = with_lora(checkpoint, adapter)
+        paths.append(adapter)
+        parts = [fingerprint, *(_digest(p) for p in sorted(adapter.glob("adapter_*")) if p.is_file())]
+        fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return FoundModel(text, checkpoint, revision, fingerprint, tuple(paths))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _fingerprint(checkpoint: Checkpoint) -> str:
+    """Headers alone do not tell a model from its fine-tune: values from all over every tensor do."""
+    if isinstance(checkpoint, PlannedCheckpoint):
+        return checkpoint.identity
+    digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
+    for name, tensor in checkpoint.tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tensor.shape} ".encode())
+        size = math.prod(tensor.shape)
+        whole = size <= _SAMPLE * _SAMPLES
+        values = np.empty(size if whole else _SAMPLE, tensor.dtype)
+        for number in range(1 if whole else _SAMPLES):
+            tensor.read_into(number * (size - len(values)) // (_SAMPLES - 1), values)
+            digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+def _locate(
+    path: str, revision: str | None, folders: list[Path], stages: list[str]
+) -> tuple[Path, str | None]:
+    """The local path of a model or adapter, and the hub commit it is of."""
+    try:
+        expanded = Path(path).expanduser()
+    except RuntimeError:  # "~name" of somebody whom this machine does not know
+        expanded = Path(path)
+    for folder in folders:
+        if _exists(folder / expanded):
+            return folder / expanded, None
+    if _HUB_ID.fullmatch(path):
+        return _snapshot(path, revision, folders)
+    siblings = [name for folder in folders for name in _names_beside(folder / expanded)]
+    near = did_you_mean(expanded.name, siblings) or did_you_mean(path, stages)
+    raise CheckpointError(f"model {quoted(path, 200)} does not exist{near}: looked in {_places(folders)}")
+
+
+def _exists(path: Path) -> bool:
+    """Whether something is there; what can be no file's name (too long, not text) is not.
+
+    Raises:
+        CheckpointError: the system does not say.
+    """
+    try:
+        return path.exists()
+    except ValueError:
+        return False
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise CheckpointError(f"{shortened(str(path), 200)} cannot be looked up ({error.strerror})") from None
+
+
+def _names_beside(path: Path) -> list[str]:
+    try:
+        return [entry.name for entry in islice(path.parent.iterdir(), 10_000)]
+    except (OSError, ValueError):
+        return []
+
+
+def _places(folders: list[Path]) -> str:
+    names = ["the working directory", "the recipe's folder"]
+    pairs = zip(names, dict.fromkeys(folders), strict=False)
+    return " and ".join(f"{name} ({folder})" for name, folder in pairs)
+
+
+def _snapshot(path: str, revision: str | None, folders: list[Path]) -> tuple[Path, str | None]:
+    try:
+        from huggingface_hub import snapshot_download  # type: ignore[import-not-found]
+    except ImportError:
+        raise CheckpointError(
+            f"model {quoted(path)} is no folder (looked in {_places(folders)}); to fetch it from the Hugging "
+            "Face hub, install mergelab[hub], or download it yourself and give its path"
+        ) from None
+    try:
+        folder = Path(snapshot_download(path, revision=revision, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub client raises many unrelated types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"model {quoted(path)} is no folder (looked in {_places(folders)}) and the hub did not give it: "
+            f"{shortened(reason, 300)}"
+        ) from None
+    return folder, folder.name

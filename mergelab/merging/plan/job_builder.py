@@ -1,0 +1,251 @@
+"""A place in the output to the job that fills it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mergelab.checkpoints import Checkpoint, is_float, promote
+from mergelab.checkpoints.source import TensorSource
+from mergelab.errors import CheckpointError, MergelabError, OperatorError
+from mergelab.merging.engine.job import Job
+from mergelab.merging.plan.compatibility import is_buffer
+from mergelab.merging.plan.output_tensors import Place
+from mergelab.merging.plan.suspicions import Factors
+from mergelab.merging.recipe.scopes import ScopedSlice, Source, resolve
+from mergelab.merging.structure.layer_parts import MovedLayers, with_moved_parts
+from mergelab.merging.vocabulary import VocabularyPlan
+from mergelab.merging.vocabulary.embedding_rows import input_embedding, is_token_tensor
+from mergelab.operators import OPERATORS
+from mergelab.operators.compose import Merge
+from mergelab.operators.declare import Operator
+
+__all__ = ["Ingredients", "JobBuilder", "RowPrefix", "find_tensor", "outcome"]
+
+
+_PASSES_LONE = frozenset({"slerp", "nuslerp", "arcee_fusion"})
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """The tensors of one output tensor that exist.
+
+    Attributes:
+        inputs: the models that have it, with what they have.
+        base: the base model's tensor, or None.
+    """
+
+    inputs: tuple[tuple[Source, TensorSource], ...]
+    base: TensorSource | None
+
+
+def find_tensor(checkpoint: Checkpoint, name: str) -> TensorSource | None:
+    """A model's tensor, or, for a head or embedding it lacks, the input embedding it shares weights with."""
+    found = checkpoint.tensors.get(name)
+    if found is None and is_token_tensor(name) and name.endswith(".weight"):
+        return input_embedding(checkpoint)
+    return found
+
+
+def outcome(operator: Operator, piece: ScopedSlice, found: Ingredients) -> tuple[str, Sequence[TensorSource]]:
+    """Decides what to do: `("merge", ...)`, `("copy", [one tensor])`, `("skip", [])` or `("fault", [])`.
+
+    slerp, nuslerp and arcee_fusion pass a lone tensor through, nearswap only the base's; model_stock falls
+    back to the base, or makes nothing; all others work on what is there, but need the base's tensor if they
+    need a base.
+    """
+    inputs = [tensor for _, tensor in found.inputs]
+    needs_base = operator.base == "required" or (operator.base == "optional" and piece.base is not None)
+    if needs_base and found.base is None:
+        if operator.name in _PASSES_LONE and len(inputs) == 1:
+            return "copy", inputs
+        return ("skip" if operator.name == "model_stock" else "fault"), []
+    too_few = len(inputs) < operator.min_models
+    if found.base is not None and (not inputs or (too_few and operator.name == "model_stock")):
+        return "copy", [found.base]
+    if too_few:
+        return ("copy", inputs) if operator.name in _PASSES_LONE else ("fault", [])
+    return "merge", inputs
+
+
+@dataclass(frozen=True)
+class RowPrefix:
+    """A `TensorSource` of the first `rows` rows of another; rows are contiguous, so offsets are the same."""
+
+    source: TensorSource
+    rows: int
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, *self.source.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.source.dtype
+
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Fills `out` with flat elements `[start, start + out.size)` of the kept rows."""
+        self.source.read_into(start, out)
+
+
+@dataclass
+class JobBuilder:
+    """Builds jobs one by one and collects what is wrong or noteworthy over all of them.
+
+    Attributes:
+        operator: the merge method.
+        models: the opened models by reference.
+        vocabulary: the merged vocabulary, or None to leave rows as they are.
+        dtype: the stored dtype, or None for the promotion of each tensor's inputs.
+        truncate_rows: whether embeddings of different length are cut to the shortest.
+        stacks: where the layers of the output come from, for tensors with a part per layer.
+        faults: one sentence per impossible tensor.
+        lacking: output tensors by the models that lack them.
+        rejected: tensor names by the reason their operator gives for refusing its parameters.
+        skipped: tensors that are not made at all.
+        factors: how strongly models enter, where that is worth a warning.
+        settings: the hyper-parameters of each job, in order; part of a plan's identity.
+    """
+
+    operator: Operator
+    models: Mapping[str, Checkpoint]
+    vocabulary: VocabularyPlan | None = None
+    dtype: np.dtype[Any] | None = None
+    truncate_rows: bool = False
+    stacks: Sequence[MovedLayers] = ()
+    faults: list[str] = field(default_factory=list)
+    lacking: dict[tuple[str, ...], list[Place]] = field(default_factory=dict)
+    rejected: dict[str, list[str]] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    factors: Factors = field(default_factory=Factors)
+    settings: list[str] = field(default_factory=list)
+    _merges: dict[str, Merge] = field(default_factory=dict)
+
+    def build(self, place: Place) -> Job | None:
+        """The job for a place, or None if there is none (a fault or a skipped tensor, then on record)."""
+        try:
+            found = self._find(place)
+            kind, tensors = outcome(self.operator, place.piece, found)
+            if kind == "skip" or (kind == "fault" and is_buffer(place.name)):
+                self.skipped.append(place.name)
+                return None
+            if kind == "fault":
+                self.faults.append(self._too_few(place, found))
+                return None
+            return self._copy(place, found, tensors[0]) if kind == "copy" else self._merge(place, found)
+        except OperatorError as error:
+            self.rejected.setdefault(str(error), []).append(place.name)
+            return None
+        except MergelabError as error:
+            self.faults.append(str(error))
+            return None
+
+    def _find(self, place: Place) -> Ingredients:
+        present: list[TensorSource | None] = []
+        named = {source.model: name for source, name in zip(place.piece.sources, place.names, strict=True)}
+
+        def find(model: str) -> TensorSource | None:
+            tensor = find_tensor(self.models[model], named.get(model, place.name))
+            if tensor is None or self.vocabulary is None:
+                return tensor
+            return self.vocabulary.source(model, tensor, role=place.name)
+
+        for i, source in enumerate(place.piece.sources):
+            # The same model may be there twice, with unlike names of blocks.
+            named[source.model] = place.names[i]
+            tensor = find(source.model)
+            if tensor is not None:
+                tensor = with_moved_parts(tensor, place.name, i, self.stacks, find)
+            present.append(tensor)
+        lacking = tuple(s.model for s, t in zip(place.piece.sources, present, strict=True) if t is None)
+        if lacking:
+            self.lacking.setdefault(lacking, []).append(place)
+        if self.truncate_rows and is_token_tensor(place.name):
+            rows = min(tensor.shape[0] for tensor in present if tensor is not None)
+            present = [t if t is None or t.shape[0] == rows else RowPrefix(t, rows) for t in present]
+        count = len(place.piece.inputs)
+        inputs = [(s, t) for s, t in zip(place.piece.inputs, present[:count], strict=True) if t is not None]
+        base = present[count] if place.piece.base is not None else None
+        return Ingredients(tuple(inputs), base)
+
+    def _copy(self, place: Place, found: Ingredients, tensor: TensorSource) -> Job:
+        dtype = self._dtype(place, [tensor])
+        self.settings.append("copy")
+        names = [source.model for source, t in found.inputs if t is tensor]
+        if not names and place.piece.base is not None:
+            names = [place.piece.base.model]
+        merge = None if dtype == tensor.dtype else OPERATORS["passthrough"]()
+        return Job(place.name, tuple(tensor.shape), dtype, (tensor,), None, merge, tuple(names))
+
+    def _merge(self, place: Place, found: Ingredients) -> Job:
+        inputs = [tensor for _, tensor in found.inputs]
+        everyone = [*inputs, *([] if found.base is None else [found.base])]
+        owners = [source.model for source, _ in found.inputs]
+        if found.base is not None and place.piece.base is not None:
+            owners.append(place.piece.base.model)
+        self._check_shapes(place, everyone, owners)
+        dtype = self._dtype(place, everyone)
+        shape = tuple(everyone[0].shape)
+        if not is_float(everyone[0].dtype):
+            self.settings.append("equal")
+            return Job(place.name, shape, dtype, tuple(everyone), None, None, tuple(owners))
+        given = dict(zip((s.model for s in place.piece.sources), place.names, strict=True))
+        named = [(source, given[source.model]) for source, _ in found.inputs]
+        arguments = resolve(self.operator, place.piece, named, place.name, place.t)
+        self.factors.add(self.operator, arguments, [source.model for source, _ in found.inputs], place.name)
+        setting = repr(sorted(arguments.items()))
+        self.settings.append(setting)
+        unscaled = self.operator.name == "passthrough" and arguments.get("scale") in (None, [None])
+        if unscaled and dtype == inputs[0].dtype:
+            return Job(place.name, shape, dtype, tuple(inputs), None, None, tuple(owners))
+        if setting not in self._merges:
+            self._merges[setting] = self.operator(**arguments)
+        return Job(place.name, shape, dtype, tuple(inputs), found.base, self._merges[setting], tuple(owners))
+
+    def _dtype(self, place: Place, tensors: list[TensorSource]) -> np.dtype[Any]:
+        kinds = {tensor.dtype for tensor in tensors}
+        if all(is_float(kind) for kind in kinds):
+            return self.dtype or promote(kinds)
+        if len(kinds) > 1:
+            found = ", ".join(sorted(str(kind) for kind in kinds))
+            raise CheckpointError(
+                f"tensor {place.name!r} is {found} in different models; a tensor without weights must "
+                "have one dtype, and equal values, in all models"
+            )
+        return next(iter(kinds))
+
+    def _check_shapes(self, place: Place, tensors: list[TensorSource], owners: list[str]) -> None:
+        first = tuple(tensors[0].shape)
+        for tensor, owner in zip(tensors, owners, strict=True):
+            if tuple(tensor.shape) == first:
+                continue
+            remedy = "models that are merged must have the same sizes"
+            if is_token_tensor(place.name) and tuple(tensor.shape[1:]) == first[1:]:
+                remedy = (
+                    "the vocabularies differ: set 'tokenizer_source: union', or cut them to the shortest "
+                    "with --unsafe-truncate-embeddings"
+                )
+            raise CheckpointError(
+                f"tensor {place.name!r} is {list(first)} in model {owners[0]!r} and {list(tensor.shape)} in "
+                f"{owner!r}; {remedy}"
+            )
+
+    def _too_few(self, place: Place, found: Ingredients) -> str:
+        base = place.piece.base
+        if base is not None and found.base is None:
+            return (
+                f"tensor {place.name!r} is missing from the base model {base.model!r}, which "
+                f"{self.operator.name!r} takes differences from; use a base model of the same architecture"
+            )
+        have = ", ".join(repr(source.model) for source, _ in found.inputs) or "no model"
+        return (
+            f"tensor {place.name!r}: only {have} has it, and {self.operator.name!r} needs "
+            f"{self.operator.min_models}; use models of the same architecture"
+        )

@@ -1,0 +1,202 @@
+"""A model's structure read off its tensor names: towers of numbered blocks, what comes before and after."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mergelab.merging.vocabulary.embedding_rows import is_token_tensor
+
+__all__ = [
+    "HEADS",
+    "LAYER_COUNT_KEYS",
+    "Architecture",
+    "Module",
+    "Stack",
+    "counterpart",
+    "infer_architecture",
+    "layer_counts",
+]
+
+LAYER_COUNT_KEYS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "num_encoder_layers",
+    "num_decoder_layers",
+    "depth",
+)
+"""The names under which Hugging Face configs keep the number of blocks."""
+
+_NUMBER = re.compile(r"\.(\d+)\.")
+HEADS = ("lm_head", "embed_out", "output", "score", "classifier", "cls", "qa_outputs", "pooler")
+_WRAPPERS = frozenset({"model", "transformer", "base_model", "backbone", "net"})
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A run of numbered blocks.
+
+    Attributes:
+        prefix: what precedes the number, e.g. `model.layers.`.
+        count: the number of blocks, numbered from 0.
+        suffixes: per block, what follows its number and dot in each of its tensors' names.
+    """
+
+    prefix: str
+    count: int
+    suffixes: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Module:
+    """One tower of a model (or a part without blocks, such as a projector).
+
+    Attributes:
+        name: what a recipe's `modules:` calls it.
+        stack: its blocks, if any.
+        pre, post: its other tensors, those before the first block and those after the last.
+    """
+
+    name: str
+    stack: Stack | None
+    pre: tuple[str, ...]
+    post: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The modules of one model; every tensor of the model is in exactly one of them."""
+
+    modules: Mapping[str, Module]
+    names: frozenset[str]
+
+    @property
+    def main(self) -> Module:
+        """The module with the most tensors in blocks."""
+        return max(self.modules.values(), key=lambda m: sum(map(len, m.stack.suffixes)) if m.stack else 0)
+
+    @property
+    def towers(self) -> tuple[Module, ...]:
+        """The modules that have blocks."""
+        return tuple(module for module in self.modules.values() if module.stack is not None)
+
+
+def infer_architecture(names: Iterable[str], config: Mapping[str, Any]) -> Architecture:
+    """Groups tensor names into modules.
+
+    A stack is a prefix followed by numbers 0 to n - 1, n being a layer count of `config` where it states any
+    (so that a two-layer projector is no tower). Numbers further inside a name (experts) belong to its block.
+    """
+    names = tuple(names)
+    stacks = _stacks(names, {count for _, _, count in layer_counts(config)})
+    labels = _module_names([stack.prefix for stack in stacks])
+    inside = {
+        f"{stack.prefix}{i}.{suffix}"
+        for stack in stacks
+        for i, each in enumerate(stack.suffixes)
+        for suffix in each
+    }
+    grouped: dict[str, list[str]] = {label: [] for label in labels}
+    for name in names:
+        if name not in inside:
+            grouped.setdefault(_owner(name, labels), []).append(name)
+    by_label = dict(zip(labels, stacks, strict=True))
+    modules = {}
+    for label, rest in grouped.items():
+        post = tuple(name for name in rest if _is_post(name))
+        pre = tuple(name for name in rest if name not in post)
+        modules[label] = Module(label, by_label.get(label), pre, post)
+    return Architecture(modules, frozenset(names))
+
+
+def counterpart(name: str, here: Architecture, there: Architecture) -> str:
+    """What another model calls a tensor that stands outside the blocks.
+
+    The same name, unless one model wraps the other (`transformer.h.` against `h.`): then the wrapper's prefix
+    is added or removed where that gives a name the other model has.
+    """
+    if name in there.names or here.main.stack is None or there.main.stack is None:
+        return name
+    ours, theirs = here.main.stack.prefix, there.main.stack.prefix
+    renamed = name
+    if theirs.endswith(ours):
+        renamed = theirs[: len(theirs) - len(ours)] + name
+    elif ours.endswith(theirs):
+        renamed = name.removeprefix(ours[: len(ours) - len(theirs)])
+    return renamed if renamed in there.names else name
+
+
+def layer_counts(
+    config: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], str, int]]:
+    """Every `(path of the dict, key, count)` at which a config or one nested in it states a layer count."""
+    for key, value in config.items():
+        if key in LAYER_COUNT_KEYS and isinstance(value, int) and not isinstance(value, bool):
+            yield path, key, value
+        elif isinstance(value, Mapping):
+            yield from layer_counts(value, (*path, key))
+
+
+def _stacks(names: tuple[str, ...], counts: set[int]) -> list[Stack]:
+    blocks: dict[str, dict[int, list[str]]] = {}
+    for name in names:
+        if match := _NUMBER.search(name):
+            prefix, index = name[: match.start() + 1], int(match[1])
+            blocks.setdefault(prefix, {}).setdefault(index, []).append(name[match.end() :])
+    whole = {prefix: found for prefix, found in blocks.items() if sorted(found) == list(range(len(found)))}
+    stated = {prefix: found for prefix, found in whole.items() if len(found) in counts}
+    chosen = stated or whole
+    if not stated and counts and whole:
+        longest = max(whole, key=lambda prefix: sum(map(len, whole[prefix].values())))
+        chosen = {longest: whole[longest]}
+    return [
+        Stack(prefix, len(found), tuple(tuple(found[i]) for i in range(len(found))))
+        for prefix, found in chosen.items()
+    ]
+
+
+def _module_names(prefixes: list[str]) -> list[str]:
+    """A name per stack: `default` for a single one, else the first component that tells them apart."""
+    if len(prefixes) <= 1:
+        return ["default"] * len(prefixes)
+    labels: list[str] = []
+    for prefix in prefixes:
+        parts = [part for part in prefix.rstrip(".").split(".") if part not in _WRAPPERS]
+        label = parts[0] if parts else prefix.rstrip(".")
+        while label in labels and len(parts) > 1:
+            parts = parts[1:]
+            label = f"{label}.{parts[0]}"
+        labels.append(label)
+    return labels
+
+
+def _owner(name: str, labels: list[str]) -> str:
+    """The module of a tensor outside all stacks."""
+    if len(labels) <= 1:
+        return labels[0] if labels else "default"
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    for label in sorted(labels, key=len, reverse=True):
+        if parts[: len(label.split("."))] == label.split("."):
+            return label
+    text = [
+        label for label in labels if any(word in label for word in ("text", "language", "layers", "decoder"))
+    ]
+    if text and (is_token_tensor(name) or parts[0] in (*HEADS, "norm", "final_layer_norm")):
+        return text[0]
+    return parts[0] if parts else name
+
+
+def _is_post(name: str) -> bool:
+    """Heads and final norms come after the blocks; embeddings, and norms of embeddings, before them."""
+    parts = name.split(".")
+    if any(part in HEADS or part.endswith("_head") for part in parts):
+        return True
+    if any("emb" in part or part in ("wte", "wpe", "shared") for part in parts):
+        return False
+    return any("norm" in part.lower() or part.startswith("ln_") for part in parts)

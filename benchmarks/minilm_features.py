@@ -25,14 +25,14 @@ import numpy as np
 from benchmarks.machine import describe
 from benchmarks.minilm_tables import OURS, render
 from benchmarks.table import replace_section
-from mergelab.activations.capture import open_model_activations
+from mergelab.activations.capture import halves, open_model_activations
 from mergelab.activations.store import write_store
 from mergelab.checkpoints.folder import weights_sha256
 from mergelab.quickstart.corpus import Corpus, gather
 from mergelab.report.pages import render_features
 from mergelab.sae.evaluation.controls import CONTROLS, control_dictionary, random_model
 from mergelab.sae.evaluation.probing_tasks import LabelledTokens, label_texts
-from mergelab.sae.evaluation.scorecard import halves, scorecard
+from mergelab.sae.evaluation.scorecard import scorecard
 from mergelab.sae.features.explanations import Explanation, Match, Pattern
 from mergelab.sae.features.gallery import make_gallery
 from mergelab.sae.features.n2g import explain, match_explanations

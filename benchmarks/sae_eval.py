@@ -27,7 +27,7 @@ from benchmarks.machine import describe
 from benchmarks.sae_peers.problem import TRAINERS, Arrays, Problem
 from benchmarks.sae_step import REPOSITORY, run_worker
 from benchmarks.table import replace_section
-from mergelab.activations.capture import ModelActivations, contexts_of_texts
+from mergelab.activations.capture import ModelActivations, contexts_of_texts, halves
 from mergelab.models.load import load_model
 from mergelab.quickstart import small_llama
 from mergelab.quickstart.bpe import END_OF_TEXT_ID, tokenizer_files
@@ -37,7 +37,7 @@ from mergelab.quickstart.settings import PRESETS, QuickstartSettings
 from mergelab.quickstart.train import train_lm
 from mergelab.sae.evaluation.downstream import loss_curve
 from mergelab.sae.evaluation.probing_tasks import LabelledTokens, label_texts
-from mergelab.sae.evaluation.scorecard import halves, scorecard
+from mergelab.sae.evaluation.scorecard import scorecard
 from mergelab.sae.sae import Dictionary, DictionaryConfig
 from mergelab.text.packing import random_windows, token_stream
 

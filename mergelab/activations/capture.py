@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ __all__ = [
     "collect",
     "contexts_of_texts",
     "cut_contexts",
+    "halves",
     "open_model_activations",
     "stream_sites",
 ]
@@ -366,3 +367,15 @@ def open_model_activations(
     found = ModelActivations(loaded, params, tokens, tuple(sites), framed=framed)
     _ = found.widths  # names of sites are checked here, before anything is computed
     return found
+
+
+def halves(source: ModelActivations) -> tuple[ModelActivations, ModelActivations]:
+    """The first half of a text's contexts, which fits, and the second, which judges.
+
+    Raises:
+        SAEError: there is only one context.
+    """
+    count = len(source.tokens) // 2
+    if not count:
+        raise SAEError("one context cannot both fit and judge; give more text.")
+    return replace(source, tokens=source.tokens[:count]), replace(source, tokens=source.tokens[count:])

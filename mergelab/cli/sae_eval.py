@@ -340,10 +340,10 @@ def _active(dictionary: Any, host: Any) -> int:
 def _curve(path: Path | None, host: Any, mesh: Any) -> tuple[Any, Any] | None:
     import numpy as np
 
+    from mergelab.activations.capture import halves
     from mergelab.checkpoints.json_data import read_json
     from mergelab.errors import MergelabError, SAEError
     from mergelab.sae.evaluation.downstream import loss_curve
-    from mergelab.sae.evaluation.scorecard import halves
 
     if path is None:
         return None

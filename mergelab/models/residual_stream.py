@@ -9,35 +9,13 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from mergelab.errors import MergelabError, SiteError
+from mergelab.errors import SiteError
 from mergelab.models.layers.attention import soft_cap
 from mergelab.models.layers.norms import Norm
 from mergelab.models.model import Model, Params
 from mergelab.models.table import Leaf
 
-__all__ = [
-    "Component",
-    "Writer",
-    "check_decoder",
-    "norm_gain",
-    "readout",
-    "require_decoder",
-    "unembedding",
-    "writers",
-]
-
-
-def require_decoder(model: Model) -> None:
-    """Checks that a model has a residual stream that is read into logits.
-
-    Raises:
-        SiteError: it is an encoder: its norms stand on the stream itself, and nothing reads tokens off it.
-    """
-    if not model.family.architecture.causal:
-        raise SiteError(
-            f"a {model.family.model_type!r} model is an encoder: norms stand on its stream, and nothing "
-            "reads tokens off it; take a decoder."
-        )
+__all__ = ["Component", "Writer", "norm_gain", "readout", "require_decoder", "unembedding", "writers"]
 
 
 def unembedding(model: Model, params: Params) -> Float[Array, "width vocab"]:
@@ -99,19 +77,6 @@ class Writer:
         return len(self.leaf.shape) == 1
 
 
-def check_decoder(model: Model) -> None:
-    """Checks that a model is a decoder.
-
-    Raises:
-        MergelabError: it is an encoder, whose norms stand on the stream itself and predict no next token.
-    """
-    if not model.family.architecture.causal:
-        raise MergelabError(
-            f"a {model.family.model_type!r} model is an encoder and answers no prompt; directions are "
-            "removed from decoders only."
-        )
-
-
 def writers(model: Model) -> tuple[Writer, ...]:
     """Every parameter that writes to the residual stream, in table order.
 
@@ -122,7 +87,7 @@ def writers(model: Model) -> tuple[Writer, ...]:
     Raises:
         MergelabError: the model is an encoder.
     """
-    check_decoder(model)
+    require_decoder(model)
     table = {leaf.path: leaf for leaf in model.table()}
     kernels = {path for path, leaf in table.items() if len(leaf.shape) > 1 and leaf.axes[-1:] == (_WIDTH,)}
     found = []
@@ -136,3 +101,16 @@ def writers(model: Model) -> tuple[Writer, ...]:
         gain = table.get((*path[:2], "out_norm", "scale"))
         found.append(Writer(leaf, component, int(path[0].removeprefix("blocks_")), gain))
     return tuple(found)
+
+
+def require_decoder(model: Model) -> None:
+    """Checks that a model has a residual stream that is read into the logits of next tokens.
+
+    Raises:
+        SiteError: it is an encoder: its norms stand on the stream itself, and nothing reads tokens off it.
+    """
+    if not model.family.architecture.causal:
+        raise SiteError(
+            f"a {model.family.model_type!r} model is an encoder: norms stand on its stream, and it predicts no "
+            "next tokens; take a decoder."
+        )

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mergelab.errors import MergelabError, NonFiniteError
 from mergelab.interp.abliteration.prompts import Prompts
 from mergelab.models.model import Model, Params
-from mergelab.models.residual_stream import check_decoder
+from mergelab.models.residual_stream import require_decoder
 
 __all__ = ["Directions", "find_directions", "mean_activations"]
 
@@ -118,7 +118,7 @@ def mean_activations(
     Sums are float32 within a batch and float64 between batches. Arguments and errors are those of
     `find_directions`.
     """
-    check_decoder(model)
+    require_decoder(model)
     if not 1 <= positions <= prompts.shortest:
         raise MergelabError(
             f"the last {positions} tokens were asked for, but the shortest prompt has {prompts.shortest}; "

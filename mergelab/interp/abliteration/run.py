@@ -33,7 +33,7 @@ from mergelab.interp.abliteration.weights import KeepNorms, abliterate_params
 from mergelab.interp.abliteration.write import write_abliterated
 from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params
-from mergelab.models.residual_stream import check_decoder
+from mergelab.models.residual_stream import require_decoder
 from mergelab.models.token_checks import check_tokens, window_length
 from mergelab.text.packing import EvaluationWindows
 from mergelab.text.tokenizer import Tokenizer, load_tokenizer
@@ -157,7 +157,7 @@ def _measure(
     """Everything but writing: the directions, the choice, and behavior before and after."""
     tokenizer = load_tokenizer(source)
     model, params = load_model(source, mesh=mesh, dtype=dtype)
-    check_decoder(model)
+    require_decoder(model)
     ids = check_refusal_ids(model, refusal_tokens(tokenizer, settings.phrases))
     sets = [
         _within(model, encode_prompts(tokenizer, texts, system=settings.system), f"{source}, {name} prompts")

@@ -16,18 +16,12 @@ from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.load import load_model
 from mergelab.models.model import Model
+from mergelab.models.residual_stream import require_decoder
 from mergelab.sae.sae import Dictionary
 from mergelab.sae.splice import mean_activation, passes, splice_from
 from mergelab.sae.subject_model import check_target
 
-__all__ = [
-    "Downstream",
-    "checkpoint_folders",
-    "compute_equivalent",
-    "evaluate_downstream",
-    "loss_curve",
-    "require_logits",
-]
+__all__ = ["Downstream", "checkpoint_folders", "compute_equivalent", "evaluate_downstream", "loss_curve"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,7 @@ def evaluate_downstream(
         SAEError: the dictionary does not fit the sites, or the model predicts no tokens.
     """
     target = check_target(dictionary, source)
-    require_logits(source)
+    require_decoder(source.model)
     mean = jnp.asarray(mean_activation(source, contexts, target), jnp.float32)
     sites = (source.sites[0], target)
     tokens = source.tokens[:contexts]
@@ -162,19 +156,6 @@ def compute_equivalent(steps: np.ndarray, losses: np.ndarray, loss: float) -> fl
     return float(np.exp(log_step) / steps[-1])
 
 
-def require_logits(source: ModelActivations) -> None:
-    """Checks that the model predicts next tokens.
-
-    Raises:
-        SAEError: it does not.
-    """
-    if not source.model.family.architecture.causal:
-        raise SAEError(
-            f"a {source.model.family.model_type!r} model predicts no next tokens, so nothing downstream can "
-            "be measured; ask for other metrics."
-        )
-
-
 def checkpoint_folders(folder: Path) -> dict[int, Path]:
     """Checkpoints by training step, rising: the subfolders that are named by a number.
 
@@ -205,7 +186,7 @@ def loss_curve(folder: Path, source: ModelActivations, *, mesh: Any = None) -> t
         SAEError: there are no checkpoints, one is of another shape, or the model predicts no tokens.
         CheckpointError: one cannot be read.
     """
-    require_logits(source)
+    require_decoder(source.model)
     folders = checkpoint_folders(folder)
     losses = []
     for path in folders.values():

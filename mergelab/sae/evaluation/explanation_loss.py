@@ -14,7 +14,7 @@ from jax import Array
 
 from mergelab.activations.capture import ModelActivations
 from mergelab.models.model import Model
-from mergelab.sae.evaluation.downstream import require_logits
+from mergelab.models.residual_stream import require_decoder
 from mergelab.sae.features.explanations import Explanation, Match, judge_explanation, mean_match
 from mergelab.sae.sae import Dictionary
 from mergelab.sae.splice import passes
@@ -77,7 +77,7 @@ def score_explanations(
         SAEError: the dictionary does not fit the site, or the model predicts no tokens.
     """
     target = check_target(dictionary, source)
-    require_logits(source)
+    require_decoder(source.model)
     latents = jnp.asarray([explanation.latent for explanation in explanations], jnp.int32)
 
     total = np.zeros(3)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mergelab.activations.capture import ModelActivations
+from mergelab.activations.capture import ModelActivations, halves
 from mergelab.checkpoints.json_data import parse_json_object
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.text_file import read_bytes
@@ -31,7 +31,6 @@ __all__ = [
     "applicable_metrics",
     "control_scorecard",
     "evaluation_key",
-    "halves",
     "scorecard",
     "seed_spread",
 ]
@@ -69,18 +68,6 @@ def _lacking(metric: Metric, source: ModelActivations, labelled: bool) -> str | 
     if metric.needs_encoder and causal:
         return "an encoder's embeddings of texts"
     return "labels of tokens" if metric.needs_labels and not labelled else None
-
-
-def halves(source: ModelActivations) -> tuple[ModelActivations, ModelActivations]:
-    """The first half of a text's contexts, which fits, and the second, which judges.
-
-    Raises:
-        SAEError: there is only one context.
-    """
-    count = len(source.tokens) // 2
-    if not count:
-        raise SAEError("one context cannot both fit and judge; give more text.")
-    return replace(source, tokens=source.tokens[:count]), replace(source, tokens=source.tokens[count:])
 
 
 def scorecard(

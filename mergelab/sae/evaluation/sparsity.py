@@ -15,7 +15,7 @@ from jax import Array, lax
 from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.model import Model
-from mergelab.sae.evaluation.downstream import require_logits
+from mergelab.models.residual_stream import require_decoder
 from mergelab.sae.sae import Dictionary
 from mergelab.sae.splice import passes
 from mergelab.sae.subject_model import check_target
@@ -159,7 +159,7 @@ def _sparsity(
     horizon: int,
     seed: int,
 ) -> AblationSparsity:
-    require_logits(source)
+    require_decoder(source.model)
     contexts, length = source.tokens.shape
     if length < horizon:
         raise SAEError(

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mergelab.activations.capture import ModelActivations
-from mergelab.sae.evaluation.scorecard import halves
+from mergelab.activations.capture import ModelActivations, halves
 from mergelab.sae.features.explanations import Explanation, Match
 from mergelab.sae.features.logit_effects import LogitEffects, logit_effects, writes_stream
 from mergelab.sae.features.matching import Child

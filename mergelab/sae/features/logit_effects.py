@@ -15,7 +15,7 @@ from jax import Array, lax
 from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.model import Model
-from mergelab.sae.evaluation.downstream import require_logits
+from mergelab.models.residual_stream import require_decoder
 from mergelab.sae.sae import Dictionary
 from mergelab.sae.splice import passes
 
@@ -67,7 +67,7 @@ def logit_effects(
     Raises:
         SAEError: the model predicts no tokens, or the dictionary does not write its stream.
     """
-    require_logits(source)
+    require_decoder(source.model)
     model = source.model
     width = model.config.width
     if not writes_stream(dictionary, source):

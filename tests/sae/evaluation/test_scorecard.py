@@ -7,13 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mergelab.activations.capture import halves
 from mergelab.errors import SAEError
 from mergelab.sae.evaluation.controls import control_dictionary, random_model
 from mergelab.sae.evaluation.downstream import evaluate_downstream
 from mergelab.sae.evaluation.metric import METRICS
 from mergelab.sae.evaluation.probing_tasks import label_texts
 from mergelab.sae.evaluation.reconstruction import densities, reconstruction_on_model
-from mergelab.sae.evaluation.scorecard import Scorecard, control_scorecard, halves, scorecard, seed_spread
+from mergelab.sae.evaluation.scorecard import Scorecard, control_scorecard, scorecard, seed_spread
 from mergelab.sae.sae import Dictionary
 from tests.sae.evaluation.trained_host import LENGTH, Host
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from mergelab.activations.capture import batches, check_prompts, collect
 from mergelab.errors import SiteError
-from mergelab.interp.metrics import token_probability
+from mergelab.interp.logit_metrics import token_probability
 from mergelab.interp.patching import patched_metrics, rows_of
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import require_decoder

@@ -21,7 +21,7 @@ from jax.tree_util import Partial
 from mergelab.activations.batches import map_pieces
 from mergelab.activations.capture import Patterns, batches, check_pairs, stream_sites
 from mergelab.errors import SiteError
-from mergelab.interp.metrics import Metric
+from mergelab.interp.logit_metrics import Metric
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit
 
@@ -77,7 +77,7 @@ def patch_grid(
         source: tokens `[prompts, length]` to take activations from.
         target: tokens `[prompts, length]` to put them into, token by token in the places of `source`.
         sites: names or patterns of sites `[batch, length, ...]`, such as `blocks.*.resid_pre`.
-        metric: scores the logits, see `mergelab.interp.metrics`.
+        metric: scores the logits, see `mergelab.interp.logit_metrics`.
         mask: True for real tokens, of both.
         by_head: patch heads apart, at sites `[batch, length, heads, head_dim]`.
         batch: prompts in one pass.

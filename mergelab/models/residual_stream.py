@@ -111,6 +111,6 @@ def require_decoder(model: Model) -> None:
     """
     if not model.family.architecture.causal:
         raise SiteError(
-            f"a {model.family.model_type!r} model is an encoder: norms stand on its stream, and it predicts no "
-            "next tokens; take a decoder."
+            f"a {model.family.model_type!r} model is an encoder: norms stand on its stream, and it predicts "
+            "no next tokens; take a decoder."
         )

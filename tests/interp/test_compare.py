@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from mergelab.errors import SiteError
-from mergelab.interp.compare import compare_next_tokens
-from mergelab.interp.metrics import logit_difference
-from mergelab.interp.swapping import swap_layers
+from mergelab.interp.logit_metrics import logit_difference
+from mergelab.interp.model_diffing import compare_next_tokens, swap_layers
 from mergelab.models.model import Params
 from tests.interp.running import logits_of
 from tests.models.tiny_models import MASK, TOKENS, params_of, tiny, weights

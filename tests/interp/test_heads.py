@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 
 from mergelab.errors import SiteError
-from mergelab.interp.circuits import composition_scores, copying_scores, head_weights
+from mergelab.interp.attention_heads import (
+    composition_scores,
+    copying_scores,
+    head_scores,
+    head_weights,
+    repeated_tokens,
+)
 from mergelab.interp.function_vectors import function_vector, mean_heads
-from mergelab.interp.heads import head_scores, repeated_tokens
 from mergelab.interp.steering import add_vector
-from mergelab.interp.values import tokens_of_values, value_search
+from mergelab.interp.value_vectors import tokens_of_values, value_search
 from tests.interp.domains import OWN, Trained, lines, neutral
 from tests.interp.planted import planted
 from tests.interp.running import logits_of, sites_of

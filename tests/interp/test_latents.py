@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mergelab.errors import SAEError
-from mergelab.interp.latents import ablate, add, clamp, scale, splice
+from mergelab.interp.latent_edits import ablate, add, clamp, scale, splice
 from tests.interp.dictionaries import random_dictionary
 from tests.interp.domains import Trained, lines
 from tests.interp.running import logits_of

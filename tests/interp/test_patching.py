@@ -7,9 +7,9 @@ import pytest
 from jax.tree_util import Partial
 
 from mergelab.errors import SiteError
-from mergelab.interp.metrics import logit_difference
+from mergelab.interp.logit_metrics import logit_difference
 from mergelab.interp.patching import attribution_patching, patch_grid
-from mergelab.interp.paths import path_patching
+from mergelab.interp.path_patching import path_patching
 from tests.interp.domains import Trained, lines
 from tests.interp.meshes import on_mesh
 from tests.interp.planted import planted

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mergelab.errors import SAEError, SiteError
-from mergelab.interp.geometry import feature_manifold, pca, similar_latents
+from mergelab.interp.feature_geometry import feature_manifold, pca, similar_latents
 from mergelab.interp.probes import Probe, fit_linear, fit_logistic, fit_ridge
 from mergelab.sae.sae import Dictionary, DictionaryConfig
 

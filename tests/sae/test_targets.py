@@ -25,7 +25,7 @@ from mergelab.activations.store import write_store
 from mergelab.cli.main import cli
 from mergelab.cli.sae_folder import open_dictionary
 from mergelab.errors import SAEError
-from mergelab.interp.latents import ablate, splice
+from mergelab.interp.latent_edits import ablate, splice
 from mergelab.interp.steering import latent_direction
 from mergelab.models.families import model_from_config
 from mergelab.models.save import save_model

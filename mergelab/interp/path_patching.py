@@ -18,7 +18,7 @@ from jax.tree_util import Partial
 from mergelab.activations.batches import map_pieces
 from mergelab.activations.capture import Patterns, batches, check_pairs, stream_sites
 from mergelab.errors import SiteError
-from mergelab.interp.metrics import Metric
+from mergelab.interp.logit_metrics import Metric
 from mergelab.interp.patching import PatchGrid, cell_grid, rows_of
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit
@@ -54,7 +54,7 @@ def path_patching(
         target: tokens `[prompts, length]`.
         senders: names or patterns of sites, such as `blocks.*.attn.z`.
         receivers: of sites after them, such as `blocks.3.attn.q`; `logits` for the direct effect.
-        metric: scores the logits, see `mergelab.interp.metrics`.
+        metric: scores the logits, see `mergelab.interp.logit_metrics`.
         mask: True for real tokens, of both.
         by_head: patch the senders' heads apart.
         receiver_head: only this head of the receivers notices.

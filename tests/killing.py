@@ -83,8 +83,8 @@ def main() -> None:
     import jax  # noqa: F401
     import orbax.checkpoint  # noqa: F401
 
+    import mergelab.abliteration
     import mergelab.cli.abliterate
-    import mergelab.interp.abliteration
     import mergelab.merging.run_merge
     import mergelab.merging.soups.greedy_folders
     import mergelab.sae.training  # noqa: F401

@@ -81,7 +81,7 @@ def command(
       mergelab abliterate model --harmful a.txt --harmless b.txt --out edited --text prose.txt --trials 64
       mergelab abliterate model --harmful a.txt --harmless b.txt --out edited --refusal "Das kann ich nicht"
     """
-    from mergelab.interp.abliteration import Filters, Settings, abliterate, read_prompts
+    from mergelab.abliteration import Filters, Settings, abliterate, read_prompts
     from mergelab.sharding import make_mesh
 
     filters = Filters(*(options.pop(name) for name in ("max_kl", "min_induced", "max_depth")))

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from mergelab.interp.abliteration.ablation import Ablation
-from mergelab.interp.abliteration.behaviour import Behaviour
-from mergelab.interp.abliteration.search import SearchResult, Trial
-from mergelab.interp.abliteration.selection import Selection
-from mergelab.interp.abliteration.weights import KeepNorms
+from mergelab.abliteration.ablation import Ablation
+from mergelab.abliteration.behavior import Behaviour
+from mergelab.abliteration.direction_selection import Selection
+from mergelab.abliteration.removal import KeepNorms
+from mergelab.abliteration.trial_search import SearchResult, Trial
 from mergelab.version import __version__
 
 __all__ = ["Report"]

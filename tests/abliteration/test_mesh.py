@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergelab.interp.abliteration.ablation import Ablation
-from mergelab.interp.abliteration.directions import Directions, mean_activations
-from mergelab.interp.abliteration.runtime import ablate, induce
-from mergelab.interp.abliteration.scores import first_token_scores
+from mergelab.abliteration.ablation import Ablation
+from mergelab.abliteration.behavior import first_token_scores
+from mergelab.abliteration.directions import Directions, mean_activations
+from mergelab.abliteration.removal import ablate, induce
 from mergelab.models.load import load_model
 from mergelab.models.save import save_model
 from mergelab.sharding import make_mesh
-from tests.interp.abliteration.planted import POSITIONS, REFUSE, Planted, prompt_set
+from tests.abliteration.planted import POSITIONS, REFUSE, Planted, prompt_set
 
 
 def test_a_mesh_changes_nothing(planted: Planted, directions: Directions, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from mergelab.abliteration.prompts import Prompts
 from mergelab.errors import MergelabError, NonFiniteError
-from mergelab.interp.abliteration.prompts import Prompts
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import require_decoder
 

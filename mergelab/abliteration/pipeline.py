@@ -11,26 +11,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergelab.checkpoints import open_checkpoint
-from mergelab.checkpoints.output_target import recorded_identity
-from mergelab.checkpoints.publish import WorkFolder
-from mergelab.errors import MergelabError
-from mergelab.interp.abliteration.ablation import Ablation
-from mergelab.interp.abliteration.behaviour import (
+from mergelab.abliteration.ablation import Ablation, Space
+from mergelab.abliteration.behavior import (
     REFUSAL_PHRASES,
+    check_refusal_ids,
     measure_behaviour,
     refusal_tokens,
     text_windows,
 )
-from mergelab.interp.abliteration.directions import Directions, find_directions
-from mergelab.interp.abliteration.prompts import Prompts, encode_prompts, post_instruction_tokens
-from mergelab.interp.abliteration.report import Report
-from mergelab.interp.abliteration.scores import check_refusal_ids
-from mergelab.interp.abliteration.search import SearchResult, Trial, search_ablation
-from mergelab.interp.abliteration.selection import Filters, Selection, select_direction
-from mergelab.interp.abliteration.space import Space
-from mergelab.interp.abliteration.weights import KeepNorms, abliterate_params
-from mergelab.interp.abliteration.write import write_abliterated
+from mergelab.abliteration.direction_selection import Filters, Selection, select_direction
+from mergelab.abliteration.directions import Directions, find_directions
+from mergelab.abliteration.prompts import Prompts, encode_prompts, post_instruction_tokens
+from mergelab.abliteration.removal import KeepNorms, abliterate_params
+from mergelab.abliteration.report import Report
+from mergelab.abliteration.trial_search import SearchResult, Trial, search_ablation
+from mergelab.abliteration.write import write_abliterated
+from mergelab.checkpoints import open_checkpoint
+from mergelab.checkpoints.output_target import recorded_identity
+from mergelab.checkpoints.publish import WorkFolder
+from mergelab.errors import MergelabError
 from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import require_decoder

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mergelab.interp.abliteration.directions import Directions, find_directions
-from mergelab.interp.abliteration.selection import Filters, Selection, select_direction
-from tests.interp.abliteration.planted import POSITIONS, REFUSE, Planted, plant, prompt_set
+from mergelab.abliteration.direction_selection import Filters, Selection, select_direction
+from mergelab.abliteration.directions import Directions, find_directions
+from tests.abliteration.planted import POSITIONS, REFUSE, Planted, plant, prompt_set
 
 
 @pytest.fixture(scope="session")

@@ -10,15 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mergelab.abliteration.ablation import Ablation
+from mergelab.abliteration.behavior import first_token_scores, kl_divergence, refusal_score
+from mergelab.abliteration.direction_selection import Filters, Selection, select_direction
+from mergelab.abliteration.directions import Directions, find_directions, mean_activations
+from mergelab.abliteration.prompts import Prompts
+from mergelab.abliteration.removal import ablate, abliterate_params, induce
 from mergelab.errors import EvaluationError, MergelabError
-from mergelab.interp.abliteration.ablation import Ablation
-from mergelab.interp.abliteration.directions import Directions, find_directions, mean_activations
-from mergelab.interp.abliteration.prompts import Prompts
-from mergelab.interp.abliteration.runtime import ablate, induce
-from mergelab.interp.abliteration.scores import first_token_scores, kl_divergence, refusal_score
-from mergelab.interp.abliteration.selection import Filters, Selection, select_direction
-from mergelab.interp.abliteration.weights import abliterate_params
-from tests.interp.abliteration.planted import ANSWER, REFUSE, Planted, prompt_set, prompts
+from tests.abliteration.planted import ANSWER, REFUSE, Planted, prompt_set, prompts
 
 HARMFUL, HARMLESS = prompts(256, 10, True), prompts(256, 11, False)
 

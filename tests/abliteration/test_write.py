@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from mergelab.abliteration.ablation import Ablation, unit
+from mergelab.abliteration.removal import KeepNorms, abliterate_params, edited_blocks, orthogonalise
+from mergelab.abliteration.write import write_abliterated
 from mergelab.checkpoints import open_checkpoint
 from mergelab.errors import CheckpointError, MergelabError, NonFiniteError, OutputError
-from mergelab.interp.abliteration.ablation import Ablation, unit
-from mergelab.interp.abliteration.stored_matrix import edited_blocks
-from mergelab.interp.abliteration.weights import KeepNorms, abliterate_params, orthogonalise
-from mergelab.interp.abliteration.write import write_abliterated
 from mergelab.models.families import model_from_config
 from mergelab.models.load import load_model
 from mergelab.models.model import Model

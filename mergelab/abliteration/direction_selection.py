@@ -10,12 +10,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mergelab.abliteration.ablation import Ablation
+from mergelab.abliteration.behavior import check_refusal_ids, first_token_scores
+from mergelab.abliteration.directions import Directions
+from mergelab.abliteration.prompts import Prompts
+from mergelab.abliteration.removal import ablate, induce
 from mergelab.errors import EvaluationError, MergelabError
-from mergelab.interp.abliteration.ablation import Ablation
-from mergelab.interp.abliteration.directions import Directions
-from mergelab.interp.abliteration.prompts import Prompts
-from mergelab.interp.abliteration.runtime import ablate, induce
-from mergelab.interp.abliteration.scores import check_refusal_ids, first_token_scores
 from mergelab.models.model import Model, Params
 
 __all__ = ["Candidate", "Filters", "Selection", "select_direction"]

@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mergelab.cli.main import cli
-from mergelab.errors import EvaluationError, MergelabError
-from mergelab.interp.abliteration.behaviour import is_refusal, refusal_tokens
-from mergelab.interp.abliteration.prompts import (
+from mergelab.abliteration.behavior import is_refusal, refusal_tokens
+from mergelab.abliteration.direction_selection import Filters
+from mergelab.abliteration.pipeline import Settings, abliterate
+from mergelab.abliteration.prompts import (
     Prompts,
     encode_prompts,
     post_instruction_tokens,
     read_prompts,
 )
-from mergelab.interp.abliteration.run import Settings, abliterate
-from mergelab.interp.abliteration.selection import Filters
+from mergelab.cli.main import cli
+from mergelab.errors import EvaluationError, MergelabError
 from mergelab.models.load import load_model
 from mergelab.text.tokenizer import load_tokenizer
-from tests.interp.abliteration.planted import REFUSE, Planted, prompts, text_of, write_folder
+from tests.abliteration.planted import REFUSE, Planted, prompts, text_of, write_folder
 
 
 def texts(harmful: bool) -> list[str]:

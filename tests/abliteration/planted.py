@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from mergelab.interp.abliteration.prompts import Prompts
+from mergelab.abliteration.prompts import Prompts
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model, Params
 from mergelab.models.save import save_model

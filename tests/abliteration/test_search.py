@@ -8,15 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mergelab.abliteration.ablation import Ablation, Space
+from mergelab.abliteration.behavior import measure_behaviour, text_loss, text_windows
+from mergelab.abliteration.directions import Directions
+from mergelab.abliteration.removal import ablate, abliterate_params
+from mergelab.abliteration.trial_search import SearchResult, Trial, frontier, search_ablation
 from mergelab.errors import MergelabError
-from mergelab.interp.abliteration.ablation import Ablation
-from mergelab.interp.abliteration.behaviour import measure_behaviour, text_loss, text_windows
-from mergelab.interp.abliteration.directions import Directions
-from mergelab.interp.abliteration.runtime import ablate
-from mergelab.interp.abliteration.search import SearchResult, Trial, frontier, search_ablation
-from mergelab.interp.abliteration.space import Space
-from mergelab.interp.abliteration.weights import abliterate_params
-from tests.interp.abliteration.planted import REFUSE, Planted, prompt_set, prompts
+from tests.abliteration.planted import REFUSE, Planted, prompt_set, prompts
 
 HARMFUL, HARMLESS = prompt_set(64, 30, True), prompt_set(64, 31, False)
 IDS = np.array([REFUSE], np.int32)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mergelab.abliteration.ablation import Ablation
+from mergelab.abliteration.removal import BLOCK, KeepNorms, check_ablation, edited_blocks, writer_terms
 from mergelab.checkpoints import (
     CheckpointWriter,
     FolderCheckpoint,
@@ -25,9 +27,6 @@ from mergelab.checkpoints.model_files import donor_files
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.text_file import read_bytes
 from mergelab.errors import CheckpointError, did_you_mean
-from mergelab.interp.abliteration.ablation import Ablation
-from mergelab.interp.abliteration.stored_matrix import BLOCK, edited_blocks
-from mergelab.interp.abliteration.weights import KeepNorms, check_ablation, writer_terms
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model
 from mergelab.models.residual_stream import Writer, writers

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mergelab.abliteration.ablation import Ablation, LayerKernel, unit
+from mergelab.abliteration.removal import ablate, abliterate_params, induce, orthogonalise
 from mergelab.errors import MergelabError
-from mergelab.interp.abliteration.ablation import Ablation, LayerKernel, unit
-from mergelab.interp.abliteration.runtime import ablate, induce
-from mergelab.interp.abliteration.weights import abliterate_params, orthogonalise
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model, Output, Params
 from mergelab.models.residual_stream import writers

@@ -1,0 +1,41 @@
+"""Abliteration: the direction along which a model refuses, found, removed from its weights, and measured."""
+
+from mergelab.abliteration.ablation import Ablation, LayerKernel, Space, unit
+from mergelab.abliteration.behavior import Behaviour, first_token_scores, measure_behaviour
+from mergelab.abliteration.direction_selection import Filters, Selection, select_direction
+from mergelab.abliteration.directions import Directions, find_directions
+from mergelab.abliteration.pipeline import Settings, abliterate
+from mergelab.abliteration.prompts import Prompts, encode_prompts, read_prompts
+from mergelab.abliteration.removal import ablate, abliterate_params, induce, orthogonalise
+from mergelab.abliteration.report import Report
+from mergelab.abliteration.trial_search import SearchResult, Trial, search_ablation
+from mergelab.abliteration.write import write_abliterated
+
+__all__ = [
+    "Ablation",
+    "Behaviour",
+    "Directions",
+    "Filters",
+    "LayerKernel",
+    "Prompts",
+    "Report",
+    "SearchResult",
+    "Selection",
+    "Settings",
+    "Space",
+    "Trial",
+    "ablate",
+    "abliterate",
+    "abliterate_params",
+    "encode_prompts",
+    "find_directions",
+    "first_token_scores",
+    "induce",
+    "measure_behaviour",
+    "orthogonalise",
+    "read_prompts",
+    "search_ablation",
+    "select_direction",
+    "unit",
+    "write_abliterated",
+]

@@ -30,10 +30,9 @@ from benchmarks.table import replace_section
 from mergelab.activations.capture import ModelActivations, contexts_of_texts, halves
 from mergelab.models.load import load_model
 from mergelab.quickstart import small_llama
-from mergelab.quickstart.bpe import END_OF_TEXT_ID, tokenizer_files
 from mergelab.quickstart.corpus import DOMAINS, Corpus, gather
-from mergelab.quickstart.family import fresh_params, train_tokenizer
-from mergelab.quickstart.settings import PRESETS, QuickstartSettings
+from mergelab.quickstart.family import END_OF_TEXT_ID, fresh_params, tokenizer_files, train_tokenizer
+from mergelab.quickstart.presets import PRESETS, QuickstartSettings
 from mergelab.quickstart.train import train_lm
 from mergelab.sae.evaluation.downstream import loss_curve
 from mergelab.sae.evaluation.probing_tasks import LabelledTokens, label_texts

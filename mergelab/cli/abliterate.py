@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from mergelab.cli.meshes import MESH
 from mergelab.cli.numbers import ANY_NUMBER, Number, Seed, WholeNumber
+from mergelab.cli.options import MESH
 
 __all__ = ["command"]
 

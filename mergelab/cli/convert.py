@@ -9,9 +9,7 @@ from typing import Any
 
 import click
 
-from mergelab.cli.meshes import MESH
-from mergelab.cli.model_folder import load_either
-from mergelab.cli.sizes import SIZE, readable
+from mergelab.cli.options import MESH, SIZE, load_either, readable
 
 __all__ = ["command"]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergelab.cli.numbers import ANY_NUMBER, Seed, WholeNumber
-from mergelab.cli.sizes import readable
+from mergelab.cli.options import readable
 
 if TYPE_CHECKING:
     from mergelab.merging.lora_extraction import ExtractedLora

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergelab.cli.meshes import MESH
-from mergelab.cli.model_folder import load_either, read_model
 from mergelab.cli.numbers import SEED, Number, WholeNumber
+from mergelab.cli.options import MESH, load_either, read_model
 from mergelab.errors import quoted
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ def command(
     if options["greedy"] and (given := [name for name in drawing if options[name] is not None]):
         raise click.UsageError(f"--greedy draws nothing: leave --{given[0].replace('_', '-')} away")
 
-    from mergelab.cli.runtime import configure_jax
+    from mergelab.cli.options import configure_jax
     from mergelab.text.tokenizer import load_tokenizer
 
     configure_jax()

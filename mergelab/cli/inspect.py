@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergelab.cli.meshes import MESH
 from mergelab.cli.numbers import WholeNumber
-from mergelab.cli.sizes import readable
+from mergelab.cli.options import MESH, readable
 
 if TYPE_CHECKING:
     from mergelab.models.footprint import Inventory

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergelab.cli.numbers import Seed, WholeNumber
-from mergelab.cli.sizes import SIZE, readable
+from mergelab.cli.options import SIZE, readable
 
 if TYPE_CHECKING:
     from mergelab.merging.plan.planner import Plan
@@ -75,7 +75,7 @@ def command(
     }
     if out is None and not dry_run:
         raise click.UsageError("name the folder to write with --out DIR, or look at the plan with --dry-run")
-    from mergelab.cli.runtime import configure_jax
+    from mergelab.cli.options import configure_jax
     from mergelab.merging.plan.planner import make_plan
     from mergelab.merging.recipe.recipe_file import load_recipe
 

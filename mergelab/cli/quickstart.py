@@ -14,8 +14,8 @@ import click
 from mergelab.cli.numbers import Seed
 
 if TYPE_CHECKING:
+    from mergelab.quickstart.experiment import Progress
     from mergelab.quickstart.results import Results
-    from mergelab.quickstart.run import Progress
 
 __all__ = ["command"]
 
@@ -51,8 +51,8 @@ def command(out: Path, seed: int, preset: str, force: bool, as_json: bool) -> No
       mergelab quickstart --preset tiny --out /tmp/try
       mergelab quickstart --seed 1 --out seed-1 --json
     """
-    from mergelab.quickstart.run import run
-    from mergelab.quickstart.settings import PRESETS
+    from mergelab.quickstart.experiment import run
+    from mergelab.quickstart.presets import PRESETS
 
     with _progress(quiet=as_json) as on_progress:
         results = run(out, PRESETS[preset], seed=seed, force=force, on_progress=on_progress)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergelab.cli.meshes import MESH
 from mergelab.cli.numbers import Seed, WholeNumber
+from mergelab.cli.options import MESH
 
 if TYPE_CHECKING:
     from mergelab.activations import ActivationFiles
@@ -131,7 +131,7 @@ def _on_files(source: Path, options: Mapping[str, Any]) -> tuple[dict[str, float
     import numpy as np
 
     from mergelab.activations import open_activation_files
-    from mergelab.cli.sae_folder import open_dictionary
+    from mergelab.cli.options import open_dictionary
     from mergelab.errors import SAEError
     from mergelab.sae.evaluation.reconstruction import Totals
     from mergelab.sae.sae import at_sites
@@ -252,7 +252,7 @@ def _on_text(
     from tqdm import tqdm
 
     from mergelab.checkpoints.folder import weights_sha256
-    from mergelab.cli.sae_folder import open_dictionary
+    from mergelab.cli.options import open_dictionary
     from mergelab.sae.evaluation.controls import CONTROLS
     from mergelab.sae.evaluation.probing_tasks import label_texts
     from mergelab.sae.evaluation.scorecard import Journal, control_scorecard, evaluation_key, scorecard

@@ -32,7 +32,7 @@ def command(source: Path, format: str, out: Path, site: str | None, target_site:
       mergelab sae export run-saelens --format mergelab --out back
       mergelab sae export old --format saelens --out new --target-site blocks.3.mlp.out
     """
-    from mergelab.cli.sae_folder import open_dictionary
+    from mergelab.cli.options import open_dictionary
     from mergelab.sae.formats import reserve, save_dictionary
     from mergelab.sae.sae import at_sites
 

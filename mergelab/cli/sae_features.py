@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergelab.cli.meshes import MESH
 from mergelab.cli.numbers import WholeNumber
+from mergelab.cli.options import MESH
 
 if TYPE_CHECKING:
     from mergelab.sae.sae import Dictionary
@@ -85,7 +85,7 @@ def command(
 
     from mergelab.checkpoints.folder import stat_sha256
     from mergelab.checkpoints.new_files import Content, NewFiles
-    from mergelab.cli.sae_folder import open_dictionary
+    from mergelab.cli.options import open_dictionary
     from mergelab.report.pages import render_features
     from mergelab.sae.features.gallery import explain_gallery, make_gallery, neuronpedia_batch
     from mergelab.sae.features.matching import hierarchy

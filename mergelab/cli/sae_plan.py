@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergelab.cli.meshes import MESH
 from mergelab.cli.numbers import WholeNumber
-from mergelab.cli.sizes import readable
+from mergelab.cli.options import MESH, readable
 
 if TYPE_CHECKING:
     from mergelab.sae.training.aot import StepPlan

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergelab.cli.numbers import Number, WholeNumber
-from mergelab.cli.sizes import SIZE
+from mergelab.cli.options import SIZE
 
 if TYPE_CHECKING:
     from mergelab.merging.soups.evaluators import CommandEvaluator, TextLoss

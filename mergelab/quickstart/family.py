@@ -1,8 +1,10 @@
-"""The quickstart's model family: a base trained on all domains, a specialist per domain, and their scores."""
+"""A small model family: its tokenizer, a base, specialists, and their scores."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,18 +12,107 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tokenizers import Tokenizer
+import optax
+from jaxtyping import Array, Bool, Float, Int
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mergelab.quickstart import small_llama
-from mergelab.quickstart.bpe import END_OF_TEXT_ID, tokenizer_files, train_bpe
 from mergelab.quickstart.corpus import DOMAINS, Corpus, Document
-from mergelab.quickstart.evaluate import bits_per_byte, summed_loss
-from mergelab.quickstart.settings import QuickstartSettings
+from mergelab.quickstart.presets import QuickstartSettings
 from mergelab.quickstart.train import train_lm
-from mergelab.text.packing import evaluation_windows, random_windows, token_stream
+from mergelab.text.packing import EvaluationWindows, evaluation_windows, random_windows, token_stream
 from mergelab.version import __version__
 
-__all__ = ["Family", "checkpoint_steps", "fresh_params", "train_tokenizer"]
+__all__ = [
+    "END_OF_TEXT",
+    "END_OF_TEXT_ID",
+    "Family",
+    "bits_per_byte",
+    "checkpoint_steps",
+    "fresh_params",
+    "summed_loss",
+    "tokenizer_files",
+    "train_bpe",
+    "train_tokenizer",
+]
+
+
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_ID = 0  # the trainer numbers special tokens first
+"""Separates documents, begins and ends generation."""
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE (every string decodes back to itself), deterministic for equal input.
+
+    Args:
+        texts: training documents.
+        vocab_size: number of tokens, the 256 bytes and `END_OF_TEXT` among them.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def tokenizer_files(tokenizer: Tokenizer, model_max_length: int) -> dict[str, bytes]:
+    """`tokenizer.json` and `tokenizer_config.json` as `transformers` reads them, by file name."""
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "model_max_length": model_max_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    return {
+        "tokenizer.json": (tokenizer.to_str(pretty=True) + "\n").encode(),
+        "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode(),
+    }
+
+
+Params = Any
+Apply = Callable[[Params, Int[Array, "batch length"]], Float[Array, "batch length vocab"]]
+SummedLoss = Callable[[Params, np.ndarray, np.ndarray], Float[Array, ""]]
+
+
+def summed_loss(apply: Apply) -> SummedLoss:
+    """Compiles `(params, windows, is_target) -> sum of -ln p(target)`; one program for all models."""
+
+    @jax.jit
+    def loss(
+        params: Params, windows: Int[Array, "batch length_plus_1"], is_target: Bool[Array, "batch length"]
+    ) -> Float[Array, ""]:
+        logits = apply(params, windows[:, :-1])
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
+        return jnp.sum(jnp.where(is_target, nats, 0.0))
+
+    return loss
+
+
+def bits_per_byte(loss: SummedLoss, params: Params, windows: EvaluationWindows, batch: int = 32) -> float:
+    """`sum over tokens of -log2 p(token | the tokens before it in its window) / UTF-8 bytes of the text`.
+
+    Args:
+        loss: what `summed_loss` returns.
+        params: the model's parameters.
+        windows: text of which every token is a target once.
+        batch: windows evaluated at a time; the last batch is filled with rows that count nothing.
+    """
+    nats = 0.0
+    for start in range(0, len(windows.tokens), batch):
+        tokens = windows.tokens[start : start + batch]
+        is_target = windows.is_target[start : start + batch]
+        missing = ((0, batch - len(tokens)), (0, 0))
+        nats += float(loss(params, np.pad(tokens, missing), np.pad(is_target, missing)))
+    return nats / math.log(2) / windows.num_bytes
+
 
 _CHECKPOINTS = 8  # of a training, at steps evenly spaced in their logarithm
 _REPORT_EVERY = 5  # steps; between reports they are dispatched ahead of their execution

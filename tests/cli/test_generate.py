@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 from click.testing import CliRunner
 
-from mergelab.cli import runtime
+from mergelab.cli import options
 from mergelab.cli.main import cli
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model
@@ -34,7 +34,7 @@ WORDS = [f"w{i}" for i in range(24)]
 @pytest.fixture(autouse=True)
 def _keep_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command's JAX settings are for a process of its own, not for this one."""
-    monkeypatch.setattr(runtime, "configure_jax", lambda: None)
+    monkeypatch.setattr(options, "configure_jax", lambda: None)
 
 
 @pytest.fixture

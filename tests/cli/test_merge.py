@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mergelab.cli.main import cli
-from mergelab.cli.sizes import SIZE, readable
+from mergelab.cli.options import SIZE, readable
 from tests.merging.recipes import write_model
 
 RECIPE = "merge_method: linear\nmodels:\n- model: a\n- model: b\nparameters: {weight: 1}\n"

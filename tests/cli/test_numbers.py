@@ -7,7 +7,7 @@ import pytest
 
 from mergelab.cli.main import cli
 from mergelab.cli.numbers import Number, Seed, WholeNumber
-from mergelab.cli.sizes import SIZE
+from mergelab.cli.options import SIZE
 
 FORTY = "1234567890" * 4
 

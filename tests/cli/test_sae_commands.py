@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from mergelab.cli.main import cli
-from mergelab.quickstart.settings import PRESETS
+from mergelab.quickstart.presets import PRESETS
 from mergelab.sae.formats import load_dictionary
 from mergelab.sae.training.config import load_config
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from mergelab.checkpoints.folder import weights_sha256
 from mergelab.cli.main import cli
 from mergelab.quickstart import small_llama
-from mergelab.quickstart.bpe import train_bpe
+from mergelab.quickstart.family import train_bpe
 from mergelab.sae.formats import load_dictionary, save_dictionary
 from mergelab.sae.sae import Dictionary, DictionaryConfig
 

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from mergelab.models.families import model_from_config
 from mergelab.models.table import stored_shapes
-from mergelab.quickstart.bpe import tokenizer_files, train_bpe
+from mergelab.quickstart.family import tokenizer_files, train_bpe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = {

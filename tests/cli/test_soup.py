@@ -171,7 +171,7 @@ def test_greedy_with_the_loss_on_a_text(run) -> None:
     import jax
 
     from mergelab.quickstart import small_llama
-    from mergelab.quickstart.bpe import train_bpe
+    from mergelab.quickstart.family import train_bpe
 
     text = "a soup of siblings is the mean of their weights.\n" * 8
     Path("valid.txt").write_text(text)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jaxtyping import Array
 
-from mergelab.quickstart.evaluate import bits_per_byte, summed_loss
+from mergelab.quickstart.family import bits_per_byte, summed_loss
 from mergelab.text.packing import evaluation_windows
 
 VOCABULARY = 16

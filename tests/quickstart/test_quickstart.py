@@ -18,9 +18,9 @@ from mergelab.merging.recipe.recipe_file import load_recipe
 from mergelab.operators import OPERATORS
 from mergelab.quickstart import small_llama
 from mergelab.quickstart.corpus import DOMAINS
+from mergelab.quickstart.experiment import copy_recipe, recipe_folder
 from mergelab.quickstart.family import checkpoint_steps
-from mergelab.quickstart.recipes import copy_recipe, recipe_folder
-from mergelab.quickstart.settings import ALL_RECIPES, PRESETS
+from mergelab.quickstart.presets import ALL_RECIPES, PRESETS
 
 MODEL_FILES = {
     "config.json",

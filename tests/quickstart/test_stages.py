@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mergelab.errors import OutputError
-from mergelab.quickstart.stages import RECORD, Stages, stage_key
+from mergelab.quickstart.experiment import RECORD, Stages, stage_key
 
 
 class Work:
@@ -59,7 +59,7 @@ def test_a_stage_that_failed_is_not_on_record(tmp_path: Path) -> None:
 
 def test_keys_tell_every_part_and_the_version_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {stage_key("a", 1), stage_key("a", 2), stage_key("b", 1), stage_key("a1")}
-    monkeypatch.setattr("mergelab.quickstart.stages.__version__", "another")
+    monkeypatch.setattr("mergelab.quickstart.experiment.__version__", "another")
     assert len(keys | {stage_key("a", 1)}) == 5
 
 

@@ -22,7 +22,7 @@ from mergelab.checkpoints.output_target import OutputLock
 from mergelab.cli.main import cli
 from mergelab.errors import OutputError, SAEError, SiteError, TokenError
 from mergelab.quickstart import small_llama
-from mergelab.quickstart.bpe import train_bpe
+from mergelab.quickstart.family import train_bpe
 from mergelab.sae.training import train
 
 SITES = ("blocks.0.resid_post", "blocks.1.mlp.out")

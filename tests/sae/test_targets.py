@@ -23,13 +23,13 @@ from click.testing import CliRunner
 from mergelab.activations.capture import ModelActivations, open_model_activations
 from mergelab.activations.store import write_store
 from mergelab.cli.main import cli
-from mergelab.cli.sae_folder import open_dictionary
+from mergelab.cli.options import open_dictionary
 from mergelab.errors import SAEError
 from mergelab.interp.latent_edits import ablate, splice
 from mergelab.interp.steering import latent_direction
 from mergelab.models.families import model_from_config
 from mergelab.models.save import save_model
-from mergelab.quickstart.bpe import train_bpe
+from mergelab.quickstart.family import train_bpe
 from mergelab.sae.evaluation.absorption import absorption
 from mergelab.sae.evaluation.downstream import evaluate_downstream
 from mergelab.sae.evaluation.progressive import progressive_recovery

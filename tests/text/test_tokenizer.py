@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
 from mergelab.errors import CheckpointError, MergelabError
-from mergelab.quickstart.bpe import END_OF_TEXT, train_bpe
+from mergelab.quickstart.family import END_OF_TEXT, train_bpe
 from mergelab.text.tokenizer import load_tokenizer
 
 TEXTS = ["the cat sat on the mat", "a <|user|> token", "", "é" * 9]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from mergelab.quickstart.bpe import END_OF_TEXT, END_OF_TEXT_ID, tokenizer_files, train_bpe
+from mergelab.quickstart.family import END_OF_TEXT, END_OF_TEXT_ID, tokenizer_files, train_bpe
 from mergelab.text.packing import evaluation_windows, random_windows, token_stream
 
 TEXTS = ["def f(x):\n    return x\n" * 20, "the cat sat on the mat, the cat sat\n" * 20]

@@ -19,7 +19,7 @@ from mergelab.merging.soups.evaluators import CommandEvaluator, TextLoss
 from mergelab.models.families import model_from_config
 from mergelab.models.save import save_model
 from mergelab.quickstart import small_llama
-from mergelab.quickstart.bpe import train_bpe
+from mergelab.quickstart.family import train_bpe
 
 TEXT = "the soup of the day is the mean of the pots; naïve cooks weigh it.\n" * 5
 CONFIG = small_llama.LlamaConfig(

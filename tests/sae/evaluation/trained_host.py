@@ -9,8 +9,8 @@ from pathlib import Path
 from mergelab.activations.capture import ModelActivations, open_model_activations
 from mergelab.checkpoints.folder import weights_sha256
 from mergelab.quickstart import small_llama
-from mergelab.quickstart.bpe import tokenizer_files, train_bpe
 from mergelab.quickstart.corpus import sources_folder
+from mergelab.quickstart.family import tokenizer_files, train_bpe
 from mergelab.quickstart.train import TrainSettings, train_lm
 from mergelab.sae.sae import Dictionary
 from mergelab.sae.training import train

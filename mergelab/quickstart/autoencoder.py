@@ -14,7 +14,7 @@ from mergelab.activations.capture import ModelActivations, contexts_of_texts
 from mergelab.checkpoints.publish import publish_file
 from mergelab.models.load import load_model
 from mergelab.quickstart.corpus import Document
-from mergelab.quickstart.settings import AutoencoderSettings
+from mergelab.quickstart.presets import AutoencoderSettings
 from mergelab.sae.evaluation.reconstruction import Totals
 from mergelab.sae.features.survey import survey
 from mergelab.sae.formats import load_dictionary

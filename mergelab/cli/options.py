@@ -1,0 +1,179 @@
+"""What commands share: option types, folders opened, and jax settings."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mergelab.errors import quoted
+
+if TYPE_CHECKING:
+    from mergelab.sae.sae import Dictionary
+
+__all__ = ["MESH", "SIZE", "configure_jax", "load_either", "open_dictionary", "read_model", "readable"]
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+}
+
+
+class _Size(click.ParamType):
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", value) if len(value) < 60 else None
+        if match is None or match[2].upper() not in _UNITS:
+            self.fail(f"{quoted(value)} is not a size; write 5GB, 512MiB or a number of bytes", param, ctx)
+        size = int(float(match[1]) * _UNITS[match[2].upper()])
+        if size >= 2**63:
+            self.fail(f"{value!r} is more than any disk holds; write a size such as 5GB", param, ctx)
+        if size < 1:
+            self.fail(f"{value!r} is no bytes at all; write a size such as 5GB", param, ctx)
+        return size
+
+
+SIZE = _Size()
+
+
+def readable(count: float) -> str:
+    """`1234567` as `1.23 MB`, with decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.4g} TB"
+
+
+class _Mesh(click.ParamType):
+    name = "mesh"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, int]:
+        if isinstance(value, dict):
+            return value
+        sizes: dict[str, int] = {}
+        for part in value.split(","):
+            name, _, size = (text.strip() for text in part.partition("="))
+            # As many devices as nine digits say are more than there are.
+            if not name.isidentifier() or not re.fullmatch("0{0,8}[1-9][0-9]{0,8}", size) or name in sizes:
+                self.fail(
+                    f"{quoted(value)} is not a mesh; write each axis once with its size, data=2,tensor=8",
+                    param,
+                    ctx,
+                )
+            sizes[name] = int(size)
+        return sizes
+
+
+MESH = _Mesh()
+
+
+def read_model(path: Path) -> Any:
+    """The model that a folder's `config.json` describes, in either form, without its parameters.
+
+    Raises:
+        CheckpointError: there is none, or it is of no supported family.
+    """
+    from mergelab.checkpoints.json_data import read_json_object
+    from mergelab.errors import CheckpointError
+    from mergelab.models.families import model_from_config
+
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path} has no config.json; name the folder of a model")
+    return model_from_config(read_json_object(file), str(file))
+
+
+def load_either(
+    path: Path, sizes: Mapping[str, int] | None = None, dtype: str | None = None
+) -> tuple[Any, Any]:
+    """The model and its parameters.
+
+    Args:
+        path: the folder.
+        sizes: the axes of the mesh it is spread over; the default device if None.
+        dtype: the parameters' dtype; the stored one if None.
+
+    Raises:
+        MergelabError: as `load_model`, `load_orbax` and `make_mesh`.
+    """
+    from mergelab.models.load import load_model
+    from mergelab.models.orbax import is_orbax_model, load_orbax
+    from mergelab.sharding import make_mesh
+
+    mesh = None if sizes is None else make_mesh(sizes)
+    load = load_orbax if is_orbax_model(path) else load_model
+    return load(path, mesh=mesh, dtype=dtype)
+
+
+def open_dictionary(path: Path) -> Dictionary:
+    """Loads it.
+
+    Raises:
+        CheckpointError: there is none, or the run has not finished.
+    """
+    from mergelab.errors import CheckpointError
+    from mergelab.sae.formats import load_dictionary
+
+    if (path / "final").is_dir():
+        return _as_trained(load_dictionary(path / "final"), path / "config.yaml")
+    if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
+        raise CheckpointError(f"{path}: the run has not finished; go on with mergelab sae train --resume")
+    return load_dictionary(path)
+
+
+def _as_trained(dictionary: Dictionary, config: Path) -> Dictionary:
+    """The dictionary of a run; where it does not say what it writes, the run's configuration does."""
+    from dataclasses import replace
+
+    from mergelab.errors import SAEError
+    from mergelab.sae.sae import at_sites
+    from mergelab.sae.training.config import load_config
+
+    if dictionary.target_known or not config.is_file():
+        return dictionary
+    try:
+        data = load_config(config).data
+    except SAEError:
+        return dictionary
+    if data.target_site is not None:
+        return at_sites(dictionary, data.site, data.target_site)
+    settings = replace(dictionary.config, transcoder=data.target_path is not None)
+    return replace(dictionary, config=settings)
+
+
+def configure_jax() -> None:
+    """Sets JAX up for a process that merges; call it before the first computation.
+
+    Compiled programs go to `$XDG_CACHE_HOME/mergelab/xla`, so that a second run does not compile them again;
+    `JAX_COMPILATION_CACHE_DIR` overrides the place.
+    """
+    # Blocks of a merge already run side by side: XLA splitting each of them among threads only costs.
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_cpu_multi_thread_eigen" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mergelab" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # The streaming pool calls from its own threads: handing each block to another thread only costs.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)

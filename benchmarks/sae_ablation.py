@@ -28,7 +28,7 @@ from benchmarks.sae_step import REPOSITORY
 from benchmarks.table import replace_section
 from mergelab.sae.training.finish import finished_dictionary
 from mergelab.sae.training.initialize import initialize
-from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.step import make_step
 from mergelab.sae.variants import make_variant
 
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 def _train(preset: str, seed: int, changes: Mapping[str, Any]) -> dict[str, float]:
     problem = PRESETS[preset].problem
     truth = replace(PRESETS[preset].truth, seed=seed, rows=problem.steps * problem.batch)
-    recipe = Recipe(steps=problem.steps, batch_size=problem.batch, **changes)
+    recipe = TrainingRecipe(steps=problem.steps, batch_size=problem.batch, **changes)
     variant = make_variant("topk", d_in=problem.d, n_latents=problem.n, k=problem.k)
     state = initialize(variant, recipe, jax.random.key(seed), truth.sample(32_768, seed=1))
     step = make_step(variant, recipe)

@@ -10,7 +10,7 @@ from benchmarks.sae_peers.problem import Arrays, Problem
 from mergelab.sae.evaluation.controls import freeze_decoder
 from mergelab.sae.training.finish import finished_dictionary
 from mergelab.sae.training.initialize import initialize
-from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.step import make_step
 from mergelab.sae.variants import make_variant
 
@@ -28,7 +28,7 @@ class Ours:
     def __init__(self, name: str, problem: Problem, sample: np.ndarray) -> None:
         self.name = name
         self.variant = make_variant("topk", d_in=problem.d, n_latents=problem.n, k=problem.k)
-        self.recipe = Recipe(
+        self.recipe = TrainingRecipe(
             steps=problem.steps,
             batch_size=problem.batch,
             learning_rate=problem.learning_rate,

@@ -2,9 +2,9 @@
 
 from mergelab.abliteration.ablation import Ablation, LayerKernel, Space, unit
 from mergelab.abliteration.behavior import Behaviour, first_token_scores, measure_behaviour
-from mergelab.abliteration.direction_selection import Filters, Selection, select_direction
+from mergelab.abliteration.direction_selection import DirectionSelection, Filters, select_direction
 from mergelab.abliteration.directions import Directions, find_directions
-from mergelab.abliteration.pipeline import Settings, abliterate
+from mergelab.abliteration.pipeline import AbliterationSettings, abliterate
 from mergelab.abliteration.prompts import Prompts, encode_prompts, read_prompts
 from mergelab.abliteration.removal import ablate, abliterate_params, induce, orthogonalise
 from mergelab.abliteration.report import Report
@@ -13,15 +13,15 @@ from mergelab.abliteration.write import write_abliterated
 
 __all__ = [
     "Ablation",
+    "AbliterationSettings",
     "Behaviour",
+    "DirectionSelection",
     "Directions",
     "Filters",
     "LayerKernel",
     "Prompts",
     "Report",
     "SearchResult",
-    "Selection",
-    "Settings",
     "Space",
     "Trial",
     "ablate",

@@ -18,7 +18,7 @@ from mergelab.abliteration.removal import ablate, induce
 from mergelab.errors import EvaluationError, MergelabError
 from mergelab.models.model import Model, Params
 
-__all__ = ["Candidate", "Filters", "Selection", "select_direction"]
+__all__ = ["Candidate", "DirectionSelection", "Filters", "select_direction"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Selection:
+class DirectionSelection:
     """The chosen direction, and all that were tried.
 
     Attributes:
@@ -98,7 +98,7 @@ def select_direction(
     filters: Filters | None = None,
     batch: int = 32,
     progress: Callable[[int, int], None] | None = None,
-) -> Selection:
+) -> DirectionSelection:
     """The direction with the least refusal score among those that pass the filters.
 
     Three passes for each candidate, all of one compiled program: removed on harmful prompts, removed
@@ -149,7 +149,7 @@ def select_direction(
         raise EvaluationError(_none_passes(trace, filters))
     chosen = min(passing, key=lambda candidate: candidate.refusal)
     place = chosen.position + positions, chosen.layer
-    return Selection(
+    return DirectionSelection(
         chosen, unit[place], raw[place], float(refused.mean()), float(answered.mean()), tuple(trace)
     )
 

@@ -19,7 +19,7 @@ from mergelab.abliteration.behavior import (
     refusal_tokens,
     text_windows,
 )
-from mergelab.abliteration.direction_selection import Filters, Selection, select_direction
+from mergelab.abliteration.direction_selection import DirectionSelection, Filters, select_direction
 from mergelab.abliteration.directions import Directions, find_directions
 from mergelab.abliteration.prompts import Prompts, encode_prompts, post_instruction_tokens
 from mergelab.abliteration.removal import KeepNorms, abliterate_params
@@ -37,7 +37,7 @@ from mergelab.models.token_checks import check_tokens, window_length
 from mergelab.text.packing import EvaluationWindows
 from mergelab.text.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["Progress", "Settings", "abliterate"]
+__all__ = ["AbliterationSettings", "Progress", "abliterate"]
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -46,7 +46,7 @@ _FEWEST = 5
 
 
 @dataclass(frozen=True)
-class Settings:
+class AbliterationSettings:
     """How directions are found, chosen and removed.
 
     Attributes:
@@ -85,7 +85,7 @@ def abliterate(
     harmful: Sequence[str],
     harmless: Sequence[str],
     *,
-    settings: Settings | None = None,
+    settings: AbliterationSettings | None = None,
     text: str | None = None,
     mesh: Any = None,
     dtype: Any = None,
@@ -124,7 +124,7 @@ def abliterate(
         CheckpointError: the model cannot be read.
         OutputError: the folder cannot be written.
     """
-    settings = settings or Settings()
+    settings = settings or AbliterationSettings()
     for name, prompts in (("harmful", harmful), ("harmless", harmless)):
         if len(prompts) < _FEWEST:
             raise MergelabError(
@@ -147,7 +147,7 @@ def _measure(
     source: str | Path,
     harmful: Sequence[str],
     harmless: Sequence[str],
-    settings: Settings,
+    settings: AbliterationSettings,
     text: str | None,
     mesh: Any,
     dtype: Any,
@@ -265,12 +265,12 @@ def _search(
     model: Model,
     params: Params,
     directions: Directions,
-    selection: Selection,
+    selection: DirectionSelection,
     harmful: Prompts,
     harmless: Prompts,
     ids: np.ndarray,
     windows: EvaluationWindows | None,
-    settings: Settings,
+    settings: AbliterationSettings,
     tell: Progress,
 ) -> tuple[SearchResult, Trial, Ablation]:
     space = Space.of(directions, selection.chosen.position)

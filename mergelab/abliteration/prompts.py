@@ -15,14 +15,14 @@ from mergelab.errors import CheckpointError, MergelabError
 from mergelab.text.chat import Message, chat_text
 from mergelab.text.tokenizer import Tokenizer
 
-__all__ = ["Batch", "Prompts", "encode_prompts", "post_instruction_tokens", "read_prompts"]
+__all__ = ["PromptBatch", "Prompts", "encode_prompts", "post_instruction_tokens", "read_prompts"]
 
 _PROBES = ("Name three rivers.", "How does a kettle know when to stop?")
 """Two instructions with nothing in common at their ends."""
 
 
 @dataclass(frozen=True)
-class Batch:
+class PromptBatch:
     """Prompts of one forward pass.
 
     Attributes:
@@ -88,12 +88,12 @@ class Prompts:
         order = np.random.default_rng(seed).permutation(len(self))
         return Prompts(self.tokens[order], self.mask[order])
 
-    def batches(self, size: int) -> Iterator[Batch]:
+    def batches(self, size: int) -> Iterator[PromptBatch]:
         """All prompts in order, in batches of exactly `min(size, n)` rows."""
         size = min(size, len(self))
         for start in range(0, len(self), size):
             chosen = np.minimum(np.arange(start, start + size), len(self) - 1)
-            yield Batch(self.tokens[chosen], self.mask[chosen], min(size, len(self) - start))
+            yield PromptBatch(self.tokens[chosen], self.mask[chosen], min(size, len(self) - start))
 
 
 def read_prompts(path: str | Path) -> list[str]:

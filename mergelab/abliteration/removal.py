@@ -16,7 +16,7 @@ from mergelab.abliteration.ablation import Ablation, unit
 from mergelab.checkpoints import TensorSource
 from mergelab.errors import MergelabError, NonFiniteError
 from mergelab.models.model import Model, Params
-from mergelab.models.residual_stream import Writer, writers
+from mergelab.models.residual_stream import ResidualWriter, writers
 from mergelab.models.sites import Edit
 from mergelab.models.table import get_leaf, tree_from_leaves
 
@@ -75,7 +75,7 @@ def orthogonalise(
 
 
 def writer_terms(
-    model: Model, writer: Writer, ablation: Ablation, gain: Array | np.ndarray | None
+    model: Model, writer: ResidualWriter, ablation: Ablation, gain: Array | np.ndarray | None
 ) -> tuple[Float[Array, " width"], Float[Array, ""]]:
     """The direction and the weight for one parameter.
 

@@ -12,7 +12,7 @@ import yaml
 
 from mergelab.abliteration.ablation import Ablation
 from mergelab.abliteration.behavior import Behaviour
-from mergelab.abliteration.direction_selection import Selection
+from mergelab.abliteration.direction_selection import DirectionSelection
 from mergelab.abliteration.removal import KeepNorms
 from mergelab.abliteration.trial_search import SearchResult, Trial
 from mergelab.version import __version__
@@ -59,7 +59,7 @@ class Report:
 
     model: str
     prompts: dict[str, tuple[int, int]]
-    selection: Selection
+    selection: DirectionSelection
     search: SearchResult | None
     trial: Trial | None
     ablation: Ablation

@@ -29,7 +29,7 @@ from mergelab.checkpoints.text_file import read_bytes
 from mergelab.errors import CheckpointError, did_you_mean
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model
-from mergelab.models.residual_stream import Writer, writers
+from mergelab.models.residual_stream import ResidualWriter, writers
 from mergelab.models.save import SHARD_BYTES
 
 __all__ = ["write_abliterated"]
@@ -145,7 +145,7 @@ def _stored_edits(model: Model, checkpoint: FolderCheckpoint, ablation: Ablation
     return edits
 
 
-def _stream_axis(writer: Writer) -> int:
+def _stream_axis(writer: ResidualWriter) -> int:
     """The axis of the stored tensor that runs over the residual stream."""
     layout = writer.leaf.layout
     if layout.view != layout.stored_shape or len(layout.axes[-1]) != 1:

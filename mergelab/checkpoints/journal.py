@@ -17,7 +17,7 @@ import xxhash
 from mergelab.checkpoints.source import TensorSource
 from mergelab.errors import CheckpointError, OutputError
 
-__all__ = ["LEAF", "Journal", "Piece", "Receipts", "digest_leaves", "leaf_bounds", "tensor_digest"]
+__all__ = ["LEAF", "Journal", "Receipts", "WrittenPiece", "digest_leaves", "leaf_bounds", "tensor_digest"]
 
 
 LEAF = 1 << 20
@@ -112,7 +112,7 @@ _VERSION = 1
 
 
 @dataclass(frozen=True)
-class Piece:
+class WrittenPiece:
     """A receipt: elements `[start, start + count)` of tensor `name` are in place, with these leaf digests."""
 
     name: str
@@ -142,7 +142,7 @@ class Journal:
         os.ftruncate(self._file, 0)
         self._append({"version": _VERSION, "identity": dict(identity), "layout": layout})
 
-    def resume(self, identity: Mapping[str, str], layout: str) -> list[Piece] | None:
+    def resume(self, identity: Mapping[str, str], layout: str) -> list[WrittenPiece] | None:
         """Returns the recorded pieces, or None if the journal holds nothing to go on from.
 
         Raises:
@@ -153,7 +153,7 @@ class Journal:
         if not lines:
             return None
         self._check_head(lines.pop(0), identity, layout)
-        pieces: dict[str, list[Piece]] = {}
+        pieces: dict[str, list[WrittenPiece]] = {}
         for number, line in enumerate(lines, 2):
             record = self._parse(line, number)
             try:
@@ -164,13 +164,13 @@ class Journal:
                     digests = tuple(
                         int.from_bytes(leaves[i : i + 8], "big") for i in range(0, len(leaves), 8)
                     )
-                    piece = Piece(record["name"], int(record["start"]), int(record["count"]), digests)
+                    piece = WrittenPiece(record["name"], int(record["start"]), int(record["count"]), digests)
                     pieces.setdefault(piece.name, []).append(piece)
             except (KeyError, TypeError, ValueError) as error:
                 raise self._damaged(number) from error
         return [piece for group in pieces.values() for piece in group]
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: WrittenPiece) -> None:
         """Appends a receipt."""
         leaves = b"".join(leaf.to_bytes(8, "big") for leaf in piece.leaves).hex()
         self._append({"name": piece.name, "start": piece.start, "count": piece.count, "leaves": leaves})

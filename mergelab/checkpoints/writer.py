@@ -22,7 +22,14 @@ import numpy as np
 
 from mergelab.checkpoints.file_tensor import check_piece
 from mergelab.checkpoints.folder import open_checkpoint
-from mergelab.checkpoints.journal import Journal, Piece, Receipts, digest_leaves, leaf_bounds, tensor_digest
+from mergelab.checkpoints.journal import (
+    Journal,
+    Receipts,
+    WrittenPiece,
+    digest_leaves,
+    leaf_bounds,
+    tensor_digest,
+)
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.model_files import check_file_name
 from mergelab.checkpoints.output_target import MARKER, disk_errors, recorded_identity
@@ -157,7 +164,7 @@ class CheckpointWriter:
             _write_all(file, memoryview(shard.head), 0)
         return self._verify(journal, pieces or [])
 
-    def _verify(self, journal: Journal, pieces: list[Piece]) -> frozenset[str]:
+    def _verify(self, journal: Journal, pieces: list[WrittenPiece]) -> frozenset[str]:
         """Compares every recorded piece with the bytes on disk; returns the tensors that are complete."""
         try:
             for piece in pieces:
@@ -174,7 +181,7 @@ class CheckpointWriter:
             self._receipts[name] = Receipts(self.plan.places[name].spec.nbytes)
         return frozenset(self._receipts.keys() - partial) if pieces else frozenset()
 
-    def _verify_piece(self, piece: Piece) -> None:
+    def _verify_piece(self, piece: WrittenPiece) -> None:
         width = self.plan.places[piece.name].spec.dtype.itemsize
         bounds = leaf_bounds(piece.start * width, piece.count * width)
         for (low, high), recorded in zip(bounds, piece.leaves, strict=True):
@@ -214,7 +221,7 @@ class CheckpointWriter:
                 if self._broken or self._journal is None:
                     raise OutputError(f"{self.out}: an earlier write failed; run again with --resume")
                 self._receipts[name].add(offset, len(data), leaves)
-                self._journal.add(Piece(name, start, array.size, tuple(leaves)))
+                self._journal.add(WrittenPiece(name, start, array.size, tuple(leaves)))
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[list[int]]:

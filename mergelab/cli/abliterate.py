@@ -81,7 +81,7 @@ def command(
       mergelab abliterate model --harmful a.txt --harmless b.txt --out edited --text prose.txt --trials 64
       mergelab abliterate model --harmful a.txt --harmless b.txt --out edited --refusal "Das kann ich nicht"
     """
-    from mergelab.abliteration import Filters, Settings, abliterate, read_prompts
+    from mergelab.abliteration import AbliterationSettings, Filters, abliterate, read_prompts
     from mergelab.sharding import make_mesh
 
     filters = Filters(*(options.pop(name) for name in ("max_kl", "min_induced", "max_depth")))
@@ -96,7 +96,7 @@ def command(
             out,
             read_prompts(harmful),
             read_prompts(harmless),
-            settings=Settings(filters=filters, **options),
+            settings=AbliterationSettings(filters=filters, **options),
             text=prose,
             mesh=None if mesh is None else make_mesh(mesh),
             dtype=dtype,

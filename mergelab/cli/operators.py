@@ -11,7 +11,7 @@ import click
 from mergelab.errors import OperatorError, did_you_mean
 
 if TYPE_CHECKING:
-    from mergelab.operators.declare import Operator, Parameter
+    from mergelab.operators.declare import HyperParameter, Operator
 
 __all__ = ["command"]
 
@@ -70,14 +70,14 @@ def _models(operator: Operator) -> str:
     return f"{low} or more" if high is None else str(low) if low == high else f"{low} to {high}"
 
 
-def _default(parameter: Parameter) -> str:
+def _default(parameter: HyperParameter) -> str:
     default = parameter.default
     if isinstance(default, bool):
         return str(default).lower()
     return "none" if default is None else str(default) if isinstance(default, str) else f"{default:g}"
 
 
-def _range(parameter: Parameter) -> str:
+def _range(parameter: HyperParameter) -> str:
     low, high = parameter.low, parameter.high
     if low == float("-inf") and high == float("inf"):
         return ""

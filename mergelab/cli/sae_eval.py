@@ -255,7 +255,12 @@ def _on_text(
     from mergelab.cli.options import open_dictionary
     from mergelab.sae.evaluation.controls import CONTROLS
     from mergelab.sae.evaluation.probing_tasks import label_texts
-    from mergelab.sae.evaluation.scorecard import Journal, control_scorecard, evaluation_key, scorecard
+    from mergelab.sae.evaluation.scorecard import (
+        EvaluationJournal,
+        control_scorecard,
+        evaluation_key,
+        scorecard,
+    )
     from mergelab.sae.sae import at_sites
     from mergelab.sae.subject_model import check_host, check_target, open_host
     from mergelab.sharding import make_mesh
@@ -288,7 +293,7 @@ def _on_text(
         key = evaluation_key(
             dictionary, host, labels, weights, options["seed"], options["curve"] and curve, *settings
         )
-        return Journal(options["keep"], key)
+        return EvaluationJournal(options["keep"], key)
 
     columns: dict[str, Scorecard] = {}
     with tqdm(unit="metric", disable=quiet or None, dynamic_ncols=True) as bar:

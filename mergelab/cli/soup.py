@@ -15,8 +15,8 @@ from mergelab.cli.options import SIZE
 
 if TYPE_CHECKING:
     from mergelab.merging.soups.evaluators import CommandEvaluator, TextLoss
-    from mergelab.merging.soups.scores import Metric, Selection
-    from mergelab.merging.soups.trace import Trace
+    from mergelab.merging.soups.scores import Objective, SoupSelection
+    from mergelab.merging.soups.trace import SoupTrace
 
 __all__ = ["command"]
 
@@ -172,23 +172,23 @@ def _evaluator(given: Mapping[str, Any], prefix: str) -> CommandEvaluator | Text
     return None
 
 
-def _selection(given: Mapping[str, Any]) -> Selection:
+def _selection(given: Mapping[str, Any]) -> SoupSelection:
     from mergelab.errors import RecipeError
-    from mergelab.merging.soups.scores import Guarded, Lexicographic, Metric, WeightedSum
+    from mergelab.merging.soups.scores import Guarded, Lexicographic, Objective, WeightedScores
 
     default = "min" if "text" in given else "max"
     direction = given.get("direction", default)
     if "metric" in given:
         metrics = [_metric(text, direction) for text in given["metric"]]
     else:
-        metrics = [(Metric("bits_per_byte" if "text" in given else "score", direction), None)]
+        metrics = [(Objective("bits_per_byte" if "text" in given else "score", direction), None)]
     weights = [weight for _, weight in metrics if weight is not None]
     if weights and len(weights) != len(metrics):
         raise RecipeError(
             "Some --metric have a =WEIGHT and some have none; give it to all of them or to none."
         )
-    rule: Selection = (
-        WeightedSum(tuple((metric, weight) for metric, weight in metrics if weight is not None))
+    rule: SoupSelection = (
+        WeightedScores(tuple((metric, weight) for metric, weight in metrics if weight is not None))
         if weights
         else Lexicographic(tuple(metric for metric, _ in metrics))
     )
@@ -199,10 +199,10 @@ def _selection(given: Mapping[str, Any]) -> Selection:
     return Guarded(rule, bounds) if bounds else rule
 
 
-def _metric(text: str, direction: Any) -> tuple[Metric, float | None]:
+def _metric(text: str, direction: Any) -> tuple[Objective, float | None]:
     """Reads `NAME[:min|:max][=NUMBER]`."""
     from mergelab.errors import RecipeError
-    from mergelab.merging.soups.scores import Metric
+    from mergelab.merging.soups.scores import Objective
 
     name, equals, number = text.partition("=")
     name, colon, own = name.partition(":")
@@ -214,14 +214,14 @@ def _metric(text: str, direction: Any) -> tuple[Metric, float | None]:
         ) from None
     if colon and own not in ("min", "max"):
         raise RecipeError(f"{text!r}: direction {own!r} is neither min nor max.")
-    return Metric(name, own if colon else direction), value  # pyright: ignore[reportArgumentType]
+    return Objective(name, own if colon else direction), value  # pyright: ignore[reportArgumentType]
 
 
 def _scores(scores: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.6g}" for name, value in scores.items())
 
 
-def _summary(trace: Trace) -> str:
+def _summary(trace: SoupTrace) -> str:
     lines = ["alone, best first:"]
     lines += [f"  {r.name}: {_scores(r.scores)}" for r in trace.ranking]
     lines += ["added to the soup in that order:"]

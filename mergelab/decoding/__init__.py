@@ -2,18 +2,18 @@
 
 from mergelab.activations.batches import bucket_size, pad_prompts
 from mergelab.decoding.completion import Completion, complete
-from mergelab.decoding.generation import Generated, Progress, advance, begin, generate, start
+from mergelab.decoding.generation import Generated, GenerationState, advance, begin, generate, start
 from mergelab.decoding.samplers import Sampler, greedy, row_keys, sample, sampler_from_options
 from mergelab.decoding.stop import Stop, cut_at_strings, stop_at
 from mergelab.decoding.transforms import (
     History,
     LogitsTransform,
     MinNewTokens,
-    MinP,
+    MinPFilter,
     RepetitionPenalty,
     Temperature,
-    TopK,
-    TopP,
+    TopKFilter,
+    TopPFilter,
     chain,
     logit_bias,
     suppress,
@@ -22,17 +22,17 @@ from mergelab.decoding.transforms import (
 __all__ = [
     "Completion",
     "Generated",
+    "GenerationState",
     "History",
     "LogitsTransform",
     "MinNewTokens",
-    "MinP",
-    "Progress",
+    "MinPFilter",
     "RepetitionPenalty",
     "Sampler",
     "Stop",
     "Temperature",
-    "TopK",
-    "TopP",
+    "TopKFilter",
+    "TopPFilter",
     "advance",
     "begin",
     "bucket_size",

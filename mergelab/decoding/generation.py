@@ -21,12 +21,12 @@ from mergelab.models.cache import Cache
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit, as_partials
 
-__all__ = ["Generated", "Progress", "advance", "begin", "generate", "start"]
+__all__ = ["Generated", "GenerationState", "advance", "begin", "generate", "start"]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Progress:
+class GenerationState:
     """Rows of text while they grow; a pytree of fixed shapes.
 
     Attributes:
@@ -61,7 +61,7 @@ def start(
     stop: Stop,
     edit: Mapping[str, Partial],
     pad_id: int = 0,
-) -> Progress:
+) -> GenerationState:
     """Reads the prompts, all but their last tokens, into a cache with room for `capacity` more.
 
     Args:
@@ -72,7 +72,7 @@ def start(
         capacity: how many tokens may be generated; static.
         stop: when rows end.
         edit: edits by site, as `mergelab.models.sites.as_partials` gives them.
-        pad_id: what `Progress.tokens` holds after a row's end.
+        pad_id: what `GenerationState.tokens` holds after a row's end.
     """
     batch, length = tokens.shape
     vocab = model.config.vocab_size
@@ -84,7 +84,7 @@ def start(
         cache = out.cache
     rows = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[:, None], tokens.shape)
     ids = jnp.where(mask, tokens, vocab)  # padding falls outside, and is dropped
-    return Progress(
+    return GenerationState(
         cache=cache,
         last=tokens[:, -1],
         seen=jnp.zeros((batch, vocab), jnp.bool_).at[rows, ids].set(True, mode="drop"),
@@ -100,14 +100,14 @@ def start(
 def advance(
     model: Model,
     params: Params,
-    progress: Progress,
+    progress: GenerationState,
     until: Int[Array, ""],
     *,
     sampler: Sampler,
     keys: Key[Array, " batch"],
     stop: Stop,
     edit: Mapping[str, Partial],
-) -> Progress:
+) -> GenerationState:
     """Generates until `until` steps (at most the capacity) are done in all, or every row has ended.
 
     Args:
@@ -123,10 +123,10 @@ def advance(
     rows = jnp.arange(progress.last.shape[0], dtype=jnp.int32)
     until = jnp.minimum(until, progress.tokens.shape[1])
 
-    def unfinished(p: Progress) -> Array:
+    def unfinished(p: GenerationState) -> Array:
         return (p.steps < until) & ~p.finished.all()
 
-    def step(p: Progress) -> Progress:
+    def step(p: GenerationState) -> GenerationState:
         out = model.apply(params, p.last[:, None], cache=p.cache, edit=edit)
         assert out.logits is not None and out.cache is not None
         draws = jax.vmap(jax.random.fold_in)(keys, p.lengths.astype(jnp.uint32))
@@ -230,7 +230,7 @@ def begin(
     stop: Stop,
     edit: Mapping[str, Edit] | None = None,
     pad_id: int = 0,
-) -> Progress:
+) -> GenerationState:
     """Checks prompts, pads them to a bucket, and reads them: the first half of `generate`.
 
     Raises:

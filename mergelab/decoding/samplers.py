@@ -20,11 +20,11 @@ from mergelab.decoding.transforms import (
     History,
     LogitsTransform,
     MinNewTokens,
-    MinP,
+    MinPFilter,
     RepetitionPenalty,
     Temperature,
-    TopK,
-    TopP,
+    TopKFilter,
+    TopPFilter,
     chain,
     logit_bias,
     require,
@@ -107,9 +107,9 @@ def sampler_from_options(
 
     Args:
         temperature: None or 0 takes the likeliest token; truncations then change nothing and are left out.
-        top_k: see `TopK`; None and 0 keep everything.
-        top_p: see `TopP`.
-        min_p: see `MinP`.
+        top_k: see `TopKFilter`; None and 0 keep everything.
+        top_p: see `TopPFilter`.
+        min_p: see `MinPFilter`.
         repetition_penalty: see `RepetitionPenalty`.
         bias: see `logit_bias`.
         suppressed: see `suppress`.
@@ -132,9 +132,9 @@ def sampler_from_options(
         return greedy(*steps)
     steps.append(Temperature(temperature))
     if top_k:
-        steps.append(TopK(top_k))
+        steps.append(TopKFilter(top_k))
     if top_p is not None:
-        steps.append(TopP(top_p))
+        steps.append(TopPFilter(top_p))
     if min_p is not None:
-        steps.append(MinP(min_p))
+        steps.append(MinPFilter(min_p))
     return sample(*steps)

@@ -21,12 +21,12 @@ __all__ = [
     "LogitBias",
     "LogitsTransform",
     "MinNewTokens",
-    "MinP",
+    "MinPFilter",
     "RepetitionPenalty",
     "Suppress",
     "Temperature",
-    "TopK",
-    "TopP",
+    "TopKFilter",
+    "TopPFilter",
     "chain",
     "logit_bias",
     "per_row",
@@ -84,7 +84,7 @@ class Chain:
 def chain(*transforms: LogitsTransform) -> Chain:
     """Composes transforms from left to right; without any, the identity.
 
-    Order matters: `chain(Temperature(0.5), TopP(0.9))` keeps the tokens that hold 0.9 of the sharpened
+    Order matters: `chain(Temperature(0.5), TopPFilter(0.9))` keeps the tokens that hold 0.9 of the sharpened
     distribution.
     """
     return Chain(tuple(transforms))
@@ -128,7 +128,7 @@ class Temperature:
 
 
 @transform
-class TopK:
+class TopKFilter:
     """Keeps the `k` largest logits (Fan et al., arXiv:1805.04833), and what ties with the last of them.
 
     Attributes:
@@ -138,7 +138,7 @@ class TopK:
     k: int = field(metadata={"static": True})
 
     def __post_init__(self) -> None:
-        require("TopK", self.k, isinstance(self.k, int) and self.k >= 1, "an integer of at least 1")
+        require("TopKFilter", self.k, isinstance(self.k, int) and self.k >= 1, "an integer of at least 1")
 
     def __call__(self, logits: Logits, history: History) -> Logits:
         # Without the barrier XLA's CPU backend sorts whole rows when only the last value is used.
@@ -147,7 +147,7 @@ class TopK:
 
 
 @transform
-class TopP:
+class TopPFilter:
     """Nucleus: keeps the fewest likeliest tokens whose probabilities reach `p` (Holtzman et al., 1904.09751).
 
     The likeliest token is always kept.
@@ -160,7 +160,7 @@ class TopP:
 
     def __post_init__(self) -> None:
         if isinstance(self.p, int | float):
-            require("TopP", self.p, 0 < self.p <= 1, "a probability above 0 and at most 1")
+            require("TopPFilter", self.p, 0 < self.p <= 1, "a probability above 0 and at most 1")
 
     def __call__(self, logits: Logits, history: History) -> Logits:
         ascending = jnp.sort(logits, axis=-1)
@@ -172,7 +172,7 @@ class TopP:
 
 
 @transform
-class MinP:
+class MinPFilter:
     """Keeps tokens at least `p` times as likely as the likeliest one (Nguyen et al., arXiv:2407.01082).
 
     Attributes:
@@ -183,7 +183,7 @@ class MinP:
 
     def __post_init__(self) -> None:
         if isinstance(self.p, int | float):
-            require("MinP", self.p, 0 <= self.p <= 1, "a ratio of probabilities from 0 to 1")
+            require("MinPFilter", self.p, 0 <= self.p <= 1, "a ratio of probabilities from 0 to 1")
 
     def __call__(self, logits: Logits, history: History) -> Logits:
         largest = jnp.max(logits, axis=-1, keepdims=True)

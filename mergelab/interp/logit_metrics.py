@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.tree_util import Partial
 
-__all__ = ["Metric", "logit_difference", "token_log_probability", "token_probability"]
+__all__ = ["LogitMetric", "logit_difference", "token_log_probability", "token_probability"]
 
-Metric = Callable[[Array], Array]
+LogitMetric = Callable[[Array], Array]
 """`logits [batch, length, vocab] -> [batch]`, jittable.
 
 What it holds for each prompt, such as the right answers, goes in as
@@ -21,7 +21,7 @@ prompts.
 """
 
 
-def logit_difference(right: Any, wrong: Any, positions: Any = None) -> Metric:
+def logit_difference(right: Any, wrong: Any, positions: Any = None) -> LogitMetric:
     """The logit of one token less that of another.
 
     Args:
@@ -33,13 +33,13 @@ def logit_difference(right: Any, wrong: Any, positions: Any = None) -> Metric:
     return Partial(_difference, right, wrong, _places(positions, right))
 
 
-def token_log_probability(tokens: Any, positions: Any = None) -> Metric:
+def token_log_probability(tokens: Any, positions: Any = None) -> LogitMetric:
     """The natural logarithm of the probability of a token; arguments as in `logit_difference`."""
     tokens = jnp.asarray(tokens, jnp.int32)
     return Partial(_log_probability, tokens, _places(positions, tokens))
 
 
-def token_probability(tokens: Any, positions: Any = None) -> Metric:
+def token_probability(tokens: Any, positions: Any = None) -> LogitMetric:
     """The probability of a token; arguments as in `logit_difference`."""
     tokens = jnp.asarray(tokens, jnp.int32)
     return Partial(_probability, tokens, _places(positions, tokens))

@@ -13,7 +13,7 @@ from jax import Array
 
 from mergelab.activations.capture import batches, check_prompts
 from mergelab.errors import SiteError
-from mergelab.interp.logit_metrics import Metric
+from mergelab.interp.logit_metrics import LogitMetric
 from mergelab.interp.patching import rows_of
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import require_decoder
@@ -64,7 +64,7 @@ def swap_layers(
     second: Params,
     tokens: Any,
     *,
-    metric: Metric | None = None,
+    metric: LogitMetric | None = None,
     by: By = "block",
     mask: Any = None,
     batch: int = 16,
@@ -123,7 +123,7 @@ def _swap(
     second: Params,
     tokens: Array,
     mask: Array,
-    metric: Metric | None,
+    metric: LogitMetric | None,
     mixtures: Array,
     by: By,
 ) -> Array:

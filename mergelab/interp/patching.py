@@ -21,7 +21,7 @@ from jax.tree_util import Partial
 from mergelab.activations.batches import map_pieces
 from mergelab.activations.capture import Patterns, batches, check_pairs, stream_sites
 from mergelab.errors import SiteError
-from mergelab.interp.logit_metrics import Metric
+from mergelab.interp.logit_metrics import LogitMetric
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit
 
@@ -62,7 +62,7 @@ def patch_grid(
     source: Any,
     target: Any,
     sites: Patterns,
-    metric: Metric,
+    metric: LogitMetric,
     *,
     mask: Any = None,
     by_head: bool = False,
@@ -111,7 +111,7 @@ def attribution_patching(
     source: Any,
     target: Any,
     sites: Patterns,
-    metric: Metric,
+    metric: LogitMetric,
     *,
     mask: Any = None,
     by_head: bool = False,
@@ -176,7 +176,7 @@ def patched_metrics(
     mask: Array,
     values: Mapping[str, Array],
     cells: Array,
-    metric: Metric,
+    metric: LogitMetric,
     *,
     cells_at_once: int = 8,
 ) -> Array:
@@ -204,7 +204,7 @@ def patched_metrics(
     return map_pieces(one, cells, cells_at_once)
 
 
-def rows_of(metric: Metric, rows: np.ndarray, prompts: int) -> Metric:
+def rows_of(metric: LogitMetric, rows: np.ndarray, prompts: int) -> LogitMetric:
     """The metric of some of the prompts: cuts arrays `[prompts, ...]` that it holds.
 
     Raises:
@@ -237,7 +237,7 @@ def _logits(model: Model, params: Params, tokens: Array, mask: Array, edits: Map
 
 @partial(jax.jit, static_argnames=("model", "names"))
 def _run(
-    model: Model, params: Params, tokens: Array, mask: Array, metric: Metric, names: tuple[str, ...]
+    model: Model, params: Params, tokens: Array, mask: Array, metric: LogitMetric, names: tuple[str, ...]
 ) -> tuple[dict[str, Array], Array]:
     out = model.apply(params, tokens, mask=mask, capture=names)
     assert out.logits is not None
@@ -246,7 +246,7 @@ def _run(
 
 @partial(jax.jit, static_argnames=("model",))
 def _gradients(
-    model: Model, params: Params, tokens: Array, mask: Array, metric: Metric, like: Mapping[str, Array]
+    model: Model, params: Params, tokens: Array, mask: Array, metric: LogitMetric, like: Mapping[str, Array]
 ) -> dict[str, Array]:
     """The gradient of the metric with respect to each site's activation; rows of a batch are independent."""
 

@@ -18,7 +18,7 @@ from jax.tree_util import Partial
 from mergelab.activations.batches import map_pieces
 from mergelab.activations.capture import Patterns, batches, check_pairs, stream_sites
 from mergelab.errors import SiteError
-from mergelab.interp.logit_metrics import Metric
+from mergelab.interp.logit_metrics import LogitMetric
 from mergelab.interp.patching import PatchGrid, cell_grid, rows_of
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit
@@ -33,7 +33,7 @@ def path_patching(
     target: Any,
     senders: Patterns,
     receivers: Patterns,
-    metric: Metric,
+    metric: LogitMetric,
     *,
     mask: Any = None,
     by_head: bool = False,
@@ -126,7 +126,7 @@ def _paths(
     mask: Array,
     cells: Array,
     frozen: Array,
-    metric: Metric,
+    metric: LogitMetric,
     head: Array,
     *,
     sent: tuple[str, ...],

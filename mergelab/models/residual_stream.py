@@ -15,7 +15,7 @@ from mergelab.models.layers.norms import Norm
 from mergelab.models.model import Model, Params
 from mergelab.models.table import Leaf
 
-__all__ = ["Component", "Writer", "norm_gain", "readout", "require_decoder", "unembedding", "writers"]
+__all__ = ["Component", "ResidualWriter", "norm_gain", "readout", "require_decoder", "unembedding", "writers"]
 
 
 def unembedding(model: Model, params: Params) -> Float[Array, "width vocab"]:
@@ -56,7 +56,7 @@ _WIDTH = "embed"
 
 
 @dataclass(frozen=True)
-class Writer:
+class ResidualWriter:
     """A parameter whose last axis is the residual stream: a kernel `[..., in, width]`, a bias or a table.
 
     Attributes:
@@ -77,7 +77,7 @@ class Writer:
         return len(self.leaf.shape) == 1
 
 
-def writers(model: Model) -> tuple[Writer, ...]:
+def writers(model: Model) -> tuple[ResidualWriter, ...]:
     """Every parameter that writes to the residual stream, in table order.
 
     Those are the leaves of two or more axes whose last is the residual width (embeddings, attention and
@@ -95,11 +95,11 @@ def writers(model: Model) -> tuple[Writer, ...]:
         if path not in kernels and not (path[-1] == "bias" and (*path[:-1], "kernel") in kernels):
             continue
         if not path[0].startswith("blocks_"):
-            found.append(Writer(leaf, "embeddings", None))
+            found.append(ResidualWriter(leaf, "embeddings", None))
             continue
         component: Component = "attention" if path[1] == "attn" else "mlp"
         gain = table.get((*path[:2], "out_norm", "scale"))
-        found.append(Writer(leaf, component, int(path[0].removeprefix("blocks_")), gain))
+        found.append(ResidualWriter(leaf, component, int(path[0].removeprefix("blocks_")), gain))
     return tuple(found)
 
 

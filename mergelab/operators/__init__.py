@@ -10,7 +10,7 @@ compose your own: `ops.chain(ops.Trim(0.2), ops.ElectSign(), ops.DisjointMean())
 
 from mergelab.operators.algebra import Reduction, Stage, algebraic
 from mergelab.operators.compose import Merge, chain
-from mergelab.operators.declare import REQUIRED, Operator, Parameter, PerModel, Range, operator
+from mergelab.operators.declare import REQUIRED, HyperParameter, Operator, PerModel, Range, operator
 from mergelab.operators.named.arcee_fusion import arcee_fusion
 from mergelab.operators.named.dare import dare_linear, dare_ties, della, della_linear
 from mergelab.operators.named.linear import linear, passthrough, uniform, wise_ft
@@ -57,12 +57,12 @@ __all__ = [
     "DisjointMean",
     "Drop",
     "ElectSign",
+    "HyperParameter",
     "MagPrune",
     "MaskTails",
     "Mean",
     "Merge",
     "Operator",
-    "Parameter",
     "PerModel",
     "Range",
     "Reduction",

@@ -25,8 +25,8 @@ from mergelab.operators.compose import BaseUse, Inputs, Merge
 
 __all__ = [
     "REQUIRED",
+    "HyperParameter",
     "Operator",
-    "Parameter",
     "PerModel",
     "Range",
     "exact",
@@ -87,7 +87,7 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Parameter:
+class HyperParameter:
     """One hyper-parameter of a named operator.
 
     Attributes:
@@ -136,7 +136,7 @@ class Operator:
     min_models: int
     max_models: int | None
     reference: str
-    parameters: tuple[Parameter, ...]
+    parameters: tuple[HyperParameter, ...]
     build: Callable[..., Merge]
 
     def __call__(self, **hyper_parameters: Any) -> Merge:
@@ -149,7 +149,7 @@ class Operator:
         inputs = Inputs(self.name, self.base, self.min_models, self.max_models)
         return dataclasses.replace(self.build(**hyper_parameters), inputs=inputs)
 
-    def parameter(self, name: str) -> Parameter | None:
+    def parameter(self, name: str) -> HyperParameter | None:
         """The parameter a recipe calls `name`, or None."""
         return next((p for p in self.parameters if p.name == name), None)
 
@@ -182,7 +182,7 @@ def operator(
     return declare
 
 
-def _parameter(keyword: str, hint: Any, default: Any) -> Parameter:
+def _parameter(keyword: str, hint: Any, default: Any) -> HyperParameter:
     marks: tuple[Any, ...] = ()
     if typing.get_origin(hint) is Annotated:
         hint, *rest = typing.get_args(hint)
@@ -194,7 +194,7 @@ def _parameter(keyword: str, hint: Any, default: Any) -> Parameter:
     optional = type(None) in options
     plain = next((o for o in options if o is not type(None)), hint) if options else hint
     bounds = next((m for m in marks if isinstance(m, Range)), Range())
-    return Parameter(
+    return HyperParameter(
         name=keyword.rstrip("_"),
         keyword=keyword,
         per_model=any(isinstance(m, PerModel) for m in marks),
@@ -227,7 +227,7 @@ def _check_arguments(operator: Operator, arguments: Mapping[str, Any]) -> None:
         raise OperatorError(f"{operator.name}: parameter {first!r} has no default; pass `{first}=...`.")
 
 
-def _check_value(operator: str, parameter: Parameter, value: Any) -> None:
+def _check_value(operator: str, parameter: HyperParameter, value: Any) -> None:
     where = f"{operator}: parameter {parameter.name!r} is {value!r}, but"
     if parameter.choices:
         if value not in parameter.choices:
@@ -241,7 +241,7 @@ def _check_value(operator: str, parameter: Parameter, value: Any) -> None:
                 _check_number(where, parameter, one)
 
 
-def _check_number(where: str, parameter: Parameter, value: Any) -> None:
+def _check_number(where: str, parameter: HyperParameter, value: Any) -> None:
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -252,5 +252,5 @@ def _check_number(where: str, parameter: Parameter, value: Any) -> None:
         raise OperatorError(f"{where} it must lie between {parameter.low:g} and {parameter.high:g}.")
 
 
-def _per_model(parameter: Parameter) -> str:
+def _per_model(parameter: HyperParameter) -> str:
     return ", or a sequence of one number per model" if parameter.per_model else ""

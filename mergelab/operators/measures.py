@@ -14,10 +14,10 @@ from mergelab.operators.order_statistics import RowQuestion
 
 __all__ = [
     "Measure",
+    "MeasureScope",
     "PerBlock",
     "Rank",
     "RowOrder",
-    "Scope",
     "Sum",
     "pack_masks",
     "pack_masks_on_host",
@@ -52,7 +52,7 @@ def unpack_mask(packed: tuple[jax.Array, ...], model: int) -> jax.Array:
     return (packed[model // 8] >> jnp.uint8(model % 8)) & jnp.uint8(1) == jnp.uint8(1)
 
 
-Scope = Literal["tensor", "tree"]
+MeasureScope = Literal["tensor", "tree"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Sum:
 
     of: Callable[..., Any]
     finish: Callable[..., Any] = lambda part, totals: totals
-    scope: Scope = "tensor"
+    scope: MeasureScope = "tensor"
     needed: Callable[..., bool] | None = None
 
 
@@ -91,7 +91,7 @@ class Rank:
 
     of: Callable[..., tuple[jax.Array, ...]]
     counts: Callable[..., Sequence[Sequence[Any]]]
-    scope: Scope = "tensor"
+    scope: MeasureScope = "tensor"
     values: bool = False
 
 

@@ -12,7 +12,16 @@ from jax.core import Tracer
 
 from mergelab.operators.algebra import Arrays, Granularity, Known, Stage, algebraic
 from mergelab.operators.arithmetic import add_scaled, coefficient
-from mergelab.operators.measures import Measure, PerBlock, Rank, RowOrder, Scope, Sum, pack_masks, unpack_mask
+from mergelab.operators.measures import (
+    Measure,
+    MeasureScope,
+    PerBlock,
+    Rank,
+    RowOrder,
+    Sum,
+    pack_masks,
+    unpack_mask,
+)
 from mergelab.operators.order_statistics import RowQuestion, kept_count, magnitude_key, selected
 from mergelab.operators.region import Region, uniform
 
@@ -55,7 +64,7 @@ class Trim(Stage):
     """
 
     density: Any
-    scope: Scope = dataclasses.field(default="tensor", metadata={"static": True})
+    scope: MeasureScope = dataclasses.field(default="tensor", metadata={"static": True})
 
     per_model: ClassVar[tuple[str, ...]] = ("density",)
 

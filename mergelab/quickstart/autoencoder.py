@@ -13,7 +13,7 @@ import numpy as np
 from mergelab.activations.capture import ModelActivations, contexts_of_texts
 from mergelab.checkpoints.publish import publish_file
 from mergelab.models.load import load_model
-from mergelab.quickstart.corpus import Document
+from mergelab.quickstart.corpus import TextDocument
 from mergelab.quickstart.presets import AutoencoderSettings
 from mergelab.sae.evaluation.reconstruction import Totals
 from mergelab.sae.features.survey import survey
@@ -41,7 +41,7 @@ class Features:
 
 def train_autoencoder(
     model: Path,
-    documents: Sequence[Document],
+    documents: Sequence[TextDocument],
     settings: AutoencoderSettings,
     path: Path,
     seed: int,
@@ -71,7 +71,7 @@ def train_autoencoder(
 
 
 def find_features(
-    model: Path, dictionary_folder: Path, documents: Sequence[Document], settings: AutoencoderSettings
+    model: Path, dictionary_folder: Path, documents: Sequence[TextDocument], settings: AutoencoderSettings
 ) -> Features:
     """Judges the autoencoder on held-out text and takes the latents that are strongest there."""
     dictionary = load_dictionary(dictionary_folder / "final")

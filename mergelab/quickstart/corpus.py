@@ -21,7 +21,7 @@ from mergelab.errors import MergelabError
 __all__ = [
     "DOMAINS",
     "Corpus",
-    "Document",
+    "TextDocument",
     "docstrings",
     "gather",
     "is_held_out",
@@ -84,7 +84,7 @@ _LARGEST = 4  # no source makes up more than a quarter of a side: a score is not
 
 
 @dataclass(frozen=True)
-class Document:
+class TextDocument:
     """One piece of text that is never divided between training and held-out.
 
     Attributes:
@@ -105,8 +105,8 @@ class Document:
 class Corpus:
     """Training and held-out documents by domain."""
 
-    train: Mapping[str, tuple[Document, ...]]
-    held_out: Mapping[str, tuple[Document, ...]]
+    train: Mapping[str, tuple[TextDocument, ...]]
+    held_out: Mapping[str, tuple[TextDocument, ...]]
 
     @property
     def digest(self) -> str:
@@ -133,14 +133,14 @@ class _Side:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.documents: dict[str, list[Document]] = {domain: [] for domain in DOMAINS}
+        self.documents: dict[str, list[TextDocument]] = {domain: [] for domain in DOMAINS}
         self.size: dict[str, int] = dict.fromkeys(DOMAINS, 0)
 
     def take(self, source: _Source) -> None:
         """Adds the source's text if its domain is not full."""
         if self.size[source.domain] >= self.limit:
             return
-        document = Document(source.name, source.read())
+        document = TextDocument(source.name, source.read())
         if document.text.strip() and document.num_bytes * _LARGEST <= self.limit:
             self.documents[source.domain].append(document)
             self.size[source.domain] += document.num_bytes

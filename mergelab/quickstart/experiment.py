@@ -20,8 +20,8 @@ from mergelab.checkpoints.text_file import read_text
 from mergelab.errors import CheckpointError, MergelabError, OutputError
 from mergelab.merging import merge
 from mergelab.quickstart.autoencoder import find_features, train_autoencoder
-from mergelab.quickstart.corpus import DOMAINS, Document, gather
-from mergelab.quickstart.family import Family, train_tokenizer
+from mergelab.quickstart.corpus import DOMAINS, TextDocument, gather
+from mergelab.quickstart.family import TrainedFamily, train_tokenizer
 from mergelab.quickstart.presets import QuickstartSettings
 from mergelab.quickstart.results import Results, score_models, verdict
 from mergelab.version import __version__
@@ -189,7 +189,7 @@ def _run(
     corpus = gather(settings.train_bytes, settings.held_out_bytes)
     key = stage_key(corpus.digest, settings, seed)
     tokenizer = stages.run("tokenizer", key, lambda _: train_tokenizer(corpus, settings))
-    family = Family(settings, corpus, tokenizer, seed)
+    family = TrainedFamily(settings, corpus, tokenizer, seed)
     keys: dict[str, str] = {}  # of every model folder, relative to `out`
 
     for name in ("base", *DOMAINS):
@@ -249,7 +249,7 @@ def _run(
     return results
 
 
-def _mixed(documents: Mapping[str, Sequence[Document]]) -> str:
+def _mixed(documents: Mapping[str, Sequence[TextDocument]]) -> str:
     """The documents of all domains in turn, so that both halves of the text are alike."""
     turns = zip_longest(*documents.values())
     return "\n\n".join(document.text for turn in turns for document in turn if document is not None)

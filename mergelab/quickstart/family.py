@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mergelab.quickstart import small_llama
-from mergelab.quickstart.corpus import DOMAINS, Corpus, Document
+from mergelab.quickstart.corpus import DOMAINS, Corpus, TextDocument
 from mergelab.quickstart.presets import QuickstartSettings
 from mergelab.quickstart.train import train_lm
 from mergelab.text.packing import EvaluationWindows, evaluation_windows, random_windows, token_stream
@@ -26,7 +26,7 @@ from mergelab.version import __version__
 __all__ = [
     "END_OF_TEXT",
     "END_OF_TEXT_ID",
-    "Family",
+    "TrainedFamily",
     "bits_per_byte",
     "checkpoint_steps",
     "fresh_params",
@@ -142,7 +142,7 @@ def checkpoint_steps(steps: int) -> tuple[int, ...]:
     return tuple(sorted({round(float(step)) for step in spaced}))
 
 
-class Family:
+class TrainedFamily:
     """Trains and scores models of one shape; the compiled programs are shared by all of them."""
 
     def __init__(self, settings: QuickstartSettings, corpus: Corpus, tokenizer: str, seed: int) -> None:
@@ -215,17 +215,17 @@ class Family:
             "versions": f"mergelab {__version__}, jax {jax.__version__}",
         }
 
-    def _bits(self, params: dict[str, Any], documents: Sequence[Document]) -> float:
+    def _bits(self, params: dict[str, Any], documents: Sequence[TextDocument]) -> float:
         num_bytes = sum(document.num_bytes for document in documents)
         tokens = self._encode(documents)
         windows = evaluation_windows(tokens, END_OF_TEXT_ID, self.settings.context, num_bytes)
         return bits_per_byte(self._loss, params, windows)
 
-    def _encode(self, documents: Sequence[Document]) -> list[list[int]]:
+    def _encode(self, documents: Sequence[TextDocument]) -> list[list[int]]:
         encodings = self.tokenizer.encode_batch([d.text for d in documents], add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
 
-def _sizes(side: Mapping[str, Sequence[Document]]) -> str:
+def _sizes(side: Mapping[str, Sequence[TextDocument]]) -> str:
     sizes = {domain: sum(document.num_bytes for document in documents) for domain, documents in side.items()}
     return ", ".join(f"{domain} {size / 1000:,.0f} kB" for domain, size in sizes.items())

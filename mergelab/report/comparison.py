@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Comparison", "Score", "cells", "in_reading_order", "save_figure", "score_figure", "svg"]
+__all__ = ["ComparedScore", "Comparison", "cells", "in_reading_order", "save_figure", "score_figure", "svg"]
 
 
-class Score(Protocol):
+class ComparedScore(Protocol):
     """One model: bits per byte by domain and what it keeps of each specialist's gain (None: undefined)."""
 
     @property
@@ -38,7 +38,7 @@ class Comparison(Protocol):
     @property
     def domains(self) -> Sequence[str]: ...
     @property
-    def scores(self) -> Sequence[Score]: ...
+    def scores(self) -> Sequence[ComparedScore]: ...
     @property
     def verdict(self) -> Sequence[str]: ...
     @property
@@ -49,7 +49,7 @@ class Comparison(Protocol):
     def features(self) -> Mapping[str, Any]: ...
 
 
-def in_reading_order(comparison: Comparison) -> list[Score]:
+def in_reading_order(comparison: Comparison) -> list[ComparedScore]:
     """The base, the specialists, then the merges from best to worst mean."""
     order = {"base": 0, "specialist": 1, "merge": 2}
     return sorted(comparison.scores, key=lambda s: (order[s.kind], s.mean if s.kind == "merge" else 0.0))
@@ -145,7 +145,7 @@ def save_figure(comparison: Comparison, folder: Path) -> None:
     publish_file(folder / "figure.svg", svg(score_figure(comparison)).encode())
 
 
-def _panel(ax: Axes, title: str, values: list[float], scores: list[Score], palette: _Palette) -> None:
+def _panel(ax: Axes, title: str, values: list[float], scores: list[ComparedScore], palette: _Palette) -> None:
     ax.set_title(title, loc="left", color=palette.ink, fontsize=10, fontweight="bold")
     ax.set_facecolor("none")
     ax.axvline(values[0], color=palette.base, linestyle=(0, (4, 3)), linewidth=1, zorder=1)

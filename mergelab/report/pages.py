@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mergelab.report.comparison import Comparison, Score, in_reading_order, score_figure, svg
+from mergelab.report.comparison import ComparedScore, Comparison, in_reading_order, score_figure, svg
 from mergelab.sae.features.gallery import Gallery
 
 __all__ = ["page_data", "render_features", "render_page"]
@@ -50,7 +50,7 @@ def _data_uri(comparison: Comparison, *, dark: bool) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode()
 
 
-def _description(scores: list[Score]) -> str:
+def _description(scores: list[ComparedScore]) -> str:
     """What the figure shows, for those who cannot see it."""
     means = ", ".join(f"{score.name} {score.mean:.3f}" for score in scores)
     return f"Dot plot of bits per byte by domain; the means are {means}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mergelab.abliteration.direction_selection import Filters, Selection, select_direction
+from mergelab.abliteration.direction_selection import DirectionSelection, Filters, select_direction
 from mergelab.abliteration.directions import Directions, find_directions
 from tests.abliteration.planted import POSITIONS, REFUSE, Planted, plant, prompt_set
 
@@ -23,7 +23,7 @@ def directions(planted: Planted) -> Directions:
 
 
 @pytest.fixture(scope="session")
-def selection(planted: Planted, directions: Directions) -> Selection:
+def selection(planted: Planted, directions: Directions) -> DirectionSelection:
     """The one chosen on other prompts; four layers are too few to leave the last out."""
     sets = prompt_set(64, 3, True), prompt_set(64, 4, False)
     filters = Filters(max_depth=1.0)

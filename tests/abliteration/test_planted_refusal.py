@@ -12,7 +12,7 @@ import pytest
 
 from mergelab.abliteration.ablation import Ablation
 from mergelab.abliteration.behavior import first_token_scores, kl_divergence, refusal_score
-from mergelab.abliteration.direction_selection import Filters, Selection, select_direction
+from mergelab.abliteration.direction_selection import DirectionSelection, Filters, select_direction
 from mergelab.abliteration.directions import Directions, find_directions, mean_activations
 from mergelab.abliteration.prompts import Prompts
 from mergelab.abliteration.removal import ablate, abliterate_params, induce
@@ -22,7 +22,7 @@ from tests.abliteration.planted import ANSWER, REFUSE, Planted, prompt_set, prom
 HARMFUL, HARMLESS = prompts(256, 10, True), prompts(256, 11, False)
 
 
-def test_the_refusal_is_there_and_ends(planted: Planted, selection: Selection) -> None:
+def test_the_refusal_is_there_and_ends(planted: Planted, selection: DirectionSelection) -> None:
     assert planted.shares(*HARMFUL) == (1.0, 0.0)
     assert planted.shares(*HARMLESS) == (0.0, 1.0)
     ablation = Ablation.everywhere(jnp.asarray(selection.direction), 4)
@@ -41,7 +41,9 @@ def test_a_random_direction_changes_nothing(planted: Planted) -> None:
         assert planted.shares_of(edited, *HARMLESS)[1] >= 0.95
 
 
-def test_adding_the_direction_makes_harmless_prompts_refuse(planted: Planted, selection: Selection) -> None:
+def test_adding_the_direction_makes_harmless_prompts_refuse(
+    planted: Planted, selection: DirectionSelection
+) -> None:
     def added(vector: np.ndarray) -> float:
         vectors = np.where(np.arange(4)[:, None] == selection.chosen.layer, vector, np.float32(0))
         return planted.shares(*HARMLESS, edit=induce(jnp.asarray(vectors)))[0]
@@ -51,7 +53,7 @@ def test_adding_the_direction_makes_harmless_prompts_refuse(planted: Planted, se
     assert added(random * np.linalg.norm(selection.raw) / np.linalg.norm(random)) <= 0.5
 
 
-def test_the_weight_edit_is_the_hook(planted: Planted, selection: Selection) -> None:
+def test_the_weight_edit_is_the_hook(planted: Planted, selection: DirectionSelection) -> None:
     model, params = planted.model, planted.params
     ablation = Ablation.everywhere(jnp.asarray(selection.direction), 4)
     tokens = prompt_set(64, 3, True)
@@ -96,7 +98,7 @@ def test_means_are_those_of_the_stream_whatever_the_padding_and_the_batch(plante
 
 
 def test_every_candidate_is_recorded_and_the_filters_decide(
-    planted: Planted, directions: Directions, selection: Selection
+    planted: Planted, directions: Directions, selection: DirectionSelection
 ) -> None:
     places = [(c.position, c.layer) for c in selection.trace]
     assert places == [(p, layer) for p in (-2, -1) for layer in (1, 2, 3)]
@@ -129,7 +131,7 @@ def test_every_candidate_is_recorded_and_the_filters_decide(
 
 
 def test_the_kl_filter_rejects_a_direction_that_harmless_answers_need(
-    planted: Planted, directions: Directions, selection: Selection
+    planted: Planted, directions: Directions, selection: DirectionSelection
 ) -> None:
     # The token after which answers begin: without its embedding there are neither refusals nor answers.
     harmful = directions.harmful.copy()

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from mergelab.abliteration.behavior import is_refusal, refusal_tokens
 from mergelab.abliteration.direction_selection import Filters
-from mergelab.abliteration.pipeline import Settings, abliterate
+from mergelab.abliteration.pipeline import AbliterationSettings, abliterate
 from mergelab.abliteration.prompts import (
     Prompts,
     encode_prompts,
@@ -74,7 +74,7 @@ def test_the_command_writes_an_edited_folder_and_says_what_it_measured(
 
 
 def test_a_search_chooses_what_is_written(folder: Path, tmp_path: Path) -> None:
-    settings = Settings(
+    settings = AbliterationSettings(
         phrases=("Refused",), filters=Filters(max_kl=0.05, max_depth=1.0), trials=6, rounds=0, batch=8
     )
     told: list[tuple[str, int, int]] = []
@@ -104,7 +104,7 @@ def test_a_search_chooses_what_is_written(folder: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_is_written_where_no_direction_passes(folder: Path, tmp_path: Path) -> None:
-    settings = Settings(phrases=("Refused",), filters=Filters(min_induced=99.0), batch=8)
+    settings = AbliterationSettings(phrases=("Refused",), filters=Filters(min_induced=99.0), batch=8)
     with pytest.raises(EvaluationError, match="passes the filters"):
         abliterate(folder / "model", tmp_path / "out", texts(True), texts(False), settings=settings)
     with pytest.raises(MergelabError, match="4 harmful prompts; give at least 5"):

@@ -14,7 +14,7 @@ from benchmarks import sae_ablation, sae_quality, sae_step
 from benchmarks.sae_presets import PRESETS
 from benchmarks.table import replace_section
 from mergelab.sae.toy import BLOCK_ROWS, ToyTruth
-from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.recipe import TrainingRecipe
 
 # Features that do not overlap: the dictionary that is the truth makes no error at all.
 EASY = ToyTruth(d_in=16, n_features=16, l0=2.0, exponent=0.0, rows=1024)
@@ -142,7 +142,7 @@ def test_the_ablation_knows_its_settings_and_goes_on_where_it_stood(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for changes in sae_ablation.WITHOUT.values():
-        Recipe(steps=10, batch_size=8, **changes)
+        TrainingRecipe(steps=10, batch_size=8, **changes)
     few = {name: sae_ablation.WITHOUT[name] for name in ("the defaults", "inputs not scaled")}
     monkeypatch.setattr(sae_ablation, "WITHOUT", few)
     asked = ["--work", str(tmp_path), "--preset", "tiny", "--seeds", "1"]

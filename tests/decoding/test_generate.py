@@ -15,7 +15,7 @@ from mergelab.decoding import (
     Generated,
     RepetitionPenalty,
     Temperature,
-    TopP,
+    TopPFilter,
     advance,
     begin,
     generate,
@@ -34,7 +34,7 @@ from tests.decoding.record_greedy import RECORDED, transformers_greedy
 from tests.decoding.tiny import CONFIGS, NEW_TOKENS, PROMPTS, tiny
 
 KINDS = [kind for kind in CONFIGS if kind in FAMILIES]
-RANDOM = sample(Temperature(1.5), TopP(0.95))
+RANDOM = sample(Temperature(1.5), TopPFilter(0.95))
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,12 @@ from mergelab.decoding import (
     History,
     LogitsTransform,
     MinNewTokens,
-    MinP,
+    MinPFilter,
     RepetitionPenalty,
     Sampler,
     Temperature,
-    TopK,
-    TopP,
+    TopKFilter,
+    TopPFilter,
     chain,
     greedy,
     logit_bias,
@@ -36,9 +36,9 @@ from tests.decoding.record_processors import CASES, RECORDED, inputs, processors
 TRANSFORMS: dict[str, LogitsTransform] = {
     "repetition_penalty": RepetitionPenalty(CASES["repetition_penalty"]),
     "temperature": Temperature(CASES["temperature"]),
-    "top_k": TopK(int(CASES["top_k"])),
-    "top_p": TopP(CASES["top_p"]),
-    "min_p": MinP(CASES["min_p"]),
+    "top_k": TopKFilter(int(CASES["top_k"])),
+    "top_p": TopPFilter(CASES["top_p"]),
+    "min_p": MinPFilter(CASES["min_p"]),
 }
 TRANSFORMS["together"] = chain(*TRANSFORMS.values())
 
@@ -94,14 +94,14 @@ def test_transforms_are_those_of_transformers() -> None:
 
 @given(rows, st.integers(1, 12))
 def test_top_k_keeps_the_k_largest_and_their_ties(logits: np.ndarray, k: int) -> None:
-    kept = np.isfinite(run(TopK(k), logits))
+    kept = np.isfinite(run(TopKFilter(k), logits))
     ranks = (logits[:, None, :] > logits[:, :, None]).sum(axis=2)  # how many are larger
     np.testing.assert_array_equal(kept, ranks < k)
 
 
 @given(rows, st.floats(0.05, 0.95))
 def test_top_p_keeps_the_fewest_tokens_that_reach_p(logits: np.ndarray, p: float) -> None:
-    kept = np.isfinite(run(TopP(p), logits))
+    kept = np.isfinite(run(TopPFilter(p), logits))
     for scores, row, mask in zip(logits, probabilities(logits), kept, strict=True):
         assert mask[scores.argmax()]  # logits that differ may round to one probability
         assert row[mask].sum() >= p - 1e-5
@@ -112,7 +112,7 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_p(logits: np.ndarray, p: float
 
 @given(rows, st.floats(0.01, 1.0))
 def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(logits: np.ndarray, p: float) -> None:
-    kept = np.isfinite(run(MinP(p), logits))
+    kept = np.isfinite(run(MinPFilter(p), logits))
     ratio = probabilities(logits) / probabilities(logits).max(axis=-1, keepdims=True)
     clear = np.abs(ratio - p) > 1e-5
     np.testing.assert_array_equal(kept[clear], (ratio >= p)[clear])
@@ -121,7 +121,14 @@ def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(logits: np.ndarr
 
 @given(rows)
 def test_neutral_settings_change_nothing(logits: np.ndarray) -> None:
-    neutral = chain(Temperature(1.0), TopK(9), TopP(1.0), MinP(0.0), RepetitionPenalty(1.0), logit_bias({}))
+    neutral = chain(
+        Temperature(1.0),
+        TopKFilter(9),
+        TopPFilter(1.0),
+        MinPFilter(0.0),
+        RepetitionPenalty(1.0),
+        logit_bias({}),
+    )
     np.testing.assert_array_equal(run(neutral, logits), logits)
     assert not np.array_equal(run(chain(neutral, Temperature(2.0)), logits + 1), logits + 1)
 
@@ -129,7 +136,7 @@ def test_neutral_settings_change_nothing(logits: np.ndarray) -> None:
 @given(rows)
 def test_one_value_per_row_is_each_value_alone(logits: np.ndarray) -> None:
     values = np.array([0.4, 0.9], np.float32)
-    for kind in (Temperature, TopP, MinP):
+    for kind in (Temperature, TopPFilter, MinPFilter):
         alone = [run(kind(float(v)), logits[i : i + 1])[0] for i, v in enumerate(values)]
         np.testing.assert_array_equal(run(kind(values), logits), np.stack(alone))
 
@@ -157,7 +164,7 @@ def test_ends_are_forbidden_until_enough_is_generated(generated: int) -> None:
 def test_draws_follow_the_truncated_distribution() -> None:
     logits = np.tile(np.log([0.5, 0.25, 0.15, 0.1]).astype(np.float32), (20_000, 1))
     blank = History(jnp.zeros(logits.shape, bool), jnp.zeros(len(logits), jnp.int32))
-    sampler = sample(TopK(3))
+    sampler = sample(TopKFilter(3))
     tokens = np.asarray(draw_all(sampler, jnp.asarray(logits), blank, row_keys(3, len(logits))))
     share = np.bincount(tokens, minlength=4) / len(tokens)
     expected = np.array([0.5, 0.25, 0.15, 0.0]) / 0.9
@@ -168,7 +175,7 @@ def test_draws_follow_the_truncated_distribution() -> None:
 def test_a_row_draws_the_same_in_any_batch() -> None:
     logits = jnp.asarray(np.random.default_rng(1).normal(size=(6, 40)).astype(np.float32))
     keys = row_keys(jax.random.key(5), 6)
-    sampler = sample(Temperature(1.5), TopP(0.95))
+    sampler = sample(Temperature(1.5), TopPFilter(0.95))
 
     def draw(order: list[int]) -> list[int]:
         blank = History(jnp.zeros((len(order), 40), bool), jnp.zeros(len(order), jnp.int32))
@@ -193,7 +200,9 @@ def test_another_temperature_needs_no_compilation_and_gradients_pass() -> None:
 def test_options_become_the_sampler_they_name() -> None:
     assert sampler_from_options(temperature=0, top_k=5) == greedy()
     every = sampler_from_options(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.2)
-    assert every == sample(RepetitionPenalty(1.2), Temperature(0.7), TopK(5), TopP(0.9), MinP(0.1))
+    assert every == sample(
+        RepetitionPenalty(1.2), Temperature(0.7), TopKFilter(5), TopPFilter(0.9), MinPFilter(0.1)
+    )
     assert sampler_from_options(top_k=0) == sample(Temperature(1.0))
 
 
@@ -201,9 +210,9 @@ def test_options_become_the_sampler_they_name() -> None:
     ("build", "message"),
     [
         (lambda: Temperature(0.0), r"Temperature was given 0.0, but needs a positive number \(choose"),
-        (lambda: TopK(0), "TopK was given 0, but needs an integer of at least 1"),
-        (lambda: TopP(1.5), "TopP was given 1.5, but needs a probability"),
-        (lambda: MinP(-0.1), "MinP was given -0.1"),
+        (lambda: TopKFilter(0), "TopK was given 0, but needs an integer of at least 1"),
+        (lambda: TopPFilter(1.5), "TopP was given 1.5, but needs a probability"),
+        (lambda: MinPFilter(-0.1), "MinP was given -0.1"),
         (lambda: RepetitionPenalty(0.0), "RepetitionPenalty was given 0.0"),
         (lambda: logit_bias({-1: 2.0}), "token ids of at least 0"),
         (lambda: logit_bias({1: float("nan")}), "finite biases"),

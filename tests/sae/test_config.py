@@ -6,15 +6,15 @@ import pytest
 
 from mergelab.errors import SAEError
 from mergelab.sae.training.config import TrainSection
-from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.recipe import TrainingRecipe
 
 
 def test_a_bare_configuration_is_the_bare_recipe() -> None:
-    assert TrainSection(batch_size=8, tokens=80).build() == Recipe(steps=10, batch_size=8)
+    assert TrainSection(batch_size=8, tokens=80).build() == TrainingRecipe(steps=10, batch_size=8)
 
 
 @pytest.mark.parametrize("name", ["b1", "b2", "ema"])
 @pytest.mark.parametrize("value", [1.0, -0.1])
 def test_a_running_mean_that_never_moves_is_refused(name: str, value: float) -> None:
     with pytest.raises(SAEError, match=f"^{name} is {value}; .* below 1"):
-        Recipe(steps=10, batch_size=8, **{name: value})
+        TrainingRecipe(steps=10, batch_size=8, **{name: value})

@@ -17,7 +17,7 @@ from mergelab.errors import MergelabError, SAEError
 from mergelab.sae.training.config import TrainConfig, load_config, plain_settings
 from mergelab.sae.training.data import open_data
 from mergelab.sae.training.memory import check_memory, state_bytes
-from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.variants import VARIANTS, make_variant
 
 CONFIG = """sae: {variant: topk, n_latents: 32, k: 4}
@@ -138,7 +138,10 @@ def test_the_estimate_is_the_size_of_the_state() -> None:
 
     from mergelab.sae.training.initialize import fresh_state, sample_shapes
 
-    variant, recipe = make_variant("topk", d_in=16, n_latents=4096, k=4), Recipe(steps=9, batch_size=8)
+    variant, recipe = (
+        make_variant("topk", d_in=16, n_latents=4096, k=4),
+        TrainingRecipe(steps=9, batch_size=8),
+    )
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     state = jax.eval_shape(lambda k, s: fresh_state(variant, recipe, k, s), key, sample_shapes(variant))
     exact = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

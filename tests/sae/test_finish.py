@@ -14,7 +14,7 @@ from mergelab.errors import SAEError
 from mergelab.sae.sae import Dictionary, DictionaryConfig, layer_norm
 from mergelab.sae.training.finish import finished_dictionary
 from mergelab.sae.training.initialize import initialize
-from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.step import make_step
 from mergelab.sae.variants import Context, make_variant
 
@@ -40,7 +40,7 @@ def test_raw_inputs_give_the_trained_reconstruction(name: str, options: dict[str
     ema = 0.0 if name == "batch_topk" else 0.9
     normalize = options.pop("normalize", "scale")
     variant = make_variant(name, d_in=D, n_latents=N, **options)
-    recipe = Recipe(steps=12, batch_size=BATCH, learning_rate=1e-2, ema=ema, normalize=normalize)
+    recipe = TrainingRecipe(steps=12, batch_size=BATCH, learning_rate=1e-2, ema=ema, normalize=normalize)
     rng = np.random.default_rng(0)
     x = (5 + 3 * rng.standard_normal((BATCH, D))).astype(np.float32)
     y = (2 - 0.2 * rng.standard_normal((BATCH, variant.width_out))).astype(np.float32)

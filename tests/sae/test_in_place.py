@@ -12,7 +12,7 @@ import pytest
 from mergelab.sae.kernels.collectives import Shards
 from mergelab.sae.kernels.rows import update_rows
 from mergelab.sae.training.initialize import initialize
-from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.step import make_step, train_step
 from mergelab.sae.variants import make_variant
 
@@ -33,7 +33,7 @@ def test_rows_in_blocks_are_rows_at_once(n: int) -> None:
 def test_the_step_copies_no_array_of_the_size_of_a_parameter(clip: float | None) -> None:
     d, n, batch = 64, 10_000, 32
     variant = make_variant("topk", d_in=d, n_latents=n, k=4)
-    recipe = Recipe(20, batch, learning_rate=1e-3, clip=clip)
+    recipe = TrainingRecipe(20, batch, learning_rate=1e-3, clip=clip)
     x = np.random.default_rng(0).standard_normal((batch, d)).astype(np.float32)
     state = initialize(variant, recipe, jax.random.key(0), x)
     program = make_step(variant, recipe).lower(state, x, x).compile()  # pyright: ignore[reportFunctionMemberAccess]
@@ -44,7 +44,9 @@ def test_the_step_copies_no_array_of_the_size_of_a_parameter(clip: float | None)
 def test_blocks_and_a_choice_of_one_program_are_the_same_step() -> None:
     d, n, batch = 64, 9001, 32  # two blocks of rows, and a rest
     variant = make_variant("topk", d_in=d, n_latents=n, k=4)
-    recipe = Recipe(20, batch, learning_rate=1e-3, dead_after_tokens=2 * batch, aux_k=8, clip=0.5, lift=0.0)
+    recipe = TrainingRecipe(
+        20, batch, learning_rate=1e-3, dead_after_tokens=2 * batch, aux_k=8, clip=0.5, lift=0.0
+    )
     x = np.random.default_rng(0).standard_normal((batch, d)).astype(np.float32)
     first = initialize(variant, recipe, jax.random.key(0), x)
     results = []

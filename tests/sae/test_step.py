@@ -12,7 +12,7 @@ import pytest
 
 from mergelab.errors import MeshError, SAEError
 from mergelab.sae.training.initialize import initialize
-from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.state import TrainState, place_batch, place_state
 from mergelab.sae.training.step import make_step
 from mergelab.sae.training.update import averaged_params
@@ -20,7 +20,7 @@ from mergelab.sae.variants import Variant, make_variant
 from mergelab.sharding import make_mesh
 
 D, N, BATCH = 16, 64, 32
-RECIPE = Recipe(steps=20, batch_size=BATCH, learning_rate=3e-3, dead_after_tokens=2 * BATCH, aux_k=4)
+RECIPE = TrainingRecipe(steps=20, batch_size=BATCH, learning_rate=3e-3, dead_after_tokens=2 * BATCH, aux_k=4)
 CASES = {
     "topk": {"k": 4},
     "multi_topk": {"k": 3},
@@ -39,7 +39,7 @@ def _batches(count: int, width: int = D) -> list[np.ndarray]:
     return list((codes @ truth + 0.5).astype(np.float32))
 
 
-def _start(variant: Variant, recipe: Recipe = RECIPE, seed: int = 0) -> TrainState:
+def _start(variant: Variant, recipe: TrainingRecipe = RECIPE, seed: int = 0) -> TrainState:
     sample = np.concatenate(_batches(8, variant.d_in))
     target = np.concatenate(_batches(8, variant.width_out)) if variant.d_out else None
     return initialize(variant, recipe, jax.random.key(seed), sample, target)
@@ -48,7 +48,7 @@ def _start(variant: Variant, recipe: Recipe = RECIPE, seed: int = 0) -> TrainSta
 Log = list[dict[str, float]]
 
 
-def _run(variant: Variant, recipe: Recipe, steps: int, mesh: Any = None) -> tuple[TrainState, Log]:
+def _run(variant: Variant, recipe: TrainingRecipe, steps: int, mesh: Any = None) -> tuple[TrainState, Log]:
     state, step, log = _start(variant, recipe), make_step(variant, recipe, mesh), []
     if mesh is not None:
         state = place_state(state, mesh)
@@ -198,10 +198,10 @@ def test_the_bias_of_a_quiet_latent_rises(lift: float, mesh: dict[str, int] | No
 
 
 def test_the_average_is_over_a_part_of_a_short_training() -> None:
-    assert Recipe(steps=2500, batch_size=1).ema_decay == pytest.approx(0.98)
-    assert Recipe(steps=10**6, batch_size=1).ema_decay == pytest.approx(0.999)
-    assert Recipe(steps=10, batch_size=1).ema_decay == 0
-    assert Recipe(steps=2500, batch_size=1, ema=0.9).ema_decay == 0.9
+    assert TrainingRecipe(steps=2500, batch_size=1).ema_decay == pytest.approx(0.98)
+    assert TrainingRecipe(steps=10**6, batch_size=1).ema_decay == pytest.approx(0.999)
+    assert TrainingRecipe(steps=10, batch_size=1).ema_decay == 0
+    assert TrainingRecipe(steps=2500, batch_size=1, ema=0.9).ema_decay == 0.9
 
 
 @pytest.mark.parametrize("sizes", [{"latents": 8}, {"data": 2, "latents": 4}, {"data": 8}], ids=str)

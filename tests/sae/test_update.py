@@ -10,7 +10,7 @@ import pytest
 
 from mergelab.sae.kernels.collectives import ONE_DEVICE
 from mergelab.sae.training.initialize import initialize
-from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.update import learning_rate, update
 from mergelab.sae.variants import make_variant
 
@@ -21,13 +21,16 @@ PLAIN = {"unit_decoder": False, "project_gradients": False, "lift": 0.0, "ema": 
 @pytest.mark.parametrize(
     ("recipe", "b2"),
     [
-        (Recipe(STEPS, 4, learning_rate=1e-2, **PLAIN), 0.9),
-        (Recipe(STEPS, 4, learning_rate=1e-2, b2=0.99, encoder_rate=1.0, bias_rate=1.0, **PLAIN), 0.99),
-        (Recipe(STEPS, 4, learning_rate=1e-2, b1=0.5, encoder_rate=0.2, bias_rate=5.0, **PLAIN), 0.9),
+        (TrainingRecipe(STEPS, 4, learning_rate=1e-2, **PLAIN), 0.9),
+        (
+            TrainingRecipe(STEPS, 4, learning_rate=1e-2, b2=0.99, encoder_rate=1.0, bias_rate=1.0, **PLAIN),
+            0.99,
+        ),
+        (TrainingRecipe(STEPS, 4, learning_rate=1e-2, b1=0.5, encoder_rate=0.2, bias_rate=5.0, **PLAIN), 0.9),
     ],
     ids=["defaults", "paper", "other"],
 )
-def test_it_is_adam_with_a_rate_for_each_kind_of_parameter(recipe: Recipe, b2: float) -> None:
+def test_it_is_adam_with_a_rate_for_each_kind_of_parameter(recipe: TrainingRecipe, b2: float) -> None:
     variant = make_variant("topk", d_in=D, n_latents=N, k=2)
     rng = np.random.default_rng(0)
     state = initialize(variant, recipe, jax.random.key(0), rng.standard_normal((50, D)).astype(np.float32))
@@ -57,5 +60,5 @@ def test_it_is_adam_with_a_rate_for_each_kind_of_parameter(recipe: Recipe, b2: f
     ("steps", "horizon"), [(10, 10), (250, 10), (2500, 100), (25_000, 1000), (10**6, 1000)]
 )
 def test_squares_are_averaged_over_a_part_of_the_training(steps: int, horizon: int) -> None:
-    assert Recipe(steps, 4).square_decay == pytest.approx(1 - 1 / horizon)
-    assert Recipe(steps, 4, b2=0.95).square_decay == 0.95
+    assert TrainingRecipe(steps, 4).square_decay == pytest.approx(1 - 1 / horizon)
+    assert TrainingRecipe(steps, 4, b2=0.95).square_decay == 0.95

@@ -13,7 +13,7 @@ import numpy as np
 
 from mergelab.operators.order_statistics import Selection, split_words
 
-__all__ = ["Found", "KeySearch"]
+__all__ = ["FoundOrder", "KeySearch"]
 
 _HIGHEST = 0xFFFFFFFF
 _PIECE = 2**16
@@ -24,7 +24,7 @@ _ALL = np.full(2, _HIGHEST, np.uint32)
 
 
 @dataclass
-class Found:
+class FoundOrder:
     """What one block holds with respect to the bracket.
 
     Attributes:
@@ -91,7 +91,7 @@ class KeySearch:
         few = levels.size <= _LEVELS and levels[0] == self.low and levels[-1] == self.high
         self._levels = levels if few else None
 
-    def look(self, keys: np.ndarray) -> Found:
+    def look(self, keys: np.ndarray) -> FoundOrder:
         """Examines one block of keys (1-D); safe to call from several threads."""
         levels = self._levels
         if levels is not None and (found := self._count_levels(keys, levels)) is not None:
@@ -113,10 +113,10 @@ class KeySearch:
         # All blocks are held together: each gets its share of what memory allows.
         limit = min(self.limit, max(_FEWEST, _HELD * keys.size // self.size))
         if found.size <= limit:
-            return Found(above, inside, found)
-        return Found(above, inside, found[:: -(-found.size // limit)].copy(), complete=False)
+            return FoundOrder(above, inside, found)
+        return FoundOrder(above, inside, found[:: -(-found.size // limit)].copy(), complete=False)
 
-    def _count_levels(self, keys: np.ndarray, levels: np.ndarray) -> Found | None:
+    def _count_levels(self, keys: np.ndarray, levels: np.ndarray) -> FoundOrder | None:
         """Counts each level; None if the bracket holds other values too."""
         above = below = 0
         counts = np.zeros(levels.size, np.int64)
@@ -129,9 +129,9 @@ class KeySearch:
         inside = int(counts.sum())
         if above + inside + below != keys.size:
             return None
-        return Found(above, inside, _none(), levels=counts)
+        return FoundOrder(above, inside, _none(), levels=counts)
 
-    def conclude(self, blocks: list[Found]) -> bool:
+    def conclude(self, blocks: list[FoundOrder]) -> bool:
         """Takes all blocks of one pass, in order; False if another pass (with a new bracket) is needed."""
         above = sum(b.above for b in blocks)
         inside = sum(b.inside for b in blocks)

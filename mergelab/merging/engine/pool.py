@@ -21,7 +21,7 @@ from mergelab.operators.measures import Rank, Sum
 from mergelab.operators.order_statistics import Selection, split_words, trivial_selection
 from mergelab.platform import usable_cores
 
-__all__ = ["StreamReport", "Writer", "default_threads", "limits_for", "run_tree", "stream_jobs"]
+__all__ = ["StreamReport", "TensorWriter", "default_threads", "limits_for", "run_tree", "stream_jobs"]
 
 
 def run_tree(runs: Sequence[TensorRun], write: WriteBlock) -> None:
@@ -96,7 +96,7 @@ def _share(pooled: Selection, offset: int, size: int) -> Selection:
 T = TypeVar("T")
 
 
-class Writer(Protocol):
+class TensorWriter(Protocol):
     """What the runner needs of an output: pieces written at their place, from any thread."""
 
     @property
@@ -138,7 +138,7 @@ def limits_for(memory: int, threads: int) -> Limits:
 
 def stream_jobs(
     jobs: Sequence[Job],
-    writer: Writer,
+    writer: TensorWriter,
     *,
     seed: int = 0,
     memory: int = 2**30,
@@ -188,7 +188,7 @@ class _Runner:
 
     def __init__(
         self,
-        writer: Writer,
+        writer: TensorWriter,
         seed: int,
         limits: Limits,
         threads: int,

@@ -8,8 +8,8 @@ from itertools import islice
 from typing import Any
 
 from mergelab.checkpoints import Checkpoint
-from mergelab.merging.plan.output_tensors import Place
-from mergelab.merging.structure.architecture import HEADS, Architecture, layer_counts
+from mergelab.merging.plan.output_tensors import OutputPlace
+from mergelab.merging.structure.architecture import HEADS, Structure, layer_counts
 from mergelab.merging.vocabulary.embedding_rows import is_output_embedding
 
 __all__ = ["absent", "incomplete", "is_buffer", "mixed", "packed"]
@@ -114,8 +114,8 @@ def packed(models: Mapping[str, Checkpoint]) -> list[str]:
 
 
 def absent(
-    lacking: Mapping[tuple[str, ...], Sequence[Place]],
-    models: Mapping[str, Architecture],
+    lacking: Mapping[tuple[str, ...], Sequence[OutputPlace]],
+    models: Mapping[str, Structure],
     configs: Mapping[str, Mapping[str, Any]],
     donor: str,
 ) -> list[str]:
@@ -141,7 +141,7 @@ def absent(
     return sentences
 
 
-def _may_lack(place: Place, owners: Sequence[Architecture]) -> bool:
+def _may_lack(place: OutputPlace, owners: Sequence[Structure]) -> bool:
     parts = place.name.split(".")
     head: Callable[[str], bool] = lambda part: part in HEADS or part.endswith("_head")  # noqa: E731
     outside = not _NUMBER.search(place.name)

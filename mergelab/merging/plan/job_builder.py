@@ -13,9 +13,9 @@ from mergelab.checkpoints.source import TensorSource
 from mergelab.errors import CheckpointError, MergelabError, OperatorError
 from mergelab.merging.engine.job import Job
 from mergelab.merging.plan.compatibility import is_buffer
-from mergelab.merging.plan.output_tensors import Place
+from mergelab.merging.plan.output_tensors import OutputPlace
 from mergelab.merging.plan.suspicions import Factors
-from mergelab.merging.recipe.scopes import ScopedSlice, Source, resolve
+from mergelab.merging.recipe.scopes import ScopedSlice, ScopedSource, resolve
 from mergelab.merging.structure.layer_parts import MovedLayers, with_moved_parts
 from mergelab.merging.vocabulary import VocabularyPlan
 from mergelab.merging.vocabulary.embedding_rows import input_embedding, is_token_tensor
@@ -38,7 +38,7 @@ class Ingredients:
         base: the base model's tensor, or None.
     """
 
-    inputs: tuple[tuple[Source, TensorSource], ...]
+    inputs: tuple[tuple[ScopedSource, TensorSource], ...]
     base: TensorSource | None
 
 
@@ -121,14 +121,14 @@ class JobBuilder:
     truncate_rows: bool = False
     stacks: Sequence[MovedLayers] = ()
     faults: list[str] = field(default_factory=list)
-    lacking: dict[tuple[str, ...], list[Place]] = field(default_factory=dict)
+    lacking: dict[tuple[str, ...], list[OutputPlace]] = field(default_factory=dict)
     rejected: dict[str, list[str]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     factors: Factors = field(default_factory=Factors)
     settings: list[str] = field(default_factory=list)
     _merges: dict[str, Merge] = field(default_factory=dict)
 
-    def build(self, place: Place) -> Job | None:
+    def build(self, place: OutputPlace) -> Job | None:
         """The job for a place, or None if there is none (a fault or a skipped tensor, then on record)."""
         try:
             found = self._find(place)
@@ -147,7 +147,7 @@ class JobBuilder:
             self.faults.append(str(error))
             return None
 
-    def _find(self, place: Place) -> Ingredients:
+    def _find(self, place: OutputPlace) -> Ingredients:
         present: list[TensorSource | None] = []
         named = {source.model: name for source, name in zip(place.piece.sources, place.names, strict=True)}
 
@@ -175,7 +175,7 @@ class JobBuilder:
         base = present[count] if place.piece.base is not None else None
         return Ingredients(tuple(inputs), base)
 
-    def _copy(self, place: Place, found: Ingredients, tensor: TensorSource) -> Job:
+    def _copy(self, place: OutputPlace, found: Ingredients, tensor: TensorSource) -> Job:
         dtype = self._dtype(place, [tensor])
         self.settings.append("copy")
         names = [source.model for source, t in found.inputs if t is tensor]
@@ -184,7 +184,7 @@ class JobBuilder:
         merge = None if dtype == tensor.dtype else OPERATORS["passthrough"]()
         return Job(place.name, tuple(tensor.shape), dtype, (tensor,), None, merge, tuple(names))
 
-    def _merge(self, place: Place, found: Ingredients) -> Job:
+    def _merge(self, place: OutputPlace, found: Ingredients) -> Job:
         inputs = [tensor for _, tensor in found.inputs]
         everyone = [*inputs, *([] if found.base is None else [found.base])]
         owners = [source.model for source, _ in found.inputs]
@@ -209,7 +209,7 @@ class JobBuilder:
             self._merges[setting] = self.operator(**arguments)
         return Job(place.name, shape, dtype, tuple(inputs), found.base, self._merges[setting], tuple(owners))
 
-    def _dtype(self, place: Place, tensors: list[TensorSource]) -> np.dtype[Any]:
+    def _dtype(self, place: OutputPlace, tensors: list[TensorSource]) -> np.dtype[Any]:
         kinds = {tensor.dtype for tensor in tensors}
         if all(is_float(kind) for kind in kinds):
             return self.dtype or promote(kinds)
@@ -221,7 +221,7 @@ class JobBuilder:
             )
         return next(iter(kinds))
 
-    def _check_shapes(self, place: Place, tensors: list[TensorSource], owners: list[str]) -> None:
+    def _check_shapes(self, place: OutputPlace, tensors: list[TensorSource], owners: list[str]) -> None:
         first = tuple(tensors[0].shape)
         for tensor, owner in zip(tensors, owners, strict=True):
             if tuple(tensor.shape) == first:
@@ -237,7 +237,7 @@ class JobBuilder:
                 f"{owner!r}; {remedy}"
             )
 
-    def _too_few(self, place: Place, found: Ingredients) -> str:
+    def _too_few(self, place: OutputPlace, found: Ingredients) -> str:
         base = place.piece.base
         if base is not None and found.base is None:
             return (

@@ -9,7 +9,7 @@ from typing import Any
 from mergelab.checkpoints.tied_head import is_tied, untied_config
 from mergelab.merging.engine.job import Job
 from mergelab.merging.recipe.faults import raise_faults
-from mergelab.merging.structure.architecture import Architecture, Stack, layer_counts
+from mergelab.merging.structure.architecture import Stack, Structure, layer_counts
 from mergelab.merging.structure.moved_layers import Tower, move_layers, unlike_sources
 from mergelab.merging.vocabulary.embedding_rows import is_output_embedding, is_token_tensor
 
@@ -53,13 +53,13 @@ def config_differences(configs: Mapping[str, Mapping[str, Any]], donor: str) -> 
 def output_config(
     configs: Mapping[str, Mapping[str, Any]],
     donor: str,
-    architecture: Architecture,
+    architecture: Structure,
     layers: Mapping[str, tuple[tuple[str, int], ...]],
     jobs: Iterable[Job],
     updates: Mapping[str, Any],
     *,
     sources: Mapping[str, Sequence[tuple[tuple[str, int], ...]]] | None = None,
-    architectures: Mapping[str, Architecture] | None = None,
+    architectures: Mapping[str, Structure] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """The output config and warnings about it.
 
@@ -99,7 +99,7 @@ def output_config(
     return config, warnings
 
 
-def _layer_numbers(architectures: Mapping[str, Architecture], module: str) -> dict[str, int]:
+def _layer_numbers(architectures: Mapping[str, Structure], module: str) -> dict[str, int]:
     """How many blocks each model's module has."""
     found = {model: each.modules.get(module) for model, each in architectures.items()}
     return {m: each.stack.count for m, each in found.items() if each is not None and each.stack is not None}

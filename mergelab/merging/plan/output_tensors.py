@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from mergelab.errors import did_you_mean, quoted, shortened
 from mergelab.merging.recipe.faults import FieldPath
 from mergelab.merging.recipe.scopes import ScopedSlice
-from mergelab.merging.structure.architecture import Architecture, Module, Stack, counterpart
+from mergelab.merging.structure.architecture import Module, Stack, Structure, counterpart
 
-__all__ = ["Layout", "Place", "lay_out"]
+__all__ = ["OutputLayout", "OutputPlace", "lay_out"]
 
 
 MAX_LAYERS = 10_000
@@ -18,7 +18,7 @@ MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
-class Place:
+class OutputPlace:
     """One output tensor.
 
     Attributes:
@@ -37,7 +37,7 @@ class Place:
 
 
 @dataclass
-class Layout:
+class OutputLayout:
     """All output tensors, in the donor's order.
 
     Attributes:
@@ -48,7 +48,7 @@ class Layout:
         warnings: what the user should know, one sentence each.
     """
 
-    places: list[Place] = field(default_factory=list)
+    places: list[OutputPlace] = field(default_factory=list)
     layers: dict[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     sources: dict[str, list[tuple[tuple[str, int], ...]]] = field(default_factory=dict)
     faults: list[tuple[FieldPath, str]] = field(default_factory=list)
@@ -56,8 +56,8 @@ class Layout:
 
 
 def lay_out(
-    parts: Mapping[str | None, Sequence[ScopedSlice]], models: Mapping[str, Architecture], donor: str
-) -> Layout:
+    parts: Mapping[str | None, Sequence[ScopedSlice]], models: Mapping[str, Structure], donor: str
+) -> OutputLayout:
     """Lays out every module.
 
     Args:
@@ -65,7 +65,7 @@ def lay_out(
         models: the architecture of each model, by its reference.
         donor: the model whose spelling of names the output takes.
     """
-    layout = Layout()
+    layout = OutputLayout()
     known = dict.fromkeys(name for model in (donor, *models) for name in models[model].modules)
     wanted = _match_modules(parts, list(known), models[donor], layout)
     for name, slices in wanted.items():
@@ -76,8 +76,8 @@ def lay_out(
 def _match_modules(
     parts: Mapping[str | None, Sequence[ScopedSlice]],
     known: list[str],
-    donor: Architecture,
-    layout: Layout,
+    donor: Structure,
+    layout: OutputLayout,
 ) -> dict[str, Sequence[ScopedSlice]]:
     """The slices of every known module, in order; faults for unknown names and for modules left out."""
     everywhere = parts.get(None)
@@ -113,9 +113,9 @@ def _match_modules(
 def _lay_out_module(
     name: str,
     slices: Sequence[ScopedSlice],
-    models: Mapping[str, Architecture],
+    models: Mapping[str, Structure],
     donor: str,
-    layout: Layout,
+    layout: OutputLayout,
 ) -> None:
     owners = (donor, *models)
     spelling = next(models[model].modules[name] for model in owners if name in models[model].modules)
@@ -139,21 +139,21 @@ def _listed(piece: ScopedSlice) -> str:
     return ", ".join(source.model for source in piece.sources)
 
 
-def _modules(piece: ScopedSlice, models: Mapping[str, Architecture], name: str) -> list[Module]:
+def _modules(piece: ScopedSlice, models: Mapping[str, Structure], name: str) -> list[Module]:
     """The module in each source of a slice; an empty one where the model has none."""
     empty = Module(name, None, (), ())
     return [models[source.model].modules.get(name, empty) for source in piece.sources]
 
 
 def _loose(
-    piece: ScopedSlice, names: Iterable[tuple[str, ...]], models: Mapping[str, Architecture], donor: str
-) -> list[Place]:
+    piece: ScopedSlice, names: Iterable[tuple[str, ...]], models: Mapping[str, Structure], donor: str
+) -> list[OutputPlace]:
     """Places for tensors outside the blocks, spelled as the donor spells them."""
     found: dict[str, None] = {}
     for source, each in zip(piece.sources, names, strict=True):
         found.update(dict.fromkeys(counterpart(name, models[source.model], models[donor]) for name in each))
     return [
-        Place(
+        OutputPlace(
             name,
             piece,
             tuple(counterpart(name, models[donor], models[source.model]) for source in piece.sources),
@@ -166,12 +166,12 @@ def _loose(
 def _blocks(
     slices: Sequence[ScopedSlice],
     spelling: Stack,
-    models: Mapping[str, Architecture],
+    models: Mapping[str, Structure],
     module: str,
-    layout: Layout,
-) -> tuple[list[Place], list[tuple[tuple[str, int], ...]]]:
+    layout: OutputLayout,
+) -> tuple[list[OutputPlace], list[tuple[tuple[str, int], ...]]]:
     """The places of all blocks, and per output block the (model, block) of each of its sources."""
-    places: list[Place] = []
+    places: list[OutputPlace] = []
     layers: list[tuple[tuple[str, int], ...]] = []
     for piece in slices:
         ranges = _ranges(piece, models, module, layout)
@@ -192,12 +192,12 @@ def _blocks(
                 found.update(dict.fromkeys(stack.suffixes[start + offset] if i in ranges else ()))
             layers.append(tuple((piece.sources[i].model, ranges[i][1] + offset) for i in sorted(ranges)))
             output = f"{spelling.prefix}{len(layers) - 1}."
-            places += [Place(output + s, piece, tuple(p + s for p in prefixes), t) for s in found]
+            places += [OutputPlace(output + s, piece, tuple(p + s for p in prefixes), t) for s in found]
     return places, layers
 
 
 def _ranges(
-    piece: ScopedSlice, models: Mapping[str, Architecture], module: str, layout: Layout
+    piece: ScopedSlice, models: Mapping[str, Structure], module: str, layout: OutputLayout
 ) -> dict[int, tuple[Stack, int, int]]:
     """`(stack, start, stop)` of each source that has the module, all of one length, or none and a fault."""
     ranges: dict[int, tuple[Stack, int, int]] = {}

@@ -19,13 +19,13 @@ from mergelab.merging.plan.compatibility import absent, incomplete, mixed, packe
 from mergelab.merging.plan.input_models import FoundModel, PlannedCheckpoint, find_models
 from mergelab.merging.plan.job_builder import JobBuilder
 from mergelab.merging.plan.output_config import config_differences, output_config
-from mergelab.merging.plan.output_tensors import Layout, Place, lay_out
+from mergelab.merging.plan.output_tensors import OutputLayout, OutputPlace, lay_out
 from mergelab.merging.plan.suspicions import odd_relations
 from mergelab.merging.recipe.faults import raise_faults
 from mergelab.merging.recipe.recipe_file import recipe_yaml
 from mergelab.merging.recipe.schema import Recipe
 from mergelab.merging.recipe.scopes import recipe_faults, recipe_warnings, scoped_parts
-from mergelab.merging.structure.architecture import Architecture, infer_architecture
+from mergelab.merging.structure.architecture import Structure, infer_architecture
 from mergelab.merging.structure.layer_parts import MovedLayers
 from mergelab.merging.vocabulary import (
     VocabularyPlan,
@@ -42,7 +42,7 @@ __all__ = ["Plan", "absences", "make_plan", "shortened", "strangers"]
 MAX_FAULTS = 20
 
 
-def strangers(models: Mapping[str, Architecture], donor: str) -> list[str]:
+def strangers(models: Mapping[str, Structure], donor: str) -> list[str]:
     """One sentence per model that has not one tensor, block or other, in common with the donor."""
     kinds = {name: _kinds(architecture) for name, architecture in models.items()}
     return [
@@ -53,7 +53,7 @@ def strangers(models: Mapping[str, Architecture], donor: str) -> list[str]:
     ]
 
 
-def _kinds(architecture: Architecture) -> set[str]:
+def _kinds(architecture: Structure) -> set[str]:
     """The names of a model's tensors without block numbers and their prefixes."""
     found: set[str] = set()
     for module in architecture.modules.values():
@@ -63,7 +63,7 @@ def _kinds(architecture: Architecture) -> set[str]:
     return found
 
 
-def absences(lacking: Mapping[tuple[str, ...], Sequence[Place]], skipped: Sequence[str]) -> list[str]:
+def absences(lacking: Mapping[tuple[str, ...], Sequence[OutputPlace]], skipped: Sequence[str]) -> list[str]:
     """One sentence per group of models that lack the same tensors, and one for tensors not made at all."""
     found = []
     for models, places in lacking.items():
@@ -303,7 +303,7 @@ def _inputs(recipe: Recipe, found: Mapping[str, FoundModel], stages: Mapping[str
     return tuple(dict.fromkeys(paths))
 
 
-def _moved_layers(layout: Layout, models: Mapping[str, Architecture], donor: str) -> list[MovedLayers]:
+def _moved_layers(layout: OutputLayout, models: Mapping[str, Structure], donor: str) -> list[MovedLayers]:
     found = []
     for module, sources in layout.sources.items():
         stacks = {name: each.modules[module].stack for name, each in models.items() if module in each.modules}

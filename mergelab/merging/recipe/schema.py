@@ -70,7 +70,7 @@ def _kind_of_token_source(value: Any) -> str:
 ModelText = Annotated[StrictStr, BeforeValidator(model_ref_text), AfterValidator(_checked_model)]
 LayerRange = Annotated[tuple[StrictInt, StrictInt], AfterValidator(_checked_range)]
 SettingField = Annotated[Setting, PlainValidator(parse_setting), PlainSerializer(_setting_data)]
-Parameters = Annotated[dict[str, SettingField], BeforeValidator(_none_is_empty)]
+SettingFields = Annotated[dict[str, SettingField], BeforeValidator(_none_is_empty)]
 DTypeName = Literal["bfloat16", "float16", "float32", "float64", "int64"]
 
 
@@ -82,7 +82,7 @@ class InputModel(_Part):
     """One entry of `models:`."""
 
     model: ModelText
-    parameters: Parameters = {}
+    parameters: SettingFields = {}
 
 
 class SliceSource(_Part):
@@ -90,7 +90,7 @@ class SliceSource(_Part):
 
     model: ModelText
     layer_range: LayerRange
-    parameters: Parameters = {}
+    parameters: SettingFields = {}
 
 
 class OutputSlice(_Part):
@@ -99,7 +99,7 @@ class OutputSlice(_Part):
     sources: tuple[SliceSource, ...] = Field(min_length=1)
     base_model: ModelText | None = None
     residual_weight: float | None = None
-    parameters: Parameters = {}
+    parameters: SettingFields = {}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -123,7 +123,7 @@ class ModuleRecipe(_Part):
 
     models: tuple[InputModel, ...] | None = None
     slices: tuple[OutputSlice, ...] | None = None
-    parameters: Parameters = {}
+    parameters: SettingFields = {}
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
@@ -200,7 +200,7 @@ class Recipe(_Part):
     tokenizer_source: ModelText | None = None
     tokenizer: TokenizerSpec | None = None
     chat_template: StrictStr | None = None
-    parameters: Parameters = {}
+    parameters: SettingFields = {}
     name: StrictStr | None = None
     merges: tuple[Recipe, ...] = ()
 

@@ -12,13 +12,13 @@ from mergelab.merging.recipe.faults import FieldPath
 from mergelab.merging.recipe.schema import ModuleRecipe, Recipe
 from mergelab.merging.recipe.settings import Scalar, Setting, Unset
 from mergelab.operators import OPERATORS
-from mergelab.operators.declare import Operator, Parameter
+from mergelab.operators.declare import HyperParameter, Operator
 
 __all__ = [
     "IGNORED",
     "Scope",
     "ScopedSlice",
-    "Source",
+    "ScopedSource",
     "convert",
     "model_scope_read",
     "recipe_faults",
@@ -33,7 +33,7 @@ Scope = Mapping[str, Setting]
 
 
 @dataclass(frozen=True)
-class Source:
+class ScopedSource:
     """One input of a slice.
 
     Attributes:
@@ -60,13 +60,13 @@ class ScopedSlice:
         path: its place in the recipe.
     """
 
-    inputs: tuple[Source, ...]
-    base: Source | None
+    inputs: tuple[ScopedSource, ...]
+    base: ScopedSource | None
     shared: tuple[Scope, ...]
     path: FieldPath
 
     @property
-    def sources(self) -> tuple[Source, ...]:
+    def sources(self) -> tuple[ScopedSource, ...]:
         """The inputs, then the base."""
         return self.inputs if self.base is None else (*self.inputs, self.base)
 
@@ -86,31 +86,35 @@ def _slices(
     outer = (part.parameters, recipe.parameters)
     if part.models is not None:
         sources = [
-            Source(model.model, None, model.parameters, (*path, "models", i))
+            ScopedSource(model.model, None, model.parameters, (*path, "models", i))
             for i, model in enumerate(part.models)
         ]
         base = recipe.base_model
         if base is not None and all(source.model != base for source in sources):
-            sources.append(Source(base, None, {}, ("base_model",)))
+            sources.append(ScopedSource(base, None, {}, ("base_model",)))
         return (_scoped(sources, base, outer, (*path, "models"), operator),)
     found = []
     for i, piece in enumerate(part.slices or ()):
         here = (*path, "slices", i)
         sources = [
-            Source(source.model, source.layer_range, source.parameters, (*here, "sources", j))
+            ScopedSource(source.model, source.layer_range, source.parameters, (*here, "sources", j))
             for j, source in enumerate(piece.sources)
         ]
         base = piece.base_model or recipe.base_model
         ranges = {source.layer_range for source in sources}
         absent = base is not None and all(source.model != base for source in sources)
         if base is not None and absent and operator.base != "as_input" and len(ranges) == 1:
-            sources.append(Source(base, sources[0].layer_range, {}, here))
+            sources.append(ScopedSource(base, sources[0].layer_range, {}, here))
         found.append(_scoped(sources, base, (piece.parameters, *outer), here, operator))
     return tuple(found)
 
 
 def _scoped(
-    sources: list[Source], base: str | None, shared: tuple[Scope, ...], path: FieldPath, operator: Operator
+    sources: list[ScopedSource],
+    base: str | None,
+    shared: tuple[Scope, ...],
+    path: FieldPath,
+    operator: Operator,
 ) -> ScopedSlice:
     if operator.base == "as_input":
         return ScopedSlice(tuple(sources), None, shared, path)
@@ -122,7 +126,7 @@ IGNORED = frozenset({"int8_mask"})
 """Parameters that mergekit recipes carry and that change no number here (masks are one byte anyway)."""
 
 
-def model_scope_read(operator: Operator, parameter: Parameter) -> bool:
+def model_scope_read(operator: Operator, parameter: HyperParameter) -> bool:
     """Whether a model's own `parameters` are searched: for per-model ones, and where there is one model."""
     return parameter.per_model or (operator.base == "as_input" and operator.max_models == 1)
 
@@ -130,7 +134,7 @@ def model_scope_read(operator: Operator, parameter: Parameter) -> bool:
 def resolve(
     operator: Operator,
     piece: ScopedSlice,
-    inputs: Sequence[tuple[Source, str]],
+    inputs: Sequence[tuple[ScopedSource, str]],
     output_name: str,
     t: float,
 ) -> dict[str, Any]:
@@ -185,14 +189,14 @@ def _first(scopes: Iterable[Scope], name: str, tensor_name: str, t: float) -> Sc
     return Unset()
 
 
-def _unset(operator: Operator, parameter: Parameter, tensor_name: str, whose: str) -> str:
+def _unset(operator: Operator, parameter: HyperParameter, tensor_name: str, whose: str) -> str:
     return (
         f"tensor {tensor_name!r}{whose}: no filter of {parameter.name!r} matches it and {operator.name!r} "
         "has no default: add an entry without a filter"
     )
 
 
-def convert(parameter: Parameter, value: Scalar) -> Any:
+def convert(parameter: HyperParameter, value: Scalar) -> Any:
     """A checked scalar as the type the operator declares; None stays None.
 
     Raises:
@@ -207,7 +211,7 @@ def convert(parameter: Parameter, value: Scalar) -> Any:
     return parameter.type(value)
 
 
-def value_fault(parameter: Parameter, value: Scalar) -> str | None:
+def value_fault(parameter: HyperParameter, value: Scalar) -> str | None:
     """What is wrong with a value as written, or None."""
     if value is None:
         return None if parameter.optional else f"has no value: {_expected(parameter)} is needed"
@@ -233,7 +237,7 @@ def _is_finite(value: int | float) -> bool:
         return False
 
 
-def _expected(parameter: Parameter) -> str:
+def _expected(parameter: HyperParameter) -> str:
     kinds: Mapping[type, str] = {bool: "true or false", int: "a whole number", str: "a word"}
     kind = kinds.get(parameter.type, "a number")
     low, high = parameter.low, parameter.high
@@ -345,7 +349,7 @@ def _slice_faults(operator: Operator, piece: ScopedSlice) -> Iterator[Located]:
                 )
 
 
-def _unread(operator: Operator, piece: ScopedSlice, source: Source) -> Iterator[Located]:
+def _unread(operator: Operator, piece: ScopedSlice, source: ScopedSource) -> Iterator[Located]:
     for name in source.parameters:
         parameter = operator.parameter(name)
         if parameter is None:

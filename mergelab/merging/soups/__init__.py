@@ -8,8 +8,8 @@ from mergelab.merging.soups.averages import (
     uniform_soup,
 )
 from mergelab.merging.soups.greedy import GreedySoup, greedy_soup, replay
-from mergelab.merging.soups.scores import Guarded, Lexicographic, Metric, Selection, WeightedSum
-from mergelab.merging.soups.trace import Decision, Ranked, Trace
+from mergelab.merging.soups.scores import Guarded, Lexicographic, Objective, SoupSelection, WeightedScores
+from mergelab.merging.soups.trace import Decision, Ranked, SoupTrace
 
 __all__ = [
     "Decision",
@@ -17,12 +17,12 @@ __all__ = [
     "GreedySoup",
     "Guarded",
     "Lexicographic",
-    "Metric",
+    "Objective",
     "Ranked",
     "RunningAverage",
-    "Selection",
-    "Trace",
-    "WeightedSum",
+    "SoupSelection",
+    "SoupTrace",
+    "WeightedScores",
     "exponential_soup",
     "greedy_soup",
     "last_soup",

@@ -10,8 +10,8 @@ from jaxtyping import Array, PyTree
 
 from mergelab.errors import EvaluationError
 from mergelab.merging.soups.averages import Candidates, Loader, RunningAverage, loaders, uniform_soup
-from mergelab.merging.soups.scores import Metric, Scores, Selection, as_selection, call_evaluator
-from mergelab.merging.soups.trace import Decision, Ranked, Trace
+from mergelab.merging.soups.scores import Objective, Scores, SoupSelection, as_selection, call_evaluator
+from mergelab.merging.soups.trace import Decision, Ranked, SoupTrace
 
 __all__ = ["Evaluator", "GreedySoup", "Rule", "ScoreSoup", "greedy_search", "greedy_soup", "replay"]
 
@@ -26,12 +26,12 @@ def greedy_search(
     names: Iterable[str],
     score: ScoreSoup,
     *,
-    selection: str | Metric | Selection,
+    selection: str | Objective | SoupSelection,
     rule: Rule = "paper",
     min_delta: float = 0.0,
     patience: int | None = None,
     max_size: int | None = None,
-) -> Trace:
+) -> SoupTrace:
     """Returns the trace of a greedy soup over named candidates; knows nothing of what a model is.
 
     Candidates are scored alone and sorted, best first (equal worth: by name). The best one starts the soup;
@@ -86,7 +86,7 @@ def greedy_search(
         "patience": patience,
         "max_size": max_size,
     }
-    return Trace(settings, tuple(ranking), tuple(decisions))
+    return SoupTrace(settings, tuple(ranking), tuple(decisions))
 
 
 def _stop(size: int, rejections: int, patience: int | None, max_size: int | None) -> str | None:
@@ -98,7 +98,7 @@ def _stop(size: int, rejections: int, patience: int | None, max_size: int | None
 
 
 def _judge(
-    selection: Selection, rule: Rule, min_delta: float, before: Scores, after: Scores, reference: Scores
+    selection: SoupSelection, rule: Rule, min_delta: float, before: Scores, after: Scores, reference: Scores
 ) -> tuple[bool, str]:
     if objection := selection.objection(after, reference):
         return False, objection
@@ -133,14 +133,14 @@ class GreedySoup:
     """A greedy soup's parameters, and the trace of how it came about."""
 
     params: PyTree[Array]
-    trace: Trace
+    trace: SoupTrace
 
 
 def greedy_soup(
     candidates: Candidates,
     evaluate: Evaluator,
     *,
-    selection: str | Metric | Selection = "score",
+    selection: str | Objective | SoupSelection = "score",
     rule: Rule = "paper",
     min_delta: float = 0.0,
     patience: int | None = None,
@@ -158,7 +158,7 @@ def greedy_soup(
     Args:
         candidates: parameter trees, loaders or checkpoint paths, by name or in order.
         evaluate: scores a tree on *validation* data.
-        selection: a metric's name (larger is better), a `Metric`, or a rule over several metrics. A bare
+        selection: a metric's name (larger is better), a `Objective`, or a rule over several metrics. A bare
             number from the evaluator stands for the one metric.
         rule: whether a tie is accepted ("paper") or not ("code").
         min_delta: least improvement in the first metric, >= 0.
@@ -205,7 +205,7 @@ def greedy_soup(
     return GreedySoup(params, trace.with_test(tests))
 
 
-def replay(trace: Trace, candidates: Candidates) -> PyTree[Array]:
+def replay(trace: SoupTrace, candidates: Candidates) -> PyTree[Array]:
     """Returns the soup a trace describes, rebuilt from the candidates without any evaluation."""
     load = loaders(candidates)
     return uniform_soup(load[name] for name in trace.members)

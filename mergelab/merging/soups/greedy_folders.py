@@ -20,14 +20,14 @@ from mergelab.errors import CheckpointError, OutputError
 from mergelab.merging.plan.planner import make_plan
 from mergelab.merging.soups.folders import StrPath, average_checkpoints, candidate_names, soup_recipe
 from mergelab.merging.soups.greedy import Rule, describe, greedy_search
-from mergelab.merging.soups.scores import Metric, Scores, Selection, as_selection, call_evaluator
-from mergelab.merging.soups.trace import Trace
+from mergelab.merging.soups.scores import Objective, Scores, SoupSelection, as_selection, call_evaluator
+from mergelab.merging.soups.trace import SoupTrace
 
-__all__ = ["FolderEvaluator", "Journal", "greedy_soup_checkpoints", "trace_path"]
+__all__ = ["FolderEvaluator", "SoupJournal", "greedy_soup_checkpoints", "trace_path"]
 
 
 @dataclass
-class Journal:
+class SoupJournal:
     """Scores of soups by their members, on disk after every evaluation.
 
     The search itself is deterministic and cheap: run again over remembered scores it makes the same
@@ -45,7 +45,7 @@ class Journal:
     scores: dict[tuple[str, ...], Scores] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, path: Path, subject: Mapping[str, object]) -> Journal:
+    def open(cls, path: Path, subject: Mapping[str, object]) -> SoupJournal:
         """Returns the journal at `path`, empty if there is none.
 
         Raises:
@@ -95,7 +95,7 @@ def greedy_soup_checkpoints(
     out: StrPath,
     evaluate: FolderEvaluator,
     *,
-    selection: str | Metric | Selection = "score",
+    selection: str | Objective | SoupSelection = "score",
     rule: Rule = "paper",
     min_delta: float = 0.0,
     patience: int | None = None,
@@ -106,7 +106,7 @@ def greedy_soup_checkpoints(
     on_evaluation: Callable[[tuple[str, ...], Scores], None] | None = None,
     inputs: Iterable[Path] = (),
     **options: Any,
-) -> Trace:
+) -> SoupTrace:
     """Writes the greedy soup of checkpoints to `out`, and its trace beside it.
 
     Every trial is the mean of its members, read from the members' own files in one streamed pass, summed
@@ -118,7 +118,7 @@ def greedy_soup_checkpoints(
         checkpoints: model folders.
         out: the folder to write.
         evaluate: scores a folder on *validation* data.
-        selection: a metric's name (larger is better), a `Metric`, or a rule over several metrics.
+        selection: a metric's name (larger is better), a `Objective`, or a rule over several metrics.
         rule: whether a tie is accepted ("paper") or not ("code").
         min_delta: least improvement in the first metric, >= 0.
         patience: stop after this many rejections in a row; None: try every candidate.
@@ -163,11 +163,11 @@ def greedy_soup_checkpoints(
     identity = identity_digest({"soup": json.dumps(facts, sort_keys=True), "plan": plan.identity})
     with WorkFolder(Path(out), inputs=inputs, overwrite=overwrite) as work:
         if work.finished(identity):
-            return Trace.from_json(read_text(trace_path(out)))
+            return SoupTrace.from_json(read_text(trace_path(out)))
         work.prepare()
         if overwrite:
             work.clear_stages()
-        journal = Journal.open(work.stages / "journal.json", subject)
+        journal = SoupJournal.open(work.stages / "journal.json", subject)
 
         def score(members: tuple[str, ...]) -> Scores:
             if members not in journal.scores:
@@ -211,7 +211,7 @@ def _check_trace(path: Path, inputs: Iterable[Path]) -> None:
     check_target(path, inputs, folder=False)
     if path.exists():
         try:
-            Trace.from_json(read_text(path, error=OutputError))
+            SoupTrace.from_json(read_text(path, error=OutputError))
         except OutputError:
             raise OutputError(
                 f"{path} is there already and is not the trace of a greedy soup; move it, or choose another "

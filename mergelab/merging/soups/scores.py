@@ -12,10 +12,10 @@ from mergelab.errors import EvaluationError, did_you_mean
 __all__ = [
     "Guarded",
     "Lexicographic",
-    "Metric",
+    "Objective",
     "Scores",
-    "Selection",
-    "WeightedSum",
+    "SoupSelection",
+    "WeightedScores",
     "as_selection",
     "call_evaluator",
     "read_scores",
@@ -93,7 +93,7 @@ Direction = Literal["max", "min"]
 
 
 @dataclass(frozen=True)
-class Metric:
+class Objective:
     """A metric's name and which way is better.
 
     Raises:
@@ -117,11 +117,11 @@ class Metric:
         return f"{self.direction} {self.name}"
 
 
-class Selection(Protocol):
+class SoupSelection(Protocol):
     """Orders score sheets, and may refuse one outright."""
 
     @property
-    def metrics(self) -> tuple[Metric, ...]:
+    def metrics(self) -> tuple[Objective, ...]:
         """The metrics the rule reads; an evaluator must return all of them."""
         ...
 
@@ -134,18 +134,18 @@ class Selection(Protocol):
         ...
 
 
-def _metric(given: str | Metric) -> Metric:
+def _metric(given: str | Objective) -> Objective:
     """A metric, or the name of one whose larger values are better."""
-    if isinstance(given, Metric):
+    if isinstance(given, Objective):
         return given
     if isinstance(given, str):
-        return Metric(given)
+        return Objective(given)
     raise EvaluationError(f"A selection rule has {given!r} where a metric or its name was expected.")
 
 
-def _pairs(given: Iterable[tuple[str | Metric, float]], what: str) -> tuple[tuple[Metric, float], ...]:
+def _pairs(given: Iterable[tuple[str | Objective, float]], what: str) -> tuple[tuple[Objective, float], ...]:
     """Metrics with a number each."""
-    found: list[tuple[Metric, float]] = []
+    found: list[tuple[Objective, float]] = []
     for pair in given:
         if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[1], int | float):
             raise EvaluationError(f"A selection rule has {pair!r} where (metric, {what}) was expected.")
@@ -160,10 +160,10 @@ class Lexicographic:
     Metrics may be given by name, where larger is better.
     """
 
-    metrics: tuple[Metric, ...]
+    metrics: tuple[Objective, ...]
 
     def __post_init__(self) -> None:
-        given = (self.metrics,) if isinstance(self.metrics, str | Metric) else self.metrics
+        given = (self.metrics,) if isinstance(self.metrics, str | Objective) else self.metrics
         if not given:
             raise EvaluationError("A selection rule needs at least one metric; none was given.")
         object.__setattr__(self, "metrics", tuple(map(_metric, given)))
@@ -179,10 +179,10 @@ class Lexicographic:
 
 
 @dataclass(frozen=True)
-class WeightedSum:
+class WeightedScores:
     """The sum of `weight * worth` over metrics or their names; `worth` is negated for metrics to minimise."""
 
-    terms: tuple[tuple[Metric, float], ...]
+    terms: tuple[tuple[Objective, float], ...]
 
     def __post_init__(self) -> None:
         if not self.terms:
@@ -190,7 +190,7 @@ class WeightedSum:
         object.__setattr__(self, "terms", _pairs(self.terms, "weight"))
 
     @property
-    def metrics(self) -> tuple[Metric, ...]:
+    def metrics(self) -> tuple[Objective, ...]:
         return tuple(metric for metric, _ in self.terms)
 
     def worth(self, scores: Scores) -> tuple[float, ...]:
@@ -211,8 +211,8 @@ class Guarded:
     up to more than the limit.
     """
 
-    rule: Selection
-    limits: tuple[tuple[Metric, float], ...]
+    rule: SoupSelection
+    limits: tuple[tuple[Objective, float], ...]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rule", as_selection(self.rule))
@@ -222,7 +222,7 @@ class Guarded:
                 raise EvaluationError(f"The limit on {metric.name!r} is {limit}; expected 0 or more.")
 
     @property
-    def metrics(self) -> tuple[Metric, ...]:
+    def metrics(self) -> tuple[Objective, ...]:
         guards = tuple(metric for metric, _ in self.limits)
         return self.rule.metrics + tuple(m for m in guards if m not in self.rule.metrics)
 
@@ -244,13 +244,13 @@ class Guarded:
         return f"{self.rule} ({limits})"
 
 
-def as_selection(rule: str | Metric | Selection) -> Selection:
-    """Returns a rule for a metric's name (larger is better), a `Metric`, or a rule itself.
+def as_selection(rule: str | Objective | SoupSelection) -> SoupSelection:
+    """Returns a rule for a metric's name (larger is better), a `Objective`, or a rule itself.
 
     Raises:
         EvaluationError: it is none of these.
     """
-    if isinstance(rule, str | Metric):
+    if isinstance(rule, str | Objective):
         return Lexicographic((_metric(rule),))
     if not all(hasattr(rule, name) for name in ("metrics", "worth", "objection")):
         raise EvaluationError(f"{rule!r} is no selection rule; give a metric, its name, or a rule of them.")

@@ -10,7 +10,7 @@ from mergelab.checkpoints.json_data import parse_json_object
 from mergelab.errors import CheckpointError, OutputError
 from mergelab.merging.soups.scores import Scores
 
-__all__ = ["Decision", "Ranked", "Trace"]
+__all__ = ["Decision", "Ranked", "SoupTrace"]
 
 _FORMAT = 1
 
@@ -43,7 +43,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Trace:
+class SoupTrace:
     """Everything a greedy search saw and decided; enough to rebuild the soup from the candidates.
 
     Attributes:
@@ -70,7 +70,7 @@ class Trace:
         kept = [d.after for d in self.decisions if d.accepted and d.after is not None]
         return kept[-1] if kept else self.ranking[0].scores
 
-    def with_test(self, test: Mapping[str, Scores]) -> Trace:
+    def with_test(self, test: Mapping[str, Scores]) -> SoupTrace:
         """Returns the trace with test scores added."""
         return replace(self, test=dict(test))
 
@@ -80,7 +80,7 @@ class Trace:
         return {"format": _FORMAT, "members": list(self.members), "validation": self.validation, **body}
 
     @classmethod
-    def from_json(cls, text: str) -> Trace:
+    def from_json(cls, text: str) -> SoupTrace:
         """Returns the trace that was written as this JSON text.
 
         Raises:

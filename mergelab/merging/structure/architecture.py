@@ -12,9 +12,9 @@ from mergelab.merging.vocabulary.embedding_rows import is_token_tensor
 __all__ = [
     "HEADS",
     "LAYER_COUNT_KEYS",
-    "Architecture",
     "Module",
     "Stack",
+    "Structure",
     "counterpart",
     "infer_architecture",
     "layer_counts",
@@ -70,7 +70,7 @@ class Module:
 
 
 @dataclass(frozen=True)
-class Architecture:
+class Structure:
     """The modules of one model; every tensor of the model is in exactly one of them."""
 
     modules: Mapping[str, Module]
@@ -87,7 +87,7 @@ class Architecture:
         return tuple(module for module in self.modules.values() if module.stack is not None)
 
 
-def infer_architecture(names: Iterable[str], config: Mapping[str, Any]) -> Architecture:
+def infer_architecture(names: Iterable[str], config: Mapping[str, Any]) -> Structure:
     """Groups tensor names into modules.
 
     A stack is a prefix followed by numbers 0 to n - 1, n being a layer count of `config` where it states any
@@ -112,10 +112,10 @@ def infer_architecture(names: Iterable[str], config: Mapping[str, Any]) -> Archi
         post = tuple(name for name in rest if _is_post(name))
         pre = tuple(name for name in rest if name not in post)
         modules[label] = Module(label, by_label.get(label), pre, post)
-    return Architecture(modules, frozenset(names))
+    return Structure(modules, frozenset(names))
 
 
-def counterpart(name: str, here: Architecture, there: Architecture) -> str:
+def counterpart(name: str, here: Structure, there: Structure) -> str:
     """What another model calls a tensor that stands outside the blocks.
 
     The same name, unless one model wraps the other (`transformer.h.` against `h.`): then the wrapper's prefix

@@ -8,7 +8,7 @@ from typing import Any
 from mergelab.merging.structure.layer_kinds import (
     Kinds,
     LayerField,
-    Part,
+    LayerPart,
     leading,
     listed,
     numbers,
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 
-def _lfm2_types(part: Part, count: int) -> Kinds:
+def _lfm2_types(part: LayerPart, count: int) -> Kinds:
     full = part.get("full_attn_idxs")
     return tuple(FULL if full is None or i in numbers(full) else "conv" for i in range(count))
 
@@ -50,27 +50,27 @@ LFM2 = type_field(
 )
 
 
-def lfm3_types(_: Part, count: int) -> Kinds:
+def lfm3_types(_: LayerPart, count: int) -> Kinds:
     return tuple(FULL if i % 4 == 2 else SLIDING if i % 4 == 0 and i > 0 else "conv" for i in range(count))
 
 
-def olmo_hybrid_types(_: Part, count: int) -> Kinds:
+def olmo_hybrid_types(_: LayerPart, count: int) -> Kinds:
     kinds = periodic(FULL, LINEAR, at=3, period=4)({}, count)
     return kinds if FULL in kinds else (*kinds[:-1], FULL)
 
 
-def mimo_types(_: Part, count: int) -> Kinds:
+def mimo_types(_: LayerPart, count: int) -> Kinds:
     return tuple(FULL if i == 0 or (i + 1) % 6 == 0 else SLIDING for i in range(count))
 
 
-def _last_is_full(_: Part, kinds: Kinds) -> Kinds:
+def _last_is_full(_: LayerPart, kinds: Kinds) -> Kinds:
     return (*kinds[:-1], FULL)
 
 
-def _read_shared(default: int, types: LayerField) -> Callable[[Part, int], Kinds]:
+def _read_shared(default: int, types: LayerField) -> Callable[[LayerPart, int], Kinds]:
     """Which of the last layers take keys and values from the last layer of their type that makes its own."""
 
-    def read(part: Part, count: int) -> Kinds:
+    def read(part: LayerPart, count: int) -> Kinds:
         value = part.get("num_kv_shared_layers", default)
         own = max(0, count - (value if isinstance(value, int) else 0))
         kinds = types.read(part, count)
@@ -93,7 +93,7 @@ def shared_keys(default: int, types: LayerField) -> LayerField:
     )
 
 
-def sparsity(_: Part, count: int) -> Kinds:
+def sparsity(_: LayerPart, count: int) -> Kinds:
     sparse = 10 if count > 10 else 0
     return (0.95,) * sparse + (0.0,) * (count - sparse)
 
@@ -102,18 +102,18 @@ GEMMA3N = attention(5)
 GEMMA4 = type_field(periodic(FULL, SLIDING, at=-1, period=6), finish=_last_is_full)
 
 
-def recurrent_types(part: Part, count: int) -> Kinds:
+def recurrent_types(part: LayerPart, count: int) -> Kinds:
     cycle = part.get("block_types") or ("recurrent", "recurrent", "attention")
     return tuple(cycle[i % len(cycle)] for i in range(count))
 
 
-def _zamba_types(part: Part, count: int) -> Kinds:
+def _zamba_types(part: LayerPart, count: int) -> Kinds:
     every, at = whole(part, "attn_layer_period", 6), part.get("attn_layer_offset", 4)
     rest = ("hybrid" if i % every == at else LINEAR for i in range(count - 3))
     return (LINEAR, LINEAR, "hybrid", *rest)[:count]
 
 
-def _zamba2_types(_: Part, count: int) -> Kinds:
+def _zamba2_types(_: LayerPart, count: int) -> Kinds:
     hybrids = {*range(6, 43, 6), 47, 51}
     return tuple("hybrid" if i in hybrids else LINEAR for i in range(count))
 
@@ -121,7 +121,7 @@ def _zamba2_types(_: Part, count: int) -> Kinds:
 def hybrids_in_order(types: LayerField, name: str, strict: bool) -> LayerField:
     """Hybrid layers share an attention whose weights and adapters go by their order."""
 
-    def read(part: Part, count: int) -> Kinds:
+    def read(part: LayerPart, count: int) -> Kinds:
         kinds = types.read(part, count)
         return tuple(
             f"hybrid layer {kinds[:i].count('hybrid')}" if kind == "hybrid" else "not hybrid"
@@ -148,7 +148,7 @@ _LETTERS = {"M": LINEAR, "*": FULL, "E": "moe", "-": "mlp"}
 _LETTER_OF = {**{kind: letter for letter, kind in _LETTERS.items()}, "mamba": "M", "attention": "*"}
 
 
-def _nemotron_types(part: Part, count: int) -> Kinds:
+def _nemotron_types(part: LayerPart, count: int) -> Kinds:
     pattern = part.get("hybrid_override_pattern")
     if isinstance(pattern, str) and pattern:
         return tuple(_LETTERS.get(letter, letter) for letter in pattern[:count].ljust(count, "?"))
@@ -177,7 +177,7 @@ NEMOTRON = LayerField(
 )
 
 
-def _gpt_neo_types(part: Part, count: int) -> Kinds:
+def _gpt_neo_types(part: LayerPart, count: int) -> Kinds:
     kinds: list[Any] = []
     for names, times in part.get("attention_types") or ((("global", "local"), count),):
         for _ in range(min(times, count)):
@@ -196,7 +196,7 @@ GPT_NEO = LayerField(
 )
 
 
-def _kimi_types(part: Part, count: int) -> Kinds:
+def _kimi_types(part: LayerPart, count: int) -> Kinds:
     nested = part.get("linear_attn_config") or {}
     if "full_attn_layers" in nested and "kda_layers" in nested:
         full = numbers(nested["full_attn_layers"])
@@ -215,7 +215,7 @@ def _kimi_numbers(old: Any, kinds: Kinds) -> Any:
 KIMI = type_field(_kimi_types, companions={"linear_attn_config": _kimi_numbers})
 
 
-def bailing_types(part: Part, count: int) -> Kinds:
+def bailing_types(part: LayerPart, count: int) -> Kinds:
     return periodic(FULL, LINEAR, at=-1, period=6, key="layer_group_size")(part, count)
 
 

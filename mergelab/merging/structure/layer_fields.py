@@ -26,7 +26,7 @@ from mergelab.merging.structure.hybrid_rules import (
 )
 from mergelab.merging.structure.layer_kinds import (
     LayerField,
-    Part,
+    LayerPart,
     index_field,
     offset_field,
     periodic,
@@ -63,7 +63,7 @@ __all__ = ["FAMILY_FIELDS", "layer_fields"]
 _TEXT_WORDS = ("text", "llm", "language", "thinker", "encoder", "decoder")
 
 
-def layer_fields(config: Part, path: tuple[str, ...]) -> tuple[LayerField, ...]:
+def layer_fields(config: LayerPart, path: tuple[str, ...]) -> tuple[LayerField, ...]:
     """The fields that tell apart the layers which the part of a config at `path` describes.
 
     Those of its model type, and those that mean the same in every model type, where the part has them.

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Kinds", "LayerField", "Part", "index_field", "same_kind", "type_field"]
+__all__ = ["Kinds", "LayerField", "LayerPart", "index_field", "same_kind", "type_field"]
 
-Part = Mapping[str, Any]
+LayerPart = Mapping[str, Any]
 """A `config.json`, or the part of it that states one tower's number of layers."""
 
 Kinds = tuple[Any, ...]
@@ -32,7 +32,7 @@ class LayerField:
     """
 
     name: str
-    read: Callable[[Part, int], Kinds]
+    read: Callable[[LayerPart, int], Kinds]
     write: Callable[[dict[str, Any], Kinds], None] | None = None
     uses: tuple[str, ...] = ()
     strict: bool = True
@@ -43,18 +43,18 @@ def same_kind(a: object, b: object) -> bool:
     return _RENAMED.get(str(a), a) == _RENAMED.get(str(b), b)
 
 
-def whole(part: Part, key: str, default: int) -> int:
+def whole(part: LayerPart, key: str, default: int) -> int:
     """A positive number of the config, or the default where it is absent or something else."""
     value = part.get(key)
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else default
 
 
-def switched(part: Part, key: str, default: bool = False) -> bool:
+def switched(part: LayerPart, key: str, default: bool = False) -> bool:
     """A switch of the config."""
     return bool(part.get(key, default))
 
 
-def listed(part: Part, keys: Sequence[str], count: int) -> Kinds | None:
+def listed(part: LayerPart, keys: Sequence[str], count: int) -> Kinds | None:
     """The explicit list under the first key that has one of the right length."""
     for key in keys:
         value = part.get(key)
@@ -71,13 +71,13 @@ def numbers(value: object) -> frozenset[int]:
 
 
 def type_field(
-    derive: Callable[[Part, int], Sequence[Any]],
+    derive: Callable[[LayerPart, int], Sequence[Any]],
     *,
     key: str = "layer_types",
     aliases: tuple[str, ...] = (),
     uses: tuple[str, ...] = (),
     companions: Mapping[str, Callable[[Any, Kinds], Any]] | None = None,
-    finish: Callable[[Part, Kinds], Kinds] | None = None,
+    finish: Callable[[LayerPart, Kinds], Kinds] | None = None,
 ) -> LayerField:
     """A field with an explicit list of one entry per layer, and a rule where the list is absent.
 
@@ -92,7 +92,7 @@ def type_field(
     """
     keys = (key, *aliases)
 
-    def read(part: Part, count: int) -> Kinds:
+    def read(part: LayerPart, count: int) -> Kinds:
         given = listed(part, keys, count)
         kinds = tuple(derive(part, count)) if given is None else given
         return kinds if finish is None else finish(part, kinds)
@@ -114,10 +114,10 @@ def periodic(
     at: int,
     period: int,
     key: str | None = None,
-) -> Callable[[Part, int], Kinds]:
+) -> Callable[[LayerPart, int], Kinds]:
     """Every period-th layer is special: layer i where i = `at` modulo the period, which `key` may state."""
 
-    def derive(part: Part, count: int) -> Kinds:
+    def derive(part: LayerPart, count: int) -> Kinds:
         every = period if key is None else whole(part, key, period)
         return tuple(special if i % every == at % every else usual for i in range(count))
 
@@ -128,12 +128,12 @@ def index_field(
     key: str,
     inside: str = "listed",
     outside: str = "not listed",
-    default: Callable[[Part, int], frozenset[int]] | None = None,
+    default: Callable[[LayerPart, int], frozenset[int]] | None = None,
     uses: tuple[str, ...] = (),
 ) -> LayerField:
     """A field that lists the numbers of the layers of one kind."""
 
-    def read(part: Part, count: int) -> Kinds:
+    def read(part: LayerPart, count: int) -> Kinds:
         given = part.get(key)
         found = default(part, count) if given is None and default is not None else numbers(given)
         return tuple(inside if i in found else outside for i in range(count))
@@ -147,7 +147,7 @@ def index_field(
 def prefix_field(key: str, default: int, inside: str = "dense", outside: str = "experts") -> LayerField:
     """A field that counts the layers of one kind, all of which come first."""
 
-    def read(part: Part, count: int) -> Kinds:
+    def read(part: LayerPart, count: int) -> Kinds:
         value = part.get(key)
         first = value if isinstance(value, int) else default
         return tuple(inside if i < first else outside for i in range(count))
@@ -166,7 +166,7 @@ def leading(kinds: Kinds, kind: str) -> int:
 def offset_field(period: str, offset: str, defaults: tuple[int, int], special: str, usual: str) -> LayerField:
     """A field in which layer i is special where i modulo the period is the offset; there is no list."""
 
-    def read(part: Part, count: int) -> Kinds:
+    def read(part: LayerPart, count: int) -> Kinds:
         every, at = whole(part, period, defaults[0]), part.get(offset, defaults[1])
         return tuple(special if i % every == at else usual for i in range(count))
 

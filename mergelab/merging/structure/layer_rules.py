@@ -8,7 +8,7 @@ from typing import Any
 from mergelab.merging.structure.layer_kinds import (
     Kinds,
     LayerField,
-    Part,
+    LayerPart,
     leading,
     numbers,
     periodic,
@@ -48,7 +48,7 @@ SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention
 DENSE, EXPERTS = "dense", "experts"
 
 
-def uniform(kind: str) -> Callable[[Part, int], Kinds]:
+def uniform(kind: str) -> Callable[[LayerPart, int], Kinds]:
     return lambda _, count: (kind,) * count
 
 
@@ -65,11 +65,11 @@ def interval(full: str = FULL) -> LayerField:
     return type_field(periodic(full, LINEAR, at=-1, period=4, key=key), uses=(key,))
 
 
-def _has_window(part: Part) -> bool:
+def _has_window(part: LayerPart) -> bool:
     return switched(part, "use_sliding_window") and part.get("sliding_window", 4096) is not None
 
 
-def no_window(part: Part, kinds: Kinds) -> Kinds:
+def no_window(part: LayerPart, kinds: Kinds) -> Kinds:
     """A window is only had where it is switched on: transformers cannot run a list that says otherwise."""
     if _has_window(part):
         return kinds
@@ -81,7 +81,7 @@ def no_window(part: Part, kinds: Kinds) -> Kinds:
 def window_from(first: int) -> LayerField:
     """A window in the layers from `max_window_layers` on."""
 
-    def derive(part: Part, count: int) -> Kinds:
+    def derive(part: LayerPart, count: int) -> Kinds:
         start = part.get("max_window_layers", first)
         return tuple(SLIDING if _has_window(part) and i >= start else FULL for i in range(count))
 
@@ -90,18 +90,18 @@ def window_from(first: int) -> LayerField:
     )
 
 
-def dots1_types(part: Part, count: int) -> Kinds:
+def dots1_types(part: LayerPart, count: int) -> Kinds:
     start = part.get("max_window_layers", 62)
     window = part.get("sliding_window", 4096) is not None
     return tuple(SLIDING if window and i >= start else FULL for i in range(count))
 
 
-def qwen2_moe_types(part: Part, count: int) -> Kinds:
+def qwen2_moe_types(part: LayerPart, count: int) -> Kinds:
     last = part.get("max_window_layers", 28) if switched(part, "use_sliding_window") else 0
     return tuple(SLIDING if i % 2 == 0 and i < last else FULL for i in range(count))
 
 
-def read_step(part: Part, count: int) -> Kinds:
+def read_step(part: LayerPart, count: int) -> Kinds:
     step, dense = whole(part, "decoder_sparse_step", 1), numbers(part.get("mlp_only_layers"))
     experts = part.get("num_experts", 1) != 0
     return tuple(DENSE if i in dense or (i + 1) % step or not experts else EXPERTS for i in range(count))
@@ -119,7 +119,7 @@ STEP = LayerField("mlp_only_layers", read_step, write_step, ("mlp_only_layers", 
 def mlp_types(default: int, key: str | None = "first_k_dense_replace") -> LayerField:
     """An explicit list of dense and sparse layers, or else a number of dense ones that come first."""
 
-    def derive(part: Part, count: int) -> Kinds:
+    def derive(part: LayerPart, count: int) -> Kinds:
         value = None if key is None else part.get(key)
         first = value if isinstance(value, int) else default
         return tuple("dense" if i < first else "sparse" for i in range(count))
@@ -128,7 +128,7 @@ def mlp_types(default: int, key: str | None = "first_k_dense_replace") -> LayerF
     return type_field(derive, key="mlp_layer_types", companions=companions)
 
 
-def _no_rope(part: Part, count: int) -> Kinds:
+def _no_rope(part: LayerPart, count: int) -> Kinds:
     every = whole(part, "no_rope_layer_interval", 4)
     return tuple(int((i + 1) % every != 0) for i in range(count))
 
@@ -136,22 +136,22 @@ def _no_rope(part: Part, count: int) -> Kinds:
 NO_ROPE = type_field(_no_rope, key="no_rope_layers", uses=("no_rope_layer_interval",))
 
 
-def smollm3_types(part: Part, count: int) -> Kinds:
+def smollm3_types(part: LayerPart, count: int) -> Kinds:
     window = switched(part, "use_sliding_window") and part.get("sliding_window") is not None
     return tuple(SLIDING if window and not rope else FULL for rope in NO_ROPE.read(part, count))
 
 
-def llama4_types(part: Part, count: int) -> Kinds:
+def llama4_types(part: LayerPart, count: int) -> Kinds:
     chunked = part.get("attention_chunk_size", 8192) is not None
     return tuple("chunked_attention" if rope and chunked else FULL for rope in NO_ROPE.read(part, count))
 
 
-def llama4_experts(part: Part, count: int) -> frozenset[int]:
+def llama4_experts(part: LayerPart, count: int) -> frozenset[int]:
     step = whole(part, "interleave_moe_layer_step", 1)
     return frozenset(range(step - 1, count, step))
 
 
-def _exaone_types(part: Part, count: int) -> Kinds:
+def _exaone_types(part: LayerPart, count: int) -> Kinds:
     pattern = part.get("sliding_window_pattern", 4)
     if part.get("sliding_window", 4096) is None:
         return (FULL,) * count
@@ -163,7 +163,7 @@ def _exaone_types(part: Part, count: int) -> Kinds:
 EXAONE = type_field(_exaone_types, uses=("sliding_window_pattern",))
 
 
-def _read_ernie(part: Part, count: int) -> Kinds:
+def _read_ernie(part: LayerPart, count: int) -> Kinds:
     every, first, last = (
         whole(part, "moe_layer_interval", 1),
         part.get("moe_layer_start_index", 1),
@@ -194,11 +194,11 @@ ERNIE = LayerField(
 )
 
 
-def ministral_types(part: Part, count: int) -> Kinds:
+def ministral_types(part: LayerPart, count: int) -> Kinds:
     return (FULL if part.get("sliding_window", 4096) is None else SLIDING,) * count
 
 
-def _indexers(part: Part, count: int) -> Kinds:
+def _indexers(part: LayerPart, count: int) -> Kinds:
     pattern = part.get("index_topk_pattern")
     if isinstance(pattern, (str, list)) and len(pattern) == count:
         return tuple({"F": "full", "S": "shared"}.get(each, each) for each in pattern)

@@ -15,7 +15,7 @@ from mergelab.checkpoints.source import Checkpoint, TensorSource
 
 __all__ = [
     "ZERO",
-    "Row",
+    "EmbeddingRow",
     "RowMap",
     "RowSource",
     "input_embedding",
@@ -25,10 +25,10 @@ __all__ = [
 ]
 
 
-Row = tuple[tuple[str, int], ...]
+EmbeddingRow = tuple[tuple[str, int], ...]
 """A row to fill in: the mean of these (model, row)s; one is that row itself, none is zeros."""
 
-ZERO: Row = ()
+ZERO: EmbeddingRow = ()
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RowMap:
 
     model: str
     index: np.ndarray
-    elsewhere: Mapping[int, Row]
+    elsewhere: Mapping[int, EmbeddingRow]
     padding: int
 
     def is_identity(self, rows: int) -> bool:
@@ -56,7 +56,7 @@ class RowMap:
         )
 
 
-def default_row(owners: Mapping[str, int], base: str | None) -> Row:
+def default_row(owners: Mapping[str, int], base: str | None) -> EmbeddingRow:
     """The row a model without a token takes: of the only owner, else the base, else the mean over owners.
 
     Args:
@@ -72,7 +72,7 @@ def row_map(
     model: str,
     vocabulary: Mapping[str, int],
     output: Mapping[str, int],
-    defaults: Mapping[str, Row],
+    defaults: Mapping[str, EmbeddingRow],
     forced: frozenset[str],
     *,
     kept_rows: int,
@@ -93,7 +93,7 @@ def row_map(
     first_padding = max(named, kept_rows)
     index = np.full(size, -1, np.int64)
     index[named:first_padding] = np.arange(named, first_padding)
-    elsewhere: dict[int, Row] = {}
+    elsewhere: dict[int, EmbeddingRow] = {}
     unused = np.ones(named, bool)
     for token, output_row in output.items():
         unused[output_row] = False
@@ -200,7 +200,7 @@ class RowSource:
             return self._padding()
         return self._mean(self._rows.elsewhere.get(output_row, ()))
 
-    def _mean(self, row: Row) -> np.ndarray:
+    def _mean(self, row: EmbeddingRow) -> np.ndarray:
         total = np.zeros(self._width, np.float32)
         for model, index in row:
             tensor = self._tensors[self._number[model]]

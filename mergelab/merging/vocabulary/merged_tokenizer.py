@@ -9,7 +9,7 @@ from typing import Any
 
 from mergelab.checkpoints.json_data import parse_json_object
 from mergelab.errors import CheckpointError
-from mergelab.merging.vocabulary.tokenizer_data import Tokenizer, added_token
+from mergelab.merging.vocabulary.tokenizer_data import TokenizerData, added_token
 
 __all__ = ["Additions", "json_bytes", "token_ids", "tokenizer_files", "union"]
 
@@ -28,7 +28,7 @@ class Additions:
         vocabulary: token -> id of the extended vocabulary, the donor's first.
     """
 
-    donor: Tokenizer
+    donor: TokenizerData
     plain: dict[str, tuple[int, float | None]] = field(default_factory=dict)
     added: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Additions:
         return self.vocabulary[token]
 
 
-def union(donor: Tokenizer, others: Iterable[Tokenizer]) -> Additions:
+def union(donor: TokenizerData, others: Iterable[TokenizerData]) -> Additions:
     """Adds to the donor's vocabulary every token of the others, model by model, each in the order of its ids.
 
     The donor keeps its BPE merges, so its text is segmented exactly as before; a plain token that is new to a
@@ -89,13 +89,13 @@ def _differs(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
     return {**left, "id": 0} != {**right, "id": 0}
 
 
-def _scores(tokenizer: Tokenizer) -> dict[str, float]:
+def _scores(tokenizer: TokenizerData) -> dict[str, float]:
     if tokenizer.kind != "Unigram":
         return {}
     return {piece: float(score) for piece, score in tokenizer.data["model"]["vocab"]}
 
 
-def _kind_warnings(donor: Tokenizer, other: Tokenizer, unreachable: list[str]) -> list[str]:
+def _kind_warnings(donor: TokenizerData, other: TokenizerData, unreachable: list[str]) -> list[str]:
     warnings = []
     if donor.kind != other.kind:
         warnings.append(
@@ -176,7 +176,7 @@ def _pieces(additions: Additions, plain: Mapping[str, int]) -> list[list[Any]]:
 
 def token_ids(
     config: Mapping[str, Any],
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerData,
     donor_config: Mapping[str, Any],
     output: Mapping[str, int],
 ) -> dict[str, int | list[int] | None]:

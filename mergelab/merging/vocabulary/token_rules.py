@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from mergelab.errors import MAX_FAULTS, did_you_mean, quoted, shortened
 from mergelab.merging.recipe.schema import TokenRule, TokenSource
-from mergelab.merging.vocabulary.embedding_rows import ZERO, Row
+from mergelab.merging.vocabulary.embedding_rows import ZERO, EmbeddingRow
 from mergelab.merging.vocabulary.merged_tokenizer import Additions
-from mergelab.merging.vocabulary.tokenizer_data import Tokenizer
+from mergelab.merging.vocabulary.tokenizer_data import TokenizerData
 
 __all__ = ["RuleBook"]
 
@@ -26,7 +26,7 @@ class RuleBook:
         warnings: one sentence each.
     """
 
-    tokenizers: Mapping[str, Tokenizer]
+    tokenizers: Mapping[str, TokenizerData]
     vocabularies: Mapping[str, Mapping[str, int]]
     rows: Mapping[str, int]
     faults: list[str] = field(default_factory=list)
@@ -55,7 +55,7 @@ class RuleBook:
                     f"token {quoted(token)} is in no model's vocabulary{near}; it is added with id {number}"
                 )
 
-    def row(self, token: str, source: str | TokenSource) -> Row:
+    def row(self, token: str, source: str | TokenSource) -> EmbeddingRow:
         """The row a rule names; ZERO, with a fault noted, where there is none."""
         field_name = f"tokenizer.tokens[{quoted(token)}].source"
         if isinstance(source, str):
@@ -75,7 +75,7 @@ class RuleBook:
             return ZERO
         return ((source.model, number),)
 
-    def _named(self, field_name: str, model: str, token: str) -> Row:
+    def _named(self, field_name: str, model: str, token: str) -> EmbeddingRow:
         if not self._knows(field_name, model):
             return ZERO
         vocabulary = self.vocabularies[model]

@@ -14,7 +14,7 @@ from mergelab.checkpoints.source import Checkpoint
 from mergelab.checkpoints.text_file import MAX_TABLE, read_bytes
 from mergelab.errors import CheckpointError, quoted, shortened
 
-__all__ = ["TOKENIZER_FILES", "Tokenizer", "added_token", "read_tokenizer", "vocabulary_differences"]
+__all__ = ["TOKENIZER_FILES", "TokenizerData", "added_token", "read_tokenizer", "vocabulary_differences"]
 
 
 TOKENIZER_FILES = (
@@ -37,7 +37,7 @@ _KINDS = ("BPE", "Unigram", "WordPiece", "WordLevel")
 
 
 @dataclass(frozen=True)
-class Tokenizer:
+class TokenizerData:
     """One model's tokenizer, as read from its folder.
 
     Attributes:
@@ -69,7 +69,7 @@ class Tokenizer:
         return {path.name: read_bytes(path, MAX_TABLE) for path in paths if path.is_file()}
 
 
-def read_tokenizer(name: str, folder: Path) -> Tokenizer:
+def read_tokenizer(name: str, folder: Path) -> TokenizerData:
     """Reads the tokenizer of the model called `name`.
 
     Raises:
@@ -102,7 +102,7 @@ def read_tokenizer(name: str, folder: Path) -> Tokenizer:
             f"{path} has a malformed vocabulary or added token ({shortened(str(error), 200)}); expected "
             "token -> id and a list of {id, content, ...}"
         ) from error
-    return Tokenizer(name, folder, data, kind, plain, added)
+    return TokenizerData(name, folder, data, kind, plain, added)
 
 
 def _token_id(value: Any) -> int:

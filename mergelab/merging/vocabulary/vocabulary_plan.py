@@ -10,7 +10,7 @@ from mergelab.checkpoints.source import Checkpoint, TensorSource
 from mergelab.errors import CheckpointError, RecipeError
 from mergelab.merging.recipe.schema import TokenizerSpec
 from mergelab.merging.vocabulary.embedding_rows import (
-    Row,
+    EmbeddingRow,
     RowMap,
     RowSource,
     default_row,
@@ -21,7 +21,7 @@ from mergelab.merging.vocabulary.embedding_rows import (
 )
 from mergelab.merging.vocabulary.merged_tokenizer import Additions, token_ids, tokenizer_files, union
 from mergelab.merging.vocabulary.token_rules import RuleBook, unknown_model
-from mergelab.merging.vocabulary.tokenizer_data import Tokenizer, read_tokenizer
+from mergelab.merging.vocabulary.tokenizer_data import TokenizerData, read_tokenizer
 
 __all__ = ["VocabularyPlan", "plan_vocabulary"]
 
@@ -168,7 +168,7 @@ def _embedding_rows(name: str, checkpoint: Checkpoint) -> int:
     return rows
 
 
-def _with_rows(tokenizer: Tokenizer, rows: int, warnings: list[str]) -> dict[str, int]:
+def _with_rows(tokenizer: TokenizerData, rows: int, warnings: list[str]) -> dict[str, int]:
     """The tokens that have a row; an added token may lack one, a token of the subword model may not."""
     vocabulary = tokenizer.vocabulary
     beyond = [token for token, number in vocabulary.items() if number >= rows]
@@ -187,7 +187,7 @@ def _with_rows(tokenizer: Tokenizer, rows: int, warnings: list[str]) -> dict[str
 
 
 def _output_tokens(
-    source: str, tokenizers: Mapping[str, Tokenizer], first: str, merged: Sequence[str]
+    source: str, tokenizers: Mapping[str, TokenizerData], first: str, merged: Sequence[str]
 ) -> Additions:
     if source == "union":
         return union(tokenizers[first], [tokenizers[name] for name in merged if name != first])
@@ -203,9 +203,9 @@ def _defaults(
     vocabularies: Mapping[str, Mapping[str, int]],
     base: str | None,
     forced: frozenset[str],
-    named: Mapping[str, Row],
+    named: Mapping[str, EmbeddingRow],
     warnings: list[str],
-) -> dict[str, Row]:
+) -> dict[str, EmbeddingRow]:
     """The row of each token for models that lack it (or all, where forced)."""
     everywhere = set(output).intersection(*vocabularies.values()) - forced
     rows = dict(named)

@@ -15,7 +15,7 @@ from mergelab.errors import SAEError, did_you_mean
 from mergelab.sae.sae import Dictionary
 from mergelab.sae.training.finish import finished_dictionary
 from mergelab.sae.training.initialize import SAMPLE_ROWS, initialize
-from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.state import TrainState
 from mergelab.sae.training.step import Metrics, Step, make_step
 from mergelab.sae.variants import TopK
@@ -38,7 +38,7 @@ def random_state(
         sample: `[rows, d_in]` activations; the centre is their geometric median, as in a training.
         target_sample: `[rows, d_out]`, for a transcoder.
     """
-    return initialize(variant, Recipe(steps=1, batch_size=1, ema=0), key, sample, target_sample)
+    return initialize(variant, TrainingRecipe(steps=1, batch_size=1, ema=0), key, sample, target_sample)
 
 
 def freeze_decoder(step: Step, initial: TrainState, ema: float) -> Step:
@@ -105,7 +105,7 @@ def control_dictionary(
     rows = source.at(source.sites[0])
     target = None if target_site in (None, source.sites[0]) else source.at(target_site)
     variant = TopK(d_in=rows.d_in, n_latents=n_latents, k=k, d_out=None if target is None else target.d_in)
-    recipe = Recipe(steps=steps, batch_size=min(batch_size, source.rows))
+    recipe = TrainingRecipe(steps=steps, batch_size=min(batch_size, source.rows))
     # Not the directions that a training with this seed begins from: a control must not be its relative.
     key = jax.random.fold_in(jax.random.key(seed), 1)
     # Another order than the training's own.

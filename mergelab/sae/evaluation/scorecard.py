@@ -26,7 +26,7 @@ from mergelab.sae.splice import anonymous
 from mergelab.sae.subject_model import check_reads, check_target
 
 __all__ = [
-    "Journal",
+    "EvaluationJournal",
     "Scorecard",
     "applicable_metrics",
     "control_scorecard",
@@ -262,7 +262,7 @@ def evaluation_key(
     return total.hexdigest()
 
 
-class Journal(MutableMapping[str, Scorecard]):
+class EvaluationJournal(MutableMapping[str, Scorecard]):
     """Scores by metric, of one evaluation among those of a file: the `memory` of `scorecard`.
 
     Every line of the file is one metric of one evaluation; a last line that a stop has torn is cut off.

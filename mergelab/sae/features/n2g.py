@@ -25,7 +25,7 @@ from mergelab.sae.sae import Dictionary
 from mergelab.sae.splice import encode, read_batches
 from mergelab.sae.subject_model import check_reads
 
-__all__ = ["Variant", "explain", "find_patterns", "match_explanations"]
+__all__ = ["AlteredText", "explain", "find_patterns", "match_explanations"]
 
 KEPT = 0.5
 """The part of an activation that a cut keeps; a token is a wildcard if masking it costs less than it."""
@@ -34,7 +34,7 @@ _LENGTH_STEP = 16  # lengths are padded to a multiple of this, so that few of th
 
 
 @dataclass(frozen=True)
-class Variant:
+class AlteredText:
     """A text of which one latent's activation at one token is asked.
 
     Attributes:
@@ -68,14 +68,14 @@ class _Case:
         low, high = (1, len(tokens) - 1) if framed and not causal else (0, len(tokens))
         return cls(latent, tokens, at, low, high, low, high)
 
-    def variant(self) -> Variant:
+    def variant(self) -> AlteredText:
         tokens = self.tokens[: self.low] + self.tokens[self.start : self.stop] + self.tokens[self.high :]
         at = self.at
         if at >= self.high:
             at += self.low + self.stop - self.start - self.high
         elif at >= self.low:
             at += self.low - self.start
-        return Variant(self.latent, tokens, at)
+        return AlteredText(self.latent, tokens, at)
 
     def starts(self) -> list[_Case]:
         """Shortened from the left, the shortest first."""
@@ -110,7 +110,7 @@ class _Case:
 
 def find_patterns(
     examples: Mapping[int, Sequence[Example]],
-    activation: Callable[[Sequence[Variant]], np.ndarray],
+    activation: Callable[[Sequence[AlteredText]], np.ndarray],
     *,
     mask_token: int,
     causal: bool = True,
@@ -233,7 +233,9 @@ def match_explanations(
     )
 
 
-def _activations(dictionary: Dictionary, source: ModelActivations, variants: Sequence[Variant]) -> np.ndarray:
+def _activations(
+    dictionary: Dictionary, source: ModelActivations, variants: Sequence[AlteredText]
+) -> np.ndarray:
     """Float32 `[variants]`, in passes of few shapes: texts of like length run together."""
     batch, most = source.batch, source.tokens.shape[1]
     order = sorted(range(len(variants)), key=lambda i: len(variants[i].tokens))

@@ -15,7 +15,7 @@ from mergelab.checkpoints.torch_pickle import write_pickled
 from mergelab.errors import CheckpointError
 from mergelab.sae.formats.hook_names import said_or, site_of, submodule_of
 from mergelab.sae.formats.own import write_folder
-from mergelab.sae.formats.settings import Settings, number_in
+from mergelab.sae.formats.settings import FormatSettings, number_in
 from mergelab.sae.formats.shared import arrays_of, check_sizes, refuse, subtracting_b_dec, transposed
 from mergelab.sae.sae import Dictionary, DictionaryConfig
 
@@ -35,7 +35,7 @@ def read_dictionary_learning(path: Path) -> Dictionary:
     Raises:
         CheckpointError: a file is missing, or the class of the dictionary is not supported.
     """
-    config = Settings.read(path / "config.json")
+    config = FormatSettings.read(path / "config.json")
     trainer = config.inner("trainer")
     kind = trainer.values.get("dict_class")
     tensors = open_pickled(path / "ae.pt").tensors

@@ -23,7 +23,7 @@ from mergelab.errors import CheckpointError, OutputError, SAEError
 from mergelab.models.load import load_params
 from mergelab.models.save import save_params
 from mergelab.models.table import Leaf
-from mergelab.sae.formats.settings import Settings
+from mergelab.sae.formats.settings import FormatSettings
 from mergelab.sae.formats.shared import check_finite, check_sizes
 from mergelab.sae.sae import LATENT_AXIS, Dictionary, DictionaryConfig
 
@@ -159,7 +159,7 @@ def read_own(path: Path, mesh: Mesh | None = None) -> Dictionary:
         NonFiniteError: a tensor holds NaN or infinity.
         MeshError: another process failed.
     """
-    told = Settings.read(path / _CFG)
+    told = FormatSettings.read(path / _CFG)
     settings: dict[str, Any] = dict(told.values)
     if settings.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path / _CFG}: expected format {FORMAT!r}; it was written by something else")

@@ -15,7 +15,7 @@ from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import CheckpointError
 from mergelab.sae.formats.hook_names import hook_of, said_or, site_of
 from mergelab.sae.formats.own import write_folder
-from mergelab.sae.formats.settings import Settings
+from mergelab.sae.formats.settings import FormatSettings
 from mergelab.sae.formats.shared import arrays_of, check_sizes, not_subtracting_b_dec, refuse
 from mergelab.sae.sae import Dictionary, DictionaryConfig
 
@@ -44,7 +44,7 @@ def read_saelens(path: Path) -> Dictionary:
     Raises:
         CheckpointError: a file is missing, or of an architecture or normalisation that is not supported.
     """
-    settings = Settings.read(path / "cfg.json")
+    settings = FormatSettings.read(path / "cfg.json")
     cfg: dict[str, Any] = dict(settings.values)
     architecture = settings.word("architecture", _ACTIVATIONS, "standard")
     normalization = cfg.get("normalize_activations", "none")

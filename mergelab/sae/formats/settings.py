@@ -14,13 +14,13 @@ from mergelab.checkpoints import TensorSource, is_float, read_whole
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.errors import CheckpointError, NonFiniteError
 
-__all__ = ["Settings", "check_tensors", "number_in"]
+__all__ = ["FormatSettings", "check_tensors", "number_in"]
 
 _LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class Settings:
+class FormatSettings:
     """A mapping of a configuration file, and where it stands.
 
     Every method takes what a key says, or `default` where the key is missing or says null; without a default
@@ -32,7 +32,7 @@ class Settings:
     within: str = ""
 
     @classmethod
-    def read(cls, path: Path) -> Settings:
+    def read(cls, path: Path) -> FormatSettings:
         """The object of a JSON file; errors are those of `read_json_object`."""
         return cls(path, read_json_object(path))
 
@@ -81,11 +81,11 @@ class Settings:
             raise self._refuse(key, "an object {...}")
         return dict(value)
 
-    def inner(self, key: str) -> Settings:
+    def inner(self, key: str) -> FormatSettings:
         """The settings in a mapping; it has to be there."""
         if not isinstance(self.values.get(key), dict):
             raise self._refuse(key, "an object {...}")
-        return Settings(self.path, self.mapping(key), f"{self.within}{key}.")
+        return FormatSettings(self.path, self.mapping(key), f"{self.within}{key}.")
 
 
 def check_tensors(path: Path, tensors: Mapping[str, TensorSource], axes: Mapping[str, int]) -> None:

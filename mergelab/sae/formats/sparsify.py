@@ -12,7 +12,7 @@ from mergelab.checkpoints import open_safetensors
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.sae.formats.hook_names import module_of, said_or, site_of
 from mergelab.sae.formats.own import write_folder
-from mergelab.sae.formats.settings import Settings
+from mergelab.sae.formats.settings import FormatSettings
 from mergelab.sae.formats.shared import (
     arrays_of,
     check_sizes,
@@ -34,7 +34,7 @@ def read_sparsify(path: Path) -> Dictionary:
     Raises:
         CheckpointError: a file is missing, or the activation is not top-k.
     """
-    settings = Settings.read(path / _CFG)
+    settings = FormatSettings.read(path / _CFG)
     settings.word("activation", ("topk",), "topk")
     cfg = settings.values
     wanted = {"encoder.weight": True, "encoder.bias": True, "W_dec": True, "b_dec": True, "W_skip": False}

@@ -15,7 +15,7 @@ from mergelab.aot import Chip, ChipReport, Roofline, chip_of, compile_for_topolo
 from mergelab.errors import SAEError
 from mergelab.sae.training.config import TrainConfig
 from mergelab.sae.training.initialize import fresh_state, sample_shapes
-from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.state import mesh_axes, state_shardings
 from mergelab.sae.training.step import make_step
 from mergelab.sae.variants import make_variant
@@ -102,7 +102,7 @@ def lower_step(mesh: Mesh, request: Mapping[str, Any]) -> jax.stages.Lowered:
     options = {name: tuple(v) if isinstance(v, list) else v for name, v in request["variant"].items()}
     name: Any = options.pop("name")
     variant = make_variant(name, **options)
-    recipe = Recipe(**request["recipe"])
+    recipe = TrainingRecipe(**request["recipe"])
     shapes = jax.eval_shape(partial(fresh_state, variant, recipe), _key_shape(), sample_shapes(variant))
     state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

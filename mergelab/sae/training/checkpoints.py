@@ -25,7 +25,7 @@ from mergelab.errors import CheckpointError, MergelabError, OutputError
 from mergelab.processes import Terminated, agree, together
 from mergelab.sae.training.state import TrainState
 
-__all__ = ["Checkpoints", "Found"]
+__all__ = ["Checkpoints", "FoundCheckpoint"]
 
 _STATE, _PLACE = "state", "place"
 _INTERRUPT_WAIT = 1.0
@@ -33,7 +33,7 @@ _INTERRUPT_WAIT = 1.0
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCheckpoint:
     """What a folder of checkpoints has to go on from.
 
     Attributes:
@@ -61,7 +61,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def find(self) -> Found:
+    def find(self) -> FoundCheckpoint:
         """Looks for the newest checkpoint whose files are all there with the content that was written.
 
         One process looks, and tells the others.
@@ -80,7 +80,7 @@ class Checkpoints:
                 passed.append(f"{self.folder / str(step)} {fault}")
         found = agree(found, distributed=self._distributed)
         self._latest = None if found < 0 else found
-        return Found(self._latest, tuple(passed))
+        return FoundCheckpoint(self._latest, tuple(passed))
 
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint known."""

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from mergelab.checkpoints.text_file import read_text
 from mergelab.checkpoints.yaml_data import MAX_DEPTH, parse_yaml
 from mergelab.errors import SAEError, did_you_mean, quoted, shortened
-from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.variants import VARIANTS, Variant, make_variant
 from mergelab.sae.variants.options import checked_options
 
@@ -112,7 +112,7 @@ class DataSection(_Section):
 
 
 class TrainSection(_Section):
-    """How it is trained; what is left away has the recipe's default (`mergelab.sae.training.recipe.Recipe`).
+    """How it is trained; omitted fields take the defaults of `TrainingRecipe`.
 
     Attributes:
         batch_size: tokens per step.
@@ -146,7 +146,7 @@ class TrainSection(_Section):
     initial_scale: Fraction | None = None
     compute_dtype: str = "float32"
 
-    def build(self) -> Recipe:
+    def build(self) -> TrainingRecipe:
         """The recipe.
 
         Raises:
@@ -156,7 +156,7 @@ class TrainSection(_Section):
             raise SAEError(f"train.tokens is {self.tokens}, less than one batch of {self.batch_size}.")
         options = self.model_dump(exclude={"tokens", "seed", "lr"})
         rate = None if self.lr == "auto" else self.lr
-        return Recipe(steps=self.tokens // self.batch_size, learning_rate=rate, **options)
+        return TrainingRecipe(steps=self.tokens // self.batch_size, learning_rate=rate, **options)
 
 
 class CheckpointSection(_Section):

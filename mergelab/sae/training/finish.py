@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mergelab.sae.sae import Dictionary, DictionaryConfig
-from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.state import TrainState
 from mergelab.sae.training.update import averaged_params
 from mergelab.sae.variants.variant import Variant
@@ -24,7 +24,7 @@ __all__ = ["finished_dictionary", "transcodes"]
 
 def finished_dictionary(
     variant: Variant,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     state: TrainState,
     *,
     use_average: bool = True,

@@ -16,7 +16,7 @@ from scipy.special import betaincinv
 from mergelab.errors import SAEError
 from mergelab.sae.kernels.rows import row_dot
 from mergelab.sae.sae import layer_norm
-from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.state import Affine, TrainState, state_shardings
 from mergelab.sae.training.update import automatic_learning_rate, unit_rows
 from mergelab.sae.variants.variant import Params, Variant
@@ -123,7 +123,7 @@ def best_initial_scale(n_latents: int, d_in: int, k: int) -> float:
 
 def initialize(
     variant: Variant,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     key: Array,
     sample: np.ndarray | Array,
     target_sample: np.ndarray | Array | None = None,
@@ -153,7 +153,7 @@ def initialize(
     return jax.jit(build, out_shardings=shardings)(*arguments)
 
 
-def fresh_state(variant: Variant, recipe: Recipe, key_data: Array, facts: SampleFacts) -> TrainState:
+def fresh_state(variant: Variant, recipe: TrainingRecipe, key_data: Array, facts: SampleFacts) -> TrainState:
     """The state before the first step, from what the sample says: a pure function.
 
     Args:
@@ -214,7 +214,7 @@ def sample_shapes(variant: Variant) -> SampleFacts:
     return SampleFacts(array(d_out), array(), Affine(array(d_in), array()), Affine(array(d_out), array()))
 
 
-def _sample_facts(variant: Variant, recipe: Recipe, sample: Any, target_sample: Any) -> SampleFacts:
+def _sample_facts(variant: Variant, recipe: TrainingRecipe, sample: Any, target_sample: Any) -> SampleFacts:
     x = _checked("sample", sample, variant.d_in)
     if recipe.normalize == "layer_norm":
         if variant.d_out is not None:
@@ -252,7 +252,7 @@ def _checked(name: str, sample: Any, width: int) -> Array:
     return rows
 
 
-def _normalization(recipe: Recipe, x: Array, *, center: bool) -> Affine:
+def _normalization(recipe: TrainingRecipe, x: Array, *, center: bool) -> Affine:
     """Unit variance per coordinate on average; an autoencoder's own bias does the centring."""
     mean = geometric_median(x) if center and recipe.center else jnp.zeros(x.shape[1])
     spread = x - x.mean(axis=0)[None, :]

@@ -9,13 +9,13 @@ import jax
 from jax.sharding import Mesh
 
 from mergelab.errors import SAEError
-from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.variants import Variant
 
 __all__ = ["check_memory", "machine_memory", "readable_bytes", "state_bytes"]
 
 
-def state_bytes(variant: Variant, recipe: Recipe) -> int:
+def state_bytes(variant: Variant, recipe: TrainingRecipe) -> int:
     """Bytes of parameters, of Adam's two means, and of the moving average if one is kept; all float32."""
     widths = variant.d_in + variant.width_out
     parameters = variant.n_latents * (widths + 1) + variant.width_out
@@ -35,7 +35,7 @@ def machine_memory() -> int:
         return found
 
 
-def check_memory(variant: Variant, recipe: Recipe, mesh: Mesh | None, rows: int) -> None:
+def check_memory(variant: Variant, recipe: TrainingRecipe, mesh: Mesh | None, rows: int) -> None:
     """Refuses a training that cannot fit; one that passes may still need more than there is.
 
     Args:

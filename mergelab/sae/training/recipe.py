@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from mergelab.errors import SAEError, quoted
 
-__all__ = ["Recipe"]
+__all__ = ["TrainingRecipe"]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingRecipe:
     """The recipe of "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093), each piece a switch.
 
     Attributes:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from mergelab.sae.kernels.collectives import Shards
 from mergelab.sae.sae import layer_norm
 from mergelab.sae.training.aux_k import auxiliary_gradients
-from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.state import TrainState, mesh_axes, state_specs
 from mergelab.sae.training.update import update
 from mergelab.sae.variants.variant import Context, Variant
@@ -29,7 +29,7 @@ _LONGEST_QUIET = 2**30
 
 
 def train_step(
-    variant: Variant, recipe: Recipe, shards: Shards, state: TrainState, x: Array, y: Array
+    variant: Variant, recipe: TrainingRecipe, shards: Shards, state: TrainState, x: Array, y: Array
 ) -> tuple[TrainState, Metrics]:
     """One step, as one device of the mesh computes it: a pure function.
 
@@ -97,7 +97,9 @@ def train_step(
     return replace(state, quiet=quiet, statistics=dict(outcome.statistics)), metrics
 
 
-def make_step(variant: Variant, recipe: Recipe, mesh: Mesh | None = None, *, trials: bool = False) -> Step:
+def make_step(
+    variant: Variant, recipe: TrainingRecipe, mesh: Mesh | None = None, *, trials: bool = False
+) -> Step:
     """The compiled step: `state, metrics = step(state, x, y)`; the state that is passed in is used up.
 
     Args:

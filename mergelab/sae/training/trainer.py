@@ -31,7 +31,7 @@ from mergelab.sae.training.folder import RunFolder
 from mergelab.sae.training.initialize import SAMPLE_ROWS, initialize
 from mergelab.sae.training.inputs import read_once
 from mergelab.sae.training.memory import check_memory
-from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.state import TrainState, batch_part, place_batch
 from mergelab.sae.training.step import Metrics, Step, make_step
 from mergelab.sae.training.tracking import Logger, MetricsFile, open_loggers
@@ -234,7 +234,7 @@ def _done(checkpoints: Checkpoints, folder: RunFolder, notice: Callable[[str], N
     return found.step
 
 
-def _check_batch(recipe: Recipe, mesh: Mesh | None) -> None:
+def _check_batch(recipe: TrainingRecipe, mesh: Mesh | None) -> None:
     parts = 1 if mesh is None else mesh.shape.get("data", 1)
     if recipe.batch_size % parts:
         raise SAEError(
@@ -243,7 +243,11 @@ def _check_batch(recipe: Recipe, mesh: Mesh | None) -> None:
 
 
 def _start(
-    variant: Variant, recipe: Recipe, settings: TrainConfig, stream: ActivationStream, mesh: Mesh | None
+    variant: Variant,
+    recipe: TrainingRecipe,
+    settings: TrainConfig,
+    stream: ActivationStream,
+    mesh: Mesh | None,
 ) -> TrainState:
     """The state before the first step, from a sample drawn like a batch; the same in every process."""
     rows = min(stream.source.rows, SAMPLE_ROWS)
@@ -267,7 +271,7 @@ class _Run:
     def __init__(
         self,
         settings: TrainConfig,
-        recipe: Recipe,
+        recipe: TrainingRecipe,
         step: Step,
         checkpoints: Checkpoints,
         out: Path,
@@ -358,7 +362,7 @@ class _Run:
 
 def _finish(
     variant: Variant,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     state: TrainState,
     metadata: Mapping[str, Any],
     mesh: Mesh | None,

@@ -12,7 +12,7 @@ from jax import Array
 
 from mergelab.sae.kernels.collectives import Shards
 from mergelab.sae.kernels.rows import row_dot, update_rows
-from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.state import REPLICATED, TrainState
 from mergelab.sae.variants.variant import Params, Variant
 
@@ -39,7 +39,7 @@ def automatic_learning_rate(n_latents: int, steps: int) -> float:
     return rule * min(max(math.sqrt(200_000 / steps), 1.0), 10.0)
 
 
-def learning_rate(recipe: Recipe, peak: float | Array, step: Array) -> Array:
+def learning_rate(recipe: TrainingRecipe, peak: float | Array, step: Array) -> Array:
     """The learning rate of a step, counted from 0; the step after the last would have 0."""
     done = (step.astype(jnp.float32) + 1) / recipe.steps
     rising = jnp.minimum(done / max(recipe.warmup, 1 / recipe.steps), 1.0)
@@ -71,7 +71,7 @@ def gradient_norm(grads: Params, shards: Shards) -> Array:
 
 def update(
     variant: Variant,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     state: TrainState,
     grads: Params,
     shards: Shards,

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import EvaluationError, OutputError, RecipeError
-from mergelab.merging.soups import Trace, uniform_soup
+from mergelab.merging.soups import SoupTrace, uniform_soup
 from mergelab.merging.soups.folders import (
     STATE,
     average_checkpoints,
@@ -169,7 +169,7 @@ def test_greedy_over_folders(four: dict[str, Path], tmp_path: Path) -> None:
     assert closeness(out) == trace.validation["score"]
     assert trace.test == {"soup": {"mean": -0.25}, "best_single": {"mean": 1.0}, "uniform": {"mean": 2.625}}
     assert seen == ["soup", "b", "uniform"], "test data is seen once the soup stands, and no sooner"
-    assert Trace.from_json(trace_path(out).read_text()) == trace
+    assert SoupTrace.from_json(trace_path(out).read_text()) == trace
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c", "d", "soup", "soup.trace.json"]
     with pytest.raises(OutputError, match="is not empty"):
         greedy_soup_checkpoints(list(four.values()), out, closeness)

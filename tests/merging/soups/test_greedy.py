@@ -15,7 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergelab.errors import EvaluationError, OperatorError, OutputError
-from mergelab.merging.soups import Guarded, Lexicographic, Metric, Trace, WeightedSum, greedy_soup, replay
+from mergelab.merging.soups import (
+    Guarded,
+    Lexicographic,
+    Objective,
+    SoupTrace,
+    WeightedScores,
+    greedy_soup,
+    replay,
+)
 from mergelab.merging.soups.greedy import greedy_search
 from mergelab.merging.soups.scores import as_selection
 
@@ -36,7 +44,7 @@ def test_never_worse_than_the_best_single_and_the_trace_replays(values: list[flo
     best = max(closeness(t) for t in candidates.values())
     assert soup.trace.validation["score"] >= best
     assert closeness(soup.params) == soup.trace.validation["score"]
-    again = Trace.from_json(json.dumps(soup.trace.to_json()))
+    again = SoupTrace.from_json(json.dumps(soup.trace.to_json()))
     assert again == soup.trace
     np.testing.assert_array_equal(replay(again, candidates)["x"], soup.params["x"])
 
@@ -91,7 +99,7 @@ def members(score: Callable[[tuple[str, ...]], Mapping[str, float]], selection: 
 
 
 def test_lexicographic_breaks_ties_with_the_second_metric() -> None:
-    rule = Lexicographic((Metric("acc"), Metric("loss", "min")))
+    rule = Lexicographic((Objective("acc"), Objective("loss", "min")))
     before = {"a": {"acc": 0.9, "loss": 1.0}, "b": {"acc": 0.8, "loss": 0.1}}
     assert members(sheet(**before, a_b={"acc": 0.9, "loss": 0.9}), rule) == ("a", "b")
     assert members(sheet(**before, a_b={"acc": 0.9, "loss": 1.1}), rule) == ("a",)
@@ -99,18 +107,18 @@ def test_lexicographic_breaks_ties_with_the_second_metric() -> None:
 
 
 def test_a_weighted_sum_trades_metrics_with_their_directions() -> None:
-    rule = WeightedSum(((Metric("acc"), 1.0), (Metric("loss", "min"), 0.5)))
+    rule = WeightedScores(((Objective("acc"), 1.0), (Objective("loss", "min"), 0.5)))
     before = {"a": {"acc": 0.9, "loss": 1.0}, "b": {"acc": 0.3, "loss": 1.0}}
     assert members(sheet(**before, a_b={"acc": 0.8, "loss": 0.7}), rule) == ("a", "b")
     assert members(sheet(**before, a_b={"acc": 0.8, "loss": 0.9}), rule) == ("a",)
 
 
-ACC = Metric("acc")
+ACC = Objective("acc")
 RULES: list[Any] = [
     "acc", ACC, Lexicographic(("acc",)), Lexicographic((ACC,)), Lexicographic(["acc"]), Lexicographic("acc"),
-    WeightedSum((("acc", 1.0),)), WeightedSum(((ACC, 1.0),)), WeightedSum([["acc", 1]]),
+    WeightedScores((("acc", 1.0),)), WeightedScores(((ACC, 1.0),)), WeightedScores([["acc", 1]]),
     Guarded("acc", ()), Guarded(ACC, (("other", 9.0),)), Guarded(Lexicographic((ACC, "other")), ((ACC, 9),)),
-    Guarded(WeightedSum(((ACC, 1.0),)), [["other", 9.0]]), Guarded(Guarded(ACC, ()), ()),
+    Guarded(WeightedScores(((ACC, 1.0),)), [["other", 9.0]]), Guarded(Guarded(ACC, ()), ()),
 ]  # fmt: skip
 
 
@@ -132,7 +140,7 @@ def test_a_rule_takes_metrics_names_and_rules_alike(rule: Any, guarded: bool) ->
         (lambda: as_selection(3), "3 is no selection rule"),  # type: ignore[arg-type]
         (lambda: Guarded(None, ()), "None is no selection rule"),  # type: ignore[arg-type]
         (lambda: Lexicographic((1,)), "1 where a metric"),  # type: ignore[arg-type]
-        (lambda: WeightedSum((ACC,)), r"where \(metric, weight\) was expected"),  # type: ignore[arg-type]
+        (lambda: WeightedScores((ACC,)), r"where \(metric, weight\) was expected"),  # type: ignore[arg-type]
         (lambda: Guarded(ACC, (("other", "a"),)), r"where \(metric, limit\) was expected"),  # type: ignore[arg-type]
         (lambda: Guarded(ACC, (("other", float("nan")),)), "is nan; expected 0 or more"),
     ],
@@ -143,7 +151,7 @@ def test_what_is_no_rule_is_refused_when_it_is_made(make: Callable[[], object], 
 
 
 def test_a_guard_measures_from_the_best_single_model_so_losses_cannot_add_up() -> None:
-    rule = Guarded(as_selection("acc"), ((Metric("other"), 0.05),))
+    rule = Guarded(as_selection("acc"), ((Objective("other"), 0.05),))
     scores = sheet(
         a={"acc": 0.9, "other": 0.5},
         b={"acc": 0.8, "other": 0.5},
@@ -158,7 +166,9 @@ def test_a_guard_measures_from_the_best_single_model_so_losses_cannot_add_up() -
 
 
 def test_a_metric_to_minimise() -> None:
-    soup = greedy_soup(scalar(a=1, b=-2, c=5), lambda t: abs(float(t["x"])), selection=Metric("loss", "min"))
+    soup = greedy_soup(
+        scalar(a=1, b=-2, c=5), lambda t: abs(float(t["x"])), selection=Objective("loss", "min")
+    )
     assert soup.trace.ranking[0].name == "a"
     assert soup.trace.members == ("a", "b"), "(1 - 2) / 2 is better than 1, and 4/3 is worse again"
     assert soup.trace.validation == {"loss": 0.5}
@@ -229,7 +239,7 @@ def test_a_bad_evaluator_is_named_with_candidate_and_metric(evaluate: Any, messa
 
 
 def test_a_bare_number_cannot_stand_for_two_metrics() -> None:
-    rule = Lexicographic((Metric("acc"), Metric("loss", "min")))
+    rule = Lexicographic((Objective("acc"), Objective("loss", "min")))
     with pytest.raises(EvaluationError, match="needs the metrics acc, loss"):
         greedy_soup(scalar(a=1), closeness, selection=rule)
 
@@ -254,11 +264,11 @@ def test_no_candidates_wrong_directions_and_foreign_files() -> None:
     with pytest.raises(EvaluationError, match="'b' is given twice"):
         greedy_search(["b", "b"], lambda m: {"score": 1.0}, selection=as_selection("score"))
     with pytest.raises(EvaluationError, match="expected 'max' or 'min'"):
-        Metric("acc", "up")  # pyright: ignore[reportArgumentType]
+        Objective("acc", "up")  # pyright: ignore[reportArgumentType]
     with pytest.raises(OperatorError, match="'x' has shape"):
         greedy_soup({"a": {"x": np.ones(2, np.float32)}, "b": {"x": np.ones(3, np.float32)}}, lambda t: 1.0)
     with pytest.raises(OutputError, match="not the trace of a greedy soup"):
-        Trace.from_json('{"format": 99}')
+        SoupTrace.from_json('{"format": 99}')
 
 
 def test_sequences_are_named_so_that_name_order_is_list_order() -> None:

@@ -13,7 +13,7 @@ from mergelab.sae.evaluation.controls import freeze_decoder, random_state
 from mergelab.sae.features.matching import recovery
 from mergelab.sae.toy import ToyTruth
 from mergelab.sae.training.initialize import initialize
-from mergelab.sae.training.recipe import Recipe
+from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.state import TrainState
 from mergelab.sae.training.step import Step, make_step
 from mergelab.sae.training.update import averaged_params
@@ -21,7 +21,7 @@ from mergelab.sae.variants import TopK
 
 TRUTH = ToyTruth(d_in=16, n_features=32, l0=2.0, exponent=0.0, rows=300 * 256)
 VARIANT = TopK(d_in=16, n_latents=64, k=2)
-RECIPE = Recipe(steps=300, batch_size=256, learning_rate=4e-3, ema=0.9)
+RECIPE = TrainingRecipe(steps=300, batch_size=256, learning_rate=4e-3, ema=0.9)
 
 
 @pytest.fixture(scope="module")

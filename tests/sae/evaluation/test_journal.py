@@ -11,7 +11,13 @@ import pytest
 
 from mergelab.errors import OutputError, SAEError
 from mergelab.sae.evaluation.metric import METRICS, Metric, Score
-from mergelab.sae.evaluation.scorecard import Journal, Scorecard, control_scorecard, evaluation_key, scorecard
+from mergelab.sae.evaluation.scorecard import (
+    EvaluationJournal,
+    Scorecard,
+    control_scorecard,
+    evaluation_key,
+    scorecard,
+)
 from tests.sae.evaluation.trained_host import Host
 
 CARD = Scorecard({"a.x": Score(0.1, "nats", "0 best"), "a.y": Score(float("nan"), "", "1 best")}, {"a": 2.5})
@@ -19,30 +25,30 @@ CARD = Scorecard({"a.x": Score(0.1, "nats", "0 best"), "a.y": Score(float("nan")
 
 def test_what_is_written_is_read_to_the_bit(tmp_path: Path) -> None:
     file = tmp_path / "new" / "scores.jsonl"
-    Journal(file, "one")["a"] = CARD
-    Journal(file, "two")["a"] = Scorecard({})
-    known = Journal(file, "one")
+    EvaluationJournal(file, "one")["a"] = CARD
+    EvaluationJournal(file, "two")["a"] = Scorecard({})
+    known = EvaluationJournal(file, "one")
     assert list(known) == ["a"] and known["a"].seconds == {"a": 2.5}
     assert known["a"].scores["a.x"] == CARD.scores["a.x"] and np.isnan(known["a"].scores["a.y"].value)
     assert json.loads(file.read_text().splitlines()[0])["scores"]["a.y"]["value"] == "nan"
-    assert not Journal(file, "three")
+    assert not EvaluationJournal(file, "three")
 
 
 def test_a_torn_line_is_cut_off_and_a_foreign_file_refused(tmp_path: Path) -> None:
     file = tmp_path / "scores.jsonl"
     for metric in ("a", "b"):
-        Journal(file, "one")[metric] = CARD
+        EvaluationJournal(file, "one")[metric] = CARD
     file.write_bytes(file.read_bytes()[:-9])
-    torn = Journal(file, "one")
+    torn = EvaluationJournal(file, "one")
     assert list(torn) == ["a"]
     torn["b"] = CARD
-    assert list(Journal(file, "one")) == ["a", "b"]
+    assert list(EvaluationJournal(file, "one")) == ["a", "b"]
     (tmp_path / "notes.txt").write_text("mine\n")
     with pytest.raises(OutputError, match=r"notes\.txt, line 1"):
-        Journal(tmp_path / "notes.txt", "one")
+        EvaluationJournal(tmp_path / "notes.txt", "one")
     (tmp_path / "one_line.txt").write_text("notes without a last newline")
     with pytest.raises(OutputError, match="its last line is no line"):
-        Journal(tmp_path / "one_line.txt", "one")
+        EvaluationJournal(tmp_path / "one_line.txt", "one")
     assert (tmp_path / "one_line.txt").read_text() == "notes without a last newline"
 
 
@@ -58,11 +64,13 @@ def test_an_evaluation_goes_on_where_it_was_stopped(
 
     with monkeypatch.context() as patched, pytest.raises(SAEError, match="stopped"):
         patched.setitem(METRICS, "progressive", Metric(stop))  # type: ignore[arg-type]
-        scorecard(host.dictionary, host.source, metrics=asked, memory=Journal(tmp_path / "kept", key))
+        scorecard(
+            host.dictionary, host.source, metrics=asked, memory=EvaluationJournal(tmp_path / "kept", key)
+        )
     with monkeypatch.context() as patched:
         for name in asked[:2]:
             patched.setitem(METRICS, name, Metric(stop))  # type: ignore[arg-type]
-        memory = Journal(tmp_path / "kept", key)
+        memory = EvaluationJournal(tmp_path / "kept", key)
         found = scorecard(host.dictionary, host.source, metrics=asked, memory=memory)
     assert found.values() == whole.values() and list(found.scores) == list(whole.scores)
 

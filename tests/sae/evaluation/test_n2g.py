@@ -12,7 +12,7 @@ import pytest
 from mergelab.activations.capture import ModelActivations
 from mergelab.sae.evaluation.explanation_loss import score_explanations
 from mergelab.sae.features.explanations import Explanation, Pattern, judge_explanation
-from mergelab.sae.features.n2g import Variant, explain, find_patterns, match_explanations
+from mergelab.sae.features.n2g import AlteredText, explain, find_patterns, match_explanations
 from mergelab.sae.features.survey import Example, survey
 from mergelab.sae.sae import Dictionary, DictionaryConfig
 from tests.sae.evaluation.tiny_encoder import Encoder
@@ -71,7 +71,7 @@ def test_a_token_detector_is_explained_by_its_token(host: Host) -> None:
     assert bad.precision == bad.recall == 0 and abs(bad.delta_ce) > 0.3 * effect
 
 
-def _rule(variants: Sequence[Variant]) -> np.ndarray:
+def _rule(variants: Sequence[AlteredText]) -> np.ndarray:
     """A latent that is active on 7, twice as much if 3 follows two tokens later, and not at all after 9."""
     found = []
     for variant in variants:
@@ -95,9 +95,9 @@ def test_an_encoders_patterns_reach_beyond_the_active_token() -> None:
 
 
 def test_a_frame_stays_and_may_be_what_is_active() -> None:
-    seen: list[Variant] = []
+    seen: list[AlteredText] = []
 
-    def first(variants: Sequence[Variant]) -> np.ndarray:
+    def first(variants: Sequence[AlteredText]) -> np.ndarray:
         """Active on the frame's first token where an 8 is anywhere."""
         seen.extend(variants)
         return np.array([float(v.at == 0 and 8 in v.tokens) for v in variants], np.float32)
@@ -106,7 +106,7 @@ def test_a_frame_stays_and_may_be_what_is_active() -> None:
     assert all(variant.tokens[0] in (1, 0) and variant.tokens[-1] == 2 for variant in seen)
     assert found[0].patterns == (Pattern((None,), 1.0, (None, 8)),)
 
-    def last(variants: Sequence[Variant]) -> np.ndarray:
+    def last(variants: Sequence[AlteredText]) -> np.ndarray:
         return np.array([float(v.at == len(v.tokens) - 1 and 5 in v.tokens) for v in variants], np.float32)
 
     found = find_patterns({0: [_example([1, 5, 8, 6, 2], 4)]}, last, mask_token=0, causal=False, framed=True)

@@ -18,7 +18,7 @@ from mergelab.checkpoints.torch_pickle import write_pickled
 from mergelab.errors import CheckpointError, MergelabError
 from mergelab.sae.formats import load_dictionary, save_dictionary
 from mergelab.sae.formats.gemma_scope import read_gemma_scope
-from mergelab.sae.formats.settings import Settings
+from mergelab.sae.formats.settings import FormatSettings
 from mergelab.sae.sae import Dictionary, DictionaryConfig
 
 D, N = 4, 6
@@ -259,7 +259,7 @@ def test_what_the_library_refuses_of_a_dictionary_names_its_file(tmp_path: Path)
 
 
 def test_settings_say_where_they_stand(tmp_path: Path) -> None:
-    told = Settings(tmp_path / "x.json", {"trainer": {"k": [1], "huge": "9" * 10_000}}).inner("trainer")
+    told = FormatSettings(tmp_path / "x.json", {"trainer": {"k": [1], "huge": "9" * 10_000}}).inner("trainer")
     calls: list[Callable[[], Any]] = [lambda: told.whole("k"), lambda: told.whole("huge")]
     for call in calls:
         with pytest.raises(CheckpointError, match=r"x\.json: trainer\.(k|huge) is .*whole number") as caught:

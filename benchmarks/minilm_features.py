@@ -3,8 +3,8 @@
     python -m benchmarks.minilm_features --work DIR [--publish]
 
 The text is what every Python carries: sources, and the prose of docstrings and the language reference. All is
-judged on documents that no training saw, beside a random dictionary, one with a frozen decoder, and one
-trained on the same architecture with random weights. Results are kept in DIR after every dictionary, so that
+judged on documents that no training saw, beside a random SAE, one with a frozen decoder, and one
+trained on the same architecture with random weights. Results are kept in DIR after every SAE, so that
 a run that was stopped goes on where it stood; DIR/features.html is the page of features.
 """
 
@@ -30,15 +30,15 @@ from mergelab.activations.store import write_store
 from mergelab.checkpoints.folder import weights_sha256
 from mergelab.quickstart.corpus import Corpus, gather
 from mergelab.report.pages import render_features
-from mergelab.sae.evaluation.controls import CONTROLS, control_dictionary, random_model
+from mergelab.sae.evaluation.controls import CONTROLS, control_sae, random_model
 from mergelab.sae.evaluation.probing_tasks import LabelledTokens, label_texts
 from mergelab.sae.evaluation.scorecard import scorecard
 from mergelab.sae.features.explanations import Explanation, Match, Pattern
 from mergelab.sae.features.gallery import make_gallery
 from mergelab.sae.features.n2g import explain, match_explanations
 from mergelab.sae.features.survey import Example, survey
-from mergelab.sae.formats import load_dictionary
-from mergelab.sae.sae import Dictionary
+from mergelab.sae.formats import load_sae
+from mergelab.sae.sae import SAE
 from mergelab.sae.training import train
 from mergelab.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -56,7 +56,7 @@ class Size:
 
     Attributes:
         site: where the encoder is read.
-        n_latents, k: the dictionary.
+        n_latents, k: the SAE.
         train_bytes, held_out_bytes: of text, code and prose each.
         context: tokens in a context, `[CLS]` and `[SEP]` included.
         tokens, batch: of a training.
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 class Experiment:
-    """Trains and judges each dictionary once, and remembers."""
+    """Trains and judges each SAE once, and remembers."""
 
     def __init__(self, work: Path, model: Path, size: Size) -> None:
         self.work, self.model, self.size = work, model, size
@@ -134,15 +134,15 @@ class Experiment:
         self.tokenizer: Tokenizer = load_tokenizer(model)
 
     def judge(self, program: str, seed: int) -> None:
-        """The scores of one dictionary, unless they are known."""
+        """The scores of one SAE, unless they are known."""
         key = f"{program}/{seed}"
         if key in self.results["runs"]:
             return
         started = time.perf_counter()
-        dictionary = self.dictionary(seed) if program == OURS else self._control(program, seed)
+        sae = self.sae(seed) if program == OURS else self._control(program, seed)
         trained = time.perf_counter() - started
         card = scorecard(
-            dictionary,
+            sae,
             random_model(self.source, seed) if program == "random model" else self.source,
             labels=self.labelled.labels,
             mask_token=self.tokenizer.mask_id,
@@ -159,7 +159,7 @@ class Experiment:
         """Writes down what is known."""
         self.file.write_text(json.dumps(self.results, indent=1))
 
-    def dictionary(self, seed: int) -> Dictionary:
+    def sae(self, seed: int) -> SAE:
         """Trained on the stored activations, once."""
         out = self.work / f"sae-{seed}"
         if not (out / "final").is_dir():
@@ -173,11 +173,11 @@ class Experiment:
                 "metadata": {"site": self.size.site, "model_hash": weights_sha256(self.model)},
             }
             train(config, out, resume=out.is_dir())
-        return load_dictionary(out / "final")
+        return load_sae(out / "final")
 
-    def _control(self, kind: str, seed: int) -> Dictionary:
+    def _control(self, kind: str, seed: int) -> SAE:
         source = random_model(self.train, seed) if kind == "random model" else self.train
-        return control_dictionary(
+        return control_sae(
             kind,
             source,
             n_latents=self.size.n_latents,
@@ -191,16 +191,16 @@ class Experiment:
         """Latents drawn at random, explained; the page, and every so-manieth by F1 for the table."""
         if "features" in self.results:
             return
-        dictionary = self.dictionary(0)
+        sae = self.sae(0)
         fit, judged = halves(self.source)
-        density = survey(dictionary, fit, latents=[]).density
+        density = survey(sae, fit, latents=[]).density
         telling = np.flatnonzero((density >= _DENSITY[0]) & (density <= _DENSITY[1]))
         chosen = np.random.default_rng(0).permutation(telling)[: self.size.explained].tolist()
-        examples = survey(dictionary, fit, count=8, latents=chosen).examples
-        made = explain(dictionary, fit, examples, mask_token=self.tokenizer.mask_id)
-        matches = match_explanations(dictionary, judged, list(made.values()))
+        examples = survey(sae, fit, count=8, latents=chosen).examples
+        made = explain(sae, fit, examples, mask_token=self.tokenizer.mask_id)
+        matches = match_explanations(sae, judged, list(made.values()))
         explained = {i: (made[i], match) for i, match in zip(made, matches, strict=True)}
-        gallery = make_gallery(dictionary, self.source, most=self.size.n_latents)
+        gallery = make_gallery(sae, self.source, most=self.size.n_latents)
         page = render_features(
             replace(gallery, explained=explained),
             self.tokenizer.piece,
@@ -281,9 +281,7 @@ def _shuffled(found: LabelledTokens, contexts: int) -> LabelledTokens:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.minilm_features")
-    parser.add_argument(
-        "--work", type=Path, required=True, help="folder for activations, dictionaries, results"
-    )
+    parser.add_argument("--work", type=Path, required=True, help="folder for activations, SAEs, results")
     parser.add_argument("--model", type=Path, help="an encoder's folder; the installed MiniLM if not given")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--controls", nargs="*", choices=CONTROLS, default=list(CONTROLS), metavar="KIND")

@@ -1,4 +1,4 @@
-"""The tables of `minilm_features`: a scorecard with a column per dictionary, and features with patterns."""
+"""The tables of `minilm_features`: a scorecard with a column per SAE, and features with patterns."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SHOWN = {
 
 
 def render(results: Mapping[str, Any]) -> str:
-    """The scorecard, a column for each dictionary, and the features."""
+    """The scorecard, a column for each SAE, and the features."""
     runs: Mapping[str, Any] = results["runs"]
     columns: dict[str, list[Any]] = {}
     for key, run in runs.items():

@@ -26,7 +26,7 @@ from benchmarks.sae_presets import PRESETS
 from benchmarks.sae_quality import judge
 from benchmarks.sae_step import REPOSITORY
 from benchmarks.table import replace_section
-from mergelab.sae.training.finish import finished_dictionary
+from mergelab.sae.training.finish import finished_sae
 from mergelab.sae.training.initialize import initialize
 from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.step import make_step
@@ -101,7 +101,7 @@ def _train(preset: str, seed: int, changes: Mapping[str, Any]) -> dict[str, floa
     for number in range(problem.steps):
         x = jnp.asarray(truth.read(number * problem.batch, (number + 1) * problem.batch))
         state, _ = step(state, x, x)
-    found = finished_dictionary(variant, recipe, state)
+    found = finished_sae(variant, recipe, state)
     arrays = {name: np.asarray(getattr(found, name)) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     # The judge's convention: b_dec is subtracted before the encoder.
     arrays["b_enc"] = arrays["b_enc"] + arrays["b_dec"] @ arrays["W_enc"]

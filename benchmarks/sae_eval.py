@@ -3,7 +3,7 @@
     python -m benchmarks.sae_eval --work DIR --peers-env VENV [--publish]
 
 All are trained on the same stored activations in the same order, at their default learning rates, and judged
-by the same code on held-out text. Results are kept in DIR after every dictionary, so that a run that was
+by the same code on held-out text. Results are kept in DIR after every SAE, so that a run that was
 stopped goes on where it stood.
 """
 
@@ -37,7 +37,7 @@ from mergelab.quickstart.train import train_lm
 from mergelab.sae.evaluation.downstream import loss_curve
 from mergelab.sae.evaluation.probing_tasks import LabelledTokens, label_texts
 from mergelab.sae.evaluation.scorecard import scorecard
-from mergelab.sae.sae import Dictionary, DictionaryConfig
+from mergelab.sae.sae import SAE, SAEConfig
 from mergelab.text.packing import random_windows, token_stream
 
 __all__ = ["Bench", "main", "render"]
@@ -67,9 +67,9 @@ class Size:
 
     Attributes:
         preset: of the quickstart, whose base model is the host.
-        shapes: latents and k of the dictionaries.
+        shapes: latents and k of the SAEs.
         batch: tokens per step.
-        steps: of each dictionary's training.
+        steps: of each SAE's training.
         judged: contexts of held-out text, half of which fit explanations.
         points: steps of the host's training at which its loss is taken.
     """
@@ -130,12 +130,12 @@ class Bench:
         self.curve = self._curve()
 
     def run(self, program: str, n: int, k: int, seed: int) -> dict[str, Any]:
-        """The scores of one dictionary."""
+        """The scores of one SAE."""
         key = f"{n}/{k}/{program}/{seed}"
         if key not in self.results["runs"]:
-            dictionary, seconds = self._train(program, n, k, seed)
+            sae, seconds = self._train(program, n, k, seed)
             card = scorecard(
-                dictionary, self.source, labels=self.labelled.labels, mask_token=END_OF_TEXT_ID,
+                sae, self.source, labels=self.labelled.labels, mask_token=END_OF_TEXT_ID,
                 curve=self.curve, seed=seed,
             )  # fmt: skip
             found = {"scores": card.values(), "seconds": dict(card.seconds), "train_seconds": seconds}
@@ -169,7 +169,7 @@ class Bench:
         self.results["host"] = {str(int(step)): float(loss) for step, loss in zip(steps, losses, strict=True)}
         return steps, losses
 
-    def _train(self, program: str, n: int, k: int, seed: int) -> tuple[Dictionary, float]:
+    def _train(self, program: str, n: int, k: int, seed: int) -> tuple[SAE, float]:
         rows = self.work / "rows.npy"
         if not rows.is_file():
             np.save(rows, self._shuffled_rows())
@@ -179,7 +179,7 @@ class Bench:
         asked = {"do": "train", "trainer": program, "problem": asdict(problem)}
         done = run_worker(asked | {name: str(file) for name, file in files.items()}, self.peers)
         with np.load(self.work / "arrays.npz") as arrays:
-            return _dictionary(dict(arrays), k), done["train_seconds"]
+            return _sae(dict(arrays), k), done["train_seconds"]
 
     def _shuffled_rows(self) -> np.ndarray:
         """Rows for all steps: whole epochs over the training text, each in an order of its own."""
@@ -205,10 +205,10 @@ def _held_out(corpus: Corpus, model: Path, folder: Path, length: int, contexts: 
     return LabelledTokens(found.tokens[order], {name: label[order] for name, label in found.labels.items()})
 
 
-def _dictionary(arrays: Arrays, k: int) -> Dictionary:
-    config = DictionaryConfig("topk", k=k, subtract_b_dec=True)
+def _sae(arrays: Arrays, k: int) -> SAE:
+    config = SAEConfig("topk", k=k, subtract_b_dec=True)
     names = ("W_enc", "b_enc", "W_dec", "b_dec")
-    return Dictionary(*(jnp.asarray(arrays[name]) for name in names), config=config).checked()
+    return SAE(*(jnp.asarray(arrays[name]) for name in names), config=config).checked()
 
 
 def render(results: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The toy truths and dictionaries of benchmarks/sae_quality.py; a budget is `steps * batch` activations."""
+"""The toy truths and SAEs of benchmarks/sae_quality.py; a budget is `steps * batch` activations."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ class Bench:
 
 
 def judge(arrays: Arrays, truth: ToyTruth, k: int) -> dict[str, float]:
-    """The figures of a top-k dictionary on activations that no training sees."""
+    """The figures of a top-k SAE on activations that no training sees."""
     rows = truth.sample(_JUDGED_ON, seed=2)
     totals = Totals.zero(rows, len(arrays["W_dec"]))
     for start in range(0, len(rows), BLOCK_ROWS):

@@ -32,7 +32,7 @@ CONFIG: dict[str, Any] = {
 class Case:
     """A command, how it is given again, and which of its outputs must be as those of an undisturbed run.
 
-    `run` are options of the training whose dictionary it takes.
+    `run` are options of the training whose SAE it takes.
     """
 
     command: str

@@ -15,7 +15,7 @@ NOTEBOOKS = sorted(REPOSITORY.glob("colab/*.ipynb"))
 PRINTED = {
     "merging.ipynb": "memory against disk:",
     "models.ipynb": "saved is what was loaded: True",
-    "sae.ipynb": "the same dictionary in SAELens files: True",
+    "sae.ipynb": "the same SAE in SAELens files: True",
     "sae_evaluation.ipynb": "ablating subtracts what the latent writes: True",
     "steering.ipynb": "alarming prompts refused: 100% -> 0%",
 }

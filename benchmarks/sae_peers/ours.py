@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.sae_peers.problem import Arrays, Problem
 from mergelab.sae.evaluation.controls import freeze_decoder
-from mergelab.sae.training.finish import finished_dictionary
+from mergelab.sae.training.finish import finished_sae
 from mergelab.sae.training.initialize import initialize
 from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.step import make_step
@@ -53,11 +53,11 @@ class Ours:
         metrics["loss"].block_until_ready()
 
     def reconstruct(self, x: np.ndarray) -> np.ndarray:
-        found = finished_dictionary(self.variant, self.recipe, self.state)
+        found = finished_sae(self.variant, self.recipe, self.state)
         return np.asarray(found(jnp.asarray(x)))
 
     def arrays(self) -> Arrays:
-        found = finished_dictionary(self.variant, self.recipe, self.state)
+        found = finished_sae(self.variant, self.recipe, self.state)
         arrays = {name: np.asarray(getattr(found, name)) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
         if not found.config.subtract_b_dec:
             arrays["b_enc"] = arrays["b_enc"] + arrays["b_dec"] @ arrays["W_enc"]

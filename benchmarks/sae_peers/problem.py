@@ -75,7 +75,7 @@ class Trainer(Protocol):
         ...
 
     def arrays(self) -> Arrays:
-        """The dictionary as it would be saved now."""
+        """The SAE as it would be saved now."""
         ...
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.sae_peers.worker '{"do": "time", "trainer": "SAELens", "problem": {...}, ...}'
 
 `time` steps on noise and tells the seconds of each step; `train` steps once through a file of activations and
-writes the dictionary. Both print one line of JSON, the last of stdout.
+writes the SAE. Both print one line of JSON, the last of stdout.
 """
 
 from __future__ import annotations

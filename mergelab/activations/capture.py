@@ -213,7 +213,7 @@ class ModelActivations:
             shape = self.model.sites().get(site)
             if shape is not None and len(shape) != 3:
                 raise SAEError(
-                    f"the site {site!r} has shape {list(shape)}; a dictionary reads [batch, length, width]."
+                    f"the site {site!r} has shape {list(shape)}; an SAE reads [batch, length, width]."
                 )
         object.__setattr__(self, "_last", {})
 

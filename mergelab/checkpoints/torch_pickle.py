@@ -198,7 +198,7 @@ _STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "int64": "Long
 
 
 def write_pickled(path: Path, tree: Mapping[str, Any]) -> None:
-    """Writes nested dictionaries of arrays, numbers and strings.
+    """Writes nested SAEs of arrays, numbers and strings.
 
     Args:
         path: the file.

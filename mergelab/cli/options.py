@@ -13,9 +13,9 @@ import click
 from mergelab.errors import quoted
 
 if TYPE_CHECKING:
-    from mergelab.sae.sae import Dictionary
+    from mergelab.sae.sae import SAE
 
-__all__ = ["MESH", "SIZE", "configure_jax", "load_either", "open_dictionary", "read_model", "readable"]
+__all__ = ["MESH", "SIZE", "configure_jax", "load_either", "open_sae", "read_model", "readable"]
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -121,40 +121,40 @@ def load_either(
     return load(path, mesh=mesh, dtype=dtype)
 
 
-def open_dictionary(path: Path) -> Dictionary:
+def open_sae(path: Path) -> SAE:
     """Loads it.
 
     Raises:
         CheckpointError: there is none, or the run has not finished.
     """
     from mergelab.errors import CheckpointError
-    from mergelab.sae.formats import load_dictionary
+    from mergelab.sae.formats import load_sae
 
     if (path / "final").is_dir():
-        return _as_trained(load_dictionary(path / "final"), path / "config.yaml")
+        return _as_trained(load_sae(path / "final"), path / "config.yaml")
     if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
         raise CheckpointError(f"{path}: the run has not finished; go on with mergelab sae train --resume")
-    return load_dictionary(path)
+    return load_sae(path)
 
 
-def _as_trained(dictionary: Dictionary, config: Path) -> Dictionary:
-    """The dictionary of a run; where it does not say what it writes, the run's configuration does."""
+def _as_trained(sae: SAE, config: Path) -> SAE:
+    """The SAE of a run; where it does not say what it writes, the run's configuration does."""
     from dataclasses import replace
 
     from mergelab.errors import SAEError
     from mergelab.sae.sae import at_sites
     from mergelab.sae.training.config import load_config
 
-    if dictionary.target_known or not config.is_file():
-        return dictionary
+    if sae.target_known or not config.is_file():
+        return sae
     try:
         data = load_config(config).data
     except SAEError:
-        return dictionary
+        return sae
     if data.target_site is not None:
-        return at_sites(dictionary, data.site, data.target_site)
-    settings = replace(dictionary.config, transcoder=data.target_path is not None)
-    return replace(dictionary, config=settings)
+        return at_sites(sae, data.site, data.target_site)
+    settings = replace(sae.config, transcoder=data.target_path is not None)
+    return replace(sae, config=settings)
 
 
 def configure_jax() -> None:

@@ -1,4 +1,4 @@
-"""`mergelab sae eval`: how good dictionaries are, on stored activations or on their model and a text."""
+"""`mergelab sae eval`: how good SAEs are, on stored activations or on their model and a text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mergelab.cli.options import MESH
 if TYPE_CHECKING:
     from mergelab.activations import ActivationFiles
     from mergelab.sae.evaluation.scorecard import Scorecard
-    from mergelab.sae.sae import Dictionary
+    from mergelab.sae.sae import SAE
 
 __all__ = ["command"]
 
@@ -33,16 +33,16 @@ __all__ = ["command"]
 )
 @click.option("--rows", type=WholeNumber(1), help="With --data: so many rows, from the start.")
 @click.option("--batch", type=WholeNumber(1), default=4096, show_default=True, help="With --data: at a time.")
-@click.option("--model", type=click.Path(path_type=Path), help="The folder of the dictionary's model.")
+@click.option("--model", type=click.Path(path_type=Path), help="The folder of the SAE's model.")
 @click.option(
     "--text", "texts", multiple=True, type=click.Path(path_type=Path), help="Repeatable; .py is Python."
 )
-@click.option("--site", help="Such as blocks.8.resid_post; what the dictionary says, if not given.")
-@click.option("--target-site", help="That a transcoder writes; what the dictionary says, if not given.")
+@click.option("--site", help="Such as blocks.8.resid_post; what the SAE says, if not given.")
+@click.option("--target-site", help="That a transcoder writes; what the SAE says, if not given.")
 @click.option(
     "--context",
     type=WholeNumber(2),
-    help="Tokens in a context; what the dictionary was trained with, else 64, if not given.",
+    help="Tokens in a context; what the SAE was trained with, else 64, if not given.",
 )
 @click.option(
     "--metrics",
@@ -72,9 +72,9 @@ __all__ = ["command"]
 @click.option("--seed", type=Seed(0), default=0, show_default=True, help="Of everything drawn.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def command(sources: tuple[Path, ...], as_json: bool, **options: Any) -> None:
-    """Judge dictionaries on activations or text they were not trained on.
+    """Judge SAEs on activations or text they were not trained on.
 
-    With --data, one dictionary's reconstruction and sparsity. With --model and --text, all that
+    With --data, one SAE's reconstruction and sparsity. With --model and --text, all that
     docs/sae_evaluation.md describes; the first half of the text fits what must be fitted, and the second
     judges. Several SOURCEs that differ in nothing but the seed of their training are shown as mean and
     standard deviation; others stand side by side. A transcoder is judged on the site it writes.
@@ -122,44 +122,44 @@ def command(sources: tuple[Path, ...], as_json: bool, **options: Any) -> None:
         if not one.target_known:
             click.echo(_taken(source, one))
     if not checked:
-        click.echo("The dictionary does not say which weights it belongs to, or they are others.")
+        click.echo("The SAE does not say which weights it belongs to, or they are others.")
 
 
-def _on_files(source: Path, options: Mapping[str, Any]) -> tuple[dict[str, float], Dictionary]:
-    """Reconstruction on stored activations, and the dictionary as what it was judged."""
+def _on_files(source: Path, options: Mapping[str, Any]) -> tuple[dict[str, float], SAE]:
+    """Reconstruction on stored activations, and the SAE as what it was judged."""
     import jax.numpy as jnp
     import numpy as np
 
     from mergelab.activations import open_activation_files
-    from mergelab.cli.options import open_dictionary
+    from mergelab.cli.options import open_sae
     from mergelab.errors import SAEError
     from mergelab.sae.evaluation.reconstruction import Totals
     from mergelab.sae.sae import at_sites
     from mergelab.sae.splice import encode_and_reconstruct
     from mergelab.sae.training.data import store_facts
 
-    dictionary = open_dictionary(source)
+    sae = open_sae(source)
     if options["site"] or options["target_site"]:
-        dictionary = at_sites(dictionary, options["site"], options["target_site"])
+        sae = at_sites(sae, options["site"], options["target_site"])
     data = list(options["data"])
     files = open_activation_files(data)
-    if files.d_in != dictionary.d_in:
+    if files.d_in != sae.d_in:
         raise SAEError(
-            f"{source}: the dictionary reads activations {dictionary.d_in} wide, but the data is "
+            f"{source}: the SAE reads activations {sae.d_in} wide, but the data is "
             f"{files.d_in} wide; give activations of the site it was trained on."
         )
     found = store_facts(data).get("site")
-    reads = dictionary.config.reads
+    reads = sae.config.reads
     if found is not None and reads is not None and found != reads[0]:
         raise SAEError(
-            f"{source}: the dictionary reads {reads[0]}, but the data is of {found}; give activations of its "
+            f"{source}: the SAE reads {reads[0]}, but the data is of {found}; give activations of its "
             "site, or say that it is to be judged there (--site)."
         )
-    dictionary, target = _targets(source, dictionary, data, list(options["target_data"]))
-    if target is not None and (target.rows, target.d_in) != (files.rows, dictionary.d_out):
+    sae, target = _targets(source, sae, data, list(options["target_data"]))
+    if target is not None and (target.rows, target.d_in) != (files.rows, sae.d_out):
         raise SAEError(
-            f"{source}: the targets are {target.rows} rows, {target.d_in} wide, but the dictionary writes "
-            f"activations {dictionary.d_out} wide, and the data has {files.rows} rows; give the targets "
+            f"{source}: the targets are {target.rows} rows, {target.d_in} wide, but the SAE writes "
+            f"activations {sae.d_out} wide, and the data has {files.rows} rows; give the targets "
             "of the same tokens."
         )
     totals, batch = None, options["batch"]
@@ -167,17 +167,17 @@ def _on_files(source: Path, options: Mapping[str, Any]) -> tuple[dict[str, float
     for start in range(0, count, batch):
         x = files.read(start, min(start + batch, count))
         y = x if target is None else target.read(start, min(start + batch, count))
-        codes, out = encode_and_reconstruct(dictionary, jnp.asarray(x))
-        totals = totals or Totals.zero(y, dictionary.n_latents)
+        codes, out = encode_and_reconstruct(sae, jnp.asarray(x))
+        totals = totals or Totals.zero(y, sae.n_latents)
         totals = totals.add(y, np.asarray(out), np.asarray(codes))
     assert totals is not None
-    return totals.result().scalars(), dictionary
+    return totals.result().scalars(), sae
 
 
 def _targets(
-    source: Path, dictionary: Dictionary, data: list[str], target_data: list[str]
-) -> tuple[Dictionary, ActivationFiles | None]:
-    """What a transcoder is compared with, None for an autoencoder; and the dictionary as the one it is."""
+    source: Path, sae: SAE, data: list[str], target_data: list[str]
+) -> tuple[SAE, ActivationFiles | None]:
+    """What a transcoder is compared with, None for an autoencoder; and the SAE as the one it is."""
     import glob
     from dataclasses import replace
 
@@ -185,38 +185,38 @@ def _targets(
     from mergelab.errors import SAEError
 
     if target_data:
-        if dictionary.is_autoencoder and dictionary.target_known:
+        if sae.is_autoencoder and sae.target_known:
             raise SAEError(
-                f"{source}: the dictionary is an autoencoder, which is compared with what it reads; omit "
+                f"{source}: the SAE is an autoencoder, which is compared with what it reads; omit "
                 "--target-data."
             )
-        config = dictionary.config
-        if not dictionary.target_known:
-            dictionary = replace(dictionary, config=replace(config, transcoder=True))
-        return dictionary, open_activation_files(target_data)
-    if dictionary.is_autoencoder:
-        return dictionary, None
-    writes = dictionary.config.writes
+        config = sae.config
+        if not sae.target_known:
+            sae = replace(sae, config=replace(config, transcoder=True))
+        return sae, open_activation_files(target_data)
+    if sae.is_autoencoder:
+        return sae, None
+    writes = sae.config.writes
     if writes is not None:
         folders = sorted({Path(file).parent for pattern in data for file in glob.glob(pattern)})
         beside = [str(folder / f"{writes[0]}-*.safetensors") for folder in folders]
         if all((folder / "store.json").is_file() for folder in folders) and all(map(glob.glob, beside)):
-            return dictionary, open_activation_files(beside)
+            return sae, open_activation_files(beside)
     raise SAEError(
-        f"{source}: the dictionary is a transcoder ({dictionary.mapping()}), so its output is not to be "
+        f"{source}: the SAE is a transcoder ({sae.mapping()}), so its output is not to be "
         "compared with the data it reads; give what it is to write of the same tokens (--target-data)."
     )
 
 
-def _unlike(dictionaries: Sequence[Dictionary]) -> list[str]:
-    """What dictionaries differ in besides the seed."""
+def _unlike(saes: Sequence[SAE]) -> list[str]:
+    """What SAEs differ in besides the seed."""
     from mergelab.sae.evaluation.settings import differences, settings_of
 
-    return differences([settings_of(one) for one in dictionaries])
+    return differences([settings_of(one) for one in saes])
 
 
-def _sites_of(sources: Sequence[Path], dictionaries: Sequence[Dictionary]) -> dict[str, Any]:
-    """By source, what the dictionary was judged as."""
+def _sites_of(sources: Sequence[Path], saes: Sequence[SAE]) -> dict[str, Any]:
+    """By source, what the SAE was judged as."""
     return {
         str(source): {
             "reads": one.config.reads,
@@ -224,13 +224,13 @@ def _sites_of(sources: Sequence[Path], dictionaries: Sequence[Dictionary]) -> di
             "transcoder": not one.is_autoencoder,
             "target_known": one.target_known,
         }
-        for source, one in zip(sources, dictionaries, strict=True)
+        for source, one in zip(sources, saes, strict=True)
     }
 
 
-def _taken(source: Path, dictionary: Dictionary) -> str:
+def _taken(source: Path, sae: SAE) -> str:
     """The line that says what was taken for granted."""
-    reads = dictionary.config.reads
+    reads = sae.config.reads
     what = "what it reads" if reads is None else f"{reads[0]}, which it reads"
     return (
         f"{source} does not say what it writes and was judged on {what}; if it is a transcoder, name its "
@@ -245,14 +245,14 @@ def _number(value: float) -> float | None:
 
 def _on_text(
     sources: tuple[Path, ...], options: Mapping[str, Any], *, quiet: bool
-) -> tuple[dict[str, Scorecard], dict[str, float], bool, list[Dictionary]]:
+) -> tuple[dict[str, Scorecard], dict[str, float], bool, list[SAE]]:
     """Scorecards by source and control, seconds by metric of the first, whether all hosts agree, and the
-    dictionaries as what they were judged.
+    SAEs as what they were judged.
     """
     from tqdm import tqdm
 
     from mergelab.checkpoints.folder import weights_sha256
-    from mergelab.cli.options import open_dictionary
+    from mergelab.cli.options import open_sae
     from mergelab.sae.evaluation.controls import CONTROLS
     from mergelab.sae.evaluation.probing_tasks import label_texts
     from mergelab.sae.evaluation.scorecard import (
@@ -268,7 +268,7 @@ def _on_text(
 
     model, texts, length = options["model"], options["texts"], options["context"]
     mesh = None if options["mesh"] is None else make_mesh(options["mesh"])
-    opened = [open_dictionary(source) for source in sources]
+    opened = [open_sae(source) for source in sources]
     opened = [at_sites(one, options["site"], options["target_site"]) for one in opened]
     first = opened[0]
     _check_same_sites(sources, opened)
@@ -287,11 +287,11 @@ def _on_text(
     curve = _curve(options["curve"], host, mesh)
     weights = weights_sha256(model) if options["keep"] else ""
 
-    def memory(dictionary: Any, *settings: Any) -> Any:
+    def memory(sae: Any, *settings: Any) -> Any:
         if options["keep"] is None:
             return None
         key = evaluation_key(
-            dictionary, host, labels, weights, options["seed"], options["curve"] and curve, *settings
+            sae, host, labels, weights, options["seed"], options["curve"] and curve, *settings
         )
         return EvaluationJournal(options["keep"], key)
 
@@ -315,12 +315,12 @@ def _on_text(
     return columns, dict(columns[str(sources[0])].seconds), all(checked), opened
 
 
-def _check_same_sites(sources: Sequence[Path], dictionaries: Sequence[Dictionary]) -> None:
+def _check_same_sites(sources: Sequence[Path], saes: Sequence[SAE]) -> None:
     """Checks that all are of the sites of the first, as far as they say."""
     from mergelab.errors import SAEError
 
-    first = dictionaries[0]
-    for source, one in zip(sources, dictionaries, strict=True):
+    first = saes[0]
+    for source, one in zip(sources, saes, strict=True):
         same = one.is_autoencoder == first.is_autoencoder and all(
             mine is None or other is None or mine == other
             for mine, other in (
@@ -330,16 +330,16 @@ def _check_same_sites(sources: Sequence[Path], dictionaries: Sequence[Dictionary
         )
         if not same:
             raise SAEError(
-                f"{source}: the dictionary is of {one.mapping()}, but that of {sources[0]} of "
-                f"{first.mapping()}; judge dictionaries of other sites by themselves, or name one (--site)."
+                f"{source}: the SAE is of {one.mapping()}, but that of {sources[0]} of "
+                f"{first.mapping()}; judge SAEs of other sites by themselves, or name one (--site)."
             )
 
 
-def _active(dictionary: Any, host: Any) -> int:
+def _active(sae: Any, host: Any) -> int:
     from mergelab.sae.evaluation.reconstruction import reconstruction_on_model
 
-    found = reconstruction_on_model(dictionary, host, contexts=host.batch)
-    return max(1, min(round(found.l0), dictionary.n_latents))
+    found = reconstruction_on_model(sae, host, contexts=host.batch)
+    return max(1, min(round(found.l0), sae.n_latents))
 
 
 def _curve(path: Path | None, host: Any, mesh: Any) -> tuple[Any, Any] | None:
@@ -375,7 +375,7 @@ def _table(columns: Mapping[str, Scorecard], sources: list[str], *, alike: bool)
     shown = {name: card for name, card in columns.items() if spread is None or name not in sources}
     header = ["score", *(["mean", "sd"] if spread else []), *shown, "unit", "measured against"]
     rows = []
-    # What one dictionary lacks, another may have.
+    # What one SAE lacks, another may have.
     every = list(columns.values())
     scores = {name: score for card in reversed(every) for name, score in card.scores.items()}
     nothing = (float("nan"), float("nan"))

@@ -1,4 +1,4 @@
-"""`mergelab sae export`: a finished dictionary in another library's files."""
+"""`mergelab sae export`: a finished SAE in another library's files."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _FORMATS = ["saelens", "sparsify", "openai", "dictionary_learning", "gemma-scope
 @click.option("--site", help="That it reads, where it does not say so: such as blocks.8.resid_post.")
 @click.option("--target-site", help="That a transcoder writes, where it does not say so.")
 def command(source: Path, format: str, out: Path, site: str | None, target_site: str | None) -> None:
-    """Write the dictionary in SOURCE for another library.
+    """Write the SAE in SOURCE for another library.
 
-    SOURCE is a run's folder, its `final`, or a dictionary of any format that can be read. What a format has
+    SOURCE is a run's folder, its `final`, or an SAE of any format that can be read. What a format has
     no place for is an error, not a loss. Sites are written under the other library's names.
 
     \b
@@ -32,14 +32,14 @@ def command(source: Path, format: str, out: Path, site: str | None, target_site:
       mergelab sae export run-saelens --format mergelab --out back
       mergelab sae export old --format saelens --out new --target-site blocks.3.mlp.out
     """
-    from mergelab.cli.options import open_dictionary
-    from mergelab.sae.formats import reserve, save_dictionary
+    from mergelab.cli.options import open_sae
+    from mergelab.sae.formats import reserve, save_sae
     from mergelab.sae.sae import at_sites
 
     with reserve(out, format, inputs=[source]) as place:
-        dictionary = at_sites(open_dictionary(source), site, target_site)
-        save_dictionary(dictionary, place, format)
-    if not dictionary.target_known:
+        sae = at_sites(open_sae(source), site, target_site)
+        save_sae(sae, place, format)
+    if not sae.target_known:
         click.echo(
             f"{source} does not say what it writes and was exported as an autoencoder; if it is a "
             "transcoder, name its target (--target-site).",

@@ -1,4 +1,4 @@
-"""`mergelab sae features`: a page on which the latents of a dictionary can be searched, sorted and read."""
+"""`mergelab sae features`: a page on which the latents of an SAE can be searched, sorted and read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mergelab.cli.numbers import WholeNumber
 from mergelab.cli.options import MESH
 
 if TYPE_CHECKING:
-    from mergelab.sae.sae import Dictionary
+    from mergelab.sae.sae import SAE
 
 __all__ = ["command"]
 
@@ -24,12 +24,12 @@ __all__ = ["command"]
     "--text", "texts", multiple=True, required=True, type=click.Path(path_type=Path), help="Repeatable."
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A new .html file.")
-@click.option("--site", help="Such as blocks.8.resid_post; what the dictionary says, if not given.")
-@click.option("--target-site", help="That a transcoder writes; what the dictionary says, if not given.")
+@click.option("--site", help="Such as blocks.8.resid_post; what the SAE says, if not given.")
+@click.option("--target-site", help="That a transcoder writes; what the SAE says, if not given.")
 @click.option(
     "--context",
     type=WholeNumber(2),
-    help="Tokens in a context; what the dictionary was trained with, else 64, if not given.",
+    help="Tokens in a context; what the SAE was trained with, else 64, if not given.",
 )
 @click.option("--latents", type=WholeNumber(1), default=2000, show_default=True, help="At most so many.")
 @click.option("--examples", type=WholeNumber(1), default=8, show_default=True, help="Contexts per latent.")
@@ -43,7 +43,7 @@ __all__ = ["command"]
 @click.option(
     "--wider",
     type=click.Path(path_type=Path),
-    help="A wider dictionary of the site: what latents split into.",
+    help="A wider SAE of the site: what latents split into.",
 )
 @click.option("--neuronpedia", type=click.Path(path_type=Path), help="Also write Neuronpedia's JSON here.")
 @click.option("--mesh", type=MESH, metavar="AXES", help="Spread the model over devices: tensor=8.")
@@ -66,7 +66,7 @@ def command(
     any_model: bool,
     as_json: bool,
 ) -> None:
-    """Write one HTML file with the latents of the dictionary in SOURCE.
+    """Write one HTML file with the latents of the SAE in SOURCE.
 
     It shows each latent's strongest contexts in the text, how often and how strongly it is active, which
     tokens it promotes, and which latents it is active with. It needs no network and no server.
@@ -85,7 +85,7 @@ def command(
 
     from mergelab.checkpoints.folder import stat_sha256
     from mergelab.checkpoints.new_files import Content, NewFiles
-    from mergelab.cli.options import open_dictionary
+    from mergelab.cli.options import open_sae
     from mergelab.report.pages import render_features
     from mergelab.sae.features.gallery import explain_gallery, make_gallery, neuronpedia_batch
     from mergelab.sae.features.matching import hierarchy
@@ -101,9 +101,9 @@ def command(
         inputs=inputs,
         identity=hashlib.sha256(repr((stat_sha256(*inputs), options)).encode()).hexdigest(),
     ) as files:
-        dictionary = at_sites(open_dictionary(source), site, target_site)
+        sae = at_sites(open_sae(source), site, target_site)
         devices = None if mesh is None else make_mesh(mesh)
-        host = open_host(dictionary, model, texts, length=context, any_model=any_model, mesh=devices)
+        host = open_host(sae, model, texts, length=context, any_model=any_model, mesh=devices)
         tokenizer = load_tokenizer(model)
 
         @cache
@@ -118,21 +118,21 @@ def command(
                 bar.set_description_str(stage, refresh=False)
                 bar.update(done - bar.n)
 
-            gallery = make_gallery(dictionary, host, most=latents, examples=examples, progress=progress)
+            gallery = make_gallery(sae, host, most=latents, examples=examples, progress=progress)
             if wider is not None:
-                other = open_dictionary(wider)
+                other = open_sae(wider)
                 check_host(other, model, any_model=any_model)
                 other = at_sites(other, site, target_site)
                 tell = partial(progress, "wider")
-                children = hierarchy(dictionary, other, host, gallery.latents, progress=tell)
+                children = hierarchy(sae, other, host, gallery.latents, progress=tell)
                 gallery = replace(gallery, children=children)
         if explain:
-            gallery = explain_gallery(gallery, dictionary, host, count=explain, mask_token=tokenizer.mask_id)
+            gallery = explain_gallery(gallery, sae, host, count=explain, mask_token=tokenizer.mask_id)
         facts = {
             "model": str(model),
             "site": gallery.site,
-            **_written(dictionary),
-            "latents": f"{len(gallery.latents):,} of {dictionary.n_latents:,}",
+            **_written(sae),
+            "latents": f"{len(gallery.latents):,} of {sae.n_latents:,}",
             "text": f"{gallery.survey.rows:,} tokens",
         }
         page = render_features(gallery, words, title=f"Features of {source.name}", facts=facts)
@@ -140,7 +140,7 @@ def command(
         if neuronpedia is not None:
             layer = int(gallery.site.split(".")[1]) if gallery.site.startswith("blocks.") else 0
             batch = neuronpedia_batch(
-                gallery, dictionary, words, model_id=model.name, sae_id=source.name, layer=layer
+                gallery, sae, words, model_id=model.name, sae_id=source.name, layer=layer
             )
             contents[neuronpedia] = json.dumps(batch, ensure_ascii=False).encode()
         files.publish(contents)
@@ -152,11 +152,11 @@ def command(
             click.echo(f"{len(gallery.latents):,} latents on {gallery.survey.rows:,} tokens\n{out}")
 
 
-def _written(dictionary: Dictionary) -> dict[str, str]:
+def _written(sae: SAE) -> dict[str, str]:
     """The fact of the page that says what latents write, where that is not the site they read."""
-    if not dictionary.target_known:
+    if not sae.target_known:
         return {"writes": "not known: taken for the same site"}
-    if dictionary.is_autoencoder:
+    if sae.is_autoencoder:
         return {}
-    writes = dictionary.config.writes
+    writes = sae.config.writes
     return {"writes": "another site, which is not known" if writes is None else writes[0]}

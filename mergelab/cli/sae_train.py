@@ -1,4 +1,4 @@
-"""`mergelab sae train`: from a configuration to a finished dictionary."""
+"""`mergelab sae train`: from a configuration to a finished SAE."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["command"]
 def command(config: Path, out: Path, overrides: tuple[str, ...], resume: bool, as_json: bool) -> None:
     """Train a sparse autoencoder as the YAML file CONFIG says.
 
-    OUT/final gets the dictionary (cfg.json, sae.safetensors), OUT/metrics.jsonl the metrics,
+    OUT/final gets the SAE (cfg.json, sae.safetensors), OUT/metrics.jsonl the metrics,
     OUT/checkpoints what --resume goes on from. A run that was killed and resumed ends in the bytes
     of one that was not.
 

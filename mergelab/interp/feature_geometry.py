@@ -17,7 +17,7 @@ from jax import Array
 from jaxtyping import Float
 
 from mergelab.errors import SAEError
-from mergelab.sae.sae import Dictionary
+from mergelab.sae.sae import SAE
 
 __all__ = ["PCA", "Manifold", "feature_manifold", "pca", "similar_latents"]
 
@@ -81,13 +81,11 @@ def pca(x: Float[Array, "rows width"], k: int) -> PCA:
     return PCA(mean, right * jnp.where(largest < 0, -1.0, 1.0), variances[:k], ratios)
 
 
-def feature_manifold(
-    dictionary: Dictionary, activations: Any, latents: Any, *, k: int = 3, batch: int = 4096
-) -> Manifold:
+def feature_manifold(sae: SAE, activations: Any, latents: Any, *, k: int = 3, batch: int = 4096) -> Manifold:
     """Principal components of `sum_i f_i d_i` over a group, on the tokens where any `f_i` is above 0.
 
     Args:
-        dictionary: of the site the activations are from.
+        sae: of the site the activations are from.
         activations: `[rows, d_in]`, on the host.
         latents: the group.
         k: components.
@@ -97,16 +95,14 @@ def feature_manifold(
         SAEError: a latent does not exist, or too few tokens make the group active.
     """
     group = np.asarray(latents, np.int32)
-    if group.ndim != 1 or not group.size or ((group < 0) | (group >= dictionary.n_latents)).any():
-        raise SAEError(
-            f"latents {group.tolist()} are not a group of the dictionary's {dictionary.n_latents}."
-        )
+    if group.ndim != 1 or not group.size or ((group < 0) | (group >= sae.n_latents)).any():
+        raise SAEError(f"latents {group.tolist()} are not a group of the SAE's {sae.n_latents}.")
     rows = np.asarray(activations, np.float32)
     parts = []
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
         filled = np.pad(part, ((0, min(batch, len(rows)) - len(part)), (0, 0)))  # one shape, one program
-        parts.append(np.asarray(_codes_of(dictionary, filled, group))[: len(part)])
+        parts.append(np.asarray(_codes_of(sae, filled, group))[: len(part)])
     codes = np.concatenate(parts)
     active = np.flatnonzero((codes > 0).any(axis=1))
     if len(active) < max(2, k):
@@ -114,20 +110,20 @@ def feature_manifold(
             f"latents {group.tolist()} are active on {len(active)} of {len(rows)} tokens, too few for {k} "
             "principal components; give more text, or another group."
         )
-    drawn = codes[active] @ np.asarray(dictionary.W_dec, np.float32)[group]
+    drawn = codes[active] @ np.asarray(sae.W_dec, np.float32)[group]
     found = pca(jnp.asarray(drawn), k)
     return Manifold(tuple(group.tolist()), active, np.asarray(found.project(jnp.asarray(drawn))), found)
 
 
-def similar_latents(dictionary: Dictionary, latent: int, count: int = 10) -> tuple[np.ndarray, np.ndarray]:
+def similar_latents(sae: SAE, latent: int, count: int = 10) -> tuple[np.ndarray, np.ndarray]:
     """The latents whose decoder rows have the largest cosines with one's, itself first, and the cosines.
 
     Raises:
         SAEError: the latent does not exist.
     """
-    if not 0 <= latent < dictionary.n_latents:
-        raise SAEError(f"latent {latent} does not exist: the dictionary has {dictionary.n_latents}.")
-    rows = np.asarray(dictionary.W_dec, np.float32)
+    if not 0 <= latent < sae.n_latents:
+        raise SAEError(f"latent {latent} does not exist: the SAE has {sae.n_latents}.")
+    rows = np.asarray(sae.W_dec, np.float32)
     norms = np.linalg.norm(rows, axis=1)
     scale = norms * norms[latent]
     cosines = rows @ rows[latent] / np.where(scale > 0, scale, 1)
@@ -136,5 +132,5 @@ def similar_latents(dictionary: Dictionary, latent: int, count: int = 10) -> tup
 
 
 @jax.jit
-def _codes_of(dictionary: Dictionary, x: Array, latents: Array) -> Array:
-    return dictionary.encode(x)[:, latents]
+def _codes_of(sae: SAE, x: Array, latents: Array) -> Array:
+    return sae.encode(x)[:, latents]

@@ -1,11 +1,11 @@
-"""Edits of a site that change latents of a dictionary and leave everything it does not explain as it is.
+"""Edits of a site that change latents of an SAE and leave everything it does not explain as it is.
 
 With codes `f` of an activation `x` and codes `g` after the change, every edit is
 
     x -> x + scale * (g - f) @ W_dec
 
 which is the reconstruction from `g` plus the error term `x - SAE(x)`, without computing either. `scale` is 1,
-or the token's standard deviation where the dictionary reads normalised tokens.
+or the token's standard deviation where the SAE reads normalised tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 
 from mergelab.errors import SAEError
 from mergelab.models.sites import Edit
-from mergelab.sae.sae import Dictionary, layer_norm
+from mergelab.sae.sae import SAE, layer_norm
 
 __all__ = ["ablate", "add", "clamp", "edit_latents", "scale", "splice"]
 
@@ -32,11 +32,11 @@ Where = Bool[Array, "batch length"] | None
 Change = Callable[..., Array]
 
 
-def ablate(dictionary: Dictionary, latents: Latents, *, where: Where = None) -> Edit:
+def ablate(sae: SAE, latents: Latents, *, where: Where = None) -> Edit:
     """Sets latents to 0: subtracts `f_i d_i` from the activation for each of them.
 
     Args:
-        dictionary: of the site that the edit is used at.
+        sae: of the site that the edit is used at.
         latents: which.
         where: the tokens to change, `[batch, length]`; all by default.
 
@@ -44,89 +44,87 @@ def ablate(dictionary: Dictionary, latents: Latents, *, where: Where = None) -> 
         An edit for `Model.apply` and `generate`. It holds arrays: other latents compile nothing anew.
 
     Raises:
-        SAEError: a latent does not exist, or the dictionary does not reconstruct what it reads.
+        SAEError: a latent does not exist, or the SAE does not reconstruct what it reads.
     """
-    return edit_latents(dictionary, latents, _set, 0.0, where=where)
+    return edit_latents(sae, latents, _set, 0.0, where=where)
 
 
-def clamp(dictionary: Dictionary, latents: Latents, values: Amounts, *, where: Where = None) -> Edit:
+def clamp(sae: SAE, latents: Latents, values: Amounts, *, where: Where = None) -> Edit:
     """Sets latents to fixed values, whether they are active or not; as `ablate` otherwise."""
-    return edit_latents(dictionary, latents, _set, values, where=where)
+    return edit_latents(sae, latents, _set, values, where=where)
 
 
-def scale(dictionary: Dictionary, latents: Latents, factors: Amounts, *, where: Where = None) -> Edit:
+def scale(sae: SAE, latents: Latents, factors: Amounts, *, where: Where = None) -> Edit:
     """Multiplies latents, which changes nothing where they are not active; as `ablate` otherwise."""
-    return edit_latents(dictionary, latents, jnp.multiply, factors, where=where)
+    return edit_latents(sae, latents, jnp.multiply, factors, where=where)
 
 
-def add(dictionary: Dictionary, latents: Latents, amounts: Amounts, *, where: Where = None) -> Edit:
+def add(sae: SAE, latents: Latents, amounts: Amounts, *, where: Where = None) -> Edit:
     """Adds to latents, whether they are active or not; as `ablate` otherwise."""
-    return edit_latents(dictionary, latents, jnp.add, amounts, where=where)
+    return edit_latents(sae, latents, jnp.add, amounts, where=where)
 
 
 def edit_latents(
-    dictionary: Dictionary, latents: Latents, change: Change, amounts: Amounts, *, where: Where = None
+    sae: SAE, latents: Latents, change: Change, amounts: Amounts, *, where: Where = None
 ) -> Edit:
     """The edit that the others are made of.
 
     Args:
-        dictionary: of the site that the edit is used at.
+        sae: of the site that the edit is used at.
         latents: which, each once.
         change: `(codes [tokens, latents], amounts [1, latents]) -> codes`, jittable.
         amounts: one for all latents, or one for each.
         where: the tokens to change, `[batch, length]`; all by default.
 
     Raises:
-        SAEError: a latent does not exist or is given twice, the amounts are not as many, or the dictionary
+        SAEError: a latent does not exist or is given twice, the amounts are not as many, or the SAE
             does not reconstruct what it reads.
     """
-    _check_reconstructs(dictionary)
-    chosen = _checked_latents(dictionary, latents)
+    _check_reconstructs(sae)
+    chosen = _checked_latents(sae, latents)
     given = jnp.atleast_1d(jnp.asarray(amounts, jnp.float32))
     if given.shape not in ((1,), chosen.shape):
         raise SAEError(
             f"{given.size} amounts were given for {chosen.size} latents; give one for all, or one for each."
         )
-    return Partial(_changed, Partial(change), dictionary, chosen, given[None], where)
+    return Partial(_changed, Partial(change), sae, chosen, given[None], where)
 
 
-def splice(dictionary: Dictionary, *, error: bool = False) -> Edit:
+def splice(sae: SAE, *, error: bool = False) -> Edit:
     """Replaces an activation by its reconstruction.
 
     Args:
-        dictionary: of the site that the edit is used at.
+        sae: of the site that the edit is used at.
         error: add the error term `x - SAE(x)` as a constant. Values then stay what they are, but gradients
-            pass through the dictionary alone, and can be taken with respect to its arrays (Marks et al. 2024,
+            pass through the SAE alone, and can be taken with respect to its arrays (Marks et al. 2024,
             arXiv:2403.19647).
 
     Raises:
-        SAEError: the dictionary does not reconstruct what it reads.
+        SAEError: the SAE does not reconstruct what it reads.
     """
-    _check_reconstructs(dictionary)
-    return Partial(_spliced_with_error if error else _spliced, dictionary)
+    _check_reconstructs(sae)
+    return Partial(_spliced_with_error if error else _spliced, sae)
 
 
-def _changed(
-    change: Change, dictionary: Dictionary, latents: Array, amounts: Array, where: Where, x: Array
-) -> Array:
+def _changed(change: Change, sae: SAE, latents: Array, amounts: Array, where: Where, x: Array) -> Array:
     rows = _rows(x)
-    codes = dictionary.encode(rows)[:, latents]
+    codes = sae.encode(rows)[:, latents]
     difference = change(codes, jnp.broadcast_to(amounts, codes.shape)) - codes
     if where is not None:
         difference = difference * where.reshape(-1, 1).astype(difference.dtype)
-    added = difference @ dictionary.W_dec[latents]
-    if dictionary.config.normalization == "layer_norm":
+    added = difference @ sae.W_dec[latents]
+    if sae.config.normalization == "layer_norm":
         added = added * layer_norm(rows)[2]
     return (rows + added).reshape(x.shape).astype(x.dtype)
 
 
-def _spliced(dictionary: Dictionary, x: Array) -> Array:
-    return dictionary(_rows(x)).reshape(x.shape).astype(x.dtype)
+def _spliced(sae: SAE, x: Array) -> Array:
+    return sae(_rows(x)).reshape(x.shape).astype(x.dtype)
 
 
-def _spliced_with_error(dictionary: Dictionary, x: Array) -> Array:
+def _spliced_with_error(sae: SAE, x: Array) -> Array:
     rows = _rows(x)
-    found = dictionary(rows)
+    found = sae(rows)
     # (x - found) + found rounds; what is added to x here is 0, and carries the gradient of `found`.
     kept = jax.lax.stop_gradient(rows) + (found - jax.lax.stop_gradient(found))
     return kept.reshape(x.shape).astype(x.dtype)
@@ -140,25 +138,23 @@ def _rows(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1]).astype(jnp.float32)
 
 
-def _checked_latents(dictionary: Dictionary, latents: Any) -> Array:
+def _checked_latents(sae: SAE, latents: Any) -> Array:
     chosen = jnp.atleast_1d(jnp.asarray(latents, jnp.int32))
     if isinstance(chosen, Tracer):
         return chosen
     listed = chosen.tolist()
-    outside = [latent for latent in listed if not 0 <= latent < dictionary.n_latents]
+    outside = [latent for latent in listed if not 0 <= latent < sae.n_latents]
     if outside:
-        raise SAEError(
-            f"latent {outside[0]} does not exist: the dictionary has {dictionary.n_latents}, counted from 0."
-        )
+        raise SAEError(f"latent {outside[0]} does not exist: the SAE has {sae.n_latents}, counted from 0.")
     if len(set(listed)) < len(listed):
         raise SAEError(f"latents {listed} name one of them twice; give each once.")
     return chosen
 
 
-def _check_reconstructs(dictionary: Dictionary) -> None:
-    if not dictionary.is_autoencoder or dictionary.config.sites != 1:
-        kind = f"reads {dictionary.config.sites} sites" if dictionary.is_autoencoder else "is a transcoder"
+def _check_reconstructs(sae: SAE) -> None:
+    if not sae.is_autoencoder or sae.config.sites != 1:
+        kind = f"reads {sae.config.sites} sites" if sae.is_autoencoder else "is a transcoder"
         raise SAEError(
-            f"the dictionary {kind} ({dictionary.mapping()}), {dictionary.d_in} wide to {dictionary.d_out}, "
+            f"the SAE {kind} ({sae.mapping()}), {sae.d_in} wide to {sae.d_out}, "
             "so it does not reconstruct one site; edits need an autoencoder of that site."
         )

@@ -17,7 +17,7 @@ from mergelab.errors import SAEError, SiteError
 from mergelab.interp.vectors import mean_difference, mean_norm, principal_difference, with_strength
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit
-from mergelab.sae.sae import Dictionary
+from mergelab.sae.sae import SAE
 
 __all__ = ["SteeringVector", "add_vector", "latent_direction", "steering_vector"]
 
@@ -95,25 +95,25 @@ def steering_vector(
     return SteeringVector(vector, mean_norm(jnp.concatenate(read)))
 
 
-def latent_direction(dictionary: Dictionary, latent: int, activations: Any) -> SteeringVector:
+def latent_direction(sae: SAE, latent: int, activations: Any) -> SteeringVector:
     """The decoder row of a latent, as a steering vector.
 
     Args:
-        dictionary: writes the site that is steered: for a transcoder not the one it reads.
+        sae: writes the site that is steered: for a transcoder not the one it reads.
         latent: which.
         activations: `[rows, width]` at the site, to measure their mean length.
 
     Raises:
         SAEError: there is no such latent, or the activations are of another width than it writes.
     """
-    if not 0 <= latent < dictionary.n_latents:
-        raise SAEError(f"latent {latent} does not exist: the dictionary has {dictionary.n_latents}.")
-    vector = jnp.asarray(dictionary.W_dec[latent], jnp.float32)
+    if not 0 <= latent < sae.n_latents:
+        raise SAEError(f"latent {latent} does not exist: the SAE has {sae.n_latents}.")
+    vector = jnp.asarray(sae.W_dec[latent], jnp.float32)
     rows = np.asarray(activations, np.float32)
     if rows.shape[-1:] != vector.shape:
         raise SAEError(
-            f"activations are {rows.shape[-1]} wide, but the dictionary ({dictionary.mapping()}) writes "
-            f"{dictionary.d_out}; give those of the site it writes."
+            f"activations are {rows.shape[-1]} wide, but the SAE ({sae.mapping()}) writes "
+            f"{sae.d_out}; give those of the site it writes."
         )
     return SteeringVector(vector, mean_norm(jnp.asarray(rows)))
 

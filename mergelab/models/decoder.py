@@ -1,6 +1,6 @@
 """The decoder that every causal family shares, as flax.linen modules driven by a `DecoderConfig`.
 
-The modules are linen, not nnx: `init` and `apply` are pure functions of a plain parameter dictionary, which
+The modules are linen, not nnx: `init` and `apply` are pure functions of a plain parameter SAE, which
 is the object that merging, optax and checkpoints all work on.
 """
 

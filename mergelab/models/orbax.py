@@ -56,7 +56,7 @@ def save_tree(tree: Any, path: Path | str) -> Path:
     Orbax makes the folder under another name and renames it when it is complete.
 
     Args:
-        tree: arrays in dictionaries.
+        tree: arrays in SAEs.
         path: a folder that does not exist, or is empty.
 
     Raises:

@@ -17,7 +17,7 @@ from mergelab.quickstart.corpus import TextDocument
 from mergelab.quickstart.presets import AutoencoderSettings
 from mergelab.sae.evaluation.reconstruction import Totals
 from mergelab.sae.features.survey import survey
-from mergelab.sae.formats import load_dictionary
+from mergelab.sae.formats import load_sae
 from mergelab.sae.training import train
 
 __all__ = ["Features", "find_features", "train_autoencoder"]
@@ -31,7 +31,7 @@ class Features:
     """An autoencoder's figures on held-out text, and a few of its latents.
 
     Attributes:
-        figures: normalised MSE, L0 and so on, held out; the dictionary's sizes.
+        figures: normalised MSE, L0 and so on, held out; the SAE's sizes.
         latents: per latent its number, density, and contexts as (token text, strength 0 to 1) pairs.
     """
 
@@ -71,19 +71,19 @@ def train_autoencoder(
 
 
 def find_features(
-    model: Path, dictionary_folder: Path, documents: Sequence[TextDocument], settings: AutoencoderSettings
+    model: Path, sae_folder: Path, documents: Sequence[TextDocument], settings: AutoencoderSettings
 ) -> Features:
     """Judges the autoencoder on held-out text and takes the latents that are strongest there."""
-    dictionary = load_dictionary(dictionary_folder / "final")
+    sae = load_sae(sae_folder / "final")
     loaded, params = load_model(model)
     tokens = contexts_of_texts(model, [document.text for document in documents], settings.context)
     source = ModelActivations(loaded, params, tokens, (settings.site,))
-    found = survey(dictionary, source, count=_EXAMPLES)
+    found = survey(sae, source, count=_EXAMPLES)
     rows = source.read_sites(0, source.rows)[0]
-    codes = dictionary.encode(jnp.asarray(rows))
-    totals = Totals.zero(rows, dictionary.n_latents)
+    codes = sae.encode(jnp.asarray(rows))
+    totals = Totals.zero(rows, sae.n_latents)
     result = totals.add(
-        rows, np.asarray(dictionary.reconstruct(jnp.asarray(rows), codes)), np.asarray(codes)
+        rows, np.asarray(sae.reconstruct(jnp.asarray(rows), codes)), np.asarray(codes)
     ).result()
     telling = (found.density >= _RARE) & (found.density <= _COMMON)
     order = np.argsort(np.where(telling, found.peak, -1), kind="stable")[::-1]
@@ -105,7 +105,7 @@ def find_features(
     ]
     figures: dict[str, float | str] = {
         "site": settings.site,
-        "latents": dictionary.n_latents,
+        "latents": sae.n_latents,
         "k": settings.k,
         "nmse": result.nmse,
         "l0": result.l0,

@@ -29,7 +29,7 @@ class AutoencoderSettings:
 
     Attributes:
         site: where it reads the base model.
-        n_latents, k: the dictionary.
+        n_latents, k: the SAE.
         tokens, batch_size: of the training.
         context: tokens in a context.
     """

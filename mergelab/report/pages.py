@@ -1,4 +1,4 @@
-"""HTML pages in one file each: the report of a comparison, and a dictionary's features."""
+"""HTML pages in one file each: the report of a comparison, and an SAE's features."""
 
 from __future__ import annotations
 

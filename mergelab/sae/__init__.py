@@ -1,1 +1,1 @@
-"""Sparse autoencoders: variants, training, finished dictionaries, their files, evaluation."""
+"""Sparse autoencoders: variants, training, finished SAEs, their files, evaluation."""

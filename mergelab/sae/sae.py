@@ -21,12 +21,12 @@ from mergelab.sharding import put
 __all__ = [
     "ACTIVATIONS",
     "LATENT_AXIS",
-    "Dictionary",
-    "DictionaryConfig",
+    "SAE",
+    "SAEConfig",
     "at_sites",
-    "dictionary_shardings",
     "layer_norm",
-    "place_dictionary",
+    "place_sae",
+    "sae_shardings",
 ]
 
 
@@ -52,12 +52,12 @@ NORMALIZATIONS = ("none", "layer_norm")
 LATENT_AXIS = {
     "W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0, "magnitude_scale": 0, "magnitude_bias": 0,
 }  # fmt: skip
-"""Which axis of an array of a dictionary runs over latents; the others have none."""
+"""Which axis of an array of an SAE runs over latents; the others have none."""
 
 
 @dataclass(frozen=True)
-class DictionaryConfig:
-    """How the arrays of a dictionary are used.
+class SAEConfig:
+    """How the arrays of an SAE are used.
 
     Attributes:
         activation: `topk` keeps the k largest pre-activations; `batch_topk` and `jump_relu` those above
@@ -94,7 +94,7 @@ class DictionaryConfig:
         if self.normalization not in NORMALIZATIONS:
             raise SAEError(f"normalization is {self.normalization!r}; it may be {', '.join(NORMALIZATIONS)}.")
         if self.activation == "topk" and (not isinstance(self.k, int) or self.k < 1):
-            raise SAEError(f"a top-k dictionary needs k of at least 1, but k is {self.k}.")
+            raise SAEError(f"a top-k SAE needs k of at least 1, but k is {self.k}.")
         reads, writes, transcoder = _resolved(self)
         object.__setattr__(self, "reads", reads)
         object.__setattr__(self, "writes", writes)
@@ -102,7 +102,7 @@ class DictionaryConfig:
 
 
 def _resolved(
-    config: DictionaryConfig,
+    config: SAEConfig,
 ) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None, bool | None]:
     """`reads`, `writes` and `transcoder`, each completed from the others."""
     said = config.metadata if config.sites == 1 and isinstance(config.metadata, Mapping) else {}
@@ -112,12 +112,12 @@ def _resolved(
     if transcoder not in (None, True, False):
         raise SAEError(f"transcoder is {transcoder!r}; it may be true, false or null.")
     if reads is not None and len(reads) != config.sites:
-        raise SAEError(f"reads names {len(reads)} sites, but the dictionary reads {config.sites}.")
+        raise SAEError(f"reads names {len(reads)} sites, but the SAE reads {config.sites}.")
     if reads is not None and writes is not None:
         if transcoder is not None and transcoder != (reads != writes):
             kind = "a transcoder" if transcoder else "an autoencoder"
             raise SAEError(
-                f"the dictionary is said to be {kind}, but reads {', '.join(reads)} and writes "
+                f"the SAE is said to be {kind}, but reads {', '.join(reads)} and writes "
                 f"{', '.join(writes)}; correct one of them."
             )
         transcoder = reads != writes
@@ -147,8 +147,8 @@ def _names(field: str, value: Any) -> tuple[str, ...] | None:
     meta_fields=["config"],
 )  # fmt: skip
 @dataclass(frozen=True)
-class Dictionary:
-    """A sparse dictionary of activations: pure functions of its arrays.
+class SAE:
+    """A sparse SAE of activations: pure functions of its arrays.
 
     Attributes:
         W_enc: `[d_in, n]`.
@@ -166,7 +166,7 @@ class Dictionary:
     b_enc: Array
     W_dec: Array
     b_dec: Array
-    config: DictionaryConfig
+    config: SAEConfig
     threshold: Array | None = None
     W_skip: Array | None = None
     magnitude_scale: Array | None = None
@@ -211,7 +211,7 @@ class Dictionary:
             writes = reads
         return f"{left} -> {'another of unknown site' if writes is None else ', '.join(writes)}"
 
-    def checked(self) -> Dictionary:
+    def checked(self) -> SAE:
         """Returns itself.
 
         Raises:
@@ -240,13 +240,13 @@ class Dictionary:
         for name, shape in wanted.items():
             value = getattr(self, name)
             if value is None:
-                raise SAEError(f"a dictionary with activation {self.config.activation!r} needs {name}.")
+                raise SAEError(f"an SAE with activation {self.config.activation!r} needs {name}.")
             if tuple(value.shape) != shape:
                 raise SAEError(f"{name} has shape {list(value.shape)}, but {list(shape)} was expected.")
         if self.config.subtract_b_dec and d != out:
             raise SAEError(f"b_dec of width {out} cannot be subtracted from inputs of width {d}.")
         if self.config.k is not None and self.config.activation == "topk" and self.config.k > n:
-            raise SAEError(f"k is {self.config.k}, but the dictionary has only {n} latents.")
+            raise SAEError(f"k is {self.config.k}, but the SAE has only {n} latents.")
         return self
 
     def _normalized(self, x: Array) -> tuple[Array, Array | None, Array | None]:
@@ -287,12 +287,10 @@ class Dictionary:
         """Values and latents of the k active ones: `[tokens, d_in]` -> `[tokens, k]` twice, for `topk`.
 
         Raises:
-            SAEError: the dictionary's activation is not `topk`.
+            SAEError: the SAE's activation is not `topk`.
         """
         if self.config.activation != "topk":
-            raise SAEError(
-                f"only top-k dictionaries have k codes per token; this is {self.config.activation!r}."
-            )
+            raise SAEError(f"only top-k SAEs have k codes per token; this is {self.config.activation!r}.")
         return self._chosen(self.pre_activations(x))
 
     def decode(self, codes: Array) -> Array:
@@ -328,58 +326,58 @@ class Dictionary:
         return {name: np.asarray(value) for name, value in self.arrays().items()}
 
 
-def at_sites(dictionary: Dictionary, site: str | None = None, target_site: str | None = None) -> Dictionary:
-    """The dictionary, told the sites at which it is used: they win over what it says itself.
+def at_sites(sae: SAE, site: str | None = None, target_site: str | None = None) -> SAE:
+    """The SAE, told the sites at which it is used: they win over what it says itself.
 
     Args:
-        dictionary: of one site.
+        sae: of one site.
         site: that it reads; what it says if None. An autoencoder then writes it too.
-        target_site: that it writes, for a transcoder, or for a dictionary that does not say what it is.
+        target_site: that it writes, for a transcoder, or for an SAE that does not say what it is.
 
     Raises:
         SAEError: an autoencoder is given another target, or a transcoder its own input.
     """
     if site is None and target_site is None:
-        return dictionary
-    config = dictionary.config
+        return sae
+    config = sae.config
     reads = config.reads if site is None else (site,)
     known = config.transcoder is not None
     if target_site is not None:
         writes: tuple[str, ...] | None = (target_site,)
-        if known and dictionary.is_autoencoder and reads not in (None, writes):
+        if known and sae.is_autoencoder and reads not in (None, writes):
             raise SAEError(
-                f"the dictionary is an autoencoder and writes what it reads, not {target_site!r}; omit the "
+                f"the SAE is an autoencoder and writes what it reads, not {target_site!r}; omit the "
                 "target (target_site, --target-site)."
             )
     else:
-        writes = reads if known and dictionary.is_autoencoder else config.writes
+        writes = reads if known and sae.is_autoencoder else config.writes
     kind = None if reads is not None and writes is not None else config.transcoder
     if config.transcoder and reads == writes and reads is not None:
         raise SAEError(
-            f"the dictionary is a transcoder, so it does not write {reads[0]!r}, which it reads; name the "
+            f"the SAE is a transcoder, so it does not write {reads[0]!r}, which it reads; name the "
             "site it was trained to write (target_site, --target-site)."
         )
     # The names in the metadata would be taken for a site that is not given here.
     metadata = {key: value for key, value in config.metadata.items() if key not in ("site", "target_site")}
     changed = replace(config, reads=reads, writes=writes, transcoder=kind, metadata=metadata)
-    return replace(dictionary, config=changed)
+    return replace(sae, config=changed)
 
 
-def place_dictionary(dictionary: Dictionary, mesh: Mesh) -> Dictionary:
-    """Puts a dictionary, the same in every process, on a mesh, its latents split over the axis `latents`."""
-    return jax.tree.map(put, dictionary, dictionary_shardings(dictionary, mesh))
+def place_sae(sae: SAE, mesh: Mesh) -> SAE:
+    """Puts an SAE, the same in every process, on a mesh, its latents split over the axis `latents`."""
+    return jax.tree.map(put, sae, sae_shardings(sae, mesh))
 
 
-def dictionary_shardings(dictionary: Dictionary, mesh: Mesh) -> Dictionary:
-    """How a dictionary, or the shapes of one, lies on a mesh: a tree of shardings like it.
+def sae_shardings(sae: SAE, mesh: Mesh) -> SAE:
+    """How an SAE, or the shapes of one, lies on a mesh: a tree of shardings like it.
 
     Its latents are split over the axis `latents`, if the mesh has one that divides their number.
     """
-    latents = "latents" if dictionary.n_latents % mesh.shape.get("latents", 1) == 0 else None
+    latents = "latents" if sae.n_latents % mesh.shape.get("latents", 1) == 0 else None
     latents = latents if "latents" in mesh.axis_names else None
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         axis = LATENT_AXIS.get(path[0].name)
         return NamedSharding(mesh, PartitionSpec(*(latents if i == axis else None for i in range(leaf.ndim))))
 
-    return jax.tree_util.tree_map_with_path(sharding, dictionary)
+    return jax.tree_util.tree_map_with_path(sharding, sae)

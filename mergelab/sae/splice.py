@@ -1,4 +1,4 @@
-"""Cuts contexts into forward passes of one shape, and puts a dictionary's reconstruction into them."""
+"""Cuts contexts into forward passes of one shape, and puts an SAE's reconstruction into them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.sites import Edit
-from mergelab.sae.sae import Dictionary
+from mergelab.sae.sae import SAE
 from mergelab.sae.subject_model import check_target
 
 __all__ = [
@@ -52,14 +52,14 @@ def read_batches(
 
 
 def read_pairs(
-    dictionary: Dictionary, source: ModelActivations, contexts: int | None = None
+    sae: SAE, source: ModelActivations, contexts: int | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """What the dictionary reads and what it is to reconstruct, pass by pass: float32 `[rows, d]` each.
+    """What the SAE reads and what it is to reconstruct, pass by pass: float32 `[rows, d]` each.
 
     Raises:
-        SAEError: the source has no activations of the site that the dictionary writes.
+        SAEError: the source has no activations of the site that the SAE writes.
     """
-    place = source.sites.index(check_target(dictionary, source))
+    place = source.sites.index(check_target(sae, source))
     for found in _read(source, contexts):
         yield found[0], found[place]
 
@@ -81,53 +81,53 @@ def mean_activation(
     return total / rows
 
 
-def splice(dictionary: Dictionary) -> Edit:
+def splice(sae: SAE) -> Edit:
     """An edit `[batch, length, d]` -> its reconstruction, in the activation's own dtype, for an autoencoder.
 
     Raises:
-        SAEError: the dictionary writes another activation than it reads (`splice_from`).
+        SAEError: the SAE writes another activation than it reads (`splice_from`).
     """
-    if not dictionary.is_autoencoder:
+    if not sae.is_autoencoder:
         raise SAEError(
-            f"the dictionary is a transcoder ({dictionary.mapping()}), so its output does not stand in for "
+            f"the SAE is a transcoder ({sae.mapping()}), so its output does not stand in for "
             "its input; splice it in where it writes (splice_from)."
         )
-    return lambda x: splice_from(dictionary, x)(x)
+    return lambda x: splice_from(sae, x)(x)
 
 
-def splice_from(dictionary: Dictionary, x: jax.Array) -> Edit:
-    """The edit that puts the reconstruction from `x` into the site that the dictionary writes.
+def splice_from(sae: SAE, x: jax.Array) -> Edit:
+    """The edit that puts the reconstruction from `x` into the site that the SAE writes.
 
     Args:
-        dictionary: any; an autoencoder writes the site of `x`.
+        sae: any; an autoencoder writes the site of `x`.
         x: `[batch, length, d_in]`, what the site it reads holds in the pass that is edited.
 
     Returns:
         An edit of `[batch, length, d_out]`, which keeps the dtype.
     """
-    found = dictionary(x.reshape(-1, x.shape[-1]).astype(jnp.float32))
+    found = sae(x.reshape(-1, x.shape[-1]).astype(jnp.float32))
     return lambda y: found.reshape(y.shape).astype(y.dtype)
 
 
-def anonymous(dictionary: Dictionary) -> Dictionary:
-    """The dictionary without metadata: what differs in that alone shares compiled programs.
+def anonymous(sae: SAE) -> SAE:
+    """The SAE without metadata: what differs in that alone shares compiled programs.
 
     An autoencoder writes what it reads wherever that is; a transcoder keeps the names of its sites.
     """
-    config = replace(dictionary.config, metadata={})
-    if dictionary.is_autoencoder and dictionary.target_known:
+    config = replace(sae.config, metadata={})
+    if sae.is_autoencoder and sae.target_known:
         config = replace(config, reads=None, writes=None, transcoder=False)
-    return replace(dictionary, config=config)
+    return replace(sae, config=config)
 
 
 @jax.jit
-def encode(dictionary: Dictionary, x: jax.Array) -> jax.Array:
-    """`[rows, d_in]` -> codes `[rows, n]`; one program for each shape and kind of dictionary."""
-    return dictionary.encode(x)
+def encode(sae: SAE, x: jax.Array) -> jax.Array:
+    """`[rows, d_in]` -> codes `[rows, n]`; one program for each shape and kind of SAE."""
+    return sae.encode(x)
 
 
 @jax.jit
-def encode_and_reconstruct(dictionary: Dictionary, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def encode_and_reconstruct(sae: SAE, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`[rows, d_in]` -> codes `[rows, n]` and the reconstruction `[rows, d_out]`."""
-    codes = dictionary.encode(x)
-    return codes, dictionary.reconstruct(x, codes)
+    codes = sae.encode(x)
+    return codes, sae.reconstruct(x, codes)

@@ -1,4 +1,4 @@
-"""The model that a dictionary belongs to: opened for an evaluation, refused where it is another one."""
+"""The model that an SAE belongs to: opened for an evaluation, refused where it is another one."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from mergelab.activations.capture import DEFAULT_CONTEXT, ModelActivations, open
 from mergelab.checkpoints.folder import weights_sha256
 from mergelab.errors import SAEError
 from mergelab.sae.formats.hook_names import site_of
-from mergelab.sae.sae import Dictionary, at_sites
+from mergelab.sae.sae import SAE, at_sites
 
 __all__ = ["check_host", "check_modules", "check_reads", "check_target", "open_host", "trained_context"]
 
 
-def check_host(dictionary: Dictionary, model: str | Path, *, any_model: bool = False) -> bool:
-    """Whether the folder holds the very weights whose activations the dictionary was trained on.
+def check_host(sae: SAE, model: str | Path, *, any_model: bool = False) -> bool:
+    """Whether the folder holds the very weights whose activations the SAE was trained on.
 
     Args:
-        dictionary: its metadata has `model_hash`, the digest of its host's weights, where that is known.
+        sae: its metadata has `model_hash`, the digest of its host's weights, where that is known.
         model: a model folder.
         any_model: accept other weights.
 
@@ -30,20 +30,20 @@ def check_host(dictionary: Dictionary, model: str | Path, *, any_model: bool = F
         SAEError: the weights are others.
         CheckpointError: the folder holds no weights.
     """
-    recorded = dictionary.config.metadata.get("model_hash")
+    recorded = sae.config.metadata.get("model_hash")
     if recorded is None:
         return False
     found = weights_sha256(model)
     if found != recorded and not any_model:
         raise SAEError(
-            f"{model}: its weights have SHA-256 {found[:12]}..., but the dictionary belongs to a model with "
+            f"{model}: its weights have SHA-256 {found[:12]}..., but the SAE belongs to a model with "
             f"{recorded[:12]}...; give that model, or say that any model will do (any_model, --any-model)."
         )
     return found == recorded
 
 
 def open_host(
-    dictionary: Dictionary,
+    sae: SAE,
     model: str | Path,
     texts: Sequence[str | Path],
     *,
@@ -53,52 +53,52 @@ def open_host(
     any_model: bool = False,
     mesh: Any = None,
 ) -> ModelActivations:
-    """Activations of the dictionary's host on text files, at the site it reads and, of a transcoder, the one
+    """Activations of the SAE's host on text files, at the site it reads and, of a transcoder, the one
     it writes as far as that is known.
 
     Args:
-        dictionary: what will read them. Where it does not say its sites itself, give it to evaluations as
-            `mergelab.sae.sae.at_sites(dictionary, site, target_site)`.
+        sae: what will read them. Where it does not say its sites itself, give it to evaluations as
+            `mergelab.sae.sae.at_sites(sae, site, target_site)`.
         model: a Hugging Face folder with its tokenizer.
         texts: UTF-8 files.
-        site: such as `blocks.8.resid_post`; that of the dictionary if None.
-        target_site: that a transcoder writes; that of the dictionary if None.
-        length: of a context, in tokens; if None, what the dictionary was trained with, or else 64, and never
+        site: such as `blocks.8.resid_post`; that of the SAE if None.
+        target_site: that a transcoder writes; that of the SAE if None.
+        length: of a context, in tokens; if None, what the SAE was trained with, or else 64, and never
             more than the model has positions.
         any_model: accept other weights than the recorded ones.
         mesh: devices to spread the model over.
 
     Raises:
-        SAEError: the weights or the widths are not the dictionary's, no site is known, or the text is short.
+        SAEError: the weights or the widths are not the SAE's, no site is known, or the text is short.
         TokenError: `length` is more than the model's positions, or a token is beyond its vocabulary.
         SiteError: the model has no such site.
         CheckpointError: the model cannot be read.
     """
-    check_host(dictionary, model, any_model=any_model)
-    _check_one_site(dictionary)
-    dictionary = at_sites(dictionary, site, target_site)
-    reads, writes = dictionary.config.reads, dictionary.config.writes
+    check_host(sae, model, any_model=any_model)
+    _check_one_site(sae)
+    sae = at_sites(sae, site, target_site)
+    reads, writes = sae.config.reads, sae.config.writes
     if reads is None:
-        metadata = dictionary.config.metadata
+        metadata = sae.config.metadata
         hook = metadata.get("hook_name", metadata.get("hf_hook_point_in", metadata.get("hookpoint")))
         named = f" ({hook!r} is the name of none here)" if isinstance(hook, str) else ""
-        raise SAEError(f"the dictionary does not say which site it reads{named}; name it (site, --site).")
+        raise SAEError(f"the SAE does not say which site it reads{named}; name it (site, --site).")
     sites = [reads[0]]
-    if not dictionary.is_autoencoder and writes is not None:
+    if not sae.is_autoencoder and writes is not None:
         sites.append(writes[0])
     source = open_model_activations(
-        model, sites, texts, length=length, default=trained_context(dictionary), mesh=mesh
+        model, sites, texts, length=length, default=trained_context(sae), mesh=mesh
     )
-    check_modules(dictionary, source)
-    check_reads(dictionary, source)
+    check_modules(sae, source)
+    check_reads(sae, source)
     if len(sites) > 1:
-        check_target(dictionary, source)
+        check_target(sae, source)
     return source
 
 
-def trained_context(dictionary: Dictionary) -> int:
-    """The tokens in a context of the dictionary's training, where its metadata says so; else 64."""
-    metadata = dictionary.config.metadata
+def trained_context(sae: SAE) -> int:
+    """The tokens in a context of the SAE's training, where its metadata says so; else 64."""
+    metadata = sae.config.metadata
     for name in ("context", "context_size"):
         found = metadata.get(name)
         if isinstance(found, int) and not isinstance(found, bool) and found >= 2:
@@ -106,7 +106,7 @@ def trained_context(dictionary: Dictionary) -> int:
     return DEFAULT_CONTEXT
 
 
-def check_modules(dictionary: Dictionary, source: ModelActivations) -> None:
+def check_modules(sae: SAE, source: ModelActivations) -> None:
     """Checks that a module by which another library named a site has that site as its output here.
 
     Where blocks normalize what they add to the stream, a site holds what is added, not the module's output.
@@ -117,42 +117,42 @@ def check_modules(dictionary: Dictionary, source: ModelActivations) -> None:
     if getattr(source.model.config, "block", None) != "sandwich":
         return
     for key in ("hookpoint", "hf_hook_point_in", "hf_hook_point_out"):
-        said = dictionary.config.metadata.get(key)
+        said = sae.config.metadata.get(key)
         site = site_of(said)
         if not isinstance(said, str) or site is None or "layernorm" in said:
             continue
         if site in source.sites and site.endswith((".attn.out", ".mlp.out")):
             raise SAEError(
-                f"the dictionary is of the output of the module {said!r}, which this model normalizes "
+                f"the SAE is of the output of the module {said!r}, which this model normalizes "
                 f"before it adds it to the stream, so it is not the site {site!r}; no site holds it."
             )
 
 
-def _check_one_site(dictionary: Dictionary) -> None:
-    if dictionary.config.sites != 1:
+def _check_one_site(sae: SAE) -> None:
+    if sae.config.sites != 1:
         raise SAEError(
-            f"the dictionary reads {dictionary.config.sites} activations side by side, but a model is read "
+            f"the SAE reads {sae.config.sites} activations side by side, but a model is read "
             "at one site; judge it on stored activations (--data)."
         )
 
 
-def check_reads(dictionary: Dictionary, source: ModelActivations) -> None:
-    """Checks that the dictionary reads activations of the source's first site.
+def check_reads(sae: SAE, source: ModelActivations) -> None:
+    """Checks that the SAE reads activations of the source's first site.
 
     Raises:
         SAEError: it reads another width, or several sites.
     """
-    _check_one_site(dictionary)
+    _check_one_site(sae)
     width = source.widths[0]
-    if dictionary.d_in != width:
+    if sae.d_in != width:
         raise SAEError(
-            f"the dictionary reads activations {dictionary.d_in} wide, but site {source.sites[0]!r} is "
+            f"the SAE reads activations {sae.d_in} wide, but site {source.sites[0]!r} is "
             f"{width} wide; take the site it was trained on."
         )
 
 
-def check_target(dictionary: Dictionary, source: ModelActivations) -> str:
-    """The site of the source whose activations the dictionary reconstructs.
+def check_target(sae: SAE, source: ModelActivations) -> str:
+    """The site of the source whose activations the SAE reconstructs.
 
     The first for an autoencoder. For a transcoder the one it says it writes, and where it does not say, the
     source's second.
@@ -160,20 +160,20 @@ def check_target(dictionary: Dictionary, source: ModelActivations) -> str:
     Raises:
         SAEError: the source lacks that site, its width is another, or it is not known.
     """
-    check_reads(dictionary, source)
+    check_reads(sae, source)
     sites = source.sites
-    if dictionary.is_autoencoder:
-        if not dictionary.target_known and len(sites) > 1:
+    if sae.is_autoencoder:
+        if not sae.target_known and len(sites) > 1:
             raise SAEError(
-                f"the dictionary does not say whether it writes {sites[0]!r}, which it reads, or "
+                f"the SAE does not say whether it writes {sites[0]!r}, which it reads, or "
                 f"{sites[1]!r}; say it (mergelab.sae.sae.at_sites)."
             )
         return source.sites[0]
-    writes = dictionary.config.writes
+    writes = sae.config.writes
     if writes is None:
         if len(sites) != 2:
             raise SAEError(
-                f"the dictionary is a transcoder and does not say which site it writes, so {sites[0]!r}, "
+                f"the SAE is a transcoder and does not say which site it writes, so {sites[0]!r}, "
                 "which it reads, is not what it is to be compared with; name it (target_site, --target-site)."
             )
         target = sites[1]
@@ -181,13 +181,13 @@ def check_target(dictionary: Dictionary, source: ModelActivations) -> str:
         target = writes[0]
     if target not in sites:
         raise SAEError(
-            f"the dictionary is a transcoder and writes {target!r}, but the activations are of "
+            f"the SAE is a transcoder and writes {target!r}, but the activations are of "
             f"{', '.join(sites)}; open them with that site too (target_site, --target-site)."
         )
     width = source.widths[sites.index(target)]
-    if dictionary.d_out != width:
+    if sae.d_out != width:
         raise SAEError(
-            f"the dictionary writes activations {dictionary.d_out} wide, but site {target!r} is {width} "
+            f"the SAE writes activations {sae.d_out} wide, but site {target!r} is {width} "
             "wide; take the site it was trained to write."
         )
     return target

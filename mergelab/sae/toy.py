@@ -1,4 +1,4 @@
-"""Toy truth: activations made of known sparse features, on which a dictionary's recovery can be measured.
+"""Toy truth: activations made of known sparse features, on which an SAE's recovery can be measured.
 
     row = codes @ features + mean + noise,        codes[i] = (feature i is on) * |N(0, 1)|
 

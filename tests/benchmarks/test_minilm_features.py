@@ -27,7 +27,7 @@ def results(work: Path) -> dict[str, Any]:
     )
 
 
-def test_every_dictionary_is_judged_and_features_are_shown(work: Path, results: dict[str, Any]) -> None:
+def test_every_sae_is_judged_and_features_are_shown(work: Path, results: dict[str, Any]) -> None:
     runs = results["runs"]
     assert list(runs) == ["mergelab/0", "random/0"]
     nmse = {key: run["scores"]["reconstruction.nmse"] for key, run in runs.items()}

@@ -16,11 +16,11 @@ from benchmarks.table import replace_section
 from mergelab.sae.toy import BLOCK_ROWS, ToyTruth
 from mergelab.sae.training.recipe import TrainingRecipe
 
-# Features that do not overlap: the dictionary that is the truth makes no error at all.
+# Features that do not overlap: the SAE that is the truth makes no error at all.
 EASY = ToyTruth(d_in=16, n_features=16, l0=2.0, exponent=0.0, rows=1024)
 
 
-def _true_dictionary() -> dict[str, np.ndarray]:
+def _true_sae() -> dict[str, np.ndarray]:
     basis, _ = np.linalg.qr(EASY.features.astype(np.float64))
     object.__setattr__(EASY, "features", basis.T.astype(np.float32))
     nothing = np.zeros(16, np.float32)
@@ -34,7 +34,7 @@ def _few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_truth_is_judged_as_the_truth() -> None:
-    arrays = _true_dictionary()
+    arrays = _true_sae()
     found = sae_quality.judge(arrays, EASY, k=10)
     assert found["nmse"] < 1e-6 and found["dead"] == 0
     assert (found["mean_max_cosine"], found["above"], found["mcc"]) == pytest.approx((1, 1, 1), abs=1e-5)

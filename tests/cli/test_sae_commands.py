@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from mergelab.cli.main import cli
 from mergelab.quickstart.presets import PRESETS
-from mergelab.sae.formats import load_dictionary
+from mergelab.sae.formats import load_sae
 from mergelab.sae.training.config import load_config
 
 
@@ -51,7 +51,7 @@ def test_eval_reports_figures(run: Path) -> None:
 def test_export_keeps_the_function(run: Path, tmp_path: Path, format: str) -> None:
     code, _ = _invoke("sae", "export", run / "run", "--format", format, "--out", tmp_path / "out")
     x = np.load(run / "acts.npy")[:50]
-    mine, theirs = load_dictionary(run / "run" / "final"), load_dictionary(tmp_path / "out")
+    mine, theirs = load_sae(run / "run" / "final"), load_sae(tmp_path / "out")
     assert code == 0
     np.testing.assert_allclose(theirs(x), mine(x), atol=1e-4)
 

@@ -15,8 +15,8 @@ from mergelab.checkpoints.folder import weights_sha256
 from mergelab.cli.main import cli
 from mergelab.quickstart import small_llama
 from mergelab.quickstart.family import train_bpe
-from mergelab.sae.formats import load_dictionary, save_dictionary
-from mergelab.sae.sae import Dictionary, DictionaryConfig
+from mergelab.sae.formats import load_sae, save_sae
+from mergelab.sae.sae import SAE, SAEConfig
 
 SITE = "blocks.0.resid_post"
 TEXT = "def add(a, b):\n    return a + b\n\nfor number in range(10):\n    print(add(number, 1))  # Sum\n" * 20
@@ -42,9 +42,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = np.random.default_rng(seed).standard_normal((40, 16)).astype(np.float32)
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         metadata = {"site": SITE, "model_hash": weights_sha256(path / "model")}
-        config_ = DictionaryConfig(k=3, transcoder=False, metadata=metadata)
+        config_ = SAEConfig(k=3, transcoder=False, metadata=metadata)
         arrays = (jnp.asarray(rows.T), jnp.zeros(40), jnp.asarray(rows), jnp.zeros(16))
-        save_dictionary(Dictionary(*arrays, config=config_), path / f"seed{seed}")
+        save_sae(SAE(*arrays, config=config_), path / f"seed{seed}")
     return path
 
 
@@ -82,11 +82,9 @@ def test_several_seeds_have_a_spread(folder: Path) -> None:
     assert deviation == pytest.approx(abs(one - two) / 2**0.5, rel=1e-2) and deviation > 0
 
 
-def test_dictionaries_that_differ_in_more_than_a_seed_stand_side_by_side(
-    folder: Path, tmp_path: Path
-) -> None:
-    one = load_dictionary(folder / "seed0")
-    save_dictionary(replace(one, config=replace(one.config, k=5)), tmp_path / "k5")
+def test_saes_that_differ_in_more_than_a_seed_stand_side_by_side(folder: Path, tmp_path: Path) -> None:
+    one = load_sae(folder / "seed0")
+    save_sae(replace(one, config=replace(one.config, k=5)), tmp_path / "k5")
     common = ("--model", folder / "model", "--text", folder / "text.py", "--context", 16)
     asked = ("sae", "eval", folder / "seed0", tmp_path / "k5", *common, "--metrics", "reconstruction")
     code, said = _invoke(*asked)
@@ -94,9 +92,9 @@ def test_dictionaries_that_differ_in_more_than_a_seed_stand_side_by_side(
     assert code == 0 and "mean" not in header and str(tmp_path / "k5") in header
     assert "Not averaged as seeds of one training, as they differ in k: 3, 5." in said
     moved = replace(one.config, reads="blocks.0.resid_pre", writes="blocks.0.resid_pre")
-    save_dictionary(replace(one, config=moved), tmp_path / "pre")
+    save_sae(replace(one, config=moved), tmp_path / "pre")
     code, said = _invoke("sae", "eval", folder / "seed0", tmp_path / "pre", *common)
-    assert code == 2 and "judge dictionaries of other sites by themselves" in said
+    assert code == 2 and "judge SAEs of other sites by themselves" in said
 
 
 def test_features_write_a_page_and_neuronpedias_json(folder: Path, tmp_path: Path) -> None:
@@ -124,12 +122,12 @@ def test_features_write_a_page_and_neuronpedias_json(folder: Path, tmp_path: Pat
     assert code == 2 and "is there already" in said
 
 
-def test_a_page_shows_what_latents_become_in_a_wider_dictionary(folder: Path, tmp_path: Path) -> None:
-    narrow = load_dictionary(folder / "seed0")
+def test_a_page_shows_what_latents_become_in_a_wider_sae(folder: Path, tmp_path: Path) -> None:
+    narrow = load_sae(folder / "seed0")
     rows = np.asarray(narrow.W_dec)
     wide = np.concatenate([rows, rows[:5] + 0.02])
     arrays = (jnp.asarray(wide.T), jnp.zeros(45), jnp.asarray(wide), jnp.zeros(16))
-    save_dictionary(Dictionary(*arrays, config=narrow.config), tmp_path / "wide")
+    save_sae(SAE(*arrays, config=narrow.config), tmp_path / "wide")
     out = tmp_path / "page.html"
     common = ("--model", folder / "model", "--text", folder / "text.py", "--context", 16, "--out", out)
     code, _ = _invoke("sae", "features", folder / "seed0", *common, "--wider", tmp_path / "wide", "--json")
@@ -143,7 +141,7 @@ def test_a_page_shows_what_latents_become_in_a_wider_dictionary(folder: Path, tm
     assert any(tokens for feature in data["features"] for _, _, tokens in feature["children"])
 
 
-def test_a_trained_dictionary_remembers_its_host(folder: Path, tmp_path: Path) -> None:
+def test_a_trained_sae_remembers_its_host(folder: Path, tmp_path: Path) -> None:
     data = {"kind": "model", "model": str(folder / "model"), "site": SITE, "text": str(folder / "text.py")}
     config = {
         "sae": {"variant": "topk", "n_latents": 32, "k": 2},
@@ -154,7 +152,7 @@ def test_a_trained_dictionary_remembers_its_host(folder: Path, tmp_path: Path) -
     (tmp_path / "sae.yaml").write_text(json.dumps(config))
     code, said = _invoke("sae", "train", tmp_path / "sae.yaml", "--out", tmp_path / "run", "--json")
     assert code == 0, said
-    metadata = load_dictionary(tmp_path / "run" / "final").config.metadata
+    metadata = load_sae(tmp_path / "run" / "final").config.metadata
     assert metadata["site"] == SITE and metadata["note"] == "mine"
     assert metadata["model_hash"] == weights_sha256(folder / "model")
     asked = ("--text", folder / "text.py", "--context", 16, "--metrics", "reconstruction", "--json")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
+from tests.interp.saes import random_sae
 
 from mergelab.errors import SAEError
 from mergelab.sae.evaluation.sparse_coding import (
@@ -19,7 +20,6 @@ from mergelab.sae.evaluation.sparse_coding import (
     matching_pursuit,
     orthogonal_matching_pursuit,
 )
-from tests.interp.dictionaries import random_dictionary
 
 N, D, K = 60, 24, 5
 RNG = np.random.default_rng(0)
@@ -141,16 +141,16 @@ def test_single_steps_are_what_they_say() -> None:
 
 @pytest.mark.parametrize("normalization", ["none", "layer_norm"])
 def test_searching_beats_a_random_encoder_and_the_gap_says_so(normalization: str) -> None:
-    dictionary = random_dictionary(D, N, normalization=normalization)
+    sae = random_sae(D, N, normalization=normalization)
     x = jnp.asarray(np.random.default_rng(9).normal(size=(64, D)), jnp.float32)
-    codes = orthogonal_matching_pursuit(coding_target(dictionary, x), dictionary.W_dec, 6)
-    gap = encoder_gap(dictionary, x, codes)
+    codes = orthogonal_matching_pursuit(coding_target(sae, x), sae.W_dec, 6)
+    gap = encoder_gap(sae, x, codes)
     assert gap.searched_error < 0.5 < gap.encoder_error
     assert gap.searched_l0 == 6 and 0 < gap.encoder_l0 <= 6 and 0 <= gap.overlap < 0.5
-    same = encoder_gap(dictionary, x, dictionary.encode(x))
+    same = encoder_gap(sae, x, sae.encode(x))
     assert same.encoder_error == same.searched_error and same.overlap == 1
     if normalization == "none":
-        error = np.square(np.asarray(x - dictionary(x))).sum()
+        error = np.square(np.asarray(x - sae(x))).sum()
         spread = np.square(np.asarray(x) - np.asarray(x).mean(axis=0)).sum()
         assert same.encoder_error == pytest.approx(error / spread, rel=1e-4)
 

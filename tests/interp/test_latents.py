@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests.interp.saes import random_sae
 
 from mergelab.errors import SAEError
 from mergelab.interp.latent_edits import ablate, add, clamp, scale, splice
-from tests.interp.dictionaries import random_dictionary
 from tests.interp.domains import Trained, lines
 from tests.interp.running import logits_of
 
@@ -30,64 +30,62 @@ def activations(seed: int = 1) -> jax.Array:
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_an_edit_is_the_edited_reconstruction_plus_the_error_term(kind: dict[str, Any]) -> None:
-    dictionary, x = random_dictionary(16, **kind), activations()
+    sae, x = random_sae(16, **kind), activations()
     rows = x.reshape(-1, 16)
-    codes = dictionary.encode(rows)
+    codes = sae.encode(rows)
     latent = int(jnp.argmax((codes > 0).sum(axis=0)))
-    error = rows - dictionary(rows)
+    error = rows - sae(rows)
     expected = {
-        ablate(dictionary, latent): codes.at[:, latent].set(0),
-        clamp(dictionary, [latent, 3], [2.0, 0.5]): codes.at[:, jnp.array([latent, 3])].set(
-            jnp.array([2.0, 0.5])
-        ),
-        scale(dictionary, latent, -3.0): codes.at[:, latent].multiply(-3),
-        add(dictionary, latent, 1.5): codes.at[:, latent].add(1.5),
+        ablate(sae, latent): codes.at[:, latent].set(0),
+        clamp(sae, [latent, 3], [2.0, 0.5]): codes.at[:, jnp.array([latent, 3])].set(jnp.array([2.0, 0.5])),
+        scale(sae, latent, -3.0): codes.at[:, latent].multiply(-3),
+        add(sae, latent, 1.5): codes.at[:, latent].add(1.5),
     }
     for edit, edited in expected.items():
-        wanted = dictionary.reconstruct(rows, edited) + error
+        wanted = sae.reconstruct(rows, edited) + error
         np.testing.assert_allclose(edit(x).reshape(-1, 16), wanted, atol=2e-5)
         assert np.abs(np.asarray(edit(x) - x)).max() > 0.1
 
 
 def test_ablation_subtracts_what_the_latent_writes() -> None:
-    dictionary, x = random_dictionary(16), activations()
-    codes = dictionary.encode(x.reshape(-1, 16))
+    sae, x = random_sae(16), activations()
+    codes = sae.encode(x.reshape(-1, 16))
     latent = int(jnp.argmax((codes > 0).sum(axis=0)))
-    written = jnp.outer(codes[:, latent], dictionary.W_dec[latent]).reshape(x.shape)
-    np.testing.assert_allclose(ablate(dictionary, latent)(x), x - written, atol=1e-6)
+    written = jnp.outer(codes[:, latent], sae.W_dec[latent]).reshape(x.shape)
+    np.testing.assert_allclose(ablate(sae, latent)(x), x - written, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_an_edit_that_changes_no_code_changes_no_bit(kind: dict[str, Any]) -> None:
-    dictionary, x = random_dictionary(16, **kind), activations()
+    sae, x = random_sae(16, **kind), activations()
     for dtype in (jnp.float32, jnp.bfloat16):
         typed = x.astype(dtype)
-        for edit in (add(dictionary, [0, 7], 0.0), scale(dictionary, 5, 1.0), splice(dictionary, error=True)):
+        for edit in (add(sae, [0, 7], 0.0), scale(sae, 5, 1.0), splice(sae, error=True)):
             assert edit(typed).dtype == dtype
             assert bool((edit(typed) == typed).all())
 
 
 def test_only_the_tokens_asked_for_change() -> None:
-    dictionary, x = random_dictionary(16), activations()
+    sae, x = random_sae(16), activations()
     where = jnp.zeros((3, 5), bool).at[1, 2].set(True)
-    changed = np.abs(np.asarray(add(dictionary, 4, 1.0, where=where)(x) - x)).max(axis=-1) > 0
+    changed = np.abs(np.asarray(add(sae, 4, 1.0, where=where)(x) - x)).max(axis=-1) > 0
     np.testing.assert_array_equal(changed, where)
 
 
-def test_splice_replaces_and_its_gradient_passes_through_the_dictionary() -> None:
-    dictionary, x = random_dictionary(16), activations()
+def test_splice_replaces_and_its_gradient_passes_through_the_sae() -> None:
+    sae, x = random_sae(16), activations()
     rows = x.reshape(-1, 16)
-    np.testing.assert_allclose(splice(dictionary)(x).reshape(-1, 16), dictionary(rows), atol=1e-6)
+    np.testing.assert_allclose(splice(sae)(x).reshape(-1, 16), sae(rows), atol=1e-6)
     gradients = [
-        jax.grad(lambda v, e=edit: (splice(dictionary, error=e)(v) ** 2).sum())(x) for edit in (False, True)
+        jax.grad(lambda v, e=edit: (splice(sae, error=e)(v) ** 2).sum())(x) for edit in (False, True)
     ]
-    through = jax.vjp(dictionary, rows)[1](2 * rows)[0].reshape(x.shape)
+    through = jax.vjp(sae, rows)[1](2 * rows)[0].reshape(x.shape)
     np.testing.assert_allclose(gradients[1], through, rtol=1e-4, atol=1e-4)
     assert np.abs(np.asarray(gradients[0] - gradients[1])).max() > 0.1
 
 
 def test_edits_run_in_a_model_and_compile_once(domains: Trained) -> None:
-    dictionary = random_dictionary(32)
+    sae = random_sae(32)
     tokens = jnp.asarray(lines(0, 2))
     traced = 0
 
@@ -98,19 +96,19 @@ def test_edits_run_in_a_model_and_compile_once(domains: Trained) -> None:
         return domains.model.apply(domains.params, tokens, edit={SITE: edit}).logits
 
     plain = logits_of(domains.model, domains.params, tokens)
-    np.testing.assert_allclose(logits(add(dictionary, 1, 0.0)), plain, atol=1e-5)
-    assert np.abs(np.asarray(logits(add(dictionary, 2, 3.0)) - plain)).max() > 1e-2
+    np.testing.assert_allclose(logits(add(sae, 1, 0.0)), plain, atol=1e-5)
+    assert np.abs(np.asarray(logits(add(sae, 2, 3.0)) - plain)).max() > 1e-2
     assert traced == 1
 
 
 def test_what_cannot_be_meant_is_refused() -> None:
-    dictionary = random_dictionary(16)
+    sae = random_sae(16)
     with pytest.raises(SAEError, match="latent 48 does not exist"):
-        ablate(dictionary, [0, 48])
+        ablate(sae, [0, 48])
     with pytest.raises(SAEError, match="twice"):
-        ablate(dictionary, [3, 3])
+        ablate(sae, [3, 3])
     with pytest.raises(SAEError, match="3 amounts were given for 2 latents"):
-        clamp(dictionary, [0, 1], [1.0, 2.0, 3.0])
-    transcoder = replace(dictionary, W_skip=jnp.zeros((16, 16)))
+        clamp(sae, [0, 1], [1.0, 2.0, 3.0])
+    transcoder = replace(sae, W_skip=jnp.zeros((16, 16)))
     with pytest.raises(SAEError, match="autoencoder of that site"):
         splice(transcoder)

@@ -11,7 +11,7 @@ import pytest
 from mergelab.errors import SAEError, SiteError
 from mergelab.interp.feature_geometry import feature_manifold, pca, similar_latents
 from mergelab.interp.probes import Probe, fit_linear, fit_logistic, fit_ridge
-from mergelab.sae.sae import Dictionary, DictionaryConfig
+from mergelab.sae.sae import SAE, SAEConfig
 
 RNG = np.random.default_rng(0)
 MIXING = RNG.normal(size=(12, 12)) * np.linspace(0.2, 3, 12)
@@ -95,20 +95,18 @@ def test_a_planted_circle_is_found() -> None:
     rows = np.concatenate([ring, rng.normal(size=(12, 16)) @ plane[:, 2:] @ plane[:, 2:].T]).astype(
         np.float32
     )
-    dictionary = Dictionary(
-        jnp.asarray(rows.T), jnp.full(24, -0.8), jnp.asarray(rows), jnp.zeros(16), DictionaryConfig("relu")
-    )
+    sae = SAE(jnp.asarray(rows.T), jnp.full(24, -0.8), jnp.asarray(rows), jnp.zeros(16), SAEConfig("relu"))
     theta = rng.uniform(0, 2 * np.pi, 300)
     x = np.stack([np.cos(theta), np.sin(theta)], axis=1) @ plane[:, :2].T
     x[::3] = rng.normal(size=(100, 14)) @ plane[:, 2:].T  # tokens without the feature
-    found = feature_manifold(dictionary, x.astype(np.float32), range(12), k=3, batch=128)
+    found = feature_manifold(sae, x.astype(np.float32), range(12), k=3, batch=128)
     assert found.rows.size == 200 and not (found.rows % 3 == 0).any()
     assert float(found.pca.ratios[:2].sum()) > 0.999
     turned = np.angle(np.exp(1j * (np.arctan2(found.points[:, 1], found.points[:, 0]) - theta[found.rows])))
     mirrored = np.angle(np.exp(1j * (np.arctan2(found.points[:, 1], found.points[:, 0]) + theta[found.rows])))
     spread = min(1 - abs(np.exp(1j * difference).mean()) for difference in (turned, mirrored))
     assert spread < 0.01, "the angle in the plane of the components is the angle of the feature"
-    order, cosines = similar_latents(dictionary, 3, 3)
+    order, cosines = similar_latents(sae, 3, 3)
     assert set(order.tolist()) == {2, 3, 4} and cosines[1] == pytest.approx(np.cos(np.pi / 6), abs=1e-5)
     with pytest.raises(SAEError, match="active on 0 of 100 tokens"):
-        feature_manifold(dictionary, np.zeros((100, 16)), range(12))
+        feature_manifold(sae, np.zeros((100, 16)), range(12))

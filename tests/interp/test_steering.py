@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests.interp.saes import random_sae
 
 from mergelab.activations.capture import collect
 from mergelab.decoding import generate
@@ -12,7 +13,6 @@ from mergelab.decoding.samplers import sample
 from mergelab.errors import SAEError, SiteError
 from mergelab.interp.steering import SteeringVector, add_vector, latent_direction, steering_vector
 from mergelab.interp.vectors import mean_difference, principal_difference, project_out, unit, with_strength
-from tests.interp.dictionaries import random_dictionary
 from tests.interp.domains import LENGTH, Trained, lines, neutral, share_of
 from tests.interp.running import sites_of
 
@@ -95,11 +95,11 @@ def test_vectors_are_added_where_they_are_wanted() -> None:
 
 
 def test_a_decoder_row_steers_like_any_vector(domains: Trained) -> None:
-    dictionary = random_dictionary(32)
+    sae = random_sae(32)
     rows = collect(domains.model, domains.params, lines(0, 4), SITE)[SITE]
-    found = latent_direction(dictionary, 5, rows)
+    found = latent_direction(sae, 5, rows)
     moved = found.edit(0.5)(jnp.zeros((1, 1, 32)))[0, 0]
     assert float(jnp.linalg.norm(moved)) == pytest.approx(0.5 * np.linalg.norm(rows, axis=1).mean(), rel=1e-4)
-    assert float(unit(moved) @ unit(dictionary.W_dec[5])) == pytest.approx(1, abs=1e-5)
+    assert float(unit(moved) @ unit(sae.W_dec[5])) == pytest.approx(1, abs=1e-5)
     with pytest.raises(SAEError, match="latent 48"):
-        latent_direction(dictionary, 48, rows)
+        latent_direction(sae, 48, rows)

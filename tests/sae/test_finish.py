@@ -1,4 +1,4 @@
-"""A finished dictionary makes of raw activations what the training made of normalised ones."""
+"""A finished SAE makes of raw activations what the training made of normalised ones."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from mergelab.errors import SAEError
-from mergelab.sae.sae import Dictionary, DictionaryConfig, layer_norm
-from mergelab.sae.training.finish import finished_dictionary
+from mergelab.sae.sae import SAE, SAEConfig, layer_norm
+from mergelab.sae.training.finish import finished_sae
 from mergelab.sae.training.initialize import initialize
 from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.step import make_step
@@ -49,7 +49,7 @@ def test_raw_inputs_give_the_trained_reconstruction(name: str, options: dict[str
     step = make_step(variant, recipe)
     for _ in range(12):
         state, _ = step(state, jnp.asarray(x), jnp.asarray(y))
-    dictionary = finished_dictionary(variant, recipe, state)
+    sae = finished_sae(variant, recipe, state)
     params = state.params if not ema else {k: v / (1 - ema**12) for k, v in state.average.items()}
     context = Context(BATCH, state.mse_scale, jnp.float32(1), state.statistics)
     read, mean, scale = jnp.asarray(x), 0.0, 1.0
@@ -59,41 +59,41 @@ def test_raw_inputs_give_the_trained_reconstruction(name: str, options: dict[str
     _, outcome = variant.loss(params, state.read(read), target, context)
     made = (target - outcome.error) / state.target.scale + state.target.mean[None, :]
     made = made * scale + mean
-    if dictionary.config.activation == "batch_topk":
+    if sae.config.activation == "batch_topk":
         # Its threshold is a running mean over batches; with this batch's the codes are this batch's.
         kept = np.asarray(getattr(outcome.codes, "values"))  # noqa: B009
         least = kept[kept > 0].min() * (1 - 1e-6) / float(state.read.scale)
-        assert 0.2 < least / float(np.asarray(dictionary.threshold)[0]) < 5
-        dictionary = replace(dictionary, threshold=jnp.full(N, least, jnp.float32))
-    mine = np.asarray(dictionary(jnp.asarray(x)))
+        assert 0.2 < least / float(np.asarray(sae.threshold)[0]) < 5
+        sae = replace(sae, threshold=jnp.full(N, least, jnp.float32))
+    mine = np.asarray(sae(jnp.asarray(x)))
     np.testing.assert_allclose(mine, made, atol=2e-4)
     assert np.abs(mine - mine[0]).max() > 1e-2  # it depends on the input
 
 
-def test_a_top_k_dictionary_in_pairs_is_the_dense_one() -> None:
+def test_a_top_k_sae_in_pairs_is_the_dense_one() -> None:
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((D, N), (N,), (N, D), (D,))]
-    dictionary = Dictionary(*arrays, config=DictionaryConfig(k=5, subtract_b_dec=True)).checked()
+    sae = SAE(*arrays, config=SAEConfig(k=5, subtract_b_dec=True)).checked()
     x = jnp.asarray(rng.standard_normal((9, D)), jnp.float32)
-    values, indices = dictionary.sparse_codes(x)
-    codes = dictionary.encode(x)
+    values, indices = sae.sparse_codes(x)
+    codes = sae.encode(x)
     np.testing.assert_allclose(np.take_along_axis(np.asarray(codes), np.asarray(indices), 1), values)
-    np.testing.assert_allclose(dictionary.decode_sparse(values, indices), dictionary(x), atol=1e-5)
-    normal = replace(dictionary, config=replace(dictionary.config, normalization="layer_norm"))
+    np.testing.assert_allclose(sae.decode_sparse(values, indices), sae(x), atol=1e-5)
+    normal = replace(sae, config=replace(sae.config, normalization="layer_norm"))
     mean = np.asarray(x).mean(axis=1, keepdims=True)
     scale = np.asarray(x).std(axis=1, keepdims=True, ddof=1) + 1e-5
-    wanted = np.asarray(dictionary((x - mean) / scale)) * scale + mean
+    wanted = np.asarray(sae((x - mean) / scale)) * scale + mean
     np.testing.assert_allclose(normal(x), wanted, atol=2e-5)
 
 
-def test_dictionaries_that_do_not_fit_are_refused() -> None:
+def test_saes_that_do_not_fit_are_refused() -> None:
     shapes = {"W_enc": (4, 8), "b_enc": (8,), "W_dec": (8, 4), "b_dec": (4,)}
     arrays: dict[str, Any] = {name: jnp.ones(shape) for name, shape in shapes.items()}
     with pytest.raises(SAEError, match="b_enc has shape \\[7\\]"):
-        Dictionary(**{**arrays, "b_enc": jnp.ones(7)}, config=DictionaryConfig(k=2)).checked()
+        SAE(**{**arrays, "b_enc": jnp.ones(7)}, config=SAEConfig(k=2)).checked()
     with pytest.raises(SAEError, match="needs threshold"):
-        Dictionary(**arrays, config=DictionaryConfig("jump_relu")).checked()
+        SAE(**arrays, config=SAEConfig("jump_relu")).checked()
     with pytest.raises(SAEError, match="only 8 latents"):
-        Dictionary(**arrays, config=DictionaryConfig(k=9)).checked()
+        SAE(**arrays, config=SAEConfig(k=9)).checked()
     with pytest.raises(SAEError, match="needs k"):
-        DictionaryConfig("topk")
+        SAEConfig("topk")

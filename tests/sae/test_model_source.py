@@ -217,10 +217,10 @@ def test_the_command_and_a_training_on_the_model(folder: Path, tmp_path: Path) -
     online = train({"sae": sae, "data": model, "train": budget}, tmp_path / "online")
     files = {"kind": "files", "path": str(tmp_path / "acts" / "blocks*.safetensors")}
     offline = train({"sae": sae, "data": files, "train": budget}, tmp_path / "offline")
-    np.testing.assert_allclose(online.dictionary.W_dec, offline.dictionary.W_dec, atol=1e-3)
+    np.testing.assert_allclose(online.sae.W_dec, offline.sae.W_dec, atol=1e-3)
     both = {**model, "target_site": SITES[1]}
-    transcoder = train({"sae": sae, "data": both, "train": budget}, tmp_path / "transcoder").dictionary
-    assert transcoder.W_dec.shape == (64, 32) and not np.allclose(transcoder.W_dec, online.dictionary.W_dec)
+    transcoder = train({"sae": sae, "data": both, "train": budget}, tmp_path / "transcoder").sae
+    assert transcoder.W_dec.shape == (64, 32) and not np.allclose(transcoder.W_dec, online.sae.W_dec)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_named(folder: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from click.testing import CliRunner
 from mergelab.activations.capture import ModelActivations, open_model_activations
 from mergelab.activations.store import write_store
 from mergelab.cli.main import cli
-from mergelab.cli.options import open_dictionary
+from mergelab.cli.options import open_sae
 from mergelab.errors import SAEError
 from mergelab.interp.latent_edits import ablate, splice
 from mergelab.interp.steering import latent_direction
@@ -37,8 +37,8 @@ from mergelab.sae.evaluation.reconstruction import evaluate_reconstruction, reco
 from mergelab.sae.evaluation.scorecard import control_scorecard, scorecard
 from mergelab.sae.evaluation.sparse_coding import coding_target
 from mergelab.sae.evaluation.sparsity import latent_sparsity
-from mergelab.sae.formats import load_dictionary, save_dictionary
-from mergelab.sae.sae import Dictionary, DictionaryConfig, at_sites
+from mergelab.sae.formats import load_sae, save_sae
+from mergelab.sae.sae import SAE, SAEConfig, at_sites
 from mergelab.sae.splice import splice as splice_in_place
 from mergelab.sae.subject_model import check_modules, check_target, open_host
 from tests.models.tiny_models import tiny
@@ -71,12 +71,12 @@ class Planted:
         self.down, self.bias = np.asarray(mlp["down"]["kernel"]), np.asarray(bias)
         self.source = open_model_activations(self.folder, [READS, WRITES], [self.text], length=LENGTH)
 
-    def exact(self, activation: str = "relu", **config: Any) -> Dictionary:
+    def exact(self, activation: str = "relu", **config: Any) -> SAE:
         """The MLP as a transcoder: top-k of all latents and a threshold of 0 are a ReLU too."""
-        settings = DictionaryConfig(activation, k=D if activation == "topk" else None, **config)
+        settings = SAEConfig(activation, k=D if activation == "topk" else None, **config)
         arrays = (jnp.eye(D), jnp.zeros(D), jnp.asarray(self.down), jnp.asarray(self.bias))
         threshold = jnp.zeros(D) if activation == "jump_relu" else None
-        return Dictionary(*arrays, config=settings, threshold=threshold).checked()
+        return SAE(*arrays, config=settings, threshold=threshold).checked()
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +125,8 @@ def test_an_exact_transcoder_costs_nothing_and_one_taken_for_an_autoencoder_does
 
 
 def test_a_latent_acts_where_it_is_written(planted: Planted) -> None:
-    dictionary, source = planted.exact(**SITES), planted.source
-    found = latent_sparsity(dictionary, source, samples=8, horizon=4)
+    sae, source = planted.exact(**SITES), planted.source
+    found = latent_sparsity(sae, source, samples=8, horizon=4)
     wrong = latent_sparsity(planted.exact(reads=(READS,), transcoder=False), source, samples=8, horizon=4)
     assert 0 < found.sparsity < 1 and found.sparsity != wrong.sparsity
 
@@ -144,15 +144,15 @@ def test_a_latent_acts_where_it_is_written(planted: Planted) -> None:
 def test_every_format_that_can_hold_one_says_that_it_is_a_transcoder(
     planted: Planted, tmp_path: Path, format: str, activation: str
 ) -> None:
-    save_dictionary(planted.exact(activation, **SITES), tmp_path / "own")
+    save_sae(planted.exact(activation, **SITES), tmp_path / "own")
     assert _invoke("sae", "export", tmp_path / "own", "--format", format, "--out", tmp_path / "out")[0] == 0
-    back = load_dictionary(tmp_path / "out")
+    back = load_sae(tmp_path / "out")
     assert (back.config.reads, back.config.writes) == ((READS,), (WRITES,)) and not back.is_autoencoder
     assert (
         _invoke("sae", "export", tmp_path / "out", "--format", "mergelab", "--out", tmp_path / "again")[0]
         == 0
     )
-    for one in (back, load_dictionary(tmp_path / "again")):
+    for one in (back, load_sae(tmp_path / "again")):
         assert reconstruction_on_model(one, planted.source).nmse < 1e-9
     if format == "saelens":
         found = _on_model(planted, tmp_path / "out")
@@ -172,13 +172,13 @@ def test_a_format_without_place_for_one_refuses_it(
 ) -> None:
     path = tmp_path / "out.pt"
     with pytest.raises(SAEError, match=f"no place for {words}"):
-        save_dictionary(planted.exact(activation, **SITES), path, format)
-    save_dictionary(planted.exact("relu", reads=(READS,), transcoder=False), tmp_path / "sae.pt", "openai")
-    assert not path.exists() and load_dictionary(tmp_path / "sae.pt").is_autoencoder
+        save_sae(planted.exact(activation, **SITES), path, format)
+    save_sae(planted.exact("relu", reads=(READS,), transcoder=False), tmp_path / "sae.pt", "openai")
+    assert not path.exists() and load_sae(tmp_path / "sae.pt").is_autoencoder
 
 
 def test_stored_activations_are_judged_with_their_targets(planted: Planted, tmp_path: Path) -> None:
-    save_dictionary(planted.exact(**SITES), tmp_path / "tc")
+    save_sae(planted.exact(**SITES), tmp_path / "tc")
     write_store(planted.source, tmp_path / "acts", model=planted.folder)
     data = tmp_path / "acts" / f"{READS}-*.safetensors"
     code, said = _invoke("sae", "eval", tmp_path / "tc", "--data", data, "--json")
@@ -193,13 +193,13 @@ def test_stored_activations_are_judged_with_their_targets(planted: Planted, tmp_
     both = ("--data", tmp_path / "x.npy", "--target-data", tmp_path / "y.npy", "--json")
     assert json.loads(_invoke("sae", "eval", tmp_path / "tc", *both)[1])["nmse"] < 1e-9
     # One that does not say what it is is taken for an autoencoder aloud, or told its target.
-    save_dictionary(planted.exact(metadata={"site": READS}), tmp_path / "old")
+    save_sae(planted.exact(metadata={"site": READS}), tmp_path / "old")
     said = _invoke("sae", "eval", tmp_path / "old", "--data", tmp_path / "x.npy")[1]
     assert "does not say what it writes" in said
     assert json.loads(_invoke("sae", "eval", tmp_path / "old", *both)[1])["nmse"] < 1e-9
     alone = json.loads(_invoke("sae", "eval", tmp_path / "old", *both[:2], "--json")[1])
     assert alone["nmse"] > 0.5 and alone["target_known"] is False
-    save_dictionary(planted.exact(reads=(READS,), transcoder=False), tmp_path / "sae")
+    save_sae(planted.exact(reads=(READS,), transcoder=False), tmp_path / "sae")
     code, said = _invoke("sae", "eval", tmp_path / "sae", *both)
     assert code == 2 and "omit --target-data" in said
     other = tmp_path / "acts" / f"{WRITES}-*.safetensors"
@@ -209,8 +209,8 @@ def test_stored_activations_are_judged_with_their_targets(planted: Planted, tmp_
 
 def test_one_without_sites_is_told_them_or_refused(planted: Planted, tmp_path: Path) -> None:
     old, unknown = planted.exact(metadata={"site": READS}), planted.exact(transcoder=True)
-    save_dictionary(old, tmp_path / "old")
-    save_dictionary(unknown, tmp_path / "unknown")
+    save_sae(old, tmp_path / "old")
+    save_sae(unknown, tmp_path / "unknown")
     assert _on_model(planted, tmp_path / "old")["reconstruction.nmse"] > 0.5
     assert _on_model(planted, tmp_path / "old", "--target-site", WRITES)["reconstruction.nmse"] < 1e-9
     told = ("--site", READS, "--target-site", WRITES)
@@ -246,13 +246,13 @@ def test_a_trained_transcoder_is_judged_on_what_it_was_trained_for(planted: Plan
     (tmp_path / "tc.json").write_text(json.dumps(config))
     code, said = _invoke("sae", "train", tmp_path / "tc.json", "--out", tmp_path / "run", "--json")
     assert code == 0, said
-    dictionary = load_dictionary(tmp_path / "run" / "final")
-    assert (dictionary.config.reads, dictionary.config.writes) == ((READS,), (WRITES,))
-    assert dictionary.config.metadata["target_site"] == WRITES
+    sae = load_sae(tmp_path / "run" / "final")
+    assert (sae.config.reads, sae.config.writes) == ((READS,), (WRITES,))
+    assert sae.config.metadata["target_site"] == WRITES
     x, y = planted.source.read_sites(0, planted.source.rows)
     rows = len(planted.source.tokens) // 2 * LENGTH  # the half that judges
     x, y = x[rows:].astype(np.float64), y[rows:].astype(np.float64)
-    out = np.asarray(dictionary(jnp.asarray(x, jnp.float32)), np.float64)
+    out = np.asarray(sae(jnp.asarray(x, jnp.float32)), np.float64)
     by_hand = ((y - out) ** 2).sum() / ((y - y.mean(0)) ** 2).sum()
     old = ((x - out) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
     found = _on_model(planted, tmp_path / "run")
@@ -311,7 +311,7 @@ def test_what_needs_an_autoencoder_refuses_a_transcoder_of_equal_widths(planted:
 
 
 def test_a_page_of_a_transcoder_says_what_its_latents_write(planted: Planted, tmp_path: Path) -> None:
-    save_dictionary(planted.exact(**SITES), tmp_path / "tc")
+    save_sae(planted.exact(**SITES), tmp_path / "tc")
     common = ("--model", planted.folder, "--text", planted.text, "--context", LENGTH)
     code, said = _invoke(
         "sae", "features", tmp_path / "tc", *common, "--out", tmp_path / "page.html", "--json"
@@ -323,13 +323,13 @@ def test_a_page_of_a_transcoder_says_what_its_latents_write(planted: Planted, tm
 
 def test_rows_of_crosscoders_stay_side_by_side(planted: Planted, tmp_path: Path) -> None:
     names = ("blocks.0.resid_pre", "blocks.0.resid_post")
-    config = DictionaryConfig("relu", sites=2, reads=names, transcoder=False)
-    both = Dictionary(jnp.eye(2 * D), jnp.zeros(2 * D), jnp.eye(2 * D), jnp.zeros(2 * D), config).checked()
+    config = SAEConfig("relu", sites=2, reads=names, transcoder=False)
+    both = SAE(jnp.eye(2 * D), jnp.zeros(2 * D), jnp.eye(2 * D), jnp.zeros(2 * D), config).checked()
     assert both.config.writes == names and both.is_autoencoder
-    save_dictionary(both, tmp_path / "cc")
-    assert load_dictionary(tmp_path / "cc").config.reads == names
+    save_sae(both, tmp_path / "cc")
+    assert load_sae(tmp_path / "cc").config.reads == names
     with pytest.raises(SAEError, match="crosscoder of 2 sites"):
-        save_dictionary(both, tmp_path / "out", "saelens")
+        save_sae(both, tmp_path / "out", "saelens")
     with pytest.raises(SAEError, match="activations side by side"):
         evaluate_downstream(both, planted.source)
     with pytest.raises(SAEError, match="edits need an autoencoder"):
@@ -352,24 +352,24 @@ def test_rows_of_crosscoders_stay_side_by_side(planted: Planted, tmp_path: Path)
 )
 def test_sites_that_contradict_each_other_are_refused(config: dict[str, Any], words: str) -> None:
     with pytest.raises(SAEError, match=words):
-        DictionaryConfig("relu", **config)
+        SAEConfig("relu", **config)
 
 
 def test_a_run_of_before_says_its_target_in_its_configuration(planted: Planted, tmp_path: Path) -> None:
-    save_dictionary(planted.exact(metadata={"site": READS}), tmp_path / "run" / "final")
+    save_sae(planted.exact(metadata={"site": READS}), tmp_path / "run" / "final")
     data = {"kind": "model", "model": "m", "site": READS, "target_site": WRITES, "text": "t"}
     config = {"sae": {"n_latents": D}, "data": data, "train": {"batch_size": 1, "tokens": 1}}
-    assert not open_dictionary(tmp_path / "run").target_known
+    assert not open_sae(tmp_path / "run").target_known
     (tmp_path / "run" / "config.yaml").write_text(json.dumps(config))
-    assert open_dictionary(tmp_path / "run").config.writes == (WRITES,)
+    assert open_sae(tmp_path / "run").config.writes == (WRITES,)
     files = {"kind": "files", "path": "x.npy"}
     (tmp_path / "run" / "config.yaml").write_text(json.dumps({**config, "data": files}))
-    found = open_dictionary(tmp_path / "run")
+    found = open_sae(tmp_path / "run")
     assert found.target_known and found.config.writes == (READS,)
 
 
 def test_an_export_is_told_sites_or_says_what_it_took_for_granted(planted: Planted, tmp_path: Path) -> None:
-    save_dictionary(planted.exact(metadata={"site": READS}), tmp_path / "old")
+    save_sae(planted.exact(metadata={"site": READS}), tmp_path / "old")
     asked = ("sae", "export", tmp_path / "old", "--format", "saelens", "--out")
     code, said = _invoke(*asked, tmp_path / "a")
     assert code == 0 and "was exported as an autoencoder" in said
@@ -382,10 +382,10 @@ def test_the_output_of_a_module_is_no_site_where_it_is_normalized() -> None:
     model, params = tiny("gemma2")
     name = "blocks.0.mlp.out"
     source = ModelActivations(model, params, np.zeros((2, 8), np.int32), (name,))
-    config = DictionaryConfig("relu", reads=(name,), writes=(name,), metadata={"hookpoint": "layers.0.mlp"})
+    config = SAEConfig("relu", reads=(name,), writes=(name,), metadata={"hookpoint": "layers.0.mlp"})
     d = source.widths[0]
-    dictionary = Dictionary(jnp.eye(d), jnp.zeros(d), jnp.eye(d), jnp.zeros(d), config).checked()
+    sae = SAE(jnp.eye(d), jnp.zeros(d), jnp.eye(d), jnp.zeros(d), config).checked()
     with pytest.raises(SAEError, match="normalizes before it adds it to the stream"):
-        check_modules(dictionary, source)
-    check_modules(replace(dictionary, config=replace(config, metadata={})), source)
-    check_modules(dictionary, ModelActivations(*tiny("llama"), np.zeros((2, 8), np.int32), (name,)))
+        check_modules(sae, source)
+    check_modules(replace(sae, config=replace(config, metadata={})), source)
+    check_modules(sae, ModelActivations(*tiny("llama"), np.zeros((2, 8), np.int32), (name,)))

@@ -81,7 +81,7 @@ def read_rotary(
 def rotary_from(
     parameters: Mapping[str, Any], place: str, *, head_dim: int, max_length: int, theta: float
 ) -> Rotary:
-    """The rotation that one dictionary of rope parameters describes; else as `read_rotary`."""
+    """The rotation that one SAE of rope parameters describes; else as `read_rotary`."""
     if not isinstance(parameters, Mapping):
         raise CheckpointError(f"{place} has rotary positions {quoted(parameters)}, but expected an object.")
     given = dict(parameters)

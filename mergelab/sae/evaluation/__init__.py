@@ -1,1 +1,1 @@
-"""How good a dictionary is: reconstruction and sparsity, recovery of known features, baselines."""
+"""How good an SAE is: reconstruction and sparsity, recovery of known features, baselines."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from mergelab.errors import SAEError
 from mergelab.sae.evaluation.probing import fit_logistic, sparse_probe
-from mergelab.sae.sae import Dictionary
+from mergelab.sae.sae import SAE
 from mergelab.sae.splice import encode
 
 __all__ = ["Absorption", "absorption"]
@@ -38,7 +38,7 @@ class Absorption:
 
 
 def absorption(
-    dictionary: Dictionary,
+    sae: SAE,
     x: np.ndarray,
     labels: np.ndarray,
     *,
@@ -52,7 +52,7 @@ def absorption(
     """Measures it on activations with labels.
 
     Args:
-        dictionary: reconstructs the activations, and reads them unless it is a transcoder.
+        sae: reconstructs the activations, and reads them unless it is a transcoder.
         x: `[rows, d]`, float32, of the site it writes.
         labels: `[rows]`, bool: the class.
         codes: `[rows, n_latents]` of the same tokens, where they are known; a transcoder's must be.
@@ -65,14 +65,14 @@ def absorption(
     Raises:
         SAEError: a class is missing, or the probe gets no token of the class right.
     """
-    if codes is None and not dictionary.is_autoencoder:
+    if codes is None and not sae.is_autoencoder:
         raise SAEError(
-            f"the dictionary is a transcoder ({dictionary.mapping()}), so the activations it writes do not "
+            f"the SAE is a transcoder ({sae.mapping()}), so the activations it writes do not "
             "give its codes; give both."
         )
-    if x.shape[1] != dictionary.d_out:
-        raise SAEError(f"activations are {x.shape[1]} wide, but the dictionary writes {dictionary.d_out}.")
-    codes = np.asarray(encode(dictionary, jnp.asarray(x))) if codes is None else codes
+    if x.shape[1] != sae.d_out:
+        raise SAEError(f"activations are {x.shape[1]} wide, but the SAE writes {sae.d_out}.")
+    codes = np.asarray(encode(sae, jnp.asarray(x))) if codes is None else codes
     main = _main_latents(codes, labels, max_main, gain, seed)
     weights, bias, _ = fit_logistic(jnp.asarray(x), jnp.asarray(labels))
     direction = np.asarray(weights, np.float64)
@@ -83,7 +83,7 @@ def absorption(
         )
     missed = right & (codes[:, main] <= 0).all(axis=1)
     unit = direction / np.linalg.norm(direction)
-    decoder = np.asarray(dictionary.W_dec, np.float64)
+    decoder = np.asarray(sae.W_dec, np.float64)
     along = decoder @ unit
     written = codes[missed] * along[None]
     largest = written.argmax(axis=1)

@@ -1,4 +1,4 @@
-"""Controls: dictionaries that know nothing of the model, and what they score."""
+"""Controls: SAEs that know nothing of the model, and what they score."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from jax import Array
 from mergelab.activations import ActivationStream
 from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError, did_you_mean
-from mergelab.sae.sae import Dictionary
-from mergelab.sae.training.finish import finished_dictionary
+from mergelab.sae.sae import SAE
+from mergelab.sae.training.finish import finished_sae
 from mergelab.sae.training.initialize import SAMPLE_ROWS, initialize
 from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.state import TrainState
@@ -21,7 +21,7 @@ from mergelab.sae.training.step import Metrics, Step, make_step
 from mergelab.sae.variants import TopK
 from mergelab.sae.variants.variant import Variant
 
-__all__ = ["CONTROLS", "control_dictionary", "freeze_decoder", "random_model", "random_state"]
+__all__ = ["CONTROLS", "control_sae", "freeze_decoder", "random_model", "random_state"]
 
 
 def random_state(
@@ -30,10 +30,10 @@ def random_state(
     sample: np.ndarray | Array,
     target_sample: np.ndarray | Array | None = None,
 ) -> TrainState:
-    """A dictionary before any training: decoder rows uniform on the sphere, the encoder their transpose.
+    """An SAE before any training: decoder rows uniform on the sphere, the encoder their transpose.
 
     Args:
-        variant: the dictionary's hyper-parameters.
+        variant: the SAE's hyper-parameters.
         key: a `jax.random` key.
         sample: `[rows, d_in]` activations; the centre is their geometric median, as in a training.
         target_sample: `[rows, d_out]`, for a transcoder.
@@ -66,7 +66,7 @@ def freeze_decoder(step: Step, initial: TrainState, ema: float) -> Step:
 
 
 CONTROLS = ("random", "frozen decoder", "random model")
-"""An untrained dictionary; one whose encoder alone was trained; one fully trained on a random model."""
+"""An untrained SAE; one whose encoder alone was trained; one fully trained on a random model."""
 
 
 def random_model(source: ModelActivations, seed: int = 0) -> ModelActivations:
@@ -74,7 +74,7 @@ def random_model(source: ModelActivations, seed: int = 0) -> ModelActivations:
     return replace(source, params=source.model.init(seed))
 
 
-def control_dictionary(
+def control_sae(
     kind: str,
     source: ModelActivations,
     *,
@@ -84,13 +84,13 @@ def control_dictionary(
     batch_size: int = 1024,
     seed: int = 0,
     target_site: str | None = None,
-) -> Dictionary:
-    """Makes a top-k dictionary of the source's first site, or a transcoder from it to another of its sites.
+) -> SAE:
+    """Makes a top-k SAE of the source's first site, or a transcoder from it to another of its sites.
 
     Args:
         kind: one of `CONTROLS`.
         source: the activations it is fitted to; for `random model`, those of that model (`random_model`).
-        n_latents: of the dictionary that is judged.
+        n_latents: of the SAE that is judged.
         k: active latents per token, about as many as its L0.
         steps: of the training.
         batch_size: at most; a text with fewer rows has batches of all of them.
@@ -115,7 +115,7 @@ def control_dictionary(
     metadata |= {} if target is None else {"target_site": target_site}
     if kind == "random":
         state = random_state(variant, key, sample, target_sample)
-        return finished_dictionary(variant, recipe, state, use_average=False, metadata=metadata)
+        return finished_sae(variant, recipe, state, use_average=False, metadata=metadata)
     state = initialize(variant, recipe, key, sample, target_sample)
     step = make_step(variant, recipe)
     if kind == "frozen decoder":
@@ -125,4 +125,4 @@ def control_dictionary(
         batch = next(stream)
         x = jnp.asarray(batch.input)
         state, _ = step(state, x, x if target is None else jnp.asarray(batch.target))
-    return finished_dictionary(variant, recipe, state, metadata=metadata)
+    return finished_sae(variant, recipe, state, metadata=metadata)

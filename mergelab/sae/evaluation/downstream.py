@@ -17,7 +17,7 @@ from mergelab.errors import SAEError
 from mergelab.models.load import load_model
 from mergelab.models.model import Model
 from mergelab.models.residual_stream import require_decoder
-from mergelab.sae.sae import Dictionary
+from mergelab.sae.sae import SAE
 from mergelab.sae.splice import mean_activation, passes, splice_from
 from mergelab.sae.subject_model import check_target
 
@@ -31,7 +31,7 @@ class Downstream:
     Attributes:
         tokens: predicted tokens; the first of each context is none.
         ce: cross-entropy of the model as it is.
-        ce_spliced: with the site that the dictionary writes replaced by its reconstruction.
+        ce_spliced: with the site that the SAE writes replaced by its reconstruction.
         ce_zero: with the site replaced by zero.
         ce_mean: with the site replaced by its mean over the text.
         kl: `KL(as it is || spliced)` of the next-token distributions.
@@ -64,20 +64,18 @@ def _recovered(ablated: float, spliced: float, plain: float) -> float:
     return (ablated - spliced) / (ablated - plain) if ablated != plain else float("nan")
 
 
-def evaluate_downstream(
-    dictionary: Dictionary, source: ModelActivations, *, contexts: int | None = None
-) -> Downstream:
+def evaluate_downstream(sae: SAE, source: ModelActivations, *, contexts: int | None = None) -> Downstream:
     """Runs the model as it is, spliced, and ablated in both ways (arXiv 2406.04093, section 4.1).
 
     Args:
-        dictionary: reads the first of the source's sites, and reconstructs it or, as a transcoder, another.
+        sae: reads the first of the source's sites, and reconstructs it or, as a transcoder, another.
         source: model and text.
         contexts: use so many of the text's; all by default.
 
     Raises:
-        SAEError: the dictionary does not fit the sites, or the model predicts no tokens.
+        SAEError: the SAE does not fit the sites, or the model predicts no tokens.
     """
-    target = check_target(dictionary, source)
+    target = check_target(sae, source)
     require_decoder(source.model)
     mean = jnp.asarray(mean_activation(source, contexts, target), jnp.float32)
     sites = (source.sites[0], target)
@@ -85,7 +83,7 @@ def evaluate_downstream(
     total = np.zeros(5)
     for batch, real in passes(tokens, source.batch):
         found = np.asarray(
-            _losses(source.params, dictionary, mean, batch, model=source.model, sites=sites),
+            _losses(source.params, sae, mean, batch, model=source.model, sites=sites),
             np.float64,
         )
         total += found[:, :real].sum(axis=1)
@@ -95,11 +93,11 @@ def evaluate_downstream(
 
 @partial(jax.jit, static_argnames=("model", "sites"))
 def _losses(
-    params: Any, dictionary: Dictionary, mean: Array, tokens: Array, *, model: Model, sites: tuple[str, str]
+    params: Any, sae: SAE, mean: Array, tokens: Array, *, model: Model, sites: tuple[str, str]
 ) -> Array:
     """Sums over each context, `[5, batch]`, in the order of the fields of `Downstream`.
 
-    `sites` are what the dictionary reads and what it writes.
+    `sites` are what the SAE reads and what it writes.
     """
     read, site = sites
 
@@ -115,7 +113,7 @@ def _losses(
         return -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0].sum(axis=1)
 
     plain, x = log_probabilities(None)
-    edits = ({site: splice_from(dictionary, x)}, {site: jnp.zeros_like}, {site: middle})
+    edits = ({site: splice_from(sae, x)}, {site: jnp.zeros_like}, {site: middle})
     found = [plain, *(log_probabilities(edit)[0] for edit in edits)]
     kl = (jnp.exp(found[0]) * (found[0] - found[1])).sum(axis=(1, 2))
     return jnp.stack([*(cross_entropy(logp) for logp in found), kl])
@@ -130,7 +128,7 @@ def compute_equivalent(steps: np.ndarray, losses: np.ndarray, loss: float) -> fl
     Args:
         steps: `[points]`, rising, above 0.
         losses: `[points]`, in the unit of `loss`.
-        loss: of the model with the dictionary spliced in.
+        loss: of the model with the SAE spliced in.
 
     Returns:
         From 0 to 1, as a part of the last step; 1 where the loss is at least as good as the curve's best,
@@ -192,9 +190,7 @@ def loss_curve(folder: Path, source: ModelActivations, *, mesh: Any = None) -> t
     for path in folders.values():
         model, params = load_model(path, mesh=mesh)
         if model != source.model:
-            raise SAEError(
-                f"{path}: holds a model of another shape than the dictionary's; give its checkpoints."
-            )
+            raise SAEError(f"{path}: holds a model of another shape than the SAE's; give its checkpoints.")
         total = 0.0
         for tokens, real in passes(source.tokens, source.batch):
             total += float(

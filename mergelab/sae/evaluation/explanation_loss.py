@@ -16,7 +16,7 @@ from mergelab.activations.capture import ModelActivations
 from mergelab.models.model import Model
 from mergelab.models.residual_stream import require_decoder
 from mergelab.sae.features.explanations import Explanation, Match, judge_explanation, mean_match
-from mergelab.sae.sae import Dictionary
+from mergelab.sae.sae import SAE
 from mergelab.sae.splice import passes
 from mergelab.sae.subject_model import check_target
 
@@ -64,19 +64,19 @@ class ExplanationScore:
 
 
 def score_explanations(
-    dictionary: Dictionary, source: ModelActivations, explanations: Sequence[Explanation]
+    sae: SAE, source: ModelActivations, explanations: Sequence[Explanation]
 ) -> ExplanationScore:
     """Simulates the latents on a text, compares, and splices the simulations in with the error kept.
 
     Args:
-        dictionary: reads the first of the source's sites; what its latents do is done at the one it writes.
+        sae: reads the first of the source's sites; what its latents do is done at the one it writes.
         source: model and text; a text the explanations are not made of.
         explanations: of distinct latents.
 
     Raises:
-        SAEError: the dictionary does not fit the site, or the model predicts no tokens.
+        SAEError: the SAE does not fit the site, or the model predicts no tokens.
     """
-    target = check_target(dictionary, source)
+    target = check_target(sae, source)
     require_decoder(source.model)
     latents = jnp.asarray([explanation.latent for explanation in explanations], jnp.int32)
 
@@ -88,7 +88,7 @@ def score_explanations(
         simulated = np.stack([[e.simulate(row) for e in explanations] for row in rows]).transpose(0, 2, 1)
         losses, codes = _losses(
             source.params,
-            dictionary,
+            sae,
             latents,
             tokens,
             jnp.asarray(simulated),
@@ -107,7 +107,7 @@ def score_explanations(
 @partial(jax.jit, static_argnames=("model", "sites"))
 def _losses(
     params: Any,
-    dictionary: Dictionary,
+    sae: SAE,
     latents: Array,
     tokens: Array,
     simulated: Array,
@@ -120,7 +120,7 @@ def _losses(
 
     def replaced(values: Array) -> Any:
         changed = every.at[:, latents].set(values.reshape(len(rows), -1))
-        change = dictionary.reconstruct(rows, changed) - dictionary.reconstruct(rows, every)
+        change = sae.reconstruct(rows, changed) - sae.reconstruct(rows, every)
         return {site: lambda y: y + change.reshape(y.shape).astype(y.dtype)}
 
     def loss(edit: Any) -> tuple[Array, Array]:
@@ -132,6 +132,6 @@ def _losses(
 
     plain, x = loss(None)
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    every = dictionary.encode(rows)
+    every = sae.encode(rows)
     losses = [plain, loss(replaced(simulated))[0], loss(replaced(jnp.zeros_like(simulated)))[0]]
     return jnp.stack(losses), every[:, latents].reshape(simulated.shape)

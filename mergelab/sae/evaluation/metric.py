@@ -22,7 +22,7 @@ from mergelab.sae.evaluation.text_embeddings import evaluate_embeddings
 from mergelab.sae.features.explanations import mean_match
 from mergelab.sae.features.n2g import explain, match_explanations
 from mergelab.sae.features.survey import survey
-from mergelab.sae.sae import Dictionary
+from mergelab.sae.sae import SAE
 from mergelab.sae.splice import read_batches, read_pairs
 from mergelab.sae.subject_model import check_target
 
@@ -83,34 +83,34 @@ class Metric:
         needs_labels: whether tokens must have labels.
     """
 
-    measure: Callable[[Dictionary, Evidence], Iterator[tuple[str, Score]]]
+    measure: Callable[[SAE, Evidence], Iterator[tuple[str, Score]]]
     needs_logits: bool = False
     needs_encoder: bool = False
     needs_labels: bool = False
 
 
-def _reconstruction(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[str, Score]]:
-    found = reconstruction_on_model(dictionary, evidence.judge)
+def _reconstruction(sae: SAE, evidence: Evidence) -> Iterator[tuple[str, Score]]:
+    found = reconstruction_on_model(sae, evidence.judge)
     spread = densities(found.densities)
-    written = check_target(dictionary, evidence.judge)
-    taken = "" if dictionary.target_known else ", taken for what it writes as the dictionary does not say it"
+    written = check_target(sae, evidence.judge)
+    taken = "" if sae.target_known else ", taken for what it writes as the SAE does not say it"
     against = f"squared error of {written} over that of its mean; 0 exact, 1 useless{taken}"
     yield "nmse", Score(found.nmse, "", against)
     yield "explained_variance", Score(found.explained_variance, "", "1 exact, 0 useless")
     yield "cosine", Score(found.cosine, "", "of a row and its reconstruction; 1 exact")
     yield "l2_ratio", Score(found.l2_ratio, "", "norm of reconstruction over norm of row; below 1 shrinks")
     yield "relative_bias", Score(found.relative_bias, "", "below 1 shrinks (2404.16014)")
-    yield "l0", Score(found.l0, "latents / token", f"of {dictionary.n_latents}")
+    yield "l0", Score(found.l0, "latents / token", f"of {sae.n_latents}")
     yield "alive", Score(found.alive, "", f"part of the latents active in {found.rows} tokens")
     yield "median_density", Score(spread.median, "log10 of a part of tokens", "latents that are active")
     yield (
         "dense",
-        Score(spread.dense / dictionary.n_latents, "", "part of the latents on over 10 % of tokens"),
+        Score(spread.dense / sae.n_latents, "", "part of the latents on over 10 % of tokens"),
     )
 
 
-def _downstream(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[str, Score]]:
-    found = evaluate_downstream(dictionary, evidence.judge)
+def _downstream(sae: SAE, evidence: Evidence) -> Iterator[tuple[str, Score]]:
+    found = evaluate_downstream(sae, evidence.judge)
     nats = "nats / token"
     yield "delta_ce", Score(found.delta_ce, nats, f"over the model's own {found.ce:.4f}; 0 is lossless")
     yield "kl", Score(found.kl, nats, "from the model's own next-token distribution; 0 is lossless")
@@ -121,8 +121,8 @@ def _downstream(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[st
         yield "compute_equivalent", Score(part, "", "part of the host's training with the same loss")
 
 
-def _embeddings(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[str, Score]]:
-    found = evaluate_embeddings(dictionary, evidence.judge)
+def _embeddings(sae: SAE, evidence: Evidence) -> Iterator[tuple[str, Score]]:
+    found = evaluate_embeddings(sae, evidence.judge)
     against = f"embeddings of {found.contexts} contexts, mean of their last states"
     yield "cosine", Score(found.cosine, "", f"{against}; 1 is lossless")
     yield "recovered", Score(found.recovered, "", "of the cosine; 1 lossless, 0 as bad as mean ablation")
@@ -137,18 +137,18 @@ def _start(evidence: Evidence, width: int) -> int:
 
 
 def _columns(
-    dictionary: Dictionary, evidence: Evidence, what: Callable[[Dictionary, jax.Array], jax.Array]
+    sae: SAE, evidence: Evidence, what: Callable[[SAE, jax.Array], jax.Array]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Codes or pre-activations `[rows, n]` of the text's start, and its labels `[rows]`."""
-    contexts = _start(evidence, dictionary.n_latents)
+    contexts = _start(evidence, sae.n_latents)
     run = jax.jit(what)
-    rows = [np.asarray(run(dictionary, jnp.asarray(x))) for x in read_batches(evidence.judge, contexts)]
+    rows = [np.asarray(run(sae, jnp.asarray(x))) for x in read_batches(evidence.judge, contexts)]
     labels = {name: label[:contexts].reshape(-1) for name, label in evidence.labels.items()}
     return np.concatenate(rows), {n: v for n, v in labels.items() if _RARE < v.mean() < 1 - _RARE}
 
 
-def _probing(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[str, Score]]:
-    pre, tasks = _columns(dictionary, evidence, lambda d, x: d.pre_activations(x))
+def _probing(sae: SAE, evidence: Evidence) -> Iterator[tuple[str, Score]]:
+    pre, tasks = _columns(sae, evidence, lambda d, x: d.pre_activations(x))
     if not tasks:
         raise SAEError("no probing task has both classes in the text; give other text, or more.")
     best = best_probes(pre, tasks)
@@ -156,22 +156,22 @@ def _probing(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[str, 
     part = float(np.mean([probe.loss / probe.prior for probe in best.values()]))
     yield "loss", Score(mean, "nats / token", f"best latent of each, mean of {len(tasks)} tasks; 0 perfect")
     yield "relative_loss", Score(part, "", "over always saying the class's frequency; 1 useless")
-    codes, tasks = _columns(dictionary, evidence, lambda d, x: d.encode(x))
+    codes, tasks = _columns(sae, evidence, lambda d, x: d.encode(x))
     for k in (1, 2, 5):
         f1 = [sparse_probe(codes, labels, k, seed=evidence.seed).f1 for labels in tasks.values()]
         yield f"f1_{k}", Score(float(np.mean(f1)), "", f"probe on {k} latents, held-out; 1 perfect")
 
 
-def _absorption(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[str, Score]]:
-    codes, tasks = _columns(dictionary, evidence, lambda d, x: d.encode(x))
+def _absorption(sae: SAE, evidence: Evidence) -> Iterator[tuple[str, Score]]:
+    codes, tasks = _columns(sae, evidence, lambda d, x: d.encode(x))
     contexts = len(codes) // evidence.judge.tokens.shape[1]
     # The probe reads the site at which decoder rows mean something.
-    written = check_target(dictionary, evidence.judge)
+    written = check_target(sae, evidence.judge)
     x = np.concatenate(list(read_batches(evidence.judge, contexts, written)))
     found = []
     for labels in tasks.values():
         try:
-            found.append(absorption(dictionary, x, labels, codes=codes, seed=evidence.seed))
+            found.append(absorption(sae, x, labels, codes=codes, seed=evidence.seed))
         except SAEError:  # the site does not hold this class
             continue
     if not found:
@@ -182,12 +182,12 @@ def _absorption(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[st
     yield "split", Score(main, "latents / class", "main latents of a class; 1 is no splitting")
 
 
-def _sparsity(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[str, Score]]:
+def _sparsity(sae: SAE, evidence: Evidence) -> Iterator[tuple[str, Score]]:
     source, samples, seed = evidence.judge, evidence.samples, evidence.seed
     against = "effective part of V x T logits that an ablation moves; lower is more local"
-    latents = latent_sparsity(dictionary, source, samples=samples, seed=seed)
+    latents = latent_sparsity(sae, source, samples=samples, seed=seed)
     yield "latents", Score(latents.sparsity, "", against)
-    written = check_target(dictionary, source)
+    written = check_target(sae, source)
     channels = channel_sparsity(replace(source, sites=(written,)), samples=samples, seed=seed)
     yield "channels", Score(channels.sparsity, "", f"the same of channels of {written}")
     neurons = ".".join([*written.split(".")[:2], "mlp.post"])
@@ -196,19 +196,19 @@ def _sparsity(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[str,
         yield "neurons", Score(found.sparsity, "", f"the same of channels of {neurons}")
 
 
-def _explanations(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[str, Score]]:
+def _explanations(sae: SAE, evidence: Evidence) -> Iterator[tuple[str, Score]]:
     causal = evidence.judge.model.family.architecture.causal
     if causal:
-        check_target(dictionary, evidence.judge)  # before the work of explaining
-    seen = survey(dictionary, evidence.fit, latents=[])
+        check_target(sae, evidence.judge)  # before the work of explaining
+    seen = survey(sae, evidence.fit, latents=[])
     active = np.flatnonzero(seen.density > 0)
     if not len(active):
         raise SAEError("no latent is active in the first half of the text; give other text, or more.")
     chosen = np.random.default_rng(evidence.seed).permutation(active)[: evidence.explained]
-    examples = survey(dictionary, evidence.fit, count=8, latents=chosen.tolist()).examples
-    explained = explain(dictionary, evidence.fit, examples, mask_token=evidence.mask_token)
+    examples = survey(sae, evidence.fit, count=8, latents=chosen.tolist()).examples
+    explained = explain(sae, evidence.fit, examples, mask_token=evidence.mask_token)
     judge = score_explanations if causal else match_explanations
-    found = judge(dictionary, evidence.judge, list(explained.values()))
+    found = judge(sae, evidence.judge, list(explained.values()))
     matches = found.matches if isinstance(found, ExplanationScore) else found
     many = f"N2G of {len(explained)} latents, on text they are not made of"
     for name, value in zip(("precision", "recall"), mean_match(matches), strict=True):
@@ -219,16 +219,14 @@ def _explanations(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[
     yield "recovered", Score(found.recovered, "", "1 lossless, 0 as bad as these latents at zero")
 
 
-def _progressive(dictionary: Dictionary, evidence: Evidence) -> Iterator[tuple[str, Score]]:
-    most = _start(evidence, dictionary.d_in + (0 if dictionary.is_autoencoder else dictionary.d_out))
-    pairs = list(read_pairs(dictionary, evidence.judge, most))
+def _progressive(sae: SAE, evidence: Evidence) -> Iterator[tuple[str, Score]]:
+    most = _start(evidence, sae.d_in + (0 if sae.is_autoencoder else sae.d_out))
+    pairs = list(read_pairs(sae, evidence.judge, most))
     x = np.concatenate([read for read, _ in pairs])
-    y = None if dictionary.is_autoencoder else np.concatenate([written for _, written in pairs])
-    k = dictionary.config.k or max(
-        1, round(float((dictionary.encode(jnp.asarray(x[:4096])) > 0).sum(1).mean()))
-    )
-    ks = [at for at in (k // 4, k // 2, 2 * k, 4 * k) if 1 <= at <= dictionary.n_latents]
-    for point in progressive_recovery(dictionary, x, ks=ks, targets=y):
+    y = None if sae.is_autoencoder else np.concatenate([written for _, written in pairs])
+    k = sae.config.k or max(1, round(float((sae.encode(jnp.asarray(x[:4096])) > 0).sum(1).mean())))
+    ks = [at for at in (k // 4, k // 2, 2 * k, 4 * k) if 1 <= at <= sae.n_latents]
+    for point in progressive_recovery(sae, x, ks=ks, targets=y):
         yield f"nmse_k{point.k}", Score(point.nmse, "", f"keeping {point.k} latents, trained with about {k}")
 
 

@@ -185,7 +185,7 @@ def probe_losses(values: np.ndarray, labels: np.ndarray, *, piece: int = 16) -> 
     """Cross-entropy of the best logistic probe on each column alone, all solved at once.
 
     Args:
-        values: `[rows, n]`; for a dictionary, its pre-activations (arXiv 2406.04093, section 4.2).
+        values: `[rows, n]`; for an SAE, its pre-activations (arXiv 2406.04093, section 4.2).
         labels: `[rows]`, bool, both classes present.
         piece: columns solved together: memory is `4 * rows * piece` bytes a few times over.
 

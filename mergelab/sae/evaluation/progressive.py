@@ -1,4 +1,4 @@
-"""A trained dictionary with another sparsity: more or fewer active latents than it learned with."""
+"""A trained SAE with another sparsity: more or fewer active latents than it learned with."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ import numpy as np
 from mergelab.errors import SAEError
 from mergelab.sae.evaluation.reconstruction import Totals
 from mergelab.sae.features.matching import match_features
-from mergelab.sae.sae import Dictionary
+from mergelab.sae.sae import SAE
 from mergelab.sae.splice import encode, encode_and_reconstruct
 
 __all__ = ["RecallPoint", "RecoveryPoint", "progressive_recovery", "recall_against_sparsity"]
 __all__ += ["with_threshold", "with_top_k"]
 
 
-def with_top_k(dictionary: Dictionary, k: int) -> Dictionary:
+def with_top_k(sae: SAE, k: int) -> SAE:
     """The same arrays, keeping the k largest pre-activations of each token.
 
     Raises:
-        SAEError: the dictionary is gated, or has fewer latents.
+        SAEError: the SAE is gated, or has fewer latents.
     """
-    _check_path(dictionary)
-    return replace(dictionary, config=replace(dictionary.config, activation="topk", k=k)).checked()
+    _check_path(sae)
+    return replace(sae, config=replace(sae.config, activation="topk", k=k)).checked()
 
 
-def with_threshold(dictionary: Dictionary, threshold: float) -> Dictionary:
+def with_threshold(sae: SAE, threshold: float) -> SAE:
     """The same arrays, keeping the pre-activations above one threshold for all latents (JumpReLU).
 
     Raises:
-        SAEError: the dictionary is gated.
+        SAEError: the SAE is gated.
     """
-    _check_path(dictionary)
-    config = replace(dictionary.config, activation="jump_relu", k=None)
-    level = jnp.full(dictionary.n_latents, threshold, dictionary.b_enc.dtype)
-    return replace(dictionary, threshold=level, config=config).checked()
+    _check_path(sae)
+    config = replace(sae.config, activation="jump_relu", k=None)
+    level = jnp.full(sae.n_latents, threshold, sae.b_enc.dtype)
+    return replace(sae, threshold=level, config=config).checked()
 
 
-def _check_path(dictionary: Dictionary) -> None:
-    if dictionary.config.activation == "gated":
-        raise SAEError("a gated dictionary measures by another path than it selects by; its rule stays.")
+def _check_path(sae: SAE) -> None:
+    if sae.config.activation == "gated":
+        raise SAEError("a gated SAE measures by another path than it selects by; its rule stays.")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class RecoveryPoint:
 
 
 def progressive_recovery(
-    dictionary: Dictionary,
+    sae: SAE,
     x: np.ndarray,
     *,
     ks: Sequence[int] = (),
@@ -76,7 +76,7 @@ def progressive_recovery(
     """Reconstruction at other sparsities than the trained one (arXiv 2406.04093, section 5.3).
 
     Args:
-        dictionary: as trained.
+        sae: as trained.
         x: `[rows, d]`, float32.
         ks: latents per token to keep, each tried alone.
         thresholds: thresholds to keep latents above, each tried alone.
@@ -84,19 +84,19 @@ def progressive_recovery(
         targets: `[rows, d_out]`, float32, what a transcoder is to write of the same tokens.
 
     Raises:
-        SAEError: the dictionary is gated, a k is not among 1 to its latents, or a transcoder has no targets.
+        SAEError: the SAE is gated, a k is not among 1 to its latents, or a transcoder has no targets.
     """
-    if targets is None and not dictionary.is_autoencoder:
+    if targets is None and not sae.is_autoencoder:
         raise SAEError(
-            f"the dictionary is a transcoder ({dictionary.mapping()}), so it is not to be compared with what "
+            f"the SAE is a transcoder ({sae.mapping()}), so it is not to be compared with what "
             "it reads; give the targets."
         )
     y = x if targets is None else targets
     points: list[RecoveryPoint] = []
-    trials = [(with_top_k(dictionary, k), k, None) for k in ks]
-    trials += [(with_threshold(dictionary, t), None, t) for t in thresholds]
+    trials = [(with_top_k(sae, k), k, None) for k in ks]
+    trials += [(with_threshold(sae, t), None, t) for t in thresholds]
     for trial, k, threshold in trials:
-        totals = Totals.zero(y[:batch], dictionary.n_latents)
+        totals = Totals.zero(y[:batch], sae.n_latents)
         for start in range(0, len(x), batch):
             codes, out = encode_and_reconstruct(trial, jnp.asarray(x[start : start + batch]))
             totals = totals.add(y[start : start + batch], np.asarray(out), np.asarray(codes))
@@ -121,7 +121,7 @@ class RecallPoint:
 
 
 def recall_against_sparsity(
-    dictionary: Dictionary,
+    sae: SAE,
     x: np.ndarray,
     features: np.ndarray,
     present: np.ndarray,
@@ -130,22 +130,22 @@ def recall_against_sparsity(
     """Recall of known features as more latents are kept; each feature is matched to one latent.
 
     Args:
-        dictionary: as trained.
+        sae: as trained.
         x: `[rows, d]`, float32.
         features: `[n_features, d]`, their directions.
         present: `[rows, n_features]`, bool: which are on.
         ks: latents per token to keep.
 
     Raises:
-        SAEError: the dictionary is gated, a k is out of range, or widths differ.
+        SAEError: the SAE is gated, a k is out of range, or widths differ.
     """
-    truth = replace(dictionary, W_dec=jnp.asarray(features))
-    matched = match_features(truth, dictionary)
+    truth = replace(sae, W_dec=jnp.asarray(features))
+    matched = match_features(truth, sae)
     known = matched.latent >= 0
     latents, on = matched.latent[known], present[:, known]
     points = []
     for k in ks:
-        active = np.asarray(encode(with_top_k(dictionary, k), jnp.asarray(x)))[:, latents] > 0
+        active = np.asarray(encode(with_top_k(sae, k), jnp.asarray(x)))[:, latents] > 0
         hits = int((active & on).sum())
         points.append(RecallPoint(k, hits / max(int(on.sum()), 1), hits / max(int(active.sum()), 1)))
     return points

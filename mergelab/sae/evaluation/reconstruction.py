@@ -11,7 +11,7 @@ import numpy as np
 
 from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
-from mergelab.sae.sae import Dictionary
+from mergelab.sae.sae import SAE
 from mergelab.sae.splice import encode_and_reconstruct, read_pairs
 
 __all__ = [
@@ -32,7 +32,7 @@ Codes = np.ndarray | tuple[np.ndarray, np.ndarray]
 
 
 class Coder(Protocol):
-    """Anything that encodes to dense codes `[rows, n_latents]` and decodes them, such as a dictionary."""
+    """Anything that encodes to dense codes `[rows, n_latents]` and decodes them, such as an SAE."""
 
     def encode(self, x: Any, /) -> Any: ...
 
@@ -190,9 +190,9 @@ def evaluate_reconstruction(
     Raises:
         SAEError: there are no batches, they do not vary, or targets are missing or too many.
     """
-    if targets is None and isinstance(coder, Dictionary) and not coder.is_autoencoder:
+    if targets is None and isinstance(coder, SAE) and not coder.is_autoencoder:
         raise SAEError(
-            f"the dictionary is a transcoder ({coder.mapping()}), so it is not to be compared with what it "
+            f"the SAE is a transcoder ({coder.mapping()}), so it is not to be compared with what it "
             "reads; give the targets."
         )
     totals: Totals | None = None
@@ -201,8 +201,8 @@ def evaluate_reconstruction(
         codes = coder.encode(batch)
         if totals is None:
             totals = Totals.zero(target, codes.shape[1])
-        # A skip path and a normalization belong to a dictionary's reconstruction, not to its decoder.
-        whole = isinstance(coder, Dictionary)
+        # A skip path and a normalization belong to an SAE's reconstruction, not to its decoder.
+        whole = isinstance(coder, SAE)
         out = coder.reconstruct(batch, codes) if whole else coder.decode(codes)
         totals = totals.add(target, out, codes)
     if totals is None:
@@ -246,24 +246,24 @@ DENSITY_EDGES = np.arange(-7.0, 0.5, 0.5)
 
 
 def reconstruction_on_model(
-    dictionary: Dictionary, source: ModelActivations, *, contexts: int | None = None
+    sae: SAE, source: ModelActivations, *, contexts: int | None = None
 ) -> Reconstruction:
-    """Encodes the source's first site and reconstructs what the dictionary writes, with sums in float64.
+    """Encodes the source's first site and reconstructs what the SAE writes, with sums in float64.
 
     Args:
-        dictionary: reads it; figures are of the site it writes (`check_target`).
+        sae: reads it; figures are of the site it writes (`check_target`).
         source: model and text.
         contexts: use so many of the text's; all by default.
 
     Raises:
-        SAEError: the dictionary does not fit the sites, or their activations do not vary.
+        SAEError: the SAE does not fit the sites, or their activations do not vary.
     """
     totals: Totals | None = None
     rows = source.batch * source.tokens.shape[1]
-    for x, y in read_pairs(dictionary, source, contexts):
+    for x, y in read_pairs(sae, source, contexts):
         filled = np.pad(x, ((0, rows - len(x)), (0, 0)))  # one shape, one program
-        codes, out = encode_and_reconstruct(dictionary, jnp.asarray(filled))
-        totals = totals or Totals.zero(y, dictionary.n_latents)
+        codes, out = encode_and_reconstruct(sae, jnp.asarray(filled))
+        totals = totals or Totals.zero(y, sae.n_latents)
         totals = totals.add(y, np.asarray(out)[: len(x)], np.asarray(codes)[: len(x)])
     assert totals is not None, "a source has at least one context"
     return totals.result()

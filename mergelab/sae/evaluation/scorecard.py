@@ -18,10 +18,10 @@ from mergelab.checkpoints.json_data import parse_json_object
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.text_file import read_bytes
 from mergelab.errors import CheckpointError, OutputError, SAEError, did_you_mean
-from mergelab.sae.evaluation.controls import control_dictionary, random_model
+from mergelab.sae.evaluation.controls import control_sae, random_model
 from mergelab.sae.evaluation.metric import METRICS, Evidence, Metric, Score
 from mergelab.sae.evaluation.settings import differences, settings_of
-from mergelab.sae.sae import Dictionary
+from mergelab.sae.sae import SAE
 from mergelab.sae.splice import anonymous
 from mergelab.sae.subject_model import check_reads, check_target
 
@@ -38,12 +38,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Scorecard:
-    """What was found of one dictionary.
+    """What was found of one SAE.
 
     Attributes:
         scores: by name, such as `downstream.delta_ce`.
         seconds: by metric, its wall time, compilation included.
-        settings: of the dictionary and its training (`mergelab.sae.evaluation.settings`); None where nobody
+        settings: of the SAE and its training (`mergelab.sae.evaluation.settings`); None where nobody
             took them down.
     """
 
@@ -71,7 +71,7 @@ def _lacking(metric: Metric, source: ModelActivations, labelled: bool) -> str | 
 
 
 def scorecard(
-    dictionary: Dictionary,
+    sae: SAE,
     source: ModelActivations,
     *,
     metrics: Sequence[str] | None = None,
@@ -91,8 +91,8 @@ def scorecard(
     its value NaN.
 
     Args:
-        dictionary: reads the first of the source's sites, and reconstructs it or, as a transcoder, another.
-        source: the dictionary's host (`mergelab.sae.subject_model.open_host`) and a text it was not
+        sae: reads the first of the source's sites, and reconstructs it or, as a transcoder, another.
+        source: the SAE's host (`mergelab.sae.subject_model.open_host`) and a text it was not
             trained on.
         metrics: names of `METRICS`; all that apply by default.
         labels: answers to probing tasks, bool `[contexts, length]`, for the contexts of the source.
@@ -107,12 +107,12 @@ def scorecard(
 
     Raises:
         SAEError: a metric is unknown, one that was asked for cannot be had of this model and text, or the
-            dictionary does not fit.
+            SAE does not fit.
     """
-    check_reads(dictionary, source)
+    check_reads(sae, source)
     names = _asked(metrics, source, labels)
-    settings = settings_of(dictionary)
-    dictionary = anonymous(dictionary)
+    settings = settings_of(sae)
+    sae = anonymous(sae)
     fit, judge = halves(source)
     answers = {task: label[len(fit.tokens) :] for task, label in (labels or {}).items()}
     evidence = Evidence(fit, judge, answers, mask_token, curve, samples, explained, seed)
@@ -123,9 +123,7 @@ def scorecard(
         if name not in memory:
             started = time.perf_counter()
             try:
-                scores = {
-                    f"{name}.{part}": score for part, score in METRICS[name].measure(dictionary, evidence)
-                }
+                scores = {f"{name}.{part}": score for part, score in METRICS[name].measure(sae, evidence)}
             except SAEError as error:
                 if metrics is not None:
                     raise
@@ -159,7 +157,7 @@ def _asked(
 
 def control_scorecard(
     kind: str,
-    dictionary: Dictionary,
+    sae: SAE,
     source: ModelActivations,
     *,
     k: int,
@@ -174,12 +172,12 @@ def control_scorecard(
 ) -> Scorecard:
     """The same evaluations of a control (`mergelab.sae.evaluation.controls`), fitted on the first half.
 
-    A random model's dictionary is judged on that model: what an evaluation finds there, it does not find
+    A random model's SAE is judged on that model: what an evaluation finds there, it does not find
     because the host has learned something.
 
     Args:
         kind: one of `CONTROLS`.
-        dictionary: what is compared; the control has as many latents.
+        sae: what is compared; the control has as many latents.
         source: as for `scorecard`.
         k: the control's active latents per token.
         steps: of its training.
@@ -192,17 +190,15 @@ def control_scorecard(
         memory: as for `scorecard`; if all is in it, no control is made.
 
     Raises:
-        SAEError: as `scorecard` and `control_dictionary`.
+        SAEError: as `scorecard` and `control_sae`.
     """
     names = _asked(metrics, source, labels)
-    target = None if dictionary.is_autoencoder else check_target(dictionary, source)
+    target = None if sae.is_autoencoder else check_target(sae, source)
     if memory is not None and all(name in memory for name in names):
         return _joined([memory[name] for name in names], {"control": kind})
     host = random_model(source, seed) if kind == "random model" else source
     fit, _ = halves(host)
-    control = control_dictionary(
-        kind, fit, n_latents=dictionary.n_latents, k=k, steps=steps, seed=seed, target_site=target
-    )
+    control = control_sae(kind, fit, n_latents=sae.n_latents, k=k, steps=steps, seed=seed, target_site=target)
     return scorecard(
         control,
         host,
@@ -223,7 +219,7 @@ def seed_spread(cards: Sequence[Scorecard]) -> dict[str, tuple[float, float]]:
         cards: two or more, of the same metrics.
 
     Raises:
-        SAEError: there are fewer than two, their metrics differ, or their dictionaries differ in more than
+        SAEError: there are fewer than two, their metrics differ, or their SAEs differ in more than
             the seed.
     """
     if len(cards) < 2 or len({tuple(card.scores) for card in cards}) > 1:
@@ -231,7 +227,7 @@ def seed_spread(cards: Sequence[Scorecard]) -> dict[str, tuple[float, float]]:
     unlike = differences([card.settings for card in cards if card.settings is not None])
     if unlike:
         raise SAEError(
-            f"the dictionaries are not seeds of one training, as they differ in {'; '.join(unlike)}; compare "
+            f"the SAEs are not seeds of one training, as they differ in {'; '.join(unlike)}; compare "
             "them one by one."
         )
     columns = {name: np.array([card.scores[name].value for card in cards]) for name in cards[0].scores}
@@ -242,21 +238,21 @@ _BEGINNING = b'{"key": "'
 
 
 def evaluation_key(
-    dictionary: Dictionary, source: ModelActivations, labels: Mapping[str, np.ndarray], *settings: Any
+    sae: SAE, source: ModelActivations, labels: Mapping[str, np.ndarray], *settings: Any
 ) -> str:
     """SHA-256 of what scores depend on.
 
     Args:
-        dictionary: that is judged; its metadata does not count.
+        sae: that is judged; its metadata does not count.
         source: its tokens and sites count; its weights must be among the settings (`weights_sha256`).
         labels: answers to probing tasks.
         settings: all else, through `repr`.
     """
-    config = replace(dictionary.config, metadata={})
+    config = replace(sae.config, metadata={})
     total = hashlib.sha256(
         repr((source.sites, source.framed, source.tokens.shape, config, settings)).encode()
     )
-    for name, array in {"tokens": source.tokens, **labels, **dictionary.as_numpy()}.items():
+    for name, array in {"tokens": source.tokens, **labels, **sae.as_numpy()}.items():
         total.update(name.encode())
         total.update(np.ascontiguousarray(array).view(np.uint8).data)
     return total.hexdigest()

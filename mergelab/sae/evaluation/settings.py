@@ -1,36 +1,36 @@
-"""What dictionaries have in common: only those that differ in nothing but a seed are averaged."""
+"""What SAEs have in common: only those that differ in nothing but a seed are averaged."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mergelab.sae.sae import Dictionary
+from mergelab.sae.sae import SAE
 
 __all__ = ["differences", "settings_of"]
 
 _SHOWN = 5  # differences that are named
 
 
-def settings_of(dictionary: Dictionary) -> dict[str, Any]:
-    """Everything known of how a dictionary works and was trained, by dotted name, but the seed.
+def settings_of(sae: SAE) -> dict[str, Any]:
+    """Everything known of how an SAE works and was trained, by dotted name, but the seed.
 
-    A training writes its configuration into the metadata (`settings`); of other dictionaries the sizes, the
+    A training writes its configuration into the metadata (`settings`); of other SAEs the sizes, the
     activation, the sites and, where they are recorded, the variant and the tokens are known.
     """
-    config, metadata = dictionary.config, dictionary.config.metadata
+    config, metadata = sae.config, sae.config.metadata
     found: dict[str, Any] = {
-        "d_in": dictionary.d_in,
-        "d_out": dictionary.d_out,
-        "n_latents": dictionary.n_latents,
+        "d_in": sae.d_in,
+        "d_out": sae.d_out,
+        "n_latents": sae.n_latents,
         "activation": config.activation,
         "k": config.k,
         "normalization": config.normalization,
         "sites": config.sites,
         "reads": None if config.reads is None else list(config.reads),
         "writes": None if config.writes is None else list(config.writes),
-        "transcoder": not dictionary.is_autoencoder,
-        "skip": dictionary.W_skip is not None,
+        "transcoder": not sae.is_autoencoder,
+        "skip": sae.W_skip is not None,
     }
     found |= {name: metadata[name] for name in ("variant", "model_hash", "control") if name in metadata}
     training = metadata.get("training")
@@ -54,7 +54,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What differs between dictionaries, one phrase each, such as `k: 4, 8`; nothing where they are alike."""
+    """What differs between SAEs, one phrase each, such as `k: 4, 8`; nothing where they are alike."""
     names = list(dict.fromkeys(name for one in settings for name in one))
     found = []
     for name in names:

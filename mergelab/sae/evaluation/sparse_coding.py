@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from mergelab.activations.batches import map_pieces
 from mergelab.errors import SAEError
-from mergelab.sae.sae import Dictionary, layer_norm
+from mergelab.sae.sae import SAE, layer_norm
 
 __all__ = [
     "EncoderGap",
@@ -298,35 +298,33 @@ class EncoderGap:
     overlap: float
 
 
-def coding_target(dictionary: Dictionary, x: Float[Array, "tokens d"]) -> Float[Array, "tokens d"]:
-    """What the decoder's rows must sum to: `x` less `b_dec`, after the dictionary's own normalisation.
+def coding_target(sae: SAE, x: Float[Array, "tokens d"]) -> Float[Array, "tokens d"]:
+    """What the decoder's rows must sum to: `x` less `b_dec`, after the SAE's own normalisation.
 
     Raises:
-        SAEError: the dictionary does not reconstruct what it reads.
+        SAEError: the SAE does not reconstruct what it reads.
     """
-    if not dictionary.is_autoencoder or dictionary.W_skip is not None:
+    if not sae.is_autoencoder or sae.W_skip is not None:
         raise SAEError("a transcoder's rows sum to another site; codes are searched for autoencoders only.")
     x = jnp.asarray(x, jnp.float32)
-    normal = layer_norm(x)[0] if dictionary.config.normalization == "layer_norm" else x
-    return normal - dictionary.b_dec[None]
+    normal = layer_norm(x)[0] if sae.config.normalization == "layer_norm" else x
+    return normal - sae.b_dec[None]
 
 
-def encoder_gap(
-    dictionary: Dictionary, x: Float[Array, "tokens d"], codes: Float[Array, "tokens n"]
-) -> EncoderGap:
-    """Compares a dictionary's own codes of activations with others, of `coding_target` by `W_dec`.
+def encoder_gap(sae: SAE, x: Float[Array, "tokens d"], codes: Float[Array, "tokens n"]) -> EncoderGap:
+    """Compares an SAE's own codes of activations with others, of `coding_target` by `W_dec`.
 
     Raises:
         SAEError: shapes do not fit together, or as `coding_target`.
     """
-    target = coding_target(dictionary, x)
-    own = dictionary.encode(jnp.asarray(x, jnp.float32))
+    target = coding_target(sae, x)
+    own = sae.encode(jnp.asarray(x, jnp.float32))
     if codes.shape != own.shape:
         raise SAEError(f"codes have shape {list(codes.shape)}; expected {list(own.shape)}.")
     spread = jnp.square(target - target.mean(axis=0, keepdims=True)).sum()
 
     def error(f: Array) -> float:
-        return float(jnp.square(target - jnp.matmul(f, dictionary.W_dec, precision="highest")).sum() / spread)
+        return float(jnp.square(target - jnp.matmul(f, sae.W_dec, precision="highest")).sum() / spread)
 
     ours, theirs = own != 0, codes != 0
     either = (ours | theirs).sum(dtype=jnp.float32)

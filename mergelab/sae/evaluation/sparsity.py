@@ -16,7 +16,7 @@ from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.model import Model
 from mergelab.models.residual_stream import require_decoder
-from mergelab.sae.sae import Dictionary
+from mergelab.sae.sae import SAE
 from mergelab.sae.splice import passes
 from mergelab.sae.subject_model import check_target
 
@@ -58,7 +58,7 @@ def effect_sparsity(differences: Array) -> Array:
 
 
 def latent_sparsity(
-    dictionary: Dictionary,
+    sae: SAE,
     source: ModelActivations,
     *,
     samples: int = 256,
@@ -68,7 +68,7 @@ def latent_sparsity(
     """Ablates latents one at a time, each at one token, the error of the reconstruction kept.
 
     Args:
-        dictionary: reads the first of the source's sites; effects begin at the one it writes.
+        sae: reads the first of the source's sites; effects begin at the one it writes.
         source: model and text.
         samples: random tokens, at each of which one of the active latents is ablated; a token counts as often
             as it has active latents, so the mean is that over all pairs of token and active latent.
@@ -76,11 +76,11 @@ def latent_sparsity(
         seed: of the choice.
 
     Raises:
-        SAEError: the dictionary does not fit the site, contexts are shorter than the horizon, or nothing is
+        SAEError: the SAE does not fit the site, contexts are shorter than the horizon, or nothing is
             active.
     """
-    sites = (source.sites[0], check_target(dictionary, source))
-    return _sparsity(source, sites, _latent_change, dictionary, samples, horizon, seed)
+    sites = (source.sites[0], check_target(sae, source))
+    return _sparsity(source, sites, _latent_change, sae, samples, horizon, seed)
 
 
 def channel_sparsity(
@@ -104,18 +104,18 @@ def channel_sparsity(
 
 
 _Change = Callable[[Any, Array, Array], tuple[Array, Array]]
-"""Dictionary, activations `[batch, d]`, lots `[batch]` in [0, 1) -> what to add to each, and its weight."""
+"""SAE, activations `[batch, d]`, lots `[batch]` in [0, 1) -> what to add to each, and its weight."""
 
 
-def _latent_change(dictionary: Dictionary, x: Array, lot: Array) -> tuple[Array, Array]:
-    codes = dictionary.encode(x)
+def _latent_change(sae: SAE, x: Array, lot: Array) -> tuple[Array, Array]:
+    codes = sae.encode(x)
     active = codes > 0
     count = active.sum(axis=1, dtype=jnp.int32)
     # The lot picks one of the active latents, each as likely as the others.
     place = jnp.floor(lot * count.astype(lot.dtype)).astype(jnp.int32)
     chosen = active & (jnp.cumsum(active, axis=1, dtype=jnp.int32) - 1 == place[:, None])
     without = jnp.where(chosen, 0, codes)
-    return dictionary.reconstruct(x, without) - dictionary.reconstruct(x, codes), count
+    return sae.reconstruct(x, without) - sae.reconstruct(x, codes), count
 
 
 def _channel_change(_: None, x: Array, lot: Array) -> tuple[Array, Array]:
@@ -127,7 +127,7 @@ def _channel_change(_: None, x: Array, lot: Array) -> tuple[Array, Array]:
 @partial(jax.jit, static_argnames=("model", "sites", "change", "horizon"))
 def _ablate(
     params: Any,
-    dictionary: Dictionary | None,
+    sae: SAE | None,
     tokens: Array,
     position: Array,
     lot: Array,
@@ -141,7 +141,7 @@ def _ablate(
     rows = jnp.arange(len(tokens))
     plain = model.apply(params, tokens, capture=[read])
     x = plain.captured[read]
-    difference, weight = change(dictionary, x[rows, position].astype(jnp.float32), lot)
+    difference, weight = change(sae, x[rows, position].astype(jnp.float32), lot)
     edit = {site: lambda value: value.at[rows, position].add(difference.astype(value.dtype))}
     ablated = model.apply(params, tokens, edit=edit)
     assert plain.logits is not None and ablated.logits is not None
@@ -154,7 +154,7 @@ def _sparsity(
     source: ModelActivations,
     sites: tuple[str, str],
     change: _Change,
-    dictionary: Dictionary | None,
+    sae: SAE | None,
     samples: int,
     horizon: int,
     seed: int,
@@ -179,7 +179,7 @@ def _sparsity(
         )
         share, weight = _ablate(
             source.params,
-            dictionary,
+            sae,
             tokens,
             jnp.asarray(position, jnp.int32),
             jnp.asarray(lot, jnp.float32),

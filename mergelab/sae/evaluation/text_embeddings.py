@@ -1,4 +1,4 @@
-"""What a reconstruction costs an encoder: how its text embeddings change with the dictionary spliced in.
+"""What a reconstruction costs an encoder: how its text embeddings change with the SAE spliced in.
 
 An encoder predicts no next tokens, so what is downstream of a site is the vector it makes of a whole text.
 """
@@ -18,7 +18,7 @@ from mergelab.activations.capture import ModelActivations
 from mergelab.activations.sentences import Pooling, pool
 from mergelab.errors import SAEError
 from mergelab.models.model import Model
-from mergelab.sae.sae import Dictionary
+from mergelab.sae.sae import SAE
 from mergelab.sae.splice import mean_activation, passes, splice_from
 from mergelab.sae.subject_model import check_target
 
@@ -53,7 +53,7 @@ class EmbeddingChange:
 
 
 def evaluate_embeddings(
-    dictionary: Dictionary,
+    sae: SAE,
     source: ModelActivations,
     *,
     contexts: int | None = None,
@@ -62,16 +62,16 @@ def evaluate_embeddings(
     """Embeds every context as it is, spliced, and with the site at its mean.
 
     Args:
-        dictionary: reads the first of the source's sites, and reconstructs it or, as a transcoder, another.
+        sae: reads the first of the source's sites, and reconstructs it or, as a transcoder, another.
         source: an encoder and a text, whose contexts are the texts that are embedded.
         contexts: use so many of them; all by default. Similarities are of the first 1024.
         pooling: how the last states of a text become its embedding.
 
     Raises:
-        SAEError: the dictionary does not fit the site, the model is no encoder, or there are fewer than three
+        SAEError: the SAE does not fit the site, the model is no encoder, or there are fewer than three
             contexts.
     """
-    target = check_target(dictionary, source)
+    target = check_target(sae, source)
     tokens = source.tokens[:contexts]
     if source.model.family.architecture.causal:
         raise SAEError(
@@ -85,7 +85,7 @@ def evaluate_embeddings(
         np.asarray(
             _embeddings(
                 source.params,
-                dictionary,
+                sae,
                 mean,
                 batch,
                 model=source.model,
@@ -109,7 +109,7 @@ def evaluate_embeddings(
 @partial(jax.jit, static_argnames=("model", "sites", "pooling"))
 def _embeddings(
     params: Any,
-    dictionary: Dictionary,
+    sae: SAE,
     mean: Array,
     tokens: Array,
     *,
@@ -131,7 +131,7 @@ def _embeddings(
         return vectors / norms, out.captured[read]
 
     plain, x = embed(None)
-    return jnp.stack([plain, embed({site: splice_from(dictionary, x)})[0], embed({site: middle})[0]])
+    return jnp.stack([plain, embed({site: splice_from(sae, x)})[0], embed({site: middle})[0]])
 
 
 def rank_agreement(one: np.ndarray, other: np.ndarray) -> float:

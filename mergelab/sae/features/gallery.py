@@ -15,7 +15,7 @@ from mergelab.sae.features.logit_effects import LogitEffects, logit_effects, wri
 from mergelab.sae.features.matching import Child
 from mergelab.sae.features.n2g import explain, match_explanations
 from mergelab.sae.features.survey import Activity, Survey, activity, survey
-from mergelab.sae.sae import Dictionary
+from mergelab.sae.sae import SAE
 
 __all__ = ["Gallery", "choose_latents", "explain_gallery", "make_gallery", "neuronpedia_batch"]
 
@@ -25,12 +25,12 @@ class Gallery:
     """What was found of some latents on a text.
 
     Attributes:
-        site: where the dictionary reads.
+        site: where the SAE reads.
         survey: densities, peaks, and each latent's strongest contexts.
         activity: histograms and neighbours, of the latents shown.
         effects: on logits, of the same latents in the same order; None where there are none.
         explained: N2G explanations of some of them, with precision and recall on text they are not made of.
-        children: of some of them, what they have become in a wider dictionary (`hierarchy`).
+        children: of some of them, what they have become in a wider SAE (`hierarchy`).
     """
 
     site: str
@@ -64,7 +64,7 @@ def choose_latents(density: np.ndarray, most: int) -> np.ndarray:
 
 
 def make_gallery(
-    dictionary: Dictionary,
+    sae: SAE,
     source: ModelActivations,
     *,
     most: int = 2000,
@@ -75,7 +75,7 @@ def make_gallery(
     """Gathers it in three passes over the text.
 
     Args:
-        dictionary: reads the first of the source's sites.
+        sae: reads the first of the source's sites.
         source: model and text.
         most: latents shown.
         examples: contexts per latent.
@@ -83,25 +83,25 @@ def make_gallery(
         progress: is told the pass over the text, its contexts done and in all.
 
     Raises:
-        SAEError: the dictionary does not fit the site.
+        SAEError: the SAE does not fit the site.
     """
     if latents is None:
-        density = survey(dictionary, source, latents=[], progress=partial(progress, "density")).density
+        density = survey(sae, source, latents=[], progress=partial(progress, "density")).density
         chosen = choose_latents(density, most)
     else:
         chosen = np.asarray(sorted(latents), np.int64)
     seen = survey(
-        dictionary, source, count=examples, latents=chosen.tolist(), progress=partial(progress, "examples")
+        sae, source, count=examples, latents=chosen.tolist(), progress=partial(progress, "examples")
     )
-    happened = activity(dictionary, source, chosen, seen.peak, progress=partial(progress, "activity"))
+    happened = activity(sae, source, chosen, seen.peak, progress=partial(progress, "activity"))
     causal = source.model.family.architecture.causal
-    reaches = causal and len(chosen) > 0 and writes_stream(dictionary, source)
-    effects = logit_effects(dictionary, source, chosen) if reaches else None
+    reaches = causal and len(chosen) > 0 and writes_stream(sae, source)
+    effects = logit_effects(sae, source, chosen) if reaches else None
     return Gallery(source.sites[0], seen, happened, effects)
 
 
 def explain_gallery(
-    gallery: Gallery, dictionary: Dictionary, source: ModelActivations, *, count: int, mask_token: int
+    gallery: Gallery, sae: SAE, source: ModelActivations, *, count: int, mask_token: int
 ) -> Gallery:
     """The gallery with explanations of its `count` latents of highest peak.
 
@@ -113,9 +113,9 @@ def explain_gallery(
     order = np.argsort(-gallery.survey.peak[gallery.latents], kind="stable")[:count]
     chosen = gallery.latents[order].tolist()
     fit, judge = halves(source)
-    found = survey(dictionary, fit, count=8, latents=chosen).examples
-    made = explain(dictionary, fit, found, mask_token=mask_token)
-    matches = match_explanations(dictionary, judge, list(made.values()))
+    found = survey(sae, fit, count=8, latents=chosen).examples
+    made = explain(sae, fit, found, mask_token=mask_token)
+    matches = match_explanations(sae, judge, list(made.values()))
     explained = dict(zip(made, zip(made.values(), matches, strict=True), strict=True))
     return replace(gallery, explained=explained)
 
@@ -125,7 +125,7 @@ _ALIGNED = 3  # coordinates of the residual stream that a latent writes most
 
 def neuronpedia_batch(
     gallery: Gallery,
-    dictionary: Dictionary,
+    sae: SAE,
     words: Callable[[int], str],
     *,
     model_id: str,
@@ -138,26 +138,26 @@ def neuronpedia_batch(
 
     Args:
         gallery: what to write.
-        dictionary: the gallery's.
+        sae: the gallery's.
         words: the text of a token.
         model_id: as Neuronpedia knows the model.
-        sae_id: name of the dictionary there.
+        sae_id: name of the SAE there.
         layer: the site's block.
     """
     return {
         "model_id": model_id,
         "layer": layer,
         "sae_id_suffix": sae_id,
-        "features": [_feature(gallery, dictionary, words, i) for i in range(len(gallery.latents))],
+        "features": [_feature(gallery, sae, words, i) for i in range(len(gallery.latents))],
     }
 
 
-def _feature(gallery: Gallery, dictionary: Dictionary, words: Callable[[int], str], i: int) -> dict[str, Any]:
+def _feature(gallery: Gallery, sae: SAE, words: Callable[[int], str], i: int) -> dict[str, Any]:
     happened, effects = gallery.activity, gallery.effects
     latent = int(happened.latents[i])
     peak = float(gallery.survey.peak[latent])
     bars = happened.histogram.shape[1]
-    written = np.asarray(dictionary.W_dec[latent], np.float64)
+    written = np.asarray(sae.W_dec[latent], np.float64)
     aligned = np.argsort(-np.abs(written), kind="stable")[:_ALIGNED]
     found: dict[str, Any] = {
         "feature_index": latent,

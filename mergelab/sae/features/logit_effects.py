@@ -16,7 +16,7 @@ from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.model import Model
 from mergelab.models.residual_stream import require_decoder
-from mergelab.sae.sae import Dictionary
+from mergelab.sae.sae import SAE
 from mergelab.sae.splice import passes
 
 __all__ = ["LogitEffects", "logit_effects", "writes_stream"]
@@ -48,7 +48,7 @@ class LogitEffects:
 
 
 def logit_effects(
-    dictionary: Dictionary,
+    sae: SAE,
     source: ModelActivations,
     latents: Sequence[int] | np.ndarray,
     *,
@@ -58,21 +58,21 @@ def logit_effects(
     """Reads decoder rows as if they stood in the last residual stream.
 
     Args:
-        dictionary: writes the residual stream, or what is added to it (`writes_stream`).
+        sae: writes the residual stream, or what is added to it (`writes_stream`).
         source: the model, and the text whose mean scale is taken (its first pass).
         latents: those to look at.
         count: tokens at either end.
         bins: of a histogram.
 
     Raises:
-        SAEError: the model predicts no tokens, or the dictionary does not write its stream.
+        SAEError: the model predicts no tokens, or the SAE does not write its stream.
     """
     require_decoder(source.model)
     model = source.model
     width = model.config.width
-    if not writes_stream(dictionary, source):
+    if not writes_stream(sae, source):
         raise SAEError(
-            f"the dictionary ({dictionary.mapping()}) writes activations {dictionary.d_out} wide, and the "
+            f"the SAE ({sae.mapping()}) writes activations {sae.d_out} wide, and the "
             f"model's stream is {width} wide or another site, so its latents have no effect of their own on "
             "logits; omit the effects."
         )
@@ -80,7 +80,7 @@ def logit_effects(
     scale = _mean_scale(source.params, tokens[:real], model=model)
     chosen = np.asarray(latents, np.int64)
     filled = np.pad(chosen, (0, -len(chosen) % _PIECE))
-    rows = np.asarray(dictionary.W_dec, np.float32)[filled].reshape(-1, _PIECE, width)
+    rows = np.asarray(sae.W_dec, np.float32)[filled].reshape(-1, _PIECE, width)
     found = [
         [np.asarray(part) for part in _effects(source.params, jnp.asarray(piece), scale, model, count, bins)]
         for piece in rows
@@ -89,14 +89,14 @@ def logit_effects(
     return LogitEffects(chosen, *parts)
 
 
-def writes_stream(dictionary: Dictionary, source: ModelActivations) -> bool:
-    """Whether what a dictionary writes is the residual stream, or is added to it.
+def writes_stream(sae: SAE, source: ModelActivations) -> bool:
+    """Whether what an SAE writes is the residual stream, or is added to it.
 
     Width alone does not tell: where nobody said what it writes, an autoencoder writes the first site.
     """
-    writes = dictionary.config.writes
-    site = writes[0] if writes is not None else source.sites[0] if dictionary.is_autoencoder else None
-    if site is None or dictionary.d_out != source.model.config.width:
+    writes = sae.config.writes
+    site = writes[0] if writes is not None else source.sites[0] if sae.is_autoencoder else None
+    if site is None or sae.d_out != source.model.config.width:
         return False
     return site == "embed" or site.endswith(
         (".resid_pre", ".resid_mid", ".resid_post", "attn.out", "mlp.out")

@@ -1,4 +1,4 @@
-"""The same feature elsewhere: in another dictionary, in a wider one, in the ground truth."""
+"""The same feature elsewhere: in another SAE, in a wider one, in the ground truth."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.sae.features.survey import survey
-from mergelab.sae.sae import Dictionary
+from mergelab.sae.sae import SAE
 from mergelab.sae.subject_model import check_reads
 
 __all__ = [
@@ -34,7 +34,7 @@ _PIECE = 1024
 
 @dataclass(frozen=True)
 class FeatureMatch:
-    """For each latent of the first dictionary, its match in the second.
+    """For each latent of the first SAE, its match in the second.
 
     Attributes:
         latent: `[n]`, int64; -1 where one-to-one matching left none over.
@@ -49,7 +49,7 @@ class FeatureMatch:
         return float((self.cosine > threshold).mean())
 
 
-def match_features(one: Dictionary, other: Dictionary, *, one_to_one: bool = True) -> FeatureMatch:
+def match_features(one: SAE, other: SAE, *, one_to_one: bool = True) -> FeatureMatch:
     """Pairs latents by the cosine of what they write.
 
     Trainings with the same seed begin from the same directions, latent by latent, whatever their width:
@@ -59,7 +59,7 @@ def match_features(one: Dictionary, other: Dictionary, *, one_to_one: bool = Tru
     are taken greedily from the most alike pair of each row on. Otherwise every latent has its nearest.
 
     Args:
-        one: a dictionary.
+        one: an SAE.
         other: another of the same site.
         one_to_one: no latent of the second stands for two of the first.
 
@@ -68,7 +68,7 @@ def match_features(one: Dictionary, other: Dictionary, *, one_to_one: bool = Tru
     """
     a, b = _directions(one), _directions(other)
     if a.shape[1] != b.shape[1]:
-        raise SAEError(f"the dictionaries write {a.shape[1]} and {b.shape[1]} wide; give two of one site.")
+        raise SAEError(f"the SAEs write {a.shape[1]} and {b.shape[1]} wide; give two of one site.")
     if not one_to_one:
         return _nearest(a, b)
     if max(len(a), len(b)) > _EXACT:
@@ -82,8 +82,8 @@ def match_features(one: Dictionary, other: Dictionary, *, one_to_one: bool = Tru
     return FeatureMatch(latent, cosine)
 
 
-def _directions(dictionary: Dictionary) -> np.ndarray:
-    rows = np.asarray(dictionary.W_dec, np.float32)
+def _directions(sae: SAE) -> np.ndarray:
+    rows = np.asarray(sae.W_dec, np.float32)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     return rows / np.where(norms > 0, norms, 1)
 
@@ -112,14 +112,14 @@ def _greedy(a: np.ndarray, b: np.ndarray) -> FeatureMatch:
     return FeatureMatch(latent, cosine)
 
 
-def feature_splits(narrow: Dictionary, wide: Dictionary, *, threshold: float = 0.5) -> dict[int, list[int]]:
-    """Which latents of a wider dictionary each latent of a narrow one has become.
+def feature_splits(narrow: SAE, wide: SAE, *, threshold: float = 0.5) -> dict[int, list[int]]:
+    """Which latents of a wider SAE each latent of a narrow one has become.
 
     A latent of the wide one is a child of the nearest of the narrow one, if their cosine is above the
     threshold: a hierarchy in which a feature with two or more children has split.
 
     Args:
-        narrow: a dictionary.
+        narrow: an SAE.
         wide: another of the same site, with more latents.
         threshold: least cosine of parent and child.
 
@@ -139,7 +139,7 @@ def feature_splits(narrow: Dictionary, wide: Dictionary, *, threshold: float = 0
 
 @dataclass(frozen=True)
 class SeedSpread:
-    """How much of a dictionary another seed finds again.
+    """How much of an SAE another seed finds again.
 
     Attributes:
         mean_cosine: of the one-to-one matches.
@@ -150,7 +150,7 @@ class SeedSpread:
     shared: float
 
 
-def shared_features(one: Dictionary, other: Dictionary, *, threshold: float = 0.7) -> SeedSpread:
+def shared_features(one: SAE, other: SAE, *, threshold: float = 0.7) -> SeedSpread:
     """Compares two trainings that differ in their seed (threshold of arXiv 2501.16615).
 
     Raises:
@@ -162,7 +162,7 @@ def shared_features(one: Dictionary, other: Dictionary, *, threshold: float = 0.
 
 @dataclass(frozen=True)
 class Child:
-    """A latent of the wider dictionary.
+    """A latent of the wider SAE.
 
     Attributes:
         latent: its number there.
@@ -176,8 +176,8 @@ class Child:
 
 
 def hierarchy(
-    narrow: Dictionary,
-    wide: Dictionary,
+    narrow: SAE,
+    wide: SAE,
     source: ModelActivations,
     latents: Sequence[int] | np.ndarray,
     *,
@@ -186,10 +186,10 @@ def hierarchy(
     examples: int = 4,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[int, tuple[Child, ...]]:
-    """The children of latents (`feature_splits`), in one pass of the wider dictionary over a text.
+    """The children of latents (`feature_splits`), in one pass of the wider SAE over a text.
 
     Args:
-        narrow: a dictionary.
+        narrow: an SAE.
         wide: another that reads the first of the source's sites, with more latents.
         source: model and text.
         latents: of the narrow one.
@@ -202,14 +202,14 @@ def hierarchy(
         By latent; those without a child are left away.
 
     Raises:
-        SAEError: the wide dictionary does not fit the site, or the two read or write different ones.
+        SAEError: the wide SAE does not fit the site, or the two read or write different ones.
     """
     check_reads(wide, source)
     for what in ("reads", "writes"):
         one, other = getattr(narrow.config, what), getattr(wide.config, what)
         if one is not None and other is not None and one != other:
             raise SAEError(
-                f"the wider dictionary {what} {', '.join(other)}, but the other {', '.join(one)}; give "
+                f"the wider SAE {what} {', '.join(other)}, but the other {', '.join(one)}; give "
                 "one of the same sites."
             )
     splits = feature_splits(narrow, wide, threshold=threshold)

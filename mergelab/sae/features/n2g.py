@@ -21,7 +21,7 @@ from mergelab.activations.capture import ModelActivations
 from mergelab.models.model import Model
 from mergelab.sae.features.explanations import Explanation, Match, Pattern, judge_explanation
 from mergelab.sae.features.survey import Example
-from mergelab.sae.sae import Dictionary
+from mergelab.sae.sae import SAE
 from mergelab.sae.splice import encode, read_batches
 from mergelab.sae.subject_model import check_reads
 
@@ -180,7 +180,7 @@ def _shortest(
 
 
 def explain(
-    dictionary: Dictionary,
+    sae: SAE,
     source: ModelActivations,
     examples: Mapping[int, Sequence[Example]],
     *,
@@ -189,40 +189,38 @@ def explain(
     """Explanations of latents from their examples; all examples of all latents share forward passes.
 
     Args:
-        dictionary: reads the first of the source's sites.
+        sae: reads the first of the source's sites.
         source: the model; its `batch` is the number of variants of examples in one pass.
         examples: by latent, such as `survey` finds.
         mask_token: takes the place of a token to see what it does, such as `Tokenizer.mask_id`.
 
     Raises:
-        SAEError: the dictionary does not fit the site.
+        SAEError: the SAE does not fit the site.
     """
-    check_reads(dictionary, source)
+    check_reads(sae, source)
     causal = source.model.family.architecture.causal
-    activation = partial(_activations, dictionary, source)
+    activation = partial(_activations, sae, source)
     return find_patterns(examples, activation, mask_token=mask_token, causal=causal, framed=source.framed)
 
 
 def match_explanations(
-    dictionary: Dictionary, source: ModelActivations, explanations: Sequence[Explanation]
+    sae: SAE, source: ModelActivations, explanations: Sequence[Explanation]
 ) -> tuple[Match, ...]:
     """Precision and recall of explanations on a text, without running the model beyond the site.
 
     Args:
-        dictionary: reads the first of the source's sites.
+        sae: reads the first of the source's sites.
         source: model and text; a text the explanations are not made of.
         explanations: in any order, which the result has too.
 
     Raises:
-        SAEError: the dictionary does not fit the site.
+        SAEError: the SAE does not fit the site.
     """
-    check_reads(dictionary, source)
+    check_reads(sae, source)
     latents = np.array([explanation.latent for explanation in explanations], np.int64)
     rows = source.batch * source.tokens.shape[1]
     true = [
-        np.asarray(encode(dictionary, jnp.asarray(np.pad(x, ((0, rows - len(x)), (0, 0))))))[
-            : len(x), latents
-        ]
+        np.asarray(encode(sae, jnp.asarray(np.pad(x, ((0, rows - len(x)), (0, 0))))))[: len(x), latents]
         for x in read_batches(source)
     ]
     codes = np.concatenate(true)
@@ -233,9 +231,7 @@ def match_explanations(
     )
 
 
-def _activations(
-    dictionary: Dictionary, source: ModelActivations, variants: Sequence[AlteredText]
-) -> np.ndarray:
+def _activations(sae: SAE, source: ModelActivations, variants: Sequence[AlteredText]) -> np.ndarray:
     """Float32 `[variants]`, in passes of few shapes: texts of like length run together."""
     batch, most = source.batch, source.tokens.shape[1]
     order = sorted(range(len(variants)), key=lambda i: len(variants[i].tokens))
@@ -252,7 +248,7 @@ def _activations(
             mask[row, : len(variant.tokens)] = True
             latents[row], places[row] = variant.latent, variant.at
         arrays = (jnp.asarray(array) for array in (tokens, mask, latents, places))
-        values = _activation_at(source.params, dictionary, *arrays, model=source.model, site=source.sites[0])
+        values = _activation_at(source.params, sae, *arrays, model=source.model, site=source.sites[0])
         found[part] = np.asarray(values)[: len(part)]
     return found
 
@@ -260,7 +256,7 @@ def _activations(
 @partial(jax.jit, static_argnames=("model", "site"))
 def _activation_at(
     params: Any,
-    dictionary: Dictionary,
+    sae: SAE,
     tokens: Array,
     mask: Array,
     latents: Array,
@@ -271,4 +267,4 @@ def _activation_at(
 ) -> Array:
     x = model.apply(params, tokens, mask=mask, capture=[site], logits=False).captured[site]
     rows = jnp.arange(len(tokens))
-    return dictionary.encode(x[rows, places].astype(jnp.float32))[rows, latents]
+    return sae.encode(x[rows, places].astype(jnp.float32))[rows, latents]

@@ -14,7 +14,7 @@ from jax import Array
 
 from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
-from mergelab.sae.sae import Dictionary
+from mergelab.sae.sae import SAE
 from mergelab.sae.splice import encode, read_batches
 from mergelab.sae.subject_model import check_reads
 
@@ -59,7 +59,7 @@ class Survey:
 
 
 def survey(
-    dictionary: Dictionary,
+    sae: SAE,
     source: ModelActivations,
     *,
     count: int = 5,
@@ -67,10 +67,10 @@ def survey(
     contexts: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Survey:
-    """Runs a dictionary over a text once, keeping each latent's strongest contexts.
+    """Runs an SAE over a text once, keeping each latent's strongest contexts.
 
     Args:
-        dictionary: reads the first of the source's sites.
+        sae: reads the first of the source's sites.
         source: the activations.
         count: contexts kept per latent; of equal ones the first.
         latents: those to keep examples of; all by default.
@@ -78,27 +78,27 @@ def survey(
         progress: is told contexts done and contexts in all.
 
     Raises:
-        SAEError: the dictionary reads activations of another width.
+        SAEError: the SAE reads activations of another width.
     """
-    if source.widths[0] != dictionary.d_in:
+    if source.widths[0] != sae.d_in:
         raise SAEError(
-            f"the dictionary reads activations {dictionary.d_in} wide, but site {source.sites[0]!r} gives "
+            f"the SAE reads activations {sae.d_in} wide, but site {source.sites[0]!r} gives "
             f"{source.widths[0]}; take the site it was trained on."
         )
     total, length = source.tokens.shape
     total = min(total, contexts or total)
-    active = np.zeros(dictionary.n_latents, np.int64)
-    peak = np.zeros(dictionary.n_latents, np.float32)
-    wanted = range(dictionary.n_latents) if latents is None else latents
+    active = np.zeros(sae.n_latents, np.int64)
+    peak = np.zeros(sae.n_latents, np.float32)
+    wanted = range(sae.n_latents) if latents is None else latents
     heaps: dict[int, list[tuple[float, int, tuple[float, ...]]]] = {int(latent): [] for latent in wanted}
     # What a latent's peak in a context must exceed to be kept; nothing does for those not asked for.
-    floor = np.full(dictionary.n_latents, np.inf, np.float32)
+    floor = np.full(sae.n_latents, np.inf, np.float32)
     floor[list(heaps)] = 0
     for start in range(0, total, source.batch):
         stop = min(start + source.batch, total)
         rows = source.read_sites(start * length, stop * length)[0]
         filled = np.pad(rows, ((0, source.batch * length - len(rows)), (0, 0)))  # one shape, one program
-        codes = np.asarray(encode(dictionary, jnp.asarray(filled)))[: len(rows)]
+        codes = np.asarray(encode(sae, jnp.asarray(filled)))[: len(rows)]
         active += (codes > 0).sum(axis=0)
         codes = codes.reshape(stop - start, length, -1)
         peaks = codes.max(axis=1)
@@ -144,7 +144,7 @@ class Activity:
 
 
 def activity(
-    dictionary: Dictionary,
+    sae: SAE,
     source: ModelActivations,
     latents: np.ndarray,
     peak: np.ndarray,
@@ -157,7 +157,7 @@ def activity(
     """One pass over a text; memory is `4 m^2` bytes besides the codes of a pass.
 
     Args:
-        dictionary: reads the first of the source's sites.
+        sae: reads the first of the source's sites.
         source: the activations.
         latents: `[m]`, those to look at.
         peak: `[n_latents]`, the largest activation of each on this text (`Survey.peak`).
@@ -167,9 +167,9 @@ def activity(
         progress: is told contexts done and contexts in all.
 
     Raises:
-        SAEError: the dictionary does not fit the site.
+        SAEError: the SAE does not fit the site.
     """
-    check_reads(dictionary, source)
+    check_reads(sae, source)
     chosen = jnp.asarray(latents, jnp.int32)
     scale = jnp.asarray(np.where(peak[latents] > 0, peak[latents], 1), jnp.float32)
     m, rows = len(latents), source.batch * source.tokens.shape[1]
@@ -180,7 +180,7 @@ def activity(
     for number, x in enumerate(read_batches(source, contexts), 1):
         filled = np.pad(x, ((0, rows - len(x)), (0, 0)))
         real = jnp.arange(rows) < len(x)
-        counts, sums, both = _count(dictionary, jnp.asarray(filled), real, chosen, scale, bins=bins)
+        counts, sums, both = _count(sae, jnp.asarray(filled), real, chosen, scale, bins=bins)
         histogram += np.asarray(counts)
         total += np.asarray(sums, np.float64)
         together += np.asarray(both)
@@ -201,9 +201,9 @@ def activity(
 
 @partial(jax.jit, static_argnames="bins")
 def _count(
-    dictionary: Dictionary, x: Array, real: Array, latents: Array, scale: Array, *, bins: int
+    sae: SAE, x: Array, real: Array, latents: Array, scale: Array, *, bins: int
 ) -> tuple[Array, Array, Array]:
-    codes = jnp.where(real[:, None], dictionary.encode(x)[:, latents], 0)
+    codes = jnp.where(real[:, None], sae.encode(x)[:, latents], 0)
     active = codes > 0
     place = jnp.clip(jnp.floor(codes / scale[None] * bins).astype(jnp.int32), 0, bins - 1)
     counts = [((place == b) & active).sum(axis=0, dtype=jnp.int32) for b in range(bins)]

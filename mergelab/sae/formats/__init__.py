@@ -1,5 +1,5 @@
-"""Files of finished dictionaries: the library's own, and those of other libraries."""
+"""Files of finished SAEs: the library's own, and those of other libraries."""
 
-from mergelab.sae.formats.detect import FORMATS, load_dictionary, reserve, save_dictionary
+from mergelab.sae.formats.detect import FORMATS, load_sae, reserve, save_sae
 
-__all__ = ["FORMATS", "load_dictionary", "reserve", "save_dictionary"]
+__all__ = ["FORMATS", "load_sae", "reserve", "save_sae"]

@@ -1,4 +1,4 @@
-"""Finds out which library wrote a dictionary, and reads it; writes one for another library."""
+"""Finds out which library wrote an SAE, and reads it; writes one for another library."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mergelab.sae.formats.own import FORMAT, read_own, write_own
 from mergelab.sae.formats.saelens import WEIGHTS, read_saelens, write_saelens
 from mergelab.sae.formats.shared import refuse
 from mergelab.sae.formats.sparsify import read_sparsify, write_sparsify
-from mergelab.sae.sae import Dictionary, place_dictionary
+from mergelab.sae.sae import SAE, place_sae
 
-__all__ = ["FORMATS", "FileFormat", "load_dictionary", "reserve", "save_dictionary"]
+__all__ = ["FORMATS", "FileFormat", "load_sae", "reserve", "save_sae"]
 
 
 @dataclass(frozen=True)
@@ -29,22 +29,22 @@ class FileFormat:
     """One library's files.
 
     Attributes:
-        read: makes a dictionary of a folder or file.
-        write: writes a dictionary to a new folder or file, or to the locked place of one (`reserve`).
+        read: makes an SAE of a folder or file.
+        write: writes an SAE to a new folder or file, or to the locked place of one (`reserve`).
         recognise: whether a folder or file is of this format.
         looks_for: what `recognise` looks for, in words.
         one_file: whether it is a file, not a folder.
     """
 
-    read: Callable[[Path], Dictionary]
-    write: Callable[[Dictionary, Any], None]
+    read: Callable[[Path], SAE]
+    write: Callable[[SAE, Any], None]
     recognise: Callable[[Path], bool]
     looks_for: str
     one_file: bool = False
 
 
-def _no_writer(dictionary: Dictionary, path: Any) -> None:
-    raise SAEError("dictionaries of Gemma Scope 2 can be read, not written; export to 'gemma-scope'.")
+def _no_writer(sae: SAE, path: Any) -> None:
+    raise SAEError("SAEs of Gemma Scope 2 can be read, not written; export to 'gemma-scope'.")
 
 
 FORMATS: Mapping[str, FileFormat] = {
@@ -95,8 +95,8 @@ def _says(path: Path, words: str) -> bool:
         return words.encode() in file.read(4096)
 
 
-def load_dictionary(path: str | Path, format: str | None = None, *, mesh: Mesh | None = None) -> Dictionary:
-    """Reads a finished dictionary.
+def load_sae(path: str | Path, format: str | None = None, *, mesh: Mesh | None = None) -> SAE:
+    """Reads a finished SAE.
 
     Args:
         path: a folder, or a file for formats that are one.
@@ -116,9 +116,9 @@ def load_dictionary(path: str | Path, format: str | None = None, *, mesh: Mesh |
         return read_own(path, mesh)
     try:
         found = kind.read(path)
-    except SAEError as error:  # of the dictionary, which does not know where it comes from
+    except SAEError as error:  # of the SAE, which does not know where it comes from
         raise CheckpointError(f"{path}: {error}") from error
-    return found if mesh is None else place_dictionary(found, mesh)
+    return found if mesh is None else place_sae(found, mesh)
 
 
 def _recognised(path: Path) -> FileFormat:
@@ -126,43 +126,43 @@ def _recognised(path: Path) -> FileFormat:
         if kind.recognise(path):
             return kind
     wanted = "; ".join(f"{name}: {kind.looks_for}" for name, kind in FORMATS.items())
-    raise CheckpointError(f"{path}: not a dictionary of a known format ({wanted}); name its format")
+    raise CheckpointError(f"{path}: not an SAE of a known format ({wanted}); name its format")
 
 
-def save_dictionary(
-    dictionary: Dictionary,
+def save_sae(
+    sae: SAE,
     path: str | Path | WorkFolder | NewFiles,
     format: str = "mergelab",
     *,
     overwrite: bool = False,
 ) -> None:
-    """Writes a finished dictionary.
+    """Writes a finished SAE.
 
     This library's own files can be written from devices of several processes, all of which then make this
-    call; those of others are written by one process that has all of the dictionary.
+    call; those of others are written by one process that has all of the SAE.
 
     Args:
-        dictionary: what to write.
+        sae: what to write.
         path: a new folder, or a new file for formats that are one; or the locked place of one (`reserve`).
         format: a name of `FORMATS`.
         overwrite: of this library's own files: replace a folder that mergelab wrote.
 
     Raises:
-        SAEError: there is no such format, or it cannot express this dictionary.
+        SAEError: there is no such format, or it cannot express this SAE.
         OutputError: the path is taken, is being written by another run, or cannot be written.
     """
     kind = _format(format)
-    if kind is not FORMATS["mergelab"] and dictionary.config.sites != 1:
-        raise refuse(format, f"a crosscoder of {dictionary.config.sites} sites", "'mergelab'")
+    if kind is not FORMATS["mergelab"] and sae.config.sites != 1:
+        raise refuse(format, f"a crosscoder of {sae.config.sites} sites", "'mergelab'")
     place = Path(path) if isinstance(path, str) else path
     if kind.write is write_own:
-        write_own(dictionary.checked(), cast("Path | WorkFolder", place), overwrite=overwrite)
+        write_own(sae.checked(), cast("Path | WorkFolder", place), overwrite=overwrite)
     else:
-        kind.write(dictionary.checked(), place)
+        kind.write(sae.checked(), place)
 
 
 def reserve(path: str | Path, format: str, *, inputs: Iterable[str | Path] = ()) -> WorkFolder | NewFiles:
-    """The place of a dictionary's files: a context manager that checks it and holds its lock.
+    """The place of an SAE's files: a context manager that checks it and holds its lock.
 
     Args:
         path: a new folder, or a new file for formats that are one.
@@ -179,7 +179,7 @@ def reserve(path: str | Path, format: str, *, inputs: Iterable[str | Path] = ())
 def _format(name: str) -> FileFormat:
     if name not in FORMATS:
         raise SAEError(
-            f"there is no dictionary format {name!r}{did_you_mean(name, FORMATS)}; "
+            f"there is no SAE format {name!r}{did_you_mean(name, FORMATS)}; "
             f"the formats are {', '.join(FORMATS)}."
         )
     return FORMATS[name]

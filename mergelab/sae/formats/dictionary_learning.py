@@ -17,7 +17,7 @@ from mergelab.sae.formats.hook_names import said_or, site_of, submodule_of
 from mergelab.sae.formats.own import write_folder
 from mergelab.sae.formats.settings import FormatSettings, number_in
 from mergelab.sae.formats.shared import arrays_of, check_sizes, refuse, subtracting_b_dec, transposed
-from mergelab.sae.sae import Dictionary, DictionaryConfig
+from mergelab.sae.sae import SAE, SAEConfig
 
 __all__ = ["read_dictionary_learning", "write_dictionary_learning"]
 
@@ -29,11 +29,11 @@ _AXES = {
 }  # fmt: skip
 
 
-def read_dictionary_learning(path: Path) -> Dictionary:
+def read_dictionary_learning(path: Path) -> SAE:
     """Reads a folder with `ae.pt` and `config.json`.
 
     Raises:
-        CheckpointError: a file is missing, or the class of the dictionary is not supported.
+        CheckpointError: a file is missing, or the class of the SAE is not supported.
     """
     config = FormatSettings.read(path / "config.json")
     trainer = config.inner("trainer")
@@ -53,7 +53,7 @@ def read_dictionary_learning(path: Path) -> Dictionary:
     if kind == "JumpReluAutoEncoder":
         wanted = {"W_enc": True, "W_dec": True, "b_enc": True, "b_dec": True, "threshold": True}
         found = arrays_of(tensors, wanted, path / "ae.pt")
-        return Dictionary(**found, config=DictionaryConfig("jump_relu", **told)).checked()
+        return SAE(**found, config=SAEConfig("jump_relu", **told)).checked()
     if not isinstance(kind, str) or kind not in (_TOP_K, *_BATCH):
         raise CheckpointError(
             f"{path / 'config.json'}: trainer.dict_class {kind!r} is not supported; "
@@ -74,12 +74,12 @@ def read_dictionary_learning(path: Path) -> Dictionary:
     n = found["b_enc"].shape[0]
     if kind == _TOP_K:
         k = _k_in(path / "ae.pt", tensors["k"]) if "k" in tensors else trainer.whole("k")
-        return Dictionary(**found, config=DictionaryConfig("topk", k, subtract_b_dec=True, **told)).checked()
+        return SAE(**found, config=SAEConfig("topk", k, subtract_b_dec=True, **told)).checked()
     if "threshold" not in tensors:
-        raise CheckpointError(f"{path / 'ae.pt'}: has no threshold, which a batch-top-k dictionary needs")
+        raise CheckpointError(f"{path / 'ae.pt'}: has no threshold, which a batch-top-k SAE needs")
     threshold = np.full(n, number_in(path / "ae.pt", "threshold", tensors["threshold"]), np.float32)
-    settings = DictionaryConfig("batch_topk", trainer.whole("k"), subtract_b_dec=True, **told)
-    return Dictionary(**found, threshold=found["b_enc"] * 0 + threshold, config=settings).checked()
+    settings = SAEConfig("batch_topk", trainer.whole("k"), subtract_b_dec=True, **told)
+    return SAE(**found, threshold=found["b_enc"] * 0 + threshold, config=settings).checked()
 
 
 def _k_in(path: Path, tensor: TensorSource) -> int:
@@ -109,26 +109,26 @@ def _sites(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"reads": None if site is None else (site,), "transcoder": False, "metadata": metadata}
 
 
-def write_dictionary_learning(dictionary: Dictionary, path: Path | WorkFolder) -> None:
-    """Writes a folder for `dictionary_learning.utils.load_dictionary`.
+def write_dictionary_learning(sae: SAE, path: Path | WorkFolder) -> None:
+    """Writes a folder for `dictionary_learning.utils.load_sae`.
 
     Raises:
-        SAEError: the library has no class for the dictionary.
+        SAEError: the library has no class for the SAE.
         OutputError: the folder is taken, or cannot be written.
     """
-    config = dictionary.config
+    config = sae.config
     if config.activation not in ("topk", "jump_relu", "batch_topk"):
         raise refuse(
             "dictionary_learning", f"the activation {config.activation!r}", "'mergelab' or 'saelens'"
         )
-    if not dictionary.is_autoencoder:
-        raise refuse("dictionary_learning", f"a transcoder ({dictionary.mapping()})", "'mergelab'")
-    if config.normalization != "none" or dictionary.W_skip is not None:
+    if not sae.is_autoencoder:
+        raise refuse("dictionary_learning", f"a transcoder ({sae.mapping()})", "'mergelab'")
+    if config.normalization != "none" or sae.W_skip is not None:
         raise refuse("dictionary_learning", "a normalisation or a skip path", "'mergelab'")
-    trainer: dict[str, Any] = {"activation_dim": dictionary.d_in, "dict_size": dictionary.n_latents}
+    trainer: dict[str, Any] = {"activation_dim": sae.d_in, "dict_size": sae.n_latents}
     trainer |= _named(config)
     if config.activation == "topk":
-        arrays = subtracting_b_dec(dictionary).as_numpy()
+        arrays = subtracting_b_dec(sae).as_numpy()
         trainer |= {"dict_class": _TOP_K, "k": config.k}
         tree: dict[str, Any] = {
             "b_dec": arrays["b_dec"],
@@ -142,12 +142,12 @@ def write_dictionary_learning(dictionary: Dictionary, path: Path | WorkFolder) -
         if config.subtract_b_dec:
             raise refuse("dictionary_learning", "a threshold on inputs less b_dec", "'mergelab' or 'saelens'")
         trainer |= {"dict_class": "JumpReluAutoEncoder"}
-        tree = dictionary.as_numpy()
+        tree = sae.as_numpy()
     cfg = json.dumps({"trainer": trainer}, indent=2) + "\n"
     write_folder(path, {"config.json": cfg}, {"ae.pt": tree}, write=write_pickled)
 
 
-def _named(config: DictionaryConfig) -> dict[str, Any]:
+def _named(config: SAEConfig) -> dict[str, Any]:
     """`submodule_name`, `layer` and `lm_name`, as far as they are known."""
     site = None if config.reads is None else config.reads[0]
     name = said_or(config.metadata, "submodule_name", site, submodule_of(site))

@@ -20,7 +20,7 @@ from mergelab.errors import CheckpointError
 from mergelab.sae.formats.hook_names import hook_of, said_or, site_of
 from mergelab.sae.formats.own import write_folder
 from mergelab.sae.formats.shared import arrays_of, check_finite, check_sizes, refuse
-from mergelab.sae.sae import Dictionary, DictionaryConfig
+from mergelab.sae.sae import SAE, SAEConfig
 
 __all__ = ["read_gemma_scope", "read_gemma_scope_2", "write_gemma_scope"]
 
@@ -31,11 +31,11 @@ _KINDS = {
     "att": re.compile(r"gemma-scope.*-att(-|$)|^attn_out"),
     "transcoder": re.compile(r"gemma-scope.*-transcoders?(-|$)|^transcoder"),
 }
-"""What the names of the releases' folders say a dictionary is of."""
+"""What the names of the releases' folders say an SAE is of."""
 _WRITTEN = {"resid": "resid_post", "mlp": "mlp.out", "att": "attn.z", "transcoder": "mlp.out"}
 
 
-def read_gemma_scope(path: Path) -> Dictionary:
+def read_gemma_scope(path: Path) -> SAE:
     """Reads `params.npz`: arrays only; nothing in it is unpickled.
 
     Raises:
@@ -47,7 +47,7 @@ def read_gemma_scope(path: Path) -> Dictionary:
     arrays = {name: jnp.asarray(array.read().astype(np.float32)) for name, array in stored.items()}
     for name, value in arrays.items():
         check_finite(file, name, value)
-    return Dictionary(**arrays, config=DictionaryConfig("jump_relu", **_sites(file))).checked()
+    return SAE(**arrays, config=SAEConfig("jump_relu", **_sites(file))).checked()
 
 
 def _check_shapes(file: Path, arrays: Mapping[str, NpzArray]) -> None:
@@ -64,7 +64,7 @@ def _check_shapes(file: Path, arrays: Mapping[str, NpzArray]) -> None:
             )
 
 
-def read_gemma_scope_2(path: Path) -> Dictionary:
+def read_gemma_scope_2(path: Path) -> SAE:
     """Reads version 2's `params.safetensors`.
 
     Raises:
@@ -83,14 +83,14 @@ def read_gemma_scope_2(path: Path) -> Dictionary:
     )  # fmt: skip
     found = arrays_of(tensors, {**wanted, "affine_skip_connection": False}, file)
     skip: Array | None = found.get("affine_skip_connection")
-    return Dictionary(
+    return SAE(
         W_enc=found["w_enc"],
         b_enc=found["b_enc"],
         W_dec=found["w_dec"],
         b_dec=found["b_dec"],
         threshold=found["threshold"],
         W_skip=skip,
-        config=DictionaryConfig("jump_relu", **_sites(file)),
+        config=SAEConfig("jump_relu", **_sites(file)),
     ).checked()
 
 
@@ -129,23 +129,23 @@ def _sites(file: Path) -> dict[str, Any]:
     }
 
 
-def write_gemma_scope(dictionary: Dictionary, path: Path | WorkFolder) -> None:
+def write_gemma_scope(sae: SAE, path: Path | WorkFolder) -> None:
     """Writes a folder with `params.npz`.
 
     Raises:
-        SAEError: the dictionary has no threshold, or something the format has no place for.
+        SAEError: the SAE has no threshold, or something the format has no place for.
         OutputError: the folder is not empty, or cannot be written.
     """
-    config = dictionary.config
+    config = sae.config
     if config.activation not in ("jump_relu", "batch_topk"):
         raise refuse("gemma-scope", f"the activation {config.activation!r}", "'mergelab' or 'saelens'")
-    if config.normalization != "none" or config.subtract_b_dec or dictionary.W_skip is not None:
+    if config.normalization != "none" or config.subtract_b_dec or sae.W_skip is not None:
         raise refuse("gemma-scope", "a normalisation, a subtracted b_dec or a skip path", "'mergelab'")
-    said = _hooks(dictionary)
-    if not dictionary.is_autoencoder and "hook_name_out" not in said:
+    said = _hooks(sae)
+    if not sae.is_autoencoder and "hook_name_out" not in said:
         raise refuse("gemma-scope", "a transcoder whose sites are not known", "'mergelab' or 'saelens'")
     cfg = json.dumps({"architecture": "jump_relu", **said}, indent=2) + "\n"
-    arrays = dictionary.as_numpy()
+    arrays = sae.as_numpy()
     write_folder(
         path,
         {"config.json": cfg} if said else {},
@@ -159,20 +159,20 @@ def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         np.savez(file, allow_pickle=False, **dict(arrays))
 
 
-def _hooks(dictionary: Dictionary) -> dict[str, str]:
+def _hooks(sae: SAE) -> dict[str, str]:
     """`hook_name` and, always beside it, `hook_name_out`, in TransformerLens' names; nothing if one has none.
 
-    A hook that is no site here is the one the dictionary was read with.
+    A hook that is no site here is the one the SAE was read with.
     """
-    config = dictionary.config
+    config = sae.config
     found: dict[str, str] = {}
     for key, sites in (("hook_name", config.reads), ("hook_name_out", config.writes)):
         site = None if sites is None else sites[0]
         said = said_or(config.metadata, key, site, hook_of(site) or site)
         if said is not None:
             found[key] = said
-    if dictionary.is_autoencoder and "hook_name" in found:
+    if sae.is_autoencoder and "hook_name" in found:
         return {"hook_name": found["hook_name"], "hook_name_out": found["hook_name"]}
-    if not dictionary.is_autoencoder and "hook_name_out" in found:
+    if not sae.is_autoencoder and "hook_name_out" in found:
         return {"hook_name": "unknown", **found}
     return {}

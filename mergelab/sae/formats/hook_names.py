@@ -30,7 +30,7 @@ _SITES = (
     "mlp.post",
     "mlp.out",
 )
-"""Suffixes of `blocks.{i}.` that dictionaries are trained on."""
+"""Suffixes of `blocks.{i}.` that SAEs are trained on."""
 
 _HOOKS: Mapping[str, str] = {
     "hook_resid_pre": "resid_pre",
@@ -129,9 +129,9 @@ def said_or(metadata: Mapping[str, Any], key: str, site: str | None, name: str |
     """The name under which a site is written: the one it was read with, as long as it means this site.
 
     Args:
-        metadata: of the dictionary, where readers keep names as they were.
+        metadata: of the SAE, where readers keep names as they were.
         key: of the name.
-        site: that the dictionary reads or writes; None where it is not known.
+        site: that the SAE reads or writes; None where it is not known.
         name: of the site in the other library.
     """
     said = metadata.get(key)

@@ -14,15 +14,15 @@ from mergelab.checkpoints.new_files import NewFiles
 from mergelab.checkpoints.torch_pickle import write_pickled
 from mergelab.errors import CheckpointError
 from mergelab.sae.formats.shared import arrays_of, check_sizes, refuse, subtracting_b_dec, transposed
-from mergelab.sae.sae import Dictionary, DictionaryConfig
+from mergelab.sae.sae import SAE, SAEConfig
 
 __all__ = ["read_openai", "write_openai"]
 
 
-def read_openai(path: Path, k: int | None = None) -> Dictionary:
+def read_openai(path: Path, k: int | None = None) -> SAE:
     """Reads an autoencoder of OpenAI's release.
 
-    Its loader normalises each token exactly where the file says `TopK`, so the dictionary does too
+    Its loader normalises each token exactly where the file says `TopK`, so the SAE does too
     (`normalization` is `layer_norm`).
 
     Args:
@@ -57,12 +57,12 @@ def read_openai(path: Path, k: int | None = None) -> Dictionary:
         raise CheckpointError(
             f"{path}: k is {k!r}, but a whole number of at least 1 was expected; get it again"
         )
-    return Dictionary(
+    return SAE(
         W_enc=found["encoder.weight"].T,
         b_enc=found["latent_bias"],
         W_dec=found["decoder.weight"].T,
         b_dec=found["pre_bias"],
-        config=DictionaryConfig(
+        config=SAEConfig(
             "topk" if top else "relu",
             k if top else None,
             subtract_b_dec=True,
@@ -82,23 +82,23 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
     return said
 
 
-def write_openai(dictionary: Dictionary, path: Path | NewFiles) -> None:
+def write_openai(sae: SAE, path: Path | NewFiles) -> None:
     """Writes a `.pt` file for OpenAI's `sparse_autoencoder.Autoencoder.from_state_dict`.
 
     Raises:
-        SAEError: the dictionary is neither a top-k one with `layer_norm` nor a ReLU one without.
+        SAEError: the SAE is neither a top-k one with `layer_norm` nor a ReLU one without.
         OutputError: the file exists, or cannot be written.
     """
-    config = dictionary.config
+    config = sae.config
     fits = (config.activation, config.normalization) in (("topk", "layer_norm"), ("relu", "none"))
     if not fits:
         raise refuse(
             "openai", f"{config.activation!r} with {config.normalization!r}", "'mergelab' or 'saelens'"
         )
-    if not dictionary.is_autoencoder or dictionary.W_skip is not None:
-        raise refuse("openai", f"a transcoder ({dictionary.mapping()})", "'mergelab' or 'saelens'")
-    arrays = subtracting_b_dec(dictionary).as_numpy()
-    n = dictionary.n_latents
+    if not sae.is_autoencoder or sae.W_skip is not None:
+        raise refuse("openai", f"a transcoder ({sae.mapping()})", "'mergelab' or 'saelens'")
+    arrays = subtracting_b_dec(sae).as_numpy()
+    n = sae.n_latents
     tree: dict[str, Any] = {
         "pre_bias": arrays["b_dec"],
         "latent_bias": arrays["b_enc"],

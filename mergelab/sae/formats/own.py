@@ -25,7 +25,7 @@ from mergelab.models.save import save_params
 from mergelab.models.table import Leaf
 from mergelab.sae.formats.settings import FormatSettings
 from mergelab.sae.formats.shared import check_finite, check_sizes
-from mergelab.sae.sae import LATENT_AXIS, Dictionary, DictionaryConfig
+from mergelab.sae.sae import LATENT_AXIS, SAE, SAEConfig
 
 __all__ = ["FORMAT", "read_own", "write_folder", "write_own"]
 
@@ -42,15 +42,15 @@ _AXES = {
 }  # fmt: skip
 
 
-def write_own(dictionary: Dictionary, path: Path | WorkFolder, *, overwrite: bool = False) -> None:
+def write_own(sae: SAE, path: Path | WorkFolder, *, overwrite: bool = False) -> None:
     """Writes `cfg.json` and `sae.safetensors` into a new folder.
 
-    The tensors are those of `Dictionary`: `W_enc [d_in, n]`, `b_enc [n]`, `W_dec [n, d_out]`, `b_dec
+    The tensors are those of `SAE`: `W_enc [d_in, n]`, `b_enc [n]`, `W_dec [n, d_out]`, `b_dec
     [d_out]`, and what the activation needs besides. Where they lie on devices of several processes, every
     process makes this call with a path that all of them see, and writes what its devices hold.
 
     Args:
-        dictionary: what to write.
+        sae: what to write.
         path: a new folder, or the work folder of one.
         overwrite: replace a folder that mergelab wrote.
 
@@ -58,16 +58,16 @@ def write_own(dictionary: Dictionary, path: Path | WorkFolder, *, overwrite: boo
         OutputError: the folder is not empty, or the disk is full or fails.
         MeshError: that happened in another process.
     """
-    settings = asdict(dictionary.config)
-    sizes = {"d_in": dictionary.d_in, "d_out": dictionary.d_out, "n_latents": dictionary.n_latents}
+    settings = asdict(sae.config)
+    sizes = {"d_in": sae.d_in, "d_out": sae.d_out, "n_latents": sae.n_latents}
     text = json.dumps({"format": FORMAT, **sizes, **settings}, indent=2) + "\n"
-    arrays = dictionary.arrays()
+    arrays = sae.arrays()
     table = _table({name: value.shape for name, value in arrays.items()})
     files = {_CFG: text.encode()}
     if any(isinstance(array, jax.Array) and not array.is_fully_addressable for array in arrays.values()):
         save_params(arrays, table, path, files=files, shard_bytes=_WHOLE, overwrite=overwrite, stem="sae")
         return
-    identity = _identity({_CFG: text}, {_WEIGHTS: dictionary.as_numpy()})
+    identity = _identity({_CFG: text}, {_WEIGHTS: sae.as_numpy()})
     with _entered(path, overwrite) as work:
         if not work.finished(identity):
             if not overwrite:
@@ -76,7 +76,7 @@ def write_own(dictionary: Dictionary, path: Path | WorkFolder, *, overwrite: boo
 
 
 def _table(shapes: Mapping[str, tuple[int, ...]]) -> list[Leaf]:
-    """Rows for the arrays of a dictionary; the axis of latents is called so."""
+    """Rows for the arrays of an SAE; the axis of latents is called so."""
     n = shapes["W_dec"][0]
     rows = []
     for name, shape in shapes.items():
@@ -146,7 +146,7 @@ def _identity(texts: Mapping[str, str], tensors: Mapping[str, Mapping[str, np.nd
     return total.hexdigest()
 
 
-def read_own(path: Path, mesh: Mesh | None = None) -> Dictionary:
+def read_own(path: Path, mesh: Mesh | None = None) -> SAE:
     """Reads what `write_own` wrote.
 
     Args:
@@ -171,18 +171,18 @@ def read_own(path: Path, mesh: Mesh | None = None) -> Dictionary:
         "metadata": told.mapping("metadata"),
     }
     tensors = open_safetensors(path / _WEIGHTS).tensors
-    known = [field for field in Dictionary.__dataclass_fields__ if field != "config"]
+    known = [field for field in SAE.__dataclass_fields__ if field != "config"]
     unknown = [name for name in tensors if name not in known]
     missing = [name for name in ("W_enc", "b_enc", "W_dec", "b_dec") if name not in tensors]
     if unknown or missing:
         said = f"has no tensor {missing[0]!r}" if missing else f"has a tensor {unknown[0]!r} of no known use"
-        raise CheckpointError(f"{path / _WEIGHTS}: {said}; write the dictionary again")
+        raise CheckpointError(f"{path / _WEIGHTS}: {said}; write the SAE again")
     for name, tensor in tensors.items():
         axes = 2 if name.startswith("W_") else 1
         if len(tensor.shape) != axes or not is_float(tensor.dtype):
             raise CheckpointError(
                 f"{path / _WEIGHTS}: {name} is {tensor.dtype} {list(tensor.shape)}, where floats with {axes} "
-                f"{'axes' if axes > 1 else 'axis'} were expected; write the dictionary again"
+                f"{'axes' if axes > 1 else 'axis'} were expected; write the SAE again"
             )
     check_sizes(
         path / _WEIGHTS,
@@ -195,7 +195,7 @@ def read_own(path: Path, mesh: Mesh | None = None) -> Dictionary:
     try:
         table = _table({name: tensor.shape for name, tensor in tensors.items()})
         arrays = load_params(tensors, table, str(path / _WEIGHTS), mesh=mesh, rules={"latents": split})
-        found = Dictionary(**arrays, config=DictionaryConfig(**settings)).checked()
+        found = SAE(**arrays, config=SAEConfig(**settings)).checked()
     except (SAEError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     for name, values in arrays.items():

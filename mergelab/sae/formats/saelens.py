@@ -17,7 +17,7 @@ from mergelab.sae.formats.hook_names import hook_of, said_or, site_of
 from mergelab.sae.formats.own import write_folder
 from mergelab.sae.formats.settings import FormatSettings
 from mergelab.sae.formats.shared import arrays_of, check_sizes, not_subtracting_b_dec, refuse
-from mergelab.sae.sae import Dictionary, DictionaryConfig
+from mergelab.sae.sae import SAE, SAEConfig
 
 __all__ = ["WEIGHTS", "read_saelens", "write_saelens"]
 
@@ -38,7 +38,7 @@ _OF_THE_MODEL = (
 _NORMALIZATIONS = {"none": "none", "layer_norm": "layer_norm"}
 
 
-def read_saelens(path: Path) -> Dictionary:
+def read_saelens(path: Path) -> SAE:
     """Reads a folder of SAELens.
 
     Raises:
@@ -67,7 +67,7 @@ def read_saelens(path: Path) -> Dictionary:
         {name: (name, cfg.get(name)) for name in ("d_in", "d_sae", *(["d_out"] if maps else []))},
     )
     found = arrays_of(tensors, wanted, path / WEIGHTS)
-    config = DictionaryConfig(
+    config = SAEConfig(
         activation=_ACTIVATIONS[architecture],
         k=settings.whole("k") if architecture == "topk" else None,
         subtract_b_dec=settings.flag("apply_b_dec_to_input", True) and not maps,
@@ -79,7 +79,7 @@ def read_saelens(path: Path) -> Dictionary:
         norms = jnp.linalg.norm(found["W_dec"], axis=1)
         found["W_enc"], found["b_enc"] = found["W_enc"] * norms[None, :], found["b_enc"] * norms
         found["W_dec"] = found["W_dec"] / norms[:, None]
-    return Dictionary(
+    return SAE(
         W_enc=found["W_enc"],
         b_enc=found["b_gate"] if gated else found["b_enc"],
         W_dec=found["W_dec"],
@@ -118,43 +118,43 @@ def _sites(cfg: Mapping[str, Any], own: Mapping[str, Any], maps: bool) -> dict[s
     }
 
 
-def _hooks(dictionary: Dictionary) -> dict[str, str]:
+def _hooks(sae: SAE) -> dict[str, str]:
     """`hook_name`, and of a transcoder `hook_name_out`, as far as they are known."""
-    metadata, config = dictionary.config.metadata, dictionary.config
+    metadata, config = sae.config.metadata, sae.config
     found: dict[str, str] = {}
     for key, own, sites in (
         ("hook_name", "site", config.reads),
-        ("hook_name_out", "target_site", None if dictionary.is_autoencoder else config.writes),
+        ("hook_name_out", "target_site", None if sae.is_autoencoder else config.writes),
     ):
         site = None if sites is None else sites[0]
         name = said_or(metadata, key, site, hook_of(site))
-        if name is not None and (key == "hook_name" or not dictionary.is_autoencoder):
+        if name is not None and (key == "hook_name" or not sae.is_autoencoder):
             found[key] = name
         if site is not None:
             found[own] = site
     return found
 
 
-def write_saelens(dictionary: Dictionary, path: Path | WorkFolder) -> None:
-    """Writes a folder for SAELens; a batch-top-k dictionary becomes `jumprelu`, as SAELens itself saves them.
+def write_saelens(sae: SAE, path: Path | WorkFolder) -> None:
+    """Writes a folder for SAELens; a batch-top-k SAE becomes `jumprelu`, as SAELens itself saves them.
 
     Raises:
-        SAEError: SAELens has no architecture for the dictionary.
+        SAEError: SAELens has no architecture for the SAE.
         OutputError: the folder is taken, or cannot be written.
     """
-    config = dictionary.config
+    config = sae.config
     activation = "jump_relu" if config.activation == "batch_topk" else config.activation
     # SAELens has skip paths in transcoders alone.
-    maps = not dictionary.is_autoencoder or dictionary.W_skip is not None
+    maps = not sae.is_autoencoder or sae.W_skip is not None
     names = {"relu": "standard", "gated": "gated", "topk": "topk", "jump_relu": "jumprelu"}
     architecture = names[activation]
     if maps:
         if activation not in ("relu", "jump_relu"):
             raise refuse("saelens", f"a {config.activation} transcoder", "'mergelab' or 'sparsify'")
-        before, skip = "jumprelu_" * (activation == "jump_relu"), "skip_" * (dictionary.W_skip is not None)
+        before, skip = "jumprelu_" * (activation == "jump_relu"), "skip_" * (sae.W_skip is not None)
         architecture = f"{before}{skip}transcoder"
-        dictionary = not_subtracting_b_dec(dictionary)
-    arrays = dictionary.as_numpy()
+        sae = not_subtracting_b_dec(sae)
+    arrays = sae.as_numpy()
     if activation == "gated":
         renamed = {"b_enc": "b_gate", "magnitude_scale": "r_mag", "magnitude_bias": "b_mag"}
         arrays = {renamed.get(name, name): value for name, value in arrays.items()}
@@ -166,30 +166,30 @@ def write_saelens(dictionary: Dictionary, path: Path | WorkFolder) -> None:
         for key, value in config.metadata.items()
         if isinstance(value, str | int | float) and key not in names
     }
-    hooks = _hooks(dictionary)
-    if maps and dictionary.is_autoencoder and "hook_name" in hooks:
+    hooks = _hooks(sae)
+    if maps and sae.is_autoencoder and "hook_name" in hooks:
         hooks["hook_name_out"] = hooks["hook_name"]
     cfg: dict[str, Any] = {
         "architecture": architecture,
-        "d_in": dictionary.d_in,
-        "d_sae": dictionary.n_latents,
+        "d_in": sae.d_in,
+        "d_sae": sae.n_latents,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": dictionary.config.subtract_b_dec,
+        "apply_b_dec_to_input": sae.config.subtract_b_dec,
         "normalize_activations": config.normalization,
         "reshape_activations": "none",
         # Without a version SAELens takes the file for one of before 6, whose metadata stood elsewhere.
         "metadata": {"sae_lens_version": "6.0.0", **known, **_training(config.metadata), **hooks},
     }
     if maps:
-        cfg["d_out"] = dictionary.d_out
+        cfg["d_out"] = sae.d_out
     if activation == "topk":
         cfg |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
     write_folder(path, {"cfg.json": json.dumps(cfg, indent=2) + "\n"}, {WEIGHTS: arrays})
 
 
 def _training(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What SAELens wants to know of the text, where the dictionary was trained here."""
+    """What SAELens wants to know of the text, where the SAE was trained here."""
     found: dict[str, Any] = {}
     if "settings" in metadata or "model_hash" in metadata:
         found["prepend_bos"] = False

@@ -104,7 +104,7 @@ def check_tensors(path: Path, tensors: Mapping[str, TensorSource], axes: Mapping
         if tensor is not None and (len(tensor.shape) != count or not is_float(tensor.dtype)):
             raise CheckpointError(
                 f"{path}: {name} is {tensor.dtype} of shape {list(tensor.shape)}, but floats with "
-                f"{count} {'axis' if count == 1 else 'axes'} were expected; get or write the dictionary again"
+                f"{count} {'axis' if count == 1 else 'axes'} were expected; get or write the SAE again"
             )
 
 
@@ -118,7 +118,7 @@ def number_in(path: Path, name: str, tensor: TensorSource) -> float | int:
     if not real or math.prod(tensor.shape) != 1:
         raise CheckpointError(
             f"{path}: {name} is {tensor.dtype} of shape {list(tensor.shape)}, but a single number was "
-            "expected; get or write the dictionary again"
+            "expected; get or write the SAE again"
         )
     value = np.asarray(read_whole(tensor)).reshape(())
     found = int(value) if tensor.dtype.kind in "iu" else float(value)

@@ -15,7 +15,7 @@ from jax import Array
 from mergelab.checkpoints import TensorSource, read_whole
 from mergelab.errors import CheckpointError, NonFiniteError, SAEError
 from mergelab.sae.formats.settings import check_tensors
-from mergelab.sae.sae import Dictionary
+from mergelab.sae.sae import SAE
 
 __all__ = ["arrays_of", "check_finite", "check_sizes", "not_subtracting_b_dec", "refuse"]
 __all__ += ["subtracting_b_dec", "transposed"]
@@ -36,20 +36,20 @@ _MATRICES = frozenset(
 """The tensors of any format that have two axes; the others have one."""
 
 
-def subtracting_b_dec(dictionary: Dictionary) -> Dictionary:
-    """The same dictionary in the form that subtracts `b_dec` from its input before it encodes it."""
-    if dictionary.config.subtract_b_dec:
-        return dictionary
-    config = replace(dictionary.config, subtract_b_dec=True)
-    return replace(dictionary, b_enc=dictionary.b_enc + dictionary.b_dec @ dictionary.W_enc, config=config)
+def subtracting_b_dec(sae: SAE) -> SAE:
+    """The same SAE in the form that subtracts `b_dec` from its input before it encodes it."""
+    if sae.config.subtract_b_dec:
+        return sae
+    config = replace(sae.config, subtract_b_dec=True)
+    return replace(sae, b_enc=sae.b_enc + sae.b_dec @ sae.W_enc, config=config)
 
 
-def not_subtracting_b_dec(dictionary: Dictionary) -> Dictionary:
-    """The same dictionary in the form that encodes its input as it is."""
-    if not dictionary.config.subtract_b_dec:
-        return dictionary
-    config = replace(dictionary.config, subtract_b_dec=False)
-    return replace(dictionary, b_enc=dictionary.b_enc - dictionary.b_dec @ dictionary.W_enc, config=config)
+def not_subtracting_b_dec(sae: SAE) -> SAE:
+    """The same SAE in the form that encodes its input as it is."""
+    if not sae.config.subtract_b_dec:
+        return sae
+    config = replace(sae.config, subtract_b_dec=False)
+    return replace(sae, b_enc=sae.b_enc - sae.b_dec @ sae.W_enc, config=config)
 
 
 def check_sizes(
@@ -96,7 +96,7 @@ def check_sizes(
         if size in right and value != right[size]:
             faults.append(f"{cfg}: {key} is {value!r}, but the tensors have {right[size]}")
     if faults:
-        raise CheckpointError("\n".join(f"{fault}; get or write the dictionary again" for fault in faults))
+        raise CheckpointError("\n".join(f"{fault}; get or write the SAE again" for fault in faults))
 
 
 def check_finite(file: Path, name: str, values: Array | np.ndarray) -> None:
@@ -114,7 +114,7 @@ def check_finite(file: Path, name: str, values: Array | np.ndarray) -> None:
         place, there, values = [*place, row], there[row], values[row]
     raise NonFiniteError(
         f"{file}: {name}{place} is {float(values)}, where finite weights were expected; get or train the "
-        "dictionary again"
+        "SAE again"
     )
 
 
@@ -150,5 +150,5 @@ def transposed(array: Array | np.ndarray) -> np.ndarray:
 
 
 def refuse(format: str, what: str, others: str) -> SAEError:
-    """The error for a dictionary that a format cannot express."""
+    """The error for an SAE that a format cannot express."""
     return SAEError(f"the format {format!r} has no place for {what}; export to {others}.")

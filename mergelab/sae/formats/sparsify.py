@@ -21,14 +21,14 @@ from mergelab.sae.formats.shared import (
     subtracting_b_dec,
     transposed,
 )
-from mergelab.sae.sae import Dictionary, DictionaryConfig
+from mergelab.sae.sae import SAE, SAEConfig
 
 __all__ = ["read_sparsify", "write_sparsify"]
 
 _CFG, _WEIGHTS = "cfg.json", "sae.safetensors"
 
 
-def read_sparsify(path: Path) -> Dictionary:
+def read_sparsify(path: Path) -> SAE:
     """Reads a folder of sparsify.
 
     Raises:
@@ -50,13 +50,13 @@ def read_sparsify(path: Path) -> Dictionary:
         {"d": ("d_in", cfg.get("d_in")), "n": ("num_latents", cfg.get("num_latents") or None)},
     )  # fmt: skip
     found = arrays_of(tensors, wanted, path / _WEIGHTS)
-    return Dictionary(
+    return SAE(
         W_enc=found["encoder.weight"].T,
         b_enc=found["encoder.bias"],
         W_dec=found["W_dec"],
         b_dec=found["b_dec"],
         W_skip=found["W_skip"].T if "W_skip" in found else None,
-        config=DictionaryConfig(
+        config=SAEConfig(
             "topk",
             settings.whole("k", 32),
             subtract_b_dec=not settings.flag("transcode", False),
@@ -91,24 +91,24 @@ def _sites(path: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_sparsify(dictionary: Dictionary, path: Path | WorkFolder) -> None:
+def write_sparsify(sae: SAE, path: Path | WorkFolder) -> None:
     """Writes a folder for sparsify.
 
     Raises:
-        SAEError: the dictionary is not a plain top-k one, or maps between different widths.
+        SAEError: the SAE is not a plain top-k one, or maps between different widths.
         OutputError: the folder is taken, or cannot be written.
     """
-    config = dictionary.config
+    config = sae.config
     if config.activation != "topk":
         raise refuse("sparsify", f"the activation {config.activation!r}", "'mergelab' or 'saelens'")
     if config.normalization != "none":
         raise refuse(
             "sparsify", f"normalization {config.normalization!r}", "'mergelab', 'saelens' or 'openai'"
         )
-    if dictionary.d_in != dictionary.d_out:
-        raise refuse("sparsify", f"widths {dictionary.d_in} and {dictionary.d_out}", "'mergelab'")
-    skip, transcodes = dictionary.W_skip is not None, not dictionary.is_autoencoder
-    given = (not_subtracting_b_dec if transcodes else subtracting_b_dec)(dictionary)
+    if sae.d_in != sae.d_out:
+        raise refuse("sparsify", f"widths {sae.d_in} and {sae.d_out}", "'mergelab'")
+    skip, transcodes = sae.W_skip is not None, not sae.is_autoencoder
+    given = (not_subtracting_b_dec if transcodes else subtracting_b_dec)(sae)
     arrays = given.as_numpy()
     tensors = {
         "encoder.weight": transposed(arrays["W_enc"]),
@@ -120,26 +120,26 @@ def write_sparsify(dictionary: Dictionary, path: Path | WorkFolder) -> None:
         tensors["W_skip"] = transposed(arrays["W_skip"])
     cfg = {
         "activation": "topk",
-        "expansion_factor": max(dictionary.n_latents // dictionary.d_in, 1),
+        "expansion_factor": max(sae.n_latents // sae.d_in, 1),
         "normalize_decoder": True,
-        "num_latents": dictionary.n_latents,
+        "num_latents": sae.n_latents,
         "k": config.k,
         "multi_topk": False,
         "skip_connection": skip,
         "transcode": transcodes,
-        "d_in": dictionary.d_in,
-        **_named(dictionary),
+        "d_in": sae.d_in,
+        **_named(sae),
     }
     write_folder(path, {_CFG: json.dumps(cfg, indent=2) + "\n"}, {_WEIGHTS: tensors})
 
 
-def _named(dictionary: Dictionary) -> dict[str, str]:
+def _named(sae: SAE) -> dict[str, str]:
     """The module and the sites, which sparsify itself leaves to the folder's name and does not read."""
-    config = dictionary.config
+    config = sae.config
     reads = None if config.reads is None else config.reads[0]
     writes = None if config.writes is None else config.writes[0]
     hookpoint = said_or(config.metadata, "hookpoint", writes, module_of(writes))
     names = {"hookpoint": hookpoint, "site": reads, "target_site": writes}
-    if dictionary.is_autoencoder:
+    if sae.is_autoencoder:
         del names["target_site"]
     return {key: name for key, name in names.items() if name is not None}

@@ -126,7 +126,7 @@ _DENSE_BELOW = 32
 
 
 def prefers_dense(n_latents: int, k: int, platform: str) -> bool:
-    """Whether dense, masked codes are the faster of the two ways for a dictionary of this shape."""
+    """Whether dense, masked codes are the faster of the two ways for an SAE of this shape."""
     return platform == "tpu" or (platform == "cpu" and n_latents < _DENSE_BELOW * k)
 
 

@@ -42,7 +42,7 @@ class Shards:
     Attributes:
         latents: axis over which rows of `encoder` and `decoder` are split.
         data: axis over which the tokens of a batch are split.
-        trials: axis of a sweep: several dictionaries trained by one vmapped program.
+        trials: axis of a sweep: several SAEs trained by one vmapped program.
         platform: what the program is compiled for, `cpu`, `gpu` or `tpu`; it decides which of two equal
             ways to compute is taken.
     """

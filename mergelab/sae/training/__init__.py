@@ -1,4 +1,4 @@
-"""Training runs: batches to steps, with checkpoints, metrics and a finished dictionary at the end."""
+"""Training runs: batches to steps, with checkpoints, metrics and a finished SAE at the end."""
 
 from mergelab.sae.training.trainer import Progress, Result, train
 

@@ -30,7 +30,7 @@ class StepPlan:
     Attributes:
         topology: the slice.
         mesh: the sizes of its axes.
-        parameters: of the dictionary, over all chips.
+        parameters: of the SAE, over all chips.
         state: bytes of the training state over all chips: parameters, Adam's moments, the moving average.
         report: the compiled step.
         auxiliary: whether AuxK is part of the step: the compiler counts it as if every latent were dead.

@@ -1,6 +1,6 @@
 """AuxK: latents that stopped firing learn to explain what the others leave (arXiv 2406.04093, A.2).
 
-The dead latents are gathered first, so the cost goes with their number, not with the dictionary's; when none
+The dead latents are gathered first, so the cost goes with their number, not with the SAE's; when none
 is dead nothing is computed. The error they explain is held fixed, so the rest of the loss is not touched:
 this adds its own value and gradients.
 """

@@ -295,6 +295,6 @@ def _remove(path: Path) -> None:
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:
-    """A state as a flat dictionary, in the order of its leaves."""
+    """A state as a flat SAE, in the order of its leaves."""
     leaves = jax.tree.leaves(state)
     return {f"{index:03d}": leaf for index, leaf in enumerate(leaves)}

@@ -1,4 +1,4 @@
-"""The YAML of `mergelab sae train`: what dictionary, from what data, trained how."""
+"""The YAML of `mergelab sae train`: what SAE, from what data, trained how."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class _Section(BaseModel):
 
 
 class SAESection(BaseModel):
-    """The dictionary: `variant`, and its hyper-parameters (`mergelab.sae.variants`) under their own names.
+    """The SAE: `variant`, and its hyper-parameters (`mergelab.sae.variants`) under their own names.
 
     Attributes:
         variant: a name of `mergelab.sae.variants.VARIANTS`.
@@ -177,13 +177,13 @@ class TrainConfig(_Section):
     """All of it.
 
     Attributes:
-        sae: the dictionary.
+        sae: the SAE.
         data: the activations.
         train: the recipe.
         checkpoint: what is kept on the way.
         mesh: devices along the axes `data` and `latents`; one device where it is left away.
         log_to: where metrics go besides `metrics.jsonl`: `tensorboard`, `wandb`.
-        metadata: kept in the finished dictionary: `site`, `target_site`, `model`, ....
+        metadata: kept in the finished SAE: `site`, `target_site`, `model`, ....
     """
 
     sae: SAESection
@@ -242,7 +242,7 @@ def plain_settings(text: str, source: str = "the configuration") -> Any:
 
 
 def _plain(value: Any, depth: int) -> Any:
-    """Mappings of any kind, and lists of them, as plain dictionaries and lists."""
+    """Mappings of any kind, and lists of them, as plain SAEs and lists."""
     if depth > MAX_DEPTH:
         raise SAEError(f"the configuration is nested more than {MAX_DEPTH} levels deep, or contains itself.")
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""From the state of a training to the dictionary it has found, ready for raw activations.
+"""From the state of a training to the SAE it has found, ready for raw activations.
 
 Training sees `(x - mean) * scale`. That is folded in exactly: codes are given the unit of the raw input
 (divided by the input's scale, which every activation here commutes with), so decoder rows keep their norm for
@@ -13,24 +13,24 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from mergelab.sae.sae import Dictionary, DictionaryConfig
+from mergelab.sae.sae import SAE, SAEConfig
 from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.state import TrainState
 from mergelab.sae.training.update import averaged_params
 from mergelab.sae.variants.variant import Variant
 
-__all__ = ["finished_dictionary", "transcodes"]
+__all__ = ["finished_sae", "transcodes"]
 
 
-def finished_dictionary(
+def finished_sae(
     variant: Variant,
     recipe: TrainingRecipe,
     state: TrainState,
     *,
     use_average: bool = True,
     metadata: Mapping[str, Any] | None = None,
-) -> Dictionary:
-    """The dictionary of a training: the same codes, up to one unit, and the same reconstruction of raw
+) -> SAE:
+    """The SAE of a training: the same codes, up to one unit, and the same reconstruction of raw
     inputs.
 
     Args:
@@ -38,7 +38,7 @@ def finished_dictionary(
         recipe: the training's.
         state: where it stands.
         use_average: takes the moving average of the parameters, where the recipe keeps one.
-        metadata: kept in the dictionary's configuration; `site` and `target_site` are what it reads and
+        metadata: kept in the SAE's configuration; `site` and `target_site` are what it reads and
             writes.
 
     Raises:
@@ -66,12 +66,12 @@ def finished_dictionary(
         # skip reads the normalised input: ((x - mean) * scale_in) @ skip / scale_out.
         extras["W_skip"] = params["skip"] * (scale_in / scale_out)
         b_dec = b_dec - state.read.mean @ extras["W_skip"]
-    return Dictionary(
+    return SAE(
         W_enc=encoder.T,
         b_enc=b_enc,
         W_dec=decoder * (scale_in / scale_out),
         b_dec=b_dec,
-        config=DictionaryConfig(
+        config=SAEConfig(
             activation=said["activation"],
             k=said.get("k"),
             sites=variant.sites,
@@ -84,6 +84,6 @@ def finished_dictionary(
 
 
 def transcodes(variant: Variant, metadata: Mapping[str, Any]) -> bool | None:
-    """Whether the variant's dictionary is a transcoder; None where the two sites of the metadata say it."""
+    """Whether the variant's SAE is a transcoder; None where the two sites of the metadata say it."""
     named = variant.sites == 1 and None not in (metadata.get("site"), metadata.get("target_site"))
     return None if variant.d_out is not None and named else variant.d_out is not None

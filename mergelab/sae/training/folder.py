@@ -33,7 +33,7 @@ class RunFolder:
 
     Attributes:
         path: the folder.
-        final: where the dictionary goes.
+        final: where the SAE goes.
         begun: whether a run of this configuration has begun there before.
     """
 
@@ -127,9 +127,9 @@ class RunFolder:
             raise SAEError(f"{written}: the run began with {changed}; resume it as it was, or begin another.")
 
     def finished(self) -> tuple[int, dict[str, float]] | None:
-        """Steps and metrics of a run that has finished, its dictionary proved to be what was written.
+        """Steps and metrics of a run that has finished, its SAE proved to be what was written.
 
-        A dictionary that has been damaged is made again from the last checkpoint; a notice says so.
+        An SAE that has been damaged is made again from the last checkpoint; a notice says so.
 
         Raises:
             SAEError: the inputs have changed since.
@@ -149,7 +149,7 @@ class RunFolder:
             steps, metrics = int(said["steps"]), {str(k): float(v) for k, v in said["metrics"].items()}
             fault = file_fault(self.final, said["files"])
         except (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError):
-            # Killed between the dictionary and this record: both are made again.
+            # Killed between the SAE and this record: both are made again.
             return None
         if fault is not None:
             if self._first:
@@ -158,7 +158,7 @@ class RunFolder:
         return steps, metrics
 
     def record(self, steps: int, metrics: Mapping[str, float]) -> None:
-        """Notes the result of a run whose dictionary is in its place."""
+        """Notes the result of a run whose SAE is in its place."""
         if self._first:
             with disk_errors(self.path, _THEN):
                 said = {"steps": steps, "metrics": dict(metrics), "files": list_files(self.final)}

@@ -75,7 +75,7 @@ def initial_params(variant: Variant, key: Array, *, tie: bool = True, scale: flo
     """Decoder rows uniform on the sphere, the encoder their transpose times a scale, biases 0.
 
     Args:
-        variant: the dictionary's hyper-parameters.
+        variant: the SAE's hyper-parameters.
         key: a `jax.random` key.
         tie: False draws the encoder's rows for themselves, as is done where there is a target.
         scale: of a tied encoder; None takes `best_initial_scale` for variants that keep k latents, and 1 for
@@ -133,7 +133,7 @@ def initialize(
     """The state before the first step.
 
     Args:
-        variant: the dictionary's hyper-parameters.
+        variant: the SAE's hyper-parameters.
         recipe: the training's.
         key: a `jax.random` key; the same key gives the same parameters whatever the mesh.
         sample: `[rows, d_in]` activations, of which at most the first `SAMPLE_ROWS` are used.
@@ -157,7 +157,7 @@ def fresh_state(variant: Variant, recipe: TrainingRecipe, key_data: Array, facts
     """The state before the first step, from what the sample says: a pure function.
 
     Args:
-        variant: the dictionary's hyper-parameters.
+        variant: the SAE's hyper-parameters.
         recipe: the training's.
         key_data: of the `jax.random` key.
         facts: of the sample.

@@ -39,7 +39,7 @@ def fingerprint(data: DataSection) -> dict[str, Any]:
     """Size and digest of every file that decides a training, by path: plain JSON data.
 
     Weights of a model and large activations are known by their size and by blocks spread over them; the
-    digest of all of a model's weights is in the dictionary's metadata (`mergelab.sae.training.data`).
+    digest of all of a model's weights is in the SAE's metadata (`mergelab.sae.training.data`).
 
     Raises:
         CheckpointError: a file cannot be read.

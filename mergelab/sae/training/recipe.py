@@ -43,7 +43,7 @@ class TrainingRecipe:
         unit_decoder: renormalises the decoder's rows after each step, where the variant keeps them at norm 1.
         center: starts `b_pre` at the geometric median of a sample; otherwise at 0.
         normalize: `scale` brings inputs to unit variance per coordinate while training, which is folded into
-            the weights of the finished dictionary; `layer_norm` normalises each token, which the dictionary
+            the weights of the finished SAE; `layer_norm` normalises each token, which the SAE
             then does too; `none` does neither.
         tie_initial: starts the encoder as the decoder's transpose, scaled; otherwise independently.
         initial_scale: that scale; None takes the one with which the first reconstructions err least

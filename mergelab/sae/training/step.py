@@ -34,7 +34,7 @@ def train_step(
     """One step, as one device of the mesh computes it: a pure function.
 
     Args:
-        variant: the dictionary's hyper-parameters.
+        variant: the SAE's hyper-parameters.
         recipe: the training's.
         shards: the mesh axes.
         state: this device's part of the latents.
@@ -103,10 +103,10 @@ def make_step(
     """The compiled step: `state, metrics = step(state, x, y)`; the state that is passed in is used up.
 
     Args:
-        variant: the dictionary's hyper-parameters.
+        variant: the SAE's hyper-parameters.
         recipe: the training's.
         mesh: axes `data` and `latents`, either of which may be missing; None is one device.
-        trials: states have a leading axis, one entry per dictionary of a sweep; all see the same batch.
+        trials: states have a leading axis, one entry per SAE of a sweep; all see the same batch.
 
     Returns:
         A function of the state, the inputs `[batch_size, d_in]` and the targets `[batch_size, d_out]` (the

@@ -21,12 +21,12 @@ from jax.sharding import Mesh
 from mergelab.activations import ActivationStream, Batch, Prefetch, Trace
 from mergelab.errors import CheckpointError, SAEError
 from mergelab.processes import Terminated, preempted, together
-from mergelab.sae.formats import load_dictionary, save_dictionary
-from mergelab.sae.sae import Dictionary, DictionaryConfig, dictionary_shardings
+from mergelab.sae.formats import load_sae, save_sae
+from mergelab.sae.sae import SAE, SAEConfig, sae_shardings
 from mergelab.sae.training.checkpoints import Checkpoints
 from mergelab.sae.training.config import TrainConfig, load_config
 from mergelab.sae.training.data import host_metadata, open_data
-from mergelab.sae.training.finish import finished_dictionary, transcodes
+from mergelab.sae.training.finish import finished_sae, transcodes
 from mergelab.sae.training.folder import RunFolder
 from mergelab.sae.training.initialize import SAMPLE_ROWS, initialize
 from mergelab.sae.training.inputs import read_once
@@ -97,8 +97,8 @@ class Result:
     """What a run made.
 
     Attributes:
-        path: the folder of the finished dictionary, `OUT/final`.
-        dictionary: what is in it, its arrays on the mesh of the training.
+        path: the folder of the finished SAE, `OUT/final`.
+        sae: what is in it, its arrays on the mesh of the training.
         steps: steps done in all.
         metrics: of the last logged step.
         trace: how long the steps waited for data in this process.
@@ -106,7 +106,7 @@ class Result:
     """
 
     path: Path
-    dictionary: Dictionary
+    sae: SAE
     steps: int
     metrics: dict[str, float]
     trace: Trace
@@ -153,7 +153,7 @@ def train(
         if known is not None:
             mesh = None if settings.mesh is None else make_mesh(settings.mesh)
             steps, metrics = known
-            found = load_dictionary(folder.final, mesh=mesh)
+            found = load_sae(folder.final, mesh=mesh)
             return Result(Path(out) / "final", found, steps, metrics, Trace(), resumed=True)
         return _train(settings, Path(out), folder, progress, notice)
 
@@ -190,12 +190,12 @@ def _train(
         folder.check_inputs()
         if jax.process_index() == 0:
             read_once(source, target)
-    # A dictionary remembers whose features it holds, so that it is never judged on another model. The process
+    # An SAE remembers whose features it holds, so that it is never judged on another model. The process
     # that writes this asks alone: a model's digest takes reading all of it.
     host = host_metadata(settings.data) if jax.process_index() == 0 else {}
     known = {**host, **settings.metadata}
     # Sites that contradict the data are an error now, not after the training.
-    DictionaryConfig("relu", sites=variant.sites, transcoder=transcodes(variant, known), metadata=known)
+    SAEConfig("relu", sites=variant.sites, transcoder=transcodes(variant, known), metadata=known)
     state = _start(variant, recipe, settings, stream, mesh)
     step = make_step(variant, recipe, mesh)
     with together("writing the run's folder", distributed=distributed):
@@ -215,11 +215,11 @@ def _train(
     summary = {name: run.last[name] for name in _SUMMARY if name in run.last}
     told = settings.model_dump(mode="json", include={"sae", "data", "train"}, exclude_defaults=True)
     metadata = {**known, "variant": variant.name, "training": summary, "settings": told}
-    dictionary = _finish(variant, recipe, state, metadata, mesh)
-    save_dictionary(dictionary, out / "final", overwrite=folder.begun)
+    sae = _finish(variant, recipe, state, metadata, mesh)
+    save_sae(sae, out / "final", overwrite=folder.begun)
     with together("noting the result", distributed=distributed):
         folder.record(recipe.steps, run.last)
-    return Result(out / "final", dictionary, recipe.steps, run.last, trace)
+    return Result(out / "final", sae, recipe.steps, run.last, trace)
 
 
 def _done(checkpoints: Checkpoints, folder: RunFolder, notice: Callable[[str], None]) -> int | None:
@@ -366,9 +366,9 @@ def _finish(
     state: TrainState,
     metadata: Mapping[str, Any],
     mesh: Mesh | None,
-) -> Dictionary:
-    """The dictionary, which stays on the mesh as the training's parameters lie there."""
-    finish = partial(finished_dictionary, variant, recipe, metadata=metadata)
+) -> SAE:
+    """The SAE, which stays on the mesh as the training's parameters lie there."""
+    finish = partial(finished_sae, variant, recipe, metadata=metadata)
     needed = replace(state, mean={}, square={})
-    shardings = None if mesh is None else dictionary_shardings(jax.eval_shape(finish, needed), mesh)
+    shardings = None if mesh is None else sae_shardings(jax.eval_shape(finish, needed), mesh)
     return jax.jit(finish, out_shardings=shardings)(needed)

@@ -27,7 +27,7 @@ __all__ = [
 
 
 def automatic_learning_rate(n_latents: int, steps: int) -> float:
-    """Peak learning rate for a dictionary of `n_latents` trained for so many steps.
+    """Peak learning rate for an SAE of `n_latents` trained for so many steps.
 
     The paper's rule is proportional to `1 / sqrt(n_latents)`; `2e-4 / sqrt(n / 2^14)` is its usual constant.
     That constant is for trainings of many tens of thousands of steps. A short one that ends in a linear decay
@@ -80,7 +80,7 @@ def update(
     """Applies gradients, summed over the batch; returns the next state and what happened.
 
     Args:
-        variant: the dictionary's hyper-parameters.
+        variant: the SAE's hyper-parameters.
         recipe: the training's.
         state: before the step.
         grads: like its parameters.

@@ -1,7 +1,7 @@
-"""Matryoshka: every prefix of the dictionary reconstructs on its own, so the first latents stay general.
+"""Matryoshka: every prefix of the SAE reconstructs on its own, so the first latents stay general.
 
 Bussmann et al., arXiv 2503.17547. On TopK or BatchTopK codes: the choice of latents is that of the whole
-dictionary, and each prefix decodes its part of them.
+SAE, and each prefix decodes its part of them.
 """
 
 from __future__ import annotations

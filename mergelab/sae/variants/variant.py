@@ -168,7 +168,7 @@ class Variant:
         raise NotImplementedError
 
     def export(self, params: Params, statistics: Mapping[str, Array]) -> dict[str, Any]:
-        """What a finished dictionary says of its activation: its name, `k`, arrays such as `threshold`."""
+        """What a finished SAE says of its activation: its name, `k`, arrays such as `threshold`."""
         raise NotImplementedError
 
     def center(self, params: Params, x: Array, shards: Shards) -> Array:

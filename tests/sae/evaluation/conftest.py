@@ -1,4 +1,4 @@
-"""One trained model and dictionary for all evaluations, and an encoder of random weights."""
+"""One trained model and SAE for all evaluations, and an encoder of random weights."""
 
 from __future__ import annotations
 

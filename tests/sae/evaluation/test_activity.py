@@ -13,17 +13,17 @@ from mergelab.errors import SAEError
 from mergelab.models.families import model_from_config
 from mergelab.sae.features.logit_effects import logit_effects
 from mergelab.sae.features.survey import activity, survey
-from mergelab.sae.sae import Dictionary, DictionaryConfig
+from mergelab.sae.sae import SAE, SAEConfig
 from tests.sae.evaluation.trained_host import Host
 
 
 def test_histograms_and_neighbours(host: Host) -> None:
     source = replace(host.source, batch=16)  # the last pass is filled up
-    found = survey(host.dictionary, source, count=1)
+    found = survey(host.sae, source, count=1)
     latents = np.flatnonzero(found.density > 0)[5:40]
-    got = activity(host.dictionary, source, latents, found.peak, bins=5, most=3)
+    got = activity(host.sae, source, latents, found.peak, bins=5, most=3)
     rows = jnp.asarray(source.read_sites(0, source.rows)[0])
-    codes = np.asarray(host.dictionary.encode(rows))[:, latents]
+    codes = np.asarray(host.sae.encode(rows))[:, latents]
     for i, latent in enumerate(latents):
         active = codes[:, i][codes[:, i] > 0]
         wanted, _ = np.histogram(active, 5, (0, found.peak[latent] * (1 + 1e-6)))
@@ -42,14 +42,12 @@ def _alike(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_effects_on_logits_of_an_rms_norm(host: Host) -> None:
     latents = np.array([3, 70, 9])
-    found = logit_effects(host.dictionary, host.source, latents, count=4, bins=7)
+    found = logit_effects(host.sae, host.source, latents, count=4, bins=7)
     model, params = host.source.model, host.source.params
     out = model.apply(params, jnp.asarray(host.source.tokens[:32]), capture=["final_norm.scale"])
     scale = float(out.captured["final_norm.scale"].mean())
     gain = np.asarray(params["final_norm"]["scale"])
-    effects = (
-        np.asarray(host.dictionary.W_dec)[latents] * gain * scale @ np.asarray(params["embed"]["embedding"]).T
-    )
+    effects = np.asarray(host.sae.W_dec)[latents] * gain * scale @ np.asarray(params["embed"]["embedding"]).T
     for i in range(3):
         order = np.argsort(-effects[i])
         np.testing.assert_array_equal(found.top[i], order[:4])
@@ -75,13 +73,13 @@ def test_a_layer_norm_is_centred_and_its_bias_is_no_effect() -> None:
     source = ModelActivations(model, params, tokens, ("blocks.0.resid_post",), batch=4)
     rows = np.random.default_rng(0).standard_normal((5, 16)).astype(np.float32)
     arrays = (jnp.zeros((16, 5)), jnp.zeros(5), jnp.asarray(rows), jnp.zeros(16))
-    dictionary = Dictionary(*arrays, config=DictionaryConfig("relu"))
-    found = logit_effects(dictionary, source, [0, 4], count=3)
+    sae = SAE(*arrays, config=SAEConfig("relu"))
+    found = logit_effects(sae, source, [0, 4], count=3)
     captured = model.apply(params, jnp.asarray(tokens), capture=["final_norm.scale"]).captured
     scale = float(captured["final_norm.scale"].mean())
     centred = rows[[0, 4]] - rows[[0, 4]].mean(axis=1, keepdims=True)
     effects = centred * scale @ np.asarray(params["embed"]["embedding"]).T
     np.testing.assert_allclose(found.top_values, np.sort(effects)[:, ::-1][:, :3], rtol=1e-3)
-    narrow = replace(dictionary, W_dec=jnp.zeros((5, 12)), b_dec=jnp.zeros(12))
+    narrow = replace(sae, W_dec=jnp.zeros((5, 12)), b_dec=jnp.zeros(12))
     with pytest.raises(SAEError, match="stream is 16"):
         logit_effects(narrow, source, [0])

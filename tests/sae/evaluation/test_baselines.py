@@ -1,4 +1,4 @@
-"""Baselines on a small toy truth: neither recovers features, a trained dictionary does."""
+"""Baselines on a small toy truth: neither recovers features, a trained SAE does."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_frozen_decoder_keeps_its_directions_and_learns_to_encode(step: Step) 
     assert above > 0.9 > 0.2 > recovery(TRUTH.features, started).above
 
 
-def test_a_random_dictionary_is_the_state_before_training() -> None:
+def test_a_random_sae_is_the_state_before_training() -> None:
     sample = TRUTH.sample(2000)
     state = random_state(VARIANT, jax.random.key(0), sample)
     trained = initialize(VARIANT, RECIPE, jax.random.key(0), sample)

@@ -30,7 +30,7 @@ def checkpoints(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_losses_are_those_of_an_evaluation(host: Host, checkpoints: Path) -> None:
     steps, losses = loss_curve(checkpoints, host.source)
-    found = evaluate_downstream(host.dictionary, host.source)
+    found = evaluate_downstream(host.sae, host.source)
     assert steps.tolist() == [9, 150] and losses[0] > losses[1] + 0.5
     assert losses[1] == pytest.approx(found.ce, rel=1e-5)
     assert 9 / 150 < compute_equivalent(steps, losses, found.ce_spliced) < 1

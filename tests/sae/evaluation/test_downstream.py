@@ -1,4 +1,4 @@
-"""Splicing a dictionary in: losses as by hand, recovered loss, compute equivalence, the host's hash."""
+"""Splicing an SAE in: losses as by hand, recovered loss, compute equivalence, the host's hash."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from mergelab.errors import SAEError
 from mergelab.models.load import load_model
 from mergelab.quickstart import small_llama
 from mergelab.sae.evaluation.downstream import Downstream, compute_equivalent, evaluate_downstream
-from mergelab.sae.sae import Dictionary, DictionaryConfig
+from mergelab.sae.sae import SAE, SAEConfig
 from mergelab.sae.subject_model import check_host, open_host
 from mergelab.sharding import make_mesh
 from tests.sae.evaluation.trained_host import LENGTH, SITE, Host
 
 
-def _identity(d: int) -> Dictionary:
+def _identity(d: int) -> SAE:
     eye = jnp.eye(d)
     both = jnp.concatenate([eye, -eye])
-    config = DictionaryConfig(activation="relu")
-    return Dictionary(both.T, jnp.zeros(2 * d), both, jnp.zeros(d), config).checked()
+    config = SAEConfig(activation="relu")
+    return SAE(both.T, jnp.zeros(2 * d), both, jnp.zeros(d), config).checked()
 
 
 @pytest.fixture(scope="module")
 def found(host: Host) -> Downstream:
-    return evaluate_downstream(host.dictionary, host.source)
+    return evaluate_downstream(host.sae, host.source)
 
 
 def test_losses_are_those_of_forward_passes(host: Host, found: Downstream) -> None:
     source, tokens = host.source, jnp.asarray(host.source.tokens)
     x = source.model.apply(source.params, tokens, capture=[SITE]).captured[SITE]
-    x_hat = host.dictionary(x.reshape(-1, 32)).reshape(x.shape)
+    x_hat = host.sae(x.reshape(-1, 32)).reshape(x.shape)
     mean = jnp.broadcast_to(x.mean(axis=(0, 1), keepdims=True), x.shape)
     logp = []
     for value in (x, x_hat, jnp.zeros_like(x), mean):
@@ -49,14 +49,14 @@ def test_losses_are_those_of_forward_passes(host: Host, found: Downstream) -> No
     assert found.kl == pytest.approx(kl, rel=1e-4) and found.tokens == targets.size
 
 
-def test_a_trained_dictionary_keeps_what_an_exact_one_keeps_and_a_zero_one_loses(
+def test_a_trained_sae_keeps_what_an_exact_one_keeps_and_a_zero_one_loses(
     host: Host, found: Downstream
 ) -> None:
     assert 0 < found.delta_ce < 0.5 * (found.ce_zero - found.ce)
     assert found.recovered_zero > 0.7 and found.recovered_mean > 0.5
     exact = evaluate_downstream(_identity(32), host.source, contexts=8)
     assert exact.recovered_mean == pytest.approx(1, abs=1e-4) and exact.kl == pytest.approx(0, abs=1e-6)
-    nothing = replace(host.dictionary, W_dec=jnp.zeros((96, 32)), b_dec=jnp.zeros(32))
+    nothing = replace(host.sae, W_dec=jnp.zeros((96, 32)), b_dec=jnp.zeros(32))
     zero = evaluate_downstream(nothing, host.source, contexts=8)
     assert zero.recovered_zero == pytest.approx(0, abs=1e-6) and zero.kl > 0.1
 
@@ -65,8 +65,8 @@ def test_a_mesh_changes_nothing(host: Host) -> None:
     mesh = make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
     model, params = load_model(host.folder, mesh=mesh)
     spread = replace(host.source, model=model, params=params)
-    one = evaluate_downstream(host.dictionary, host.source, contexts=8)
-    many = evaluate_downstream(host.dictionary, spread, contexts=8)
+    one = evaluate_downstream(host.sae, host.source, contexts=8)
+    many = evaluate_downstream(host.sae, spread, contexts=8)
     assert many.ce_spliced == pytest.approx(one.ce_spliced, rel=1e-5)
     assert many.kl == pytest.approx(one.kl, rel=1e-3)
 
@@ -82,19 +82,17 @@ def test_compute_equivalence_inverts_the_curve(host: Host) -> None:
 
 
 def test_another_model_is_refused_unless_any_will_do(host: Host) -> None:
-    assert check_host(host.dictionary, host.folder)
+    assert check_host(host.sae, host.folder)
     other = host.folder.with_name("other")
     tokenizer = (host.folder / "tokenizer.json").read_bytes()
     small_llama.save(
         small_llama.init(host.config, 1), host.config, other, files={"tokenizer.json": tokenizer}
     )
     with pytest.raises(SAEError, match="belongs to a model with"):
-        open_host(host.dictionary, other, [host.held_out], length=LENGTH)
-    source = open_host(host.dictionary, other, [host.held_out], length=LENGTH, any_model=True)
-    assert source.sites == (SITE,) and not check_host(host.dictionary, other, any_model=True)
-    nameless = replace(
-        host.dictionary, config=replace(host.dictionary.config, metadata={}, reads=None, writes=None)
-    )
+        open_host(host.sae, other, [host.held_out], length=LENGTH)
+    source = open_host(host.sae, other, [host.held_out], length=LENGTH, any_model=True)
+    assert source.sites == (SITE,) and not check_host(host.sae, other, any_model=True)
+    nameless = replace(host.sae, config=replace(host.sae.config, metadata={}, reads=None, writes=None))
     assert not check_host(nameless, other)
     with pytest.raises(SAEError, match="which site"):
         open_host(nameless, other, [host.held_out])

@@ -1,4 +1,4 @@
-"""An encoder's embeddings with a dictionary spliced in: as by hand, and none the worse for an exact one."""
+"""An encoder's embeddings with an SAE spliced in: as by hand, and none the worse for an exact one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mergelab.errors import SAEError
 from mergelab.models.load import load_model
 from mergelab.sae.evaluation.scorecard import applicable_metrics, scorecard
 from mergelab.sae.evaluation.text_embeddings import evaluate_embeddings, rank_agreement
-from mergelab.sae.sae import Dictionary, DictionaryConfig
+from mergelab.sae.sae import SAE, SAEConfig
 from mergelab.sharding import make_mesh
 from tests.models.tiny_models import tiny, write
 from tests.sae.evaluation.trained_host import Host
@@ -31,11 +31,11 @@ def source() -> ModelActivations:
     return ModelActivations(model, params, tokens, (SITE,), batch=8)
 
 
-def _signed(d: int, scale: float = 1.0) -> Dictionary:
-    """An exact dictionary, or one that shrinks the first half of the coordinates."""
+def _signed(d: int, scale: float = 1.0) -> SAE:
+    """An exact SAE, or one that shrinks the first half of the coordinates."""
     both = jnp.concatenate([jnp.eye(d), -jnp.eye(d)])
     shrunk = both * jnp.where(jnp.arange(d) < d // 2, scale, 1.0)[None]
-    return Dictionary(both.T, jnp.zeros(2 * d), shrunk, jnp.zeros(d), DictionaryConfig("relu")).checked()
+    return SAE(both.T, jnp.zeros(2 * d), shrunk, jnp.zeros(d), SAEConfig("relu")).checked()
 
 
 def test_figures_are_those_of_forward_passes(source: ModelActivations) -> None:
@@ -64,7 +64,7 @@ def test_figures_are_those_of_forward_passes(source: ModelActivations) -> None:
     assert 0 < found.recovered < 0.99 and found.rank < 0.99 and found.nearest < 1
 
 
-def test_an_exact_dictionary_costs_nothing_and_an_empty_one_all(source: ModelActivations) -> None:
+def test_an_exact_sae_costs_nothing_and_an_empty_one_all(source: ModelActivations) -> None:
     exact = evaluate_embeddings(_signed(24), source)
     assert (exact.nearest, exact.rank) == (1, pytest.approx(1, abs=1e-4))
     assert exact.recovered == pytest.approx(1, abs=1e-4) and exact.cosine_mean < 0.95
@@ -101,6 +101,6 @@ def test_a_scorecard_of_an_encoder_has_embeddings_and_no_losses(source: ModelAct
 
 def test_what_has_no_embeddings_is_said(host: Host, source: ModelActivations) -> None:
     with pytest.raises(SAEError, match="predicts next tokens"):
-        evaluate_embeddings(host.dictionary, host.source)
+        evaluate_embeddings(host.sae, host.source)
     with pytest.raises(SAEError, match="2 contexts"):
         evaluate_embeddings(_signed(24), source, contexts=2)

@@ -49,7 +49,7 @@ def test_a_scorecard_of_an_encoder(encoder: Encoder) -> None:
     names = applicable_metrics(encoder.source, labelled=True)
     assert names == ("reconstruction", "embeddings", "probing", "absorption", "explanations", "progressive")
     card = scorecard(
-        encoder.dictionary, encoder.source, mask_token=encoder.mask_id, explained=3,
+        encoder.sae, encoder.source, mask_token=encoder.mask_id, explained=3,
         metrics=["embeddings", "explanations"],
     )  # fmt: skip
     values = card.values()

@@ -12,7 +12,7 @@ from mergelab.errors import SAEError
 from mergelab.models.families import model_from_config
 from mergelab.quickstart import small_llama
 from mergelab.sae.features.survey import survey
-from mergelab.sae.sae import Dictionary, DictionaryConfig
+from mergelab.sae.sae import SAE, SAEConfig
 
 SITE = "blocks.0.resid_post"
 
@@ -28,19 +28,19 @@ def source() -> ModelActivations:
     return ModelActivations(model, model.init(0), tokens, (SITE,), batch=4)
 
 
-def _dictionary(d_in: int) -> Dictionary:
+def _sae(d_in: int) -> SAE:
     rng = np.random.default_rng(1)
     arrays = [
         jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((d_in, 40), (40,), (40, d_in), (d_in,))
     ]
-    return Dictionary(*arrays, config=DictionaryConfig(k=3)).checked()
+    return SAE(*arrays, config=SAEConfig(k=3)).checked()
 
 
 def test_examples_are_the_strongest(source: ModelActivations) -> None:
-    dictionary = _dictionary(16)
-    found = survey(dictionary, source, count=3)
+    sae = _sae(16)
+    found = survey(sae, source, count=3)
     rows = jnp.asarray(source.read_sites(0, source.rows)[0])
-    codes = np.asarray(jax.jit(dictionary.encode)(rows)).reshape(21, 8, 40)
+    codes = np.asarray(jax.jit(sae.encode)(rows)).reshape(21, 8, 40)
     np.testing.assert_allclose(found.density, (codes > 0).mean(axis=(0, 1)))
     np.testing.assert_allclose(found.peak, codes.max(axis=(0, 1)), rtol=1e-5)
     for latent in range(40):
@@ -55,8 +55,8 @@ def test_examples_are_the_strongest(source: ModelActivations) -> None:
 
 
 def test_a_part_of_text_and_latents(source: ModelActivations) -> None:
-    found = survey(_dictionary(16), source, latents=[3, 5], contexts=6)
+    found = survey(_sae(16), source, latents=[3, 5], contexts=6)
     assert set(found.examples) == {3, 5} and found.rows == 48
     assert all(example.context < 6 for examples in found.examples.values() for example in examples)
     with pytest.raises(SAEError, match="24 wide"):
-        survey(_dictionary(24), source)
+        survey(_sae(24), source)

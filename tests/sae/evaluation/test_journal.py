@@ -56,43 +56,41 @@ def test_an_evaluation_goes_on_where_it_was_stopped(
     host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = ["reconstruction", "downstream", "progressive"]
-    whole = scorecard(host.dictionary, host.source, metrics=asked)
-    key = evaluation_key(host.dictionary, host.source, {}, "weights")
+    whole = scorecard(host.sae, host.source, metrics=asked)
+    key = evaluation_key(host.sae, host.source, {}, "weights")
 
     def stop(*_: object) -> None:
         raise SAEError("stopped")
 
     with monkeypatch.context() as patched, pytest.raises(SAEError, match="stopped"):
         patched.setitem(METRICS, "progressive", Metric(stop))  # type: ignore[arg-type]
-        scorecard(
-            host.dictionary, host.source, metrics=asked, memory=EvaluationJournal(tmp_path / "kept", key)
-        )
+        scorecard(host.sae, host.source, metrics=asked, memory=EvaluationJournal(tmp_path / "kept", key))
     with monkeypatch.context() as patched:
         for name in asked[:2]:
             patched.setitem(METRICS, name, Metric(stop))  # type: ignore[arg-type]
         memory = EvaluationJournal(tmp_path / "kept", key)
-        found = scorecard(host.dictionary, host.source, metrics=asked, memory=memory)
+        found = scorecard(host.sae, host.source, metrics=asked, memory=memory)
     assert found.values() == whole.values() and list(found.scores) == list(whole.scores)
 
 
 def test_a_control_that_is_known_is_not_made_again(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     memory: dict[str, Scorecard] = {}
     asked = ["reconstruction"]
-    first = control_scorecard("random", host.dictionary, host.source, k=4, metrics=asked, memory=memory)
-    monkeypatch.delattr("mergelab.sae.evaluation.scorecard.control_dictionary")
-    again = control_scorecard("random", host.dictionary, host.source, k=4, metrics=asked, memory=memory)
+    first = control_scorecard("random", host.sae, host.source, k=4, metrics=asked, memory=memory)
+    monkeypatch.delattr("mergelab.sae.evaluation.scorecard.control_sae")
+    again = control_scorecard("random", host.sae, host.source, k=4, metrics=asked, memory=memory)
     assert again.values() == first.values()
 
 
 def test_keys_tell_what_scores_depend_on(host: Host) -> None:
-    key = evaluation_key(host.dictionary, host.source, {}, 1)
-    named = replace(host.dictionary, config=replace(host.dictionary.config, metadata={"name": "x"}))
+    key = evaluation_key(host.sae, host.source, {}, 1)
+    named = replace(host.sae, config=replace(host.sae.config, metadata={"name": "x"}))
     assert evaluation_key(named, host.source, {}, 1) == key
     others = {
-        evaluation_key(host.dictionary, host.source, {}, 2),
-        evaluation_key(host.dictionary, replace(host.source, tokens=host.source.tokens[:9]), {}, 1),
-        evaluation_key(host.dictionary, host.source, {"is_code": host.source.tokens > 9}, 1),
-        evaluation_key(replace(host.dictionary, b_enc=host.dictionary.b_enc + 1), host.source, {}, 1),
-        evaluation_key(replace(host.dictionary, config=replace(named.config, k=3)), host.source, {}, 1),
+        evaluation_key(host.sae, host.source, {}, 2),
+        evaluation_key(host.sae, replace(host.source, tokens=host.source.tokens[:9]), {}, 1),
+        evaluation_key(host.sae, host.source, {"is_code": host.source.tokens > 9}, 1),
+        evaluation_key(replace(host.sae, b_enc=host.sae.b_enc + 1), host.source, {}, 1),
+        evaluation_key(replace(host.sae, config=replace(named.config, k=3)), host.source, {}, 1),
     }
     assert len(others | {key}) == 6

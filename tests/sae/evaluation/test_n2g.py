@@ -1,4 +1,4 @@
-"""N2G finds planted patterns, matches them where they are, and explains a trained dictionary's latents."""
+"""N2G finds planted patterns, matches them where they are, and explains a trained SAE's latents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mergelab.sae.evaluation.explanation_loss import score_explanations
 from mergelab.sae.features.explanations import Explanation, Pattern, judge_explanation
 from mergelab.sae.features.n2g import AlteredText, explain, find_patterns, match_explanations
 from mergelab.sae.features.survey import Example, survey
-from mergelab.sae.sae import Dictionary, DictionaryConfig
+from mergelab.sae.sae import SAE, SAEConfig
 from tests.sae.evaluation.tiny_encoder import Encoder
 from tests.sae.evaluation.trained_host import Host
 
@@ -35,7 +35,7 @@ def test_precision_and_recall() -> None:
     assert np.isnan(none.precision) and np.isnan(none.recall)
 
 
-def _token_latents(source: ModelActivations, tokens: list[int]) -> Dictionary:
+def _token_latents(source: ModelActivations, tokens: list[int]) -> SAE:
     """Latents at the embedding, each active on one token alone."""
     table = np.asarray(source.params["embed"]["embedding"], np.float64)
     unit = table / np.linalg.norm(table, axis=1, keepdims=True)
@@ -46,28 +46,28 @@ def _token_latents(source: ModelActivations, tokens: list[int]) -> Dictionary:
     # Above what any other token of any length gives.
     bias = -(others * size[:, None]).max(axis=0) - 1e-3
     arrays = [jnp.asarray(part, jnp.float32) for part in (rows, bias, rows.T, np.zeros(table.shape[1]))]
-    return Dictionary(*arrays, config=DictionaryConfig(activation="relu")).checked()
+    return SAE(*arrays, config=SAEConfig(activation="relu")).checked()
 
 
 def test_a_token_detector_is_explained_by_its_token(host: Host) -> None:
     source = replace(host.source, sites=("embed",))
     counts = np.bincount(source.tokens.ravel(), minlength=384)
     common = np.argsort(-counts)[:20]
-    dictionary = _token_latents(source, common.tolist())
-    found = survey(dictionary, source, count=3)
+    sae = _token_latents(source, common.tolist())
+    found = survey(sae, source, count=3)
     working = [i for i in range(20) if found.density[i] == counts[common[i]] / source.rows]
     assert len(working) >= 5  # of some tokens a longer embedding hides the direction
     examples = {i: found.examples[i] for i in working}
-    explained = explain(dictionary, source, examples, mask_token=383)
+    explained = explain(sae, source, examples, mask_token=383)
     for latent, explanation in explained.items():
         assert [pattern.tokens for pattern in explanation.patterns] == [(int(common[latent]),)]
         assert explanation.patterns[0].activation == pytest.approx(found.peak[latent], rel=1e-4)
-    score = score_explanations(dictionary, source, list(explained.values()))
+    score = score_explanations(sae, source, list(explained.values()))
     assert score.precision == score.recall == 1
     effect = abs(score.ce_ablated - score.ce)
     assert score.recovered == pytest.approx(1, abs=0.01) and effect > 1e-4
     wrong = [replace(e, latent=working[(i + 1) % len(working)]) for i, e in enumerate(explained.values())]
-    bad = score_explanations(dictionary, source, wrong)
+    bad = score_explanations(sae, source, wrong)
     assert bad.precision == bad.recall == 0 and abs(bad.delta_ce) > 0.3 * effect
 
 
@@ -115,27 +115,27 @@ def test_a_frame_stays_and_may_be_what_is_active() -> None:
 
 def test_an_encoders_latents_are_explained_and_judged(encoder: Encoder) -> None:
     source = replace(encoder.source, tokens=encoder.source.tokens[:12])
-    found = survey(encoder.dictionary, source, count=2)
+    found = survey(encoder.sae, source, count=2)
     chosen = [int(i) for i in np.argsort(-found.density) if found.density[i] < 0.1][:4]
     explained = explain(
-        encoder.dictionary, source, {i: found.examples[i] for i in chosen}, mask_token=encoder.mask_id
+        encoder.sae, source, {i: found.examples[i] for i in chosen}, mask_token=encoder.mask_id
     )
     for latent, explanation in explained.items():
         for example in found.examples[latent]:
             assert explanation.simulate(example.tokens)[int(np.argmax(example.codes))] > 0
-    matches = match_explanations(encoder.dictionary, source, list(explained.values()))
-    again = match_explanations(encoder.dictionary, replace(source, batch=5), list(explained.values()))
+    matches = match_explanations(encoder.sae, source, list(explained.values()))
+    again = match_explanations(encoder.sae, replace(source, batch=5), list(explained.values()))
     assert matches == again and all(match.recall > 0 for match in matches)
-    rows = np.asarray(encoder.dictionary.encode(jnp.asarray(source.read_sites(0, source.rows)[0])))
+    rows = np.asarray(encoder.sae.encode(jnp.asarray(source.read_sites(0, source.rows)[0])))
     assert [match.active for match in matches] == (rows[:, chosen] > 0).sum(axis=0).tolist()
 
 
-def test_a_trained_dictionarys_latents(host: Host) -> None:
+def test_a_trained_saes_latents(host: Host) -> None:
     train = replace(host.source, tokens=host.source.tokens[:24], batch=64)
     test = replace(host.source, tokens=host.source.tokens[24:])
-    found = survey(host.dictionary, train, count=4)
+    found = survey(host.sae, train, count=4)
     frequent = [int(i) for i in np.argsort(-found.density) if found.density[i] < 0.1][:6]
-    explained = explain(host.dictionary, train, {i: found.examples[i] for i in frequent}, mask_token=0)
+    explained = explain(host.sae, train, {i: found.examples[i] for i in frequent}, mask_token=0)
     for latent, explanation in explained.items():
         assert 1 <= len(explanation.patterns) <= 4
         for pattern in explanation.patterns:
@@ -144,8 +144,8 @@ def test_a_trained_dictionarys_latents(host: Host) -> None:
     for latent in frequent:
         for example in found.examples[latent]:
             assert explained[latent].simulate(example.tokens)[int(np.argmax(example.codes))] > 0
-    score = score_explanations(host.dictionary, test, list(explained.values()))
+    score = score_explanations(host.sae, test, list(explained.values()))
     assert 0 < score.precision <= 1 and 0 < score.recall <= 1
     assert score.tokens == test.tokens.shape[0] * 31
-    matches = match_explanations(host.dictionary, test, list(explained.values()))
+    matches = match_explanations(host.sae, test, list(explained.values()))
     np.testing.assert_equal([vars(match) for match in matches], [vars(match) for match in score.matches])

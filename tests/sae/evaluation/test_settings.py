@@ -1,4 +1,4 @@
-"""Only dictionaries that differ in nothing but the seed are averaged."""
+"""Only SAEs that differ in nothing but the seed are averaged."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from mergelab.errors import SAEError
 from mergelab.sae.evaluation.metric import Score
 from mergelab.sae.evaluation.scorecard import Scorecard, seed_spread
 from mergelab.sae.evaluation.settings import differences, settings_of
-from mergelab.sae.sae import Dictionary, DictionaryConfig
+from mergelab.sae.sae import SAE, SAEConfig
 
 TRAIN = {"batch_size": 64, "tokens": 6400, "seed": 0}
 DATA = {"kind": "model", "site": "blocks.0.resid_post"}
 
 
-def _dictionary(n: int = 8, train: dict[str, Any] | None = None, **config: Any) -> Dictionary:
+def _sae(n: int = 8, train: dict[str, Any] | None = None, **config: Any) -> SAE:
     arrays = (jnp.zeros((4, n)), jnp.zeros(n), jnp.zeros((n, 4)), jnp.zeros(4))
     told = {"settings": {"sae": {"n_latents": n}, "data": DATA, "train": {**TRAIN, **(train or {})}}}
     options = {"activation": "topk", "k": 2, "metadata": told, **config}
-    return Dictionary(*arrays, config=DictionaryConfig(**options))
+    return SAE(*arrays, config=SAEConfig(**options))
 
 
 @pytest.mark.parametrize(
     ("other", "found"),
     [
-        (_dictionary(), []),
-        (_dictionary(train={"seed": 7}), []),
-        (_dictionary(k=3), ["k: 2, 3"]),
-        (_dictionary(n=9), ["n_latents: 8, 9", "sae.n_latents: 8, 9"]),
-        (_dictionary(train={"tokens": 1280}), ["train.tokens: 6400, 1280"]),
-        (_dictionary(train={"lr": 0.1}), ["train.lr: None, 0.1"]),
-        (_dictionary(reads="blocks.0.resid_mid"), ["reads: None, ['blocks.0.resid_mid']"]),
-        (_dictionary(transcoder=True), ["transcoder: False, True"]),
+        (_sae(), []),
+        (_sae(train={"seed": 7}), []),
+        (_sae(k=3), ["k: 2, 3"]),
+        (_sae(n=9), ["n_latents: 8, 9", "sae.n_latents: 8, 9"]),
+        (_sae(train={"tokens": 1280}), ["train.tokens: 6400, 1280"]),
+        (_sae(train={"lr": 0.1}), ["train.lr: None, 0.1"]),
+        (_sae(reads="blocks.0.resid_mid"), ["reads: None, ['blocks.0.resid_mid']"]),
+        (_sae(transcoder=True), ["transcoder: False, True"]),
     ],
 )
-def test_what_differs_is_named(other: Dictionary, found: list[str]) -> None:
-    settings = [settings_of(one) for one in (_dictionary(), other)]
+def test_what_differs_is_named(other: SAE, found: list[str]) -> None:
+    settings = [settings_of(one) for one in (_sae(), other)]
     assert differences(settings) == found
     scores = [
         Scorecard({"a.b": Score(value, "", "")}, settings=one)

@@ -29,8 +29,8 @@ def test_the_measure_counts_what_moves() -> None:
 
 def test_an_ablation_is_the_subtraction_of_what_the_latent_writes(host: Host) -> None:
     few = replace(host.source, tokens=host.source.tokens[:1], batch=4)
-    # A dictionary of which one latent is ever active, at every token: the lot has no choice.
-    d = host.dictionary
+    # An SAE of which one latent is ever active, at every token: the lot has no choice.
+    d = host.sae
     alone = replace(
         d,
         W_enc=jnp.zeros_like(d.W_enc),
@@ -60,7 +60,7 @@ def test_an_ablation_is_the_subtraction_of_what_the_latent_writes(host: Host) ->
 
 
 def test_latents_neurons_and_residual_channels(host: Host) -> None:
-    latents = latent_sparsity(host.dictionary, host.source, samples=64)
+    latents = latent_sparsity(host.sae, host.source, samples=64)
     channels = channel_sparsity(host.source, samples=64)
     neurons = channel_sparsity(replace(host.source, sites=("blocks.0.mlp.post",)), samples=64)
     for found in (latents, channels, neurons):
@@ -71,6 +71,6 @@ def test_latents_neurons_and_residual_channels(host: Host) -> None:
 def test_what_cannot_be_measured_is_said(host: Host) -> None:
     with pytest.raises(SAEError, match="fewer than the horizon"):
         channel_sparsity(host.source, horizon=33)
-    silent = replace(host.dictionary, b_enc=jnp.full(96, -1e6))
+    silent = replace(host.sae, b_enc=jnp.full(96, -1e6))
     with pytest.raises(SAEError, match="no ablation moved"):
         latent_sparsity(silent, host.source, samples=8)

@@ -1,4 +1,4 @@
-"""A tiny BERT of random weights with a WordPiece tokenizer of its own, and a dictionary: mechanics only."""
+"""A tiny BERT of random weights with a WordPiece tokenizer of its own, and an SAE: mechanics only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mergelab.activations.capture import ModelActivations, open_model_activation
 from mergelab.models.families import model_from_config
 from mergelab.models.save import save_model
 from mergelab.quickstart.corpus import sources_folder
-from mergelab.sae.sae import Dictionary, DictionaryConfig
+from mergelab.sae.sae import SAE, SAEConfig
 from tests.models.tiny_models import params_of, weights
 
 SITE = "blocks.0.resid_post"
@@ -29,7 +29,7 @@ class Encoder:
     folder: Path
     text: Path
     mask_id: int
-    dictionary: Dictionary
+    sae: SAE
     source: ModelActivations
 
 
@@ -70,6 +70,6 @@ def make_encoder(folder: Path) -> Encoder:
     source = open_model_activations(model, [SITE], [text], length=LENGTH)
     rows = np.random.default_rng(0).standard_normal((80, 24)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    config = DictionaryConfig(k=4, metadata={"site": SITE})
-    dictionary = Dictionary(jnp.asarray(rows.T), jnp.zeros(80), jnp.asarray(rows), jnp.zeros(24), config)
-    return Encoder(model, text, 4, dictionary.checked(), source)
+    config = SAEConfig(k=4, metadata={"site": SITE})
+    sae = SAE(jnp.asarray(rows.T), jnp.zeros(80), jnp.asarray(rows), jnp.zeros(24), config)
+    return Encoder(model, text, 4, sae.checked(), source)

@@ -1,4 +1,4 @@
-"""A small language model trained on the standard library, and a dictionary of one of its sites."""
+"""A small language model trained on the standard library, and an SAE of one of its sites."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mergelab.quickstart import small_llama
 from mergelab.quickstart.corpus import sources_folder
 from mergelab.quickstart.family import tokenizer_files, train_bpe
 from mergelab.quickstart.train import TrainSettings, train_lm
-from mergelab.sae.sae import Dictionary
+from mergelab.sae.sae import SAE
 from mergelab.sae.training import train
 from mergelab.text.packing import random_windows, token_stream
 
@@ -28,7 +28,7 @@ class Host:
     text: Path
     held_out: Path
     config: small_llama.LlamaConfig
-    dictionary: Dictionary
+    sae: SAE
     source: ModelActivations
     curve: tuple[tuple[int, float], ...]
 
@@ -66,4 +66,4 @@ def train_host(folder: Path) -> Host:
     )
     source = open_model_activations(model, [SITE], [held_out], length=LENGTH)
     curve = tuple((step, float(losses[max(0, step - 5) : step].mean())) for step in (5, 20, 50, 150))
-    return Host(model, text, held_out, config, result.dictionary, source, curve)
+    return Host(model, text, held_out, config, result.sae, source, curve)

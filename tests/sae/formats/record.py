@@ -1,4 +1,4 @@
-"""Makes `recorded/`: dictionaries as the libraries themselves write them, with their codes and outputs.
+"""Makes `recorded/`: SAEs as the libraries themselves write them, with their codes and outputs.
 
 Run where sae-lens 6.54, eai-sparsify 1.3 and dictionary-learning 0.1 are installed:
 `python tests/sae/formats/record.py tests/sae/formats/recorded`.
@@ -67,7 +67,7 @@ def sparsify(root: Path, x: torch.Tensor) -> None:
 
 
 def dictionary_learning(root: Path, x: torch.Tensor) -> None:
-    from dictionary_learning.dictionary import JumpReluAutoEncoder
+    from dictionary_learning.sae import JumpReluAutoEncoder
     from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
     from dictionary_learning.trainers.top_k import AutoEncoderTopK
 

@@ -1,4 +1,4 @@
-"""Files of dictionaries, whatever is in them, are read or refused by name: quickly, and in little memory."""
+"""Files of SAEs, whatever is in them, are read or refused by name: quickly, and in little memory."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from safetensors.numpy import load_file, save_file
 
 from mergelab.checkpoints.torch_pickle import write_pickled
 from mergelab.errors import CheckpointError, MergelabError
-from mergelab.sae.formats import load_dictionary, save_dictionary
+from mergelab.sae.formats import load_sae, save_sae
 from mergelab.sae.formats.gemma_scope import read_gemma_scope
 from mergelab.sae.formats.settings import FormatSettings
-from mergelab.sae.sae import Dictionary, DictionaryConfig
+from mergelab.sae.sae import SAE, SAEConfig
 
 D, N = 4, 6
 WRONG: list[Any] = [float("nan"), "x", [], {}, 1.5, 0, -1, True, 1e300, 10**30]
 
 
-def _dictionary(activation: str, **config: Any) -> Dictionary:
+def _sae(activation: str, **config: Any) -> SAE:
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((D, N), (N,), (N, D), (D,))]
     k = 2 if activation == "topk" else None
     threshold = jnp.ones(N) if activation == "jump_relu" else None
-    return Dictionary(*arrays, DictionaryConfig(activation, k, **config), threshold=threshold).checked()
+    return SAE(*arrays, SAEConfig(activation, k, **config), threshold=threshold).checked()
 
 
 def _write_batch_top_k(path: Path) -> None:
     """What dictionary_learning itself saves, which is only read here."""
     path.mkdir()
-    arrays = _dictionary("topk").as_numpy()
+    arrays = _sae("topk").as_numpy()
     tree = {
         "encoder.weight": arrays["W_enc"].T.copy(), "encoder.bias": arrays["b_enc"],
         "decoder.weight": arrays["W_dec"].T.copy(), "b_dec": arrays["b_dec"],
@@ -47,20 +47,20 @@ def _write_batch_top_k(path: Path) -> None:
 
 
 def _write(kind: str, path: Path) -> Path:
-    """A sound dictionary of a format; returns what is to be loaded."""
+    """A sound SAE of a format; returns what is to be loaded."""
     if kind == "batch_topk":
         _write_batch_top_k(path)
     elif kind == "gemma-scope-2":
         path.mkdir()
         lower = {"W_enc": "w_enc", "W_dec": "w_dec"}
-        arrays = _dictionary("jump_relu").as_numpy()
+        arrays = _sae("jump_relu").as_numpy()
         save_file({lower.get(k, k): v for k, v in arrays.items()}, path / "params.safetensors")
     elif kind == "openai":
-        save_dictionary(_dictionary("topk", normalization="layer_norm"), path / "sae.pt", kind)
+        save_sae(_sae("topk", normalization="layer_norm"), path / "sae.pt", kind)
         return path / "sae.pt"
     else:
         activation = "jump_relu" if kind == "gemma-scope" else "topk"
-        save_dictionary(_dictionary(activation, subtract_b_dec=activation == "topk"), path, kind)
+        save_sae(_sae(activation, subtract_b_dec=activation == "topk"), path, kind)
     return path
 
 
@@ -76,7 +76,7 @@ def _settings_of(path: Path) -> Path:
 
 def _refused(path: Path, *words: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        load_dictionary(path)
+        load_sae(path)
     for word in words:
         assert word in str(caught.value)
     assert len(str(caught.value)) < 2_000
@@ -85,7 +85,7 @@ def _refused(path: Path, *words: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_damage_is_refused_or_read(tmp_path: Path, kind: str) -> None:
     sound = _write(kind, tmp_path / "sound")
-    load_dictionary(sound)
+    load_sae(sound)
     rng, refused = random.Random(kind), 0
     for _ in range(80):
         shutil.rmtree(tmp_path / "broken", ignore_errors=True)
@@ -104,7 +104,7 @@ def test_any_damage_is_refused_or_read(tmp_path: Path, kind: str) -> None:
                 raw[rng.randrange(end)] = rng.randrange(256)
         file.write_bytes(raw)
         try:
-            load_dictionary(tmp_path / "broken" / sound.relative_to(tmp_path / "sound"))
+            load_sae(tmp_path / "broken" / sound.relative_to(tmp_path / "sound"))
         except MergelabError as error:
             refused += 1
             assert "broken" in str(error) and len(str(error)) < 3_000
@@ -124,11 +124,11 @@ def test_k_is_a_whole_number(tmp_path: Path, kind: str) -> None:
         _refused(path, file.name, "k is ")
     inner["k"] = 2.0
     file.write_text(json.dumps(said))
-    assert load_dictionary(path).config.k == 2
+    assert load_sae(path).config.k == 2
     del inner["k"]
     file.write_text(json.dumps(said))
     if kind == "sparsify":  # whose own default is 32
-        _refused(path, "k is 32, but the dictionary has only 6")
+        _refused(path, "k is 32, but the SAE has only 6")
     else:
         _refused(path, "sae")
 
@@ -160,7 +160,7 @@ def test_settings_of_the_wrong_type_are_named(tmp_path: Path, kind: str, key: st
 
 
 def _with_pickled(path: Path, **changes: Any) -> None:
-    arrays = _dictionary("topk").as_numpy()
+    arrays = _sae("topk").as_numpy()
     tree: dict[str, Any] = {
         "encoder.weight": arrays["W_enc"].T.copy(), "encoder.bias": arrays["b_enc"],
         "decoder.weight": arrays["W_dec"].T.copy(), "b_dec": arrays["b_dec"],
@@ -203,7 +203,7 @@ def test_tensors_of_the_wrong_form_are_named(tmp_path: Path, change: dict[str, A
 
 @pytest.mark.parametrize("k", [None, float("nan"), "x", 1.5, 0, -3, True])
 def test_openai_files_say_k_as_a_number(tmp_path: Path, k: Any) -> None:
-    arrays = _dictionary("topk").as_numpy()
+    arrays = _sae("topk").as_numpy()
     tree: dict[str, Any] = {
         "pre_bias": arrays["b_dec"], "latent_bias": arrays["b_enc"], "activation": "TopK",
         "encoder.weight": arrays["W_enc"].T.copy(), "decoder.weight": arrays["W_dec"].T.copy(),
@@ -228,14 +228,14 @@ def test_openai_files_say_k_as_a_number(tmp_path: Path, k: Any) -> None:
     ],
 )
 def test_arrays_of_gemma_scope_fit_together(tmp_path: Path, name: str, value: np.ndarray) -> None:
-    arrays = _dictionary("jump_relu").as_numpy() | {name: value}
+    arrays = _sae("jump_relu").as_numpy() | {name: value}
     np.savez(tmp_path / "params.npz", **arrays)
     _refused(tmp_path, "params.npz", name)
 
 
 def test_arrays_that_do_not_fit_are_never_inflated(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
-    arrays = _dictionary("jump_relu").as_numpy() | {"W_dec": np.zeros((4_000, 3_000), np.float32)}  # 48 MB
+    arrays = _sae("jump_relu").as_numpy() | {"W_dec": np.zeros((4_000, 3_000), np.float32)}  # 48 MB
     np.savez_compressed(tmp_path / "params.npz", **arrays)
     del arrays
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -247,11 +247,11 @@ def test_arrays_that_do_not_fit_are_never_inflated(tmp_path: Path) -> None:
 def test_a_file_that_only_begins_like_a_zip_gets_no_advice_to_unpickle(tmp_path: Path) -> None:
     (tmp_path / "params.npz").write_bytes(b"PK")
     with pytest.raises(CheckpointError) as caught:
-        load_dictionary(tmp_path)
+        load_sae(tmp_path)
     assert "allow_pickle" not in str(caught.value) and "params.npz" in str(caught.value)
 
 
-def test_what_the_library_refuses_of_a_dictionary_names_its_file(tmp_path: Path) -> None:
+def test_what_the_library_refuses_of_a_sae_names_its_file(tmp_path: Path) -> None:
     path = _write("saelens", tmp_path / "sae")
     arrays = load_file(path / "sae_weights.safetensors")
     save_file({**arrays, "W_dec": arrays["W_dec"][:-1].copy()}, path / "sae_weights.safetensors")
@@ -293,6 +293,6 @@ def test_any_setting_may_hold_anything(tmp_path: Path, kind: str) -> None:
             changed = {**inner, key: wrong}
             file.write_text(json.dumps({"trainer": changed, key: wrong} if inner is not sound else changed))
             try:
-                load_dictionary(path)
+                load_sae(path)
             except MergelabError as error:
                 assert "sae" in str(error) and len(str(error)) < 2_100

@@ -18,15 +18,15 @@ from safetensors.numpy import load_file, save_file
 
 from mergelab.checkpoints.output_target import OutputLock
 from mergelab.errors import CheckpointError, OutputError, SAEError
-from mergelab.sae.formats import FORMATS, load_dictionary, reserve, save_dictionary
-from mergelab.sae.sae import Dictionary, DictionaryConfig
+from mergelab.sae.formats import FORMATS, load_sae, reserve, save_sae
+from mergelab.sae.sae import SAE, SAEConfig
 from mergelab.sharding import make_mesh
 
 RECORDED = Path(__file__).parent / "recorded"
 D, N = 8, 24
 
 
-def _dictionary(activation: str = "topk", **config: Any) -> Dictionary:
+def _sae(activation: str = "topk", **config: Any) -> SAE:
     rng = np.random.default_rng(3)
 
     def array(*shape: int) -> Any:
@@ -40,65 +40,63 @@ def _dictionary(activation: str = "topk", **config: Any) -> Dictionary:
     if config.pop("skip", False):
         extras["W_skip"] = array(D, D)
     k = 4 if activation in ("topk", "batch_topk") else None
-    settings = DictionaryConfig(activation, k, **config)
-    return Dictionary(array(D, N), array(N), array(N, D), array(D), settings, **extras).checked()
+    settings = SAEConfig(activation, k, **config)
+    return SAE(array(D, N), array(N), array(N, D), array(D), settings, **extras).checked()
 
 
 @pytest.mark.parametrize("folder", sorted(p.name for p in RECORDED.iterdir()))
 def test_what_other_libraries_wrote_means_the_same_here(folder: str) -> None:
     expected = load_file(RECORDED / folder / "expected.safetensors")
     path = RECORDED / folder
-    dictionary = load_dictionary(path / "autoencoder.pt" if folder == "openai" else path)
+    sae = load_sae(path / "autoencoder.pt" if folder == "openai" else path)
     x = jnp.asarray(expected["x"])
-    codes = np.asarray(dictionary.encode(x))
+    codes = np.asarray(sae.encode(x))
     if folder == "dictionary_learning_AutoEncoderTopK":
-        assert dictionary.config.k == 4
+        assert sae.config.k == 4
     np.testing.assert_allclose(codes, expected["codes"], atol=2e-5)
     # SAELens divides by a standard deviation + 1e-5, and multiplies by one without.
-    out = dictionary.reconstruct(x, jnp.asarray(codes))
+    out = sae.reconstruct(x, jnp.asarray(codes))
     np.testing.assert_allclose(out, expected["out"], atol=5e-5, rtol=2e-5)
     assert (codes > 0).any() and (codes == 0).any()
 
 
-WRITTEN: list[tuple[str, Dictionary]] = [
-    ("mergelab", _dictionary("topk", sites=2, metadata={"site": "blocks.1.resid_post"})),
-    ("mergelab", _dictionary("gated")),
-    ("mergelab", _dictionary("batch_topk", normalization="layer_norm")),
-    ("mergelab", _dictionary("topk", skip=True)),
-    ("saelens", _dictionary("topk", subtract_b_dec=True)),
-    ("saelens", _dictionary("gated")),
-    ("saelens", _dictionary("jump_relu", subtract_b_dec=True)),
-    ("saelens", _dictionary("relu", normalization="layer_norm")),
-    ("saelens", _dictionary("batch_topk")),
-    ("saelens", _dictionary("relu", skip=True)),
-    ("saelens", _dictionary("relu", reads=("blocks.1.resid_mid",), writes=("blocks.1.mlp.out",))),
-    ("saelens", _dictionary("jump_relu", skip=True)),
-    ("sparsify", _dictionary("topk", transcoder=True)),
-    ("sparsify", _dictionary("topk")),
-    ("sparsify", _dictionary("topk", skip=True)),
-    ("dictionary_learning", _dictionary("topk")),
-    ("dictionary_learning", _dictionary("jump_relu")),
-    ("openai", _dictionary("topk", normalization="layer_norm")),
-    ("openai", _dictionary("relu")),
-    ("gemma-scope", _dictionary("jump_relu")),
+WRITTEN: list[tuple[str, SAE]] = [
+    ("mergelab", _sae("topk", sites=2, metadata={"site": "blocks.1.resid_post"})),
+    ("mergelab", _sae("gated")),
+    ("mergelab", _sae("batch_topk", normalization="layer_norm")),
+    ("mergelab", _sae("topk", skip=True)),
+    ("saelens", _sae("topk", subtract_b_dec=True)),
+    ("saelens", _sae("gated")),
+    ("saelens", _sae("jump_relu", subtract_b_dec=True)),
+    ("saelens", _sae("relu", normalization="layer_norm")),
+    ("saelens", _sae("batch_topk")),
+    ("saelens", _sae("relu", skip=True)),
+    ("saelens", _sae("relu", reads=("blocks.1.resid_mid",), writes=("blocks.1.mlp.out",))),
+    ("saelens", _sae("jump_relu", skip=True)),
+    ("sparsify", _sae("topk", transcoder=True)),
+    ("sparsify", _sae("topk")),
+    ("sparsify", _sae("topk", skip=True)),
+    ("dictionary_learning", _sae("topk")),
+    ("dictionary_learning", _sae("jump_relu")),
+    ("openai", _sae("topk", normalization="layer_norm")),
+    ("openai", _sae("relu")),
+    ("gemma-scope", _sae("jump_relu")),
 ]
 
 
-@pytest.mark.parametrize(("name", "dictionary"), WRITTEN)
-def test_what_is_written_is_read_to_the_same_function(
-    tmp_path: Path, name: str, dictionary: Dictionary
-) -> None:
+@pytest.mark.parametrize(("name", "sae"), WRITTEN)
+def test_what_is_written_is_read_to_the_same_function(tmp_path: Path, name: str, sae: SAE) -> None:
     path = tmp_path / ("sae.pt" if name == "openai" else "sae")
-    save_dictionary(dictionary, path, name)
-    found = load_dictionary(path)
+    save_sae(sae, path, name)
+    found = load_sae(path)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((6, D)), jnp.float32)
-    np.testing.assert_allclose(found.encode(x), dictionary.encode(x), atol=2e-5)
-    np.testing.assert_allclose(found(x), dictionary(x), atol=5e-5)
+    np.testing.assert_allclose(found.encode(x), sae.encode(x), atol=2e-5)
+    np.testing.assert_allclose(found(x), sae(x), atol=5e-5)
     assert (np.asarray(found.encode(x)) > 0).any()
     if name == "mergelab":
-        assert found.config == dictionary.config
+        assert found.config == sae.config
     with pytest.raises(OutputError):
-        save_dictionary(dictionary, path, name)
+        save_sae(sae, path, name)
 
 
 def _lay_out(path: Path) -> dict[str, Any]:
@@ -107,19 +105,19 @@ def _lay_out(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("name", "recorded", "dictionary", "weights"),
+    ("name", "recorded", "sae", "weights"),
     [
-        ("saelens", "saelens_topk", _dictionary("topk", subtract_b_dec=True), "sae_weights.safetensors"),
-        ("saelens", "saelens_gated", _dictionary("gated"), "sae_weights.safetensors"),
-        ("saelens", "saelens_jumprelu", _dictionary("jump_relu"), "sae_weights.safetensors"),
-        ("sparsify", "sparsify_sae", _dictionary("topk"), "sae.safetensors"),
-        ("sparsify", "sparsify_skip", _dictionary("topk", skip=True), "sae.safetensors"),
+        ("saelens", "saelens_topk", _sae("topk", subtract_b_dec=True), "sae_weights.safetensors"),
+        ("saelens", "saelens_gated", _sae("gated"), "sae_weights.safetensors"),
+        ("saelens", "saelens_jumprelu", _sae("jump_relu"), "sae_weights.safetensors"),
+        ("sparsify", "sparsify_sae", _sae("topk"), "sae.safetensors"),
+        ("sparsify", "sparsify_skip", _sae("topk", skip=True), "sae.safetensors"),
     ],
 )
 def test_what_is_written_has_the_libraries_own_layout(
-    tmp_path: Path, name: str, recorded: str, dictionary: Dictionary, weights: str
+    tmp_path: Path, name: str, recorded: str, sae: SAE, weights: str
 ) -> None:
-    save_dictionary(dictionary, tmp_path / "sae", name)
+    save_sae(sae, tmp_path / "sae", name)
     assert _lay_out(tmp_path / "sae" / weights) == _lay_out(RECORDED / recorded / weights)
     mine = json.loads((tmp_path / "sae" / "cfg.json").read_text())
     theirs = json.loads((RECORDED / recorded / "cfg.json").read_text())
@@ -129,47 +127,45 @@ def test_what_is_written_has_the_libraries_own_layout(
 
 
 @pytest.mark.parametrize(
-    ("name", "dictionary", "words"),
+    ("name", "sae", "words"),
     [
-        ("sparsify", _dictionary("jump_relu"), "'jump_relu'.*export to 'mergelab'"),
-        ("sparsify", _dictionary("topk", normalization="layer_norm"), "'layer_norm'"),
-        ("openai", _dictionary("topk"), "'topk' with 'none'"),
-        ("gemma-scope", _dictionary("relu"), "'relu'"),
-        ("dictionary_learning", _dictionary("gated"), "'gated'"),
-        ("saelens", _dictionary("topk", skip=True), "transcoder"),
-        ("gemma-scope-2", _dictionary("jump_relu"), "read, not written"),
-        ("saelenz", _dictionary(), "did you mean 'saelens'"),
+        ("sparsify", _sae("jump_relu"), "'jump_relu'.*export to 'mergelab'"),
+        ("sparsify", _sae("topk", normalization="layer_norm"), "'layer_norm'"),
+        ("openai", _sae("topk"), "'topk' with 'none'"),
+        ("gemma-scope", _sae("relu"), "'relu'"),
+        ("dictionary_learning", _sae("gated"), "'gated'"),
+        ("saelens", _sae("topk", skip=True), "transcoder"),
+        ("gemma-scope-2", _sae("jump_relu"), "read, not written"),
+        ("saelenz", _sae(), "did you mean 'saelens'"),
     ],
 )
-def test_what_a_format_cannot_say_is_refused(
-    tmp_path: Path, name: str, dictionary: Dictionary, words: str
-) -> None:
+def test_what_a_format_cannot_say_is_refused(tmp_path: Path, name: str, sae: SAE, words: str) -> None:
     with pytest.raises(SAEError, match=words):
-        save_dictionary(dictionary, tmp_path / "sae", name)
+        save_sae(sae, tmp_path / "sae", name)
     assert not list(tmp_path.iterdir())
 
 
 def test_gemma_scope_2_is_read(tmp_path: Path) -> None:
-    dictionary = _dictionary("jump_relu", skip=True)
+    sae = _sae("jump_relu", skip=True)
     names = {"W_enc": "w_enc", "W_dec": "w_dec", "W_skip": "affine_skip_connection"}
-    arrays = {names.get(name, name): value for name, value in dictionary.as_numpy().items()}
+    arrays = {names.get(name, name): value for name, value in sae.as_numpy().items()}
     save_file(arrays, tmp_path / "params.safetensors")
     x = jnp.ones((3, D))
-    np.testing.assert_allclose(load_dictionary(tmp_path)(x), dictionary(x), atol=1e-5)
+    np.testing.assert_allclose(load_sae(tmp_path)(x), sae(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("format", ["mergelab", "saelens"])
 @pytest.mark.parametrize(("devices", "held"), [(8, 3), (5, 24)])
-def test_dictionaries_are_read_onto_meshes(tmp_path: Path, format: str, devices: int, held: int) -> None:
-    dictionary = _dictionary()
-    save_dictionary(dictionary, tmp_path / "sae", format)
+def test_saes_are_read_onto_meshes(tmp_path: Path, format: str, devices: int, held: int) -> None:
+    sae = _sae()
+    save_sae(sae, tmp_path / "sae", format)
     mesh = make_mesh({"latents": devices}, jax.devices()[:devices])
-    found = load_dictionary(tmp_path / "sae", mesh=mesh)
+    found = load_sae(tmp_path / "sae", mesh=mesh)
     # Latents that the devices cannot share equally stay whole on each.
     assert found.W_enc.addressable_shards[0].data.shape == (D, held)
     assert found.W_dec.addressable_shards[0].data.shape == (held, D)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((5, D)), jnp.float32)
-    np.testing.assert_allclose(found(x), dictionary(x), atol=1e-5)
+    np.testing.assert_allclose(found(x), sae(x), atol=1e-5)
 
 
 def _truncated(path: Path) -> None:
@@ -204,27 +200,27 @@ def _whole_numbers(path: Path) -> None:
 
 @pytest.mark.parametrize("spoil", [_truncated, _other_sizes, _unknown_key, _renamed, _flat, _whole_numbers])
 def test_spoilt_files_are_refused(tmp_path: Path, spoil: Any) -> None:
-    save_dictionary(_dictionary(), tmp_path / "sae")
+    save_sae(_sae(), tmp_path / "sae")
     spoil(tmp_path / "sae")
     with pytest.raises(CheckpointError, match="sae"):
-        load_dictionary(tmp_path / "sae")
+        load_sae(tmp_path / "sae")
 
 
 def test_files_that_could_run_something_are_refused(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "params.npz", W_enc=np.array([{}], object))
     with pytest.raises(CheckpointError, match=r"not a readable|no array"):
-        load_dictionary(tmp_path)
+        load_sae(tmp_path)
     with zipfile.ZipFile(tmp_path / "bad.pt", "w") as archive:
         archive.writestr("archive/data.pkl", b"cos\nsystem\n(S'true'\ntR.")
         archive.writestr("archive/data/0", rng.bytes(4))
     with pytest.raises(CheckpointError):
-        load_dictionary(tmp_path / "bad.pt")
+        load_sae(tmp_path / "bad.pt")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="not a dictionary of a known format"):
-        load_dictionary(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match="not an SAE of a known format"):
+        load_sae(tmp_path / "empty")
     with pytest.raises(CheckpointError, match="no such file"):
-        load_dictionary(tmp_path / "none")
+        load_sae(tmp_path / "none")
 
 
 _LOAD = """
@@ -242,9 +238,9 @@ for folder in sorted(root.iterdir()):
         from sparsify import SparseCoder
         model = SparseCoder.load_from_disk(folder)
         out = model(x).sae_out
-    elif folder.name.startswith("dictionary"):
-        from dictionary_learning.utils import load_dictionary
-        model, _ = load_dictionary(str(folder), "cpu")
+    elif folder.name.startswith("SAE"):
+        from dictionary_learning.utils import load_sae
+        model, _ = load_sae(str(folder), "cpu")
         out = model.decode(model.encode(x))
     elif folder.suffix == ".pt":
         state = torch.load(folder, weights_only=True)
@@ -272,12 +268,12 @@ def test_the_libraries_themselves_read_what_is_written(tmp_path: Path) -> None:
     x = np.random.default_rng(0).standard_normal((6, D)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
     wanted = {}
-    for i, (name, dictionary) in enumerate(WRITTEN):
+    for i, (name, sae) in enumerate(WRITTEN):
         if name in ("mergelab", "gemma-scope"):
             continue
         path = tmp_path / f"{name}{i}{'.pt' if name == 'openai' else ''}"
-        save_dictionary(dictionary, path, name)
-        wanted[path.name] = np.asarray(dictionary(jnp.asarray(x)))
+        save_sae(sae, path, name)
+        wanted[path.name] = np.asarray(sae(jnp.asarray(x)))
     subprocess.run([python, "-c", _LOAD, str(tmp_path)], check=True)
     assert len(wanted) > 10
     for name, out in wanted.items():
@@ -290,10 +286,10 @@ def test_the_libraries_themselves_read_what_is_written(tmp_path: Path) -> None:
 def test_every_format_is_made_beside_under_a_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    dictionary = dict(WRITTEN)[name]
+    sae = dict(WRITTEN)[name]
     path = tmp_path / ("sae.pt" if name == "openai" else "sae")
     with OutputLock(path), pytest.raises(OutputError, match="another run is writing this output"):
-        save_dictionary(dictionary, path, name)
+        save_sae(sae, path, name)
     assert not list(tmp_path.iterdir())
     replace = os.replace
 
@@ -308,10 +304,10 @@ def test_every_format_is_made_beside_under_a_lock(
     monkeypatch.setattr(os, "replace", checked)
     monkeypatch.setattr(OutputLock, "release", lambda lock, **_: os.close(lock._file))  # as a kill does
     with pytest.raises(Killed):
-        save_dictionary(dictionary, path, name)
+        save_sae(sae, path, name)
     monkeypatch.undo()
     before = path.read_bytes() if path.is_file() else {p.name: p.read_bytes() for p in path.iterdir()}
-    save_dictionary(dictionary, path, name)  # the same command again
+    save_sae(sae, path, name)  # the same command again
     assert (
         path.read_bytes() if path.is_file() else {p.name: p.read_bytes() for p in path.iterdir()}
     ) == before
@@ -350,6 +346,6 @@ def test_the_bytes_do_not_depend_on_the_clock(
         moment = time.struct_time((year, 2, 3, 4, 5, 6, 0, 1, 0))
         monkeypatch.setattr(time, "localtime", lambda _=None, moment=moment: moment)
         path = tmp_path / f"{year}.pt"
-        save_dictionary(dict(WRITTEN)[name], path, name)
+        save_sae(dict(WRITTEN)[name], path, name)
         found.append([file.read_bytes() for file in ([path] if path.is_file() else sorted(path.iterdir()))])
     assert found[0] == found[1]

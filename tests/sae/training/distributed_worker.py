@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from mergelab.errors import MergelabError
 from mergelab.processes import Terminated
-from mergelab.sae.formats import load_dictionary
+from mergelab.sae.formats import load_sae
 from mergelab.sae.training import train
 from mergelab.sae.training.checkpoints import Checkpoints
 from mergelab.sharding import make_mesh
@@ -70,8 +70,8 @@ def main(port: str, process: int, folder: Path) -> None:
     for name, mesh in MESHES.items():
         result = train({**CONFIG, "mesh": mesh}, folder / name)
         report[name] = {key: value for key, value in result.metrics.items() if "second" not in key}
-        again = load_dictionary(result.path, mesh=make_mesh(mesh))
-        same = jax.tree.map(jnp.array_equal, again.arrays(), result.dictionary.arrays())
+        again = load_sae(result.path, mesh=make_mesh(mesh))
+        same = jax.tree.map(jnp.array_equal, again.arrays(), result.sae.arrays())
         report[f"{name}, read again"] = {
             "same": all(bool(value) for value in same.values()),
             "held": {key: value.addressable_shards[0].data.shape for key, value in again.arrays().items()},

@@ -1,4 +1,4 @@
-"""Two real processes train one dictionary: the one that a single process trains."""
+"""Two real processes train one SAE: the one that a single process trains."""
 
 from __future__ import annotations
 

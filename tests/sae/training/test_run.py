@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from mergelab.errors import OutputError, SAEError
-from mergelab.sae.formats import load_dictionary
+from mergelab.sae.formats import load_sae
 from mergelab.sae.training import train
 from mergelab.sae.training.config import load_config
 from mergelab.sae.training.tracking import read_metrics
@@ -52,11 +52,11 @@ def test_a_small_config_trains_from_files(tmp_path: Path) -> None:
         overrides=["train.tokens=25600", "sae.k=5"],
         progress=lambda done, total, _: said.append(done),
     )
-    assert (result.steps, said[-1], result.dictionary.config.k) == (400, 400, 5)
+    assert (result.steps, said[-1], result.sae.config.k) == (400, 400, 5)
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(5, 401, 5))
     assert lines[-1]["nmse"] < 0.5 * lines[0]["nmse"]
-    found = load_dictionary(tmp_path / "run" / "final")
+    found = load_sae(tmp_path / "run" / "final")
     made = np.asarray(found(x[:512].astype(np.float32)))
     error = ((made - x[:512]) ** 2).sum() / ((x[:512] - x[:512].mean(axis=0)) ** 2).sum()
     assert error < 1.5 * lines[-1]["nmse"]  # raw activations, averaged weights
@@ -95,7 +95,7 @@ def test_a_killed_run_ends_in_the_same_bytes(tmp_path: Path, repository: Path, m
 
 
 def test_another_mesh_goes_on_to_tolerance(tmp_path: Path) -> None:
-    whole = train(CONFIG, tmp_path / "whole").dictionary
+    whole = train(CONFIG, tmp_path / "whole").sae
 
     class Stop(Exception):
         pass
@@ -107,7 +107,7 @@ def test_another_mesh_goes_on_to_tolerance(tmp_path: Path) -> None:
 
     with pytest.raises(Stop):
         train(CONFIG, tmp_path / "run", progress=stop)
-    moved = train({**CONFIG, "mesh": {"data": 2, "latents": 4}}, tmp_path / "run", resume=True).dictionary
+    moved = train({**CONFIG, "mesh": {"data": 2, "latents": 4}}, tmp_path / "run", resume=True).sae
     np.testing.assert_allclose(moved.W_dec, whole.W_dec, atol=2e-3)
     assert not np.array_equal(moved.W_dec, np.asarray(whole.W_dec)[::-1])
 

@@ -31,7 +31,7 @@ from mergelab.checkpoints.folder import weights_sha256
 from mergelab.quickstart.corpus import Corpus, gather
 from mergelab.report.pages import render_features
 from mergelab.sae.evaluation.controls import CONTROLS, control_sae, random_model
-from mergelab.sae.evaluation.probing_tasks import LabelledTokens, label_texts
+from mergelab.sae.evaluation.probing_tasks import LabeledTokens, label_texts
 from mergelab.sae.evaluation.scorecard import scorecard
 from mergelab.sae.features.explanations import Explanation, Match, Pattern
 from mergelab.sae.features.gallery import make_gallery
@@ -127,10 +127,10 @@ class Experiment:
         # A store is read in blocks: its contexts are mixed before they are written.
         wanted = -(-size.tokens // size.context)
         self.train = replace(train, tokens=train.tokens[order][:wanted])
-        self.labelled = _shuffled(
+        self.labeled = _shuffled(
             label_texts(model, _write(corpus, work / "held-out", held_out=True), size.context), size.judged
         )
-        self.source = replace(self.train, tokens=self.labelled.tokens)
+        self.source = replace(self.train, tokens=self.labeled.tokens)
         self.tokenizer: Tokenizer = load_tokenizer(model)
 
     def judge(self, program: str, seed: int) -> None:
@@ -144,7 +144,7 @@ class Experiment:
         card = scorecard(
             sae,
             random_model(self.source, seed) if program == "random model" else self.source,
-            labels=self.labelled.labels,
+            labels=self.labeled.labels,
             mask_token=self.tokenizer.mask_id,
             explained=self.size.scored,
             metrics=self.size.metrics,
@@ -274,9 +274,9 @@ def _write(corpus: Corpus, folder: Path, *, held_out: bool) -> list[Path]:
     return paths
 
 
-def _shuffled(found: LabelledTokens, contexts: int) -> LabelledTokens:
+def _shuffled(found: LabeledTokens, contexts: int) -> LabeledTokens:
     order = np.random.default_rng(0).permutation(len(found.tokens))[:contexts]
-    return LabelledTokens(found.tokens[order], {name: label[order] for name, label in found.labels.items()})
+    return LabeledTokens(found.tokens[order], {name: label[order] for name, label in found.labels.items()})
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -53,7 +53,7 @@ WITHOUT: Mapping[str, Mapping[str, Any]] = {
     "encoder not started as the transpose": {"tie_initial": False},
     "b_pre started at 0": {"center": False},
     "gradients not projected": {"project_gradients": False},
-    "decoder not renormalised": {"unit_decoder": False, "project_gradients": False},
+    "decoder not renormalized": {"unit_decoder": False, "project_gradients": False},
     "inputs not scaled": {"normalize": "none"},
 }
 """Settings that differ from the defaults, by what the table calls them."""

@@ -35,7 +35,7 @@ from mergelab.quickstart.family import END_OF_TEXT_ID, fresh_params, tokenizer_f
 from mergelab.quickstart.presets import PRESETS, QuickstartSettings
 from mergelab.quickstart.train import train_lm
 from mergelab.sae.evaluation.downstream import loss_curve
-from mergelab.sae.evaluation.probing_tasks import LabelledTokens, label_texts
+from mergelab.sae.evaluation.probing_tasks import LabeledTokens, label_texts
 from mergelab.sae.evaluation.scorecard import scorecard
 from mergelab.sae.sae import SAE, SAEConfig
 from mergelab.text.packing import random_windows, token_stream
@@ -125,8 +125,8 @@ class Bench:
         loaded, params = load_model(model)
         train = contexts_of_texts(model, texts, length)
         self.train = ModelActivations(loaded, params, train, (site,))
-        self.labelled = _held_out(corpus, model, work / "text", length, size.judged)
-        self.source = replace(self.train, tokens=self.labelled.tokens)
+        self.labeled = _held_out(corpus, model, work / "text", length, size.judged)
+        self.source = replace(self.train, tokens=self.labeled.tokens)
         self.curve = self._curve()
 
     def run(self, program: str, n: int, k: int, seed: int) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class Bench:
         if key not in self.results["runs"]:
             sae, seconds = self._train(program, n, k, seed)
             card = scorecard(
-                sae, self.source, labels=self.labelled.labels, mask_token=END_OF_TEXT_ID,
+                sae, self.source, labels=self.labeled.labels, mask_token=END_OF_TEXT_ID,
                 curve=self.curve, seed=seed,
             )  # fmt: skip
             found = {"scores": card.values(), "seconds": dict(card.seconds), "train_seconds": seconds}
@@ -192,7 +192,7 @@ class Bench:
         return rows[np.concatenate(epochs)[:wanted]]
 
 
-def _held_out(corpus: Corpus, model: Path, folder: Path, length: int, contexts: int) -> LabelledTokens:
+def _held_out(corpus: Corpus, model: Path, folder: Path, length: int, contexts: int) -> LabeledTokens:
     """Held-out code and prose, as files that tell the labels of tokens; contexts in a random order."""
     folder.mkdir(exist_ok=True)
     paths: list[Path] = []
@@ -202,7 +202,7 @@ def _held_out(corpus: Corpus, model: Path, folder: Path, length: int, contexts: 
             paths[-1].write_text(document.text, encoding="utf-8")
     found = label_texts(model, paths, length)
     order = np.random.default_rng(0).permutation(len(found.tokens))[:contexts]
-    return LabelledTokens(found.tokens[order], {name: label[order] for name, label in found.labels.items()})
+    return LabeledTokens(found.tokens[order], {name: label[order] for name, label in found.labels.items()})
 
 
 def _sae(arrays: Arrays, k: int) -> SAE:

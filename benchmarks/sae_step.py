@@ -3,7 +3,7 @@
     python -m benchmarks.sae_step --work DIR --peers-env VENV [--publish]
 
 Every turn of every program is a process of its own on two threads, and the programs take turns, so that a
-machine that slows down slows them all; start-up, initialisation and the first steps are not counted.
+machine that slows down slows them all; start-up, initialization and the first steps are not counted.
 `--publish` writes the table into benchmarks/README.md.
 """
 

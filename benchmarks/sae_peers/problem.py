@@ -99,7 +99,7 @@ def build(name: str, problem: Problem, sample: np.ndarray) -> Trainer:
     Args:
         name: of `TRAINERS`.
         problem: what to train.
-        sample: `[rows, d]` activations for an initialisation that looks at data; the peers use their first
+        sample: `[rows, d]` activations for an initialization that looks at data; the peers use their first
             batch instead.
     """
     module = importlib.import_module(f"benchmarks.sae_peers.{TRAINERS[name]}")

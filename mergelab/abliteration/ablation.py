@@ -33,7 +33,7 @@ class LayerKernel:
     `weight(l) = peak + (edge - peak) * |l - center| / reach` where `|l - center| <= reach`, else 0.
 
     Attributes:
-        peak: the weight at the centre.
+        peak: the weight at the center.
         center: in layers, not necessarily whole.
         edge: the weight at the distance `reach`.
         reach: in layers.

@@ -24,13 +24,13 @@ from mergelab.text.tokenizer import Tokenizer
 
 __all__ = [
     "REFUSAL_PHRASES",
-    "Behaviour",
+    "Behavior",
     "check_refusal_ids",
     "first_token_logits",
     "first_token_scores",
     "is_refusal",
     "kl_divergence",
-    "measure_behaviour",
+    "measure_behavior",
     "refusal_score",
     "refusal_tokens",
     "text_loss",
@@ -160,7 +160,7 @@ REFUSAL_PHRASES = (
 
 
 @dataclass(frozen=True)
-class Behaviour:
+class Behavior:
     """Figures of one model.
 
     Attributes:
@@ -237,7 +237,7 @@ def text_loss(
     return total / int(windows.is_target.sum())
 
 
-def measure_behaviour(
+def measure_behavior(
     model: Model,
     params: Params,
     harmful: Prompts,
@@ -251,7 +251,7 @@ def measure_behaviour(
     max_new_tokens: int = 32,
     windows: EvaluationWindows | None = None,
     batch: int = 32,
-) -> tuple[Behaviour, np.ndarray]:
+) -> tuple[Behavior, np.ndarray]:
     """The figures of a model, and its logits after harmless prompts, from which a later call measures KL.
 
     Args:
@@ -282,7 +282,7 @@ def measure_behaviour(
             )
         ]
     loss = None if windows is None else text_loss(model, params, windows, edit=edit)
-    found = Behaviour(
+    found = Behavior(
         rates[0], rates[1], float(refused.mean()), float(answered.mean()), float(kl.mean()), loss
     )
     return found, logits

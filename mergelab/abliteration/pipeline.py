@@ -15,7 +15,7 @@ from mergelab.abliteration.ablation import Ablation, Space
 from mergelab.abliteration.behavior import (
     REFUSAL_PHRASES,
     check_refusal_ids,
-    measure_behaviour,
+    measure_behavior,
     refusal_tokens,
     text_windows,
 )
@@ -205,11 +205,11 @@ def _measure(
         "batch": settings.batch,
     }
     tell("measuring", 0, 2)
-    before, logits = measure_behaviour(model, params, bad.measure, good.measure, ids, **options)
+    before, logits = measure_behavior(model, params, bad.measure, good.measure, ids, **options)
     tell("measuring", 1, 2)
     edited = abliterate_params(model, params, ablation, keep_norms=settings.keep_norms)
     del params
-    after, _ = measure_behaviour(model, edited, bad.measure, good.measure, ids, before=logits, **options)
+    after, _ = measure_behavior(model, edited, bad.measure, good.measure, ids, before=logits, **options)
     del edited
     tell("measuring", 2, 2)
     return Report(

@@ -28,7 +28,7 @@ __all__ = [
     "check_ablation",
     "edited_blocks",
     "induce",
-    "orthogonalise",
+    "orthogonalize",
     "writer_terms",
 ]
 
@@ -43,7 +43,7 @@ the direction comes back.
 """
 
 
-def orthogonalise(
+def orthogonalize(
     matrix: Float[Array, "*batch width"],
     direction: Float[Array, " width"],
     weight: Float[Array, ""] | float = 1.0,
@@ -137,12 +137,12 @@ def abliterate_params(
     for writer in writers(model):
         gain = None if writer.gain is None else arrays[writer.gain]
         direction, weight = writer_terms(model, writer, ablation, gain)
-        edited = _orthogonalise(arrays[writer.leaf], direction, weight, keep_norms=keep_norms)
+        edited = _orthogonalize(arrays[writer.leaf], direction, weight, keep_norms=keep_norms)
         arrays[writer.leaf] = edited
     return tree_from_leaves(arrays)
 
 
-_orthogonalise = jax.jit(orthogonalise, static_argnames="keep_norms")
+_orthogonalize = jax.jit(orthogonalize, static_argnames="keep_norms")
 
 
 _SITES = {"attention": "attn", "mlp": "mlp"}
@@ -153,7 +153,7 @@ def ablate(model: Model, params: Mapping[str, Any], ablation: Ablation) -> dict[
 
     Logits equal those of `abliterate_params` up to rounding, except where a tied embedding is edited: as the
     output embedding it loses the direction too, and no site lies between the last norm and the logits. There
-    the two differ by `(h . r) (E r)`, `h` being the normalised last stream.
+    the two differ by `(h . r) (E r)`, `h` being the normalized last stream.
 
     Args:
         model: a decoder.
@@ -233,7 +233,7 @@ def edited_blocks(
     keep_norms: KeepNorms = None,
     block: int = BLOCK,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The pieces of the edited matrix, in order: what `orthogonalise` makes of it, rounded once.
+    """The pieces of the edited matrix, in order: what `orthogonalize` makes of it, rounded once.
 
     Where a vector that is written lies across the rows of the file (a torch `Linear`, `[width, in]`), or
     norms run over all rows, the matrix is read twice or thrice: for the sums, and to edit.
@@ -243,7 +243,7 @@ def edited_blocks(
         direction: float32 `[width]`, of length 1 (or 0).
         weight: the share of it to remove.
         axis: the axis of `source` that runs over the residual stream.
-        keep_norms: as in `orthogonalise`.
+        keep_norms: as in `orthogonalize`.
         block: elements to work on at a time.
 
     Yields:

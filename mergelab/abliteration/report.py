@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from mergelab.abliteration.ablation import Ablation
-from mergelab.abliteration.behavior import Behaviour
+from mergelab.abliteration.behavior import Behavior
 from mergelab.abliteration.direction_selection import DirectionSelection
 from mergelab.abliteration.removal import KeepNorms
 from mergelab.abliteration.trial_search import SearchResult, Trial
@@ -27,7 +27,7 @@ refused, warnings inside answers stay, and what else shared the direction is cha
 of the first tokens of answers and of phrases, not of whether an answer is right, useful or dangerous.
 
 The model no longer declines what it was trained to decline. It is made for studying what safety training does
-to weights, and for testing defences that do not rest on refusals alone; it is not made to be deployed.
+to weights, and for testing defenses that do not rest on refusals alone; it is not made to be deployed.
 """
 _ROWS = {
     "harmful_refusals": "harmful prompts refused (answers with a refusal phrase)",
@@ -65,8 +65,8 @@ class Report:
     ablation: Ablation
     keep_norms: KeepNorms
     phrases: Sequence[str]
-    before: Behaviour
-    after: Behaviour
+    before: Behavior
+    after: Behavior
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -154,8 +154,8 @@ class Report:
         return f"- A search of {len(self.search.trials)} trials over what is removed where chose: {values}."
 
     @staticmethod
-    def _figures(behaviour: Behaviour) -> dict[str, Any]:
-        return asdict(behaviour) | {"perplexity": behaviour.perplexity}
+    def _figures(behavior: Behavior) -> dict[str, Any]:
+        return asdict(behavior) | {"perplexity": behavior.perplexity}
 
 
 def _cell(name: str, value: float) -> str:

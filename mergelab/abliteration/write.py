@@ -76,7 +76,7 @@ def write_abliterated(
         The folder.
 
     Raises:
-        CheckpointError: a tensor is missing, of another shape, or quantised.
+        CheckpointError: a tensor is missing, of another shape, or quantized.
         NonFiniteError: a tensor that is edited holds NaN or infinity.
         MergelabError: the model is an encoder, or the ablation does not fit it.
         OutputError: the folder cannot be written.
@@ -163,7 +163,7 @@ def _tensor(checkpoint: FolderCheckpoint, name: str, shape: tuple[int, ...]) -> 
     if found.shape != shape or not is_float(found.dtype):
         raise CheckpointError(
             f"{checkpoint.path}: tensor {name!r} is {found.dtype} {list(found.shape)}, but floating-point "
-            f"{list(shape)} was expected; dequantise the model, or correct its config.json."
+            f"{list(shape)} was expected; dequantize the model, or correct its config.json."
         )
     return found
 

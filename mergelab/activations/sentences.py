@@ -49,12 +49,12 @@ def _embed(
     tokens: Int[Array, "batch length"],
     mask: Bool[Array, "batch length"],
     pooling: Pooling,
-    normalise: bool,
+    normalize: bool,
 ) -> Float[Array, "batch width"]:
     hidden = model.apply(params, tokens, mask=mask).hidden
     assert hidden is not None
     vectors = pool(hidden.astype(jnp.float32), mask, pooling)
-    if not normalise:
+    if not normalize:
         return vectors
     return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
@@ -68,7 +68,7 @@ class SentenceEncoder:
         params: its parameters.
         tokenizer: its own, without padding.
         pooling: how the states of a text's tokens become one vector.
-        normalise: whether vectors have length 1.
+        normalize: whether vectors have length 1.
         max_length: tokens of a text; the rest is cut off.
     """
 
@@ -76,7 +76,7 @@ class SentenceEncoder:
     params: Params
     tokenizer: tokenizers.Tokenizer
     pooling: Pooling
-    normalise: bool
+    normalize: bool
     max_length: int
 
     def encode(self, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
@@ -105,7 +105,7 @@ class SentenceEncoder:
             for row, i in enumerate(rows):
                 tokens[row, : len(ids[i])] = ids[i]
                 mask[row, : len(ids[i])] = True
-            found[rows] = _embed(self.model, self.params, tokens, mask, self.pooling, self.normalise)
+            found[rows] = _embed(self.model, self.params, tokens, mask, self.pooling, self.normalize)
         return found
 
 
@@ -114,7 +114,7 @@ def load_sentence_encoder(
 ) -> SentenceEncoder:
     """Loads a folder of the sentence-transformers layout: an encoder, `tokenizer.json`, `modules.json`.
 
-    Without `modules.json` vectors are means and not normalised.
+    Without `modules.json` vectors are means and not normalized.
 
     Args:
         path: the folder.
@@ -126,7 +126,7 @@ def load_sentence_encoder(
             of a kind that is not implemented.
     """
     folder = Path(path)
-    pooling, normalise = _modules(folder)
+    pooling, normalize = _modules(folder)
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(f"{folder} has no tokenizer.json, which text needs; add the model's own.")
@@ -149,11 +149,11 @@ def load_sentence_encoder(
         limit = min(limit, given)
     # The special tokens at both ends survive the cut.
     tokenizer.enable_truncation(limit)
-    return SentenceEncoder(model, params, tokenizer, pooling, normalise, limit)
+    return SentenceEncoder(model, params, tokenizer, pooling, normalize, limit)
 
 
 def _modules(folder: Path) -> tuple[Pooling, bool]:
-    """The pooling, and whether vectors are normalised."""
+    """The pooling, and whether vectors are normalized."""
     file = folder / "modules.json"
     if not file.is_file():
         return "mean", False

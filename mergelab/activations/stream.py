@@ -200,7 +200,7 @@ class ActivationStream:
 
 
 def _read(source: ActivationSource, numbers: np.ndarray) -> np.ndarray:
-    """Rows by number, neighbours in one piece."""
+    """Rows by number, neighbors in one piece."""
     cuts = np.flatnonzero(np.diff(numbers) != 1) + 1
     spans = [(int(part[0]), int(part[-1]) + 1) for part in np.split(numbers, cuts)]
     return np.concatenate([source.read(*span) for span in spans])

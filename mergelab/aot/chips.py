@@ -17,7 +17,7 @@ class Chip:
         flops: bfloat16 operations per second.
         bandwidth: bytes per second between the chip and its memory.
         memory: bytes of that memory.
-        network: bytes per second to all of the chip's neighbours together, in one direction.
+        network: bytes per second to all of the chip's neighbors together, in one direction.
     """
 
     flops: float

@@ -13,7 +13,7 @@ _ALIGNMENT = 64
 
 
 def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
-    """An uninitialised C-contiguous array that starts at a multiple of 64 bytes."""
+    """An uninitialized C-contiguous array that starts at a multiple of 64 bytes."""
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
@@ -30,7 +30,7 @@ class Staging:
         self._free: list[np.ndarray] = []
 
     def take(self, shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
-        """Aligned, uninitialised memory of this shape; its contents may be an earlier user's."""
+        """Aligned, uninitialized memory of this shape; its contents may be an earlier user's."""
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         large = [memory for memory in self._free if memory.nbytes >= size]
         if large:

@@ -227,7 +227,7 @@ def _apply(
     name = merge.place(target)
     weight = tensors[name]
     if not is_float(weight.dtype) or not (is_float(a.dtype) and is_float(b.dtype)):
-        raise CheckpointError(f"{folder}: {name!r} is stored as {weight.dtype}; dequantise the model first")
+        raise CheckpointError(f"{folder}: {name!r} is stored as {weight.dtype}; dequantize the model first")
     linear, transposed = (b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])
     if merge.conv1d is None:
         stored_transposed = weight.shape == transposed and (linear != transposed or config.fan_in_fan_out)

@@ -132,7 +132,7 @@ def _checked_entry(place: str, entry: Any) -> tuple[str, tuple[int, ...], int, i
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in SAFETENSORS:
         remedy = (
-            "it is packed below one byte per element: dequantise the model first"
+            "it is packed below one byte per element: dequantize the model first"
             if dtype in _SUB_BYTE
             else f"the known ones are {', '.join(SAFETENSORS)}"
         )

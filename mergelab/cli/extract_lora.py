@@ -27,7 +27,7 @@ _WORST = 5
 @click.option("--out", "-o", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--rank", type=WholeNumber(1), help="Largest rank of a module's factors.")
 @click.option("--energy", type=ANY_NUMBER, help="Fraction of each squared norm to keep, by the least rank.")
-@click.option("--randomized", is_flag=True, help="A randomised SVD: much faster for large matrices.")
+@click.option("--randomized", is_flag=True, help="A randomized SVD: much faster for large matrices.")
 @click.option("--target", "targets", multiple=True, metavar="GLOB", help="Only modules of such names.")
 @click.option(
     "--embeddings",
@@ -43,7 +43,7 @@ _WORST = 5
     show_default=True,
     help="Stored dtype of the factors.",
 )
-@click.option("--seed", type=Seed(fold=False), default=0, show_default=True, help="Seeds the randomised SVD.")
+@click.option("--seed", type=Seed(fold=False), default=0, show_default=True, help="Seeds the randomized SVD.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")
 @click.option("--json", "as_json", is_flag=True, help="Print ranks and errors of all modules as JSON.")
 def command(finetuned: Path, base: Path, out: Path, as_json: bool, **options: Any) -> None:

@@ -40,7 +40,7 @@ _ENGINE = ("memory", "threads", "allow_nonfinite", "dtype", "overwrite")  # pass
 @click.option("--last", type=WholeNumber(1), help="How many checkpoints `--method last` averages.")
 @click.option("--decay", type=Number(0, 1), help="Decay of `--method ema`.")
 @click.option("--evaluate", metavar="COMMAND", help="Scores a model on validation data; see below.")
-@click.option("--text", type=click.Path(path_type=Path), help="Validation text: minimise bits per byte.")
+@click.option("--text", type=click.Path(path_type=Path), help="Validation text: minimize bits per byte.")
 @click.option("--test-evaluate", metavar="COMMAND", help="Scores on test data, only once the soup is made.")
 @click.option("--test-text", type=click.Path(path_type=Path), help="Test text, likewise.")
 @click.option("--timeout", type=Number(0, min_open=True), help="Seconds one evaluation may take.")

@@ -213,8 +213,8 @@ class RepetitionPenalty:
 
     def __call__(self, logits: Logits, history: History) -> Logits:
         penalty = per_row(self.penalty)
-        penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
-        return jnp.where(history.seen, penalised, logits)
+        penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
+        return jnp.where(history.seen, penalized, logits)
 
 
 @transform

@@ -5,7 +5,7 @@ With codes `f` of an activation `x` and codes `g` after the change, every edit i
     x -> x + scale * (g - f) @ W_dec
 
 which is the reconstruction from `g` plus the error term `x - SAE(x)`, without computing either. `scale` is 1,
-or the token's standard deviation where the SAE reads normalised tokens.
+or the token's standard deviation where the SAE reads normalized tokens.
 """
 
 from __future__ import annotations

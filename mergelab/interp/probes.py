@@ -1,6 +1,6 @@
 """Linear probes of activations: least squares, ridge and logistic regression, solved exactly, many at once.
 
-The objectives are scikit-learn's: intercepts are not penalised, and data are neither scaled nor weighted.
+The objectives are scikit-learn's: intercepts are not penalized, and data are neither scaled nor weighted.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Probe:
 
 
 def fit_linear(x: Any, y: Any) -> Probe:
-    """Least squares: minimises `|y - x w - b|^2`; of several solutions the one with the smallest `w`.
+    """Least squares: minimizes `|y - x w - b|^2`; of several solutions the one with the smallest `w`.
 
     Args:
         x: activations `[rows, width]`.
@@ -52,7 +52,7 @@ def fit_linear(x: Any, y: Any) -> Probe:
 
 
 def fit_ridge(x: Any, y: Any, l2: float = 1.0) -> Probe:
-    """Ridge regression: minimises `|y - x w - b|^2 + l2 |w|^2`, through one singular value decomposition.
+    """Ridge regression: minimizes `|y - x w - b|^2 + l2 |w|^2`, through one singular value decomposition.
 
     Args:
         x: activations `[rows, width]`.
@@ -68,7 +68,7 @@ def fit_ridge(x: Any, y: Any, l2: float = 1.0) -> Probe:
 
 
 def fit_logistic(x: Any, y: Any, l2: float = 1.0, *, steps: int = 50, targets_at_once: int = 8) -> Probe:
-    """Logistic regression: minimises `sum log(1 + exp(-s z)) + l2 / 2 |w|^2`, `z = x w + b`, `s = 2 y - 1`.
+    """Logistic regression: minimizes `sum log(1 + exp(-s z)) + l2 / 2 |w|^2`, `z = x w + b`, `s = 2 y - 1`.
 
     Damped Newton steps, until a step changes nothing. `l2` is scikit-learn's `1 / C`.
 

@@ -44,9 +44,9 @@ def mean_difference(
 def principal_difference(
     positive: Float[Array, "pairs width"], negative: Float[Array, "pairs width"]
 ) -> Float[Array, " width"]:
-    """The first principal axis of the differences of pairs, not centred, of length 1 (arXiv:2310.01405).
+    """The first principal axis of the differences of pairs, not centered, of length 1 (arXiv:2310.01405).
 
-    It is the `v` that maximises the mean of `((p - n) . v)^2`, turned so that `v . mean(p - n) >= 0`.
+    It is the `v` that maximizes the mean of `((p - n) . v)^2`, turned so that `v . mean(p - n) >= 0`.
 
     Raises:
         SiteError: the two do not pair up.

@@ -91,7 +91,7 @@ class _Setting:
         if self.energy is not None:
             rank_for_energy(np.ones(1, np.float32), self.energy, 1.0)
         if self.randomized and self.rank is None:
-            raise OperatorError("the randomised SVD needs a rank, which an energy may then undercut.")
+            raise OperatorError("the randomized SVD needs a rank, which an energy may then undercut.")
 
     def approximate(self, name: str, delta: np.ndarray) -> LowRank:
         if self.randomized and self.rank is not None:
@@ -144,7 +144,7 @@ def extract_lora(
         targets: globs over module names (`*.self_attn.*`): only these may enter the adapter.
         embeddings: whether changed embeddings are stored whole, as `lora_embedding` factors, or left out.
         dtype: the stored dtype of the factors.
-        seed: for the randomised SVD.
+        seed: for the randomized SVD.
         overwrite: replace a non-empty `out` that mergelab wrote.
         progress: called with the bytes of the base dealt with.
 
@@ -302,7 +302,7 @@ def _difference(tuned: TensorSource, base: TensorSource) -> np.ndarray | None:
             return None
         raise CheckpointError(
             f"tensor {base.name!r} is {base.dtype} and differs between the models; an adapter changes "
-            "floating-point weights only: dequantise the model first"
+            "floating-point weights only: dequantize the model first"
         )
     delta = new.astype(np.float32) - old.astype(np.float32)
     if not np.isfinite(delta).all():

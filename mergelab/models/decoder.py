@@ -1,7 +1,7 @@
 """The decoder that every causal family shares, as flax.linen modules driven by a `DecoderConfig`.
 
-The modules are linen, not nnx: `init` and `apply` are pure functions of a plain parameter SAE, which
-is the object that merging, optax and checkpoints all work on.
+The modules are linen, not nnx: `init` and `apply` are pure functions of a plain dictionary of parameters,
+which is the object that merging, optax and checkpoints all work on.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Rotation = tuple[Float[Array, "batch length half"], Float[Array, "batch length h
 class Block(nn.Module):
     """One transformer block.
 
-    What attention and MLP add to the stream is their `out` site; in a sandwich block it is normalised first,
+    What attention and MLP add to the stream is their `out` site; in a sandwich block it is normalized first,
     so the sites hold what is really added.
     """
 
@@ -96,7 +96,7 @@ class Decoder(nn.Module):
         cache: Cache | None,
         tap: Tap,
     ) -> tuple[Float[Array, "batch length vocab"] | None, Stream | None, Cache | None]:
-        """Returns the logits (float32), the normalised last stream, and the cache with these tokens.
+        """Returns the logits (float32), the normalized last stream, and the cache with these tokens.
 
         Logits and stream are None if the tap is done before them.
 

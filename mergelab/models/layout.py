@@ -19,7 +19,7 @@ __all__ = [
     "box_size",
     "intersection",
     "join",
-    "normalise",
+    "normalize",
     "relative",
     "runs",
     "slices",
@@ -52,7 +52,7 @@ def slices(box: Box) -> tuple[slice | EllipsisType, ...]:
     return (*(slice(low, high) for low, high in box), ...)
 
 
-def normalise(index: Sequence[slice], shape: Sequence[int]) -> Box:
+def normalize(index: Sequence[slice], shape: Sequence[int]) -> Box:
     """The box that an index of slices without steps, as shardings give it, takes of an array."""
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 

@@ -15,7 +15,7 @@ from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.checkpoints.source import Checkpoint, TensorSource
 from mergelab.errors import CheckpointError, did_you_mean
 from mergelab.models.families import model_from_config
-from mergelab.models.layout import Box, normalise, whole
+from mergelab.models.layout import Box, normalize, whole
 from mergelab.models.model import Model, Params
 from mergelab.models.shard_reader import Reading, ShardReader
 from mergelab.models.table import Leaf, stored_shapes, tree_from_leaves
@@ -108,7 +108,7 @@ def _boxes(leaf: Leaf, sharding: NamedSharding | None) -> list[Box]:
     if sharding is None:
         return [whole(leaf.shape)]
     indices = sharding.addressable_devices_indices_map(leaf.shape).values()
-    return list(dict.fromkeys(normalise(index, leaf.shape) for index in indices if index is not None))
+    return list(dict.fromkeys(normalize(index, leaf.shape) for index in indices if index is not None))
 
 
 def _to_devices(
@@ -122,7 +122,7 @@ def _to_devices(
         array = jax.device_put(read[whole(leaf.shape)], may_alias=True)
     else:
         parts = [
-            jax.device_put(read[normalise(index, leaf.shape)], device, may_alias=True)
+            jax.device_put(read[normalize(index, leaf.shape)], device, may_alias=True)
             for device, index in sharding.addressable_devices_indices_map(leaf.shape).items()
             if index is not None
         ]

@@ -24,7 +24,7 @@ from mergelab.models.layout import (
     box_shape,
     intersection,
     join,
-    normalise,
+    normalize,
     relative,
     runs,
     slices,
@@ -216,7 +216,7 @@ def _held(array: Any, distributed: bool) -> dict[Box, Any]:
     if distributed and array.is_fully_addressable and jax.process_index() != 0:
         return {}
     return {
-        normalise(shard.index, array.shape): shard.data
+        normalize(shard.index, array.shape): shard.data
         for shard in array.addressable_shards
         if shard.replica_id == 0
     }

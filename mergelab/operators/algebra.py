@@ -187,7 +187,7 @@ def _upto(
     base = None if base is None else base.astype(wide)
     xs = tuple(v.astype(wide) for v in values)
     if formula.deltas and base is not None:
-        # Unrounded differences keep XLA's CPU backend from vectorising the sums over them (10 x slower).
+        # Unrounded differences keep XLA's CPU backend from vectorizing the sums over them (10 x slower).
         xs = tuple(rounded(x - base) for x in xs)
     for stage, results in zip(formula.stages[:stop], known, strict=False):
         xs = stage.apply(xs, base, region, results)

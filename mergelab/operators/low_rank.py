@@ -1,4 +1,4 @@
-"""Low-rank approximations of a matrix: the exact truncated SVD, and a randomised one for large ones."""
+"""Low-rank approximations of a matrix: the exact truncated SVD, and a randomized one for large ones."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def randomized_svd(
         rank: how many triples are kept.
         key: a `jax.random` key: the draw of the starting subspace.
         oversampling: further dimensions of that subspace.
-        iterations: subspace iterations, each with an orthonormalisation of both sides.
+        iterations: subspace iterations, each with an orthonormalization of both sides.
     """
     matrix = matrix.astype(jnp.float32)
     width = min(rank + oversampling, *matrix.shape)

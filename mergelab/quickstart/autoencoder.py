@@ -31,7 +31,7 @@ class Features:
     """An autoencoder's figures on held-out text, and a few of its latents.
 
     Attributes:
-        figures: normalised MSE, L0 and so on, held out; the SAE's sizes.
+        figures: normalized MSE, L0 and so on, held out; the SAE's sizes.
         latents: per latent its number, density, and contexts as (token text, strength 0 to 1) pairs.
     """
 

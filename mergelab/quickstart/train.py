@@ -25,7 +25,7 @@ class TrainSettings:
     """How long and how fast to learn.
 
     Attributes:
-        steps: optimiser steps.
+        steps: optimizer steps.
         learning_rate: the peak, reached after `warmup_steps`; the cosine ends at a tenth of it.
         warmup_steps: steps of linear warm-up.
         weight_decay: AdamW's, on matrices only.
@@ -68,7 +68,7 @@ def train_lm(
         apply: the model, `(params, tokens) -> logits`; the same object compiles once for equal settings.
         params: start of training, left untouched.
         batches: int32 windows `[batch, length + 1]`.
-        settings: schedule and optimiser.
+        settings: schedule and optimizer.
         on_step: called after every step with its number, from 1, and the parameters, which the next step
             overwrites: copy them to keep them.
 

@@ -84,7 +84,7 @@ def _percent(fraction: float | None) -> str:
 
 @dataclass(frozen=True)
 class _Palette:
-    """Colours; those of the kinds are told apart by the colour-blind and in grey."""
+    """Colors; those of the kinds are told apart by the color-blind and in grey."""
 
     ink: str
     faint: str
@@ -152,10 +152,8 @@ def _panel(ax: Axes, title: str, values: list[float], scores: list[ComparedScore
     ax.hlines(range(len(values)), values[0], values, colors=palette.faint, linewidth=2, zorder=1)
     best = min(values)
     for row, (value, score) in enumerate(zip(values, scores, strict=True)):
-        colour = palette.of(score.kind)
-        ax.plot(
-            value, row, _MARKERS[score.kind], color=colour, markersize=7 if value == best else 5, zorder=2
-        )
+        color = palette.of(score.kind)
+        ax.plot(value, row, _MARKERS[score.kind], color=color, markersize=7 if value == best else 5, zorder=2)
         if value == best:
             ax.annotate(
                 f"{value:.3f}",
@@ -164,7 +162,7 @@ def _panel(ax: Axes, title: str, values: list[float], scores: list[ComparedScore
                 textcoords="offset points",
                 ha="center",
                 fontsize=8,
-                color=colour,
+                color=color,
             )
     ax.margins(x=0.12)
     ax.locator_params(axis="x", nbins=4)

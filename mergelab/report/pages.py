@@ -108,7 +108,7 @@ def page_data(gallery: Gallery, words: Callable[[int], str]) -> dict[str, Any]:
             "bars": happened.histogram[i].tolist(),
             "near": [
                 [int(n), _short(v)]
-                for n, v in zip(happened.neighbours[i], happened.likeness[i], strict=True)
+                for n, v in zip(happened.neighbors[i], happened.likeness[i], strict=True)
                 if v > 0
             ],
             "examples": examples,

@@ -40,7 +40,7 @@ def layer_norm(x: Array) -> tuple[Array, Array, Array]:
         x: `[tokens, d]`, d at least 2.
 
     Returns:
-        The normalised tokens, and what undoes it: means and scales `[tokens, 1]`.
+        The normalized tokens, and what undoes it: means and scales `[tokens, 1]`.
     """
     mean = x.mean(axis=-1, keepdims=True)
     scale = x.std(axis=-1, keepdims=True, ddof=1) + _EPS

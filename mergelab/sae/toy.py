@@ -39,7 +39,7 @@ class ToyTruth:
         n_features: how many true features.
         l0: features on in an average row.
         exponent: of the power law of their frequencies; 0 makes all equally frequent.
-        group_size: features, neighbours in frequency, that tend to be on together; 1 makes all independent.
+        group_size: features, neighbors in frequency, that tend to be on together; 1 makes all independent.
         lift: how much likelier two features of a group are on together than if they were independent; less
             where a feature is on in more than one of `lift` rows. Frequencies stay as they are.
         mean_norm: norm of a vector that is added to every row.

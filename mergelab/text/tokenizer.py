@@ -146,7 +146,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             "give token ids in place of text."
         )
     backend = open_tokenizer_file(path)
-    # What a file remembers of its last use for padding would change the ids of a text with its neighbours.
+    # What a file remembers of its last use for padding would change the ids of a text with its neighbors.
     backend.no_padding()
     backend.no_truncation()
     config = _json(folder / "tokenizer_config.json")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mergelab.abliteration.ablation import Ablation, LayerKernel, unit
-from mergelab.abliteration.removal import ablate, abliterate_params, induce, orthogonalise
+from mergelab.abliteration.removal import ablate, abliterate_params, induce, orthogonalize
 from mergelab.errors import MergelabError
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model, Output, Params
@@ -105,19 +105,19 @@ def test_kept_norms_are_exact_and_say_what_they_cost() -> None:
     rng = np.random.default_rng(3)
     kernel, bias = jnp.asarray(rng.normal(size=(40, 24)), jnp.float32), jnp.asarray(rng.normal(size=24))
     r = unit(jnp.asarray(rng.normal(size=24), jnp.float32))
-    plain = orthogonalise(kernel, r)
-    written = orthogonalise(kernel, r, keep_norms="written")
-    coordinate = orthogonalise(kernel, r, keep_norms="coordinate")
+    plain = orthogonalize(kernel, r)
+    written = orthogonalize(kernel, r, keep_norms="written")
+    coordinate = orthogonalize(kernel, r, keep_norms="coordinate")
     np.testing.assert_allclose(jnp.linalg.norm(written, axis=1), jnp.linalg.norm(kernel, axis=1), rtol=1e-6)
     np.testing.assert_allclose(
         jnp.linalg.norm(coordinate, axis=0), jnp.linalg.norm(kernel, axis=0), rtol=1e-6
     )
     assert np.abs(plain @ r).max() < 1e-5 and np.abs(written @ r).max() < 1e-5
     assert 1e-3 < np.abs(coordinate @ r).max() < 0.5 * np.abs(kernel @ r).max()
-    half = orthogonalise(bias.astype(jnp.float32), r, 0.5, keep_norms="written")
+    half = orthogonalize(bias.astype(jnp.float32), r, 0.5, keep_norms="written")
     np.testing.assert_allclose(half @ r, 0.5 * bias @ r, atol=1e-5)
     inside = jnp.tensordot(jnp.arange(1.0, 4.0), r, 0)
-    np.testing.assert_allclose(orthogonalise(inside, r, keep_norms="written"), 0, atol=1e-6)
+    np.testing.assert_allclose(orthogonalize(inside, r, keep_norms="written"), 0, atol=1e-6)
 
 
 def test_the_in_memory_edit_keeps_dtypes_and_shardings() -> None:

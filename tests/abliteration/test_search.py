@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mergelab.abliteration.ablation import Ablation, Space
-from mergelab.abliteration.behavior import measure_behaviour, text_loss, text_windows
+from mergelab.abliteration.behavior import measure_behavior, text_loss, text_windows
 from mergelab.abliteration.directions import Directions
 from mergelab.abliteration.removal import ablate, abliterate_params
 from mergelab.abliteration.trial_search import SearchResult, Trial, frontier, search_ablation
@@ -63,18 +63,18 @@ def test_the_best_trial_ends_refusals_at_little_cost(found: SearchResult) -> Non
 
 def test_figures_are_those_of_the_edited_weights(planted: Planted, space: Space, found: SearchResult) -> None:
     model, params = planted.model, planted.params
-    before = measure_behaviour(model, params, HARMFUL, HARMLESS, IDS, batch=64)[1]
+    before = measure_behavior(model, params, HARMFUL, HARMLESS, IDS, batch=64)[1]
     windows = text_windows(text(), 0, 9)
     for trial in (found.trials[0], found.trials[5], found.trials[-1]):
         ablation = space.ablation(jnp.asarray(list(trial.parameters.values()), jnp.float32))
         edited = abliterate_params(model, params, ablation)
-        after, _ = measure_behaviour(
+        after, _ = measure_behavior(
             model, edited, HARMFUL, HARMLESS, IDS, before=before, windows=windows, batch=64
         )
         assert trial.kl == pytest.approx(after.kl, abs=1e-4)
         assert trial.loss == pytest.approx(after.loss, abs=1e-4)
         edit = ablate(model, params, ablation)
-        hooked, _ = measure_behaviour(
+        hooked, _ = measure_behavior(
             model, params, HARMFUL, HARMLESS, IDS, edit=edit, before=before, windows=windows, batch=64
         )
         assert asdict(hooked) == pytest.approx(asdict(after), abs=1e-4)
@@ -105,8 +105,8 @@ def test_the_same_search_finds_the_same_and_kept_norms_are_searched_as_they_are_
     assert run(0) == one and run(1)[1] != one[1] and run(1)[0] == one[0]
     ablation = space.ablation(jnp.asarray(space.plain(), jnp.float32))
     edited = abliterate_params(planted.model, planted.params, ablation, keep_norms="written")
-    before = measure_behaviour(planted.model, planted.params, HARMFUL, HARMLESS, IDS, batch=64)[1]
-    after, _ = measure_behaviour(planted.model, edited, HARMFUL, HARMLESS, IDS, before=before, batch=64)
+    before = measure_behavior(planted.model, planted.params, HARMFUL, HARMLESS, IDS, batch=64)[1]
+    after, _ = measure_behavior(planted.model, edited, HARMFUL, HARMLESS, IDS, before=before, batch=64)
     assert one[0][1] == pytest.approx(after.kl, abs=1e-4)
 
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mergelab.abliteration.ablation import Ablation, unit
-from mergelab.abliteration.removal import KeepNorms, abliterate_params, edited_blocks, orthogonalise
+from mergelab.abliteration.removal import KeepNorms, abliterate_params, edited_blocks, orthogonalize
 from mergelab.abliteration.write import write_abliterated
 from mergelab.checkpoints import open_checkpoint
 from mergelab.errors import CheckpointError, MergelabError, NonFiniteError, OutputError
@@ -88,7 +88,7 @@ def test_blocks_are_the_whole(dtype: Any, keep_norms: KeepNorms, tmp_path: Path)
     r = np.asarray(unit(jnp.asarray(rng.normal(size=24), jnp.float32)))
     save_file({"in": matrix, "out": np.ascontiguousarray(matrix.T)}, tmp_path / "m.safetensors")
     tensors = open_checkpoint(tmp_path / "m.safetensors").tensors
-    expected = np.asarray(orthogonalise(jnp.asarray(matrix), jnp.asarray(r), 0.8, keep_norms=keep_norms))
+    expected = np.asarray(orthogonalize(jnp.asarray(matrix), jnp.asarray(r), 0.8, keep_norms=keep_norms))
     for name, axis in (("in", 1), ("out", 0)):
         for block in (1, 100, 1 << 20):
             pieces = list(edited_blocks(tensors[name], r, 0.8, axis=axis, keep_norms=keep_norms, block=block))
@@ -153,7 +153,7 @@ def test_faults_name_the_tensor(tmp_path: Path) -> None:
         save_file({**tensors, **change}, source / "model.safetensors", metadata={"format": "pt"})
 
     replaced({name: tensors[name].astype(np.int8)})
-    with pytest.raises(CheckpointError, match=f"{name}' is int8.*dequantise"):
+    with pytest.raises(CheckpointError, match=f"{name}' is int8.*dequantize"):
         write_abliterated(source, tmp_path / "out", ablation)
     replaced({name: np.where(tensors[name] > 1, np.nan, tensors[name]).astype(np.float32)})
     with pytest.raises(NonFiniteError, match=f"'{name}' holds NaN"):

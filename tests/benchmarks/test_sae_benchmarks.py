@@ -44,7 +44,7 @@ def test_the_truth_is_judged_as_the_truth() -> None:
     half = {**arrays, "W_dec": np.concatenate([arrays["W_dec"][:8], -arrays["W_dec"][8:]])}
     judged = sae_quality.judge(half, EASY, k=10)
     assert judged["nmse"] > 0.5 and judged["above"] == 0.5
-    # A centre that is subtracted and added changes nothing; one that is only added does.
+    # A center that is subtracted and added changes nothing; one that is only added does.
     shifted = {**arrays, "b_dec": np.ones(16, np.float32), "b_enc": np.ones(16, np.float32) @ arrays["W_enc"]}
     assert sae_quality.judge(shifted, EASY, k=10)["nmse"] > 0.5
 

@@ -238,5 +238,5 @@ def test_integer_weights_are_refused(case: Path) -> None:
     tensors = safetensors.numpy.load_file(case / "model.safetensors")
     tensors["layers.0.up.weight"] = tensors["layers.0.up.weight"].astype(np.int8)
     safetensors.numpy.save_file(tensors, case / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"'layers\.0\.up\.weight' is stored as int8; dequantise"):
+    with pytest.raises(CheckpointError, match=r"'layers\.0\.up\.weight' is stored as int8; dequantize"):
         with_lora(open_checkpoint(case / "model.safetensors"), case / "adapter")

@@ -122,7 +122,7 @@ BROKEN = {
         raw_file({"x": entry("Q9", [2], 0, 8)}, bytes(8)),
         "tensor 'x' has the unknown dtype 'Q9'",
     ),
-    "sub-byte": (raw_file({"x": entry("F4", [2], 0, 1)}, bytes(1)), "dequantise"),
+    "sub-byte": (raw_file({"x": entry("F4", [2], 0, 1)}, bytes(1)), "dequantize"),
     "bad shape": (raw_file({"x": entry("F32", [2.0], 0, 8)}, bytes(8)), "tensor 'x' has shape"),  # type: ignore[list-item]
     "boolean shape": (raw_file({"x": entry("F32", [True], 0, 4)}, bytes(4)), "tensor 'x' has shape"),
     "negative": (raw_file({"x": entry("F32", [-2], 0, 8)}, bytes(8)), "-2 is negative"),

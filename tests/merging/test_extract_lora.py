@@ -131,7 +131,7 @@ def test_energy_takes_the_least_rank_and_rank_caps_it(tmp_path: Path, tuned: dic
     assert all(error**2 > 0.2 for error in fewer.errors.values())
 
 
-def test_the_randomised_one_is_nearly_as_good_and_repeatable(
+def test_the_randomized_one_is_nearly_as_good_and_repeatable(
     tmp_path: Path, tuned: dict[str, np.ndarray]
 ) -> None:
     exact = extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / "exact", rank=4)
@@ -261,7 +261,7 @@ def test_models_that_do_not_belong_together(
         ({}, "neither a rank nor an energy"),
         ({"rank": 0}, "rank is 0"),
         ({"energy": 1.5}, "energy to keep is 1.5"),
-        ({"energy": 0.5, "randomized": True}, "randomised SVD needs a rank"),
+        ({"energy": 0.5, "randomized": True}, "randomized SVD needs a rank"),
     ],
 )
 def test_sizes_that_make_no_sense(

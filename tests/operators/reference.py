@@ -11,7 +11,7 @@ Array = np.ndarray
 
 
 def slerp(a: Array, b: Array, t: float) -> Array:
-    """The arc from `a` to `b`, unnormalised; a straight line where they are nearly parallel."""
+    """The arc from `a` to `b`, unnormalized; a straight line where they are nearly parallel."""
     cosine = np.clip(np.vdot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)), -1, 1)
     if abs(cosine) > 0.9995:
         return (1 - t) * a + t * b
@@ -24,7 +24,7 @@ def linear(models: Sequence[Array], weight: Sequence[float]) -> Array:
 
 
 def multislerp(models: Sequence[Array], weight: Sequence[float]) -> Array:
-    """One tangent step at the normalised weighted mean direction, at the weighted mean norm."""
+    """One tangent step at the normalized weighted mean direction, at the weighted mean norm."""
     w = np.asarray(weight, np.float64) / np.sum(weight)
     norms = np.array([np.linalg.norm(x) for x in models])
     units = np.stack([x.ravel() / n for x, n in zip(models, norms, strict=True)])

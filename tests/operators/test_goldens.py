@@ -181,7 +181,7 @@ def test_half_precision_is_float32_maths_rounded_once(name: str, recorded: dict[
 def test_cancelling_directions_give_the_weighted_sum(recorded: dict[str, Case]) -> None:
     """The two deltas are opposite up to the rounding of `X - B`, so their mean direction is noise.
 
-    Its length is 2.4e-8; mergekit, whose limit is 1e-8, normalises it and returns a point in a random
+    Its length is 2.4e-8; mergekit, whose limit is 1e-8, normalizes it and returns a point in a random
     direction. Directions shorter than 1e-6, float32's resolution, fall back to the weighted sum here.
     """
     case = recorded["multislerp_anti2_base"]

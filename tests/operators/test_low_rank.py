@@ -1,4 +1,4 @@
-"""Low-rank approximation: Eckart and Young's error, determinism, energy, and the randomised variant."""
+"""Low-rank approximation: Eckart and Young's error, determinism, energy, and the randomized variant."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_energies_out_of_range_are_refused(energy: float) -> None:
         rank_for_energy(np.ones(3, np.float32), energy, 3.0)
 
 
-def test_the_randomised_one_is_nearly_best_and_repeatable() -> None:
+def test_the_randomized_one_is_nearly_best_and_repeatable() -> None:
     full = matrix(60, 48, decay=0.9)
     key = jax.random.key(7)
     svd = randomized_svd(full, 10, key)
@@ -109,7 +109,7 @@ def test_a_matrix_of_the_rank_is_found_exactly_by_both() -> None:
         np.testing.assert_allclose(product(svd), exact, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["exact", "randomised"])
+@pytest.mark.parametrize("method", ["exact", "randomized"])
 def test_sharded_matrices_give_the_same(method: str) -> None:
     full = matrix(64, 40)
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("fsdp", "tensor"))

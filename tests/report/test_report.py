@@ -116,5 +116,5 @@ def test_the_page_escapes_text_marks_the_best_and_loads_nothing() -> None:
     assert page.index(">base<") < page.index(">code</th>\n<td") < page.index(">worse<")
     assert "3 s in all" in page
     assert '<span style="--s: 0.10">if</span><span style="--s: 1.00"> &lt;x&gt;</span>' in page
-    assert "normalised MSE 0.250" in page
+    assert "normalized MSE 0.250" in page
     assert not re.search(r"""(src|href|srcset)=["'](?!data:)|@import|url\(|<script""", page)

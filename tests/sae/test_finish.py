@@ -1,4 +1,4 @@
-"""A finished SAE makes of raw activations what the training made of normalised ones."""
+"""A finished SAE makes of raw activations what the training made of normalized ones."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def test_auxiliary_gradients(dead_share: float) -> None:
 
 
 @pytest.mark.parametrize("options", [{"kind": "relu", "l1": 0.3}, {"kind": "gated", "l1": 0.3}])
-def test_penalised_gradients(options: dict[str, Any]) -> None:
+def test_penalized_gradients(options: dict[str, Any]) -> None:
     kind = options.pop("kind")
     variant = make_variant(kind, d_in=D, n_latents=N, **options)
     params, x = _params(variant), _batch()

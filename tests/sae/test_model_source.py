@@ -194,7 +194,7 @@ def test_a_full_disk_is_a_sentence_and_the_next_call_goes_on(
     assert _files(begun.with_name("acts")) == _files(begun.with_name("whole"))
 
 
-def test_quantisation_is_off_by_half_a_step() -> None:
+def test_quantization_is_off_by_half_a_step() -> None:
     rows = np.random.default_rng(0).standard_normal((50, 9)).astype(np.float32)
     rows[7] = 0
     values, scales = quantized(rows)

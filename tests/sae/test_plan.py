@@ -40,7 +40,7 @@ def test_each_device_holds_its_part_of_the_state(options: dict[str, Any]) -> Non
     arguments = lowered.compile().memory_analysis().argument_size_in_bytes
     latents = 256 // 4
     split = 4 * latents * (32 + 1 + 32) + latents  # four copies of the parameters, and the counters
-    whole = 4 * 32 + 2 * 32  # four of b_pre, and two normalisations
+    whole = 4 * 32 + 2 * 32  # four of b_pre, and two normalizations
     batch = 2 * 64 // 2 * 32
     assert 4 * (split + whole) <= arguments <= 4 * (split + whole + batch) + 1000
 

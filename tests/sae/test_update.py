@@ -1,4 +1,4 @@
-"""The optimiser's step, beside optax's Adam with a learning rate for each kind of parameter."""
+"""The optimizer's step, beside optax's Adam with a learning rate for each kind of parameter."""
 
 from __future__ import annotations
 

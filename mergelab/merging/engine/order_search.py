@@ -70,7 +70,7 @@ class KeySearch:
 
         Args:
             sample: some of the keys.
-            independent: False for a sample of runs, whose neighbours resemble each other, so that it is
+            independent: False for a sample of runs, whose neighbors resemble each other, so that it is
                 worth less than its size.
         """
         if sample.size:

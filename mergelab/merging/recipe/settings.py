@@ -118,7 +118,7 @@ def _is_list(data: Any) -> bool:
 
 def _entry(data: Any, place: str) -> Entry:
     if not isinstance(data, Mapping):
-        raise ValueError(f"{place}expected {{filter, value}} like its neighbours, found {quoted(data)}")
+        raise ValueError(f"{place}expected {{filter, value}} like its neighbors, found {quoted(data)}")
     unknown = [key for key in data if key not in ("filter", "value")]
     if unknown:
         raise ValueError(f"{place}unknown key {quoted(unknown[0])}: an entry has 'filter' and 'value' only")

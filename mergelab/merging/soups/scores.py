@@ -180,7 +180,7 @@ class Lexicographic:
 
 @dataclass(frozen=True)
 class WeightedScores:
-    """The sum of `weight * worth` over metrics or their names; `worth` is negated for metrics to minimise."""
+    """The sum of `weight * worth` over metrics or their names; `worth` is negated for metrics to minimize."""
 
     terms: tuple[tuple[Objective, float], ...]
 

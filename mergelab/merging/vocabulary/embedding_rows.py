@@ -120,7 +120,7 @@ _BLOCK = 1 << 20  # elements read at a time when averaging all rows
 class RowSource:
     """`own` with its rows laid out by a `RowMap`; reads only the rows that a piece touches.
 
-    Rows of neighbouring places are read in one go. A mean is taken in float32 and rounded once; a row from a
+    Rows of neighboring places are read in one go. A mean is taken in float32 and rounded once; a row from a
     tensor of another dtype is rounded to this one's.
     """
 
@@ -176,7 +176,7 @@ class RowSource:
                 self._copy(int(self._place[begin]), low + shift, piece)
 
     def _runs(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """Splits output rows `[begin, end)` where the rows to read stop being neighbours."""
+        """Splits output rows `[begin, end)` where the rows to read stop being neighbors."""
         place, row = self._place[begin:end], self._row[begin:end]
         together = (place[1:] == place[:-1]) & (row[1:] == row[:-1] + 1) & (place[1:] != _COMPUTED)
         edges = [0, *(np.flatnonzero(~together) + 1).tolist(), end - begin]

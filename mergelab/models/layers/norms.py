@@ -1,4 +1,4 @@
-"""RMS and layer normalisation, computed in float32, with their data-dependent factor as a site."""
+"""RMS and layer normalization, computed in float32, with their data-dependent factor as a site."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class NormKind:
 class Norm(nn.Module):
     """`(x - mean) * factor * (offset + scale) + bias` over the last axis; RMS norms have no mean and no bias.
 
-    The factor is `1 / sqrt(mean(x^2) + eps)` (Zhang & Sennrich, arXiv:1910.07467), or the same of the centred
+    The factor is `1 / sqrt(mean(x^2) + eps)` (Zhang & Sennrich, arXiv:1910.07467), or that of the centered
     `x` (Ba et al., arXiv:1607.06450). With a site's name it passes the tap as `{site}.scale`, `[..., 1]`.
     """
 

@@ -23,7 +23,7 @@ def linear(weight: Annotated[Any, PerModel()], normalize: bool = True) -> Merge:
     """
     if normalize and total_weight(weight) == 0:
         raise OperatorError(
-            "linear: the weights sum to 0, so they cannot be normalised; change a weight or set "
+            "linear: the weights sum to 0, so they cannot be normalized; change a weight or set "
             "`normalize: false`."
         )
     w = weights(weight)

@@ -23,7 +23,7 @@ __all__ = ["Karcher", "MultiSlerp", "NuSlerp", "Slerp", "karcher", "multislerp",
 
 @algebraic
 class Slerp(GramReduction):
-    """`sin((1-t) theta) / sin theta * A + sin(t theta) / sin theta * B`, A the base, on unnormalised vectors.
+    """`sin((1-t) theta) / sin theta * A + sin(t theta) / sin theta * B`, A the base, on unnormalized vectors.
 
     Where `|cos theta| > .9995` (antiparallel too) it is `(1-t) A + t B`; norms up to 1e-8 count as 1.
     """
@@ -61,7 +61,7 @@ Along = Literal["all", "row", "column"]
 
 @algebraic
 class NuSlerp(Reduction):
-    """Slerp at `t = w1 / (w0 + w1)` (.5 where `|w0 + w1| < 1e-6`) on unnormalised vectors.
+    """Slerp at `t = w1 / (w0 + w1)` (.5 where `|w0 + w1| < 1e-6`) on unnormalized vectors.
 
     Vectors are whole tensors (`along="all"`), rows along the last axis (`row`), or the lines along the
     first axis (`column`). Colinear ones are interpolated linearly: where `sin^2 <= 1e-7`, the smallest that a
@@ -181,7 +181,7 @@ def nuslerp(
 class MultiSlerp(GramReduction):
     """One tangent step on the unit sphere, at the weighted mean direction, rescaled by the mean norm.
 
-    `u_i = x_i / (|x_i| + eps)`, `m = sum w_i u_i`; `T = sum w_i (u_i - (u_i . m) m)` for `m` normalised, and
+    `u_i = x_i / (|x_i| + eps)`, `m = sum w_i u_i`; `T = sum w_i (u_i - (u_i . m) m)` for `m` normalized, and
     the result is `(m cos tau + T sin tau / tau) sum w_i |x_i|` with `tau = |T| + eps`.
     """
 
@@ -236,7 +236,7 @@ def multislerp(
     normalize_weights: bool = True,
     eps: Annotated[float, Range(0.0, 1.0)] = 1e-8,
 ) -> Merge:
-    """Weighted barycentre on the sphere, in one tangent step; with a base, of the differences from it.
+    """Weighted barycenter on the sphere, in one tangent step; with a base, of the differences from it.
 
     Raises:
         OperatorError: `normalize_weights` and the weights sum to zero; or, when run, the weighted directions
@@ -244,7 +244,7 @@ def multislerp(
     """
     if normalize_weights and total_weight(weight) == 0:
         raise OperatorError(
-            "multislerp: the weights sum to 0, so they cannot be normalised; change a weight or set "
+            "multislerp: the weights sum to 0, so they cannot be normalized; change a weight or set "
             "`normalize_weights: false`."
         )
     return Merge((), MultiSlerp(weights(weight), eps, normalize_weights))

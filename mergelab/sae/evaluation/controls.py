@@ -35,7 +35,7 @@ def random_state(
     Args:
         variant: the SAE's hyper-parameters.
         key: a `jax.random` key.
-        sample: `[rows, d_in]` activations; the centre is their geometric median, as in a training.
+        sample: `[rows, d_in]` activations; the center is their geometric median, as in a training.
         target_sample: `[rows, d_out]`, for a transcoder.
     """
     return initialize(variant, TrainingRecipe(steps=1, batch_size=1, ema=0), key, sample, target_sample)
@@ -55,7 +55,7 @@ def freeze_decoder(step: Step, initial: TrainState, ema: float) -> Step:
         state, metrics = step(state, x, y)
         average = state.average
         if average:
-            # The weights of an average that is not yet normalised sum to 1 - ema^steps.
+            # The weights of an average that is not yet normalized sum to 1 - ema^steps.
             weight = 1 - ema ** state.step.astype(jnp.float32)
             average = {**average, "decoder": weight * decoder}
         # A copy: the next step donates its state, and this decoder must outlive it.

@@ -20,7 +20,7 @@ from mergelab.checkpoints.text_file import MAX_PROSE, read_text
 from mergelab.errors import SAEError
 from mergelab.text.tokenizer import load_tokenizer
 
-__all__ = ["TASKS", "LabelledTokens", "character_labels", "label_texts"]
+__all__ = ["TASKS", "LabeledTokens", "character_labels", "label_texts"]
 
 TASKS: Mapping[str, str] = {
     "is_code": "Python, outside of comments and strings",
@@ -43,7 +43,7 @@ _CODE = ("is_code", "in_string", "in_comment", "is_keyword", "is_operator", "is_
 
 
 @dataclass(frozen=True)
-class LabelledTokens:
+class LabeledTokens:
     """Contexts with the answers to every task.
 
     Attributes:
@@ -111,7 +111,7 @@ def _python(text: str, found: Mapping[str, np.ndarray]) -> None:
             found["is_number"][span] = kind == "NUMBER"
 
 
-def label_texts(model: Path, texts: Sequence[Path], length: int) -> LabelledTokens:
+def label_texts(model: Path, texts: Sequence[Path], length: int) -> LabeledTokens:
     """Files in the tokens of a model's folder, with answers; files named `*.py` are Python.
 
     The contexts are those of `mergelab.activations.capture.contexts_of_texts`.
@@ -140,7 +140,7 @@ def label_texts(model: Path, texts: Sequence[Path], length: int) -> LabelledToke
     # Tokens that are none of the text are a no to every task.
     packed = cut_contexts(answers, length, None if end is None else 0, None if frame is None else (0, 0))
     labels = {name: (packed >> i & 1).astype(bool) for i, name in enumerate(_NAMES)}
-    return LabelledTokens(tokens, labels)
+    return LabeledTokens(tokens, labels)
 
 
 def _answer(bits: np.ndarray, solid: np.ndarray, span: tuple[int, int]) -> int:

@@ -53,7 +53,7 @@ class RecoveryPoint:
         k: latents kept per token, or None for a threshold.
         threshold: above which latents are kept, or None for a k.
         l0: latents active in an average row.
-        nmse: normalised mean squared error.
+        nmse: normalized mean squared error.
         explained_variance: 1 - variance of the error over that of the activations.
     """
 

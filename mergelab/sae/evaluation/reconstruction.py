@@ -132,14 +132,14 @@ class Totals:
                 f"activations of shape {list(x.shape)} and reconstructions of shape {list(out.shape)} do not "
                 f"fit together; expected [rows, {len(self.origin)}] for both."
             )
-        centred, error = x - self.origin, x - out
+        centered, error = x - self.origin, x - out
         norm, out_norm = np.linalg.norm(x, axis=1), np.linalg.norm(out, axis=1)
         dot, norms = (x * out).sum(axis=1), norm * out_norm
         return Totals(
             origin=self.origin,
             rows=self.rows + len(x),
-            x=self.x + centred.sum(axis=0),
-            square=self.square + float((centred * centred).sum()),
+            x=self.x + centered.sum(axis=0),
+            square=self.square + float((centered * centered).sum()),
             error=self.error + error.sum(axis=0),
             error_square=self.error_square + float((error * error).sum()),
             cosine=self.cosine + float((dot[norms > 0] / norms[norms > 0]).sum()),

@@ -29,7 +29,7 @@ class ScalingLaw:
     eta: float
 
     def __call__(self, n: np.ndarray | float, k: np.ndarray | float) -> np.ndarray:
-        """Normalised error of SAEs of n latents with k active."""
+        """Normalized error of SAEs of n latents with k active."""
         return np.exp(_log_terms(np.array(astuple(self)), np.log(n), np.log(k))).sum(axis=0)
 
 

@@ -56,18 +56,18 @@ class Scorecard:
         return {name: score.value for name, score in self.scores.items()}
 
 
-def applicable_metrics(source: ModelActivations, *, labelled: bool) -> tuple[str, ...]:
+def applicable_metrics(source: ModelActivations, *, labeled: bool) -> tuple[str, ...]:
     """The metrics this model and text allow: some need next-token logits, an encoder or labels of tokens."""
-    return tuple(name for name, metric in METRICS.items() if _lacking(metric, source, labelled) is None)
+    return tuple(name for name, metric in METRICS.items() if _lacking(metric, source, labeled) is None)
 
 
-def _lacking(metric: Metric, source: ModelActivations, labelled: bool) -> str | None:
+def _lacking(metric: Metric, source: ModelActivations, labeled: bool) -> str | None:
     causal = source.model.family.architecture.causal
     if metric.needs_logits and not causal:
         return "next-token logits"
     if metric.needs_encoder and causal:
         return "an encoder's embeddings of texts"
-    return "labels of tokens" if metric.needs_labels and not labelled else None
+    return "labels of tokens" if metric.needs_labels and not labeled else None
 
 
 def scorecard(
@@ -144,7 +144,7 @@ def _asked(
 ) -> tuple[str, ...]:
     """The metrics to run, each known and possible."""
     if metrics is None:
-        return applicable_metrics(source, labelled=labels is not None)
+        return applicable_metrics(source, labeled=labels is not None)
     for name in metrics:
         if name not in METRICS:
             raise SAEError(

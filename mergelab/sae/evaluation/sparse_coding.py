@@ -74,7 +74,7 @@ def lasso(
     tolerance: float = 1e-7,
     tokens_at_once: int = 256,
 ) -> Codes:
-    """Minimises `1/2 |x - f A|^2 + l1 |f|_1` by proximal gradient steps; see `elastic_net` with `l2` 0."""
+    """Minimizes `1/2 |x - f A|^2 + l1 |f|_1` by proximal gradient steps; see `elastic_net` with `l2` 0."""
     return elastic_net(
         x, atoms, l1, 0.0, nonnegative=nonnegative, accelerate=accelerate, steps=steps, tolerance=tolerance,
         tokens_at_once=tokens_at_once,
@@ -93,7 +93,7 @@ def elastic_net(
     tolerance: float = 1e-7,
     tokens_at_once: int = 256,
 ) -> Codes:
-    """Minimises `1/2 |x - f A|^2 + l1 |f|_1 + l2/2 |f|^2`.
+    """Minimizes `1/2 |x - f A|^2 + l1 |f|_1 + l2/2 |f|^2`.
 
     ISTA, or FISTA (Beck & Teboulle 2009) that restarts its momentum where it points uphill (O'Donoghue &
     Candes 2015). Steps are `1 / (largest eigenvalue of A A^T + l2)`. Penalties are not divided by d: they are
@@ -299,7 +299,7 @@ class EncoderGap:
 
 
 def coding_target(sae: SAE, x: Float[Array, "tokens d"]) -> Float[Array, "tokens d"]:
-    """What the decoder's rows must sum to: `x` less `b_dec`, after the SAE's own normalisation.
+    """What the decoder's rows must sum to: `x` less `b_dec`, after the SAE's own normalization.
 
     Raises:
         SAEError: the SAE does not reconstruct what it reads.

@@ -152,7 +152,7 @@ def rank_agreement(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def _similarities(embeddings: np.ndarray) -> np.ndarray:
-    """Cosines of all pairs, `[texts, texts]`; a text is not its own neighbour."""
+    """Cosines of all pairs, `[texts, texts]`; a text is not its own neighbor."""
     found = embeddings @ embeddings.T
     np.fill_diagonal(found, -np.inf)
     return found

@@ -27,7 +27,7 @@ class Gallery:
     Attributes:
         site: where the SAE reads.
         survey: densities, peaks, and each latent's strongest contexts.
-        activity: histograms and neighbours, of the latents shown.
+        activity: histograms and neighbors, of the latents shown.
         effects: on logits, of the same latents in the same order; None where there are none.
         explained: N2G explanations of some of them, with precision and recall on text they are not made of.
         children: of some of them, what they have become in a wider SAE (`hierarchy`).
@@ -164,7 +164,7 @@ def _feature(gallery: Gallery, sae: SAE, words: Callable[[int], str], i: int) ->
         "neuron_alignment_indices": aligned.tolist(),
         "neuron_alignment_values": _rounded(written[aligned]),
         "neuron_alignment_l1": _rounded(np.abs(written[aligned]) / max(float(np.abs(written).sum()), 1e-12)),
-        "correlated_features_indices": happened.neighbours[i].tolist(),
+        "correlated_features_indices": happened.neighbors[i].tolist(),
         "correlated_features_pearson": _rounded(happened.likeness[i]),
         "frac_nonzero": round(float(gallery.survey.density[latent]), 8),
         "maxActApprox": round(peak, 6),

@@ -55,7 +55,7 @@ def match_features(one: SAE, other: SAE, *, one_to_one: bool = True) -> FeatureM
     Trainings with the same seed begin from the same directions, latent by latent, whatever their width:
     compare such of different seeds.
 
-    One-to-one pairs maximise the sum of cosines (Hungarian algorithm) for at most 4096 latents; beyond, they
+    One-to-one pairs maximize the sum of cosines (Hungarian algorithm) for at most 4096 latents; beyond, they
     are taken greedily from the most alike pair of each row on. Otherwise every latent has its nearest.
 
     Args:

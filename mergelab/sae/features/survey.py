@@ -132,14 +132,14 @@ class Activity:
         histogram: `[m, bins]`, int64, tokens by activation, in equal bins from 0 to each latent's peak;
             tokens on which it is not active are in none.
         mean: `[m]`, mean activation where active; 0 for those never active.
-        neighbours: `[m, most]`, the numbers of the latents most often active on the same tokens, among `m`.
+        neighbors: `[m, most]`, the numbers of the latents most often active on the same tokens, among `m`.
         likeness: `[m, most]`, tokens on which both are active over the geometric mean of those of each.
     """
 
     latents: np.ndarray
     histogram: np.ndarray
     mean: np.ndarray
-    neighbours: np.ndarray
+    neighbors: np.ndarray
     likeness: np.ndarray
 
 
@@ -162,7 +162,7 @@ def activity(
         latents: `[m]`, those to look at.
         peak: `[n_latents]`, the largest activation of each on this text (`Survey.peak`).
         bins: of a histogram.
-        most: neighbours per latent, fewer where there are not so many latents.
+        most: neighbors per latent, fewer where there are not so many latents.
         contexts: use so many of the text's; all by default.
         progress: is told contexts done and contexts in all.
 
@@ -194,7 +194,7 @@ def activity(
         latents=np.asarray(latents),
         histogram=histogram,
         mean=total / np.maximum(times, 1),
-        neighbours=np.asarray(latents)[order],
+        neighbors=np.asarray(latents)[order],
         likeness=np.take_along_axis(alike, order, axis=1),
     )
 

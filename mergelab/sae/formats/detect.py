@@ -31,14 +31,14 @@ class FileFormat:
     Attributes:
         read: makes an SAE of a folder or file.
         write: writes an SAE to a new folder or file, or to the locked place of one (`reserve`).
-        recognise: whether a folder or file is of this format.
-        looks_for: what `recognise` looks for, in words.
+        recognize: whether a folder or file is of this format.
+        looks_for: what `recognize` looks for, in words.
         one_file: whether it is a file, not a folder.
     """
 
     read: Callable[[Path], SAE]
     write: Callable[[SAE, Any], None]
-    recognise: Callable[[Path], bool]
+    recognize: Callable[[Path], bool]
     looks_for: str
     one_file: bool = False
 
@@ -111,7 +111,7 @@ def load_sae(path: str | Path, format: str | None = None, *, mesh: Mesh | None =
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
-    kind = _format(format) if format is not None else _recognised(path)
+    kind = _format(format) if format is not None else _recognized(path)
     if mesh is not None and kind is FORMATS["mergelab"]:
         return read_own(path, mesh)
     try:
@@ -121,9 +121,9 @@ def load_sae(path: str | Path, format: str | None = None, *, mesh: Mesh | None =
     return found if mesh is None else place_sae(found, mesh)
 
 
-def _recognised(path: Path) -> FileFormat:
+def _recognized(path: Path) -> FileFormat:
     for kind in FORMATS.values():
-        if kind.recognise(path):
+        if kind.recognize(path):
             return kind
     wanted = "; ".join(f"{name}: {kind.looks_for}" for name, kind in FORMATS.items())
     raise CheckpointError(f"{path}: not an SAE of a known format ({wanted}); name its format")

@@ -124,7 +124,7 @@ def write_dictionary_learning(sae: SAE, path: Path | WorkFolder) -> None:
     if not sae.is_autoencoder:
         raise refuse("dictionary_learning", f"a transcoder ({sae.mapping()})", "'mergelab'")
     if config.normalization != "none" or sae.W_skip is not None:
-        raise refuse("dictionary_learning", "a normalisation or a skip path", "'mergelab'")
+        raise refuse("dictionary_learning", "a normalization or a skip path", "'mergelab'")
     trainer: dict[str, Any] = {"activation_dim": sae.d_in, "dict_size": sae.n_latents}
     trainer |= _named(config)
     if config.activation == "topk":

@@ -140,7 +140,7 @@ def write_gemma_scope(sae: SAE, path: Path | WorkFolder) -> None:
     if config.activation not in ("jump_relu", "batch_topk"):
         raise refuse("gemma-scope", f"the activation {config.activation!r}", "'mergelab' or 'saelens'")
     if config.normalization != "none" or config.subtract_b_dec or sae.W_skip is not None:
-        raise refuse("gemma-scope", "a normalisation, a subtracted b_dec or a skip path", "'mergelab'")
+        raise refuse("gemma-scope", "a normalization, a subtracted b_dec or a skip path", "'mergelab'")
     said = _hooks(sae)
     if not sae.is_autoencoder and "hook_name_out" not in said:
         raise refuse("gemma-scope", "a transcoder whose sites are not known", "'mergelab' or 'saelens'")

@@ -22,7 +22,7 @@ __all__ = ["read_openai", "write_openai"]
 def read_openai(path: Path, k: int | None = None) -> SAE:
     """Reads an autoencoder of OpenAI's release.
 
-    Its loader normalises each token exactly where the file says `TopK`, so the SAE does too
+    Its loader normalizes each token exactly where the file says `TopK`, so the SAE does too
     (`normalization` is `layer_norm`).
 
     Args:

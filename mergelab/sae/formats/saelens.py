@@ -42,7 +42,7 @@ def read_saelens(path: Path) -> SAE:
     """Reads a folder of SAELens.
 
     Raises:
-        CheckpointError: a file is missing, or of an architecture or normalisation that is not supported.
+        CheckpointError: a file is missing, or of an architecture or normalization that is not supported.
     """
     settings = FormatSettings.read(path / "cfg.json")
     cfg: dict[str, Any] = dict(settings.values)

@@ -172,7 +172,7 @@ def top_k_codes(
     """The codes that keep the k largest pre-activations of each token and rectify them, for several k.
 
     Args:
-        x: `[tokens, d_in]`, centred.
+        x: `[tokens, d_in]`, centered.
         encoder: `[n, d_in]`, this shard's rows.
         bias: `[n]`.
         ks: how many latents to keep, over all shards; may be traced.

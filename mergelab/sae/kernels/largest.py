@@ -164,7 +164,7 @@ def search(
     """The k largest pre-activations of each token.
 
     Args:
-        x: `[tokens, d_in]`, centred.
+        x: `[tokens, d_in]`, centered.
         encoder: `[n, d_in]`.
         bias: `[n]`.
         k: how many, at most n.

@@ -57,11 +57,11 @@ def auxiliary_gradients(
     reconstruction's mean squared error over the variance of the error in this batch.
 
     Args:
-        variant: says whether inputs are centred by the decoder's bias.
+        variant: says whether inputs are centered by the decoder's bias.
         params: this device's shard.
         grads: gradients of the main loss, shares of a sum over shards of the batch.
         dead: `[n]`, bool.
-        x: `[tokens, d_in]`, this device's tokens, not centred.
+        x: `[tokens, d_in]`, this device's tokens, not centered.
         error: `[tokens, d_out]`, target minus reconstruction.
         k: how many dead latents a token uses, over all shards.
         coefficient: of the loss.
@@ -80,12 +80,12 @@ def auxiliary_gradients(
     scale = jnp.where(variance > 0, 1 / jnp.maximum(variance, 1e-30), 0.0)
 
     def loss(rows: Params, shared: Params) -> Array:
-        # The gradient of what centres the inputs is a sum over tokens, so it is taken through a bias that is
+        # The gradient of what centers the inputs is a sum over tokens, so it is taken through a bias that is
         # zero: through the inputs it would be a product of their size.
-        centred = lax.stop_gradient(variant.center(shared, x, shards))
+        centered = lax.stop_gradient(variant.center(shared, x, shards))
         moved = variant.center(shared, jnp.zeros_like(x[:1]), shards)
         nothing = (moved - lax.stop_gradient(moved)) @ lax.stop_gradient(rows["encoder"]).T
-        pre = pre_activations(centred, rows["encoder"], rows["encoder_bias"] + nothing[0], compute_dtype)
+        pre = pre_activations(centered, rows["encoder"], rows["encoder_bias"] + nothing[0], compute_dtype)
         codes = jnp.maximum(pre, 0)
         least = kth_largest(
             codes, k, lambda flags: shards.sum_latents(flags.sum(axis=1, dtype=jnp.int32, keepdims=True))

@@ -63,7 +63,7 @@ def finished_sae(
         shift = (b_enc - params["encoder_bias"] / scale_in) * jnp.exp(said["magnitude_scale"])
         extras["magnitude_bias"] = said["magnitude_bias"] / scale_in + shift
     if variant.skip:
-        # skip reads the normalised input: ((x - mean) * scale_in) @ skip / scale_out.
+        # skip reads the normalized input: ((x - mean) * scale_in) @ skip / scale_out.
         extras["W_skip"] = params["skip"] * (scale_in / scale_out)
         b_dec = b_dec - state.read.mean @ extras["W_skip"]
     return SAE(

@@ -68,7 +68,7 @@ geometric_median = jax.jit(geometric_median, static_argnames=("tolerance", "max_
 
 
 SAMPLE_ROWS = 32_768
-"""Activations from which the centre, the scale and the loss constant are taken, at most."""
+"""Activations from which the center, the scale and the loss constant are taken, at most."""
 
 
 def initial_params(variant: Variant, key: Array, *, tie: bool = True, scale: float | None = None) -> Params:
@@ -193,9 +193,9 @@ class SampleFacts:
 
     Attributes:
         center: `[d_out]`, where `b_pre` starts.
-        mse_scale: one over the variance of the normalised targets.
-        read: normalisation of the inputs.
-        target: normalisation of the targets.
+        mse_scale: one over the variance of the normalized targets.
+        read: normalization of the inputs.
+        target: normalization of the targets.
     """
 
     center: Array

@@ -15,7 +15,7 @@ class TrainingRecipe:
     """The recipe of "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093), each piece a switch.
 
     Attributes:
-        steps: optimiser steps in all.
+        steps: optimizer steps in all.
         batch_size: tokens per step, over all devices.
         learning_rate: peak learning rate; None chooses it from the number of latents and the steps
             (`mergelab.sae.training.update.automatic_learning_rate`).
@@ -39,11 +39,11 @@ class TrainingRecipe:
             rates a step, until it fires; 0 switches this off. It is not of the paper: AuxK alone teaches dead
             latents codes as small as the error they explain, too small to be among the k largest again.
         project_gradients: removes the part of a decoder gradient that is parallel to its row, which only
-            the renormalisation would undo.
-        unit_decoder: renormalises the decoder's rows after each step, where the variant keeps them at norm 1.
+            the renormalization would undo.
+        unit_decoder: renormalizes the decoder's rows after each step, where the variant keeps them at norm 1.
         center: starts `b_pre` at the geometric median of a sample; otherwise at 0.
         normalize: `scale` brings inputs to unit variance per coordinate while training, which is folded into
-            the weights of the finished SAE; `layer_norm` normalises each token, which the SAE
+            the weights of the finished SAE; `layer_norm` normalizes each token, which the SAE
             then does too; `none` does neither.
         tie_initial: starts the encoder as the decoder's transpose, scaled; otherwise independently.
         initial_scale: that scale; None takes the one with which the first reconstructions err least

@@ -33,7 +33,7 @@ REPLICATED = frozenset({"decoder_bias", "skip"})
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Affine:
-    """A normalisation of activations, `(x - mean) * scale`, the same for every token.
+    """A normalization of activations, `(x - mean) * scale`, the same for every token.
 
     Attributes:
         mean: `[d]`.
@@ -62,8 +62,8 @@ class TrainState:
         step: int32, steps done.
         peak: float32, peak learning rate.
         mse_scale: float32, one over the variance of the targets, computed once.
-        read: normalisation of the inputs.
-        target: normalisation of the targets.
+        read: normalization of the inputs.
+        target: normalization of the targets.
         statistics: running numbers of the variant.
         trial: what a sweep varies within one program: `k`, int32, and `n_latents`, int32; may be empty.
     """
@@ -141,7 +141,7 @@ def batch_part(mesh: Mesh | None) -> tuple[int, int]:
     Processes that hold other latents of the same tokens read the same part.
 
     Raises:
-        MeshError: this process's devices hold shards of data that are not neighbours, or there are several
+        MeshError: this process's devices hold shards of data that are not neighbors, or there are several
             processes and no mesh.
     """
     if mesh is None:

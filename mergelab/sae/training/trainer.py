@@ -89,7 +89,7 @@ Progress = Callable[[int, int, Mapping[str, float]], None]
 _SUMMARY = ("nmse", "l0", "dead_fraction", "tokens")
 
 _DIVERGED = 10.0
-"""A normalised error this large is worse than any useful start: the training has diverged."""
+"""A normalized error this large is worse than any useful start: the training has diverged."""
 
 
 @dataclass(frozen=True)

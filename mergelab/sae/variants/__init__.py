@@ -1,4 +1,4 @@
-"""Kinds of sparse autoencoders, one file each: hyper-parameters, how codes are made, what is minimised."""
+"""Kinds of sparse autoencoders, one file each: hyper-parameters, how codes are made, what is minimized."""
 
 from __future__ import annotations
 

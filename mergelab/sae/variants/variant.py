@@ -65,7 +65,7 @@ class Context:
         return per_token.sum() / self.tokens
 
     def nmse(self, error: Array) -> Array:
-        """This device's share of the mean squared error, normalised: `[tokens, d_out]` -> scalar."""
+        """This device's share of the mean squared error, normalized: `[tokens, d_out]` -> scalar."""
         return self.mean(row_dot(error, error)) * (self.mse_scale / error.shape[1])
 
 
@@ -93,7 +93,7 @@ class Outcome:
     Attributes:
         codes: of the batch.
         error: `[tokens, d_out]`, target minus reconstruction.
-        nmse: this device's share of the normalised mean squared error.
+        nmse: this device's share of the normalized mean squared error.
         statistics: the running numbers after this batch.
     """
 
@@ -113,7 +113,7 @@ class Variant:
     Attributes:
         d_in: width of the activations that are read.
         n_latents: how many latents.
-        d_out: width of the targets, for a transcoder; None reconstructs the input, which is then centred by
+        d_out: width of the targets, for a transcoder; None reconstructs the input, which is then centered by
             the decoder's bias before it is encoded.
         skip: adds a linear map from input to output, for a skip transcoder.
         sites: how many activations of equal width the input is made of, side by side, for a crosscoder.
@@ -164,7 +164,7 @@ class Variant:
         return {}
 
     def encode(self, params: Params, x: Array, context: Context) -> Encoded:
-        """The codes of a batch: `x [tokens, d_in]`, centred."""
+        """The codes of a batch: `x [tokens, d_in]`, centered."""
         raise NotImplementedError
 
     def export(self, params: Params, statistics: Mapping[str, Array]) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class Variant:
         return out + x @ params["skip"] if self.skip else out
 
     def loss(self, params: Params, x: Array, y: Array, context: Context) -> tuple[Array, Outcome]:
-        """This device's share of the loss, in units of normalised mean squared error.
+        """This device's share of the loss, in units of normalized mean squared error.
 
         Args:
             params: this device's shard of the latents.

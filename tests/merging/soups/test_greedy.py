@@ -165,7 +165,7 @@ def test_a_guard_measures_from_the_best_single_model_so_losses_cannot_add_up() -
     assert greedy_search(["a", "b", "c"], scores, selection=as_selection("acc")).members == ("a", "b", "c")
 
 
-def test_a_metric_to_minimise() -> None:
+def test_a_metric_to_minimize() -> None:
     soup = greedy_soup(
         scalar(a=1, b=-2, c=5), lambda t: abs(float(t["x"])), selection=Objective("loss", "min")
     )

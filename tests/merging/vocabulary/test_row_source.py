@@ -89,7 +89,7 @@ def test_a_permutation_then_its_inverse_changes_nothing(order: list[int], dtype:
     assert (piece(there, 0, own.size).tobytes() != own.tobytes()) == moved
 
 
-def test_only_the_rows_of_the_piece_are_read_and_neighbours_in_one_go() -> None:
+def test_only_the_rows_of_the_piece_are_read_and_neighbors_in_one_go() -> None:
     own = ArraySource(array(1000, 4, np.float32, 4))
     source = RowSource(own, layout([*range(500, 1000), *range(500)]), {})
     piece(source, 10 * 4, 20 * 4)

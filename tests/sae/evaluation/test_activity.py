@@ -17,7 +17,7 @@ from mergelab.sae.sae import SAE, SAEConfig
 from tests.sae.evaluation.trained_host import Host
 
 
-def test_histograms_and_neighbours(host: Host) -> None:
+def test_histograms_and_neighbors(host: Host) -> None:
     source = replace(host.source, batch=16)  # the last pass is filled up
     found = survey(host.sae, source, count=1)
     latents = np.flatnonzero(found.density > 0)[5:40]
@@ -32,7 +32,7 @@ def test_histograms_and_neighbours(host: Host) -> None:
         alike = np.array([_alike(codes[:, i], codes[:, j]) if i != j else -1 for j in range(len(latents))])
         np.testing.assert_allclose(got.likeness[i], np.sort(alike)[::-1][:3], atol=1e-6)
         np.testing.assert_allclose(
-            alike[np.searchsorted(latents, got.neighbours[i])], got.likeness[i], atol=1e-6
+            alike[np.searchsorted(latents, got.neighbors[i])], got.likeness[i], atol=1e-6
         )
 
 
@@ -57,7 +57,7 @@ def test_effects_on_logits_of_an_rms_norm(host: Host) -> None:
         assert found.histogram[i].sum() == 384 and found.edges.shape == (3, 8)
 
 
-def test_a_layer_norm_is_centred_and_its_bias_is_no_effect() -> None:
+def test_a_layer_norm_is_centered_and_its_bias_is_no_effect() -> None:
     config = {
         "model_type": "gpt2",
         "vocab_size": 40,
@@ -77,8 +77,8 @@ def test_a_layer_norm_is_centred_and_its_bias_is_no_effect() -> None:
     found = logit_effects(sae, source, [0, 4], count=3)
     captured = model.apply(params, jnp.asarray(tokens), capture=["final_norm.scale"]).captured
     scale = float(captured["final_norm.scale"].mean())
-    centred = rows[[0, 4]] - rows[[0, 4]].mean(axis=1, keepdims=True)
-    effects = centred * scale @ np.asarray(params["embed"]["embedding"]).T
+    centered = rows[[0, 4]] - rows[[0, 4]].mean(axis=1, keepdims=True)
+    effects = centered * scale @ np.asarray(params["embed"]["embedding"]).T
     np.testing.assert_allclose(found.top_values, np.sort(effects)[:, ::-1][:, :3], rtol=1e-3)
     narrow = replace(sae, W_dec=jnp.zeros((5, 12)), b_dec=jnp.zeros(12))
     with pytest.raises(SAEError, match="stream is 16"):

@@ -92,8 +92,8 @@ def test_a_mesh_changes_nothing(source: ModelActivations, tmp_path: Path) -> Non
 
 
 def test_a_scorecard_of_an_encoder_has_embeddings_and_no_losses(source: ModelActivations) -> None:
-    assert {"embeddings", "reconstruction"} <= set(applicable_metrics(source, labelled=False))
-    assert not {"downstream", "sparsity"} & set(applicable_metrics(source, labelled=True))
+    assert {"embeddings", "reconstruction"} <= set(applicable_metrics(source, labeled=False))
+    assert not {"downstream", "sparsity"} & set(applicable_metrics(source, labeled=True))
     card = scorecard(_signed(24, 0.2), source, metrics=["embeddings"])
     judged = replace(source, tokens=source.tokens[10:])
     assert card.values()["embeddings.rank"] == evaluate_embeddings(_signed(24, 0.2), judged).rank

@@ -46,7 +46,7 @@ def test_pieces_bring_their_space(encoder: Encoder, host: Host) -> None:
 
 
 def test_a_scorecard_of_an_encoder(encoder: Encoder) -> None:
-    names = applicable_metrics(encoder.source, labelled=True)
+    names = applicable_metrics(encoder.source, labeled=True)
     assert names == ("reconstruction", "embeddings", "probing", "absorption", "explanations", "progressive")
     card = scorecard(
         encoder.sae, encoder.source, mask_token=encoder.mask_id, explained=3,

@@ -114,6 +114,56 @@ def test_no_files_import_one_another_in_a_circle() -> None:
     assert circles(file_imports(all_sources())) == []
 
 
+def inner_floors() -> dict[str, dict[str, int]]:
+    """Room -> what stands in it -> its floor, read from the list under the table of docs/architecture.md."""
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^- `(\w+)/`: (`.*`)$", text, flags=re.MULTILINE)
+    return {
+        room: {
+            name: floor
+            for floor, names in enumerate(order.split(" < "))
+            for name in re.findall(r"`(\w+)`", names)
+        }
+        for room, order in rows
+    }
+
+
+def climbs(room: str, floor: dict[str, int], sources: dict[str, str]) -> list[str]:
+    """Imports between what stands in one room that do not go down."""
+    found: list[str] = []
+    for module, imports in file_imports(sources).items():
+        here = module.split(".")
+        if here[:2] != ["mergelab", room] or len(here) < 3:
+            continue
+        for other in imports:
+            there = other.split(".")
+            siblings = there[:2] == here[:2] and len(there) > 2 and there[2] != here[2]
+            if siblings and floor[there[2]] >= floor[here[2]]:
+                found.append(f"{module} -> {other}")
+    return sorted(found)
+
+
+@pytest.mark.parametrize("room", ["merging", "sae"])
+def test_folders_of_a_room_import_only_from_floors_below_them(room: str) -> None:
+    inside = {
+        path.relative_to(PACKAGE / room).parts[0].removesuffix(".py")
+        for path in (PACKAGE / room).rglob("*.py")
+    }
+    floor = inner_floors()[room]
+    assert inside - {"__init__"} <= floor.keys()
+    assert climbs(room, floor, all_sources()) == []
+
+
+def test_a_climb_would_be_seen() -> None:
+    sources = {
+        "mergelab.merging.plan.planner": "from mergelab.merging.soups.greedy import f",
+        "mergelab.merging.soups.greedy": "from mergelab.merging.plan.planner import g",
+    }
+    assert climbs("merging", {"plan": 0, "soups": 1}, sources) == [
+        "mergelab.merging.plan.planner -> mergelab.merging.soups.greedy"
+    ]
+
+
 def test_a_circle_would_be_seen() -> None:
     sources = {
         "mergelab": "import mergelab.a",

@@ -1,4 +1,4 @@
-"""The goldens that the repository keeps: models made again, and outputs small enough to keep and still judge."""
+"""The goldens of the repository: models made again, and outputs small enough to keep that still judge."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """How the code is laid out, in numbers: files, circles, and what two walks through it touch.
 
     python benchmarks/house.py                        # of the checkout it stands in
-    python benchmarks/house.py --quickstart DIR       # walks too, over the models that `mergelab quickstart` left
+    python benchmarks/house.py --quickstart DIR       # walks over what `mergelab quickstart` left
 
-A walk runs a command in this process under a profiler and counts the files of mergelab whose functions were
-called, and the rooms those files are in: for a tensor from a recipe to the merged file, and for a token from a
-text to the features page. Nothing here is timed.
+A walk runs a command in this process under a profiler and counts the files of mergelab whose functions run,
+and the rooms they are in: for a tensor from a recipe to the merged file, and for a token from a text to the
+features page. Nothing here is timed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def circles(graph: dict[str, set[str]]) -> int:
 
 
 def layout() -> dict[str, float]:
-    """Files (without the faces of rooms), their lines, circles, and files that only one other file imports."""
+    """Files (without the faces of rooms), their lines, circles, and files with one importer."""
     paths = sorted(PACKAGE.rglob("*.py"))
     modules = {module_of(path) for path in paths}
     graph = {module_of(path): imported(path, modules) for path in paths}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -16,6 +17,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import hypothesis
 import jax
 import pytest
+
+from tests.goldens.models import write_models
 
 # A shell starts its background jobs deaf to Ctrl-C, and a command stays as it was started.
 for _number, _handler in (
@@ -48,9 +51,28 @@ def repository() -> Path:
 
 
 @pytest.fixture(scope="session")
-def goldens() -> Path:
-    """Recorded mergekit outputs: the folder `MERGELAB_GOLDENS`, or `shared/goldens` beside the checkout."""
-    folder = Path(os.environ.get("MERGELAB_GOLDENS") or REPOSITORY.parent / "shared" / "goldens")
-    if not (folder / "op_goldens.json").is_file():
-        pytest.skip(f"no recorded mergekit outputs in {folder}: set MERGELAB_GOLDENS to their folder")
+def small_goldens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recorded mergekit outputs in the repository's small form, and the models they came from, made again."""
+    folder = tmp_path_factory.mktemp("goldens")
+    kept = REPOSITORY / "tests" / "goldens"
+    shutil.copytree(kept / "recipes", folder / "recipes")
+    for name in ("op_goldens.json", "op_goldens.safetensors", "outputs.json", "outputs.npz", "spectral.npz"):
+        shutil.copy(kept / name, folder / name)
+    write_models(folder / "models")
     return folder
+
+
+@pytest.fixture(scope="session")
+def goldens(request: pytest.FixtureRequest) -> Path:
+    """Recorded mergekit outputs: whole in the folder `MERGELAB_GOLDENS`, or in `shared/goldens` beside the
+    checkout; in the small form where there is neither.
+    """
+    named = os.environ.get("MERGELAB_GOLDENS")
+    folder = Path(named) if named else REPOSITORY.parent / "shared" / "goldens"
+    if (folder / "op_goldens.json").is_file():
+        return folder
+    if named:
+        pytest.fail(
+            f"MERGELAB_GOLDENS is {named}, where there are no recorded mergekit outputs", pytrace=False
+        )
+    return request.getfixturevalue("small_goldens")

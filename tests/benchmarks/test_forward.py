@@ -38,8 +38,6 @@ def test_mergelab_answers_both_questions(folder: Path) -> None:
 @pytest.mark.oracle
 @pytest.mark.filterwarnings("ignore")  # transformers' own
 def test_transformers_answers_the_same(folder: Path) -> None:
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
     ours, theirs = (make(str(folder), "float32") for make in (mergelab_program, transformers_program))
     np.testing.assert_allclose(ours.prefill(TOKENS), theirs.prefill(TOKENS), rtol=0, atol=1e-4)
     assert np.array_equal(ours.decode(TOKENS, 8), theirs.decode(TOKENS, 8))

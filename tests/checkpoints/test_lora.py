@@ -53,7 +53,6 @@ def test_the_recorded_merge_differs_from_the_base(case: str) -> None:
 @pytest.mark.filterwarnings("ignore")  # peft's and transformers' own
 @pytest.mark.parametrize("case", CASES)
 def test_peft_merges_the_same(case: str, tmp_path: Path) -> None:
-    pytest.importorskip("peft")
     runpy.run_path(str(Path(__file__).parent / "record.py"))["make_lora"](case, tmp_path)
     assert_merged(tmp_path, tmp_path / "adapter", tmp_path / "merged.safetensors")
 
@@ -61,7 +60,9 @@ def test_peft_merges_the_same(case: str, tmp_path: Path) -> None:
 @pytest.mark.oracle
 @pytest.mark.filterwarnings("ignore")  # peft's and transformers' own
 def test_peft_merges_the_golden_adapter_the_same(goldens: Path, tmp_path: Path) -> None:
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    import peft
+    import transformers
+
     model = transformers.AutoModelForCausalLM.from_pretrained(goldens / "models" / "llama-base")
     merged = peft.PeftModel.from_pretrained(model, goldens / "models" / "llama-lora").merge_and_unload()
     merged.save_pretrained(tmp_path)

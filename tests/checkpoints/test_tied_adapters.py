@@ -84,7 +84,6 @@ def test_what_peft_warns_of_is_said(name: str, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")  # peft's and transformers' own
 @pytest.mark.parametrize("name", RECORDED)
 def test_peft_merges_the_same(name: str) -> None:
-    pytest.importorskip("peft")
     kind, _, case = name.partition(", ")
     with tempfile.TemporaryDirectory() as folder:
         tied_case = runpy.run_path(str(HERE / "record.py"))["tied_case"]

@@ -102,7 +102,6 @@ def test_every_dtype(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.oracle
 def test_torch_reads_the_file(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
     from safetensors.torch import load_file
 
     make(tmp_path / "m")

@@ -74,8 +74,6 @@ def test_greedy_is_what_transformers_generated(kind: str) -> None:
 @pytest.mark.oracle
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_is_that_of_transformers_with_penalty_and_end(kind: str) -> None:
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
     loaded = tiny(kind)
     assert run(loaded).tokens.tolist() == transformers_greedy(kind)
     # transformers holds padding against a row too: a penalty is compared where there is none.
@@ -236,7 +234,6 @@ def test_padding_on_the_right_and_unknown_sites_are_refused(llama: tuple[Model, 
         generate(model, params, tokens, max_new_tokens=2, edit={"embde": lambda x: x})
 
 
-@pytest.mark.skipif("gpt2" not in FAMILIES, reason="needs a family with learned positions")
 def test_a_model_with_learned_positions_stops_at_its_last_one() -> None:
     assert run(tiny("gpt2"), [[5] * 53]).tokens.shape == (1, 12)  # 53 + 11 positions are all 64
     with pytest.raises(DecodingError, match="'65 positions', but needs at most the model's 64 learned"):

@@ -86,8 +86,6 @@ def test_transforms_are_the_recorded_processors(name: str) -> None:
 
 @pytest.mark.oracle
 def test_transforms_are_those_of_transformers() -> None:
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
     for name, expected in processors().items():
         np.testing.assert_allclose(ours(name), expected, rtol=1e-6, err_msg=name)
 

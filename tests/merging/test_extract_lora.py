@@ -285,8 +285,10 @@ def test_nothing_to_extract_and_nothing_overwritten(tmp_path: Path, tuned: dict[
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("embeddings", ["whole", "low_rank"])
 def test_peft_loads_and_merges_the_same(kind: str, embeddings: Any, tmp_path: Path) -> None:
-    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import peft
+    import torch
+    import transformers
+
     if kind == "llama":
         config = transformers.LlamaConfig(
             vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

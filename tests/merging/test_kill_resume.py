@@ -13,7 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import save_file
+
+from mergelab.cli.main import cli
+from mergelab.merging import merge
 
 TENSORS, SHAPE = 10, (640, 1024)
 
@@ -82,18 +86,17 @@ def test_killed_and_resumed_equals_uninterrupted(recipe: Path, tmp_path: Path) -
 
 def test_resume_refuses_another_recipe(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run = subprocess.Popen(command(recipe, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    journal = tmp_path / ".out.journal"
-    while run.poll() is None and _lines(journal) < 2:
-        time.sleep(0.002)
-    run.kill()
-    run.wait()
-    if out.exists():
-        pytest.skip("the merge was too fast to be interrupted")
+
+    def interrupt(written: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(recipe, out, threads=1, progress=interrupt)
+    assert _lines(tmp_path / ".out.journal") > 0
     other = recipe.with_name("other.yaml")
     other.write_text(recipe.read_text().replace("density: 0.5", "density: 0.6"))
-    refused = subprocess.run(command(other, out, "--resume"), capture_output=True, text=True)
-    assert refused.returncode == 2
+    refused = CliRunner().invoke(cli, command(other, out, "--resume")[3:])
+    assert refused.exit_code == 2
     assert "resume" in refused.stderr and "recipe" in refused.stderr
     assert not out.exists()
 

@@ -10,10 +10,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from mergelab.merging import merge
 from mergelab.merging.recipe.recipe_file import load_recipe, parse_recipe, recipe_yaml
+from tests.goldens.recording import load, read
 
 # Bit for bit: copies, and task vectors without random draws.
 EXACT = [
@@ -44,31 +44,14 @@ RANDOM = ["dare_linear_d05_seed42", "della_d05_seed42"]
 ALONE = ["arcee_fusion", "sce_topk01_bf16"]
 
 
-def recorded(goldens: Path, name: str) -> dict[str, np.ndarray]:
-    case = goldens / "recipes" / name
-    if (case / "SAME_AS").exists():
-        case = case.parent / (case / "SAME_AS").read_text().strip()
-    return load_file(case / "model.safetensors")
-
-
 def merged(goldens: Path, name: str, out: Path, **options: Any) -> dict[str, np.ndarray]:
     merge(goldens / "recipes" / name / "config.yaml", out, base_dir=goldens, **options)
-    return load_file(out / "model.safetensors")
+    return load(out / "model.safetensors")
 
 
 def model(goldens: Path, name: str) -> dict[str, np.ndarray]:
     files = sorted((goldens / "models" / name).glob("*.safetensors"))
-    return {key: value.astype(np.float32) for file in files for key, value in load_file(file).items()}
-
-
-def pairs(
-    ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Equal names, shapes and dtypes; returned in float32, tensor by tensor."""
-    assert ours.keys() == theirs.keys()
-    for name, expected in theirs.items():
-        assert (ours[name].dtype, ours[name].shape) == (expected.dtype, expected.shape), name
-    return [(ours[name].astype(np.float32), theirs[name].astype(np.float32)) for name in theirs]
+    return {key: value.astype(np.float32) for file in files for key, value in load(file).items()}
 
 
 def spacing(values: np.ndarray) -> np.ndarray:
@@ -83,14 +66,18 @@ def test_no_recorded_case_is_forgotten(goldens: Path) -> None:
 
 @pytest.mark.parametrize("name", EXACT)
 def test_bit_for_bit(goldens: Path, tmp_path: Path, name: str) -> None:
-    for ours, theirs in pairs(merged(goldens, name, tmp_path / "out"), recorded(goldens, name)):
+    found, expected = merged(goldens, name, tmp_path / "out"), read(goldens, name)
+    for ours, theirs in expected.pairs(found):
         np.testing.assert_array_equal(ours, theirs)
+    assert expected.is_equal(found)
 
 
 @pytest.mark.parametrize("name", CLOSE)
 def test_within_float32_rounding(goldens: Path, tmp_path: Path, name: str) -> None:
-    for ours, theirs in pairs(merged(goldens, name, tmp_path / "out"), recorded(goldens, name)):
+    result, recording = merged(goldens, name, tmp_path / "out"), read(goldens, name)
+    for ours, theirs in recording.pairs(result):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-7)
+    assert recording.sums_differ_by(result) <= 5e-7
     expected = json.loads((goldens / "recipes" / name / "config.json").read_text())
     found = json.loads((tmp_path / "out" / "config.json").read_text())
     assert found["vocab_size"] == expected["vocab_size"]
@@ -98,7 +85,7 @@ def test_within_float32_rounding(goldens: Path, tmp_path: Path, name: str) -> No
 
 @pytest.mark.parametrize("name", ROUNDED_ONCE)
 def test_within_one_bit_of_bfloat16(goldens: Path, tmp_path: Path, name: str) -> None:
-    for ours, theirs in pairs(merged(goldens, name, tmp_path / "out"), recorded(goldens, name)):
+    for ours, theirs in read(goldens, name).pairs(merged(goldens, name, tmp_path / "out")):
         assert np.all(np.abs(ours - theirs) <= spacing(np.maximum(np.abs(ours), np.abs(theirs))))
         assert np.mean(ours == theirs) > 0.9
 
@@ -109,22 +96,23 @@ def test_bfloat16_is_float32_rounded_once(goldens: Path, tmp_path: Path, name: s
     wide = merged(goldens, name, tmp_path / "wide", dtype="float32")
     for tensor, value in wide.items():
         np.testing.assert_array_equal(value.astype(ml_dtypes.bfloat16), ours[tensor])
-    for found, theirs in pairs(ours, recorded(goldens, name)):
+    for found, theirs in read(goldens, name).pairs(ours):
         assert np.abs(found - theirs).max() <= BFLOAT16[name] * spacing(np.abs(theirs).max())
 
 
 def test_arcee_fusion_agrees_on_the_mask(goldens: Path, tmp_path: Path) -> None:
-    found, theirs = merged(goldens, "arcee_fusion", tmp_path / "out"), recorded(goldens, "arcee_fusion")
-    agree = [np.isclose(a, b, rtol=0, atol=5e-7) for a, b in pairs(found, theirs)]
+    theirs = read(goldens, "arcee_fusion")
+    found = theirs.pairs(merged(goldens, "arcee_fusion", tmp_path / "out"))
+    agree = [np.isclose(a, b, rtol=0, atol=5e-7) for a, b in found]
     assert np.mean(np.concatenate([a.ravel() for a in agree])) >= 0.98
     base = model(goldens, "llama-base")
-    trivial = [np.isclose(base[name], theirs[name], rtol=0, atol=5e-7).ravel() for name in theirs]
+    trivial = [np.isclose(a, b, rtol=0, atol=5e-7) for a, b in theirs.pairs(base)]
     assert np.mean(np.concatenate(trivial)) < 0.95
 
 
 def test_sce_agrees_but_for_variances_that_bfloat16_cannot_tell_apart(goldens: Path, tmp_path: Path) -> None:
     ours = merged(goldens, "sce_topk01_bf16", tmp_path / "out")
-    found = pairs(ours, recorded(goldens, "sce_topk01_bf16"))
+    found = read(goldens, "sce_topk01_bf16").pairs(ours)
     agree = np.concatenate([(np.abs(a - b) <= 2 * spacing(b)).ravel() for a, b in found])
     assert np.mean(agree) >= 0.96
     base = model(goldens, "llama-base-bf16")
@@ -134,7 +122,7 @@ def test_sce_agrees_but_for_variances_that_bfloat16_cannot_tell_apart(goldens: P
 
 @pytest.mark.parametrize("name", TIED)
 def test_where_bfloat16_differs_a_magnitude_was_tied(goldens: Path, tmp_path: Path, name: str) -> None:
-    ours, theirs = merged(goldens, name, tmp_path / "out"), recorded(goldens, name)
+    ours, theirs = merged(goldens, name, tmp_path / "out"), read(goldens, name)
     recipe = load_recipe(goldens / "recipes" / name / "config.yaml")
     base = model(goldens, "llama-base-bf16")
     deltas = {}
@@ -144,23 +132,21 @@ def test_where_bfloat16_differs_a_magnitude_was_tied(goldens: Path, tmp_path: Pa
         delta = {tensor: weights[tensor] - base[tensor] for tensor in base}
         deltas[entry.model] = (given["density"], given["weight"], delta)
     differing = 0
-    for tensor in theirs:
-        a, b = ours[tensor].astype(np.float32), theirs[tensor].astype(np.float32)
-        largest = np.max(
-            [np.abs(b), np.abs(base[tensor]), *(np.abs(d[tensor]) for _, _, d in deltas.values())], 0
-        )
+    for (tensor, at), (a, b) in zip(theirs.tensors.items(), theirs.pairs(ours), strict=True):
+        changes = [at.at(np.abs(delta[tensor])) for _, _, delta in deltas.values()]
+        largest = np.max([np.abs(b), np.abs(at.at(base[tensor])), *changes], 0)
         other = np.abs(a - b) > 4 * spacing(largest)
-        tied = np.zeros(a.shape, bool)
+        tied = np.zeros(base[tensor].shape, bool)
         for density, _, delta in deltas.values():
             tied |= at_threshold(delta[tensor], density, outliers="breadcrumbs" in name)
         if name == "ties_bf16":  # an election this close is decided by bfloat16's rounding of the sum
             votes = [kept(delta[tensor], density) * weight for density, weight, delta in deltas.values()]
             tied |= np.abs(sum(votes)) <= np.max(np.abs(votes), 0) / 64
-        assert not np.any(other & ~tied), tensor
-        if a.size > 1000:
+        assert not np.any(other & (at.at(tied) == 0)), tensor
+        if tied.size > 1000:
             assert np.mean(tied) < 0.35, "few magnitudes are at a threshold, so the test says something"
         differing += int(np.sum(other))
-    assert differing < 0.05 * sum(value.size for value in theirs.values())
+    assert differing < 0.05 * sum(at.entries.size for at in theirs.tensors.values())
 
 
 def kept(delta: np.ndarray, density: float) -> np.ndarray:
@@ -216,7 +202,7 @@ def test_random_draws_have_the_recorded_statistics(goldens: Path, tmp_path: Path
     recipe = recipe_yaml(load_recipe(goldens / "recipes" / name / "config.yaml"))
     denser = parse_recipe(recipe.replace("density: 0.5", "density: 0.7"))
     merge(denser, tmp_path / "denser", base_dir=goldens, seed=42)
-    assert worst_deviation(goldens, name, load_file(tmp_path / "denser" / "model.safetensors")) > 10
+    assert worst_deviation(goldens, name, load(tmp_path / "denser" / "model.safetensors")) > 10
     again = merged(goldens, name, tmp_path / "again", seed=42, threads=1, memory=10**6)
     other = merged(goldens, name, tmp_path / "other", seed=43)
     assert all(np.array_equal(again[tensor], ours[tensor]) for tensor in ours)

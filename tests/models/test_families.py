@@ -66,8 +66,6 @@ def test_outputs_are_the_recorded_ones(name: str) -> None:
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", CONFIGS)
 def test_outputs_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
     folder = write(tmp_path / "model", name)
     expected = values(folder, TOKENS, MASK)
     assert differences(expected, name) <= 1e-5

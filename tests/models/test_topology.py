@@ -22,12 +22,9 @@ CONFIG: dict[str, Any] = {
     "num_key_value_heads": 8,
     "max_position_embeddings": 128,
 }
-needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler: install .[tpu-aot]"
-)
 
 
-@needs_compiler
+@pytest.mark.extra  # tpu-aot
 def test_tensor_parallelism_divides_memory_and_adds_reductions() -> None:
     before = dict(os.environ)
     model = model_from_config(CONFIG)
@@ -45,7 +42,7 @@ def test_tensor_parallelism_divides_memory_and_adds_reductions() -> None:
     assert split.flops > 0 and split.peak > split.arguments
 
 
-@needs_compiler
+@pytest.mark.extra  # tpu-aot
 @pytest.mark.parametrize(
     ("topology", "mesh", "changes", "message"),
     [

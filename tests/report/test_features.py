@@ -80,8 +80,7 @@ def test_the_page_holds_the_gallery_and_nothing_from_elsewhere(page: Path) -> No
 @pytest.fixture(scope="module")
 def browser() -> str:
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no Chromium: install the package chromium to try the page in a browser")
+    assert found, "no Chromium: install the package chromium to try the page in a browser"
     return found
 
 
@@ -98,6 +97,7 @@ def _open(browser: str, page: Path, address: str, folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.browser
 def test_a_browser_finds_and_sorts(browser: str, page: Path, tmp_path: Path) -> None:
     peak = _gallery().survey.peak
 
@@ -116,6 +116,7 @@ def test_a_browser_finds_and_sorts(browser: str, page: Path, tmp_path: Path) -> 
     assert " élan 2" in body and "density" in body and "active with" in body
 
 
+@pytest.mark.browser
 def test_thousands_of_latents_are_quick(browser: str, tmp_path: Path) -> None:
     page = tmp_path / "many.html"
     gallery = _gallery(latents=4000, length=64, examples=6)
@@ -126,10 +127,10 @@ def test_thousands_of_latents_are_quick(browser: str, tmp_path: Path) -> None:
     assert text.count("<article") == 1 and search <= ready < 20_000  # ms; a loaded machine is slow
 
 
+@pytest.mark.browser
 def test_the_script_alone_finds_and_sorts(page: Path, repository: Path, tmp_path: Path) -> None:
     node = shutil.which("node")
-    if node is None:
-        pytest.skip("no node: install Node.js to run the page's script without a browser")
+    assert node, "no node: install Node.js to run the page's script without a browser"
     script = (repository / "mergelab" / "report" / "templates" / "features.js").read_text(encoding="utf-8")
     calls = """
     const data = JSON.parse(require("fs").readFileSync(process.argv[2], "utf-8"));

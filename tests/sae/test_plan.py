@@ -21,9 +21,6 @@ CONFIG: dict[str, Any] = {
     "data": {"kind": "toy"},
     "train": {"batch_size": 64, "tokens": 64000},
 }
-needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler: install .[tpu-aot]"
-)
 
 
 @pytest.mark.parametrize("options", [{"variant": "topk"}, {"variant": "matryoshka", "prefixes": [64, 256]}])
@@ -60,7 +57,7 @@ def test_without_the_compiler_the_error_names_the_extra(monkeypatch: pytest.Monk
         plan_step(load_config(CONFIG), "v5e:2x4", {"latents": 8})
 
 
-@needs_compiler
+@pytest.mark.extra  # tpu-aot
 def test_sixteen_million_latents_fit_a_pod() -> None:
     result = CliRunner().invoke(
         cli, ["sae", "plan", "configs/sae/pod-16m.yaml", "--topology", "v5p:4x8x8", "--json"]
@@ -74,7 +71,7 @@ def test_sixteen_million_latents_fit_a_pod() -> None:
     assert plan["bound_seconds"] > 0
 
 
-@needs_compiler
+@pytest.mark.extra  # tpu-aot
 def test_splitting_latents_divides_memory(tmp_path: Any) -> None:
     config = load_config({**CONFIG, "sae": {"variant": "topk", "d_in": 512, "n_latents": 16384, "k": 32}})
     shared = plan_step(config, "v5e:2x2", {"data": 4})

@@ -60,7 +60,6 @@ def test_a_template_of_every_feature_renders() -> None:
 
 @pytest.mark.oracle
 def test_transformers_renders_the_same() -> None:
-    pytest.importorskip("transformers")
     from transformers.utils.chat_template_utils import render_jinja_template
 
     for tools in (None, [{"type": "function", "function": {"name": "f<>"}}]):
@@ -131,7 +130,8 @@ FORBIDDEN = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_work_and_memory_are_bounded(name: str) -> None:
-    resource = pytest.importorskip("resource")
+    import resource
+
     begun, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ChatTemplateError, match=r"does not end|more than \d+ (characters|MB)|too deeply"):
         render_chat(HOSTILE[name], MESSAGES, budget=Budget(seconds=0.1, memory=300_000_000))
@@ -236,14 +236,13 @@ def test_threads_take_turns() -> None:
         assert list(pool.map(render, range(40))) == [str(number) for number in range(40)]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="facts about a process are read from Linux's /proc")
 def test_the_process_sees_no_environment_and_opens_no_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     chat_sandbox._workshop.discard()
     render_chat("a", [])
     child = chat_sandbox._workshop.child
     assert child is not None
-    if not sys.platform.startswith("linux"):
-        pytest.skip("the facts about a process are read from /proc")
     facts = Path(f"/proc/{child.process.pid}")
     assert b"hunter2" not in (facts / "environ").read_bytes()
     limits = {line[:26].strip(): line[26:47].strip() for line in (facts / "limits").read_text().splitlines()}

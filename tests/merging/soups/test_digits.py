@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
-
 from benchmarks.digits_soup import SETTINGS, experiment
 
 AUGMENTED, CLEAN, UNEQUAL = SETTINGS

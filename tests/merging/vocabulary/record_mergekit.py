@@ -2,7 +2,7 @@
 
     python tests/merging/vocabulary/record_mergekit.py GOLDENS path/to/mergekit-yaml
 
-`GOLDENS` is the folder of recorded mergekit outputs, whose models the recipes merge. Writes
+`GOLDENS` is the folder that `tests/goldens/record.py` writes, whose models the recipes merge. Writes
 `data/mergekit.json` and `data/mergekit.safetensors`; `test_mergekit.py` compares with them. Every recipe has
 a base model, and rows are recorded by token: without a base, mergekit's donor depends on the hash seed, and
 the ids it gives to new tokens always do.

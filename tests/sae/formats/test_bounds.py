@@ -234,7 +234,8 @@ def test_arrays_of_gemma_scope_fit_together(tmp_path: Path, name: str, value: np
 
 
 def test_arrays_that_do_not_fit_are_never_inflated(tmp_path: Path) -> None:
-    resource = pytest.importorskip("resource")
+    import resource
+
     arrays = _sae("jump_relu").as_numpy() | {"W_dec": np.zeros((4_000, 3_000), np.float32)}  # 48 MB
     np.savez_compressed(tmp_path / "params.npz", **arrays)
     del arrays

@@ -260,11 +260,10 @@ for folder in sorted(root.iterdir()):
 """
 
 
-@pytest.mark.oracle
+@pytest.mark.peers
 def test_the_libraries_themselves_read_what_is_written(tmp_path: Path) -> None:
     python = os.environ.get("MERGELAB_SAE_PEERS")
-    if not python:
-        pytest.skip("set MERGELAB_SAE_PEERS to a Python with sae-lens, eai-sparsify and dictionary-learning")
+    assert python, "set MERGELAB_SAE_PEERS to a Python with sae-lens, eai-sparsify and dictionary-learning"
     x = np.random.default_rng(0).standard_normal((6, D)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
     wanted = {}

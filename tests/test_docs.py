@@ -81,7 +81,11 @@ def test_the_trainings_in_the_pages_are_valid(text: str, tmp_path: Path) -> None
     assert load_config(file).train.build().steps > 0
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(REPOSITORY)))
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=pytest.mark.slow) if p.name == "interp.md" else p for p in PAGES],  # many programs
+    ids=lambda p: str(p.relative_to(REPOSITORY)),
+)
 def test_the_python_examples_in_the_pages_are_true(page: Path) -> None:
     examples = doctest.DocTestParser().get_examples(page.read_text(encoding="utf-8"))
     failures, count = doctest.testfile(str(page), module_relative=False, optionflags=FLAGS)

@@ -77,8 +77,8 @@ CASES = {
     },
     "sae features": Case("sae features run --model a --text t.txt --out page.html", output="page.html"),
 }
-ALWAYS = {"merge", "convert in place of another"}
-"""Cases of the light suite; the others take minutes together."""
+ALWAYS = {"convert in place of another"}
+"""Cases of the light suite; the others take minutes together (a merge is interrupted in tests/merging)."""
 
 
 def write_model(folder: Path, seed: int) -> None:

@@ -168,6 +168,7 @@ print("merged", os.environ["JAX_PLATFORMS"])
 """
 
 
+@pytest.mark.slow
 def test_models_load_and_merge_without_affinities_locks_and_preallocation(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", _ELSEWHERE, str(tmp_path)],

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mergelab.abliteration.ablation import Ablation
 from mergelab.abliteration.behavior import first_token_scores
@@ -18,6 +19,7 @@ from mergelab.sharding import make_mesh
 from tests.abliteration.planted import POSITIONS, REFUSE, Planted, prompt_set
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing(planted: Planted, directions: Directions, tmp_path: Path) -> None:
     save_model(planted.model, planted.params, tmp_path / "model")
     model, params = load_model(

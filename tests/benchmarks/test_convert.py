@@ -11,6 +11,7 @@ from benchmarks.convert import main, render
 from benchmarks.table import replace_section
 
 
+@pytest.mark.slow
 def test_a_quick_run_loads_every_byte_each_way(tmp_path: Path) -> None:
     ours = ["read", "read into new memory", "mergelab, 8 devices"]
     results = main(["--quick", "--work", str(tmp_path), "--repeats", "1", "--only", *ours])

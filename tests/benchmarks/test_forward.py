@@ -28,6 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_mergelab_answers_both_questions(folder: Path) -> None:
     program = mergelab_program(str(folder), "float32")
     assert program.prefill(TOKENS).shape == (2, 300)

@@ -71,6 +71,7 @@ def test_every_case_names_an_operator_with_its_required_parameters() -> None:
         assert {p.name for p in declared if p.required} <= given
 
 
+@pytest.mark.slow
 def test_a_quick_run_measures_floor_and_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.merge.ROUNDS", 1)
     results = main(["--quick", "--work", str(tmp_path), "--only", "linear", "ties", "--repeats", "1"])

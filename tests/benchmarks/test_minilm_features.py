@@ -27,6 +27,7 @@ def results(work: Path) -> dict[str, Any]:
     )
 
 
+@pytest.mark.slow
 def test_every_sae_is_judged_and_features_are_shown(work: Path, results: dict[str, Any]) -> None:
     runs = results["runs"]
     assert list(runs) == ["mergelab/0", "random/0"]
@@ -41,6 +42,7 @@ def test_every_sae_is_judged_and_features_are_shown(work: Path, results: dict[st
         assert f"| {feature['latent']} | " in text and f"{feature['recall']:.2f} |" in text
 
 
+@pytest.mark.slow
 def test_a_second_run_knows_the_results(work: Path, results: dict[str, Any]) -> None:
     said = json.loads((work / "minilm_features.json").read_text())
     said["runs"]["random/0"]["scores"]["reconstruction.nmse"] = 7.0

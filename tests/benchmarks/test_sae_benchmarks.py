@@ -49,6 +49,7 @@ def test_the_truth_is_judged_as_the_truth() -> None:
     assert sae_quality.judge(shifted, EASY, k=10)["nmse"] > 0.5
 
 
+@pytest.mark.slow
 def test_a_quick_comparison_trains_judges_and_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +94,7 @@ def test_presets_differ_in_what_they_ask() -> None:
     assert len({replace(p.truth, rows=1) for p in PRESETS.values()}) == len(PRESETS)
 
 
+@pytest.mark.slow
 def test_a_quick_timing_runs_and_keeps_its_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sae_step, "back_memory", lambda: None)
     asked = ["--quick", "--work", str(tmp_path), "--programs", "mergelab", "--dead", "0.1", "--resume"]
@@ -138,6 +140,7 @@ def test_a_disturbed_turn_is_taken_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert [run["gemm_flops"] for run in runs["tiny/0.0/mergelab"]] == [100.0, 70.0]
 
 
+@pytest.mark.slow
 def test_the_ablation_knows_its_settings_and_goes_on_where_it_stood(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

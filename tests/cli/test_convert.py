@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -26,11 +27,16 @@ CONFIG = {
 }
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = model_from_config(CONFIG)
     files = {"tokenizer.json": b'{"any": "bytes"}'}
-    return save_model(model, model.init(0), tmp_path / "source", files=files)
+    return save_model(model, model.init(0), tmp_path_factory.mktemp("saved") / "source", files=files)
+
+
+@pytest.fixture
+def source(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "source"))
 
 
 def convert(*arguments: object) -> str:

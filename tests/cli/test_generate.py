@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +39,22 @@ def _keep_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(options, "configure_jax", lambda: None)
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> tuple[Model, Any]:
-    """A model with strong opinions, saved in `tmp_path / "model"`."""
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Any, Path]:
+    """A model with strong opinions, and the folder it is saved in."""
     model = model_from_config(CONFIG)
     params = model.init(1)
     params["unembed"]["kernel"] = params["unembed"]["kernel"] * 10
-    save_model(model, params, tmp_path / "model")
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    save_model(model, params, folder)
+    return model, params, folder
+
+
+@pytest.fixture
+def model(saved: tuple[Model, Any, Path], tmp_path: Path) -> tuple[Model, Any]:
+    """The model, saved in `tmp_path / "model"`."""
+    model, params, folder = saved
+    shutil.copytree(folder, tmp_path / "model")
     return model, params
 
 
@@ -63,9 +74,14 @@ def run(folder: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
+@cache
+def _logits(model: Model) -> Any:
+    return jax.jit(lambda params, tokens: model.apply(params, tokens).logits)
+
+
 def by_hand(model: Model, params: Any, ids: list[int], count: int) -> list[int]:
     """The likeliest continuation, by whole forward passes without a cache."""
-    whole = jax.jit(lambda params, tokens: model.apply(params, tokens).logits)
+    whole = _logits(model)
     ids = list(ids)
     for _ in range(count):
         # What stands after a token does not change its logits: one length serves all steps.

@@ -114,9 +114,9 @@ def interrupted(command: str, folder: Path, seconds: float, signals: Sequence[in
     ("command", "seconds", "number"),
     [
         (GENERATE, 0.0, signal.SIGINT),
-        (GENERATE, 4.0, signal.SIGINT),
+        pytest.param(GENERATE, 4.0, signal.SIGINT, marks=pytest.mark.slow),
         (GENERATE, 2.0, signal.SIGTERM),
-        (ORBAX, 2.0, signal.SIGINT),
+        pytest.param(ORBAX, 2.0, signal.SIGINT, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_ends_a_command(command: str, seconds: float, number: signal.Signals, folder: Path) -> None:

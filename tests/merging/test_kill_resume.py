@@ -53,6 +53,7 @@ def weights(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.safetensors*"))}
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(recipe: Path, tmp_path: Path) -> None:
     subprocess.run(command(recipe, tmp_path / "whole"), check=True, capture_output=True)
     expected = weights(tmp_path / "whole")

@@ -100,8 +100,8 @@ def measured(folder: Path, *options: object) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("mesh", "transform", "dtype"),
     [
-        (None, "transpose", None),
-        ({"fsdp": 2, "tensor": 4}, "transpose", None),
+        pytest.param(None, "transpose", None, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 2, "tensor": 4}, "transpose", None, marks=pytest.mark.slow),
         ({"fsdp": 8}, "identity", "bfloat16"),
     ],
     ids=["one device", "8 devices", "8 devices, cast"],

@@ -48,6 +48,13 @@ CASES: dict[str, tuple[str, int, bool, dict[str, Any]]] = {
     "ramplus_tl": ("ramplus_tl", 3, True, {"epsilon": 0.8, "r": 0.2, "alpha": 0.3}),
 }
 
+# One case of each way through the operators: those that the light suite runs where a case takes long.
+LIGHT = (
+    "linear", "wise_ft", "slerp", "nuslerp", "nuslerp_row", "multislerp", "karcher", "passthrough",
+    "model_stock", "task_arithmetic", "ties", "ties_tree", "dare_ties", "della_linear", "breadcrumbs",
+    "sce_topk", "nearswap", "arcee_fusion", "ram", "ramplus_tl",
+)  # fmt: skip
+
 
 def build(case: str) -> tuple[ops.Merge, int, bool]:
     """The merge of a case, how many models it takes, and whether a base."""

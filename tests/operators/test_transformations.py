@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mergelab import operators as ops
 from mergelab.errors import OperatorError
 from mergelab.operators.measures import Sum
-from tests.operators.cases import CASES, build
+from tests.operators.cases import CASES, LIGHT, build
+from tests.slow import slow_except
 
 SHAPE = (16, 24)
 Tree = Any
@@ -54,7 +55,7 @@ def assert_same(found: Tree, expected: Tree, exactly: bool) -> None:
             np.testing.assert_allclose(a, b, **FLOAT32_SUMS)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_except(LIGHT, CASES))
 def test_jit_gives_what_eager_gives(case: str) -> None:
     merge, models, base = models_of(case)
     eager = merge(models, base, seed=5)
@@ -62,7 +63,7 @@ def test_jit_gives_what_eager_gives(case: str) -> None:
     assert_same(jitted, eager, exactly=not sums_floats(merge))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_except(LIGHT, CASES))
 def test_eight_devices_give_what_one_gives(case: str) -> None:
     assert len(jax.devices()) == 8
     merge, models, base = models_of(case)

@@ -22,9 +22,10 @@ PLAIN = {"unit_decoder": False, "project_gradients": False, "lift": 0.0, "ema": 
     ("recipe", "b2"),
     [
         (TrainingRecipe(STEPS, 4, learning_rate=1e-2, **PLAIN), 0.9),
-        (
+        pytest.param(
             TrainingRecipe(STEPS, 4, learning_rate=1e-2, b2=0.99, encoder_rate=1.0, bias_rate=1.0, **PLAIN),
             0.99,
+            marks=pytest.mark.slow,
         ),
         (TrainingRecipe(STEPS, 4, learning_rate=1e-2, b1=0.5, encoder_rate=0.2, bias_rate=5.0, **PLAIN), 0.9),
     ],

@@ -14,7 +14,8 @@ from mergelab.errors import CheckpointError, NonFiniteError, OperatorError
 from mergelab.merging.engine import blocks, stream_jobs
 from mergelab.merging.engine.job import Job
 from mergelab.operators.measures import Sum
-from tests.operators.cases import CASES, build
+from tests.operators.cases import CASES, LIGHT, build
+from tests.slow import slow_except
 
 SHAPES = {
     "wide": (37, 130),
@@ -108,7 +109,7 @@ def inputs(
     return merge, models, base if with_base else None
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_except(LIGHT, CASES))
 def test_streamed_equals_in_memory(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1024)  # several blocks even for small tensors
     merge, models, base = inputs(case, shapes=SHAPES if case in OF_EACH_KIND else FEW)

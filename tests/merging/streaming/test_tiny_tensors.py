@@ -15,7 +15,8 @@ from mergelab.operators.measures import Sum
 from mergelab.operators.region import Region
 from tests.merging.streaming.test_stream_jobs import jobs_for, streamed
 from tests.operators import reference
-from tests.operators.cases import CASES, build
+from tests.operators.cases import CASES, LIGHT, build
+from tests.slow import slow_except
 
 TINY = {"scalar": (), "four": (4,), "row": (1, 3)}
 
@@ -41,7 +42,7 @@ def test_every_operator_has_a_case() -> None:
     assert {name for name, *_ in CASES.values()} == set(ops.OPERATORS)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_except(LIGHT, CASES))
 def test_a_tiny_tensor_streamed_is_the_tensor_merged_in_memory(case: str) -> None:
     merge, models, base = tiny(case, 0.02)  # mean squares of 4e-4: padding would push them below sce's 1e-6
     found = streamed(jobs_for(merge, models, base), threads=1)

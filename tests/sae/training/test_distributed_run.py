@@ -14,6 +14,8 @@ from mergelab.sae.training.tracking import read_metrics
 from tests.sae.training.distributed_worker import CONFIG, MESHES
 from tests.two_processes import run_two
 
+pytestmark = pytest.mark.slow  # `tests/models/test_distributed.py` starts two processes in the light suite
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:

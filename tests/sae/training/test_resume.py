@@ -308,6 +308,7 @@ cli(sys.argv[2:], prog_name="mergelab")
 """
 
 
+@pytest.mark.slow
 def test_the_command_says_a_full_disk_in_one_sentence_and_ends(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "sae.yaml").write_text(yaml.safe_dump(_config(folder / "x.npy")))
     arguments = ["sae", "train", str(tmp_path / "sae.yaml"), "--out", str(tmp_path / "run"), "--json"]

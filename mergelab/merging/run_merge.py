@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mergelab.checkpoints import CheckpointWriter, TensorSpec, plan_shards
 from mergelab.checkpoints.output_target import MARKER, recorded_identity
 from mergelab.checkpoints.publish import WorkFolder, publish_file
 from mergelab.checkpoints.writer import check_digests
-from mergelab.merging.engine import stream_jobs
+from mergelab.merging.engine.output_folder import SHA256SUMS, sha256_sums, write_model
 from mergelab.merging.plan.planner import Plan, make_plan
-from mergelab.merging.provenance import SHA256SUMS, model_card, provenance, sha256_sums
+from mergelab.merging.provenance import model_card, provenance
 from mergelab.merging.recipe.recipe_file import load_recipe
 from mergelab.merging.recipe.schema import Recipe
 
@@ -172,26 +170,24 @@ def _write(
     sha256: bool = False,
 ) -> float:
     """Runs one plan into a folder; returns the seconds spent streaming."""
-    specs = [TensorSpec(job.name, job.dtype, job.shape) for job in plan.jobs]
-    layout = plan_shards(specs, plan.shard_bytes)
-    with CheckpointWriter(work, layout, plan.identities, resume=resume) as writer:
-        report = stream_jobs(
-            plan.jobs,
-            writer,
-            seed=plan.seed,
-            memory=memory,
-            threads=threads,
-            allow_nonfinite=allow_nonfinite,
-            progress=progress,
-        )
-        digests = writer.digests()
-        for name, content in plan.files.items():
-            writer.add_file(name, content)
-        if plan.config:
-            writer.add_file("config.json", (json.dumps(plan.config, indent=2) + "\n").encode())
-        writer.add_file(MARKER, provenance(plan, digests))
-        writer.add_file("README.md", model_card(plan, writer.out.name, digests, stages=stages).encode())
-        if sha256:
-            writer.add_file(SHA256SUMS, sha256_sums(work.path)[1])
-        writer.commit()
-    return report.seconds
+
+    def files(digests: Mapping[str, str]) -> dict[str, bytes]:
+        card = model_card(plan, work.out.name, digests, stages=stages)
+        return {**plan.files, MARKER: provenance(plan, digests), "README.md": card.encode()}
+
+    written = write_model(
+        work,
+        plan.jobs,
+        plan.config,
+        plan.identities,
+        files,
+        seed=plan.seed,
+        shard_bytes=plan.shard_bytes,
+        memory=memory,
+        threads=threads,
+        resume=resume,
+        allow_nonfinite=allow_nonfinite,
+        sha256=sha256,
+        progress=progress,
+    )
+    return written.report.seconds

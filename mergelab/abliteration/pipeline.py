@@ -26,7 +26,7 @@ from mergelab.abliteration.removal import KeepNorms, abliterate_params
 from mergelab.abliteration.report import Report
 from mergelab.abliteration.trial_search import SearchResult, Trial, search_ablation
 from mergelab.abliteration.write import write_abliterated
-from mergelab.checkpoints import open_checkpoint
+from mergelab.checkpoints import FolderCheckpoint, open_checkpoint
 from mergelab.checkpoints.output_target import recorded_identity
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import MergelabError
@@ -134,8 +134,9 @@ def abliterate(
         # What a killed run has published may be the result of this very work, as the writer will find.
         if not work.published and not (resume and recorded_identity(work.out)):
             work.prepare()
-        report = _measure(source, harmful, harmless, settings, text, mesh, dtype, progress)
-        _write(source, work, report, resume, progress or _silent)
+        checkpoint = open_checkpoint(source)
+        model, report = _measure(checkpoint, source, harmful, harmless, settings, text, mesh, dtype, progress)
+        _write(model, checkpoint, work, report, resume, progress or _silent)
     return report
 
 
@@ -144,6 +145,7 @@ def _silent(what: str, done: int, total: int) -> None:
 
 
 def _measure(
+    checkpoint: FolderCheckpoint,
     source: str | Path,
     harmful: Sequence[str],
     harmless: Sequence[str],
@@ -152,10 +154,10 @@ def _measure(
     mesh: Any,
     dtype: Any,
     progress: Progress | None,
-) -> Report:
+) -> tuple[Model, Report]:
     """Everything but writing: the directions, the choice, and behavior before and after."""
     tokenizer = load_tokenizer(source)
-    model, params = load_model(source, mesh=mesh, dtype=dtype)
+    model, params = load_model(checkpoint, mesh=mesh, dtype=dtype)
     require_decoder(model)
     ids = check_refusal_ids(model, refusal_tokens(tokenizer, settings.phrases))
     sets = [
@@ -212,7 +214,7 @@ def _measure(
     after, _ = measure_behavior(model, edited, bad.measure, good.measure, ids, before=logits, **options)
     del edited
     tell("measuring", 2, 2)
-    return Report(
+    report = Report(
         model=str(source),
         prompts={
             "found": (len(bad.find), len(good.find)),
@@ -228,6 +230,7 @@ def _measure(
         before=before,
         after=after,
     )
+    return model, report
 
 
 @dataclass(frozen=True)
@@ -294,8 +297,15 @@ def _search(
     return search, trial, space.ablation(jnp.asarray(list(trial.parameters.values()), jnp.float32))
 
 
-def _write(source: str | Path, work: WorkFolder, report: Report, resume: bool, tell: Progress) -> None:
-    total = sum(file.file.size for file in open_checkpoint(source).files)
+def _write(
+    model: Model,
+    checkpoint: FolderCheckpoint,
+    work: WorkFolder,
+    report: Report,
+    resume: bool,
+    tell: Progress,
+) -> None:
+    total = sum(file.file.size for file in checkpoint.files)
     written = 0
 
     def advance(count: int) -> None:
@@ -304,7 +314,8 @@ def _write(source: str | Path, work: WorkFolder, report: Report, resume: bool, t
         tell("writing", written, total)
 
     write_abliterated(
-        source,
+        model,
+        checkpoint,
         work,
         report.ablation,
         keep_norms=report.keep_norms,

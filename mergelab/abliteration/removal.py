@@ -1,8 +1,10 @@
-"""A direction removed: from arrays, at sites, and from stored matrices block by block."""
+"""A direction removed by one formula: from arrays, at sites, and from a stored tensor as it is read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
@@ -14,6 +16,7 @@ from jaxtyping import Float
 
 from mergelab.abliteration.ablation import Ablation, unit
 from mergelab.checkpoints import TensorSource
+from mergelab.checkpoints.file_tensor import check_piece
 from mergelab.errors import MergelabError, NonFiniteError
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import ResidualWriter, writers
@@ -21,14 +24,14 @@ from mergelab.models.sites import Edit
 from mergelab.models.table import get_leaf, tree_from_leaves
 
 __all__ = [
-    "BLOCK",
     "KeepNorms",
+    "Removed",
     "ablate",
     "abliterate_params",
     "check_ablation",
-    "edited_blocks",
     "induce",
     "orthogonalize",
+    "without",
     "writer_terms",
 ]
 
@@ -41,6 +44,18 @@ scaling a vector does not turn it, so that the direction stays removed. `coordin
 residual coordinate, `[in]`: the rows of a stored `Linear`. Scaling coordinates turns the vectors, and some of
 the direction comes back.
 """
+
+
+def without(x: Any, along: Any, direction: Any, weight: Any) -> Any:
+    """`x - weight * along r^T`, the formula of every removal here; of numpy and JAX arrays alike.
+
+    Args:
+        x: Vectors `[..., width]`, float32; or some of their coordinates.
+        along: Their parts along the direction `r`, `x @ r`, `[...]`.
+        direction: `r`, `[width]`, of length 1 (or 0); or the same coordinates of it.
+        weight: Share of the part to remove.
+    """
+    return x - weight * (along[..., None] * direction.reshape((1,) * along.ndim + (-1,)))
 
 
 def orthogonalize(
@@ -65,7 +80,7 @@ def orthogonalize(
     """
     before = matrix.astype(jnp.float32)
     along = jnp.einsum("...w,w->...", before, direction, precision="highest")
-    after = before - weight * jnp.tensordot(along, direction, 0)
+    after = without(before, along, direction, weight)
     if keep_norms is not None and before.ndim > 1:
         axis = -1 if keep_norms == "written" else -2
         old, new = (jnp.linalg.norm(x, axis=axis, keepdims=True) for x in (before, after))
@@ -196,13 +211,8 @@ def _add(vector: Array, x: Array) -> Array:
     return (x.astype(jnp.float32) + vector[None, None]).astype(x.dtype)
 
 
-def _without(direction: Array, weight: Array, x: Array) -> Array:
-    along = jnp.einsum("blw,w->bl", x, direction, precision="highest")
-    return x - weight * jnp.tensordot(along, direction, 0)
-
-
 def _remove(direction: Array, weight: Array, x: Array) -> Array:
-    return _without(direction, weight, x.astype(jnp.float32)).astype(x.dtype)
+    return orthogonalize(x, direction, weight)
 
 
 def _remove_before_norm(direction: Array, weight: Array, scale: Array, out: Array) -> Array:
@@ -215,87 +225,150 @@ def _remove_before_norm(direction: Array, weight: Array, scale: Array, out: Arra
     known = (scale != 0)[None, None]
     scale = scale[None, None]
     u = jnp.where(known, out.astype(jnp.float32) / jnp.where(known, scale, 1.0), 0.0)
-    edited = _without(direction, weight, u)
+    edited = orthogonalize(u, direction, weight)
     change = jnp.mean(jnp.square(edited), -1, keepdims=True) - jnp.mean(jnp.square(u), -1, keepdims=True)
     return (scale * edited * jax.lax.rsqrt(1.0 + change)).astype(out.dtype)
 
 
-BLOCK = 1 << 22
+_BLOCK = 1 << 22
 """Elements that are worked on at a time, whatever the size of the matrix (a row at least)."""
 
 
-def edited_blocks(
-    source: TensorSource,
-    direction: np.ndarray,
-    weight: float,
-    *,
-    axis: int,
-    keep_norms: KeepNorms = None,
-    block: int = BLOCK,
-) -> Iterator[tuple[int, np.ndarray]]:
-    """The pieces of the edited matrix, in order: what `orthogonalize` makes of it, rounded once.
+@dataclass
+class _Held:
+    """What a `Removed` has found so far: sums over all rows, and the block that was read last."""
 
-    Where a vector that is written lies across the rows of the file (a torch `Linear`, `[width, in]`), or
-    norms run over all rows, the matrix is read twice or thrice: for the sums, and to edit.
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    sums: tuple[np.ndarray, np.ndarray] | None = None
+    block: tuple[int, np.ndarray] | None = None
 
-    Args:
-        source: `[in, width]`, `[width, in]`, or a bias `[width]`.
-        direction: float32 `[width]`, of length 1 (or 0).
-        weight: the share of it to remove.
-        axis: the axis of `source` that runs over the residual stream.
-        keep_norms: as in `orthogonalize`.
-        block: elements to work on at a time.
 
-    Yields:
-        The first element, and the flat elements from there on, in the source's dtype.
+@dataclass(frozen=True, eq=False)
+class Removed:
+    """A `TensorSource`: a stored tensor less its part along a direction, as `orthogonalize`, rounded once.
 
-    Raises:
-        NonFiniteError: the matrix holds NaN or infinity, or an edited value leaves the range of its dtype.
+    Worked on by whole rows, some megabytes at a time, so that its bytes do not depend on the pieces in which
+    it is read. Where a vector that is written lies across the rows of the file (a torch `Linear`,
+    `[width, in]`), or norms run over all rows, the tensor is read once or twice before, for the sums.
+
+    Attributes:
+        tensor: Matrix `[in, width]` or `[width, in]`, or a bias `[width]`.
+        direction: Direction `r`, float32 `[width]`, of length 1 (or 0).
+        weight: Share of it to remove.
+        axis: Axis of `tensor` that runs over the residual stream.
+        keep_norms: Norms that a matrix keeps, as in `orthogonalize`.
+        block: Elements to work on at a time.
     """
-    if len(source.shape) == 1:
-        rows, columns, axis, keep_norms = 1, source.shape[0], 1, None
-    else:
-        rows, columns = source.shape
-    step = max(block // max(columns, 1), 1)
-    ranges = [(start, min(start + step, rows)) for start in range(0, rows, step)]
-    across = axis == 0
-    along = np.zeros(columns)
-    old, new = np.zeros(columns), np.zeros(columns)
 
-    def read(start: int, stop: int) -> np.ndarray:
-        piece = np.empty((stop - start) * columns, source.dtype)
-        source.read_into(start * columns, piece)
-        return piece.reshape(stop - start, columns).astype(np.float32)
+    tensor: TensorSource
+    direction: np.ndarray
+    weight: float
+    axis: int
+    keep_norms: KeepNorms = None
+    block: int = _BLOCK
+    _held: _Held = field(default_factory=_Held, repr=False)
 
-    def without(x: np.ndarray, start: int, stop: int) -> np.ndarray:
-        if across:
-            return x - np.float32(weight) * np.outer(direction[start:stop], along.astype(np.float32))
-        return x - np.float32(weight) * np.outer(x @ direction, direction)
+    @property
+    def name(self) -> str:
+        return self.tensor.name
 
-    over_rows = keep_norms == ("written" if across else "coordinate")
-    if across:
-        for start, stop in ranges:
-            along += direction[start:stop] @ read(start, stop)
-    if over_rows:
-        for start, stop in ranges:
-            x = read(start, stop)
-            old += np.square(x, dtype=np.float64).sum(axis=0)
-            new += np.square(without(x, start, stop), dtype=np.float64).sum(axis=0)
-    for start, stop in ranges:
-        x = read(start, stop)
-        edited = without(x, start, stop)
-        if over_rows:
-            edited *= _factor(np.sqrt(old), np.sqrt(new))[None]
-        elif keep_norms is not None:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.tensor.dtype
+
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Fills `out` with flat elements `[start, start + out.size)` of the edited tensor.
+
+        Raises:
+            CheckpointError: the tensor cannot be read.
+            NonFiniteError: it holds NaN or infinity, or an edited value leaves the range of its dtype.
+        """
+        rows, columns = self._folded
+        check_piece(self, rows * columns, start, out)
+        size, stop = self._rows_at_once * columns, start + out.size
+        for number in range(start // size, -(-stop // size)):
+            low, high = max(start, number * size), min(stop, (number + 1) * size)
+            out[low - start : high - start] = self._edited(number)[low - number * size : high - number * size]
+        if stop == rows * columns:
+            self._held.block = None
+
+    @property
+    def _folded(self) -> tuple[int, int]:
+        return (1, self.shape[0]) if len(self.shape) == 1 else (self.shape[0], self.shape[1])
+
+    @property
+    def _rows_at_once(self) -> int:
+        return max(self.block // max(self._folded[1], 1), 1)
+
+    @property
+    def _across(self) -> bool:
+        return len(self.shape) > 1 and self.axis == 0
+
+    @property
+    def _norms(self) -> Literal["none", "of rows", "over rows"]:
+        if self.keep_norms is None or len(self.shape) == 1:
+            return "none"
+        return "over rows" if (self.keep_norms == "written") == self._across else "of rows"
+
+    def _edited(self, number: int) -> np.ndarray:
+        """One block of rows, flat, in the tensor's dtype."""
+        with self._held.lock:
+            if self._held.block is not None and self._held.block[0] == number:
+                return self._held.block[1]
+            if self._held.sums is None:
+                self._held.sums = self._summed()
+            along, factor = self._held.sums
+        start = number * self._rows_at_once
+        x = self._read(start)
+        edited = self._without(x, start, along)
+        if self._norms == "over rows":
+            edited *= factor[None]
+        elif self._norms == "of rows":
             edited *= _factor(*(np.linalg.norm(y, axis=1) for y in (x, edited)))[:, None]
         with np.errstate(over="ignore"):
-            rounded = edited.astype(source.dtype)
+            rounded = edited.astype(self.dtype)
         if not np.isfinite(rounded.astype(np.float32)).all():
             raise NonFiniteError(
-                f"tensor {source.name!r} holds NaN, infinity or values its dtype cannot hold once edited; "
+                f"tensor {self.name!r} holds NaN, infinity or values its dtype cannot hold once edited; "
                 "repair the model, or store it as bfloat16 or float32 first."
             )
-        yield start * columns, rounded.reshape(-1)
+        flat = rounded.reshape(-1)
+        with self._held.lock:
+            self._held.block = number, flat
+        return flat
+
+    def _read(self, start: int) -> np.ndarray:
+        rows, columns = self._folded
+        count = min(self._rows_at_once, rows - start)
+        piece = np.empty(count * columns, self.dtype)
+        self.tensor.read_into(start * columns, piece)
+        return piece.reshape(count, columns).astype(np.float32)
+
+    def _without(self, x: np.ndarray, start: int, along: np.ndarray) -> np.ndarray:
+        weight = np.float32(self.weight)
+        if self._across:  # the outer product, seen from the other side
+            return without(x, self.direction[start : start + len(x)], along.astype(np.float32), weight)
+        return without(x, x @ self.direction, self.direction, weight)
+
+    def _summed(self) -> tuple[np.ndarray, np.ndarray]:
+        """What needs all rows: the columns' parts along the direction, and what restores their norms."""
+        rows, columns = self._folded
+        starts = range(0, rows, self._rows_at_once)
+        along, old, new = np.zeros(columns), np.zeros(columns), np.zeros(columns)
+        if self._across:
+            for start in starts:
+                x = self._read(start)
+                along += self.direction[start : start + len(x)] @ x
+        if self._norms == "over rows":
+            for start in starts:
+                x = self._read(start)
+                old += np.square(x, dtype=np.float64).sum(axis=0)
+                new += np.square(self._without(x, start, along), dtype=np.float64).sum(axis=0)
+        return along, _factor(np.sqrt(old), np.sqrt(new))
 
 
 def _factor(old: np.ndarray, new: np.ndarray) -> np.ndarray:

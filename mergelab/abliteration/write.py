@@ -1,76 +1,65 @@
-"""Writes the edited copy of a Hugging Face folder: streamed, resumable, renamed when it is whole."""
+"""The edited copy of a Hugging Face folder: one job per tensor, run by the merge engine."""
 
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from mergelab.abliteration.ablation import Ablation
-from mergelab.abliteration.removal import BLOCK, KeepNorms, check_ablation, edited_blocks, writer_terms
-from mergelab.checkpoints import (
-    CheckpointWriter,
-    FolderCheckpoint,
-    TensorSource,
-    TensorSpec,
-    is_float,
-    open_checkpoint,
-    plan_shards,
-    read_whole,
-)
+from mergelab.abliteration.removal import KeepNorms, Removed, check_ablation, writer_terms
+from mergelab.checkpoints import FolderCheckpoint, TensorSource, is_float, read_whole
 from mergelab.checkpoints.model_files import donor_files
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.text_file import read_bytes
 from mergelab.errors import CheckpointError, did_you_mean
-from mergelab.models.families import model_from_config
+from mergelab.merging.engine.job import Job
+from mergelab.merging.engine.output_folder import write_model
 from mergelab.models.model import Model
 from mergelab.models.residual_stream import ResidualWriter, writers
 from mergelab.models.save import SHARD_BYTES
 
 __all__ = ["write_abliterated"]
 
-_THREADS = 4
-
-
-@dataclass(frozen=True)
-class _StoredEdit:
-    direction: np.ndarray
-    weight: float
-    axis: int
-
 
 def write_abliterated(
-    source: str | Path,
+    model: Model,
+    checkpoint: FolderCheckpoint,
     out: str | Path | WorkFolder,
     ablation: Ablation,
     *,
     keep_norms: KeepNorms = None,
     files: Mapping[str, bytes] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    memory: int = 10**9,
+    threads: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
-    progress: Callable[[int], None] | None = None,
+    sha256: bool = False,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> Path:
     """Copies a model folder with the directions taken out of all tensors that write to the residual stream.
 
     Other tensors, the configuration and the tokenizer are copied to the byte; edited tensors keep their
-    dtype. Memory is bounded by a few blocks of a tensor, not by a tensor or the model.
+    dtype. A run of the merge engine: memory is bounded by a few blocks of a tensor, not by a tensor or the
+    model.
 
     Args:
-        source: a Hugging Face folder of a decoder.
-        out: the folder to write; or its work folder, entered by the caller.
-        ablation: what is removed, and where.
-        keep_norms: norms that the matrices keep.
-        files: further files by name, such as a card; they replace the source's.
-        shard_bytes: weights go into several files if they are larger.
-        overwrite: replace a folder that mergelab wrote.
-        resume: go on with an output of the same source and ablation that was interrupted.
-        progress: called with the bytes written since the last call; never twice at a time.
+        model: Decoder, as `load_model` describes the checkpoint.
+        checkpoint: Folder it was loaded from, opened.
+        out: Folder to write; or its work folder, entered by the caller.
+        ablation: Directions that are removed, and where.
+        keep_norms: Norms that the matrices keep.
+        files: Further files by name, such as a card; they replace the source's.
+        shard_bytes: Size at which a new weight file is begun.
+        memory: Bytes of tensors held at once.
+        threads: Number of threads that read, edit and write; one per core if None.
+        overwrite: Whether a folder that mergelab wrote may be replaced.
+        resume: Whether to go on with an interrupted output of the same checkpoint and ablation.
+        sha256: Whether `SHA256SUMS` of the weight files is written too.
+        progress: Function called with the bytes written since the last call; never twice at a time.
 
     Returns:
         The folder.
@@ -81,68 +70,59 @@ def write_abliterated(
         MergelabError: the model is an encoder, or the ablation does not fit it.
         OutputError: the folder cannot be written.
     """
-    checkpoint = open_checkpoint(source)
-    model = model_from_config(checkpoint.config, str(checkpoint.path / "config.json"))
-    model = model.for_tensors(checkpoint.tensors)
     check_ablation(model, ablation)
-    edits = _stored_edits(model, checkpoint, ablation)
-    specs = [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()]
+    removed = _removals(model, checkpoint, ablation, keep_norms)
+    jobs = [
+        Job(name, tensor.shape, tensor.dtype, (removed.get(name, tensor),))
+        for name, tensor in checkpoint.tensors.items()
+    ]
     content = {"config.json": read_bytes(checkpoint.path / "config.json")}
     content |= donor_files(checkpoint.path, None) | dict(files or {})
-    identity = {
+    identities = {
         "the model": checkpoint.fingerprint(),
         "the directions or their weights": _digest(ablation),
         "the norms that are kept": str(keep_norms),
     }
-    plan = plan_shards(specs, shard_bytes)
-    inputs = [checkpoint.path]
-    with CheckpointWriter(out, plan, identity, resume=resume, overwrite=overwrite, inputs=inputs) as writer:
-        failed, telling = threading.Event(), threading.Lock()
-
-        def write(name: str) -> None:
-            try:
-                for start, piece in _pieces(checkpoint.tensors[name], edits.get(name), keep_norms):
-                    if failed.is_set():  # in another thread, which says why
-                        return
-                    writer.write(name, start, piece)
-                    if progress is not None:
-                        with telling:
-                            progress(piece.nbytes)
-            except BaseException:
-                failed.set()
-                raise
-
-        with ThreadPoolExecutor(_THREADS) as pool:
-            remaining = [name for name in checkpoint.tensors if name not in writer.done]
-            try:
-                for result in [pool.submit(write, name) for name in remaining]:
-                    result.result()
-            except BaseException:
-                failed.set()
-                raise
-        for name, text in content.items():
-            writer.add_file(name, text)
-        return writer.commit()
+    written = write_model(
+        out,
+        jobs,
+        {},  # the source's own file is copied to the byte
+        identities,
+        lambda digests: content,
+        shard_bytes=shard_bytes,
+        memory=memory,
+        threads=threads,
+        overwrite=overwrite,
+        resume=resume,
+        inputs=[checkpoint.path],
+        sha256=sha256,
+        progress=progress,
+    )
+    return written.out
 
 
-def _stored_edits(model: Model, checkpoint: FolderCheckpoint, ablation: Ablation) -> dict[str, _StoredEdit]:
-    """What happens to each tensor that is edited, by name."""
+def _removals(
+    model: Model, checkpoint: FolderCheckpoint, ablation: Ablation, keep_norms: KeepNorms
+) -> dict[str, Removed]:
+    """What replaces each tensor that is edited, by name."""
     tensors = checkpoint.tensors
-    edits: dict[str, _StoredEdit] = {}
+    edited: dict[str, Removed] = {}
     for writer in writers(model):
         gain = None
         if writer.gain is not None:
             gain = read_whole(_tensor(checkpoint, writer.gain.hf_name, writer.gain.hf_shape))
-        direction, weight = writer_terms(model, writer, ablation, gain)
-        edit = _StoredEdit(np.asarray(direction), float(weight), _stream_axis(writer))
+        terms = writer_terms(model, writer, ablation, gain)
+        direction, weight, axis = np.asarray(terms[0]), float(terms[1]), _stream_axis(writer)
         for name in writer.leaf.hf_names:
             _tensor(checkpoint, name, writer.leaf.hf_shape)
-            edits[name] = edit
+        names = [*writer.leaf.hf_names]
         if writer.leaf.path == ("embed", "embedding") and model.config.tied:
             # A stored copy of the tied embedding must not disagree with it.
-            copies = [n for n, t in tensors.items() if n not in edits and t.shape == writer.leaf.hf_shape]
-            edits |= {name: edit for name in copies if model.is_unused(name)}
-    return edits
+            copies = [n for n, t in tensors.items() if n not in edited and t.shape == writer.leaf.hf_shape]
+            names += [name for name in copies if name not in names and model.is_unused(name)]
+        if weight != 0:
+            edited |= {name: Removed(tensors[name], direction, weight, axis, keep_norms) for name in names}
+    return edited
 
 
 def _stream_axis(writer: ResidualWriter) -> int:
@@ -166,19 +146,6 @@ def _tensor(checkpoint: FolderCheckpoint, name: str, shape: tuple[int, ...]) -> 
             f"{list(shape)} was expected; dequantize the model, or correct its config.json."
         )
     return found
-
-
-def _pieces(
-    tensor: TensorSource, edit: _StoredEdit | None, keep_norms: KeepNorms
-) -> Iterator[tuple[int, np.ndarray]]:
-    if edit is not None and edit.weight != 0:
-        yield from edited_blocks(tensor, edit.direction, edit.weight, axis=edit.axis, keep_norms=keep_norms)
-        return
-    size = int(np.prod(tensor.shape, dtype=np.int64))
-    for start in range(0, size, BLOCK):
-        piece = np.empty(min(BLOCK, size - start), tensor.dtype)
-        tensor.read_into(start, piece)
-        yield start, piece
 
 
 def _digest(ablation: Ablation) -> str:

@@ -196,6 +196,11 @@ class CheckpointWriter:
         place = self.plan.places[name]
         return os.pread(self._fds[place.shard], count, place.offset + offset)
 
+    @property
+    def finished(self) -> bool:
+        """Whether this very output has its final name already, so that nothing is left to write."""
+        return self._finished
+
     def write(self, name: str, start: int, array: np.ndarray) -> None:
         """Writes flat elements `[start, start + array.size)` of a tensor, from the array's own memory.
 

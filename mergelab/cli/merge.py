@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -76,14 +75,12 @@ def command(
     if out is None and not dry_run:
         raise click.UsageError("name the folder to write with --out DIR, or look at the plan with --dry-run")
     from mergelab.cli.options import configure_jax
-    from mergelab.merging.plan.planner import make_plan
-    from mergelab.merging.recipe.recipe_file import load_recipe
+    from mergelab.merging.plan.planner import plan_merge
 
     configure_jax()
-    loaded = load_recipe(recipe)
-    plan = make_plan(loaded, **planning)
+    plan = plan_merge(recipe, **planning)
     if dry_run:
-        summary = _summary(plan, memory, out or Path.cwd())
+        summary = plan.summary(memory, out or Path.cwd())
         click.echo(json.dumps(summary, indent=2) if as_json else _text(plan, summary))
         return
     assert out is not None
@@ -95,22 +92,16 @@ def command(
 
     total = sum(p.bytes_out for p in (*plan.stages.values(), plan))
     with _progress_bar(total) as bar:
-
-        def advance(count: int) -> None:
-            bar.update(count)
-
         merged = merge(
-            loaded,
+            plan,
             out,
-            **planning,
             memory=memory,
             threads=options["threads"],
             resume=options["resume"],
             overwrite=options["overwrite"],
             allow_nonfinite=options["allow_nonfinite"],
             sha256=options["sha256"],
-            progress=advance,
-            plan=plan,
+            progress=bar.update,
         )
     seconds = time.perf_counter() - started
     if as_json:
@@ -139,29 +130,6 @@ def _progress_bar(total: int) -> Any:
     return tqdm(
         total=total, unit="B", unit_scale=True, desc="merging", file=sys.stderr, disable=None, leave=False
     )
-
-
-def _summary(plan: Plan, memory: int, out: Path) -> dict[str, Any]:
-    """The plan as plain data; of a graph of recipes, the stages' own summaries beside."""
-    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
-    stages = {name: _summary(stage, memory, out) for name, stage in plan.stages.items()}
-    return {
-        "merge_method": plan.recipe.merge_method,
-        "tensors": len(plan.jobs),
-        "operations": plan.operations,
-        "models": [model.name for model in plan.models],
-        "bytes_in": plan.bytes_in,
-        "bytes_out": plan.bytes_out,
-        "disk_needed": plan.bytes_out + sum(stage["bytes_out"] for stage in stages.values()),
-        "disk_free": shutil.disk_usage(existing).free,
-        "peak_memory": max(
-            [plan.memory_estimate(memory), *(stage["peak_memory"] for stage in stages.values())]
-        ),
-        "seed": plan.seed,
-        "identity": plan.identity,
-        "warnings": list(plan.warnings),
-        "stages": stages,
-    }
 
 
 def _text(plan: Plan, summary: dict[str, Any]) -> str:

@@ -4,9 +4,19 @@
 >>> merge(load_recipe("ties.yaml"), "merged", seed=1)                            # doctest: +SKIP
 """
 
-from mergelab.merging.plan.planner import Plan, make_plan
+from mergelab.merging.plan.planner import Plan, plan_merge
 from mergelab.merging.recipe.recipe_file import load_recipe, parse_recipe, recipe_yaml
 from mergelab.merging.recipe.schema import Recipe
-from mergelab.merging.run_merge import Merged, merge
+from mergelab.merging.run_merge import Merged, MergeOptions, merge
 
-__all__ = ["Merged", "Plan", "Recipe", "load_recipe", "make_plan", "merge", "parse_recipe", "recipe_yaml"]
+__all__ = [
+    "MergeOptions",
+    "Merged",
+    "Plan",
+    "Recipe",
+    "load_recipe",
+    "merge",
+    "parse_recipe",
+    "plan_merge",
+    "recipe_yaml",
+]

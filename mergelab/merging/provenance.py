@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mergelab.checkpoints.output_target import disk_errors
 from mergelab.merging.plan.planner import Plan
 from mergelab.merging.recipe.model_refs import parse_model_ref
 from mergelab.merging.recipe.recipe_file import recipe_yaml
 from mergelab.version import __version__
 
-__all__ = ["SHA256SUMS", "model_card", "provenance", "sha256_sums"]
-
-
-SHA256SUMS = "SHA256SUMS"
+__all__ = ["model_card", "provenance"]
 
 
 def provenance(plan: Plan, digests: Mapping[str, str]) -> bytes:
@@ -36,20 +30,6 @@ def provenance(plan: Plan, digests: Mapping[str, str]) -> bytes:
         "tensors": dict(digests),
     }
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def sha256_sums(folder: Path) -> tuple[dict[str, str], bytes]:
-    """Digests of the weight files of `folder` by name, and the same as `sha256sum -c` reads it.
-
-    Raises:
-        OutputError: a file cannot be read.
-    """
-    digests = {}
-    with disk_errors(folder):
-        for file in sorted(folder.glob("*.safetensors")):
-            with file.open("rb") as stream:
-                digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return digests, "".join(f"{digest}  {name}\n" for name, digest in digests.items()).encode()
 
 
 def model_card(

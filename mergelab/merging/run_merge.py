@@ -2,23 +2,76 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mergelab.checkpoints import CheckpointWriter, TensorSpec, plan_shards
 from mergelab.checkpoints.output_target import MARKER, recorded_identity
 from mergelab.checkpoints.publish import WorkFolder, publish_file
 from mergelab.checkpoints.writer import check_digests
-from mergelab.merging.engine import stream_jobs
-from mergelab.merging.plan.planner import Plan, make_plan
-from mergelab.merging.provenance import SHA256SUMS, model_card, provenance, sha256_sums
-from mergelab.merging.recipe.recipe_file import load_recipe
+from mergelab.errors import RecipeError
+from mergelab.merging.engine.output_folder import SHA256SUMS, sha256_sums, write_model
+from mergelab.merging.plan.planner import Plan, plan_merge
+from mergelab.merging.provenance import model_card, provenance
 from mergelab.merging.recipe.schema import Recipe
 
-__all__ = ["Merged", "merge"]
+__all__ = ["MergeOptions", "Merged", "merge"]
+
+
+def _silent(count: int) -> None:
+    """Tells nobody."""
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How a merge is planned and run. All have defaults; a plan that is given has settled the first six.
+
+    Attributes:
+        seed: Seed of every random draw; the same seed gives the same bytes.
+        dtype: Stored dtype, in place of the recipe's.
+        shard_bytes: Size at which a new weight file is begun.
+        truncate_embeddings: Whether embeddings of different length are cut to the shortest.
+        allow_mixed_architectures: Whether models of different `model_type` are merged, and tensors that some
+            models lack are made from the others alone.
+        base_dir: Folder where relative model paths are looked up after the working directory; the recipe
+            file's own if None.
+        memory: Bytes of tensors held at once.
+        threads: Number of threads that read, compute and write; one per core if None. The bytes do not
+            depend on it.
+        resume: Whether to go on with an interrupted run of the same plan.
+        overwrite: Whether a non-empty output that mergelab wrote may be replaced.
+        allow_nonfinite: Whether NaN and infinity are accepted in the inputs.
+        sha256: Whether `SHA256SUMS` of the weight files is written too.
+        progress: Function called with the number of bytes just written; never twice at a time.
+    """
+
+    seed: int = 0
+    dtype: str | None = None
+    shard_bytes: int = 5 * 10**9
+    truncate_embeddings: bool = False
+    allow_mixed_architectures: bool = False
+    base_dir: str | Path | None = None
+    memory: int = 10**9
+    threads: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+    allow_nonfinite: bool = False
+    sha256: bool = False
+    progress: Callable[[int], None] = _silent
+
+    def planning(self) -> dict[str, Any]:
+        """The keyword arguments of `plan_merge`."""
+        return {name: getattr(self, name) for name in _PLANNING}
+
+    def running(self) -> dict[str, Any]:
+        """The keyword arguments that `write_model` takes of them, for any plan."""
+        names = ("memory", "threads", "resume", "allow_nonfinite", "progress")
+        return {name: getattr(self, name) for name in names}
+
+
+_PLANNING = ("seed", "dtype", "shard_bytes", "truncate_embeddings", "allow_mixed_architectures", "base_dir")
+_DEFAULTS = {field.name: field.default for field in fields(MergeOptions)}
 
 
 @dataclass(frozen=True)
@@ -26,10 +79,10 @@ class Merged:
     """What a merge has written.
 
     Attributes:
-        out: the model folder.
-        plan: the plan of its last (or only) recipe.
-        seconds_streaming: time spent reading, computing and writing tensors, all recipes together.
-        sha256: digests of the weight files by name, if asked for.
+        out: Model folder.
+        plan: Plan of its last (or only) recipe.
+        seconds_streaming: Time spent reading, computing and writing tensors, all recipes together.
+        sha256: Digests of the weight files by name, if they were asked for.
     """
 
     out: Path
@@ -39,23 +92,10 @@ class Merged:
 
 
 def merge(
-    recipe: Recipe | str | Path,
+    recipe: Recipe | Plan | str | Path,
     out: str | Path,
-    *,
-    seed: int = 0,
-    dtype: str | None = None,
-    shard_bytes: int = 5 * 10**9,
-    memory: int = 10**9,
-    threads: int | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    allow_nonfinite: bool = False,
-    truncate_embeddings: bool = False,
-    allow_mixed_architectures: bool = False,
-    sha256: bool = False,
-    base_dir: str | Path | None = None,
-    progress: Callable[[int], None] = lambda count: None,
-    plan: Plan | None = None,
+    options: MergeOptions | None = None,
+    **changes: Any,
 ) -> Merged:
     """Merges checkpoints as a recipe says and writes a complete Hugging Face folder.
 
@@ -63,61 +103,43 @@ def merge(
     weight is read. Recipes that the last one builds on are run to a folder beside `out`, removed at the end.
 
     Args:
-        recipe: a recipe, or the path of one.
-        out: the folder to write; it appears only when complete.
-        seed: seeds the random draws; the same seed gives the same bytes.
-        dtype: overrides the recipe's stored dtype.
-        shard_bytes: the size at which a new weight file is begun.
-        memory: bytes of tensors held at once.
-        threads: how many threads read, compute and write; by default one per core. The bytes do not depend
-            on it.
-        resume: go on with an interrupted run of the same plan.
-        overwrite: replace a non-empty `out` that mergelab wrote.
-        allow_nonfinite: accept NaN and infinity in the inputs.
-        truncate_embeddings: cut embeddings of different length to the shortest.
-        allow_mixed_architectures: merge models of different `model_type`, and make tensors that some models
-            lack from the others alone.
-        sha256: also write `SHA256SUMS` of the weight files.
-        base_dir: where relative model paths are looked up after the working directory; by default the
-            recipe file's folder.
-        progress: called with the number of bytes just written, from several threads.
-        plan: the recipe's plan, if it was already made with the same options.
+        recipe: Recipe, path of one, or plan of one (`plan_merge`).
+        out: Folder to write; it appears only when complete.
+        options: How the merge is planned and run; the defaults if None.
+        changes: Fields of `MergeOptions` by keyword, in place of those of `options`.
 
     Raises:
-        RecipeError: the recipe cannot be run; every reason at once.
+        RecipeError: the recipe cannot be run (every reason at once), or an option of planning was given
+            beside a finished plan.
         CheckpointError: an input cannot be read (`NonFiniteError`: holds NaN or infinity).
         OutputError: `out` is not empty, could cost an input, is being written by another run, or the disk is
             full.
 
     Example:
         >>> merge("ties.yaml", "merged", seed=1)                                    # doctest: +SKIP
+        >>> merge(plan_merge("ties.yaml", seed=1), "merged", resume=True)           # doctest: +SKIP
     """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    planning: dict[str, Any] = {
-        "base_dir": None if base_dir is None else Path(base_dir),
-        "seed": seed,
-        "shard_bytes": shard_bytes,
-        "truncate_embeddings": truncate_embeddings,
-        "allow_mixed_architectures": allow_mixed_architectures,
-    }
-    running: dict[str, Any] = {
-        "memory": memory,
-        "threads": threads,
-        "allow_nonfinite": allow_nonfinite,
-        "progress": progress,
-        "resume": resume,
-    }
-    plan = plan or make_plan(recipe, dtype=dtype, **planning)
-    with WorkFolder(out, inputs=plan.inputs, overwrite=overwrite) as work:
-        seconds = 0.0
-        if _is_done(plan, work.out, resume) or work.finished(plan.identity):
+    options = replace(options or MergeOptions(), **changes)
+    if isinstance(recipe, Plan):
+        plan = recipe
+        if late := [name for name, value in options.planning().items() if value != _DEFAULTS[name]]:
+            raise RecipeError(
+                f"the plan was made before {' and '.join(late)} could be heeded: give "
+                f"{'it' if len(late) == 1 else 'them'} to plan_merge in place of merge"
+            )
+    else:
+        plan = plan_merge(recipe, **options.planning())
+    with WorkFolder(out, inputs=plan.inputs, overwrite=options.overwrite) as work:
+        seconds, digests = 0.0, {}
+        if _is_done(plan, work.out, options.resume) or work.finished(plan.identity):
             work.abandon()
+            if options.sha256:
+                digests, sums = sha256_sums(work.out)
+                if not (work.out / SHA256SUMS).is_file():
+                    publish_file(work.out / SHA256SUMS, sums)
         else:
             work.prepare()
-            seconds = _write_all(recipe, plan, work, planning, running, dtype=dtype, sha256=sha256)
-        digests, sums = sha256_sums(work.out) if sha256 else ({}, b"")
-        if sha256 and not (work.out / SHA256SUMS).is_file():
-            publish_file(work.out / SHA256SUMS, sums)
+            seconds, digests = _write_all(plan, work, options)
     return Merged(Path(out), plan, seconds, digests)
 
 
@@ -129,69 +151,47 @@ def _is_done(plan: Plan, out: Path, resume: bool) -> bool:
     return True
 
 
-def _write_all(
-    recipe: Recipe,
-    plan: Plan,
-    work: WorkFolder,
-    planning: Mapping[str, Any],
-    running: Mapping[str, Any],
-    *,
-    dtype: str | None,
-    sha256: bool,
-) -> float:
-    """Runs the recipes of a graph in turn, each on the results of those before; returns seconds streaming."""
+def _write_all(plan: Plan, work: WorkFolder, options: MergeOptions) -> tuple[float, Mapping[str, str]]:
+    """Runs a plan's stages in turn, each on the results of those before, then the plan itself.
+
+    Returns:
+        The seconds spent streaming, and digests of the weight files if they are asked for.
+    """
     folders: dict[str, Path] = {}
-    stages: list[Plan] = []
     seconds = 0.0
-    if not running["resume"]:
+    running = options.running()
+    if not options.resume:
         work.clear_stages()
-    for number, stage in enumerate(recipe.merges):
-        staged = make_plan(stage, stages=folders, **planning)
+    for number, (name, stage) in enumerate(plan.stages.items()):
         folder = work.stages / str(number)
-        if not _is_done(staged, folder, running["resume"]):
+        if not _is_done(stage, folder, options.resume):
             with WorkFolder(folder, overwrite=True) as inner:
-                if not inner.finished(staged.identity):
-                    seconds += _write(staged, inner, (), **running)
-        folders[str(stage.name)] = folder
-        stages.append(staged)
-    if folders:
-        plan = make_plan(recipe, dtype=dtype, stages=folders, **planning)
-    return seconds + _write(plan, work, stages, sha256=sha256, **running)
+                if not inner.finished(stage.identity):
+                    seconds += _write(stage.reading(folders), inner, (), **running)[0]
+        folders[name] = folder
+    last, digests = _write(
+        plan.reading(folders), work, plan.stages.values(), sha256=options.sha256, **running
+    )
+    return seconds + last, digests
 
 
 def _write(
-    plan: Plan,
-    work: WorkFolder,
-    stages: Sequence[Plan],
-    *,
-    memory: int,
-    threads: int | None,
-    resume: bool,
-    allow_nonfinite: bool,
-    progress: Callable[[int], None],
-    sha256: bool = False,
-) -> float:
-    """Runs one plan into a folder; returns the seconds spent streaming."""
-    specs = [TensorSpec(job.name, job.dtype, job.shape) for job in plan.jobs]
-    layout = plan_shards(specs, plan.shard_bytes)
-    with CheckpointWriter(work, layout, plan.identities, resume=resume) as writer:
-        report = stream_jobs(
-            plan.jobs,
-            writer,
-            seed=plan.seed,
-            memory=memory,
-            threads=threads,
-            allow_nonfinite=allow_nonfinite,
-            progress=progress,
-        )
-        digests = writer.digests()
-        for name, content in plan.files.items():
-            writer.add_file(name, content)
-        if plan.config:
-            writer.add_file("config.json", (json.dumps(plan.config, indent=2) + "\n").encode())
-        writer.add_file(MARKER, provenance(plan, digests))
-        writer.add_file("README.md", model_card(plan, writer.out.name, digests, stages=stages).encode())
-        if sha256:
-            writer.add_file(SHA256SUMS, sha256_sums(work.path)[1])
-        writer.commit()
-    return report.seconds
+    plan: Plan, work: WorkFolder, stages: Iterable[Plan], **running: Any
+) -> tuple[float, Mapping[str, str]]:
+    """Runs one plan, whose stages have run, into a folder."""
+
+    def files(digests: Mapping[str, str]) -> dict[str, bytes]:
+        card = model_card(plan, work.out.name, digests, stages=tuple(stages))
+        return {**plan.files, MARKER: provenance(plan, digests), "README.md": card.encode()}
+
+    written = write_model(
+        work,
+        plan.jobs,
+        plan.config,
+        plan.identities,
+        files,
+        seed=plan.seed,
+        shard_bytes=plan.shard_bytes,
+        **running,
+    )
+    return written.report.seconds, written.sha256

@@ -13,9 +13,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mergelab.abliteration.ablation import Ablation, unit
-from mergelab.abliteration.removal import KeepNorms, abliterate_params, edited_blocks, orthogonalize
+from mergelab.abliteration.removal import KeepNorms, Removed, abliterate_params, orthogonalize
 from mergelab.abliteration.write import write_abliterated
-from mergelab.checkpoints import open_checkpoint
+from mergelab.checkpoints import open_checkpoint, read_whole
 from mergelab.errors import CheckpointError, MergelabError, NonFiniteError, OutputError
 from mergelab.models.families import model_from_config
 from mergelab.models.load import load_model
@@ -32,6 +32,12 @@ def some_ablation(model: Model, embeddings: float = 1.0) -> Ablation:
     directions = unit(jnp.asarray(rng.normal(size=(layers + 1, width)), jnp.float32))
     shares = jnp.asarray(rng.uniform(0.3, 1.2, (2, layers)), jnp.float32)
     return Ablation(directions, jnp.float32(embeddings), shares[0], shares[1])
+
+
+def written(source: Path, out: Path, ablation: Ablation, **options: Any) -> Path:
+    checkpoint = open_checkpoint(source)
+    model = model_from_config(checkpoint.config, str(source)).for_tensors(checkpoint.tensors)
+    return write_abliterated(model, checkpoint, out, ablation, **options)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -53,7 +59,7 @@ def test_the_folder_holds_the_in_memory_edit(name: str, keep_norms: KeepNorms, t
     model, params = load_model(source)
     ablation = some_ablation(model)
     done: list[int] = []
-    out = write_abliterated(
+    out = written(
         source,
         tmp_path / "out",
         ablation,
@@ -91,11 +97,14 @@ def test_blocks_are_the_whole(dtype: Any, keep_norms: KeepNorms, tmp_path: Path)
     expected = np.asarray(orthogonalize(jnp.asarray(matrix), jnp.asarray(r), 0.8, keep_norms=keep_norms))
     for name, axis in (("in", 1), ("out", 0)):
         for block in (1, 100, 1 << 20):
-            pieces = list(edited_blocks(tensors[name], r, 0.8, axis=axis, keep_norms=keep_norms, block=block))
-            starts = np.cumsum([0, *(piece.size for _, piece in pieces[:-1])])
-            assert [start for start, _ in pieces] == starts.tolist()
-            found = np.concatenate([piece for _, piece in pieces]).reshape(tensors[name].shape)
-            assert found.dtype == dtype
+            removed = Removed(tensors[name], r, 0.8, axis, keep_norms, block=block)
+            found = read_whole(removed)
+            assert found.dtype == dtype and found.shape == tensors[name].shape
+            pieces = np.empty_like(found).reshape(-1)
+            for start in range(0, found.size, 77):  # of any rows, in any order: the same bytes
+                removed.read_into(start, pieces[start : start + 77])
+            removed.read_into(5, pieces[5:200])
+            assert pieces.tobytes() == found.tobytes()
             found = (found if axis == 1 else found.T).astype(np.float32)
             tolerance = 1e-6 if dtype == np.float32 else 2e-2  # one unit in the last place of bfloat16
             np.testing.assert_allclose(found, expected.astype(np.float32), atol=tolerance)
@@ -108,7 +117,7 @@ def test_a_stored_copy_of_a_tied_embedding_is_edited_with_it(tmp_path: Path) -> 
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"].copy()
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     model, _ = load_model(source)
-    out = write_abliterated(source, tmp_path / "out", some_ablation(model))
+    out = written(source, tmp_path / "out", some_ablation(model))
     found = load_file(out / "model.safetensors")
     np.testing.assert_array_equal(found["lm_head.weight"], found["transformer.wte.weight"])
     assert np.abs(found["lm_head.weight"] - tensors["lm_head.weight"]).max() > 0.01
@@ -118,7 +127,7 @@ def test_an_interrupted_write_is_resumed_and_never_shows(tmp_path: Path) -> None
     source = write(tmp_path / "model", "llama")
     model, _ = load_model(source)
     ablation = some_ablation(model)
-    whole = write_abliterated(source, tmp_path / "whole", ablation)
+    whole = written(source, tmp_path / "whole", ablation)
     seen: list[int] = []
 
     def fail(count: int) -> None:
@@ -127,13 +136,13 @@ def test_an_interrupted_write_is_resumed_and_never_shows(tmp_path: Path) -> None
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_abliterated(source, tmp_path / "out", ablation, progress=fail)
+        written(source, tmp_path / "out", ablation, progress=fail)
     assert not (tmp_path / "out").exists()
     other = some_ablation(model, embeddings=0.5)
     with pytest.raises(OutputError, match="the directions or their weights differ"):
-        write_abliterated(source, tmp_path / "out", other, resume=True)
+        written(source, tmp_path / "out", other, resume=True)
     again: list[int] = []
-    out = write_abliterated(source, tmp_path / "out", ablation, resume=True, progress=again.append)
+    out = written(source, tmp_path / "out", ablation, resume=True, progress=again.append)
     assert 0 < sum(again) < sum(x.nbytes for x in load_file(out / "model.safetensors").values())
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
@@ -143,9 +152,9 @@ def test_faults_name_the_tensor(tmp_path: Path) -> None:
     model, _ = load_model(source)
     ablation = some_ablation(model)
     with pytest.raises(OutputError, match="is an input of this command"):
-        write_abliterated(source, source, ablation)
+        written(source, source, ablation)
     with pytest.raises(MergelabError, match=r"expected \[3, 24\]"):
-        write_abliterated(source, tmp_path / "out", Ablation.everywhere(jnp.ones(24), 3))
+        written(source, tmp_path / "out", Ablation.everywhere(jnp.ones(24), 3))
     tensors = load_file(source / "model.safetensors")
     name = "model.layers.1.mlp.down_proj.weight"
 
@@ -154,14 +163,61 @@ def test_faults_name_the_tensor(tmp_path: Path) -> None:
 
     replaced({name: tensors[name].astype(np.int8)})
     with pytest.raises(CheckpointError, match=f"{name}' is int8.*dequantize"):
-        write_abliterated(source, tmp_path / "out", ablation)
+        written(source, tmp_path / "out", ablation)
     replaced({name: np.where(tensors[name] > 1, np.nan, tensors[name]).astype(np.float32)})
     with pytest.raises(NonFiniteError, match=f"'{name}' holds NaN"):
-        write_abliterated(source, tmp_path / "out", ablation)
+        written(source, tmp_path / "out", ablation)
     del tensors[name]
     replaced({})
     with pytest.raises(CheckpointError, match=f"lacks the tensor '{name}'"):
-        write_abliterated(source, tmp_path / "out", ablation)
+        written(source, tmp_path / "out", ablation)
     (source / "config.json").write_text(json.dumps(CONFIGS["bert"]))
     with pytest.raises(MergelabError):
-        write_abliterated(source, tmp_path / "out", ablation)
+        written(source, tmp_path / "out", ablation)
+
+
+MATRIX, TABLE = "model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"
+RECORDED: dict[KeepNorms, dict[str, list[float]]] = {
+    None: {
+        MATRIX: [0.10921832, 0.14370441, -1.0585657, -0.45003352],
+        TABLE: [-0.64429975, 0.040161144, 0.029277025, -0.20601636],
+    },
+    "written": {
+        MATRIX: [0.11035527, 0.14373411, -1.05927, -0.46032688],
+        TABLE: [-0.64802438, 0.040393312, 0.029446274, -0.20720732],
+    },
+    "coordinate": {
+        MATRIX: [0.11429697, 0.15038666, -1.107789, -0.47096005],
+        TABLE: [-0.66534871, 0.043822955, 0.029868659, -0.21139883],
+    },
+}
+"""Values that the writer before the merge engine's wrote; where recorded, both gave the same bytes."""
+
+
+@pytest.mark.parametrize("keep_norms", RECORDED)
+def test_the_edited_values_are_those_on_record(keep_norms: KeepNorms, tmp_path: Path) -> None:
+    source = write(tmp_path / "model", "gemma2")  # sandwich blocks: gains stand before the stream
+    directions = np.linspace(-1, 1, 3 * 24, dtype=np.float32).reshape(3, 24)
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    shares = jnp.asarray([0.75, 1.25], jnp.float32)
+    ablation = Ablation(jnp.asarray(directions), jnp.float32(1), shares, shares)
+    out = written(source, tmp_path / "out", ablation, keep_norms=keep_norms)
+    before, found = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    for name, values in RECORDED[keep_norms].items():
+        np.testing.assert_allclose(found[name][3, :4], values, rtol=0, atol=3e-7)
+        assert np.abs(before[name][3, :4] - values).max() > 0.03
+
+
+def test_the_output_has_what_every_output_of_the_engine_has(tmp_path: Path) -> None:
+    source = write(tmp_path / "model", "llama")
+    model, _ = load_model(source)
+    whole = written(source, tmp_path / "whole", some_ablation(model))
+    cut = written(
+        source, tmp_path / "cut", some_ablation(model), shard_bytes=9000, sha256=True, threads=1, memory=10**6
+    )
+    tensors = open_checkpoint(cut).tensors
+    assert len(list(cut.glob("*.safetensors"))) == (cut / "SHA256SUMS").read_text().count("\n") > 1
+    for name, tensor in open_checkpoint(whole).tensors.items():
+        assert read_whole(tensors[name]).tobytes() == read_whole(tensor).tobytes()
+    receipts = [json.loads((out / "mergelab.json").read_text())["tensors"] for out in (whole, cut)]
+    assert receipts[0] == receipts[1] and receipts[0].keys() == tensors.keys()

@@ -11,7 +11,7 @@ import pytest
 
 from mergelab.errors import RecipeError
 from mergelab.merging.plan.compatibility import is_buffer
-from mergelab.merging.plan.planner import Plan, make_plan
+from mergelab.merging.plan.planner import Plan, plan_merge
 from mergelab.merging.recipe.recipe_file import parse_recipe
 from mergelab.merging.recipe.schema import Recipe
 from tests.merging.recipes import write_model
@@ -38,7 +38,7 @@ def linear(folder: Path, *models: str, method: str = "linear", **options: Any) -
         fields["parameters"] = {"weight": 1}
     if method == "task_arithmetic":
         fields["base_model"] = models[0]
-    return make_plan(Recipe(**fields), base_dir=folder, **options)
+    return plan_merge(Recipe(**fields), base_dir=folder, **options)
 
 
 LACKS = {
@@ -141,8 +141,8 @@ def test_models_of_another_type_are_refused_unless_told(tmp_path: Path) -> None:
         "- sources: [{model: b, layer_range: [1, 3]}]\n"
     )
     with pytest.raises(RecipeError, match="of model_type 'mistral'"):
-        make_plan(parse_recipe(stack), base_dir=tmp_path)
-    assert make_plan(parse_recipe(stack), base_dir=tmp_path, allow_mixed_architectures=True).jobs
+        plan_merge(parse_recipe(stack), base_dir=tmp_path)
+    assert plan_merge(parse_recipe(stack), base_dir=tmp_path, allow_mixed_architectures=True).jobs
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from mergelab.errors import RecipeError
 from mergelab.merging import Recipe, merge
 from mergelab.merging.plan.output_config import output_config
-from mergelab.merging.plan.planner import make_plan
+from mergelab.merging.plan.planner import plan_merge
 from mergelab.merging.structure.architecture import infer_architecture
 from mergelab.merging.structure.layer_fields import layer_fields
 from mergelab.merging.structure.layer_kinds import same_kind
@@ -254,14 +254,16 @@ def test_layers_of_unlike_kinds_merged_into_one_are_named(tmp_path: Path) -> Non
     for name, pattern in (("a", 3), ("b", 2)):
         write_layers(tmp_path / name, sized("gemma3_text", 6, sliding_window_pattern=pattern))
     models = [{"model": "a"}, {"model": "b"}]
-    plan = make_plan(Recipe(merge_method="karcher", models=models), base_dir=tmp_path)
+    plan = plan_merge(Recipe(merge_method="karcher", models=models), base_dir=tmp_path)
     (warning,) = [each for each in plan.warnings if "unlike kinds" in each]
     assert warning.startswith(
         f"layer 1 is merged from layers of unlike kinds: by 'layer_types', layer 1 of 'a' is '{S}'"
     )
     assert "layers 2, 3" in warning
     assert "layer_types" not in plan.config
-    again = make_plan(Recipe(merge_method="karcher", models=[models[0], {"model": "./a"}]), base_dir=tmp_path)
+    again = plan_merge(
+        Recipe(merge_method="karcher", models=[models[0], {"model": "./a"}]), base_dir=tmp_path
+    )
     assert not [each for each in again.warnings if "unlike" in each]
 
 
@@ -287,7 +289,7 @@ def test_tensors_with_a_part_per_layer_have_those_of_the_layers(tmp_path: Path) 
     stacked = Recipe(merge_method="passthrough", slices=slices)
     merge(stacked, tmp_path / "out", base_dir=tmp_path)
     found = load_file(tmp_path / "out" / "model.safetensors")
-    plan = make_plan(stacked, base_dir=tmp_path)
+    plan = plan_merge(stacked, base_dir=tmp_path)
     for name, expected in wanted.items():
         np.testing.assert_array_equal(found[name], expected)
         (source,) = next(job.sources for job in plan.jobs if job.name == name)
@@ -297,7 +299,7 @@ def test_tensors_with_a_part_per_layer_have_those_of_the_layers(tmp_path: Path) 
             np.testing.assert_array_equal(piece, expected.reshape(-1)[start : start + piece.size])
     write_model(tmp_path / "b", layers, config=config)
     with pytest.raises(RecipeError, match=r"a part per layer, but model 'b', .* has none for its 3 layers"):
-        make_plan(stacked, base_dir=tmp_path)
+        plan_merge(stacked, base_dir=tmp_path)
 
 
 @pytest.mark.parametrize("name", slow_except(["gemma3", "mistral"], OURS))

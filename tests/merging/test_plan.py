@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mergelab.errors import MergelabError, RecipeError
-from mergelab.merging.plan.planner import Plan, make_plan
+from mergelab.merging.plan.planner import Plan, plan_merge
 from mergelab.merging.recipe.recipe_file import load_recipe, parse_recipe
 from mergelab.merging.recipe.schema import Recipe
 from tests.goldens.recording import read
@@ -19,7 +19,7 @@ from tests.merging.recipes import BLOCK, write_model
 
 
 def plan_of(folder: Path, text: str, **options: Any) -> Plan:
-    return make_plan(parse_recipe(text), base_dir=folder, **options)
+    return plan_merge(parse_recipe(text), base_dir=folder, **options)
 
 
 def linear(*models: str, **fields: Any) -> Recipe:
@@ -29,7 +29,7 @@ def linear(*models: str, **fields: Any) -> Recipe:
 
 def test_every_recorded_recipe_plans_what_mergekit_wrote(goldens: Path) -> None:
     for case in sorted((goldens / "recipes").iterdir()):
-        plan = make_plan(load_recipe(case / "config.yaml"), base_dir=goldens)
+        plan = plan_merge(load_recipe(case / "config.yaml"), base_dir=goldens)
         if (case / "stats.json").exists():  # random draws: mergekit's weights are kept as statistics
             names = json.loads((case / "stats.json").read_text())
             assert {job.name: job.size for job in plan.jobs} == {k: v["n"] for k, v in names.items()}, (
@@ -155,7 +155,7 @@ def test_stored_dtypes(tmp_path: Path) -> None:
     write_model(tmp_path / "b", {name: value.astype(np.float32) for name, value in half.items()})
 
     def dtypes(*models: str, dtype: str | None = None, **fields: Any) -> set[str]:
-        plan = make_plan(linear(*models, **fields), base_dir=tmp_path, dtype=dtype)
+        plan = plan_merge(linear(*models, **fields), base_dir=tmp_path, dtype=dtype)
         return {str(job.dtype) for job in plan.jobs}
 
     assert dtypes("a") == {"bfloat16"}
@@ -163,13 +163,13 @@ def test_stored_dtypes(tmp_path: Path) -> None:
     assert dtypes("a", "b", dtype="float16") == {"float16"}
     assert dtypes("a", "b", **{"out_dtype": "bfloat16"}) == {"bfloat16"}
     recipe = linear("a", "b").model_copy(update={"dtype": "float64", "out_dtype": "int64"})
-    assert {str(job.dtype) for job in make_plan(recipe, base_dir=tmp_path).jobs} == {"int64"}
+    assert {str(job.dtype) for job in plan_merge(recipe, base_dir=tmp_path).jobs} == {"int64"}
 
 
 def test_what_an_operator_refuses_is_said_once_for_all_its_tensors(tmp_path: Path) -> None:
     write_model(tmp_path / "a")
     with pytest.raises(RecipeError) as caught:
-        make_plan(linear("a", parameters={"weight": [0, 1]}), base_dir=tmp_path)
+        plan_merge(linear("a", parameters={"weight": [0, 1]}), base_dir=tmp_path)
     (fault,) = caught.value.faults
     assert fault.startswith("tensor 'model.embed_tokens.weight' and 5 more: linear: the weights sum to 0")
 
@@ -179,11 +179,11 @@ def test_tensors_that_hold_no_weights_are_carried_over(tmp_path: Path) -> None:
     write_model(tmp_path / "a", ids)
     write_model(tmp_path / "b", ids)
     write_model(tmp_path / "c", ids | {"position_ids": np.arange(4, dtype=np.int32)})
-    plan = make_plan(linear("a", "b").model_copy(update={"dtype": "bfloat16"}), base_dir=tmp_path)
+    plan = plan_merge(linear("a", "b").model_copy(update={"dtype": "bfloat16"}), base_dir=tmp_path)
     job = next(job for job in plan.jobs if job.name == "position_ids")
     assert (job.merge, job.dtype, len(job.sources)) == (None, np.int64, 2)
     with pytest.raises(RecipeError, match=r"'position_ids' is int32, int64 in different models"):
-        make_plan(linear("a", "c"), base_dir=tmp_path)
+        plan_merge(linear("a", "c"), base_dir=tmp_path)
 
 
 def test_shape_mismatch_names_both_sides_and_the_remedy(tmp_path: Path) -> None:
@@ -191,15 +191,15 @@ def test_shape_mismatch_names_both_sides_and_the_remedy(tmp_path: Path) -> None:
     write_model(tmp_path / "longer", rows=8)
     write_model(tmp_path / "wider", width=5)
     with pytest.raises(RecipeError) as caught:
-        make_plan(linear("a", "longer"), base_dir=tmp_path)
+        plan_merge(linear("a", "longer"), base_dir=tmp_path)
     assert (
         "tensor 'model.embed_tokens.weight' is [6, 4] in model 'a' and [8, 4] in 'longer'; the vocabularies "
         "differ: set 'tokenizer_source: union', or cut them to the shortest with --unsafe-truncate-embeddings"
     ) in caught.value.faults
     assert len(caught.value.faults) == 2
     with pytest.raises(RecipeError, match=r"models that are merged must have the same sizes"):
-        make_plan(linear("a", "wider"), base_dir=tmp_path)
-    plan = make_plan(linear("longer", "a"), base_dir=tmp_path, truncate_embeddings=True)
+        plan_merge(linear("a", "wider"), base_dir=tmp_path)
+    plan = plan_merge(linear("longer", "a"), base_dir=tmp_path, truncate_embeddings=True)
     (job,) = (job for job in plan.jobs if "embed" in job.name)
     assert job.shape == (6, 4)
     assert plan.config["vocab_size"] == 6
@@ -216,12 +216,12 @@ def test_a_missing_head_is_the_embedding_it_is_tied_to(tmp_path: Path) -> None:
         tmp_path / "a", config={"num_hidden_layers": 3, "tie_word_embeddings": True}, drop=["lm_head.weight"]
     )
     write_model(tmp_path / "b", config={"num_hidden_layers": 3, "tie_word_embeddings": False})
-    both = make_plan(linear("a", "b"), base_dir=tmp_path)
+    both = plan_merge(linear("a", "b"), base_dir=tmp_path)
     head = next(job for job in both.jobs if job.name == "lm_head.weight")
     assert [source.name for source in head.sources] == ["model.embed_tokens.weight", "lm_head.weight"]
     assert both.config["tie_word_embeddings"] is False
     assert any("tie_word_embeddings is set to false" in warning for warning in both.warnings)
-    alone = make_plan(linear("a"), base_dir=tmp_path)
+    alone = plan_merge(linear("a"), base_dir=tmp_path)
     assert "lm_head.weight" not in {job.name for job in alone.jobs}
     assert alone.config["tie_word_embeddings"] is True
 
@@ -280,7 +280,7 @@ def test_parameters_of_a_model_without_the_tensor_are_dropped(tmp_path: Path) ->
         models=[{"model": "a", "parameters": {"weight": 3}}, {"model": "b", "parameters": {"weight": 0.5}}],
         parameters={"normalize": False},
     )
-    plan = make_plan(recipe, base_dir=tmp_path, allow_mixed_architectures=True)
+    plan = plan_merge(recipe, base_dir=tmp_path, allow_mixed_architectures=True)
     jobs = {job.name: job for job in plan.jobs}
     one = np.ones(4, np.float32)
     merge = jobs[NORM].merge
@@ -294,7 +294,7 @@ def test_wrapped_and_bare_names_meet(tmp_path: Path) -> None:
     write_model(tmp_path / "bare", bare, config={"n_layer": 2})
     write_model(tmp_path / "full", {f"transformer.{n}": t for n, t in bare.items()}, config={"n_layer": 2})
     for first, second, prefix in (("full", "bare", "transformer."), ("bare", "full", "")):
-        plan = make_plan(linear(first, second), base_dir=tmp_path)
+        plan = plan_merge(linear(first, second), base_dir=tmp_path)
         assert {job.name for job in plan.jobs} == {prefix + name for name in bare}
         assert all(len(job.sources) == 2 for job in plan.jobs)
         assert plan.warnings == ()
@@ -305,12 +305,12 @@ def test_models_that_do_not_fit_are_refused_or_warned_about(tmp_path: Path) -> N
     write_model(tmp_path / "b", config={"num_hidden_layers": 3, "rope_theta": 1e6, "num_attention_heads": 4})
     write_model(tmp_path / "deep", layers=4)
     write_model(tmp_path / "other", {"encoder.layer.0.q": np.ones(2, np.float32)}, config={})
-    warnings = make_plan(linear("a", "b"), base_dir=tmp_path).warnings
+    warnings = plan_merge(linear("a", "b"), base_dir=tmp_path).warnings
     assert [warning.split(" is ")[0] for warning in warnings] == ["num_attention_heads", "rope_theta"]
     with pytest.raises(RecipeError, match=r"different numbers of layers \(a: 3, deep: 4\)"):
-        make_plan(linear("a", "deep"), base_dir=tmp_path)
+        plan_merge(linear("a", "deep"), base_dir=tmp_path)
     with pytest.raises(RecipeError, match="'other' has no tensor name in common with 'a'"):
-        make_plan(linear("a", "other"), base_dir=tmp_path)
+        plan_merge(linear("a", "other"), base_dir=tmp_path)
     text = "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [1, 9]}]}]\n"
     with pytest.raises(
         RecipeError, match=r"recipe:2: slices\[0\].* \[1, 9\] is beyond model 'a': it has 3 layers"
@@ -328,7 +328,7 @@ def test_missing_models_are_all_named_with_where_they_were_looked_for(tmp_path: 
         "- model: someone/some-model\n"
     )
     with pytest.raises(RecipeError) as caught:
-        make_plan(load_recipe(folder / "r.yaml"))
+        plan_merge(load_recipe(folder / "r.yaml"))
     near, hub = caught.value.faults
     assert near.startswith(
         "r.yaml:5: models[1].model: model 'lama-one' does not exist (did you mean 'llama-one'?)"
@@ -339,7 +339,7 @@ def test_missing_models_are_all_named_with_where_they_were_looked_for(tmp_path: 
     assert "hub" in hub
     write_model(tmp_path / "cwd" / "lama-one")
     write_model(tmp_path / "cwd" / "someone" / "some-model")
-    assert len(make_plan(load_recipe(folder / "r.yaml")).models) == 3
+    assert len(plan_merge(load_recipe(folder / "r.yaml")).models) == 3
 
 
 def test_the_working_directory_comes_before_the_recipes_folder(tmp_path: Path, monkeypatch) -> None:
@@ -347,7 +347,7 @@ def test_the_working_directory_comes_before_the_recipes_folder(tmp_path: Path, m
         write_model(tmp_path / place / "m", seed=len(place))
     (tmp_path / "recipes" / "r.yaml").write_text("merge_method: passthrough\nmodels: [{model: m}]\n")
     monkeypatch.chdir(tmp_path / "cwd")
-    (model,) = make_plan(load_recipe(tmp_path / "recipes" / "r.yaml")).models
+    (model,) = plan_merge(load_recipe(tmp_path / "recipes" / "r.yaml")).models
     assert model.checkpoint.path.resolve() == (tmp_path / "cwd" / "m").resolve()
 
 
@@ -357,7 +357,7 @@ def test_identity_changes_with_what_determines_the_bytes(tmp_path: Path) -> None
 
     def identities(weight: float = 1, **options: Any) -> dict[str, str]:
         return dict(
-            make_plan(
+            plan_merge(
                 linear("a", "b", parameters={"weight": weight}), base_dir=tmp_path, **options
             ).identities
         )
@@ -389,7 +389,7 @@ def test_identity_changes_with_what_determines_the_bytes(tmp_path: Path) -> None
 
 def test_adapters_are_added_to_the_model(goldens: Path) -> None:
     recipe = linear("models/llama-base+models/llama-lora", "models/llama-base")
-    plan = make_plan(recipe, base_dir=goldens)
+    plan = plan_merge(recipe, base_dir=goldens)
     job = next(job for job in plan.jobs if job.name == "model.layers.0.self_attn.q_proj.weight")
     with_adapter, plain = (np.empty(16, np.float32) for _ in range(2))
     job.sources[0].read_into(0, with_adapter)
@@ -416,7 +416,7 @@ def test_a_graph_of_merges_is_planned_whole_before_anything_runs(tmp_path: Path)
 
 def test_memory_and_counts(tmp_path: Path) -> None:
     write_model(tmp_path / "a")
-    plan = make_plan(linear("a"), base_dir=tmp_path)
+    plan = plan_merge(linear("a"), base_dir=tmp_path)
     assert plan.operations == {"linear": 12}
     assert plan.bytes_in == plan.bytes_out == sum(job.size for job in plan.jobs) * 4
     assert plan.memory_estimate(10**2) < plan.memory_estimate(10**9)

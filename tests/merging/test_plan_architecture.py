@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mergelab.errors import RecipeError
 from mergelab.merging.plan.output_config import output_config
-from mergelab.merging.plan.planner import make_plan
+from mergelab.merging.plan.planner import plan_merge
 from mergelab.merging.recipe.recipe_file import parse_recipe
 from mergelab.merging.recipe.schema import Recipe
 from mergelab.merging.structure.architecture import Module, infer_architecture
@@ -212,7 +212,7 @@ modules:
     - sources: [{model: a, layer_range: [0, 4]}]
     - sources: [{model: b, layer_range: [2, 4]}]
 """
-    plan = make_plan(parse_recipe(text), base_dir=tmp_path)
+    plan = plan_merge(parse_recipe(text), base_dir=tmp_path)
     assert plan.config["vision_config"]["num_hidden_layers"] == 3
     assert plan.config["text_config"]["num_hidden_layers"] == 6
     owners = {job.name: job.model_names for job in plan.jobs}
@@ -221,19 +221,19 @@ modules:
     assert owners["vision_tower.vision_model.encoder.layers.2.mlp.w"] == ("a",)
     short = text.replace("  multi_modal_projector: {models: [{model: b}]}\n", "")
     with pytest.raises(RecipeError, match="module 'multi_modal_projector' of the models is left out"):
-        make_plan(parse_recipe(short), base_dir=tmp_path)
+        plan_merge(parse_recipe(short), base_dir=tmp_path)
     with pytest.raises(RecipeError, match=r"no module of this name \(did you mean 'vision_tower'\?\)"):
-        make_plan(parse_recipe(text.replace("vision_tower", "vision_towel")), base_dir=tmp_path)
+        plan_merge(parse_recipe(text.replace("vision_tower", "vision_towel")), base_dir=tmp_path)
     flat = "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 2]}]}]\n"
     with pytest.raises(RecipeError, match=r"several towers \(language_model, vision_tower\)"):
-        make_plan(parse_recipe(flat), base_dir=tmp_path)
+        plan_merge(parse_recipe(flat), base_dir=tmp_path)
 
 
 def test_models_form_reaches_every_tower(tmp_path) -> None:
     multimodal(tmp_path / "a", 0)
     multimodal(tmp_path / "b", 1)
     recipe = Recipe(merge_method="karcher", models=[{"model": "a"}, {"model": "b"}])
-    plan = make_plan(recipe, base_dir=tmp_path)
+    plan = plan_merge(recipe, base_dir=tmp_path)
     assert {job.name for job in plan.jobs} == set(FAMILIES["vision and language"][0])
     assert all(len(job.sources) == 2 for job in plan.jobs)
 

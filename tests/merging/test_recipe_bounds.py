@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mergelab.errors import CheckpointError, MergelabError, RecipeError, quoted, shortened
 from mergelab.merging.plan.output_tensors import MAX_LAYERS
-from mergelab.merging.plan.planner import make_plan
+from mergelab.merging.plan.planner import plan_merge
 from mergelab.merging.recipe.recipe_file import load_recipe, parse_recipe, recipe_yaml
 from mergelab.merging.recipe.schema import Recipe
 from tests.merging.recipes import write_model
@@ -54,7 +54,7 @@ def test_numbers_beyond_float64_from_python_are_refused_too() -> None:
     for value in (10**400, 10**5000):
         recipe = Recipe(merge_method="linear", models=[{"model": "a"}], parameters={"weight": value})
         with pytest.raises(RecipeError, match=r"found a number of about [0-9]+ digits"):
-            make_plan(recipe)
+            plan_merge(recipe)
 
 
 @pytest.mark.parametrize(
@@ -71,11 +71,11 @@ def test_layers_are_counted_before_they_are_laid_out(tmp_path: Path, monkeypatch
     write_model(tmp_path / "a")
     billion = "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 1000000000]}]}]\n"
     with pytest.raises(RecipeError, match="is beyond model 'a': it has 3 layers"):
-        make_plan(parse_recipe(billion))
+        plan_merge(parse_recipe(billion))
     one = "{sources: [{model: a, layer_range: [0, 3]}]}"
     slices = f"x: &s {one}\n".replace("x: ", "slices: [") + ", *s" * (MAX_LAYERS // 3) + "]\n"
     with pytest.raises(RecipeError, match=r"the output has 10,002 layers; at most 10,000 are made"):
-        make_plan(parse_recipe("merge_method: passthrough\n" + slices))
+        plan_merge(parse_recipe("merge_method: passthrough\n" + slices))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_name_too_long_for_a_file_is_a_model_that_does_not_exist(
     monkeypatch.chdir(tmp_path)
     write_model(tmp_path / "a")
     with pytest.raises(RecipeError, match=r"model '.*' does not exist: looked in") as caught:
-        make_plan(parse_recipe(f"{LINEAR}models: [{{model: '{name}'}}]\n"))
+        plan_merge(parse_recipe(f"{LINEAR}models: [{{model: '{name}'}}]\n"))
     assert len(str(caught.value)) < 500
 
 

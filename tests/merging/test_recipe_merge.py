@@ -11,7 +11,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from mergelab.errors import NonFiniteError, OutputError, RecipeError
-from mergelab.merging import Recipe, make_plan, merge
+from mergelab.merging import Recipe, merge, plan_merge
 from mergelab.merging.recipe.recipe_file import parse_recipe, recipe_yaml
 from tests.merging.recipes import write_model
 
@@ -188,7 +188,7 @@ def test_nothing_is_written_when_the_recipe_or_an_input_is_wrong(models: Path) -
 
 def test_recipe_paths_are_accepted_as_text(models: Path) -> None:
     (models / "r.yaml").write_text(recipe_yaml(linear("a")))
-    assert merge("r.yaml", "out").plan.identity == make_plan(linear("a")).identity
+    assert merge("r.yaml", "out").plan.identity == plan_merge(linear("a")).identity
 
 
 @pytest.mark.oracle

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mergelab.merging.plan.planner import make_plan
+from mergelab.merging.plan.planner import plan_merge
 from mergelab.merging.recipe.recipe_file import load_recipe, parse_recipe
 from mergelab.merging.recipe.schema import Recipe
 from tests.merging.recipes import write_model
@@ -31,7 +31,7 @@ def family(folder: Path, **changes: float) -> None:
 def warnings(folder: Path, method: str, *models: str, **parameters: Any) -> str:
     base = {"base_model": "base"} if "base" not in models else {}
     recipe = Recipe(merge_method=method, models=[{"model": m} for m in models], parameters=parameters, **base)
-    return "\n".join(make_plan(recipe, base_dir=folder).warnings)
+    return "\n".join(plan_merge(recipe, base_dir=folder).warnings)
 
 
 STRONG = [
@@ -77,7 +77,7 @@ def test_shares_count_where_weights_are_normalized(tmp_path: Path) -> None:
     def linear(*weights: float, **more: Any) -> str:
         models = [{"model": m, "parameters": {"weight": w}} for m, w in zip("ab", weights, strict=True)]
         recipe = Recipe(merge_method="linear", models=models, parameters=more)
-        return "\n".join(make_plan(recipe, base_dir=tmp_path).warnings)
+        return "\n".join(plan_merge(recipe, base_dir=tmp_path).warnings)
 
     assert linear(30, 10) == ""
     assert "model 'a' enters" in linear(3, -2)
@@ -108,7 +108,7 @@ def test_a_sibling_sixty_times_as_far_from_the_base_is_named(
 def test_of_three_models_without_a_base_the_median_shows_which_is_far(tmp_path: Path) -> None:
     family(tmp_path, a=0.01, b=0.6, c=0.01)
     recipe = Recipe(merge_method="linear", models=[{"model": m} for m in "abc"], parameters={"weight": 1})
-    (one,) = make_plan(recipe, base_dir=tmp_path).warnings
+    (one,) = plan_merge(recipe, base_dir=tmp_path).warnings
     assert "the change of model 'b' is" in one
 
 
@@ -118,15 +118,15 @@ def test_layers_of_other_places_and_results_to_come_are_not_compared(tmp_path: P
         "merge_method: linear\nparameters: {weight: 1}\nslices:\n"
         "- sources: [{model: base, layer_range: [0, 2]}, {model: a, layer_range: [1, 3]}]\n"
     )
-    assert not any("descend" in w for w in make_plan(parse_recipe(crossed), base_dir=tmp_path).warnings)
+    assert not any("descend" in w for w in plan_merge(parse_recipe(crossed), base_dir=tmp_path).warnings)
     graph = (
         "name: first\nmerge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}]\n---\n"
         "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: first}, {model: base}]\n"
     )
-    assert make_plan(parse_recipe(graph), base_dir=tmp_path).warnings == ()
+    assert plan_merge(parse_recipe(graph), base_dir=tmp_path).warnings == ()
 
 
 def test_the_recorded_family_is_of_one_origin(goldens: Path) -> None:
     for case in ("task_arithmetic_default", "linear_nonorm", "ties_nonuniform", "nuslerp_base", "gpt2_slerp"):
-        plan = make_plan(load_recipe(goldens / "recipes" / case / "config.yaml"), base_dir=goldens)
+        plan = plan_merge(load_recipe(goldens / "recipes" / case / "config.yaml"), base_dir=goldens)
         assert plan.warnings == (), case

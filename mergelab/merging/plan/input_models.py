@@ -16,18 +16,25 @@ from typing import Any
 import numpy as np
 
 from mergelab.checkpoints import Checkpoint, FolderCheckpoint, open_checkpoint, with_lora
-from mergelab.checkpoints.output_target import recorded_identity
 from mergelab.checkpoints.source import TensorSource
 from mergelab.errors import CheckpointError, DependencyError, MergelabError, did_you_mean, quoted, shortened
 from mergelab.merging.engine.job import Job
 from mergelab.merging.recipe.faults import FieldPath, Origin, raise_faults
 from mergelab.merging.recipe.model_refs import ModelRef, parse_model_ref
 
-__all__ = ["FoundModel", "PlannedCheckpoint", "find_models"]
+__all__ = ["FoundModel", "PlannedCheckpoint", "PlannedTensor", "find_models", "with_results"]
 
 
 @dataclass(frozen=True)
-class _PlannedTensor:
+class PlannedTensor:
+    """A `TensorSource` of a merge that has not run: it can be planned with, not read.
+
+    Attributes:
+        stage: Name of that merge's recipe.
+        name, shape, dtype: The tensor's own.
+    """
+
+    stage: str
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -56,6 +63,7 @@ class PlannedCheckpoint:
     def of(
         cls,
         folder: Path,
+        stage: str,
         *,
         config: Mapping[str, Any],
         files: Mapping[str, bytes],
@@ -67,8 +75,23 @@ class PlannedCheckpoint:
         for name, content in files.items():
             (folder / name).write_bytes(content)
         (folder / "config.json").write_text(json.dumps(config))
-        tensors = {job.name: _PlannedTensor(job.name, job.shape, job.dtype) for job in jobs}
+        tensors = {job.name: PlannedTensor(stage, job.name, job.shape, job.dtype) for job in jobs}
         return cls(folder, config, tensors, identity)
+
+
+def with_results(source: TensorSource, results: Mapping[str, Mapping[str, TensorSource]]) -> TensorSource:
+    """The source with the tensors of stages that have run in place of their planned ones.
+
+    A source that reads others offers `over(change)`: the same view of `change` of each of them.
+
+    Args:
+        source: A tensor of a plan.
+        results: Tensors by name, by the name of the stage that has made them.
+    """
+    if isinstance(source, PlannedTensor):
+        return results[source.stage][source.name] if source.stage in results else source
+    over = getattr(source, "over", None)
+    return source if over is None else over(lambda inner: with_results(inner, results))
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -131,17 +154,14 @@ def _open(text: str, folders: list[Path], stages: Mapping[str, Checkpoint]) -> F
     reference = parse_model_ref(text)
     if any(_exists(folder / text) for folder in folders):
         reference = ModelRef(text)  # a folder whose own name holds '@' or '+'
-    fingerprint = None
     paths: list[Path] = []
     if reference.path in stages:
         checkpoint, revision = stages[reference.path], None
-        # The same before and after the stage has run, so that a plan's identity is known from the start.
-        fingerprint = recorded_identity(checkpoint.path)
     else:
         path, revision = _locate(reference.path, reference.revision, folders, list(stages))
         checkpoint = open_checkpoint(path)
         paths.append(path)
-    fingerprint = fingerprint or _fingerprint(checkpoint)
+    fingerprint = _fingerprint(checkpoint)
     if reference.adapter is not None:
         adapter, _ = _locate(reference.adapter, reference.adapter_revision, folders, [])
         if not isinstance(checkpoint, FolderCheckpoint):

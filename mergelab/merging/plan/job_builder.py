@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,6 +89,10 @@ class RowPrefix:
     @property
     def dtype(self) -> np.dtype[Any]:
         return self.source.dtype
+
+    def over(self, change: Callable[[TensorSource], TensorSource]) -> RowPrefix:
+        """The same rows of another tensor."""
+        return RowPrefix(change(self.source), self.rows)
 
     def read_into(self, start: int, out: np.ndarray) -> None:
         """Fills `out` with flat elements `[start, start + out.size)` of the kept rows."""

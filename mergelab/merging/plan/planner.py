@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from mergelab.checkpoints.model_files import donor_files
 from mergelab.checkpoints.writer import identity_digest
 from mergelab.merging.engine.job import Job
 from mergelab.merging.plan.compatibility import absent, incomplete, mixed, packed
-from mergelab.merging.plan.input_models import FoundModel, PlannedCheckpoint, find_models
+from mergelab.merging.plan.input_models import FoundModel, PlannedCheckpoint, find_models, with_results
 from mergelab.merging.plan.job_builder import JobBuilder
 from mergelab.merging.plan.output_config import config_differences, output_config
 from mergelab.merging.plan.output_tensors import OutputLayout, OutputPlace, lay_out
 from mergelab.merging.plan.suspicions import odd_relations
 from mergelab.merging.recipe.faults import raise_faults
-from mergelab.merging.recipe.recipe_file import recipe_yaml
+from mergelab.merging.recipe.recipe_file import load_recipe, recipe_yaml
 from mergelab.merging.recipe.schema import Recipe
 from mergelab.merging.recipe.scopes import recipe_faults, recipe_warnings, scoped_parts
 from mergelab.merging.structure.architecture import Structure, infer_architecture
@@ -36,7 +37,7 @@ from mergelab.merging.vocabulary import (
 from mergelab.operators import OPERATORS
 from mergelab.version import __version__
 
-__all__ = ["Plan", "absences", "make_plan", "shortened", "strangers"]
+__all__ = ["Plan", "absences", "plan_merge", "shortened", "strangers"]
 
 
 MAX_FAULTS = 20
@@ -103,17 +104,17 @@ class Plan:
     """A merge that is ready to run; holds no weights.
 
     Attributes:
-        recipe: what it was made from.
-        jobs: one per output tensor, in the order they are stored.
-        config: the output's `config.json`; empty if the donor has none.
-        files: the other files to write, by name.
-        models: the input models, in recipe order.
-        warnings: what the user should know, one sentence each.
-        seed: seeds the random draws.
-        shard_bytes: the size at which a new weight file is begun.
+        recipe: Recipe it was made from.
+        jobs: Jobs, one per output tensor, in the order they are stored.
+        config: Content of the output's `config.json`; empty if the donor has none.
+        files: Other files to write, by name.
+        models: Input models, in recipe order.
+        warnings: Sentences that the user should know, one each.
+        seed: Seed of every random draw.
+        shard_bytes: Size at which a new weight file is begun.
         identities: SHA-256 of each thing that determines the output's bytes (recipe, jobs, models, ...).
-        stages: the plans of the recipes this one builds on, by name, unless their results were given.
-        inputs: every file and folder that is read, which no output may replace.
+        stages: Plans of the recipes this one builds on, by name, in the order they run.
+        inputs: Files and folders that are read, which no output may replace.
     """
 
     recipe: Recipe
@@ -154,53 +155,104 @@ class Plan:
         largest = max((job.bytes_in + job.bytes_out + 8 * job.size for job in self.jobs), default=0)
         return RUNTIME_BYTES + min(budget, 2 * largest)
 
+    def reading(self, folders: Mapping[str, Path]) -> Plan:
+        """The same plan, reading the results of stages that have run; nothing is planned again.
 
-def make_plan(
-    recipe: Recipe,
+        Args:
+            folders: Result of each stage that has run, by the stage's name.
+
+        Raises:
+            CheckpointError: a result cannot be read.
+        """
+        results = {name: open_checkpoint(folder).tensors for name, folder in folders.items()}
+        jobs = [
+            replace(
+                job,
+                sources=tuple(with_results(source, results) for source in job.sources),
+                base=None if job.base is None else with_results(job.base, results),
+            )
+            for job in self.jobs
+        ]
+        return replace(self, jobs=tuple(jobs)) if results else self
+
+    def summary(self, memory: int = 10**9, out: str | Path = ".") -> dict[str, Any]:
+        """The plan as plain data: what `mergelab merge --dry-run --json` prints.
+
+        Args:
+            memory: Bytes of tensors that may be held at once, for the estimate of `peak_memory`.
+            out: Folder to be written, for `disk_free`.
+        """
+        target = Path(out).absolute()
+        existing = next(folder for folder in (target, *target.parents) if folder.is_dir())
+        stages = {name: stage.summary(memory, out) for name, stage in self.stages.items()}
+        return {
+            "merge_method": self.recipe.merge_method,
+            "tensors": len(self.jobs),
+            "operations": self.operations,
+            "models": [model.name for model in self.models],
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "disk_needed": self.bytes_out + sum(stage["bytes_out"] for stage in stages.values()),
+            "disk_free": shutil.disk_usage(existing).free,
+            "peak_memory": max(
+                [self.memory_estimate(memory), *(stage["peak_memory"] for stage in stages.values())]
+            ),
+            "seed": self.seed,
+            "identity": self.identity,
+            "warnings": list(self.warnings),
+            "stages": stages,
+        }
+
+
+def plan_merge(
+    recipe: Recipe | str | Path,
     *,
-    base_dir: Path | None = None,
+    base_dir: str | Path | None = None,
     dtype: str | None = None,
     seed: int = 0,
     shard_bytes: int = 5 * 10**9,
     truncate_embeddings: bool = False,
     allow_mixed_architectures: bool = False,
-    stages: Mapping[str, Path] | None = None,
 ) -> Plan:
     """Plans a merge; reads headers, configs, tokenizers, and a few values per tensor to tell models apart.
 
     Args:
-        recipe: the recipe; of the recipes it builds on, those not in `stages` are planned too.
-        base_dir: where relative model paths are looked up after the working directory; by default the
-            recipe file's folder.
-        dtype: overrides the recipe's stored dtype.
-        seed: seeds the random draws.
-        shard_bytes: the size at which a new weight file is begun.
-        truncate_embeddings: cut embeddings of different length to the shortest.
-        allow_mixed_architectures: merge models of different `model_type`, and make tensors that some models
-            lack from the others alone.
-        stages: folders of results of recipes this one builds on, by name.
+        recipe: Recipe, or the path of one; the recipes it builds on are planned too, each once.
+        base_dir: Folder where relative model paths are looked up after the working directory; the recipe
+            file's own if None.
+        dtype: Stored dtype, in place of the recipe's.
+        seed: Seed of every random draw.
+        shard_bytes: Size at which a new weight file is begun.
+        truncate_embeddings: Whether embeddings of different length are cut to the shortest.
+        allow_mixed_architectures: Whether models of different `model_type` are merged, and tensors that some
+            models lack are made from the others alone.
 
     Raises:
         RecipeError: what cannot be merged, one sentence per reason.
         CheckpointError: a model file that cannot be read.
+
+    Example:
+        >>> plan_merge("ties.yaml").summary()["bytes_out"]                          # doctest: +SKIP
     """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     origin = recipe.origin
     raise_faults(origin.sentence(*fault) for fault in recipe_faults(recipe))
     options: dict[str, Any] = {
-        "base_dir": base_dir,
+        "base_dir": None if base_dir is None else Path(base_dir),
         "seed": seed,
         "shard_bytes": shard_bytes,
         "truncate_embeddings": truncate_embeddings,
         "allow_mixed_architectures": allow_mixed_architectures,
     }
     with tempfile.TemporaryDirectory(prefix="mergelab-plan-") as scratch:
-        known: dict[str, Checkpoint] = {name: open_checkpoint(path) for name, path in (stages or {}).items()}
+        known: dict[str, Checkpoint] = {}
         planned: dict[str, Plan] = {}
         for stage in recipe.merges:
             if stage.name is not None and stage.name not in known:
                 plan = planned[stage.name] = _plan(stage, known, dtype=None, **options)
                 known[stage.name] = PlannedCheckpoint.of(
                     Path(scratch) / str(len(known)),
+                    stage.name,
                     config=plan.config,
                     files=plan.files,
                     jobs=plan.jobs,

@@ -17,7 +17,7 @@ from mergelab.checkpoints.publish import WorkFolder, publish_file
 from mergelab.checkpoints.text_file import read_text
 from mergelab.checkpoints.writer import identity_digest
 from mergelab.errors import CheckpointError, OutputError
-from mergelab.merging.plan.planner import make_plan
+from mergelab.merging.plan.planner import plan_merge
 from mergelab.merging.soups.folders import StrPath, average_checkpoints, candidate_names, soup_recipe
 from mergelab.merging.soups.greedy import Rule, describe, greedy_search
 from mergelab.merging.soups.scores import Objective, Scores, SoupSelection, as_selection, call_evaluator
@@ -145,7 +145,9 @@ def greedy_soup_checkpoints(
     inputs = (*paths.values(), *inputs)
     check_target(Path(out), inputs)
     _check_trace(trace_path(out), inputs)
-    plan = make_plan(soup_recipe(dict.fromkeys(paths.values(), 1.0)))  # faults are told before any evaluation
+    plan = plan_merge(
+        soup_recipe(dict.fromkeys(paths.values(), 1.0))
+    )  # faults are told before any evaluation
     chosen = as_selection(selection)
     metrics = [metric.name for metric in chosen.metrics]
     subject = {

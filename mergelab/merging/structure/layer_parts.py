@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 
@@ -59,6 +59,11 @@ class LayerParts:
     @property
     def dtype(self) -> np.dtype[Any]:
         return self.parts[0][0].dtype
+
+    def over(self, change: Callable[[TensorSource], TensorSource]) -> Self:
+        """The same parts of other tensors."""
+        changed = {id(source): change(source) for source, _ in self.parts}
+        return replace(self, parts=tuple((changed[id(source)], part) for source, part in self.parts))
 
     def read_into(self, start: int, out: np.ndarray) -> None:
         """Fills `out` with flat elements `[start, start + out.size)`."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -158,6 +159,14 @@ class RowSource:
     @property
     def dtype(self) -> np.dtype[Any]:
         return self._own.dtype
+
+    def over(self, change: Callable[[TensorSource], TensorSource]) -> Self:
+        """The same rows of other tensors."""
+        other = copy.copy(self)
+        other._own = change(self._own)
+        other._tensors = [None if tensor is None else change(tensor) for tensor in self._tensors]
+        other._lock, other._padding_row = threading.Lock(), None
+        return other
 
     def read_into(self, start: int, out: np.ndarray) -> None:
         """Fills `out` with the flat elements `[start, start + out.size)` of the re-ordered tensor."""

@@ -35,6 +35,7 @@ from mergelab.quickstart.family import END_OF_TEXT_ID, fresh_params, tokenizer_f
 from mergelab.quickstart.presets import PRESETS, QuickstartSettings
 from mergelab.quickstart.train import train_lm
 from mergelab.sae.evaluation.downstream import loss_curve
+from mergelab.sae.evaluation.metric import Evidence, Options
 from mergelab.sae.evaluation.probing_tasks import LabeledTokens, label_texts
 from mergelab.sae.evaluation.scorecard import scorecard
 from mergelab.sae.sae import SAE, SAEConfig
@@ -134,10 +135,8 @@ class Bench:
         key = f"{n}/{k}/{program}/{seed}"
         if key not in self.results["runs"]:
             sae, seconds = self._train(program, n, k, seed)
-            card = scorecard(
-                sae, self.source, labels=self.labeled.labels, mask_token=END_OF_TEXT_ID,
-                curve=self.curve, seed=seed,
-            )  # fmt: skip
+            resources = {"labels": self.labeled.labels, "mask_token": END_OF_TEXT_ID, "curve": self.curve}
+            card = scorecard(sae, Evidence(self.source, resources), Options(seed=seed))
             found = {"scores": card.values(), "seconds": dict(card.seconds), "train_seconds": seconds}
             self.results["runs"][key] = found
             self.file.write_text(json.dumps(self.results, indent=1))

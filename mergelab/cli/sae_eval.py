@@ -21,6 +21,19 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
+class MetricsOption(click.Option):
+    """An option whose help lists the evaluations, which are imported only where the help is shown."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        from mergelab.sae.evaluation.scorecard import METRICS
+
+        found = super().get_help_record(ctx)
+        if found is None:
+            return None
+        listed = (f"{m.name}{'' if m.default else '*'} ({m.about})" for m in METRICS.values())
+        return found[0], f"{found[1]} {', '.join(listed)}."
+
+
 @click.command("eval")
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SOURCE...")
 @click.option("--data", multiple=True, metavar="FILES", help="Activations [tokens, d]; a glob.")
@@ -46,9 +59,9 @@ __all__ = ["command"]
 )
 @click.option(
     "--metrics",
+    cls=MetricsOption,
     metavar="A,B",
-    help="Of: reconstruction, downstream, embeddings, probing, absorption, sparsity, explanations, "
-    "progressive. All that apply, if not given.",
+    help="Evaluations to run (default: all that apply, but those marked *):",
 )
 @click.option(
     "--controls", is_flag=True, help="Also judge a random, a frozen-decoder and a random-model one."
@@ -254,6 +267,7 @@ def _on_text(
     from mergelab.checkpoints.folder import weights_sha256
     from mergelab.cli.options import open_sae
     from mergelab.sae.evaluation.controls import CONTROLS
+    from mergelab.sae.evaluation.metric import Evidence, Options
     from mergelab.sae.evaluation.probing_tasks import label_texts
     from mergelab.sae.evaluation.scorecard import (
         EvaluationJournal,
@@ -277,22 +291,18 @@ def _on_text(
     for one in opened:
         check_target(one, host)
     asked = None if options["metrics"] is None else [name.strip() for name in options["metrics"].split(",")]
-    labels = label_texts(model, texts, host.tokens.shape[1]).labels
-    common: dict[str, Any] = {
-        "metrics": asked,
-        "labels": labels,
+    resources = {
+        "labels": label_texts(model, texts, host.tokens.shape[1]).labels,
         "mask_token": load_tokenizer(model).mask_id,
-        "seed": options["seed"],
+        "curve": _curve(options["curve"], host, mesh),
     }
-    curve = _curve(options["curve"], host, mesh)
+    evidence, how = Evidence(host, resources), Options(metrics=asked, seed=options["seed"])
     weights = weights_sha256(model) if options["keep"] else ""
 
     def memory(sae: Any, *settings: Any) -> Any:
         if options["keep"] is None:
             return None
-        key = evaluation_key(
-            sae, host, labels, weights, options["seed"], options["curve"] and curve, *settings
-        )
+        key = evaluation_key(sae, evidence, how, weights, *settings)
         return EvaluationJournal(options["keep"], key)
 
     columns: dict[str, Scorecard] = {}
@@ -303,15 +313,13 @@ def _on_text(
             bar.update()
 
         for source, one in zip(sources, opened, strict=True):
-            columns[str(source)] = scorecard(
-                one, host, curve=curve, progress=progress, memory=memory(one), **common
-            )
+            columns[str(source)] = scorecard(one, evidence, how, memory=memory(one), progress=progress)
         for kind in CONTROLS if options["controls"] else ():
             bar.set_description(kind)
             k = first.config.k or _active(first, host)
             steps = options["control_steps"]
             kept = memory(first, kind, k, steps)
-            columns[kind] = control_scorecard(kind, first, host, k=k, steps=steps, memory=kept, **common)
+            columns[kind] = control_scorecard(kind, first, evidence, how, k=k, steps=steps, memory=kept)
     return columns, dict(columns[str(sources[0])].seconds), all(checked), opened
 
 

@@ -32,6 +32,7 @@ from mergelab.models.save import save_model
 from mergelab.quickstart.family import train_bpe
 from mergelab.sae.evaluation.absorption import absorption
 from mergelab.sae.evaluation.downstream import evaluate_downstream
+from mergelab.sae.evaluation.metric import Evidence, Options
 from mergelab.sae.evaluation.progressive import progressive_recovery
 from mergelab.sae.evaluation.reconstruction import evaluate_reconstruction, reconstruction_on_model
 from mergelab.sae.evaluation.scorecard import control_scorecard, scorecard
@@ -271,22 +272,24 @@ def test_a_scorecard_of_a_transcoder_says_what_it_cannot_judge(planted: Planted)
     exact = planted.exact(**SITES)
     few = replace(planted.source, tokens=planted.source.tokens[:8])
     labels = {"even": few.tokens % 2 == 0}
-    card = scorecard(exact, few, metrics=["reconstruction", "progressive", "absorption"], labels=labels)
+    options = Options(metrics=["reconstruction", "progressive", "absorption"])
+    card = scorecard(exact, Evidence(few, {"labels": labels}), options)
     values = card.values()
     assert values["reconstruction.nmse"] < 1e-9
     fewer = [value for name, value in values.items() if name.startswith("progressive.")]
     assert fewer and all(np.isfinite(fewer))
     assert WRITES in card.scores["reconstruction.nmse"].against and 0 <= values["absorption.rate"] <= 1
     # Without a target there are rows that say so, and what only looks at codes is there all the same.
-    unknown = scorecard(planted.exact(transcoder=True), replace(few, sites=(READS,)), labels=labels)
+    evidence = Evidence(replace(few, sites=(READS,)), {"labels": labels})
+    unknown = scorecard(planted.exact(transcoder=True), evidence)
     for name in ("reconstruction", "downstream", "progressive", "absorption", "sparsity", "explanations"):
         assert np.isnan(unknown.values()[name]) and "target_site" in unknown.scores[name].against
         assert unknown.scores[name].against.startswith("not available: ")
     assert "probing.loss" in unknown.scores
     short = replace(few, tokens=few.tokens[:, :8])
     with pytest.raises(SAEError, match="contexts have 8"):
-        scorecard(exact, short, metrics=["sparsity"])
-    control = control_scorecard("random", exact, few, k=4, metrics=["reconstruction"])
+        scorecard(exact, short, Options(metrics=["sparsity"]))
+    control = control_scorecard("random", exact, few, Options(metrics=["reconstruction"]), k=4)
     assert 0.2 < control.values()["reconstruction.nmse"] < 50
     assert WRITES in control.scores["reconstruction.nmse"].against
 

@@ -17,6 +17,7 @@ from mergelab.errors import SAEError
 from mergelab.models.load import load_model
 from mergelab.models.model import Model
 from mergelab.models.residual_stream import require_decoder
+from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
 from mergelab.sae.sae import SAE
 from mergelab.sae.splice import mean_activation, passes, splice_from
 from mergelab.sae.subject_model import check_target
@@ -207,3 +208,29 @@ def _curve_losses(params: Any, tokens: Array, *, model: Model) -> Array:
     assert out is not None
     logp = jax.nn.log_softmax(out[:, :-1])
     return -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0].sum(axis=1)
+
+
+def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
+    found = evaluate_downstream(sae, evidence.judge)
+    yield "delta_ce", found.delta_ce, f"over the model's own {found.ce:.4f}; 0 is lossless"
+    yield "kl", found.kl, "from the model's own next-token distribution; 0 is lossless"
+    yield "recovered_zero", found.recovered_zero, "1 lossless, 0 as bad as zero ablation"
+    yield "recovered_mean", found.recovered_mean, "1 lossless, 0 as bad as mean ablation"
+    if "curve" in evidence:
+        part = compute_equivalent(*evidence.get("curve"), found.ce_spliced)
+        yield "compute_equivalent", part, "part of the host's training with the same loss"
+
+
+METRIC = Metric(
+    name="downstream",
+    about="loss of the model with the reconstruction spliced in",
+    units={
+        "delta_ce": "nats / token",
+        "kl": "nats / token",
+        "recovered_zero": "",
+        "recovered_mean": "",
+        "compute_equivalent": "",
+    },
+    measure=_scores,
+    needs=("logits",),
+)

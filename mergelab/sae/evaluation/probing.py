@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -13,8 +13,19 @@ import numpy as np
 from jax import Array, lax
 
 from mergelab.errors import SAEError
+from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
+from mergelab.sae.sae import SAE
+from mergelab.sae.splice import read_batches
 
-__all__ = ["ProbeLoss", "SparseProbe", "best_probes", "fit_logistic", "probe_losses", "sparse_probe"]
+__all__ = [
+    "ProbeLoss",
+    "SparseProbe",
+    "best_probes",
+    "fit_logistic",
+    "probe_losses",
+    "rows_with_labels",
+    "sparse_probe",
+]
 
 _ITERATIONS = 50
 _EXACT = 1e-9  # nats: a fit is finished where the loss cannot fall by more
@@ -263,3 +274,50 @@ def _check(values: np.ndarray, labels: Sequence[bool] | np.ndarray) -> None:
             f"{len(values)} rows have {len(labels)} labels, {share:.1%} of them true; expected as many of "
             "each, and both classes."
         )
+
+
+_RARE = 0.01  # a task with fewer positives or negatives says nothing
+
+
+def rows_with_labels(
+    sae: SAE, evidence: Evidence, what: Callable[[SAE, jax.Array], jax.Array]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Codes or pre-activations of the judged text's start, as much as fits in memory, and their labels.
+
+    Args:
+        sae: reads the first of the source's sites.
+        evidence: the text and its labels.
+        what: `(sae, activations [rows, d])` -> `[rows, n]`, jittable.
+
+    Returns:
+        `[rows, n]`, and by task labels `[rows]`, without tasks of which either class is rare.
+    """
+    contexts = evidence.held_contexts(sae.n_latents)
+    run = jax.jit(what)
+    rows = [np.asarray(run(sae, jnp.asarray(x))) for x in read_batches(evidence.judge, contexts)]
+    labels = {name: label[:contexts].reshape(-1) for name, label in evidence.labels.items()}
+    return np.concatenate(rows), {n: v for n, v in labels.items() if _RARE < v.mean() < 1 - _RARE}
+
+
+def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
+    pre, tasks = rows_with_labels(sae, evidence, lambda d, x: d.pre_activations(x))
+    if not tasks:
+        raise SAEError("no probing task has both classes in the text; give other text, or more.")
+    best = best_probes(pre, tasks)
+    mean = float(np.mean([probe.loss for probe in best.values()]))
+    part = float(np.mean([probe.loss / probe.prior for probe in best.values()]))
+    yield "loss", mean, f"best latent of each, mean of {len(tasks)} tasks; 0 perfect"
+    yield "relative_loss", part, "over always saying the class's frequency; 1 useless"
+    codes, tasks = rows_with_labels(sae, evidence, lambda d, x: d.encode(x))
+    for k in (1, 2, 5):
+        f1 = [sparse_probe(codes, labels, k, seed=options.seed).f1 for labels in tasks.values()]
+        yield f"f1_{k}", float(np.mean(f1)), f"probe on {k} latents, held-out; 1 perfect"
+
+
+METRIC = Metric(
+    name="probing",
+    about="properties of tokens that single latents tell",
+    units={"loss": "nats / token", "relative_loss": "", "f1_1": "", "f1_2": "", "f1_5": ""},
+    measure=_scores,
+    needs=("labels",),
+)

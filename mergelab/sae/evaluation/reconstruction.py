@@ -11,8 +11,10 @@ import numpy as np
 
 from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
+from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
 from mergelab.sae.sae import SAE
 from mergelab.sae.splice import encode_and_reconstruct, read_pairs
+from mergelab.sae.subject_model import check_target
 
 __all__ = [
     "DENSITY_EDGES",
@@ -292,3 +294,37 @@ def densities(part_of_tokens: np.ndarray) -> Densities:
     active = part_of_tokens[part_of_tokens > 0]
     median = float(np.median(np.log10(active))) if len(active) else float("nan")
     return Densities(counts, silent, median, int((part_of_tokens > 0.1).sum()))
+
+
+def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
+    found = reconstruction_on_model(sae, evidence.judge)
+    spread = densities(found.densities)
+    written = check_target(sae, evidence.judge)
+    taken = "" if sae.target_known else ", taken for what it writes as the SAE does not say it"
+    yield "nmse", found.nmse, f"squared error of {written} over that of its mean; 0 exact, 1 useless{taken}"
+    yield "explained_variance", found.explained_variance, "1 exact, 0 useless"
+    yield "cosine", found.cosine, "of a row and its reconstruction; 1 exact"
+    yield "l2_ratio", found.l2_ratio, "norm of reconstruction over norm of row; below 1 shrinks"
+    yield "relative_bias", found.relative_bias, "below 1 shrinks (2404.16014)"
+    yield "l0", found.l0, f"of {sae.n_latents}"
+    yield "alive", found.alive, f"part of the latents active in {found.rows} tokens"
+    yield "median_density", spread.median, "latents that are active"
+    yield "dense", spread.dense / sae.n_latents, "part of the latents on over 10 % of tokens"
+
+
+METRIC = Metric(
+    name="reconstruction",
+    about="error, bias and sparsity of the reconstruction",
+    units={
+        "nmse": "",
+        "explained_variance": "",
+        "cosine": "",
+        "l2_ratio": "",
+        "relative_bias": "",
+        "l0": "latents / token",
+        "alive": "",
+        "median_density": "log10 of a part of tokens",
+        "dense": "",
+    },
+    measure=_scores,
+)

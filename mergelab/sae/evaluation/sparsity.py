@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.model import Model
 from mergelab.models.residual_stream import require_decoder
+from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
 from mergelab.sae.sae import SAE
 from mergelab.sae.splice import passes
 from mergelab.sae.subject_model import check_target
@@ -201,3 +202,26 @@ def _mean(shares: np.ndarray, weights: np.ndarray) -> AblationSparsity:
     mean = float((weights * shares).sum() / weights.sum())
     error = float(np.sqrt((weights**2 * (shares - mean) ** 2).sum()) / weights.sum())
     return AblationSparsity(mean, error, len(shares))
+
+
+def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
+    source, samples, seed = evidence.judge, options.samples, options.seed
+    against = "effective part of V x T logits that an ablation moves; lower is more local"
+    latents = latent_sparsity(sae, source, samples=samples, seed=seed)
+    yield "latents", latents.sparsity, against
+    written = check_target(sae, source)
+    channels = channel_sparsity(replace(source, sites=(written,)), samples=samples, seed=seed)
+    yield "channels", channels.sparsity, f"the same of channels of {written}"
+    neurons = ".".join([*written.split(".")[:2], "mlp.post"])
+    if len(source.model.sites().get(neurons, ())) == 3:
+        found = channel_sparsity(replace(source, sites=(neurons,)), samples=samples, seed=seed)
+        yield "neurons", found.sparsity, f"the same of channels of {neurons}"
+
+
+METRIC = Metric(
+    name="sparsity",
+    about="locality of what ablating a latent does to the logits",
+    units={"latents": "", "channels": "", "neurons": ""},
+    measure=_scores,
+    needs=("logits",),
+)

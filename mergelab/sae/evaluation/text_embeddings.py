@@ -18,6 +18,7 @@ from mergelab.activations.capture import ModelActivations
 from mergelab.activations.sentences import Pooling, pool
 from mergelab.errors import SAEError
 from mergelab.models.model import Model
+from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
 from mergelab.sae.sae import SAE
 from mergelab.sae.splice import mean_activation, passes, splice_from
 from mergelab.sae.subject_model import check_target
@@ -163,3 +164,21 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[which]
+
+
+def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
+    found = evaluate_embeddings(sae, evidence.judge)
+    against = f"embeddings of {found.contexts} contexts, mean of their last states"
+    yield "cosine", found.cosine, f"{against}; 1 is lossless"
+    yield "recovered", found.recovered, "of the cosine; 1 lossless, 0 as bad as mean ablation"
+    yield "rank", found.rank, "Spearman over pairs of contexts, of their similarity; 1 is lossless"
+    yield "nearest", found.nearest, "part of the contexts that keep their nearest; 1 is lossless"
+
+
+METRIC = Metric(
+    name="embeddings",
+    about="change of an encoder's text embeddings",
+    units={"cosine": "", "recovered": "", "rank": "", "nearest": ""},
+    measure=_scores,
+    needs=("encoder",),
+)

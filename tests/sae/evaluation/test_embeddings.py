@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.load import load_model
+from mergelab.sae.evaluation.metric import Evidence, Options
 from mergelab.sae.evaluation.scorecard import applicable_metrics, scorecard
 from mergelab.sae.evaluation.text_embeddings import evaluate_embeddings, rank_agreement
 from mergelab.sae.sae import SAE, SAEConfig
@@ -92,9 +93,10 @@ def test_a_mesh_changes_nothing(source: ModelActivations, tmp_path: Path) -> Non
 
 
 def test_a_scorecard_of_an_encoder_has_embeddings_and_no_losses(source: ModelActivations) -> None:
-    assert {"embeddings", "reconstruction"} <= set(applicable_metrics(source, labeled=False))
-    assert not {"downstream", "sparsity"} & set(applicable_metrics(source, labeled=True))
-    card = scorecard(_signed(24, 0.2), source, metrics=["embeddings"])
+    labeled = Evidence(source, {"labels": {"even": source.tokens % 2 == 0}})
+    assert {"embeddings", "reconstruction"} <= set(applicable_metrics(Evidence(source)))
+    assert not {"downstream", "sparsity"} & set(applicable_metrics(labeled))
+    card = scorecard(_signed(24, 0.2), source, Options(metrics=["embeddings"]))
     judged = replace(source, tokens=source.tokens[10:])
     assert card.values()["embeddings.rank"] == evaluate_embeddings(_signed(24, 0.2), judged).rank
 

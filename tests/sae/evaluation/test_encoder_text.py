@@ -7,6 +7,7 @@ import pytest
 
 from mergelab.activations.capture import cut_contexts
 from mergelab.errors import SAEError
+from mergelab.sae.evaluation.metric import Evidence, Options
 from mergelab.sae.evaluation.probing_tasks import label_texts
 from mergelab.sae.evaluation.scorecard import applicable_metrics, scorecard
 from mergelab.text.tokenizer import load_tokenizer
@@ -46,12 +47,13 @@ def test_pieces_bring_their_space(encoder: Encoder, host: Host) -> None:
 
 
 def test_a_scorecard_of_an_encoder(encoder: Encoder) -> None:
-    names = applicable_metrics(encoder.source, labeled=True)
+    names = applicable_metrics(Evidence(encoder.source, {"labels": {}}))
     assert names == ("reconstruction", "embeddings", "probing", "absorption", "explanations", "progressive")
     card = scorecard(
-        encoder.sae, encoder.source, mask_token=encoder.mask_id, explained=3,
-        metrics=["embeddings", "explanations"],
-    )  # fmt: skip
+        encoder.sae,
+        Evidence(encoder.source, {"mask_token": encoder.mask_id}),
+        Options(metrics=["embeddings", "explanations"], explained=3),
+    )
     values = card.values()
     assert {name for name in values if name.startswith("explanations")} == {
         "explanations.precision",

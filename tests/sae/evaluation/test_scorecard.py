@@ -11,10 +11,10 @@ from mergelab.activations.capture import halves
 from mergelab.errors import SAEError
 from mergelab.sae.evaluation.controls import control_sae, random_model
 from mergelab.sae.evaluation.downstream import evaluate_downstream
-from mergelab.sae.evaluation.metric import METRICS
+from mergelab.sae.evaluation.metric import Evidence, Options
 from mergelab.sae.evaluation.probing_tasks import label_texts
 from mergelab.sae.evaluation.reconstruction import densities, reconstruction_on_model
-from mergelab.sae.evaluation.scorecard import Scorecard, control_scorecard, scorecard, seed_spread
+from mergelab.sae.evaluation.scorecard import METRICS, Scorecard, control_scorecard, scorecard, seed_spread
 from mergelab.sae.sae import SAE
 from tests.sae.evaluation.trained_host import LENGTH, Host
 
@@ -23,11 +23,13 @@ from tests.sae.evaluation.trained_host import LENGTH, Host
 def card(host: Host) -> Scorecard:
     labels = label_texts(host.folder, [host.held_out], LENGTH).labels
     steps, losses = (np.array(part) for part in zip(*host.curve, strict=True))
-    return scorecard(host.sae, host.source, labels=labels, samples=32, explained=6, curve=(steps, losses))
+    evidence = Evidence(host.source, {"labels": labels, "curve": (steps, losses)})
+    return scorecard(host.sae, evidence, Options(samples=32, explained=6))
 
 
 def test_every_metric_is_there_with_its_unit(card: Scorecard) -> None:
-    assert {name.split(".")[0] for name in card.scores} == set(card.seconds) == set(METRICS) - {"embeddings"}
+    default = {name for name, metric in METRICS.items() if metric.default}
+    assert {name.split(".")[0] for name in card.scores} == set(card.seconds) == default - {"embeddings"}
     for name, score in card.scores.items():
         assert score.against and (np.isfinite(score.value) or name == "downstream.compute_equivalent"), name
     values = card.values()
@@ -58,12 +60,12 @@ def controls(host: Host) -> dict[str, SAE]:
 def test_controls_are_worse(host: Host, card: Scorecard, controls: dict[str, SAE]) -> None:
     mine, errors = card.values(), {}
     for kind, control in controls.items():
-        found = scorecard(control, host.source, metrics=["reconstruction", "downstream"]).values()
+        found = scorecard(control, host.source, Options(metrics=["reconstruction", "downstream"])).values()
         errors[kind] = found["reconstruction.nmse"]
         assert found["downstream.delta_ce"] > 1.2 * mine["downstream.delta_ce"]
         assert found["downstream.recovered_zero"] < mine["downstream.recovered_zero"]
     assert errors["random"] > 1.1 * errors["frozen decoder"] > 1.3 * mine["reconstruction.nmse"]
-    again = control_scorecard("random", host.sae, host.source, k=4, metrics=["reconstruction"])
+    again = control_scorecard("random", host.sae, host.source, Options(metrics=["reconstruction"]), k=4)
     assert again.values()["reconstruction.nmse"] == pytest.approx(errors["random"], rel=1e-6)
 
 
@@ -89,11 +91,11 @@ def test_spread_over_seeds(card: Scorecard) -> None:
 
 def test_what_cannot_be_measured_is_said(host: Host) -> None:
     with pytest.raises(SAEError, match="did you mean 'downstream'"):
-        scorecard(host.sae, host.source, metrics=["downstrem"])
+        scorecard(host.sae, host.source, Options(metrics=["downstrem"]))
     with pytest.raises(SAEError, match="labels of tokens"):
-        scorecard(host.sae, host.source, metrics=["probing"])
+        scorecard(host.sae, host.source, Options(metrics=["probing"]))
     with pytest.raises(SAEError, match="an encoder's embeddings"):
-        scorecard(host.sae, host.source, metrics=["embeddings"])
+        scorecard(host.sae, host.source, Options(metrics=["embeddings"]))
     one = replace(host.source, tokens=host.source.tokens[:1])
     with pytest.raises(SAEError, match="one context"):
-        scorecard(host.sae, one, metrics=["reconstruction"])
+        scorecard(host.sae, one, Options(metrics=["reconstruction"]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -14,7 +14,17 @@ from mergelab.sae.features.explanations import Explanation, Match
 from mergelab.sae.features.logit_effects import LogitEffects, logit_effects, writes_stream
 from mergelab.sae.features.matching import Child
 from mergelab.sae.features.n2g import explain, match_explanations
-from mergelab.sae.features.survey import Activity, Survey, activity, survey
+from mergelab.sae.features.survey import (
+    Activity,
+    CodeStore,
+    SparseCodes,
+    Strengths,
+    StrongestContexts,
+    Survey,
+    activity,
+    read_codes,
+    survey,
+)
 from mergelab.sae.sae import SAE
 
 __all__ = ["Gallery", "choose_latents", "explain_gallery", "make_gallery", "neuronpedia_batch"]
@@ -72,28 +82,37 @@ def make_gallery(
     latents: Sequence[int] | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Gallery:
-    """Gathers it in three passes over the text.
+    """Gathers it in one pass of the model over the text; what must wait for it reads the codes that it kept.
 
     Args:
         sae: reads the first of the source's sites.
         source: model and text.
-        most: latents shown.
-        examples: contexts per latent.
+        most: number of latents shown, at most.
+        examples: number of contexts per latent.
         latents: those to show; by default `choose_latents`.
-        progress: is told the pass over the text, its contexts done and in all.
+        progress: is told the stage (`text`, then `codes`), its contexts done and in all.
 
     Raises:
         SAEError: the SAE does not fit the site.
     """
-    if latents is None:
-        density = survey(sae, source, latents=[], progress=partial(progress, "density")).density
-        chosen = choose_latents(density, most)
-    else:
-        chosen = np.asarray(sorted(latents), np.int64)
-    seen = survey(
-        sae, source, count=examples, latents=chosen.tolist(), progress=partial(progress, "examples")
-    )
-    happened = activity(sae, source, chosen, seen.peak, progress=partial(progress, "activity"))
+    total, length = source.tokens.shape
+    strengths = Strengths(sae.n_latents)
+    with CodeStore() as store:
+        for codes in read_codes(sae, source, progress=partial(progress, "text")):
+            strengths.add(codes)
+            store.add(codes)
+        density, peak = strengths.density(length), strengths.peak
+        chosen = choose_latents(density, most) if latents is None else np.asarray(sorted(latents), np.int64)
+        strongest = StrongestContexts(sae.n_latents, chosen.tolist(), examples, source.tokens)
+
+        def again() -> Iterator[SparseCodes]:
+            for codes in store:
+                strongest.add(codes)
+                yield codes
+                progress("codes", codes.first + codes.contexts, total)
+
+        happened = activity(again(), chosen, peak, length)
+    seen = Survey(source.tokens.size, density, peak, strongest.examples())
     causal = source.model.family.architecture.causal
     reaches = causal and len(chosen) > 0 and writes_stream(sae, source)
     effects = logit_effects(sae, source, chosen) if reaches else None

@@ -12,7 +12,7 @@ from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.families import model_from_config
 from mergelab.sae.features.logit_effects import logit_effects
-from mergelab.sae.features.survey import activity, survey
+from mergelab.sae.features.survey import activity, read_codes, survey
 from mergelab.sae.sae import SAE, SAEConfig
 from tests.sae.evaluation.trained_host import Host
 
@@ -21,7 +21,7 @@ def test_histograms_and_neighbors(host: Host) -> None:
     source = replace(host.source, batch=16)  # the last pass is filled up
     found = survey(host.sae, source, count=1)
     latents = np.flatnonzero(found.density > 0)[5:40]
-    got = activity(host.sae, source, latents, found.peak, bins=5, most=3)
+    got = activity(read_codes(host.sae, source), latents, found.peak, 32, bins=5, most=3)
     rows = jnp.asarray(source.read_sites(0, source.rows)[0])
     codes = np.asarray(host.sae.encode(rows))[:, latents]
     for i, latent in enumerate(latents):

@@ -35,7 +35,7 @@ from mergelab.sae.evaluation.metric import Evidence, Options
 from mergelab.sae.evaluation.probing_tasks import LabeledTokens, label_texts
 from mergelab.sae.evaluation.scorecard import scorecard
 from mergelab.sae.features.explanations import Explanation, Match, Pattern
-from mergelab.sae.features.gallery import make_gallery
+from mergelab.sae.features.gallery import make_gallery, page_data
 from mergelab.sae.features.n2g import explain, match_explanations
 from mergelab.sae.features.survey import Example, survey
 from mergelab.sae.formats import load_sae
@@ -198,8 +198,7 @@ class Experiment:
         explained = {i: (made[i], match) for i, match in zip(made, matches, strict=True)}
         gallery = make_gallery(sae, self.source, most=self.size.n_latents)
         page = render_features(
-            replace(gallery, explained=explained),
-            self.tokenizer.piece,
+            page_data(replace(gallery, explained=explained), self.tokenizer.piece),
             title="Features of MiniLM",
             facts={"site": self.size.site, "text": f"{gallery.survey.rows:,} tokens"},
         )

@@ -87,7 +87,12 @@ def command(
     from mergelab.checkpoints.new_files import Content, NewFiles
     from mergelab.cli.options import open_sae
     from mergelab.report.pages import render_features
-    from mergelab.sae.features.gallery import explain_gallery, make_gallery, neuronpedia_batch
+    from mergelab.sae.features.gallery import (
+        explain_gallery,
+        make_gallery,
+        neuronpedia_batch,
+        page_data,
+    )
     from mergelab.sae.features.matching import hierarchy
     from mergelab.sae.sae import at_sites
     from mergelab.sae.subject_model import check_host, open_host
@@ -135,7 +140,7 @@ def command(
             "latents": f"{len(gallery.latents):,} of {sae.n_latents:,}",
             "text": f"{gallery.survey.rows:,} tokens",
         }
-        page = render_features(gallery, words, title=f"Features of {source.name}", facts=facts)
+        page = render_features(page_data(gallery, words), title=f"Features of {source.name}", facts=facts)
         contents: dict[Path | str, Content] = {out: page.encode()}
         if neuronpedia is not None:
             layer = int(gallery.site.split(".")[1]) if gallery.site.startswith("blocks.") else 0

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mergelab.report.pages import page_data, render_features
+from mergelab.report.pages import render_features
 from mergelab.sae.features.explanations import Explanation, Match, Pattern
-from mergelab.sae.features.gallery import Gallery
+from mergelab.sae.features.gallery import Gallery, page_data
 from mergelab.sae.features.logit_effects import LogitEffects
 from mergelab.sae.features.survey import Activity, Example, Survey
 
@@ -52,7 +52,9 @@ def _gallery(latents: int = 3, length: int = 6, examples: int = 2) -> Gallery:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "features.html"
-    text = render_features(_gallery(), WORDS.__getitem__, title="A <title>", facts={"model": "m & n"})
+    text = render_features(
+        page_data(_gallery(), WORDS.__getitem__), title="A <title>", facts={"model": "m & n"}
+    )
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -119,7 +121,9 @@ def test_a_browser_finds_and_sorts(browser: str, page: Path, tmp_path: Path) -> 
 def test_thousands_of_latents_are_quick(browser: str, tmp_path: Path) -> None:
     page = tmp_path / "many.html"
     gallery = _gallery(latents=4000, length=64, examples=6)
-    page.write_text(render_features(gallery, WORDS.__getitem__, title="many", facts={}), encoding="utf-8")
+    page.write_text(
+        render_features(page_data(gallery, WORDS.__getitem__), title="many", facts={}), encoding="utf-8"
+    )
     assert page.stat().st_size < 12_000_000
     text = _open(browser, page, "#q=return&sort=density", tmp_path / "profile")
     ready, search = (float(re.search(rf'data-{name}="([\d.]+)"', text)[1]) for name in ("ready", "search"))  # type: ignore[index]

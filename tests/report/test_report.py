@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mergelab.report.comparison import cells, in_reading_order, save_figure, score_figure, svg
+from mergelab.report.comparison import cells, figure_files, in_reading_order, score_figure, svg
 from mergelab.report.pages import render_page
 from mergelab.report.tables import markdown_table, text_table
 
@@ -101,10 +100,10 @@ def test_the_figure_shows_every_score_at_its_place() -> None:
     assert best == ["1.000", "2.200", "1.700"]
 
 
-def test_figures_are_files_that_repeat_to_the_byte(tmp_path: Path) -> None:
-    save_figure(RESULTS, tmp_path)
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "figure.svg").read_text() == svg(score_figure(RESULTS))
+def test_figures_are_files_that_repeat_to_the_byte() -> None:
+    files = figure_files(RESULTS)
+    assert set(files) == {"figure.png", "figure.svg"} and files["figure.png"].startswith(b"\x89PNG")
+    assert files["figure.svg"].decode() == svg(score_figure(RESULTS))
     assert svg(score_figure(RESULTS)) != svg(score_figure(RESULTS, dark=True))
 
 

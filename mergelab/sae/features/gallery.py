@@ -27,7 +27,7 @@ from mergelab.sae.features.survey import (
 )
 from mergelab.sae.sae import SAE
 
-__all__ = ["Gallery", "choose_latents", "explain_gallery", "make_gallery", "neuronpedia_batch"]
+__all__ = ["Gallery", "choose_latents", "explain_gallery", "make_gallery", "neuronpedia_batch", "page_data"]
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,73 @@ def explain_gallery(
     matches = match_explanations(sae, judge, list(made.values()))
     explained = dict(zip(made, zip(made.values(), matches, strict=True), strict=True))
     return replace(gallery, explained=explained)
+
+
+_STEPS = 99  # a page shows activations as parts of the latent's peak, in so many steps
+
+
+def page_data(gallery: Gallery, words: Callable[[int], str]) -> dict[str, Any]:
+    """What the script of `mergelab.report.pages.render_features` reads: plain data, for JSON.
+
+    Texts stand once: `words` by token, `contexts` as tokens; an example is a context and its activations in
+    hundredths of the latent's peak, runs of zeros left out: `[place, value, place, value, ...]`.
+    """
+    contexts: dict[int, tuple[int, ...]] = {}
+    features: list[dict[str, Any]] = []
+    happened, effects = gallery.activity, gallery.effects
+    used: set[int] = set()
+    for i, latent in enumerate(happened.latents.tolist()):
+        peak = float(gallery.survey.peak[latent])
+        examples = []
+        for example in gallery.survey.examples[latent]:
+            contexts[example.context] = example.tokens
+            marks = [(at, round(_STEPS * code / peak)) for at, code in enumerate(example.codes) if code > 0]
+            examples.append([example.context, [number for mark in marks for number in mark]])
+        feature: dict[str, Any] = {
+            "i": latent,
+            "density": _short(gallery.survey.density[latent]),
+            "peak": _short(peak),
+            "mean": _short(happened.mean[i]),
+            "bars": happened.histogram[i].tolist(),
+            "near": [
+                [int(n), _short(v)]
+                for n, v in zip(happened.neighbors[i], happened.likeness[i], strict=True)
+                if v > 0
+            ],
+            "examples": examples,
+        }
+        if effects is not None:
+            for name, tokens, values in (
+                ("up", effects.top[i], effects.top_values[i]),
+                ("down", effects.bottom[i], effects.bottom_values[i]),
+            ):
+                feature[name] = [[int(t), _short(v)] for t, v in zip(tokens, values, strict=True)]
+                used |= {int(t) for t in tokens}
+        if latent in gallery.explained:
+            explanation, match = gallery.explained[latent]
+            feature["patterns"] = [[list(p.tokens), list(p.after)] for p in explanation.patterns]
+            used |= {t for p in explanation.patterns for t in (*p.tokens, *p.after) if t is not None}
+            # NaN is no JSON.
+            feature["precision"] = _short(match.precision) if match.precision == match.precision else None
+            feature["recall"] = _short(match.recall) if match.recall == match.recall else None
+        if gallery.children:
+            children = gallery.children.get(latent, ())
+            feature["splits"] = len(children)
+            feature["children"] = [[c.latent, _short(c.cosine), list(c.tokens)] for c in children]
+            used |= {token for child in children for token in child.tokens}
+        features.append(feature)
+    used |= {token for tokens in contexts.values() for token in tokens}
+    return {
+        "site": gallery.site,
+        "rows": gallery.survey.rows,
+        "words": {token: words(token) for token in sorted(used)},
+        "contexts": {number: list(tokens) for number, tokens in sorted(contexts.items())},
+        "features": features,
+    }
+
+
+def _short(value: Any) -> float:
+    return float(f"{float(value):.4g}")
 
 
 _ALIGNED = 3  # coordinates of the residual stream that a latent writes most

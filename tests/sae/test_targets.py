@@ -25,7 +25,7 @@ from mergelab.activations.store import write_store
 from mergelab.cli.main import cli
 from mergelab.cli.options import open_sae
 from mergelab.errors import SAEError
-from mergelab.interp.latent_edits import ablate, splice
+from mergelab.interp.latent_edits import ablate
 from mergelab.interp.steering import latent_direction
 from mergelab.models.families import model_from_config
 from mergelab.models.save import save_model
@@ -40,8 +40,8 @@ from mergelab.sae.evaluation.sparse_coding import coding_target
 from mergelab.sae.evaluation.sparsity import latent_sparsity
 from mergelab.sae.formats import load_sae, save_sae
 from mergelab.sae.sae import SAE, SAEConfig, at_sites
-from mergelab.sae.splice import splice as splice_in_place
-from mergelab.sae.subject_model import check_modules, check_target, open_host
+from mergelab.sae.splice import splice
+from mergelab.sae.subject_model import check_modules, check_target, open_subject_model
 from tests.models.tiny_models import tiny
 
 D, LENGTH = 16, 16
@@ -229,7 +229,9 @@ def test_one_without_sites_is_told_them_or_refused(planted: Planted, tmp_path: P
         at_sites(planted.exact(reads=(READS,), transcoder=False), target_site=WRITES)
     with pytest.raises(SAEError, match="open them with that site too"):
         evaluate_downstream(planted.exact(**SITES), replace(planted.source, sites=(READS,)))
-    assert open_host(planted.exact(**SITES), planted.folder, [planted.text], length=LENGTH).sites == (
+    assert open_subject_model(
+        planted.exact(**SITES), planted.folder, [planted.text], length=LENGTH
+    ).sites == (
         READS,
         WRITES,
     )
@@ -297,7 +299,7 @@ def test_a_scorecard_of_a_transcoder_says_what_it_cannot_judge(planted: Planted)
 def test_what_needs_an_autoencoder_refuses_a_transcoder_of_equal_widths(planted: Planted) -> None:
     exact = planted.exact(**SITES)
     x, y = planted.source.read_sites(0, 64)
-    for use in (lambda d: ablate(d, 0), splice, splice_in_place, lambda d: coding_target(d, jnp.asarray(x))):
+    for use in (lambda d: ablate(d, 0), splice, lambda d: coding_target(d, jnp.asarray(x))):
         with pytest.raises(SAEError, match="transcoder"):
             use(exact)
         use(planted.exact(reads=(READS,), transcoder=False))

@@ -61,8 +61,8 @@ def absorption(
         max_main: main latents at most.
         gain: a further main latent is one that raises the F1 of a sparse probe by so much.
         cosine: least cosine of an absorbing latent's direction with the probe's.
-        share: least part of the reconstruction's projection on the probe that an absorbing latent writes.
-        seed: of the halves that fit and judge probes.
+        share: least fraction of the reconstruction's projection on the probe that an absorbing latent writes.
+        seed: seed of the halves that fit and judge probes.
 
     Raises:
         SAEError: a class is missing, or the probe gets no token of the class right.
@@ -131,8 +131,8 @@ def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
         raise SAEError("no probing task can be told from the site's activations; give other text, or more.")
     rate = float(np.mean([one.rate for one in found]))
     main = float(np.mean([len(one.main) for one in found]))
-    yield "rate", rate, f"absorbed part of a class's tokens, mean of {len(found)} tasks; 0 best"
-    yield "split", main, "main latents of a class; 1 is no splitting"
+    yield "rate", rate, f"absorbed fraction of a class's tokens, mean of {len(found)} tasks; 0 best"
+    yield "split", main, "main latents of a class; 1 where it is not split"
 
 
 METRIC = Metric(

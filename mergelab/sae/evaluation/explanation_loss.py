@@ -35,8 +35,8 @@ class ExplanationScore:
         matches: precision and recall, in the order of the explanations.
         tokens: predicted tokens of the losses below.
         ce: cross-entropy of the model as it is, nats per token.
-        ce_simulated: with the explained latents at their simulated activations, all else kept.
-        ce_ablated: with the explained latents at zero, all else kept.
+        ce_simulated: the same with the explained latents at their simulated activations, all else kept.
+        ce_ablated: the same with the explained latents at zero, all else kept.
     """
 
     matches: tuple[Match, ...]
@@ -73,9 +73,9 @@ def score_explanations(
     """Simulates the latents on a text, compares, and splices the simulations in with the error kept.
 
     Args:
-        sae: reads the first of the source's sites; what its latents do is done at the one it writes.
+        sae: SAE that reads the first of the source's sites; its latents are edited at the one it writes.
         source: model and text; a text the explanations are not made of.
-        explanations: of distinct latents.
+        explanations: explanations of distinct latents.
 
     Raises:
         SAEError: the SAE does not fit the site, or the model predicts no tokens.

@@ -29,7 +29,7 @@ __all__ = [
 
 _ITERATIONS = 50
 _EXACT = 1e-9  # nats: a fit is finished where the loss cannot fall by more
-_RIDGE = 1e-6  # on standardised inputs: keeps separable classes from running away
+_RIDGE = 1e-6  # on standardized inputs: keeps separable classes from running away
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class ProbeLoss:
     """The best one-dimensional probe of a task.
 
     Attributes:
-        loss: its mean cross-entropy, in nats per token.
-        latent: which latent it reads.
+        loss: mean cross-entropy, in nats per token.
+        latent: number of the latent that it reads.
         prior: the cross-entropy of always saying the class's frequency: what a useless latent gives.
     """
 
@@ -52,9 +52,9 @@ class SparseProbe:
     """A probe on a few latents, judged on rows it was not fitted on.
 
     Attributes:
-        latents: which it reads.
+        latents: numbers of the latents that it reads.
         loss: held-out cross-entropy, in nats per token.
-        accuracy: held-out share of rows put right.
+        accuracy: fraction of held-out rows classified correctly.
         f1: held-out F1 of the positive class; 0 where nothing is found.
     """
 
@@ -74,7 +74,7 @@ def fit_logistic(x: Array, y: Array) -> tuple[Array, Array, Array]:
 
     Returns:
         Weights `[k]`, bias (scalar), and the mean cross-entropy in nats (scalar). The weights are those of no
-        penalty but 5e-7 times the square of each weight on standardised columns.
+        penalty but 5e-7 times the square of each weight on standardized columns.
     """
     mean, scale = x.mean(axis=0), x.std(axis=0)
     scale = jnp.where(scale > 0, scale, 1)
@@ -144,7 +144,7 @@ class _Probes(NamedTuple):
 
 
 def _probes_at(z: Array, y: Array, w: Array, b: Array) -> _Probes:
-    """Loss, gradient and Hessian in one pass over standardised columns `[columns, rows]`."""
+    """Loss, gradient and Hessian in one pass over standardized columns `[columns, rows]`."""
     logits = w[:, None] * z + b[:, None]
     p = jax.nn.sigmoid(logits)
     error, curvature = p - y[None], jnp.maximum(p * (1 - p), 1e-7)
@@ -240,7 +240,7 @@ def sparse_probe(codes: np.ndarray, labels: np.ndarray, k: int, *, seed: int = 0
         codes: `[rows, n]`.
         labels: `[rows]`, bool.
         k: latents it may read.
-        seed: of the halves.
+        seed: seed of the split into halves.
 
     Raises:
         SAEError: a class is missing in either half, or there are fewer than k latents.
@@ -285,7 +285,7 @@ def rows_with_labels(
     """Codes or pre-activations of the judged text's start, as much as fits in memory, and their labels.
 
     Args:
-        sae: reads the first of the source's sites.
+        sae: SAE that reads the first of the source's sites.
         evidence: the text and its labels.
         what: `(sae, activations [rows, d])` -> `[rows, n]`, jittable.
 

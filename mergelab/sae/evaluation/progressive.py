@@ -112,8 +112,8 @@ class RecallPoint:
 
     Attributes:
         k: latents kept per token.
-        recall: of the pairs of row and feature that are on, the part whose matched latent is active.
-        precision: of the pairs of row and active matched latent, the part whose feature is on.
+        recall: fraction of the pairs of row and feature that are on whose matched latent is active.
+        precision: fraction of the pairs of row and active matched latent whose feature is on.
     """
 
     k: int

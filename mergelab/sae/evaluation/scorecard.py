@@ -67,9 +67,9 @@ class Scorecard:
     """What was found of one SAE.
 
     Attributes:
-        scores: by name, such as `downstream.delta_ce`.
-        seconds: by metric, its wall time, compilation included.
-        settings: of the SAE and its training (`mergelab.sae.evaluation.settings`); None where nobody
+        scores: scores by name, such as `downstream.delta_ce`.
+        seconds: wall time of each metric, compilation included.
+        settings: settings of the SAE and its training (`mergelab.sae.evaluation.settings`); None where nobody
             took them down.
     """
 
@@ -104,14 +104,13 @@ def scorecard(
     value NaN.
 
     Args:
-        sae: reads the first of the source's sites, and reconstructs it or, as a transcoder, another.
-        evidence: the SAE's model on a text it was not trained on
-            (`mergelab.sae.subject_model.open_host`), with what else evaluations need; activations alone
-            are evidence without resources.
-        options: which metrics to run, and how.
+        sae: SAE that reads the first of the source's sites, and reconstructs it or, as a transcoder, another.
+        evidence: the SAE's model on a text it was not trained on (`open_subject_model`), with what else
+            evaluations need; activations alone are evidence without resources.
+        options: metrics to run, and how.
         memory: known metrics, which are not run again and to which those that are run are added: a dict, or a
             file (`EvaluationJournal`).
-        progress: is told the name of each metric before it runs.
+        progress: function of the name of each metric, called before it runs.
 
     Raises:
         SAEError: a metric is unknown, one that was asked for is not available for this model and text, or the
@@ -160,7 +159,7 @@ def _asked(evidence: Evidence, options: Options) -> tuple[str, ...]:
                 f"there is no metric {name!r}{did_you_mean(name, METRICS)}; known: {', '.join(METRICS)}."
             )
         if needs := METRICS[name].lacking(evidence):
-            raise SAEError(f"the metric {name!r} needs {needs}, which are not there; leave it away.")
+            raise SAEError(f"the metric {name!r} needs {needs}, which is not available here; omit it.")
     return tuple(options.metrics)
 
 
@@ -181,7 +180,7 @@ def control_scorecard(
 
     Args:
         kind: one of `CONTROLS`.
-        sae: what is compared; the control has as many latents.
+        sae: SAE that is compared; the control has as many latents.
         evidence: as for `scorecard`; the model's own loss curve is left out.
         options: as for `scorecard`.
         k: the control's active latents per token.
@@ -211,7 +210,7 @@ def seed_spread(cards: Sequence[Scorecard]) -> dict[str, tuple[float, float]]:
     """Mean and standard deviation (n - 1) of every score over trainings that differ in their seed.
 
     Args:
-        cards: two or more, of the same metrics.
+        cards: two or more scorecards of the same metrics.
 
     Raises:
         SAEError: there are fewer than two, their metrics differ, or their SAEs differ in more than
@@ -238,7 +237,7 @@ def evaluation_key(
     """SHA-256 of what scores depend on.
 
     Args:
-        sae: that is judged; its metadata does not count.
+        sae: SAE that is judged; its metadata does not count.
         evidence: its tokens, sites and resources count; the token that masks belongs to the model.
         options: all count but the metrics, as each is a line of its own.
         weights: digest of the model's weights (`weights_sha256`).
@@ -271,10 +270,10 @@ class EvaluationJournal(MutableMapping[str, Scorecard]):
 
         Args:
             path: the file, which need not exist.
-            key: of the evaluation (`evaluation_key`).
+            key: key of the evaluation (`evaluation_key`).
 
         Raises:
-            OutputError: the file cannot be read, or is no journal.
+            OutputError: the file cannot be read, or is not a journal.
         """
         self.path, self.key = path, key
         self._found: dict[str, Scorecard] = {}
@@ -290,7 +289,7 @@ class EvaluationJournal(MutableMapping[str, Scorecard]):
                     self._found[entry["metric"]] = _card(entry)
             except (CheckpointError, ValueError, KeyError, TypeError) as error:
                 raise OutputError(
-                    f"{path}, line {number}: is no line of an evaluation's journal; choose another file."
+                    f"{path}, line {number}: is not a line of an evaluation's journal; choose another file."
                 ) from error
         if torn:
             self._cut_off(torn)
@@ -299,7 +298,7 @@ class EvaluationJournal(MutableMapping[str, Scorecard]):
         """Cuts off a torn last line, if it is the beginning of one of ours and not a text of the user's."""
         if torn[: len(_BEGINNING)] != _BEGINNING[: len(torn)]:
             raise OutputError(
-                f"{self.path}: its last line is no line of an evaluation's journal; choose another file."
+                f"{self.path}: its last line is not a line of an evaluation's journal; choose another file."
             )
         with disk_errors(self.path):
             os.truncate(self.path, self.path.stat().st_size - len(torn))

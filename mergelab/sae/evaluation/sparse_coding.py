@@ -43,7 +43,7 @@ def orthogonal_matching_pursuit(x: Rows, atoms: Atoms, k: int, *, tokens_at_once
 
     Args:
         x: what to code.
-        atoms: of any lengths above 0.
+        atoms: directions, of any lengths above 0.
         k: atoms per token, at most d.
         tokens_at_once: rows computed side by side.
 
@@ -104,13 +104,13 @@ def elastic_net(
 
     Args:
         x: what to code.
-        atoms: of any lengths.
+        atoms: directions, of any lengths.
         l1: at least 0.
         l2: at least 0.
         nonnegative: whether codes below 0 are forbidden, as for most autoencoders.
         accelerate: FISTA; False for ISTA.
-        steps: at most so many.
-        tolerance: stops where a step would change no code by more than this part of what the largest
+        steps: maximum number of steps.
+        tolerance: change of a code below which a token is done, as a fraction of what the largest
             correlation of an atom with its token is worth.
         tokens_at_once: rows computed side by side.
 

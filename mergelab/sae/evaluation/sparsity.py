@@ -32,7 +32,7 @@ class AblationSparsity:
     """The effects of single ablations.
 
     Attributes:
-        sparsity: mean of `(L1 / L2)^2 / (V T)` over ablations: the effective share of the V T logits that
+        sparsity: mean of `(L1 / L2)^2 / (V T)` over ablations: the effective fraction of the V T logits that
             one moves, from `1 / (V T)` to 1; lower is more local.
         error: standard error of the mean.
         ablations: how many had any effect.
@@ -69,12 +69,12 @@ def latent_sparsity(
     """Ablates latents one at a time, each at one token, the error of the reconstruction kept.
 
     Args:
-        sae: reads the first of the source's sites; effects begin at the one it writes.
+        sae: SAE that reads the first of the source's sites; effects begin at the one it writes.
         source: model and text.
         samples: random tokens, at each of which one of the active latents is ablated; a token counts as often
             as it has active latents, so the mean is that over all pairs of token and active latent.
         horizon: tokens over which effects are counted.
-        seed: of the choice.
+        seed: seed of the choice.
 
     Raises:
         SAEError: the SAE does not fit the site, contexts are shorter than the horizon, or nothing is
@@ -95,7 +95,7 @@ def channel_sparsity(
         source: model and text.
         samples: random pairs of token and channel.
         horizon: tokens over which effects are counted.
-        seed: of the choice.
+        seed: seed of the choice.
 
     Raises:
         SAEError: contexts are shorter than the horizon, or the model predicts no tokens.
@@ -206,7 +206,7 @@ def _mean(shares: np.ndarray, weights: np.ndarray) -> AblationSparsity:
 
 def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
     source, samples, seed = evidence.judge, options.samples, options.seed
-    against = "effective part of V x T logits that an ablation moves; lower is more local"
+    against = "effective fraction of V x T logits that an ablation moves; lower is more local"
     latents = latent_sparsity(sae, source, samples=samples, seed=seed)
     yield "latents", latents.sparsity, against
     written = check_target(sae, source)

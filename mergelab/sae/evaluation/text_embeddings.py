@@ -37,7 +37,7 @@ class EmbeddingChange:
         cosine: mean cosine of a text's embedding as it is and with the site replaced by its reconstruction.
         cosine_mean: the same with the site replaced by its mean over the text, which makes all texts one.
         rank: Spearman's correlation, over pairs of texts, of their similarity as it is and spliced.
-        nearest: the part of the texts whose nearest other text stays the same.
+        nearest: fraction of the texts whose nearest other text stays the same.
     """
 
     contexts: int
@@ -63,13 +63,13 @@ def evaluate_embeddings(
     """Embeds every context as it is, spliced, and with the site at its mean.
 
     Args:
-        sae: reads the first of the source's sites, and reconstructs it or, as a transcoder, another.
+        sae: SAE that reads the first of the source's sites, and reconstructs it or, as a transcoder, another.
         source: an encoder and a text, whose contexts are the texts that are embedded.
-        contexts: use so many of them; all by default. Similarities are of the first 1024.
+        contexts: number of contexts to use; all by default. Similarities are of the first 1024.
         pooling: how the last states of a text become its embedding.
 
     Raises:
-        SAEError: the SAE does not fit the site, the model is no encoder, or there are fewer than three
+        SAEError: the SAE does not fit the site, the model is not an encoder, or there are fewer than three
             contexts.
     """
     target = check_target(sae, source)
@@ -172,7 +172,7 @@ def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
     yield "cosine", found.cosine, f"{against}; 1 is lossless"
     yield "recovered", found.recovered, "of the cosine; 1 lossless, 0 as bad as mean ablation"
     yield "rank", found.rank, "Spearman over pairs of contexts, of their similarity; 1 is lossless"
-    yield "nearest", found.nearest, "part of the contexts that keep their nearest; 1 is lossless"
+    yield "nearest", found.nearest, "fraction of the contexts that keep their nearest; 1 is lossless"
 
 
 METRIC = Metric(

@@ -38,9 +38,9 @@ class Gallery:
         site: where the SAE reads.
         survey: densities, peaks, and each latent's strongest contexts.
         activity: histograms and neighbors, of the latents shown.
-        effects: on logits, of the same latents in the same order; None where there are none.
+        effects: effects on logits of the same latents in the same order; None where there are none.
         explained: N2G explanations of some of them, with precision and recall on text they are not made of.
-        children: of some of them, what they have become in a wider SAE (`hierarchy`).
+        children: what some of them have become in a wider SAE (`hierarchy`).
     """
 
     site: str
@@ -57,11 +57,11 @@ class Gallery:
 
 
 def choose_latents(density: np.ndarray, most: int) -> np.ndarray:
-    """The latents active at all: if there are more than `most`, every so-manieth in the order of density.
+    """The latents active at all: if more than `most`, that many at equal steps in the order of density.
 
     Args:
         density: `[n_latents]`.
-        most: at least 1.
+        most: maximum number of latents, at least 1.
 
     Returns:
         Their numbers, rising.
@@ -85,12 +85,12 @@ def make_gallery(
     """Gathers it in one pass of the model over the text; what must wait for it reads the codes that it kept.
 
     Args:
-        sae: reads the first of the source's sites.
+        sae: SAE that reads the first of the source's sites.
         source: model and text.
         most: number of latents shown, at most.
         examples: number of contexts per latent.
         latents: those to show; by default `choose_latents`.
-        progress: is told the stage (`text`, then `codes`), its contexts done and in all.
+        progress: function of the stage (`text`, then `codes`), its contexts done and their total.
 
     Raises:
         SAEError: the SAE does not fit the site.
@@ -139,7 +139,7 @@ def explain_gallery(
     return replace(gallery, explained=explained)
 
 
-_STEPS = 99  # a page shows activations as parts of the latent's peak, in so many steps
+_STEPS = 99  # a page shows activations in this many steps of the latent's peak
 
 
 def page_data(gallery: Gallery, words: Callable[[int], str]) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def page_data(gallery: Gallery, words: Callable[[int], str]) -> dict[str, Any]:
             explanation, match = gallery.explained[latent]
             feature["patterns"] = [[list(p.tokens), list(p.after)] for p in explanation.patterns]
             used |= {t for p in explanation.patterns for t in (*p.tokens, *p.after) if t is not None}
-            # NaN is no JSON.
+            # JSON has no NaN.
             feature["precision"] = _short(match.precision) if match.precision == match.precision else None
             feature["recall"] = _short(match.recall) if match.recall == match.recall else None
         if gallery.children:

@@ -13,13 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from mergelab.activations.capture import ModelActivations
 from mergelab.sae.sae import SAE
-from mergelab.sae.splice import encode, read_batches
-from mergelab.sae.subject_model import check_reads
+from mergelab.sae.splice import encode_batches
 
 __all__ = [
     "Activity",
@@ -76,23 +74,21 @@ def read_codes(
     """Runs model and SAE over a text once, a forward pass at a time.
 
     Args:
-        sae: reads the first of the source's sites.
+        sae: SAE that reads the first of the source's sites.
         source: the activations.
         contexts: number of contexts to read, from the start; all by default.
-        progress: is told contexts done and contexts in all.
+        progress: function of the contexts done and their total.
 
     Raises:
         SAEError: the SAE does not fit the site.
     """
-    check_reads(sae, source)
     length = source.tokens.shape[1]
     total = min(len(source.tokens), contexts or len(source.tokens))
-    for first, x in zip(range(0, total, source.batch), read_batches(source, contexts), strict=True):
-        filled = np.pad(x, ((0, source.batch * length - len(x)), (0, 0)))  # one shape, one program
-        codes = np.asarray(encode(sae, jnp.asarray(filled)))[: len(x)]
+    for number, codes in enumerate(encode_batches(sae, source, contexts)):
+        first, here = number * source.batch, len(codes) // length
         row, latent = (place.astype(np.int32) for place in np.nonzero(codes > 0))
-        yield SparseCodes(first, len(x) // length, row, latent, codes[row, latent])
-        progress(first + len(x) // length, total)
+        yield SparseCodes(first, here, row, latent, codes[row, latent])
+        progress(first + here, total)
 
 
 class CodeStore:
@@ -149,7 +145,7 @@ class StrongestContexts:
         """Starts with none.
 
         Args:
-            n_latents: of the SAE.
+            n_latents: number of latents of the SAE.
             latents: `[m]`, those that contexts are kept of.
             count: number of contexts per latent.
             tokens: `[contexts, length]`, the text.
@@ -238,7 +234,7 @@ class Companions:
         """Starts with none.
 
         Args:
-            n_latents: of the SAE.
+            n_latents: number of latents of the SAE.
             latents: `[m]`, those that are compared.
             length: tokens in a context.
         """
@@ -280,7 +276,7 @@ class Example:
     """One context in which a latent is active.
 
     Attributes:
-        context: its number among the source's.
+        context: number of the context among the source's.
         tokens: token ids of the context.
         codes: the latent's activation on each of them.
     """
@@ -301,9 +297,9 @@ class Survey:
 
     Attributes:
         rows: tokens seen.
-        density: `[n_latents]`, the part of the tokens each latent is active on.
+        density: `[n_latents]`, fraction of the tokens each latent is active on.
         peak: `[n_latents]`, the largest activation of each.
-        examples: by latent, the contexts with the largest activations, the largest first; exact.
+        examples: contexts by latent with the largest activations, the largest first; exact.
     """
 
     rows: int
@@ -324,12 +320,12 @@ def survey(
     """Runs an SAE over a text once, keeping each latent's strongest contexts.
 
     Args:
-        sae: reads the first of the source's sites.
+        sae: SAE that reads the first of the source's sites.
         source: the activations.
         count: contexts kept per latent; of equal ones the first.
         latents: those to keep examples of; all by default.
         contexts: number of contexts to read, from the start; all by default.
-        progress: is told contexts done and contexts in all.
+        progress: function of the contexts done and their total.
 
     Raises:
         SAEError: the SAE does not fit the site.
@@ -382,7 +378,7 @@ def activity(
         peak: `[n_latents]`, the largest activation of each on this text (`Survey.peak`).
         length: tokens in a context.
         bins: bins of a histogram.
-        most: neighbors per latent, fewer where there are not so many latents.
+        most: neighbors per latent, fewer where there are fewer latents.
     """
     histograms, companions = Histograms(latents, peak, bins), Companions(len(peak), latents, length)
     for piece in codes:

@@ -20,7 +20,7 @@ from mergelab.sae.evaluation.text_embeddings import evaluate_embeddings, rank_ag
 from mergelab.sae.sae import SAE, SAEConfig
 from mergelab.sharding import make_mesh
 from tests.models.tiny_models import tiny, write
-from tests.sae.evaluation.trained_host import Host
+from tests.sae.evaluation.trained_model import SubjectModel
 
 SITE = "blocks.0.resid_post"
 
@@ -101,8 +101,8 @@ def test_a_scorecard_of_an_encoder_has_embeddings_and_no_losses(source: ModelAct
     assert card.values()["embeddings.rank"] == evaluate_embeddings(_signed(24, 0.2), judged).rank
 
 
-def test_what_has_no_embeddings_is_said(host: Host, source: ModelActivations) -> None:
+def test_what_has_no_embeddings_is_said(subject: SubjectModel, source: ModelActivations) -> None:
     with pytest.raises(SAEError, match="predicts next tokens"):
-        evaluate_embeddings(host.sae, host.source)
+        evaluate_embeddings(subject.sae, subject.source)
     with pytest.raises(SAEError, match="2 contexts"):
         evaluate_embeddings(_signed(24), source, contexts=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ def render_page(comparison: Comparison, title: str, recipes: Mapping[str, str]) 
     )
     scores = in_reading_order(comparison)
     domains = list(comparison.domains)
+    environment.filters["visible"] = _visible
     return environment.get_template("comparison.html").render(
         title=title,
         comparison=comparison,
@@ -42,6 +44,12 @@ def render_page(comparison: Comparison, title: str, recipes: Mapping[str, str]) 
         description=_description(scores),
         total_seconds=sum(comparison.seconds.values()),
     )
+
+
+def _visible(text: str) -> str:
+    """White space that a reader sees, on one line; as `shown` of `features.js`."""
+    text = text.replace("\n", "↵").replace("\t", "→")
+    return re.sub(" {4,}", lambda run: f"␣×{len(run[0])} ", text)
 
 
 def _data_uri(comparison: Comparison, *, dark: bool) -> str:

@@ -141,7 +141,8 @@ def test_the_script_alone_finds_and_sorts(page: Path, repository: Path, tmp_path
     const ask = (q, sort) => found(data, texts, q, sort).map((f) => f.i);
     console.log(JSON.stringify([ask("return", "i"), ask("#4", "peak"), ask("", "precision"), ask("", "i"),
       readAddress("#latent=7&sort=nonsense"), activations(data.features[0], 0, 6),
-      data.features[1].patterns.map((pattern) => pattern_text(data, pattern))]));
+      data.features[1].patterns.map((pattern) => pattern_text(data, pattern)),
+      shown("a\\n\\t" + " ".repeat(12) + "b   c"), [0.1968, 0.00012345, 12.7, 1234].map(digits)]));
     """
     (tmp_path / "run.js").write_text(script + calls, encoding="utf-8")
     (tmp_path / "data.json").write_text(json.dumps(_data(page)), encoding="utf-8")
@@ -149,7 +150,8 @@ def test_the_script_alone_finds_and_sorts(page: Path, repository: Path, tmp_path
         [node, tmp_path / "run.js", tmp_path / "data.json"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    by_text, by_number, by_precision, by_i, address, values, patterns = json.loads(done.stdout)
+    by_text, by_number, by_precision, by_i, address, values, patterns, *texts = json.loads(done.stdout)
     assert by_text == [2] and by_number == [4] and by_precision == [2, 0, 4] and by_i == [0, 2, 4]
     assert address == {"q": "#7", "sort": "peak"} and values == [0, 0, 0, 0, 0, 1]
     assert patterns == [" def∗ return", " def⟦ return⟧∗ the"]
+    assert texts == ["a↵→␣×12 b   c", ["0.2", "0.00012", "13", "1200"]]

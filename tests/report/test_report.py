@@ -55,7 +55,9 @@ RESULTS = Comparison(
             "l0": 4.0,
             "alive": 1.0,
         },
-        "latents": [{"latent": 7, "density": 0.01, "examples": [[("if", 0.1), (" <x>", 1.0)]]}],
+        "latents": [
+            {"latent": 7, "density": 0.01, "examples": [[("if", 0.1), (" <x>", 1.0), ("\n" + 8 * " ", 0.5)]]}
+        ],
     },
 )
 
@@ -115,5 +117,6 @@ def test_the_page_escapes_text_marks_the_best_and_loads_nothing() -> None:
     assert page.index(">base<") < page.index(">code</th>\n<td") < page.index(">worse<")
     assert "3 s in all" in page
     assert '<span style="--s: 0.10">if</span><span style="--s: 1.00"> &lt;x&gt;</span>' in page
+    assert '<span style="--s: 0.50">↵␣×8 </span></p>' in page
     assert "normalized MSE 0.250" in page
     assert not re.search(r"""(src|href|srcset)=["'](?!data:)|@import|url\(|<script""", page)

@@ -31,10 +31,11 @@ from mergelab.checkpoints.folder import weights_sha256
 from mergelab.quickstart.corpus import Corpus, gather
 from mergelab.report.pages import render_features
 from mergelab.sae.evaluation.controls import CONTROLS, control_sae, random_model
+from mergelab.sae.evaluation.metric import Evidence, Options
 from mergelab.sae.evaluation.probing_tasks import LabeledTokens, label_texts
 from mergelab.sae.evaluation.scorecard import scorecard
 from mergelab.sae.features.explanations import Explanation, Match, Pattern
-from mergelab.sae.features.gallery import make_gallery
+from mergelab.sae.features.gallery import make_gallery, page_data
 from mergelab.sae.features.n2g import explain, match_explanations
 from mergelab.sae.features.survey import Example, survey
 from mergelab.sae.formats import load_sae
@@ -141,15 +142,10 @@ class Experiment:
         started = time.perf_counter()
         sae = self.sae(seed) if program == OURS else self._control(program, seed)
         trained = time.perf_counter() - started
-        card = scorecard(
-            sae,
-            random_model(self.source, seed) if program == "random model" else self.source,
-            labels=self.labeled.labels,
-            mask_token=self.tokenizer.mask_id,
-            explained=self.size.scored,
-            metrics=self.size.metrics,
-            seed=seed,
-        )
+        source = random_model(self.source, seed) if program == "random model" else self.source
+        resources = {"labels": self.labeled.labels, "mask_token": self.tokenizer.mask_id}
+        options = Options(metrics=self.size.metrics, explained=self.size.scored, seed=seed)
+        card = scorecard(sae, Evidence(source, resources), options)
         found = {"scores": card.values(), "seconds": dict(card.seconds), "train_seconds": trained}
         self.results["runs"][key] = found
         self.keep()
@@ -202,8 +198,7 @@ class Experiment:
         explained = {i: (made[i], match) for i, match in zip(made, matches, strict=True)}
         gallery = make_gallery(sae, self.source, most=self.size.n_latents)
         page = render_features(
-            replace(gallery, explained=explained),
-            self.tokenizer.piece,
+            page_data(replace(gallery, explained=explained), self.tokenizer.piece),
             title="Features of MiniLM",
             facts={"site": self.size.site, "text": f"{gallery.survey.rows:,} tokens"},
         )

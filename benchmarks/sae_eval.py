@@ -35,6 +35,7 @@ from mergelab.quickstart.family import END_OF_TEXT_ID, fresh_params, tokenizer_f
 from mergelab.quickstart.presets import PRESETS, QuickstartSettings
 from mergelab.quickstart.train import train_lm
 from mergelab.sae.evaluation.downstream import loss_curve
+from mergelab.sae.evaluation.metric import Evidence, Options
 from mergelab.sae.evaluation.probing_tasks import LabeledTokens, label_texts
 from mergelab.sae.evaluation.scorecard import scorecard
 from mergelab.sae.sae import SAE, SAEConfig
@@ -66,12 +67,12 @@ class Size:
     """How much is trained and judged.
 
     Attributes:
-        preset: of the quickstart, whose base model is the host.
+        preset: of the quickstart, whose base model the SAEs belong to.
         shapes: latents and k of the SAEs.
         batch: tokens per step.
         steps: of each SAE's training.
         judged: contexts of held-out text, half of which fit explanations.
-        points: steps of the host's training at which its loss is taken.
+        points: steps of the model's training at which its loss is taken.
     """
 
     preset: str
@@ -119,7 +120,7 @@ class Bench:
         corpus = gather(self.settings.train_bytes, self.settings.held_out_bytes)
         model = work / "model"
         if not model.is_dir():
-            self._train_host(corpus, model)
+            self._train_subject_model(corpus, model)
         length, site = self.settings.autoencoder.context, self.settings.autoencoder.site
         texts = [document.text for domain in DOMAINS for document in corpus.train[domain]]
         loaded, params = load_model(model)
@@ -134,17 +135,15 @@ class Bench:
         key = f"{n}/{k}/{program}/{seed}"
         if key not in self.results["runs"]:
             sae, seconds = self._train(program, n, k, seed)
-            card = scorecard(
-                sae, self.source, labels=self.labeled.labels, mask_token=END_OF_TEXT_ID,
-                curve=self.curve, seed=seed,
-            )  # fmt: skip
+            resources = {"labels": self.labeled.labels, "mask_token": END_OF_TEXT_ID, "curve": self.curve}
+            card = scorecard(sae, Evidence(self.source, resources), Options(seed=seed))
             found = {"scores": card.values(), "seconds": dict(card.seconds), "train_seconds": seconds}
             self.results["runs"][key] = found
             self.file.write_text(json.dumps(self.results, indent=1))
             print(f"{key}: nmse {found['scores']['reconstruction.nmse']:.4f}", file=sys.stderr)
         return self.results["runs"][key]
 
-    def _train_host(self, corpus: Corpus, path: Path) -> None:
+    def _train_subject_model(self, corpus: Corpus, path: Path) -> None:
         """The quickstart's base model, with the checkpoints its curve is made of."""
         tokenizer = Tokenizer.from_str(train_tokenizer(corpus, self.settings))
         documents = [document.text for domain in DOMAINS for document in corpus.train[domain]]
@@ -164,7 +163,7 @@ class Bench:
         small_llama.save(params, model, path, files)
 
     def _curve(self) -> tuple[np.ndarray, np.ndarray]:
-        """Losses of the host's checkpoints on the text that judges."""
+        """Losses of the model's checkpoints on the text that judges."""
         steps, losses = loss_curve(self.work / "checkpoints", halves(self.source)[1])
         self.results["host"] = {str(int(step)): float(loss) for step, loss in zip(steps, losses, strict=True)}
         return steps, losses
@@ -235,7 +234,7 @@ def render(results: Mapping[str, Any]) -> str:
             ),
             *(f"| {' | '.join(cells)} |" for cells in rows),
             "",
-            f"Means over seeds, ± their standard deviation. The host loses {curve} (nats per token). Median "
+            f"Means over seeds, ± their standard deviation. The model loses {curve} (nats per token). Median "
             f"time per evaluation, compilation included: {spent}. Machine: {machine}.",
         ]
     )
@@ -252,7 +251,7 @@ def _cell(found: Sequence[Mapping[str, Any]], name: str) -> str:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sae_eval")
     parser.add_argument(
-        "--work", type=Path, required=True, help="folder for the host, activations and results"
+        "--work", type=Path, required=True, help="folder for the model, activations and results"
     )
     parser.add_argument("--peers-env", type=Path, help="virtual environment of the peers")
     programs = [*OURS, *PEERS]

@@ -65,10 +65,11 @@ def command(out: Path, seed: int, preset: str, force: bool, as_json: bool) -> No
 
 def _write_report(results: Results, out: Path) -> None:
     from mergelab.checkpoints.publish import publish_file
-    from mergelab.report.comparison import save_figure
+    from mergelab.report.comparison import figure_files
     from mergelab.report.pages import render_page
 
-    save_figure(results, out)
+    for name, content in figure_files(results).items():
+        publish_file(out / name, content)
     names = [score.name for score in results.scores if score.kind == "merge"]
     recipes = {name: (out / "recipes" / f"{name}.yaml").read_text(encoding="utf-8") for name in names}
     page = render_page(results, "mergelab quickstart", recipes)

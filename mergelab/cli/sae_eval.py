@@ -21,56 +21,81 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
+class MetricsOption(click.Option):
+    """An option whose help lists the evaluations, which are imported only where the help is shown."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        from mergelab.sae.evaluation.scorecard import METRICS
+
+        found = super().get_help_record(ctx)
+        if found is None:
+            return None
+        listed = (f"{m.name}{'' if m.default else '*'} ({m.about})" for m in METRICS.values())
+        return found[0], f"{found[1]} {', '.join(listed)}."
+
+
 @click.command("eval")
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SOURCE...")
-@click.option("--data", multiple=True, metavar="FILES", help="Activations [tokens, d]; a glob.")
+@click.option("--data", multiple=True, metavar="FILES", help="Glob of files with activations [tokens, d].")
 @click.option(
     "--target-data",
     multiple=True,
     metavar="FILES",
-    help="With --data: what a transcoder is to write of the same tokens; found beside them in a folder of "
-    "mergelab activations.",
+    help="With --data: targets of a transcoder for the same tokens (default: those beside them in a "
+    "folder of mergelab activations).",
 )
-@click.option("--rows", type=WholeNumber(1), help="With --data: so many rows, from the start.")
-@click.option("--batch", type=WholeNumber(1), default=4096, show_default=True, help="With --data: at a time.")
-@click.option("--model", type=click.Path(path_type=Path), help="The folder of the SAE's model.")
+@click.option("--rows", type=WholeNumber(1), help="With --data: maximum number of rows (default: all).")
 @click.option(
-    "--text", "texts", multiple=True, type=click.Path(path_type=Path), help="Repeatable; .py is Python."
+    "--batch", type=WholeNumber(1), default=4096, show_default=True, help="With --data: rows per batch."
 )
-@click.option("--site", help="Such as blocks.8.resid_post; what the SAE says, if not given.")
-@click.option("--target-site", help="That a transcoder writes; what the SAE says, if not given.")
+@click.option("--model", type=click.Path(path_type=Path), help="Folder of the SAE's model.")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Text file the SAE was not trained on; .py is labeled as Python. Repeatable.",
+)
+@click.option("--site", help="Site the SAE reads, such as blocks.8.resid_post (default: as it says).")
+@click.option("--target-site", help="Site a transcoder writes (default: as it says).")
 @click.option(
     "--context",
     type=WholeNumber(2),
-    help="Tokens in a context; what the SAE was trained with, else 64, if not given.",
+    help="Tokens in a context (default: as in the SAE's training, or 64).",
 )
 @click.option(
     "--metrics",
+    cls=MetricsOption,
     metavar="A,B",
-    help="Of: reconstruction, downstream, embeddings, probing, absorption, sparsity, explanations, "
-    "progressive. All that apply, if not given.",
+    help="Evaluations to run (default: all that apply, but those marked *):",
 )
 @click.option(
-    "--controls", is_flag=True, help="Also judge a random, a frozen-decoder and a random-model one."
+    "--controls",
+    is_flag=True,
+    help="Also evaluate three controls: a random SAE, a frozen decoder, and a random model.",
 )
 @click.option(
-    "--control-steps", type=WholeNumber(1), default=500, show_default=True, help="Of their training."
+    "--control-steps",
+    type=WholeNumber(1),
+    default=500,
+    show_default=True,
+    help="Training steps of each control.",
 )
 @click.option(
     "--curve",
     type=click.Path(path_type=Path),
-    help="Of the model's training: a folder with checkpoints in folders named by their step, or JSON "
+    help="Loss curve of the model's own training: a folder of checkpoints in folders named by step, or JSON "
     "[[step, loss], ...].",
 )
 @click.option(
     "--keep",
     type=click.Path(path_type=Path),
-    help="Scores go into this file, and are taken from it if known.",
+    help="File that keeps scores; those it holds are not computed again.",
 )
-@click.option("--mesh", type=MESH, metavar="AXES", help="Spread the model over devices: tensor=8.")
+@click.option("--mesh", type=MESH, metavar="AXES", help="Device mesh for the model, such as tensor=8.")
 @click.option("--any-model", is_flag=True, help="Accept a model other than the recorded one.")
-@click.option("--seed", type=Seed(0), default=0, show_default=True, help="Of everything drawn.")
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@click.option("--seed", type=Seed(0), default=0, show_default=True, help="Random seed.")
+@click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
 def command(sources: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Judge SAEs on activations or text they were not trained on.
 
@@ -246,14 +271,15 @@ def _number(value: float) -> float | None:
 def _on_text(
     sources: tuple[Path, ...], options: Mapping[str, Any], *, quiet: bool
 ) -> tuple[dict[str, Scorecard], dict[str, float], bool, list[SAE]]:
-    """Scorecards by source and control, seconds by metric of the first, whether all hosts agree, and the
-    SAEs as what they were judged.
+    """Scorecards by source and control, seconds by metric of the first, whether all are known to belong to
+    the model, and the SAEs as what they were judged.
     """
     from tqdm import tqdm
 
     from mergelab.checkpoints.folder import weights_sha256
     from mergelab.cli.options import open_sae
     from mergelab.sae.evaluation.controls import CONTROLS
+    from mergelab.sae.evaluation.metric import Evidence, Options
     from mergelab.sae.evaluation.probing_tasks import label_texts
     from mergelab.sae.evaluation.scorecard import (
         EvaluationJournal,
@@ -262,7 +288,7 @@ def _on_text(
         scorecard,
     )
     from mergelab.sae.sae import at_sites
-    from mergelab.sae.subject_model import check_host, check_target, open_host
+    from mergelab.sae.subject_model import check_subject_model, check_target, open_subject_model
     from mergelab.sharding import make_mesh
     from mergelab.text.tokenizer import load_tokenizer
 
@@ -272,27 +298,24 @@ def _on_text(
     opened = [at_sites(one, options["site"], options["target_site"]) for one in opened]
     first = opened[0]
     _check_same_sites(sources, opened)
-    host = open_host(first, model, texts, length=length, any_model=options["any_model"], mesh=mesh)
-    checked = [check_host(one, model, any_model=options["any_model"]) for one in opened]
+    any_model = options["any_model"]
+    subject = open_subject_model(first, model, texts, length=length, any_model=any_model, mesh=mesh)
+    checked = [check_subject_model(one, model, any_model=any_model) for one in opened]
     for one in opened:
-        check_target(one, host)
+        check_target(one, subject)
     asked = None if options["metrics"] is None else [name.strip() for name in options["metrics"].split(",")]
-    labels = label_texts(model, texts, host.tokens.shape[1]).labels
-    common: dict[str, Any] = {
-        "metrics": asked,
-        "labels": labels,
+    resources = {
+        "labels": label_texts(model, texts, subject.tokens.shape[1]).labels,
         "mask_token": load_tokenizer(model).mask_id,
-        "seed": options["seed"],
+        "curve": _curve(options["curve"], subject, mesh),
     }
-    curve = _curve(options["curve"], host, mesh)
+    evidence, how = Evidence(subject, resources), Options(metrics=asked, seed=options["seed"])
     weights = weights_sha256(model) if options["keep"] else ""
 
     def memory(sae: Any, *settings: Any) -> Any:
         if options["keep"] is None:
             return None
-        key = evaluation_key(
-            sae, host, labels, weights, options["seed"], options["curve"] and curve, *settings
-        )
+        key = evaluation_key(sae, evidence, how, weights, *settings)
         return EvaluationJournal(options["keep"], key)
 
     columns: dict[str, Scorecard] = {}
@@ -303,15 +326,13 @@ def _on_text(
             bar.update()
 
         for source, one in zip(sources, opened, strict=True):
-            columns[str(source)] = scorecard(
-                one, host, curve=curve, progress=progress, memory=memory(one), **common
-            )
+            columns[str(source)] = scorecard(one, evidence, how, memory=memory(one), progress=progress)
         for kind in CONTROLS if options["controls"] else ():
             bar.set_description(kind)
-            k = first.config.k or _active(first, host)
+            k = first.config.k or _active(first, subject)
             steps = options["control_steps"]
             kept = memory(first, kind, k, steps)
-            columns[kind] = control_scorecard(kind, first, host, k=k, steps=steps, memory=kept, **common)
+            columns[kind] = control_scorecard(kind, first, evidence, how, k=k, steps=steps, memory=kept)
     return columns, dict(columns[str(sources[0])].seconds), all(checked), opened
 
 
@@ -335,14 +356,14 @@ def _check_same_sites(sources: Sequence[Path], saes: Sequence[SAE]) -> None:
             )
 
 
-def _active(sae: Any, host: Any) -> int:
+def _active(sae: Any, source: Any) -> int:
     from mergelab.sae.evaluation.reconstruction import reconstruction_on_model
 
-    found = reconstruction_on_model(sae, host, contexts=host.batch)
+    found = reconstruction_on_model(sae, source, contexts=source.batch)
     return max(1, min(round(found.l0), sae.n_latents))
 
 
-def _curve(path: Path | None, host: Any, mesh: Any) -> tuple[Any, Any] | None:
+def _curve(path: Path | None, source: Any, mesh: Any) -> tuple[Any, Any] | None:
     import numpy as np
 
     from mergelab.activations.capture import halves
@@ -353,7 +374,7 @@ def _curve(path: Path | None, host: Any, mesh: Any) -> tuple[Any, Any] | None:
     if path is None:
         return None
     if path.is_dir():
-        return loss_curve(path, halves(host)[1], mesh=mesh)
+        return loss_curve(path, halves(source)[1], mesh=mesh)
     try:
         points = np.array(read_json(path), np.float64)
     except (MergelabError, ValueError, TypeError, OverflowError) as error:

@@ -19,34 +19,39 @@ __all__ = ["command"]
 
 @click.command("features")
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("--model", required=True, type=click.Path(path_type=Path), help="The folder of its model.")
+@click.option("--model", required=True, type=click.Path(path_type=Path), help="Folder of the SAE's model.")
 @click.option(
-    "--text", "texts", multiple=True, required=True, type=click.Path(path_type=Path), help="Repeatable."
+    "--text",
+    "texts",
+    multiple=True,
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Text file. Repeatable.",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="A new .html file.")
-@click.option("--site", help="Such as blocks.8.resid_post; what the SAE says, if not given.")
-@click.option("--target-site", help="That a transcoder writes; what the SAE says, if not given.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="New .html file.")
+@click.option("--site", help="Site the SAE reads, such as blocks.8.resid_post (default: as it says).")
+@click.option("--target-site", help="Site a transcoder writes (default: as it says).")
 @click.option(
     "--context",
     type=WholeNumber(2),
-    help="Tokens in a context; what the SAE was trained with, else 64, if not given.",
+    help="Tokens in a context (default: as in the SAE's training, or 64).",
 )
-@click.option("--latents", type=WholeNumber(1), default=2000, show_default=True, help="At most so many.")
+@click.option("--latents", type=WholeNumber(1), default=2000, show_default=True, help="Maximum number shown.")
 @click.option("--examples", type=WholeNumber(1), default=8, show_default=True, help="Contexts per latent.")
 @click.option(
     "--explain",
     type=WholeNumber(0),
     default=0,
     show_default=True,
-    help="So many of the strongest get token patterns (N2G), with precision and recall.",
+    help="Number of the strongest latents to explain by token patterns (N2G), with precision and recall.",
 )
 @click.option(
     "--wider",
     type=click.Path(path_type=Path),
-    help="A wider SAE of the site: what latents split into.",
+    help="Wider SAE of the site, to show what latents split into.",
 )
-@click.option("--neuronpedia", type=click.Path(path_type=Path), help="Also write Neuronpedia's JSON here.")
-@click.option("--mesh", type=MESH, metavar="AXES", help="Spread the model over devices: tensor=8.")
+@click.option("--neuronpedia", type=click.Path(path_type=Path), help="File for Neuronpedia's JSON.")
+@click.option("--mesh", type=MESH, metavar="AXES", help="Device mesh for the model, such as tensor=8.")
 @click.option("--any-model", is_flag=True, help="Accept a model other than the recorded one.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
@@ -87,10 +92,15 @@ def command(
     from mergelab.checkpoints.new_files import Content, NewFiles
     from mergelab.cli.options import open_sae
     from mergelab.report.pages import render_features
-    from mergelab.sae.features.gallery import explain_gallery, make_gallery, neuronpedia_batch
+    from mergelab.sae.features.gallery import (
+        explain_gallery,
+        make_gallery,
+        neuronpedia_batch,
+        page_data,
+    )
     from mergelab.sae.features.matching import hierarchy
     from mergelab.sae.sae import at_sites
-    from mergelab.sae.subject_model import check_host, open_host
+    from mergelab.sae.subject_model import check_subject_model, open_subject_model
     from mergelab.sharding import make_mesh
     from mergelab.text.tokenizer import load_tokenizer
 
@@ -103,7 +113,7 @@ def command(
     ) as files:
         sae = at_sites(open_sae(source), site, target_site)
         devices = None if mesh is None else make_mesh(mesh)
-        host = open_host(sae, model, texts, length=context, any_model=any_model, mesh=devices)
+        subject = open_subject_model(sae, model, texts, length=context, any_model=any_model, mesh=devices)
         tokenizer = load_tokenizer(model)
 
         @cache
@@ -118,16 +128,16 @@ def command(
                 bar.set_description_str(stage, refresh=False)
                 bar.update(done - bar.n)
 
-            gallery = make_gallery(sae, host, most=latents, examples=examples, progress=progress)
+            gallery = make_gallery(sae, subject, most=latents, examples=examples, progress=progress)
             if wider is not None:
                 other = open_sae(wider)
-                check_host(other, model, any_model=any_model)
+                check_subject_model(other, model, any_model=any_model)
                 other = at_sites(other, site, target_site)
                 tell = partial(progress, "wider")
-                children = hierarchy(sae, other, host, gallery.latents, progress=tell)
+                children = hierarchy(sae, other, subject, gallery.latents, progress=tell)
                 gallery = replace(gallery, children=children)
         if explain:
-            gallery = explain_gallery(gallery, sae, host, count=explain, mask_token=tokenizer.mask_id)
+            gallery = explain_gallery(gallery, sae, subject, count=explain, mask_token=tokenizer.mask_id)
         facts = {
             "model": str(model),
             "site": gallery.site,
@@ -135,7 +145,7 @@ def command(
             "latents": f"{len(gallery.latents):,} of {sae.n_latents:,}",
             "text": f"{gallery.survey.rows:,} tokens",
         }
-        page = render_features(gallery, words, title=f"Features of {source.name}", facts=facts)
+        page = render_features(page_data(gallery, words), title=f"Features of {source.name}", facts=facts)
         contents: dict[Path | str, Content] = {out: page.encode()}
         if neuronpedia is not None:
             layer = int(gallery.site.split(".")[1]) if gallery.site.startswith("blocks.") else 0

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
@@ -23,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from mergelab.errors import SAEError
 from mergelab.models.sites import Edit
 from mergelab.sae.sae import SAE, layer_norm
+from mergelab.sae.splice import check_reconstructs, splice
 
 __all__ = ["ablate", "add", "clamp", "edit_latents", "scale", "splice"]
 
@@ -80,7 +80,7 @@ def edit_latents(
         SAEError: a latent does not exist or is given twice, the amounts are not as many, or the SAE
             does not reconstruct what it reads.
     """
-    _check_reconstructs(sae)
+    check_reconstructs(sae)
     chosen = _checked_latents(sae, latents)
     given = jnp.atleast_1d(jnp.asarray(amounts, jnp.float32))
     if given.shape not in ((1,), chosen.shape):
@@ -88,22 +88,6 @@ def edit_latents(
             f"{given.size} amounts were given for {chosen.size} latents; give one for all, or one for each."
         )
     return Partial(_changed, Partial(change), sae, chosen, given[None], where)
-
-
-def splice(sae: SAE, *, error: bool = False) -> Edit:
-    """Replaces an activation by its reconstruction.
-
-    Args:
-        sae: SAE of the site that the edit is used at.
-        error: add the error term `x - SAE(x)` as a constant. Values then stay what they are, but gradients
-            pass through the SAE alone, and can be taken with respect to its arrays (Marks et al. 2024,
-            arXiv:2403.19647).
-
-    Raises:
-        SAEError: the SAE does not reconstruct what it reads.
-    """
-    _check_reconstructs(sae)
-    return Partial(_spliced_with_error if error else _spliced, sae)
 
 
 def _changed(change: Change, sae: SAE, latents: Array, amounts: Array, where: Where, x: Array) -> Array:
@@ -116,18 +100,6 @@ def _changed(change: Change, sae: SAE, latents: Array, amounts: Array, where: Wh
     if sae.config.normalization == "layer_norm":
         added = added * layer_norm(rows)[2]
     return (rows + added).reshape(x.shape).astype(x.dtype)
-
-
-def _spliced(sae: SAE, x: Array) -> Array:
-    return sae(_rows(x)).reshape(x.shape).astype(x.dtype)
-
-
-def _spliced_with_error(sae: SAE, x: Array) -> Array:
-    rows = _rows(x)
-    found = sae(rows)
-    # (x - found) + found rounds; what is added to x here is 0, and carries the gradient of `found`.
-    kept = jax.lax.stop_gradient(rows) + (found - jax.lax.stop_gradient(found))
-    return kept.reshape(x.shape).astype(x.dtype)
 
 
 def _set(codes: Array, amounts: Array) -> Array:
@@ -149,12 +121,3 @@ def _checked_latents(sae: SAE, latents: Any) -> Array:
     if len(set(listed)) < len(listed):
         raise SAEError(f"latents {listed} name one of them twice; give each once.")
     return chosen
-
-
-def _check_reconstructs(sae: SAE) -> None:
-    if not sae.is_autoencoder or sae.config.sites != 1:
-        kind = f"reads {sae.config.sites} sites" if sae.is_autoencoder else "is a transcoder"
-        raise SAEError(
-            f"the SAE {kind} ({sae.mapping()}), {sae.d_in} wide to {sae.d_out}, "
-            "so it does not reconstruct one site; edits need an autoencoder of that site."
-        )

@@ -5,16 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-
-from mergelab.checkpoints.publish import publish_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["ComparedScore", "Comparison", "cells", "in_reading_order", "save_figure", "score_figure", "svg"]
+__all__ = ["ComparedScore", "Comparison", "cells", "figure_files", "in_reading_order", "score_figure", "svg"]
 
 
 class ComparedScore(Protocol):
@@ -136,13 +133,12 @@ def svg(figure: Figure) -> str:
     return text.getvalue()
 
 
-def save_figure(comparison: Comparison, folder: Path) -> None:
-    """Writes `figure.png` (200 dpi, white) and `figure.svg` (transparent)."""
+def figure_files(comparison: Comparison) -> dict[str, bytes]:
+    """Contents of `figure.png` (200 dpi, white) and `figure.svg` (transparent), by name."""
     image = io.BytesIO()
     score_figure(comparison).savefig(image, format="png", dpi=200, facecolor="white")
-    publish_file(folder / "figure.png", image.getvalue())
     # A figure of its own: drawing moves the layout of one already drawn by a hair.
-    publish_file(folder / "figure.svg", svg(score_figure(comparison)).encode())
+    return {"figure.png": image.getvalue(), "figure.svg": svg(score_figure(comparison)).encode()}
 
 
 def _panel(ax: Axes, title: str, values: list[float], scores: list[ComparedScore], palette: _Palette) -> None:

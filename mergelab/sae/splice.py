@@ -8,17 +8,21 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.tree_util import Partial
 
 from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.sites import Edit
 from mergelab.sae.sae import SAE
-from mergelab.sae.subject_model import check_target
+from mergelab.sae.subject_model import check_reads, check_target
 
 __all__ = [
     "anonymous",
+    "check_reconstructs",
     "encode",
     "encode_and_reconstruct",
+    "encode_batches",
     "mean_activation",
     "passes",
     "read_batches",
@@ -51,6 +55,19 @@ def read_batches(
         yield found[place]
 
 
+def encode_batches(sae: SAE, source: ModelActivations, contexts: int | None = None) -> Iterator[np.ndarray]:
+    """Codes of the source's first site, pass by pass: float32 `[rows, n]`, rows in order.
+
+    Raises:
+        SAEError: the SAE does not fit the site.
+    """
+    check_reads(sae, source)
+    rows = source.batch * source.tokens.shape[1]
+    for x in read_batches(source, contexts):
+        filled = np.pad(x, ((0, rows - len(x)), (0, 0)))  # one shape, one program
+        yield np.asarray(encode(sae, jnp.asarray(filled)))[: len(x)]
+
+
 def read_pairs(
     sae: SAE, source: ModelActivations, contexts: int | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -81,25 +98,53 @@ def mean_activation(
     return total / rows
 
 
-def splice(sae: SAE) -> Edit:
-    """An edit `[batch, length, d]` -> its reconstruction, in the activation's own dtype, for an autoencoder.
+def splice(sae: SAE, *, error: bool = False) -> Edit:
+    """Replaces an activation by its reconstruction.
+
+    Args:
+        sae: autoencoder of the site that the edit is used at.
+        error: add the error term `x - SAE(x)` as a constant. Values then stay what they are, but gradients
+            pass through the SAE alone, and can be taken with respect to its arrays (Marks et al. 2024,
+            arXiv:2403.19647).
 
     Raises:
-        SAEError: the SAE writes another activation than it reads (`splice_from`).
+        SAEError: the SAE does not reconstruct what it reads.
     """
-    if not sae.is_autoencoder:
+    check_reconstructs(sae)
+    return Partial(_spliced_with_error if error else _spliced, sae)
+
+
+def check_reconstructs(sae: SAE) -> None:
+    """Checks that the SAE reconstructs the one site that it reads, as edits of that site need.
+
+    Raises:
+        SAEError: it does not.
+    """
+    if not sae.is_autoencoder or sae.config.sites != 1:
+        kind = f"reads {sae.config.sites} sites" if sae.is_autoencoder else "is a transcoder"
         raise SAEError(
-            f"the SAE is a transcoder ({sae.mapping()}), so its output does not stand in for "
-            "its input; splice it in where it writes (splice_from)."
+            f"the SAE {kind} ({sae.mapping()}), {sae.d_in} wide to {sae.d_out}, "
+            "so it does not reconstruct one site; edits need an autoencoder of that site."
         )
-    return lambda x: splice_from(sae, x)(x)
+
+
+def _spliced(sae: SAE, x: Array) -> Array:
+    return sae(x.reshape(-1, x.shape[-1]).astype(jnp.float32)).reshape(x.shape).astype(x.dtype)
+
+
+def _spliced_with_error(sae: SAE, x: Array) -> Array:
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    found = sae(rows)
+    # (x - found) + found rounds; what is added to x here is 0, and carries the gradient of `found`.
+    kept = jax.lax.stop_gradient(rows) + (found - jax.lax.stop_gradient(found))
+    return kept.reshape(x.shape).astype(x.dtype)
 
 
 def splice_from(sae: SAE, x: jax.Array) -> Edit:
     """The edit that puts the reconstruction from `x` into the site that the SAE writes.
 
     Args:
-        sae: any; an autoencoder writes the site of `x`.
+        sae: any SAE; an autoencoder writes the site of `x`.
         x: `[batch, length, d_in]`, what the site it reads holds in the pass that is edited.
 
     Returns:

@@ -12,14 +12,21 @@ from mergelab.errors import SAEError
 from mergelab.sae.formats.hook_names import site_of
 from mergelab.sae.sae import SAE, at_sites
 
-__all__ = ["check_host", "check_modules", "check_reads", "check_target", "open_host", "trained_context"]
+__all__ = [
+    "check_modules",
+    "check_reads",
+    "check_subject_model",
+    "check_target",
+    "open_subject_model",
+    "trained_context",
+]
 
 
-def check_host(sae: SAE, model: str | Path, *, any_model: bool = False) -> bool:
+def check_subject_model(sae: SAE, model: str | Path, *, any_model: bool = False) -> bool:
     """Whether the folder holds the very weights whose activations the SAE was trained on.
 
     Args:
-        sae: its metadata has `model_hash`, the digest of its host's weights, where that is known.
+        sae: SAE whose metadata has `model_hash`, the digest of its model's weights, where that is known.
         model: a model folder.
         any_model: accept other weights.
 
@@ -42,7 +49,7 @@ def check_host(sae: SAE, model: str | Path, *, any_model: bool = False) -> bool:
     return found == recorded
 
 
-def open_host(
+def open_subject_model(
     sae: SAE,
     model: str | Path,
     texts: Sequence[str | Path],
@@ -53,17 +60,17 @@ def open_host(
     any_model: bool = False,
     mesh: Any = None,
 ) -> ModelActivations:
-    """Activations of the SAE's host on text files, at the site it reads and, of a transcoder, the one
+    """Activations of the SAE's model on text files, at the site it reads and, of a transcoder, the one
     it writes as far as that is known.
 
     Args:
-        sae: what will read them. Where it does not say its sites itself, give it to evaluations as
+        sae: SAE that will read them. Where it does not say its sites itself, give it to evaluations as
             `mergelab.sae.sae.at_sites(sae, site, target_site)`.
         model: a Hugging Face folder with its tokenizer.
         texts: UTF-8 files.
-        site: such as `blocks.8.resid_post`; that of the SAE if None.
-        target_site: that a transcoder writes; that of the SAE if None.
-        length: of a context, in tokens; if None, what the SAE was trained with, or else 64, and never
+        site: site that the SAE reads, such as `blocks.8.resid_post`; the one it says if None.
+        target_site: site that a transcoder writes; the one it says if None.
+        length: tokens in a context; if None, what the SAE was trained with, or else 64, and never
             more than the model has positions.
         any_model: accept other weights than the recorded ones.
         mesh: devices to spread the model over.
@@ -74,7 +81,7 @@ def open_host(
         SiteError: the model has no such site.
         CheckpointError: the model cannot be read.
     """
-    check_host(sae, model, any_model=any_model)
+    check_subject_model(sae, model, any_model=any_model)
     _check_one_site(sae)
     sae = at_sites(sae, site, target_site)
     reads, writes = sae.config.reads, sae.config.writes
@@ -137,12 +144,20 @@ def _check_one_site(sae: SAE) -> None:
 
 
 def check_reads(sae: SAE, source: ModelActivations) -> None:
-    """Checks that the SAE reads activations of the source's first site.
+    """Checks that the SAE reads the source's first site.
+
+    The site it says it reads decides; the width is compared too, as an SAE need not say its site.
 
     Raises:
-        SAEError: it reads another width, or several sites.
+        SAEError: it reads another site or width, or several sites.
     """
     _check_one_site(sae)
+    reads = sae.config.reads
+    if reads is not None and reads[0] != source.sites[0]:
+        raise SAEError(
+            f"the SAE reads {reads[0]!r}, but the activations are of {source.sites[0]!r}; take the "
+            "site it was trained on, or say that it is to read this one (mergelab.sae.sae.at_sites)."
+        )
     width = source.widths[0]
     if sae.d_in != width:
         raise SAEError(

@@ -141,7 +141,7 @@ def test_a_page_shows_what_latents_become_in_a_wider_sae(folder: Path, tmp_path:
     assert any(tokens for feature in data["features"] for _, _, tokens in feature["children"])
 
 
-def test_a_trained_sae_remembers_its_host(folder: Path, tmp_path: Path) -> None:
+def test_a_trained_sae_remembers_its_model(folder: Path, tmp_path: Path) -> None:
     data = {"kind": "model", "model": str(folder / "model"), "site": SITE, "text": str(folder / "text.py")}
     config = {
         "sae": {"variant": "topk", "n_latents": 32, "k": 2},

@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
-from tests.interp.saes import random_sae
 
 from mergelab.errors import SAEError
 from mergelab.sae.evaluation.sparse_coding import (
+    amortization_gap,
     coding_target,
     elastic_net,
-    encoder_gap,
     hard_threshold,
     lasso,
     matching_pursuit,
     orthogonal_matching_pursuit,
 )
+from tests.interp.saes import random_sae
 
 N, D, K = 60, 24, 5
 RNG = np.random.default_rng(0)
@@ -144,10 +144,10 @@ def test_searching_beats_a_random_encoder_and_the_gap_says_so(normalization: str
     sae = random_sae(D, N, normalization=normalization)
     x = jnp.asarray(np.random.default_rng(9).normal(size=(64, D)), jnp.float32)
     codes = orthogonal_matching_pursuit(coding_target(sae, x), sae.W_dec, 6)
-    gap = encoder_gap(sae, x, codes)
+    gap = amortization_gap(sae, x, codes)
     assert gap.searched_error < 0.5 < gap.encoder_error
     assert gap.searched_l0 == 6 and 0 < gap.encoder_l0 <= 6 and 0 <= gap.overlap < 0.5
-    same = encoder_gap(sae, x, sae.encode(x))
+    same = amortization_gap(sae, x, sae.encode(x))
     assert same.encoder_error == same.searched_error and same.overlap == 1
     if normalization == "none":
         error = np.square(np.asarray(x - sae(x))).sum()

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mergelab.report.pages import page_data, render_features
+from mergelab.report.pages import render_features
 from mergelab.sae.features.explanations import Explanation, Match, Pattern
-from mergelab.sae.features.gallery import Gallery
+from mergelab.sae.features.gallery import Gallery, page_data
 from mergelab.sae.features.logit_effects import LogitEffects
 from mergelab.sae.features.survey import Activity, Example, Survey
 
@@ -52,7 +52,9 @@ def _gallery(latents: int = 3, length: int = 6, examples: int = 2) -> Gallery:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "features.html"
-    text = render_features(_gallery(), WORDS.__getitem__, title="A <title>", facts={"model": "m & n"})
+    text = render_features(
+        page_data(_gallery(), WORDS.__getitem__), title="A <title>", facts={"model": "m & n"}
+    )
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -120,7 +122,9 @@ def test_a_browser_finds_and_sorts(browser: str, page: Path, tmp_path: Path) -> 
 def test_thousands_of_latents_are_quick(browser: str, tmp_path: Path) -> None:
     page = tmp_path / "many.html"
     gallery = _gallery(latents=4000, length=64, examples=6)
-    page.write_text(render_features(gallery, WORDS.__getitem__, title="many", facts={}), encoding="utf-8")
+    page.write_text(
+        render_features(page_data(gallery, WORDS.__getitem__), title="many", facts={}), encoding="utf-8"
+    )
     assert page.stat().st_size < 12_000_000
     text = _open(browser, page, "#q=return&sort=density", tmp_path / "profile")
     ready, search = (float(re.search(rf'data-{name}="([\d.]+)"', text)[1]) for name in ("ready", "search"))  # type: ignore[index]
@@ -138,7 +142,8 @@ def test_the_script_alone_finds_and_sorts(page: Path, repository: Path, tmp_path
     const ask = (q, sort) => found(data, texts, q, sort).map((f) => f.i);
     console.log(JSON.stringify([ask("return", "i"), ask("#4", "peak"), ask("", "precision"), ask("", "i"),
       readAddress("#latent=7&sort=nonsense"), activations(data.features[0], 0, 6),
-      data.features[1].patterns.map((pattern) => pattern_text(data, pattern))]));
+      data.features[1].patterns.map((pattern) => pattern_text(data, pattern)),
+      shown("a\\n\\t" + " ".repeat(12) + "b   c"), [0.1968, 0.00012345, 12.7, 1234].map(digits)]));
     """
     (tmp_path / "run.js").write_text(script + calls, encoding="utf-8")
     (tmp_path / "data.json").write_text(json.dumps(_data(page)), encoding="utf-8")
@@ -146,7 +151,8 @@ def test_the_script_alone_finds_and_sorts(page: Path, repository: Path, tmp_path
         [node, tmp_path / "run.js", tmp_path / "data.json"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    by_text, by_number, by_precision, by_i, address, values, patterns = json.loads(done.stdout)
+    by_text, by_number, by_precision, by_i, address, values, patterns, *texts = json.loads(done.stdout)
     assert by_text == [2] and by_number == [4] and by_precision == [2, 0, 4] and by_i == [0, 2, 4]
     assert address == {"q": "#7", "sort": "peak"} and values == [0, 0, 0, 0, 0, 1]
     assert patterns == [" def∗ return", " def⟦ return⟧∗ the"]
+    assert texts == ["a↵→␣×12 b   c", ["0.2", "0.00012", "13", "1200"]]

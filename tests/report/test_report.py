@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mergelab.report.comparison import cells, in_reading_order, save_figure, score_figure, svg
+from mergelab.report.comparison import cells, figure_files, in_reading_order, score_figure, svg
 from mergelab.report.pages import render_page
 from mergelab.report.tables import markdown_table, text_table
 
@@ -56,7 +55,9 @@ RESULTS = Comparison(
             "l0": 4.0,
             "alive": 1.0,
         },
-        "latents": [{"latent": 7, "density": 0.01, "examples": [[("if", 0.1), (" <x>", 1.0)]]}],
+        "latents": [
+            {"latent": 7, "density": 0.01, "examples": [[("if", 0.1), (" <x>", 1.0), ("\n" + 8 * " ", 0.5)]]}
+        ],
     },
 )
 
@@ -101,10 +102,10 @@ def test_the_figure_shows_every_score_at_its_place() -> None:
     assert best == ["1.000", "2.200", "1.700"]
 
 
-def test_figures_are_files_that_repeat_to_the_byte(tmp_path: Path) -> None:
-    save_figure(RESULTS, tmp_path)
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "figure.svg").read_text() == svg(score_figure(RESULTS))
+def test_figures_are_files_that_repeat_to_the_byte() -> None:
+    files = figure_files(RESULTS)
+    assert set(files) == {"figure.png", "figure.svg"} and files["figure.png"].startswith(b"\x89PNG")
+    assert files["figure.svg"].decode() == svg(score_figure(RESULTS))
     assert svg(score_figure(RESULTS)) != svg(score_figure(RESULTS, dark=True))
 
 
@@ -116,5 +117,6 @@ def test_the_page_escapes_text_marks_the_best_and_loads_nothing() -> None:
     assert page.index(">base<") < page.index(">code</th>\n<td") < page.index(">worse<")
     assert "3 s in all" in page
     assert '<span style="--s: 0.10">if</span><span style="--s: 1.00"> &lt;x&gt;</span>' in page
+    assert '<span style="--s: 0.50">↵␣×8 </span></p>' in page
     assert "normalized MSE 0.250" in page
     assert not re.search(r"""(src|href|srcset)=["'](?!data:)|@import|url\(|<script""", page)

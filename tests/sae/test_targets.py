@@ -25,13 +25,14 @@ from mergelab.activations.store import write_store
 from mergelab.cli.main import cli
 from mergelab.cli.options import open_sae
 from mergelab.errors import SAEError
-from mergelab.interp.latent_edits import ablate, splice
+from mergelab.interp.latent_edits import ablate
 from mergelab.interp.steering import latent_direction
 from mergelab.models.families import model_from_config
 from mergelab.models.save import save_model
 from mergelab.quickstart.family import train_bpe
 from mergelab.sae.evaluation.absorption import absorption
 from mergelab.sae.evaluation.downstream import evaluate_downstream
+from mergelab.sae.evaluation.metric import Evidence, Options
 from mergelab.sae.evaluation.progressive import progressive_recovery
 from mergelab.sae.evaluation.reconstruction import evaluate_reconstruction, reconstruction_on_model
 from mergelab.sae.evaluation.scorecard import control_scorecard, scorecard
@@ -39,8 +40,8 @@ from mergelab.sae.evaluation.sparse_coding import coding_target
 from mergelab.sae.evaluation.sparsity import latent_sparsity
 from mergelab.sae.formats import load_sae, save_sae
 from mergelab.sae.sae import SAE, SAEConfig, at_sites
-from mergelab.sae.splice import splice as splice_in_place
-from mergelab.sae.subject_model import check_modules, check_target, open_host
+from mergelab.sae.splice import splice
+from mergelab.sae.subject_model import check_modules, check_target, open_subject_model
 from tests.models.tiny_models import tiny
 
 D, LENGTH = 16, 16
@@ -228,7 +229,9 @@ def test_one_without_sites_is_told_them_or_refused(planted: Planted, tmp_path: P
         at_sites(planted.exact(reads=(READS,), transcoder=False), target_site=WRITES)
     with pytest.raises(SAEError, match="open them with that site too"):
         evaluate_downstream(planted.exact(**SITES), replace(planted.source, sites=(READS,)))
-    assert open_host(planted.exact(**SITES), planted.folder, [planted.text], length=LENGTH).sites == (
+    assert open_subject_model(
+        planted.exact(**SITES), planted.folder, [planted.text], length=LENGTH
+    ).sites == (
         READS,
         WRITES,
     )
@@ -271,22 +274,24 @@ def test_a_scorecard_of_a_transcoder_says_what_it_cannot_judge(planted: Planted)
     exact = planted.exact(**SITES)
     few = replace(planted.source, tokens=planted.source.tokens[:8])
     labels = {"even": few.tokens % 2 == 0}
-    card = scorecard(exact, few, metrics=["reconstruction", "progressive", "absorption"], labels=labels)
+    options = Options(metrics=["reconstruction", "progressive", "absorption"])
+    card = scorecard(exact, Evidence(few, {"labels": labels}), options)
     values = card.values()
     assert values["reconstruction.nmse"] < 1e-9
     fewer = [value for name, value in values.items() if name.startswith("progressive.")]
     assert fewer and all(np.isfinite(fewer))
     assert WRITES in card.scores["reconstruction.nmse"].against and 0 <= values["absorption.rate"] <= 1
     # Without a target there are rows that say so, and what only looks at codes is there all the same.
-    unknown = scorecard(planted.exact(transcoder=True), replace(few, sites=(READS,)), labels=labels)
+    evidence = Evidence(replace(few, sites=(READS,)), {"labels": labels})
+    unknown = scorecard(planted.exact(transcoder=True), evidence)
     for name in ("reconstruction", "downstream", "progressive", "absorption", "sparsity", "explanations"):
         assert np.isnan(unknown.values()[name]) and "target_site" in unknown.scores[name].against
         assert unknown.scores[name].against.startswith("not available: ")
     assert "probing.loss" in unknown.scores
     short = replace(few, tokens=few.tokens[:, :8])
     with pytest.raises(SAEError, match="contexts have 8"):
-        scorecard(exact, short, metrics=["sparsity"])
-    control = control_scorecard("random", exact, few, k=4, metrics=["reconstruction"])
+        scorecard(exact, short, Options(metrics=["sparsity"]))
+    control = control_scorecard("random", exact, few, Options(metrics=["reconstruction"]), k=4)
     assert 0.2 < control.values()["reconstruction.nmse"] < 50
     assert WRITES in control.scores["reconstruction.nmse"].against
 
@@ -294,7 +299,7 @@ def test_a_scorecard_of_a_transcoder_says_what_it_cannot_judge(planted: Planted)
 def test_what_needs_an_autoencoder_refuses_a_transcoder_of_equal_widths(planted: Planted) -> None:
     exact = planted.exact(**SITES)
     x, y = planted.source.read_sites(0, 64)
-    for use in (lambda d: ablate(d, 0), splice, splice_in_place, lambda d: coding_target(d, jnp.asarray(x))):
+    for use in (lambda d: ablate(d, 0), splice, lambda d: coding_target(d, jnp.asarray(x))):
         with pytest.raises(SAEError, match="transcoder"):
             use(exact)
         use(planted.exact(reads=(READS,), transcoder=False))

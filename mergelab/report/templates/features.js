@@ -64,6 +64,12 @@ function element(tag, attributes, ...children) {
   return made;
 }
 
+/* Heights on a logarithmic scale, over an axis from 0 to the peak. */
+function histogram(heights, peak) {
+  const axis = element("figcaption", {}, ...["0", "activation", digits(peak)].map((text) => element("span", {}, text)));
+  return element("figure", {}, bars(heights), axis);
+}
+
 function bars(heights) {
   const space = "http://www.w3.org/2000/svg";
   const svg = document.createElementNS(space, "svg");
@@ -83,8 +89,14 @@ function bars(heights) {
   return svg;
 }
 
+/* White space that a reader sees; long runs of spaces would overflow a narrow page. */
 function shown(word) {
-  return word.replace(/\n/g, "↵").replace(/\t/g, "→");
+  return word.replace(/\n/g, "↵").replace(/\t/g, "→").replace(/ {4,}/g, (run) => `␣×${run.length} `);
+}
+
+/* Two significant digits: what a reader compares. */
+function digits(value) {
+  return String(Number(value.toPrecision(2)));
 }
 
 function example(data, feature, index) {
@@ -93,13 +105,13 @@ function example(data, feature, index) {
   return element("p", { class: "example" }, ...tokens.map((token, at) => {
     const word = shown(data.words[token]);
     if (!values[at]) return word;
-    const title = `${(values[at] * feature.peak).toPrecision(3)}`;
+    const title = digits(values[at] * feature.peak);
     return element("span", { title, style: `background: rgb(var(--hot) / ${values[at].toFixed(2)})` }, word);
   }));
 }
 
 function effects(data, name, list) {
-  const words = list.map(([token, value]) => `${shown(data.words[token])} ${value}`).join("   ");
+  const words = list.map(([token, value]) => `${shown(data.words[token])} ${digits(value)}`).join("   ");
   return element("p", { class: "tokens" }, element("span", { class: "soft" }, name + "  "), words);
 }
 
@@ -113,14 +125,15 @@ function pattern_text(data, [before, after]) {
 }
 
 function article(data, feature) {
-  const facts = [`density ${feature.density}`, `peak ${feature.peak}`, `mean ${feature.mean}`];
+  const facts = ["density", "peak", "mean"].map((name) => `${name} ${digits(feature[name])}`);
   if (feature.precision !== undefined) {
-    facts.push(`N2G precision ${feature.precision ?? "none"}, recall ${feature.recall ?? "none"}`);
+    const [precision, recall] = [feature.precision, feature.recall].map((part) => (part == null ? "none" : digits(part)));
+    facts.push(`N2G precision ${precision}, recall ${recall}`);
   }
   const head = element("header", {},
     element("h2", {}, element("a", { href: `#latent=${feature.i}` }, `latent ${feature.i}`)),
     ...facts.map((fact) => element("span", { class: "soft" }, fact)));
-  const side = element("div", {}, bars(feature.bars));
+  const side = element("div", {}, histogram(feature.bars, feature.peak));
   if (feature.up) side.append(effects(data, "promotes", feature.up), effects(data, "suppresses", feature.down));
   if (feature.patterns) {
     const spelt = feature.patterns.map((pattern) => pattern_text(data, pattern));
@@ -129,11 +142,11 @@ function article(data, feature) {
   for (const [child, cosine, tokens] of feature.children || []) {
     const words = tokens.map((token) => shown(data.words[token])).join(" ");
     const name = element("span", { class: "soft" }, `wider ${child}  `);
-    side.append(element("p", { class: "tokens" }, name, `${cosine}  ${words}`));
+    side.append(element("p", { class: "tokens" }, name, `${digits(cosine)}  ${words}`));
   }
-  const near = element("p", { class: "tokens" }, element("span", { class: "soft" }, "active with  "));
+  const near = element("p", { class: "tokens" }, element("span", { class: "soft" }, "active with latents (overlap)  "));
   for (const [other, likeness] of feature.near) {
-    near.append(element("a", { href: `#latent=${other}` }, `${other}`), ` ${likeness}   `);
+    near.append(element("a", { href: `#latent=${other}` }, `${other}`), ` ${digits(likeness)}   `);
   }
   if (feature.near.length) side.append(near);
   const texts = element("div", {}, ...feature.examples.map((_, index) => example(data, feature, index)));

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergelab.errors import SAEError
-from mergelab.sae.evaluation.probing import fit_logistic, sparse_probe
+from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
+from mergelab.sae.evaluation.probing import fit_logistic, rows_with_labels, sparse_probe
 from mergelab.sae.sae import SAE
-from mergelab.sae.splice import encode
+from mergelab.sae.splice import encode, read_batches
+from mergelab.sae.subject_model import check_target
 
 __all__ = ["Absorption", "absorption"]
 
@@ -59,8 +61,8 @@ def absorption(
         max_main: main latents at most.
         gain: a further main latent is one that raises the F1 of a sparse probe by so much.
         cosine: least cosine of an absorbing latent's direction with the probe's.
-        share: least part of the reconstruction's projection on the probe that an absorbing latent writes.
-        seed: of the halves that fit and judge probes.
+        share: least fraction of the reconstruction's projection on the probe that an absorbing latent writes.
+        seed: seed of the halves that fit and judge probes.
 
     Raises:
         SAEError: a class is missing, or the probe gets no token of the class right.
@@ -111,3 +113,32 @@ def _main_latents(
             break
         best = found
     return best.latents
+
+
+def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
+    codes, tasks = rows_with_labels(sae, evidence, lambda d, x: d.encode(x))
+    contexts = len(codes) // evidence.judge.tokens.shape[1]
+    # The probe reads the site at which decoder rows mean something.
+    written = check_target(sae, evidence.judge)
+    x = np.concatenate(list(read_batches(evidence.judge, contexts, written)))
+    found = []
+    for labels in tasks.values():
+        try:
+            found.append(absorption(sae, x, labels, codes=codes, seed=options.seed))
+        except SAEError:  # the site does not hold this class
+            continue
+    if not found:
+        raise SAEError("no probing task can be told from the site's activations; give other text, or more.")
+    rate = float(np.mean([one.rate for one in found]))
+    main = float(np.mean([len(one.main) for one in found]))
+    yield "rate", rate, f"absorbed fraction of a class's tokens, mean of {len(found)} tasks; 0 best"
+    yield "split", main, "main latents of a class; 1 where it is not split"
+
+
+METRIC = Metric(
+    name="absorption",
+    about="tokens of a class that another latent has absorbed",
+    units={"rate": "", "split": "latents / class"},
+    measure=_scores,
+    needs=("labels",),
+)

@@ -90,12 +90,12 @@ def control_sae(
     Args:
         kind: one of `CONTROLS`.
         source: the activations it is fitted to; for `random model`, those of that model (`random_model`).
-        n_latents: of the SAE that is judged.
+        n_latents: number of latents of the SAE that is judged.
         k: active latents per token, about as many as its L0.
-        steps: of the training.
-        batch_size: at most; a text with fewer rows has batches of all of them.
-        seed: of parameters and order.
-        target_site: of the source, for the control of a transcoder.
+        steps: number of training steps.
+        batch_size: maximum rows of a batch; a text with fewer rows has batches of all of them.
+        seed: seed of parameters and order.
+        target_site: site of the source that the control of a transcoder writes.
 
     Raises:
         SAEError: there is no such kind, or k is out of range.

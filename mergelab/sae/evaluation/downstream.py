@@ -17,6 +17,7 @@ from mergelab.errors import SAEError
 from mergelab.models.load import load_model
 from mergelab.models.model import Model
 from mergelab.models.residual_stream import require_decoder
+from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
 from mergelab.sae.sae import SAE
 from mergelab.sae.splice import mean_activation, passes, splice_from
 from mergelab.sae.subject_model import check_target
@@ -31,9 +32,9 @@ class Downstream:
     Attributes:
         tokens: predicted tokens; the first of each context is none.
         ce: cross-entropy of the model as it is.
-        ce_spliced: with the site that the SAE writes replaced by its reconstruction.
-        ce_zero: with the site replaced by zero.
-        ce_mean: with the site replaced by its mean over the text.
+        ce_spliced: the same with the site that the SAE writes replaced by its reconstruction.
+        ce_zero: the same with the site replaced by zero.
+        ce_mean: the same with the site replaced by its mean over the text.
         kl: `KL(as it is || spliced)` of the next-token distributions.
     """
 
@@ -68,9 +69,9 @@ def evaluate_downstream(sae: SAE, source: ModelActivations, *, contexts: int | N
     """Runs the model as it is, spliced, and ablated in both ways (arXiv 2406.04093, section 4.1).
 
     Args:
-        sae: reads the first of the source's sites, and reconstructs it or, as a transcoder, another.
+        sae: SAE that reads the first of the source's sites, and reconstructs it or, as a transcoder, another.
         source: model and text.
-        contexts: use so many of the text's; all by default.
+        contexts: number of contexts to use, from the start; all by default.
 
     Raises:
         SAEError: the SAE does not fit the sites, or the model predicts no tokens.
@@ -120,7 +121,7 @@ def _losses(
 
 
 def compute_equivalent(steps: np.ndarray, losses: np.ndarray, loss: float) -> float:
-    """The part of a model's training after which it had this loss (arXiv 2406.04093, section 4.1).
+    """The fraction of a model's training after which it had this loss (arXiv 2406.04093, section 4.1).
 
     The curve is what the model's own checkpoints lose on the same text. It is made monotone by leaving out
     points that do not improve on all before them, and interpolated linearly in the logarithm of the step.
@@ -128,10 +129,10 @@ def compute_equivalent(steps: np.ndarray, losses: np.ndarray, loss: float) -> fl
     Args:
         steps: `[points]`, rising, above 0.
         losses: `[points]`, in the unit of `loss`.
-        loss: of the model with the SAE spliced in.
+        loss: loss of the model with the SAE spliced in.
 
     Returns:
-        From 0 to 1, as a part of the last step; 1 where the loss is at least as good as the curve's best,
+        From 0 to 1, as a fraction of the last step; 1 where the loss is at least as good as the curve's best,
         NaN where it is above its first.
 
     Raises:
@@ -207,3 +208,29 @@ def _curve_losses(params: Any, tokens: Array, *, model: Model) -> Array:
     assert out is not None
     logp = jax.nn.log_softmax(out[:, :-1])
     return -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0].sum(axis=1)
+
+
+def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
+    found = evaluate_downstream(sae, evidence.judge)
+    yield "delta_ce", found.delta_ce, f"over the model's own {found.ce:.4f}; 0 is lossless"
+    yield "kl", found.kl, "from the model's own next-token distribution; 0 is lossless"
+    yield "recovered_zero", found.recovered_zero, "1 lossless, 0 as bad as zero ablation"
+    yield "recovered_mean", found.recovered_mean, "1 lossless, 0 as bad as mean ablation"
+    if "curve" in evidence:
+        part = compute_equivalent(*evidence.get("curve"), found.ce_spliced)
+        yield "compute_equivalent", part, "fraction of the model's training with the same loss"
+
+
+METRIC = Metric(
+    name="downstream",
+    about="loss of the model with the reconstruction spliced in",
+    units={
+        "delta_ce": "nats / token",
+        "kl": "nats / token",
+        "recovered_zero": "",
+        "recovered_mean": "",
+        "compute_equivalent": "",
+    },
+    measure=_scores,
+    needs=("logits",),
+)

@@ -13,9 +13,13 @@ import numpy as np
 from jax import Array
 
 from mergelab.activations.capture import ModelActivations
+from mergelab.errors import SAEError
 from mergelab.models.model import Model
 from mergelab.models.residual_stream import require_decoder
+from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
 from mergelab.sae.features.explanations import Explanation, Match, judge_explanation, mean_match
+from mergelab.sae.features.n2g import explain, match_explanations
+from mergelab.sae.features.survey import survey
 from mergelab.sae.sae import SAE
 from mergelab.sae.splice import passes
 from mergelab.sae.subject_model import check_target
@@ -31,8 +35,8 @@ class ExplanationScore:
         matches: precision and recall, in the order of the explanations.
         tokens: predicted tokens of the losses below.
         ce: cross-entropy of the model as it is, nats per token.
-        ce_simulated: with the explained latents at their simulated activations, all else kept.
-        ce_ablated: with the explained latents at zero, all else kept.
+        ce_simulated: the same with the explained latents at their simulated activations, all else kept.
+        ce_ablated: the same with the explained latents at zero, all else kept.
     """
 
     matches: tuple[Match, ...]
@@ -69,9 +73,9 @@ def score_explanations(
     """Simulates the latents on a text, compares, and splices the simulations in with the error kept.
 
     Args:
-        sae: reads the first of the source's sites; what its latents do is done at the one it writes.
+        sae: SAE that reads the first of the source's sites; its latents are edited at the one it writes.
         source: model and text; a text the explanations are not made of.
-        explanations: of distinct latents.
+        explanations: explanations of distinct latents.
 
     Raises:
         SAEError: the SAE does not fit the site, or the model predicts no tokens.
@@ -135,3 +139,34 @@ def _losses(
     every = sae.encode(rows)
     losses = [plain, loss(replaced(simulated))[0], loss(replaced(jnp.zeros_like(simulated)))[0]]
     return jnp.stack(losses), every[:, latents].reshape(simulated.shape)
+
+
+def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
+    causal = "logits" in evidence
+    if causal:
+        check_target(sae, evidence.judge)  # before the work of explaining
+    seen = survey(sae, evidence.fit, latents=[])
+    active = np.flatnonzero(seen.density > 0)
+    if not len(active):
+        raise SAEError("no latent is active in the first half of the text; give other text, or more.")
+    chosen = np.random.default_rng(options.seed).permutation(active)[: options.explained]
+    examples = survey(sae, evidence.fit, count=8, latents=chosen.tolist()).examples
+    explained = explain(sae, evidence.fit, examples, mask_token=evidence.get("mask_token", 0))
+    judge = score_explanations if causal else match_explanations
+    found = judge(sae, evidence.judge, list(explained.values()))
+    matches = found.matches if isinstance(found, ExplanationScore) else found
+    many = f"N2G of {len(explained)} latents, on text they are not made of"
+    for name, value in zip(("precision", "recall"), mean_match(matches), strict=True):
+        yield name, value, f"{many}; 1 perfect"
+    if not isinstance(found, ExplanationScore):
+        return  # an encoder predicts nothing that an explanation could cost
+    yield "delta_ce", found.delta_ce, "these latents simulated; 0 is lossless"
+    yield "recovered", found.recovered, "1 lossless, 0 as bad as these latents at zero"
+
+
+METRIC = Metric(
+    name="explanations",
+    about="token patterns (N2G) that explain latents",
+    units={"precision": "", "recall": "", "delta_ce": "nats / token", "recovered": ""},
+    measure=_scores,
+)

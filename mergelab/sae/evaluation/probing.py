@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -13,12 +13,23 @@ import numpy as np
 from jax import Array, lax
 
 from mergelab.errors import SAEError
+from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
+from mergelab.sae.sae import SAE
+from mergelab.sae.splice import read_batches
 
-__all__ = ["ProbeLoss", "SparseProbe", "best_probes", "fit_logistic", "probe_losses", "sparse_probe"]
+__all__ = [
+    "ProbeLoss",
+    "SparseProbe",
+    "best_probes",
+    "fit_logistic",
+    "probe_losses",
+    "rows_with_labels",
+    "sparse_probe",
+]
 
 _ITERATIONS = 50
 _EXACT = 1e-9  # nats: a fit is finished where the loss cannot fall by more
-_RIDGE = 1e-6  # on standardised inputs: keeps separable classes from running away
+_RIDGE = 1e-6  # on standardized inputs: keeps separable classes from running away
 
 
 @dataclass(frozen=True)
@@ -26,8 +37,8 @@ class ProbeLoss:
     """The best one-dimensional probe of a task.
 
     Attributes:
-        loss: its mean cross-entropy, in nats per token.
-        latent: which latent it reads.
+        loss: mean cross-entropy, in nats per token.
+        latent: number of the latent that it reads.
         prior: the cross-entropy of always saying the class's frequency: what a useless latent gives.
     """
 
@@ -41,9 +52,9 @@ class SparseProbe:
     """A probe on a few latents, judged on rows it was not fitted on.
 
     Attributes:
-        latents: which it reads.
+        latents: numbers of the latents that it reads.
         loss: held-out cross-entropy, in nats per token.
-        accuracy: held-out share of rows put right.
+        accuracy: fraction of held-out rows classified correctly.
         f1: held-out F1 of the positive class; 0 where nothing is found.
     """
 
@@ -63,7 +74,7 @@ def fit_logistic(x: Array, y: Array) -> tuple[Array, Array, Array]:
 
     Returns:
         Weights `[k]`, bias (scalar), and the mean cross-entropy in nats (scalar). The weights are those of no
-        penalty but 5e-7 times the square of each weight on standardised columns.
+        penalty but 5e-7 times the square of each weight on standardized columns.
     """
     mean, scale = x.mean(axis=0), x.std(axis=0)
     scale = jnp.where(scale > 0, scale, 1)
@@ -133,7 +144,7 @@ class _Probes(NamedTuple):
 
 
 def _probes_at(z: Array, y: Array, w: Array, b: Array) -> _Probes:
-    """Loss, gradient and Hessian in one pass over standardised columns `[columns, rows]`."""
+    """Loss, gradient and Hessian in one pass over standardized columns `[columns, rows]`."""
     logits = w[:, None] * z + b[:, None]
     p = jax.nn.sigmoid(logits)
     error, curvature = p - y[None], jnp.maximum(p * (1 - p), 1e-7)
@@ -229,7 +240,7 @@ def sparse_probe(codes: np.ndarray, labels: np.ndarray, k: int, *, seed: int = 0
         codes: `[rows, n]`.
         labels: `[rows]`, bool.
         k: latents it may read.
-        seed: of the halves.
+        seed: seed of the split into halves.
 
     Raises:
         SAEError: a class is missing in either half, or there are fewer than k latents.
@@ -263,3 +274,50 @@ def _check(values: np.ndarray, labels: Sequence[bool] | np.ndarray) -> None:
             f"{len(values)} rows have {len(labels)} labels, {share:.1%} of them true; expected as many of "
             "each, and both classes."
         )
+
+
+_RARE = 0.01  # a task with fewer positives or negatives says nothing
+
+
+def rows_with_labels(
+    sae: SAE, evidence: Evidence, what: Callable[[SAE, jax.Array], jax.Array]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Codes or pre-activations of the judged text's start, as much as fits in memory, and their labels.
+
+    Args:
+        sae: SAE that reads the first of the source's sites.
+        evidence: the text and its labels.
+        what: `(sae, activations [rows, d])` -> `[rows, n]`, jittable.
+
+    Returns:
+        `[rows, n]`, and by task labels `[rows]`, without tasks of which either class is rare.
+    """
+    contexts = evidence.held_contexts(sae.n_latents)
+    run = jax.jit(what)
+    rows = [np.asarray(run(sae, jnp.asarray(x))) for x in read_batches(evidence.judge, contexts)]
+    labels = {name: label[:contexts].reshape(-1) for name, label in evidence.labels.items()}
+    return np.concatenate(rows), {n: v for n, v in labels.items() if _RARE < v.mean() < 1 - _RARE}
+
+
+def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
+    pre, tasks = rows_with_labels(sae, evidence, lambda d, x: d.pre_activations(x))
+    if not tasks:
+        raise SAEError("no probing task has both classes in the text; give other text, or more.")
+    best = best_probes(pre, tasks)
+    mean = float(np.mean([probe.loss for probe in best.values()]))
+    part = float(np.mean([probe.loss / probe.prior for probe in best.values()]))
+    yield "loss", mean, f"best latent of each, mean of {len(tasks)} tasks; 0 perfect"
+    yield "relative_loss", part, "over always saying the class's frequency; 1 useless"
+    codes, tasks = rows_with_labels(sae, evidence, lambda d, x: d.encode(x))
+    for k in (1, 2, 5):
+        f1 = [sparse_probe(codes, labels, k, seed=options.seed).f1 for labels in tasks.values()]
+        yield f"f1_{k}", float(np.mean(f1)), f"probe on {k} latents, held-out; 1 perfect"
+
+
+METRIC = Metric(
+    name="probing",
+    about="properties of tokens that single latents tell",
+    units={"loss": "nats / token", "relative_loss": "", "f1_1": "", "f1_2": "", "f1_5": ""},
+    measure=_scores,
+    needs=("labels",),
+)

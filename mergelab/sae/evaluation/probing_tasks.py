@@ -31,12 +31,12 @@ TASKS: Mapping[str, str] = {
     "is_number": "part of a number literal of Python",
     "is_indented": "on a line of Python at least two blocks deep",
     "in_brackets": "inside round, square or curly brackets of Python",
-    "starts_line": "the first character of a line that is no white space",
+    "starts_line": "the first character of a line other than white space",
     "is_capital": "an upper-case letter",
     "is_digit": "a digit",
     "is_punctuation": "neither letter, digit, underscore nor white space",
 }
-"""Task -> when a character is a yes; a token is what its first character is that is no white space."""
+"""Task -> when a character is a yes; a token is what its first character is other than white space."""
 
 _NAMES = tuple(TASKS)
 _CODE = ("is_code", "in_string", "in_comment", "is_keyword", "is_operator", "is_number")
@@ -48,7 +48,7 @@ class LabeledTokens:
 
     Attributes:
         tokens: int32 `[contexts, length]`.
-        labels: by task, bool `[contexts, length]`.
+        labels: labels by task, bool `[contexts, length]`.
     """
 
     tokens: np.ndarray
@@ -119,7 +119,7 @@ def label_texts(model: Path, texts: Sequence[Path], length: int) -> LabeledToken
     Args:
         model: the folder, with a `tokenizer.json`.
         texts: UTF-8 files.
-        length: of a context, in tokens.
+        length: tokens in a context.
 
     Raises:
         SAEError: a text cannot be read, or they do not fill one context.
@@ -144,7 +144,7 @@ def label_texts(model: Path, texts: Sequence[Path], length: int) -> LabeledToken
 
 
 def _answer(bits: np.ndarray, solid: np.ndarray, span: tuple[int, int]) -> int:
-    """The answers of a token's first character that is no white space, else of its first."""
+    """The answers of a token's first character other than white space, else of its first."""
     at = bisect.bisect_left(solid, span[0])
     if at < len(solid) and solid[at] < span[1]:
         return int(bits[solid[at]])

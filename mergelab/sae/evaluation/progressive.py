@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergelab.errors import SAEError
+from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
 from mergelab.sae.evaluation.reconstruction import Totals
 from mergelab.sae.features.matching import match_features
 from mergelab.sae.sae import SAE
-from mergelab.sae.splice import encode, encode_and_reconstruct
+from mergelab.sae.splice import encode, encode_and_reconstruct, read_pairs
 
 __all__ = ["RecallPoint", "RecoveryPoint", "progressive_recovery", "recall_against_sparsity"]
 __all__ += ["with_threshold", "with_top_k"]
@@ -111,8 +112,8 @@ class RecallPoint:
 
     Attributes:
         k: latents kept per token.
-        recall: of the pairs of row and feature that are on, the part whose matched latent is active.
-        precision: of the pairs of row and active matched latent, the part whose feature is on.
+        recall: fraction of the pairs of row and feature that are on whose matched latent is active.
+        precision: fraction of the pairs of row and active matched latent whose feature is on.
     """
 
     k: int
@@ -149,3 +150,22 @@ def recall_against_sparsity(
         hits = int((active & on).sum())
         points.append(RecallPoint(k, hits / max(int(on.sum()), 1), hits / max(int(active.sum()), 1)))
     return points
+
+
+def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
+    most = evidence.held_contexts(sae.d_in + (0 if sae.is_autoencoder else sae.d_out))
+    pairs = list(read_pairs(sae, evidence.judge, most))
+    x = np.concatenate([read for read, _ in pairs])
+    y = None if sae.is_autoencoder else np.concatenate([written for _, written in pairs])
+    k = sae.config.k or max(1, round(float((sae.encode(jnp.asarray(x[:4096])) > 0).sum(1).mean())))
+    ks = [at for at in (k // 4, k // 2, 2 * k, 4 * k) if 1 <= at <= sae.n_latents]
+    for point in progressive_recovery(sae, x, ks=ks, targets=y):
+        yield f"nmse_k{point.k}", point.nmse, f"keeping {point.k} latents, trained with about {k}"
+
+
+METRIC = Metric(
+    name="progressive",
+    about="error when fewer or more latents are kept",
+    units={"nmse_k*": ""},
+    measure=_scores,
+)

@@ -11,8 +11,10 @@ import numpy as np
 
 from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
+from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
 from mergelab.sae.sae import SAE
 from mergelab.sae.splice import encode_and_reconstruct, read_pairs
+from mergelab.sae.subject_model import check_target
 
 __all__ = [
     "DENSITY_EDGES",
@@ -51,12 +53,12 @@ class Reconstruction:
         explained_variance: 1 - variance of the error over variance of the activations, both summed over
             coordinates: a constant error costs nothing here.
         l0: latents active in an average row.
-        alive: the part of the latents active in at least one of the rows.
+        alive: fraction of the latents active in at least one of the rows.
         cosine: mean cosine of a row and its reconstruction; a pair with a zero vector in it counts 0.
         l2_ratio: mean of the norm of a reconstruction over that of its row, rows of norm 0 left out.
         relative_bias: `E |x_hat|^2 / E (x_hat . x)`, the relative reconstruction bias of arXiv 2404.16014:
             below 1 where reconstructions are too short (shrinkage). NaN where nothing is reconstructed.
-        densities: `[n_latents]`, float64: the part of the rows in which each latent is active.
+        densities: `[n_latents]`, float64: fraction of the rows in which each latent is active.
     """
 
     rows: int
@@ -242,7 +244,7 @@ def _active(codes: Any, rows: int, n_latents: int) -> np.ndarray:
 
 
 DENSITY_EDGES = np.arange(-7.0, 0.5, 0.5)
-"""Bins of the density histogram: logarithms to base 10 of the part of tokens a latent is active on."""
+"""Bins of the density histogram: logarithms to base 10 of the fraction of tokens a latent is active on."""
 
 
 def reconstruction_on_model(
@@ -251,9 +253,9 @@ def reconstruction_on_model(
     """Encodes the source's first site and reconstructs what the SAE writes, with sums in float64.
 
     Args:
-        sae: reads it; figures are of the site it writes (`check_target`).
+        sae: SAE that reads it; figures are of the site it writes (`check_target`).
         source: model and text.
-        contexts: use so many of the text's; all by default.
+        contexts: number of contexts to use, from the start; all by default.
 
     Raises:
         SAEError: the SAE does not fit the sites, or their activations do not vary.
@@ -276,7 +278,7 @@ class Densities:
     Attributes:
         counts: `[bins]`, latents by `log10` of their density, in the bins of `DENSITY_EDGES`.
         silent: latents active on no token.
-        median: of the density of those active at all, as a `log10`; NaN if none is.
+        median: `log10` of the median density of those active at all; NaN if none is.
         dense: latents active on more than a tenth of the tokens.
     """
 
@@ -292,3 +294,37 @@ def densities(part_of_tokens: np.ndarray) -> Densities:
     active = part_of_tokens[part_of_tokens > 0]
     median = float(np.median(np.log10(active))) if len(active) else float("nan")
     return Densities(counts, silent, median, int((part_of_tokens > 0.1).sum()))
+
+
+def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
+    found = reconstruction_on_model(sae, evidence.judge)
+    spread = densities(found.densities)
+    written = check_target(sae, evidence.judge)
+    taken = "" if sae.target_known else ", taken for what it writes as the SAE does not say it"
+    yield "nmse", found.nmse, f"squared error of {written} over that of its mean; 0 exact, 1 useless{taken}"
+    yield "explained_variance", found.explained_variance, "1 exact, 0 useless"
+    yield "cosine", found.cosine, "of a row and its reconstruction; 1 exact"
+    yield "l2_ratio", found.l2_ratio, "norm of reconstruction over norm of row; below 1 shrinks"
+    yield "relative_bias", found.relative_bias, "below 1 shrinks (2404.16014)"
+    yield "l0", found.l0, f"of {sae.n_latents}"
+    yield "alive", found.alive, f"fraction of the latents active in {found.rows} tokens"
+    yield "median_density", spread.median, "latents that are active"
+    yield "dense", spread.dense / sae.n_latents, "fraction of the latents on over 10 % of tokens"
+
+
+METRIC = Metric(
+    name="reconstruction",
+    about="error, bias and sparsity of the reconstruction",
+    units={
+        "nmse": "",
+        "explained_variance": "",
+        "cosine": "",
+        "l2_ratio": "",
+        "relative_bias": "",
+        "l0": "latents / token",
+        "alive": "",
+        "median_density": "log10 of a fraction of tokens",
+        "dense": "",
+    },
+    measure=_scores,
+)

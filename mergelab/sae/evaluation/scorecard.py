@@ -13,19 +13,29 @@ from typing import Any
 
 import numpy as np
 
-from mergelab.activations.capture import ModelActivations, halves
+from mergelab.activations.capture import ModelActivations
 from mergelab.checkpoints.json_data import parse_json_object
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.text_file import read_bytes
 from mergelab.errors import CheckpointError, OutputError, SAEError, did_you_mean
+from mergelab.sae.evaluation.absorption import METRIC as ABSORPTION
 from mergelab.sae.evaluation.controls import control_sae, random_model
-from mergelab.sae.evaluation.metric import METRICS, Evidence, Metric, Score
+from mergelab.sae.evaluation.downstream import METRIC as DOWNSTREAM
+from mergelab.sae.evaluation.explanation_loss import METRIC as EXPLANATIONS
+from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Score
+from mergelab.sae.evaluation.probing import METRIC as PROBING
+from mergelab.sae.evaluation.progressive import METRIC as PROGRESSIVE
+from mergelab.sae.evaluation.reconstruction import METRIC as RECONSTRUCTION
 from mergelab.sae.evaluation.settings import differences, settings_of
+from mergelab.sae.evaluation.sparse_coding import METRIC as AMORTIZATION_GAP
+from mergelab.sae.evaluation.sparsity import METRIC as SPARSITY
+from mergelab.sae.evaluation.text_embeddings import METRIC as EMBEDDINGS
 from mergelab.sae.sae import SAE
 from mergelab.sae.splice import anonymous
 from mergelab.sae.subject_model import check_reads, check_target
 
 __all__ = [
+    "METRICS",
     "EvaluationJournal",
     "Scorecard",
     "applicable_metrics",
@@ -35,15 +45,31 @@ __all__ = [
     "seed_spread",
 ]
 
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        RECONSTRUCTION,
+        DOWNSTREAM,
+        EMBEDDINGS,
+        PROBING,
+        ABSORPTION,
+        SPARSITY,
+        EXPLANATIONS,
+        PROGRESSIVE,
+        AMORTIZATION_GAP,
+    )
+}
+"""Evaluations by name, in the order a scorecard runs them; a new one is added here."""
+
 
 @dataclass(frozen=True)
 class Scorecard:
     """What was found of one SAE.
 
     Attributes:
-        scores: by name, such as `downstream.delta_ce`.
-        seconds: by metric, its wall time, compilation included.
-        settings: of the SAE and its training (`mergelab.sae.evaluation.settings`); None where nobody
+        scores: scores by name, such as `downstream.delta_ce`.
+        seconds: wall time of each metric, compilation included.
+        settings: settings of the SAE and its training (`mergelab.sae.evaluation.settings`); None where nobody
             took them down.
     """
 
@@ -56,66 +82,46 @@ class Scorecard:
         return {name: score.value for name, score in self.scores.items()}
 
 
-def applicable_metrics(source: ModelActivations, *, labeled: bool) -> tuple[str, ...]:
-    """The metrics this model and text allow: some need next-token logits, an encoder or labels of tokens."""
-    return tuple(name for name, metric in METRICS.items() if _lacking(metric, source, labeled) is None)
-
-
-def _lacking(metric: Metric, source: ModelActivations, labeled: bool) -> str | None:
-    causal = source.model.family.architecture.causal
-    if metric.needs_logits and not causal:
-        return "next-token logits"
-    if metric.needs_encoder and causal:
-        return "an encoder's embeddings of texts"
-    return "labels of tokens" if metric.needs_labels and not labeled else None
+def applicable_metrics(evidence: Evidence) -> tuple[str, ...]:
+    """The default metrics that the evidence allows: some need next-token logits, an encoder or labels."""
+    return tuple(
+        name for name, metric in METRICS.items() if metric.default and metric.lacking(evidence) is None
+    )
 
 
 def scorecard(
     sae: SAE,
-    source: ModelActivations,
+    evidence: Evidence | ModelActivations,
+    options: Options = Options(),  # noqa: B008 - frozen
     *,
-    metrics: Sequence[str] | None = None,
-    labels: Mapping[str, np.ndarray] | None = None,
-    mask_token: int = 0,
-    curve: tuple[np.ndarray, np.ndarray] | None = None,
-    samples: int = 256,
-    explained: int = 32,
-    seed: int = 0,
     memory: MutableMapping[str, Scorecard] | None = None,
     progress: Callable[[str], None] = lambda metric: None,
 ) -> Scorecard:
     """Runs evaluations.
 
     What must be fitted (explanations) is fitted on the first half of the contexts; every figure is of the
-    second half. Of the metrics that nobody asked for by name, one that cannot be had is a row that says why,
-    its value NaN.
+    second half. A metric that nobody asked for by name and that is not available is a row that says why, its
+    value NaN.
 
     Args:
-        sae: reads the first of the source's sites, and reconstructs it or, as a transcoder, another.
-        source: the SAE's host (`mergelab.sae.subject_model.open_host`) and a text it was not
-            trained on.
-        metrics: names of `METRICS`; all that apply by default.
-        labels: answers to probing tasks, bool `[contexts, length]`, for the contexts of the source.
-        mask_token: for explanations, takes the place of a token.
-        curve: steps and losses of the host's training, for the compute equivalent.
-        samples: ablations per kind of unit.
-        explained: latents that are explained.
-        seed: of everything drawn.
-        memory: metrics that are in it are not run again, and those that are run are put into it; a dict, or a
-            file (`mergelab.sae.evaluation.scorecard`).
-        progress: is told the name of each metric before it runs.
+        sae: SAE that reads the first of the source's sites, and reconstructs it or, as a transcoder, another.
+        evidence: the SAE's model on a text it was not trained on (`open_subject_model`), with what else
+            evaluations need; activations alone are evidence without resources.
+        options: metrics to run, and how.
+        memory: known metrics, which are not run again and to which those that are run are added: a dict, or a
+            file (`EvaluationJournal`).
+        progress: function of the name of each metric, called before it runs.
 
     Raises:
-        SAEError: a metric is unknown, one that was asked for cannot be had of this model and text, or the
+        SAEError: a metric is unknown, one that was asked for is not available for this model and text, or the
             SAE does not fit.
     """
-    check_reads(sae, source)
-    names = _asked(metrics, source, labels)
+    evidence = _evidence(evidence)
+    check_reads(sae, evidence.source)
+    names = _asked(evidence, options)
     settings = settings_of(sae)
     sae = anonymous(sae)
-    fit, judge = halves(source)
-    answers = {task: label[len(fit.tokens) :] for task, label in (labels or {}).items()}
-    evidence = Evidence(fit, judge, answers, mask_token, curve, samples, explained, seed)
+    evidence.judge  # noqa: B018 - a text too short to be halved is refused before any work
     memory = {} if memory is None else memory
     lacking: dict[str, Scorecard] = {}
     for name in names:
@@ -123,14 +129,18 @@ def scorecard(
         if name not in memory:
             started = time.perf_counter()
             try:
-                scores = {f"{name}.{part}": score for part, score in METRICS[name].measure(sae, evidence)}
+                scores = METRICS[name].scores(sae, evidence, options)
             except SAEError as error:
-                if metrics is not None:
+                if options.metrics is not None:
                     raise
                 lacking[name] = Scorecard({name: Score(float("nan"), "", f"not available: {error}")})
                 continue
             memory[name] = Scorecard(scores, {name: time.perf_counter() - started})
     return _joined([lacking.get(name) or memory[name] for name in names], settings)
+
+
+def _evidence(given: Evidence | ModelActivations) -> Evidence:
+    return given if isinstance(given, Evidence) else Evidence(given)
 
 
 def _joined(cards: Sequence[Scorecard], settings: Mapping[str, Any]) -> Scorecard:
@@ -139,84 +149,68 @@ def _joined(cards: Sequence[Scorecard], settings: Mapping[str, Any]) -> Scorecar
     return Scorecard(scores, seconds, settings)
 
 
-def _asked(
-    metrics: Sequence[str] | None, source: ModelActivations, labels: Mapping[str, np.ndarray] | None
-) -> tuple[str, ...]:
+def _asked(evidence: Evidence, options: Options) -> tuple[str, ...]:
     """The metrics to run, each known and possible."""
-    if metrics is None:
-        return applicable_metrics(source, labeled=labels is not None)
-    for name in metrics:
+    if options.metrics is None:
+        return applicable_metrics(evidence)
+    for name in options.metrics:
         if name not in METRICS:
             raise SAEError(
                 f"there is no metric {name!r}{did_you_mean(name, METRICS)}; known: {', '.join(METRICS)}."
             )
-        if needs := _lacking(METRICS[name], source, labels is not None):
-            raise SAEError(f"the metric {name!r} needs {needs}, which are not there; leave it away.")
-    return tuple(metrics)
+        if needs := METRICS[name].lacking(evidence):
+            raise SAEError(f"the metric {name!r} needs {needs}, which is not available here; omit it.")
+    return tuple(options.metrics)
 
 
 def control_scorecard(
     kind: str,
     sae: SAE,
-    source: ModelActivations,
+    evidence: Evidence | ModelActivations,
+    options: Options = Options(),  # noqa: B008 - frozen
     *,
     k: int,
     steps: int = 500,
-    metrics: Sequence[str] | None = None,
-    labels: Mapping[str, np.ndarray] | None = None,
-    mask_token: int = 0,
-    samples: int = 256,
-    explained: int = 32,
-    seed: int = 0,
     memory: MutableMapping[str, Scorecard] | None = None,
 ) -> Scorecard:
     """The same evaluations of a control (`mergelab.sae.evaluation.controls`), fitted on the first half.
 
     A random model's SAE is judged on that model: what an evaluation finds there, it does not find
-    because the host has learned something.
+    because the model has learned something.
 
     Args:
         kind: one of `CONTROLS`.
-        sae: what is compared; the control has as many latents.
-        source: as for `scorecard`.
+        sae: SAE that is compared; the control has as many latents.
+        evidence: as for `scorecard`; the model's own loss curve is left out.
+        options: as for `scorecard`.
         k: the control's active latents per token.
-        steps: of its training.
-        metrics: as for `scorecard`.
-        labels: as for `scorecard`.
-        mask_token: as for `scorecard`.
-        samples: as for `scorecard`.
-        explained: as for `scorecard`.
-        seed: of everything drawn.
+        steps: number of training steps of the control.
         memory: as for `scorecard`; if all is in it, no control is made.
 
     Raises:
         SAEError: as `scorecard` and `control_sae`.
     """
-    names = _asked(metrics, source, labels)
+    evidence = _evidence(evidence)
+    names = _asked(evidence, options)
+    source, seed = evidence.source, options.seed
     target = None if sae.is_autoencoder else check_target(sae, source)
     if memory is not None and all(name in memory for name in names):
         return _joined([memory[name] for name in names], {"control": kind})
-    host = random_model(source, seed) if kind == "random model" else source
-    fit, _ = halves(host)
-    control = control_sae(kind, fit, n_latents=sae.n_latents, k=k, steps=steps, seed=seed, target_site=target)
-    return scorecard(
-        control,
-        host,
-        metrics=metrics,
-        labels=labels,
-        mask_token=mask_token,
-        samples=samples,
-        explained=explained,
-        seed=seed,
-        memory=memory,
+    if kind == "random model":
+        source = random_model(source, seed)
+    resources = {name: value for name, value in evidence.resources.items() if name != "curve"}
+    evidence = Evidence(source, resources)
+    control = control_sae(
+        kind, evidence.fit, n_latents=sae.n_latents, k=k, steps=steps, seed=seed, target_site=target
     )
+    return scorecard(control, evidence, options, memory=memory)
 
 
 def seed_spread(cards: Sequence[Scorecard]) -> dict[str, tuple[float, float]]:
     """Mean and standard deviation (n - 1) of every score over trainings that differ in their seed.
 
     Args:
-        cards: two or more, of the same metrics.
+        cards: two or more scorecards of the same metrics.
 
     Raises:
         SAEError: there are fewer than two, their metrics differ, or their SAEs differ in more than
@@ -238,20 +232,27 @@ _BEGINNING = b'{"key": "'
 
 
 def evaluation_key(
-    sae: SAE, source: ModelActivations, labels: Mapping[str, np.ndarray], *settings: Any
+    sae: SAE, evidence: Evidence | ModelActivations, options: Options, weights: str, *settings: Any
 ) -> str:
     """SHA-256 of what scores depend on.
 
     Args:
-        sae: that is judged; its metadata does not count.
-        source: its tokens and sites count; its weights must be among the settings (`weights_sha256`).
-        labels: answers to probing tasks.
+        sae: SAE that is judged; its metadata does not count.
+        evidence: its tokens, sites and resources count; the token that masks belongs to the model.
+        options: all count but the metrics, as each is a line of its own.
+        weights: digest of the model's weights (`weights_sha256`).
         settings: all else, through `repr`.
     """
+    evidence = _evidence(evidence)
+    source = evidence.source
     config = replace(sae.config, metadata={})
-    total = hashlib.sha256(
-        repr((source.sites, source.framed, source.tokens.shape, config, settings)).encode()
-    )
+    numbers = replace(options, metrics=None, seed=0)
+    known = {"labels", "curve", "mask_token"}
+    other = {name: value for name, value in evidence.resources.items() if name not in known}
+    more = (() if numbers == Options() else (numbers,)) + ((other,) if other else ())
+    facts = (weights, options.seed, evidence.get("curve"), *settings, *more)
+    total = hashlib.sha256(repr((source.sites, source.framed, source.tokens.shape, config, facts)).encode())
+    labels: Mapping[str, np.ndarray] = evidence.get("labels", {})
     for name, array in {"tokens": source.tokens, **labels, **sae.as_numpy()}.items():
         total.update(name.encode())
         total.update(np.ascontiguousarray(array).view(np.uint8).data)
@@ -269,10 +270,10 @@ class EvaluationJournal(MutableMapping[str, Scorecard]):
 
         Args:
             path: the file, which need not exist.
-            key: of the evaluation (`evaluation_key`).
+            key: key of the evaluation (`evaluation_key`).
 
         Raises:
-            OutputError: the file cannot be read, or is no journal.
+            OutputError: the file cannot be read, or is not a journal.
         """
         self.path, self.key = path, key
         self._found: dict[str, Scorecard] = {}
@@ -288,7 +289,7 @@ class EvaluationJournal(MutableMapping[str, Scorecard]):
                     self._found[entry["metric"]] = _card(entry)
             except (CheckpointError, ValueError, KeyError, TypeError) as error:
                 raise OutputError(
-                    f"{path}, line {number}: is no line of an evaluation's journal; choose another file."
+                    f"{path}, line {number}: is not a line of an evaluation's journal; choose another file."
                 ) from error
         if torn:
             self._cut_off(torn)
@@ -297,7 +298,7 @@ class EvaluationJournal(MutableMapping[str, Scorecard]):
         """Cuts off a torn last line, if it is the beginning of one of ours and not a text of the user's."""
         if torn[: len(_BEGINNING)] != _BEGINNING[: len(torn)]:
             raise OutputError(
-                f"{self.path}: its last line is no line of an evaluation's journal; choose another file."
+                f"{self.path}: its last line is not a line of an evaluation's journal; choose another file."
             )
         with disk_errors(self.path):
             os.truncate(self.path, self.path.stat().st_size - len(torn))

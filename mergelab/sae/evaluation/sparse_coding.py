@@ -8,18 +8,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
 from mergelab.activations.batches import map_pieces
 from mergelab.errors import SAEError
+from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
 from mergelab.sae.sae import SAE, layer_norm
+from mergelab.sae.splice import read_batches
 
 __all__ = [
-    "EncoderGap",
+    "AmortizationGap",
+    "amortization_gap",
     "coding_target",
     "elastic_net",
-    "encoder_gap",
     "hard_threshold",
     "lasso",
     "matching_pursuit",
@@ -40,7 +43,7 @@ def orthogonal_matching_pursuit(x: Rows, atoms: Atoms, k: int, *, tokens_at_once
 
     Args:
         x: what to code.
-        atoms: of any lengths above 0.
+        atoms: directions, of any lengths above 0.
         k: atoms per token, at most d.
         tokens_at_once: rows computed side by side.
 
@@ -101,13 +104,13 @@ def elastic_net(
 
     Args:
         x: what to code.
-        atoms: of any lengths.
+        atoms: directions, of any lengths.
         l1: at least 0.
         l2: at least 0.
         nonnegative: whether codes below 0 are forbidden, as for most autoencoders.
         accelerate: FISTA; False for ISTA.
-        steps: at most so many.
-        tolerance: stops where a step would change no code by more than this part of what the largest
+        steps: maximum number of steps.
+        tolerance: change of a code below which a token is done, as a fraction of what the largest
             correlation of an atom with its token is worth.
         tokens_at_once: rows computed side by side.
 
@@ -280,7 +283,7 @@ def _shrink(codes: Array, amount: Array, nonnegative: bool) -> Array:
 
 
 @dataclass(frozen=True)
-class EncoderGap:
+class AmortizationGap:
     """Two codes of the same activations.
 
     Attributes:
@@ -311,7 +314,9 @@ def coding_target(sae: SAE, x: Float[Array, "tokens d"]) -> Float[Array, "tokens
     return normal - sae.b_dec[None]
 
 
-def encoder_gap(sae: SAE, x: Float[Array, "tokens d"], codes: Float[Array, "tokens n"]) -> EncoderGap:
+def amortization_gap(
+    sae: SAE, x: Float[Array, "tokens d"], codes: Float[Array, "tokens n"]
+) -> AmortizationGap:
     """Compares an SAE's own codes of activations with others, of `coding_target` by `W_dec`.
 
     Raises:
@@ -328,8 +333,42 @@ def encoder_gap(sae: SAE, x: Float[Array, "tokens d"], codes: Float[Array, "toke
 
     ours, theirs = own != 0, codes != 0
     either = (ours | theirs).sum(dtype=jnp.float32)
-    return EncoderGap(
+    return AmortizationGap(
         error(own), error(codes),
         float(ours.sum(axis=1).mean()), float(theirs.sum(axis=1).mean()),
         float((ours & theirs).sum(dtype=jnp.float32) / jnp.maximum(either, 1.0)),
     )  # fmt: skip
+
+
+_CODED = 2048  # tokens of the text that codes are searched for
+
+
+def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
+    source = evidence.judge
+    contexts = -(-_CODED // source.tokens.shape[1])
+    x = jnp.asarray(np.concatenate(list(read_batches(source, contexts)))[:_CODED])
+    target = coding_target(sae, x)
+    active = float((sae.encode(x) != 0).sum(axis=1).mean())
+    k = max(1, min(round(active), *sae.W_dec.shape))
+    found = amortization_gap(sae, x, orthogonal_matching_pursuit(target, sae.W_dec, k))
+    against = f"squared error over that of the mean, {len(x)} tokens; 0 exact, 1 useless"
+    yield "encoder_error", found.encoder_error, f"the encoder's codes: {against}"
+    yield "searched_error", found.searched_error, f"orthogonal matching pursuit with {k} latents: {against}"
+    yield "gap", found.encoder_error - found.searched_error, "error due to the encoder; 0 an optimal encoder"
+    yield "encoder_l0", found.encoder_l0, f"of {sae.n_latents}"
+    yield "overlap", found.overlap, "latents that both use over those that either uses; 1 the same"
+
+
+METRIC = Metric(
+    name="amortization_gap",
+    about="error of the encoder beside searched codes (minutes)",
+    units={
+        "encoder_error": "",
+        "searched_error": "",
+        "gap": "",
+        "encoder_l0": "latents / token",
+        "overlap": "",
+    },
+    measure=_scores,
+    default=False,  # tokens x k x n x d multiply-adds
+)

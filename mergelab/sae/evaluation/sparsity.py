@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.model import Model
 from mergelab.models.residual_stream import require_decoder
+from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
 from mergelab.sae.sae import SAE
 from mergelab.sae.splice import passes
 from mergelab.sae.subject_model import check_target
@@ -31,7 +32,7 @@ class AblationSparsity:
     """The effects of single ablations.
 
     Attributes:
-        sparsity: mean of `(L1 / L2)^2 / (V T)` over ablations: the effective share of the V T logits that
+        sparsity: mean of `(L1 / L2)^2 / (V T)` over ablations: the effective fraction of the V T logits that
             one moves, from `1 / (V T)` to 1; lower is more local.
         error: standard error of the mean.
         ablations: how many had any effect.
@@ -68,12 +69,12 @@ def latent_sparsity(
     """Ablates latents one at a time, each at one token, the error of the reconstruction kept.
 
     Args:
-        sae: reads the first of the source's sites; effects begin at the one it writes.
+        sae: SAE that reads the first of the source's sites; effects begin at the one it writes.
         source: model and text.
         samples: random tokens, at each of which one of the active latents is ablated; a token counts as often
             as it has active latents, so the mean is that over all pairs of token and active latent.
         horizon: tokens over which effects are counted.
-        seed: of the choice.
+        seed: seed of the choice.
 
     Raises:
         SAEError: the SAE does not fit the site, contexts are shorter than the horizon, or nothing is
@@ -94,7 +95,7 @@ def channel_sparsity(
         source: model and text.
         samples: random pairs of token and channel.
         horizon: tokens over which effects are counted.
-        seed: of the choice.
+        seed: seed of the choice.
 
     Raises:
         SAEError: contexts are shorter than the horizon, or the model predicts no tokens.
@@ -201,3 +202,26 @@ def _mean(shares: np.ndarray, weights: np.ndarray) -> AblationSparsity:
     mean = float((weights * shares).sum() / weights.sum())
     error = float(np.sqrt((weights**2 * (shares - mean) ** 2).sum()) / weights.sum())
     return AblationSparsity(mean, error, len(shares))
+
+
+def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
+    source, samples, seed = evidence.judge, options.samples, options.seed
+    against = "effective fraction of V x T logits that an ablation moves; lower is more local"
+    latents = latent_sparsity(sae, source, samples=samples, seed=seed)
+    yield "latents", latents.sparsity, against
+    written = check_target(sae, source)
+    channels = channel_sparsity(replace(source, sites=(written,)), samples=samples, seed=seed)
+    yield "channels", channels.sparsity, f"the same of channels of {written}"
+    neurons = ".".join([*written.split(".")[:2], "mlp.post"])
+    if len(source.model.sites().get(neurons, ())) == 3:
+        found = channel_sparsity(replace(source, sites=(neurons,)), samples=samples, seed=seed)
+        yield "neurons", found.sparsity, f"the same of channels of {neurons}"
+
+
+METRIC = Metric(
+    name="sparsity",
+    about="locality of what ablating a latent does to the logits",
+    units={"latents": "", "channels": "", "neurons": ""},
+    measure=_scores,
+    needs=("logits",),
+)

@@ -18,6 +18,7 @@ from mergelab.activations.capture import ModelActivations
 from mergelab.activations.sentences import Pooling, pool
 from mergelab.errors import SAEError
 from mergelab.models.model import Model
+from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
 from mergelab.sae.sae import SAE
 from mergelab.sae.splice import mean_activation, passes, splice_from
 from mergelab.sae.subject_model import check_target
@@ -36,7 +37,7 @@ class EmbeddingChange:
         cosine: mean cosine of a text's embedding as it is and with the site replaced by its reconstruction.
         cosine_mean: the same with the site replaced by its mean over the text, which makes all texts one.
         rank: Spearman's correlation, over pairs of texts, of their similarity as it is and spliced.
-        nearest: the part of the texts whose nearest other text stays the same.
+        nearest: fraction of the texts whose nearest other text stays the same.
     """
 
     contexts: int
@@ -62,13 +63,13 @@ def evaluate_embeddings(
     """Embeds every context as it is, spliced, and with the site at its mean.
 
     Args:
-        sae: reads the first of the source's sites, and reconstructs it or, as a transcoder, another.
+        sae: SAE that reads the first of the source's sites, and reconstructs it or, as a transcoder, another.
         source: an encoder and a text, whose contexts are the texts that are embedded.
-        contexts: use so many of them; all by default. Similarities are of the first 1024.
+        contexts: number of contexts to use; all by default. Similarities are of the first 1024.
         pooling: how the last states of a text become its embedding.
 
     Raises:
-        SAEError: the SAE does not fit the site, the model is no encoder, or there are fewer than three
+        SAEError: the SAE does not fit the site, the model is not an encoder, or there are fewer than three
             contexts.
     """
     target = check_target(sae, source)
@@ -163,3 +164,21 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[which]
+
+
+def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
+    found = evaluate_embeddings(sae, evidence.judge)
+    against = f"embeddings of {found.contexts} contexts, mean of their last states"
+    yield "cosine", found.cosine, f"{against}; 1 is lossless"
+    yield "recovered", found.recovered, "of the cosine; 1 lossless, 0 as bad as mean ablation"
+    yield "rank", found.rank, "Spearman over pairs of contexts, of their similarity; 1 is lossless"
+    yield "nearest", found.nearest, "fraction of the contexts that keep their nearest; 1 is lossless"
+
+
+METRIC = Metric(
+    name="embeddings",
+    about="change of an encoder's text embeddings",
+    units={"cosine": "", "recovered": "", "rank": "", "nearest": ""},
+    measure=_scores,
+    needs=("encoder",),
+)

@@ -21,7 +21,7 @@ class Pattern:
     """A sequence of tokens around the active one; None stands for any token.
 
     Attributes:
-        tokens: in reading order, up to the active one.
+        tokens: tokens in reading order, up to the active one.
         activation: mean activation of the examples it comes from.
         after: those after the active one, which only an encoder can need.
     """
@@ -80,8 +80,8 @@ class Match:
     """How well an explanation tells where its latent is active.
 
     Attributes:
-        precision: of the tokens it names, the part where the latent is active; NaN if it names none.
-        recall: of the tokens where the latent is active, the part it names; NaN if there are none.
+        precision: fraction of the tokens it names where the latent is active; NaN if it names none.
+        recall: fraction of the tokens where the latent is active that it names; NaN if there are none.
         active: tokens where the latent is active.
     """
 
@@ -94,8 +94,8 @@ def judge_explanation(simulated: np.ndarray, codes: np.ndarray) -> Match:
     """Compares simulated with true activations of one latent, on text the explanation is not made of.
 
     Args:
-        simulated: from `Explanation.simulate`, of any shape.
-        codes: of the same shape.
+        simulated: activations from `Explanation.simulate`, of any shape.
+        codes: true activations, of the same shape.
     """
     said, active = simulated > 0, codes > 0
     hits = int((said & active).sum())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -14,10 +14,20 @@ from mergelab.sae.features.explanations import Explanation, Match
 from mergelab.sae.features.logit_effects import LogitEffects, logit_effects, writes_stream
 from mergelab.sae.features.matching import Child
 from mergelab.sae.features.n2g import explain, match_explanations
-from mergelab.sae.features.survey import Activity, Survey, activity, survey
+from mergelab.sae.features.survey import (
+    Activity,
+    CodeStore,
+    SparseCodes,
+    Strengths,
+    StrongestContexts,
+    Survey,
+    activity,
+    read_codes,
+    survey,
+)
 from mergelab.sae.sae import SAE
 
-__all__ = ["Gallery", "choose_latents", "explain_gallery", "make_gallery", "neuronpedia_batch"]
+__all__ = ["Gallery", "choose_latents", "explain_gallery", "make_gallery", "neuronpedia_batch", "page_data"]
 
 
 @dataclass(frozen=True)
@@ -28,9 +38,9 @@ class Gallery:
         site: where the SAE reads.
         survey: densities, peaks, and each latent's strongest contexts.
         activity: histograms and neighbors, of the latents shown.
-        effects: on logits, of the same latents in the same order; None where there are none.
+        effects: effects on logits of the same latents in the same order; None where there are none.
         explained: N2G explanations of some of them, with precision and recall on text they are not made of.
-        children: of some of them, what they have become in a wider SAE (`hierarchy`).
+        children: what some of them have become in a wider SAE (`hierarchy`).
     """
 
     site: str
@@ -47,11 +57,11 @@ class Gallery:
 
 
 def choose_latents(density: np.ndarray, most: int) -> np.ndarray:
-    """The latents active at all: if there are more than `most`, every so-manieth in the order of density.
+    """The latents active at all: if more than `most`, that many at equal steps in the order of density.
 
     Args:
         density: `[n_latents]`.
-        most: at least 1.
+        most: maximum number of latents, at least 1.
 
     Returns:
         Their numbers, rising.
@@ -72,28 +82,37 @@ def make_gallery(
     latents: Sequence[int] | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Gallery:
-    """Gathers it in three passes over the text.
+    """Gathers it in one pass of the model over the text; what must wait for it reads the codes that it kept.
 
     Args:
-        sae: reads the first of the source's sites.
+        sae: SAE that reads the first of the source's sites.
         source: model and text.
-        most: latents shown.
-        examples: contexts per latent.
+        most: number of latents shown, at most.
+        examples: number of contexts per latent.
         latents: those to show; by default `choose_latents`.
-        progress: is told the pass over the text, its contexts done and in all.
+        progress: function of the stage (`text`, then `codes`), its contexts done and their total.
 
     Raises:
         SAEError: the SAE does not fit the site.
     """
-    if latents is None:
-        density = survey(sae, source, latents=[], progress=partial(progress, "density")).density
-        chosen = choose_latents(density, most)
-    else:
-        chosen = np.asarray(sorted(latents), np.int64)
-    seen = survey(
-        sae, source, count=examples, latents=chosen.tolist(), progress=partial(progress, "examples")
-    )
-    happened = activity(sae, source, chosen, seen.peak, progress=partial(progress, "activity"))
+    total, length = source.tokens.shape
+    strengths = Strengths(sae.n_latents)
+    with CodeStore() as store:
+        for codes in read_codes(sae, source, progress=partial(progress, "text")):
+            strengths.add(codes)
+            store.add(codes)
+        density, peak = strengths.density(length), strengths.peak
+        chosen = choose_latents(density, most) if latents is None else np.asarray(sorted(latents), np.int64)
+        strongest = StrongestContexts(sae.n_latents, chosen.tolist(), examples, source.tokens)
+
+        def again() -> Iterator[SparseCodes]:
+            for codes in store:
+                strongest.add(codes)
+                yield codes
+                progress("codes", codes.first + codes.contexts, total)
+
+        happened = activity(again(), chosen, peak, length)
+    seen = Survey(source.tokens.size, density, peak, strongest.examples())
     causal = source.model.family.architecture.causal
     reaches = causal and len(chosen) > 0 and writes_stream(sae, source)
     effects = logit_effects(sae, source, chosen) if reaches else None
@@ -118,6 +137,73 @@ def explain_gallery(
     matches = match_explanations(sae, judge, list(made.values()))
     explained = dict(zip(made, zip(made.values(), matches, strict=True), strict=True))
     return replace(gallery, explained=explained)
+
+
+_STEPS = 99  # a page shows activations in this many steps of the latent's peak
+
+
+def page_data(gallery: Gallery, words: Callable[[int], str]) -> dict[str, Any]:
+    """What the script of `mergelab.report.pages.render_features` reads: plain data, for JSON.
+
+    Texts stand once: `words` by token, `contexts` as tokens; an example is a context and its activations in
+    hundredths of the latent's peak, runs of zeros left out: `[place, value, place, value, ...]`.
+    """
+    contexts: dict[int, tuple[int, ...]] = {}
+    features: list[dict[str, Any]] = []
+    happened, effects = gallery.activity, gallery.effects
+    used: set[int] = set()
+    for i, latent in enumerate(happened.latents.tolist()):
+        peak = float(gallery.survey.peak[latent])
+        examples = []
+        for example in gallery.survey.examples[latent]:
+            contexts[example.context] = example.tokens
+            marks = [(at, round(_STEPS * code / peak)) for at, code in enumerate(example.codes) if code > 0]
+            examples.append([example.context, [number for mark in marks for number in mark]])
+        feature: dict[str, Any] = {
+            "i": latent,
+            "density": _short(gallery.survey.density[latent]),
+            "peak": _short(peak),
+            "mean": _short(happened.mean[i]),
+            "bars": happened.histogram[i].tolist(),
+            "near": [
+                [int(n), _short(v)]
+                for n, v in zip(happened.neighbors[i], happened.likeness[i], strict=True)
+                if v > 0
+            ],
+            "examples": examples,
+        }
+        if effects is not None:
+            for name, tokens, values in (
+                ("up", effects.top[i], effects.top_values[i]),
+                ("down", effects.bottom[i], effects.bottom_values[i]),
+            ):
+                feature[name] = [[int(t), _short(v)] for t, v in zip(tokens, values, strict=True)]
+                used |= {int(t) for t in tokens}
+        if latent in gallery.explained:
+            explanation, match = gallery.explained[latent]
+            feature["patterns"] = [[list(p.tokens), list(p.after)] for p in explanation.patterns]
+            used |= {t for p in explanation.patterns for t in (*p.tokens, *p.after) if t is not None}
+            # JSON has no NaN.
+            feature["precision"] = _short(match.precision) if match.precision == match.precision else None
+            feature["recall"] = _short(match.recall) if match.recall == match.recall else None
+        if gallery.children:
+            children = gallery.children.get(latent, ())
+            feature["splits"] = len(children)
+            feature["children"] = [[c.latent, _short(c.cosine), list(c.tokens)] for c in children]
+            used |= {token for child in children for token in child.tokens}
+        features.append(feature)
+    used |= {token for tokens in contexts.values() for token in tokens}
+    return {
+        "site": gallery.site,
+        "rows": gallery.survey.rows,
+        "words": {token: words(token) for token in sorted(used)},
+        "contexts": {number: list(tokens) for number, tokens in sorted(contexts.items())},
+        "features": features,
+    }
+
+
+def _short(value: Any) -> float:
+    return float(f"{float(value):.4g}")
 
 
 _ALIGNED = 3  # coordinates of the residual stream that a latent writes most

@@ -62,7 +62,7 @@ def logit_effects(
         source: the model, and the text whose mean scale is taken (its first pass).
         latents: those to look at.
         count: tokens at either end.
-        bins: of a histogram.
+        bins: number of bins of a histogram.
 
     Raises:
         SAEError: the model predicts no tokens, or the SAE does not write its stream.
@@ -125,7 +125,7 @@ def _effects(
         assert out is not None
         return out[:, 0]
 
-    # The norm's bias, where it has one, is no effect of the latent.
+    # The norm's bias, where it has one, is not an effect of the latent.
     effects = logits(rows) - logits(jnp.zeros_like(rows))
     high, top = lax.top_k(effects, count)
     low, bottom = lax.top_k(-effects, count)

@@ -11,7 +11,6 @@ from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.sae.features.survey import survey
 from mergelab.sae.sae import SAE
-from mergelab.sae.subject_model import check_reads
 
 __all__ = [
     "Child",
@@ -28,7 +27,7 @@ __all__ = [
 ]
 
 
-_EXACT = 4096  # up to so many latents the assignment is optimal: the algorithm is cubic
+_EXACT = 4096  # up to this many latents the assignment is optimal: the algorithm is cubic
 _PIECE = 1024
 
 
@@ -38,14 +37,14 @@ class FeatureMatch:
 
     Attributes:
         latent: `[n]`, int64; -1 where one-to-one matching left none over.
-        cosine: `[n]`, float32, of the decoder directions; 0 where there is no match.
+        cosine: `[n]`, float32, cosine of the decoder directions; 0 where there is no match.
     """
 
     latent: np.ndarray
     cosine: np.ndarray
 
     def share_above(self, threshold: float) -> float:
-        """The part of the latents whose match is more alike than this."""
+        """The fraction of the latents whose match is more alike than this."""
         return float((self.cosine > threshold).mean())
 
 
@@ -124,7 +123,7 @@ def feature_splits(narrow: SAE, wide: SAE, *, threshold: float = 0.5) -> dict[in
         threshold: least cosine of parent and child.
 
     Returns:
-        By latent of the narrow one its children, the most alike first; those without any are left away.
+        Children by latent of the narrow one, the most alike first; latents without any are omitted.
 
     Raises:
         SAEError: they write different widths.
@@ -142,8 +141,8 @@ class SeedSpread:
     """How much of an SAE another seed finds again.
 
     Attributes:
-        mean_cosine: of the one-to-one matches.
-        shared: the part of the latents whose match has a cosine above the threshold.
+        mean_cosine: mean cosine of the one-to-one matches.
+        shared: fraction of the latents whose match has a cosine above the threshold.
     """
 
     mean_cosine: float
@@ -165,8 +164,8 @@ class Child:
     """A latent of the wider SAE.
 
     Attributes:
-        latent: its number there.
-        cosine: of what it writes with what its parent writes.
+        latent: number of the latent there.
+        cosine: cosine of what it writes with what its parent writes.
         tokens: the tokens it is most active on, each once, the strongest first.
     """
 
@@ -192,19 +191,18 @@ def hierarchy(
         narrow: an SAE.
         wide: another that reads the first of the source's sites, with more latents.
         source: model and text.
-        latents: of the narrow one.
+        latents: numbers of latents of the narrow one.
         threshold: least cosine of parent and child.
         most: children of a latent, the most alike ones.
         examples: contexts whose strongest token is taken.
-        progress: is told contexts done and contexts in all.
+        progress: function of the contexts done and their total.
 
     Returns:
-        By latent; those without a child are left away.
+        Children by latent; latents without any are omitted.
 
     Raises:
         SAEError: the wide SAE does not fit the site, or the two read or write different ones.
     """
-    check_reads(wide, source)
     for what in ("reads", "writes"):
         one, other = getattr(narrow.config, what), getattr(wide.config, what)
         if one is not None and other is not None and one != other:
@@ -243,8 +241,8 @@ class Recovery:
     """Recovery of true features.
 
     Attributes:
-        mean_max_cosine: over the true features, the mean cosine with the nearest row of the decoder.
-        above: the part of them whose nearest row has a cosine above .9.
+        mean_max_cosine: mean, over the true features, of the cosine with the nearest row of the decoder.
+        above: fraction of them whose nearest row has a cosine above .9.
     """
 
     mean_max_cosine: float
@@ -296,9 +294,7 @@ def _unit_rows(features: np.ndarray, decoder: np.ndarray) -> tuple[np.ndarray, n
         )
     norms = np.linalg.norm(features, axis=1, keepdims=True)
     if not norms.all():
-        raise SAEError(
-            f"feature {int(np.argmin(norms))} has norm 0, so nothing can recover it; leave it out."
-        )
+        raise SAEError(f"feature {int(np.argmin(norms))} has norm 0, so nothing can recover it; omit it.")
     lengths = np.linalg.norm(decoder, axis=1, keepdims=True)
     rows = decoder / np.where(lengths > 0, lengths, 1)
     return (features / norms).astype(np.float32), rows.astype(np.float32)

@@ -22,13 +22,12 @@ from mergelab.models.model import Model
 from mergelab.sae.features.explanations import Explanation, Match, Pattern, judge_explanation
 from mergelab.sae.features.survey import Example
 from mergelab.sae.sae import SAE
-from mergelab.sae.splice import encode, read_batches
-from mergelab.sae.subject_model import check_reads
+from mergelab.sae.splice import encode_batches
 
 __all__ = ["AlteredText", "explain", "find_patterns", "match_explanations"]
 
 KEPT = 0.5
-"""The part of an activation that a cut keeps; a token is a wildcard if masking it costs less than it."""
+"""The fraction of an activation that a cut keeps; a token is a wildcard if masking it costs less than it."""
 
 _LENGTH_STEP = 16  # lengths are padded to a multiple of this, so that few of them are compiled
 
@@ -38,7 +37,7 @@ class AlteredText:
     """A text of which one latent's activation at one token is asked.
 
     Attributes:
-        latent: its number.
+        latent: number of the latent.
         tokens: the text.
         at: the token's place.
     """
@@ -119,9 +118,9 @@ def find_patterns(
     """The patterns of latents whose activation can be asked for any text.
 
     Args:
-        examples: by latent.
+        examples: examples by latent.
         activation: float32 `[variants]`; it is asked a few times for many variants at once.
-        mask_token: takes the place of a token to see what it does.
+        mask_token: token that takes the place of another to see what it does.
         causal: whether tokens see only what comes before them.
         framed: whether the first and the last token of each context always stay (`ModelActivations.framed`).
     """
@@ -189,15 +188,11 @@ def explain(
     """Explanations of latents from their examples; all examples of all latents share forward passes.
 
     Args:
-        sae: reads the first of the source's sites.
+        sae: SAE that reads the first of the source's sites.
         source: the model; its `batch` is the number of variants of examples in one pass.
-        examples: by latent, such as `survey` finds.
-        mask_token: takes the place of a token to see what it does, such as `Tokenizer.mask_id`.
-
-    Raises:
-        SAEError: the SAE does not fit the site.
+        examples: examples by latent, such as `survey` finds.
+        mask_token: token that takes the place of another to see what it does, such as `Tokenizer.mask_id`.
     """
-    check_reads(sae, source)
     causal = source.model.family.architecture.causal
     activation = partial(_activations, sae, source)
     return find_patterns(examples, activation, mask_token=mask_token, causal=causal, framed=source.framed)
@@ -209,21 +204,15 @@ def match_explanations(
     """Precision and recall of explanations on a text, without running the model beyond the site.
 
     Args:
-        sae: reads the first of the source's sites.
+        sae: SAE that reads the first of the source's sites.
         source: model and text; a text the explanations are not made of.
-        explanations: in any order, which the result has too.
+        explanations: explanations in any order, which the result has too.
 
     Raises:
         SAEError: the SAE does not fit the site.
     """
-    check_reads(sae, source)
     latents = np.array([explanation.latent for explanation in explanations], np.int64)
-    rows = source.batch * source.tokens.shape[1]
-    true = [
-        np.asarray(encode(sae, jnp.asarray(np.pad(x, ((0, rows - len(x)), (0, 0))))))[: len(x), latents]
-        for x in read_batches(source)
-    ]
-    codes = np.concatenate(true)
+    codes = np.concatenate([codes[:, latents] for codes in encode_batches(sae, source)])
     contexts = source.tokens.tolist()
     return tuple(
         judge_explanation(np.concatenate([explanation.simulate(tokens) for tokens in contexts]), codes[:, i])

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from tests.sae.evaluation.tiny_encoder import Encoder, make_encoder
-from tests.sae.evaluation.trained_host import Host, train_host
+from tests.sae.evaluation.trained_model import SubjectModel, train_subject_model
 
 
 @pytest.fixture(scope="session")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
-    return train_host(tmp_path_factory.mktemp("host"))
+def subject(tmp_path_factory: pytest.TempPathFactory) -> SubjectModel:
+    return train_subject_model(tmp_path_factory.mktemp("subject"))
 
 
 @pytest.fixture(scope="session")

@@ -12,18 +12,18 @@ from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.families import model_from_config
 from mergelab.sae.features.logit_effects import logit_effects
-from mergelab.sae.features.survey import activity, survey
+from mergelab.sae.features.survey import activity, read_codes, survey
 from mergelab.sae.sae import SAE, SAEConfig
-from tests.sae.evaluation.trained_host import Host
+from tests.sae.evaluation.trained_model import SubjectModel
 
 
-def test_histograms_and_neighbors(host: Host) -> None:
-    source = replace(host.source, batch=16)  # the last pass is filled up
-    found = survey(host.sae, source, count=1)
+def test_histograms_and_neighbors(subject: SubjectModel) -> None:
+    source = replace(subject.source, batch=16)  # the last pass is filled up
+    found = survey(subject.sae, source, count=1)
     latents = np.flatnonzero(found.density > 0)[5:40]
-    got = activity(host.sae, source, latents, found.peak, bins=5, most=3)
+    got = activity(read_codes(subject.sae, source), latents, found.peak, 32, bins=5, most=3)
     rows = jnp.asarray(source.read_sites(0, source.rows)[0])
-    codes = np.asarray(host.sae.encode(rows))[:, latents]
+    codes = np.asarray(subject.sae.encode(rows))[:, latents]
     for i, latent in enumerate(latents):
         active = codes[:, i][codes[:, i] > 0]
         wanted, _ = np.histogram(active, 5, (0, found.peak[latent] * (1 + 1e-6)))
@@ -40,14 +40,16 @@ def _alike(a: np.ndarray, b: np.ndarray) -> float:
     return float(((a > 0) & (b > 0)).sum() / np.sqrt((a > 0).sum() * (b > 0).sum()))
 
 
-def test_effects_on_logits_of_an_rms_norm(host: Host) -> None:
+def test_effects_on_logits_of_an_rms_norm(subject: SubjectModel) -> None:
     latents = np.array([3, 70, 9])
-    found = logit_effects(host.sae, host.source, latents, count=4, bins=7)
-    model, params = host.source.model, host.source.params
-    out = model.apply(params, jnp.asarray(host.source.tokens[:32]), capture=["final_norm.scale"])
+    found = logit_effects(subject.sae, subject.source, latents, count=4, bins=7)
+    model, params = subject.source.model, subject.source.params
+    out = model.apply(params, jnp.asarray(subject.source.tokens[:32]), capture=["final_norm.scale"])
     scale = float(out.captured["final_norm.scale"].mean())
     gain = np.asarray(params["final_norm"]["scale"])
-    effects = np.asarray(host.sae.W_dec)[latents] * gain * scale @ np.asarray(params["embed"]["embedding"]).T
+    effects = (
+        np.asarray(subject.sae.W_dec)[latents] * gain * scale @ np.asarray(params["embed"]["embedding"]).T
+    )
     for i in range(3):
         order = np.argsort(-effects[i])
         np.testing.assert_array_equal(found.top[i], order[:4])

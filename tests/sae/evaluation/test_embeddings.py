@@ -14,12 +14,13 @@ from scipy.stats import spearmanr
 from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.load import load_model
+from mergelab.sae.evaluation.metric import Evidence, Options
 from mergelab.sae.evaluation.scorecard import applicable_metrics, scorecard
 from mergelab.sae.evaluation.text_embeddings import evaluate_embeddings, rank_agreement
 from mergelab.sae.sae import SAE, SAEConfig
 from mergelab.sharding import make_mesh
 from tests.models.tiny_models import tiny, write
-from tests.sae.evaluation.trained_host import Host
+from tests.sae.evaluation.trained_model import SubjectModel
 
 SITE = "blocks.0.resid_post"
 
@@ -92,15 +93,16 @@ def test_a_mesh_changes_nothing(source: ModelActivations, tmp_path: Path) -> Non
 
 
 def test_a_scorecard_of_an_encoder_has_embeddings_and_no_losses(source: ModelActivations) -> None:
-    assert {"embeddings", "reconstruction"} <= set(applicable_metrics(source, labeled=False))
-    assert not {"downstream", "sparsity"} & set(applicable_metrics(source, labeled=True))
-    card = scorecard(_signed(24, 0.2), source, metrics=["embeddings"])
+    labeled = Evidence(source, {"labels": {"even": source.tokens % 2 == 0}})
+    assert {"embeddings", "reconstruction"} <= set(applicable_metrics(Evidence(source)))
+    assert not {"downstream", "sparsity"} & set(applicable_metrics(labeled))
+    card = scorecard(_signed(24, 0.2), source, Options(metrics=["embeddings"]))
     judged = replace(source, tokens=source.tokens[10:])
     assert card.values()["embeddings.rank"] == evaluate_embeddings(_signed(24, 0.2), judged).rank
 
 
-def test_what_has_no_embeddings_is_said(host: Host, source: ModelActivations) -> None:
+def test_what_has_no_embeddings_is_said(subject: SubjectModel, source: ModelActivations) -> None:
     with pytest.raises(SAEError, match="predicts next tokens"):
-        evaluate_embeddings(host.sae, host.source)
+        evaluate_embeddings(subject.sae, subject.source)
     with pytest.raises(SAEError, match="2 contexts"):
         evaluate_embeddings(_signed(24), source, contexts=2)

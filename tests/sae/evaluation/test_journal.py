@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from mergelab.activations.capture import ModelActivations
 from mergelab.errors import OutputError, SAEError
-from mergelab.sae.evaluation.metric import METRICS, Metric, Score
+from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Score
 from mergelab.sae.evaluation.scorecard import (
+    METRICS,
     EvaluationJournal,
     Scorecard,
     control_scorecard,
     evaluation_key,
     scorecard,
 )
-from tests.sae.evaluation.trained_host import Host
+from mergelab.sae.sae import SAE
+from tests.sae.evaluation.trained_model import SubjectModel
 
 CARD = Scorecard({"a.x": Score(0.1, "nats", "0 best"), "a.y": Score(float("nan"), "", "1 best")}, {"a": 2.5})
 
@@ -47,50 +51,64 @@ def test_a_torn_line_is_cut_off_and_a_foreign_file_refused(tmp_path: Path) -> No
     with pytest.raises(OutputError, match=r"notes\.txt, line 1"):
         EvaluationJournal(tmp_path / "notes.txt", "one")
     (tmp_path / "one_line.txt").write_text("notes without a last newline")
-    with pytest.raises(OutputError, match="its last line is no line"):
+    with pytest.raises(OutputError, match="its last line is not a line"):
         EvaluationJournal(tmp_path / "one_line.txt", "one")
     assert (tmp_path / "one_line.txt").read_text() == "notes without a last newline"
 
 
 def test_an_evaluation_goes_on_where_it_was_stopped(
-    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    subject: SubjectModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = ["reconstruction", "downstream", "progressive"]
-    whole = scorecard(host.sae, host.source, metrics=asked)
-    key = evaluation_key(host.sae, host.source, {}, "weights")
+    options = Options(metrics=asked)
+    whole = scorecard(subject.sae, subject.source, options)
+    key = evaluation_key(subject.sae, subject.source, options, "weights")
 
     def stop(*_: object) -> None:
         raise SAEError("stopped")
 
     with monkeypatch.context() as patched, pytest.raises(SAEError, match="stopped"):
-        patched.setitem(METRICS, "progressive", Metric(stop))  # type: ignore[arg-type]
-        scorecard(host.sae, host.source, metrics=asked, memory=EvaluationJournal(tmp_path / "kept", key))
+        patched.setitem(METRICS, "progressive", Metric("progressive", "", {}, stop))  # type: ignore[arg-type]
+        scorecard(subject.sae, subject.source, options, memory=EvaluationJournal(tmp_path / "kept", key))
     with monkeypatch.context() as patched:
         for name in asked[:2]:
-            patched.setitem(METRICS, name, Metric(stop))  # type: ignore[arg-type]
+            patched.setitem(METRICS, name, Metric(name, "", {}, stop))  # type: ignore[arg-type]
         memory = EvaluationJournal(tmp_path / "kept", key)
-        found = scorecard(host.sae, host.source, metrics=asked, memory=memory)
+        found = scorecard(subject.sae, subject.source, options, memory=memory)
     assert found.values() == whole.values() and list(found.scores) == list(whole.scores)
 
 
-def test_a_control_that_is_known_is_not_made_again(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_control_that_is_known_is_not_made_again(
+    subject: SubjectModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     memory: dict[str, Scorecard] = {}
-    asked = ["reconstruction"]
-    first = control_scorecard("random", host.sae, host.source, k=4, metrics=asked, memory=memory)
+    options = Options(metrics=["reconstruction"])
+    first = control_scorecard("random", subject.sae, subject.source, options, k=4, memory=memory)
     monkeypatch.delattr("mergelab.sae.evaluation.scorecard.control_sae")
-    again = control_scorecard("random", host.sae, host.source, k=4, metrics=asked, memory=memory)
+    again = control_scorecard("random", subject.sae, subject.source, options, k=4, memory=memory)
     assert again.values() == first.values()
 
 
-def test_keys_tell_what_scores_depend_on(host: Host) -> None:
-    key = evaluation_key(host.sae, host.source, {}, 1)
-    named = replace(host.sae, config=replace(host.sae.config, metadata={"name": "x"}))
-    assert evaluation_key(named, host.source, {}, 1) == key
+def test_keys_tell_what_scores_depend_on(subject: SubjectModel) -> None:
+    def key(
+        sae: SAE = subject.sae, source: ModelActivations = subject.source, weights: str = "1", **more: Any
+    ) -> str:
+        return evaluation_key(sae, Evidence(source, more), options, weights)
+
+    options = Options()
+    named = replace(subject.sae, config=replace(subject.sae.config, metadata={"name": "x"}))
+    assert key(named) == key() and key(mask_token=3) == key()
     others = {
-        evaluation_key(host.sae, host.source, {}, 2),
-        evaluation_key(host.sae, replace(host.source, tokens=host.source.tokens[:9]), {}, 1),
-        evaluation_key(host.sae, host.source, {"is_code": host.source.tokens > 9}, 1),
-        evaluation_key(replace(host.sae, b_enc=host.sae.b_enc + 1), host.source, {}, 1),
-        evaluation_key(replace(host.sae, config=replace(named.config, k=3)), host.source, {}, 1),
+        key(weights="2"),
+        key(source=replace(subject.source, tokens=subject.source.tokens[:9])),
+        key(labels={"is_code": subject.source.tokens > 9}),
+        key(replace(subject.sae, b_enc=subject.sae.b_enc + 1)),
+        key(replace(subject.sae, config=replace(named.config, k=3))),
+        key(curve=([1], [2.0])),
+        key(of_a_new_kind=1),
     }
-    assert len(others | {key}) == 6
+    first = key()
+    options = Options(metrics=["reconstruction"])
+    assert key() == first
+    options = Options(samples=7)
+    assert len({*others, first, key()}) == 9

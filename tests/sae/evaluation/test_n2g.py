@@ -16,7 +16,7 @@ from mergelab.sae.features.n2g import AlteredText, explain, find_patterns, match
 from mergelab.sae.features.survey import Example, survey
 from mergelab.sae.sae import SAE, SAEConfig
 from tests.sae.evaluation.tiny_encoder import Encoder
-from tests.sae.evaluation.trained_host import Host
+from tests.sae.evaluation.trained_model import SubjectModel
 
 
 def test_the_longest_pattern_that_matches_counts() -> None:
@@ -49,8 +49,8 @@ def _token_latents(source: ModelActivations, tokens: list[int]) -> SAE:
     return SAE(*arrays, config=SAEConfig(activation="relu")).checked()
 
 
-def test_a_token_detector_is_explained_by_its_token(host: Host) -> None:
-    source = replace(host.source, sites=("embed",))
+def test_a_token_detector_is_explained_by_its_token(subject: SubjectModel) -> None:
+    source = replace(subject.source, sites=("embed",))
     counts = np.bincount(source.tokens.ravel(), minlength=384)
     common = np.argsort(-counts)[:20]
     sae = _token_latents(source, common.tolist())
@@ -130,12 +130,12 @@ def test_an_encoders_latents_are_explained_and_judged(encoder: Encoder) -> None:
     assert [match.active for match in matches] == (rows[:, chosen] > 0).sum(axis=0).tolist()
 
 
-def test_a_trained_saes_latents(host: Host) -> None:
-    train = replace(host.source, tokens=host.source.tokens[:24], batch=64)
-    test = replace(host.source, tokens=host.source.tokens[24:])
-    found = survey(host.sae, train, count=4)
+def test_a_trained_saes_latents(subject: SubjectModel) -> None:
+    train = replace(subject.source, tokens=subject.source.tokens[:24], batch=64)
+    test = replace(subject.source, tokens=subject.source.tokens[24:])
+    found = survey(subject.sae, train, count=4)
     frequent = [int(i) for i in np.argsort(-found.density) if found.density[i] < 0.1][:6]
-    explained = explain(host.sae, train, {i: found.examples[i] for i in frequent}, mask_token=0)
+    explained = explain(subject.sae, train, {i: found.examples[i] for i in frequent}, mask_token=0)
     for latent, explanation in explained.items():
         assert 1 <= len(explanation.patterns) <= 4
         for pattern in explanation.patterns:
@@ -144,8 +144,8 @@ def test_a_trained_saes_latents(host: Host) -> None:
     for latent in frequent:
         for example in found.examples[latent]:
             assert explained[latent].simulate(example.tokens)[int(np.argmax(example.codes))] > 0
-    score = score_explanations(host.sae, test, list(explained.values()))
+    score = score_explanations(subject.sae, test, list(explained.values()))
     assert 0 < score.precision <= 1 and 0 < score.recall <= 1
     assert score.tokens == test.tokens.shape[0] * 31
-    matches = match_explanations(host.sae, test, list(explained.values()))
+    matches = match_explanations(subject.sae, test, list(explained.values()))
     np.testing.assert_equal([vars(match) for match in matches], [vars(match) for match in score.matches])

@@ -13,7 +13,7 @@ from mergelab.errors import SAEError
 from mergelab.sae.evaluation.probing import best_probes, fit_logistic, probe_losses, sparse_probe
 from mergelab.sae.evaluation.probing_tasks import TASKS, character_labels, label_texts
 from mergelab.text.tokenizer import load_tokenizer
-from tests.sae.evaluation.trained_host import LENGTH, Host
+from tests.sae.evaluation.trained_model import LENGTH, SubjectModel
 
 
 def _sparse_data() -> tuple[np.ndarray, np.ndarray]:
@@ -91,11 +91,11 @@ def test_characters_of_python() -> None:
     assert not broken["is_code"].any()
 
 
-def test_tokens_of_a_file(host: Host) -> None:
-    found = label_texts(host.folder, [host.held_out], LENGTH)
-    text = host.held_out.read_text()
-    np.testing.assert_array_equal(found.tokens, contexts_of_texts(host.folder, [text], LENGTH))
-    tokenizer = load_tokenizer(host.folder)
+def test_tokens_of_a_file(subject: SubjectModel) -> None:
+    found = label_texts(subject.folder, [subject.held_out], LENGTH)
+    text = subject.held_out.read_text()
+    np.testing.assert_array_equal(found.tokens, contexts_of_texts(subject.folder, [text], LENGTH))
+    tokenizer = load_tokenizer(subject.folder)
     keywords = found.tokens[found.labels["is_keyword"]].tolist()
     words = [tokenizer.decode([token]).strip() for token in keywords]
     assert len(words) > 20 and all(any(word in k for k in keyword.kwlist) for word in words)
@@ -105,7 +105,7 @@ def test_tokens_of_a_file(host: Host) -> None:
     )
     kinds = sum(found.labels[name].astype(int) for name in ("in_string", "in_comment", "is_code"))
     np.testing.assert_array_equal(kinds[solid], 1)
-    as_text = host.held_out.with_suffix(".txt")
+    as_text = subject.held_out.with_suffix(".txt")
     as_text.write_text(text)
-    plain = label_texts(host.folder, [as_text], LENGTH)
+    plain = label_texts(subject.folder, [as_text], LENGTH)
     assert not plain.labels["is_code"].any() and plain.labels["is_capital"].any()

@@ -11,23 +11,25 @@ from mergelab.activations.capture import halves
 from mergelab.errors import SAEError
 from mergelab.sae.evaluation.controls import control_sae, random_model
 from mergelab.sae.evaluation.downstream import evaluate_downstream
-from mergelab.sae.evaluation.metric import METRICS
+from mergelab.sae.evaluation.metric import Evidence, Options
 from mergelab.sae.evaluation.probing_tasks import label_texts
 from mergelab.sae.evaluation.reconstruction import densities, reconstruction_on_model
-from mergelab.sae.evaluation.scorecard import Scorecard, control_scorecard, scorecard, seed_spread
+from mergelab.sae.evaluation.scorecard import METRICS, Scorecard, control_scorecard, scorecard, seed_spread
 from mergelab.sae.sae import SAE
-from tests.sae.evaluation.trained_host import LENGTH, Host
+from tests.sae.evaluation.trained_model import LENGTH, SubjectModel
 
 
 @pytest.fixture(scope="module")
-def card(host: Host) -> Scorecard:
-    labels = label_texts(host.folder, [host.held_out], LENGTH).labels
-    steps, losses = (np.array(part) for part in zip(*host.curve, strict=True))
-    return scorecard(host.sae, host.source, labels=labels, samples=32, explained=6, curve=(steps, losses))
+def card(subject: SubjectModel) -> Scorecard:
+    labels = label_texts(subject.folder, [subject.held_out], LENGTH).labels
+    steps, losses = (np.array(part) for part in zip(*subject.curve, strict=True))
+    evidence = Evidence(subject.source, {"labels": labels, "curve": (steps, losses)})
+    return scorecard(subject.sae, evidence, Options(samples=32, explained=6))
 
 
 def test_every_metric_is_there_with_its_unit(card: Scorecard) -> None:
-    assert {name.split(".")[0] for name in card.scores} == set(card.seconds) == set(METRICS) - {"embeddings"}
+    default = {name for name, metric in METRICS.items() if metric.default}
+    assert {name.split(".")[0] for name in card.scores} == set(card.seconds) == default - {"embeddings"}
     for name, score in card.scores.items():
         assert score.against and (np.isfinite(score.value) or name == "downstream.compute_equivalent"), name
     values = card.values()
@@ -38,43 +40,43 @@ def test_every_metric_is_there_with_its_unit(card: Scorecard) -> None:
     assert 0 <= values["absorption.rate"] < 1 <= values["absorption.split"]
 
 
-def test_scores_are_those_of_the_second_half(host: Host, card: Scorecard) -> None:
-    fit, judge = halves(host.source)
-    assert len(fit.tokens) + len(judge.tokens) == len(host.source.tokens)
-    found = reconstruction_on_model(host.sae, judge)
+def test_scores_are_those_of_the_second_half(subject: SubjectModel, card: Scorecard) -> None:
+    fit, judge = halves(subject.source)
+    assert len(fit.tokens) + len(judge.tokens) == len(subject.source.tokens)
+    found = reconstruction_on_model(subject.sae, judge)
     assert card.values()["reconstruction.nmse"] == found.nmse
     assert densities(found.densities).counts.sum() == round(found.alive * 96)
-    assert card.values()["downstream.delta_ce"] == evaluate_downstream(host.sae, judge).delta_ce
-    assert found.nmse != reconstruction_on_model(host.sae, fit).nmse
+    assert card.values()["downstream.delta_ce"] == evaluate_downstream(subject.sae, judge).delta_ce
+    assert found.nmse != reconstruction_on_model(subject.sae, fit).nmse
 
 
 @pytest.fixture(scope="module")
-def controls(host: Host) -> dict[str, SAE]:
-    fit, _ = halves(host.source)
+def controls(subject: SubjectModel) -> dict[str, SAE]:
+    fit, _ = halves(subject.source)
     kinds = ("random", "frozen decoder")
     return {kind: control_sae(kind, fit, n_latents=96, k=4, steps=60) for kind in kinds}
 
 
-def test_controls_are_worse(host: Host, card: Scorecard, controls: dict[str, SAE]) -> None:
+def test_controls_are_worse(subject: SubjectModel, card: Scorecard, controls: dict[str, SAE]) -> None:
     mine, errors = card.values(), {}
     for kind, control in controls.items():
-        found = scorecard(control, host.source, metrics=["reconstruction", "downstream"]).values()
+        found = scorecard(control, subject.source, Options(metrics=["reconstruction", "downstream"])).values()
         errors[kind] = found["reconstruction.nmse"]
         assert found["downstream.delta_ce"] > 1.2 * mine["downstream.delta_ce"]
         assert found["downstream.recovered_zero"] < mine["downstream.recovered_zero"]
     assert errors["random"] > 1.1 * errors["frozen decoder"] > 1.3 * mine["reconstruction.nmse"]
-    again = control_scorecard("random", host.sae, host.source, k=4, metrics=["reconstruction"])
+    again = control_scorecard("random", subject.sae, subject.source, Options(metrics=["reconstruction"]), k=4)
     assert again.values()["reconstruction.nmse"] == pytest.approx(errors["random"], rel=1e-6)
 
 
-def test_controls_are_what_they_are_called(host: Host, controls: dict[str, SAE]) -> None:
+def test_controls_are_what_they_are_called(subject: SubjectModel, controls: dict[str, SAE]) -> None:
     random, frozen = controls["random"], controls["frozen decoder"]
     np.testing.assert_allclose(np.asarray(frozen.W_dec), np.asarray(random.W_dec), atol=1e-6)
     assert np.abs(np.asarray(frozen.W_enc) - np.asarray(random.W_enc)).max() > 1e-3
-    other = random_model(host.source, 1)
-    assert np.abs(other.read_sites(0, 32)[0] - host.source.read_sites(0, 32)[0]).max() > 0.01
+    other = random_model(subject.source, 1)
+    assert np.abs(other.read_sites(0, 32)[0] - subject.source.read_sites(0, 32)[0]).max() > 0.01
     with pytest.raises(SAEError, match="did you mean 'random'"):
-        control_sae("randm", host.source, n_latents=64, k=4)
+        control_sae("randm", subject.source, n_latents=64, k=4)
 
 
 def test_spread_over_seeds(card: Scorecard) -> None:
@@ -87,13 +89,13 @@ def test_spread_over_seeds(card: Scorecard) -> None:
         seed_spread([card])
 
 
-def test_what_cannot_be_measured_is_said(host: Host) -> None:
+def test_what_cannot_be_measured_is_said(subject: SubjectModel) -> None:
     with pytest.raises(SAEError, match="did you mean 'downstream'"):
-        scorecard(host.sae, host.source, metrics=["downstrem"])
+        scorecard(subject.sae, subject.source, Options(metrics=["downstrem"]))
     with pytest.raises(SAEError, match="labels of tokens"):
-        scorecard(host.sae, host.source, metrics=["probing"])
+        scorecard(subject.sae, subject.source, Options(metrics=["probing"]))
     with pytest.raises(SAEError, match="an encoder's embeddings"):
-        scorecard(host.sae, host.source, metrics=["embeddings"])
-    one = replace(host.source, tokens=host.source.tokens[:1])
+        scorecard(subject.sae, subject.source, Options(metrics=["embeddings"]))
+    one = replace(subject.source, tokens=subject.source.tokens[:1])
     with pytest.raises(SAEError, match="one context"):
-        scorecard(host.sae, one, metrics=["reconstruction"])
+        scorecard(subject.sae, one, Options(metrics=["reconstruction"]))

@@ -11,7 +11,7 @@ import pytest
 
 from mergelab.errors import SAEError
 from mergelab.sae.evaluation.sparsity import channel_sparsity, effect_sparsity, latent_sparsity
-from tests.sae.evaluation.trained_host import SITE, Host
+from tests.sae.evaluation.trained_model import SITE, SubjectModel
 
 
 def test_the_measure_counts_what_moves() -> None:
@@ -27,10 +27,10 @@ def test_the_measure_counts_what_moves() -> None:
     assert np.isnan(effect_sparsity(jnp.ones((t, v))))
 
 
-def test_an_ablation_is_the_subtraction_of_what_the_latent_writes(host: Host) -> None:
-    few = replace(host.source, tokens=host.source.tokens[:1], batch=4)
+def test_an_ablation_is_the_subtraction_of_what_the_latent_writes(subject: SubjectModel) -> None:
+    few = replace(subject.source, tokens=subject.source.tokens[:1], batch=4)
     # An SAE of which one latent is ever active, at every token: the lot has no choice.
-    d = host.sae
+    d = subject.sae
     alone = replace(
         d,
         W_enc=jnp.zeros_like(d.W_enc),
@@ -59,18 +59,18 @@ def test_an_ablation_is_the_subtraction_of_what_the_latent_writes(host: Host) ->
     assert found.error == pytest.approx(np.std(wanted) / np.sqrt(4), rel=1e-2)
 
 
-def test_latents_neurons_and_residual_channels(host: Host) -> None:
-    latents = latent_sparsity(host.sae, host.source, samples=64)
-    channels = channel_sparsity(host.source, samples=64)
-    neurons = channel_sparsity(replace(host.source, sites=("blocks.0.mlp.post",)), samples=64)
+def test_latents_neurons_and_residual_channels(subject: SubjectModel) -> None:
+    latents = latent_sparsity(subject.sae, subject.source, samples=64)
+    channels = channel_sparsity(subject.source, samples=64)
+    neurons = channel_sparsity(replace(subject.source, sites=("blocks.0.mlp.post",)), samples=64)
     for found in (latents, channels, neurons):
         assert 1 / (16 * 384) < found.sparsity < 1 and 0 < found.error < found.sparsity
         assert found.ablations == 64
 
 
-def test_what_cannot_be_measured_is_said(host: Host) -> None:
+def test_what_cannot_be_measured_is_said(subject: SubjectModel) -> None:
     with pytest.raises(SAEError, match="fewer than the horizon"):
-        channel_sparsity(host.source, horizon=33)
-    silent = replace(host.sae, b_enc=jnp.full(96, -1e6))
+        channel_sparsity(subject.source, horizon=33)
+    silent = replace(subject.sae, b_enc=jnp.full(96, -1e6))
     with pytest.raises(SAEError, match="no ablation moved"):
-        latent_sparsity(silent, host.source, samples=8)
+        latent_sparsity(silent, subject.source, samples=8)

@@ -21,7 +21,7 @@ LENGTH = 32
 
 
 @dataclass(frozen=True)
-class Host:
+class SubjectModel:
     """A trained model and what belongs to it."""
 
     folder: Path
@@ -33,7 +33,7 @@ class Host:
     curve: tuple[tuple[int, float], ...]
 
 
-def train_host(folder: Path) -> Host:
+def train_subject_model(folder: Path) -> SubjectModel:
     """Trains both into a folder."""
     files = [sources_folder() / name for name in ("textwrap.py", "shlex.py", "heapq.py", "string.py")]
     texts = [file.read_text() for file in files]
@@ -66,4 +66,4 @@ def train_host(folder: Path) -> Host:
     )
     source = open_model_activations(model, [SITE], [held_out], length=LENGTH)
     curve = tuple((step, float(losses[max(0, step - 5) : step].mean())) for step in (5, 20, 50, 150))
-    return Host(model, text, held_out, config, result.sae, source, curve)
+    return SubjectModel(model, text, held_out, config, result.sae, source, curve)

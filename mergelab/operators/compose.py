@@ -33,9 +33,13 @@ from mergelab.operators.order_statistics import (
 from mergelab.operators.region import Region, tensor_key, whole
 from mergelab.trees import same_structure
 
-__all__ = ["BaseUse", "Inputs", "Merge", "chain"]
+__all__ = ["BaseUse", "Inputs", "IntegerUse", "Merge", "chain"]
 
 BaseUse = Literal["required", "optional", "as_input"]
+
+IntegerUse = Literal["equal", "first"]
+"""What becomes of a tensor that is not floating point: a copy, which all models must agree on, or the first
+model's, whatever the others hold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +50,14 @@ class Inputs:
         operator: the operator's name, for messages.
         base: `required`, `optional`, or `as_input` (a base is one more ordinary model).
         min_models, max_models: how many models besides the base (`max_models` None: any number).
+        integers: the treatment of tensors that are not floating point.
     """
 
     operator: str = "this merge"
     base: BaseUse = "optional"
     min_models: int = 1
     max_models: int | None = None
+    integers: IntegerUse = "equal"
 
     def check(self, models: int, has_base: bool) -> None:
         """Checks the number of models and the presence of a base.
@@ -155,7 +161,7 @@ def _merge_trees(merge: Merge, models: Sequence[Any], base: Any, *, seed: int, d
     for position, name in enumerate(names):
         values = [tree[position] for tree in leaves]
         if not all(jnp.issubdtype(jnp.result_type(v), jnp.floating) for v in values):
-            outputs[position] = _copied(name, values)
+            outputs[position] = values[0] if merge.inputs.integers == "first" else _copied(name, values)
         elif np.prod(jnp.shape(values[0]), dtype=np.int64) == 0:
             outputs[position] = jnp.asarray(values[0])
         else:

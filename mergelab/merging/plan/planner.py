@@ -231,7 +231,7 @@ def _plan(
     raise_faults(
         [
             *incomplete(checkpoints),
-            *([] if operator.name == "passthrough" else packed(checkpoints)),
+            *([] if operator.copies_unless is not None else packed(checkpoints)),
             *([] if allow_mixed_architectures else mixed(configs, donor)),
             *strangers(shapes, donor),
         ]

@@ -150,9 +150,13 @@ class Plan:
         return dict(sorted(kinds.items()))
 
     def memory_estimate(self, budget: int) -> int:
-        """Peak memory in bytes: the runtime, and what the largest job needs within the budget."""
+        """Peak memory in bytes: the runtime, and what the largest job needs.
+
+        A job in blocks keeps within the budget; one that needs its whole tensor at once takes what it takes.
+        """
+        whole = max((job.bytes_whole for job in self.jobs), default=0)
         largest = max((job.bytes_in + job.bytes_out + 8 * job.size for job in self.jobs), default=0)
-        return RUNTIME_BYTES + min(budget, 2 * largest)
+        return RUNTIME_BYTES + max(min(budget, 2 * largest), whole)
 
 
 def make_plan(

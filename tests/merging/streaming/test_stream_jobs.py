@@ -27,7 +27,16 @@ SHAPES = {
 
 # Every shape costs an operator several compiled programs: all meet the first two, one of a kind the rest.
 FEW = ("norm", "deep")
-OF_EACH_KIND = ("ties_rescale", "ties_tree", "della", "nuslerp_row", "nuslerp_column", "karcher")
+OF_EACH_KIND = (
+    "ties_rescale",
+    "ties_tree",
+    "della",
+    "nuslerp_row",
+    "nuslerp_column",
+    "karcher",
+    "tsv_m",
+    "iso_c",
+)
 
 
 @dataclass(frozen=True)

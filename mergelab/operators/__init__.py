@@ -13,6 +13,7 @@ from mergelab.operators.compose import Merge, chain
 from mergelab.operators.declare import REQUIRED, HyperParameter, Operator, PerModel, Range, operator
 from mergelab.operators.named.arcee_fusion import arcee_fusion
 from mergelab.operators.named.dare import dare_linear, dare_ties, della, della_linear
+from mergelab.operators.named.iso_c import Isotropic, iso_c
 from mergelab.operators.named.linear import linear, passthrough, uniform, wise_ft
 from mergelab.operators.named.model_stock import model_stock
 from mergelab.operators.named.nearswap import nearswap
@@ -20,6 +21,7 @@ from mergelab.operators.named.ram import ram, ramplus_tl
 from mergelab.operators.named.sce import sce
 from mergelab.operators.named.spherical import karcher, multislerp, nuslerp, slerp
 from mergelab.operators.named.task_vectors import breadcrumbs, breadcrumbs_ties, task_arithmetic, ties
+from mergelab.operators.named.tsv_m import TaskSingularVectors, tsv_m
 from mergelab.operators.reductions import DisjointMean, Mean, WeightedSum
 from mergelab.operators.stages import Drop, ElectSign, MagPrune, MaskTails, RescaleL1, Trim
 
@@ -48,6 +50,8 @@ OPERATORS: dict[str, Operator] = {
         arcee_fusion,
         ram,
         ramplus_tl,
+        tsv_m,
+        iso_c,
     )
 }
 
@@ -58,6 +62,7 @@ __all__ = [
     "Drop",
     "ElectSign",
     "HyperParameter",
+    "Isotropic",
     "MagPrune",
     "MaskTails",
     "Mean",
@@ -68,6 +73,7 @@ __all__ = [
     "Reduction",
     "RescaleL1",
     "Stage",
+    "TaskSingularVectors",
     "Trim",
     "WeightedSum",
     "algebraic",
@@ -79,6 +85,7 @@ __all__ = [
     "dare_ties",
     "della",
     "della_linear",
+    "iso_c",
     "karcher",
     "linear",
     "model_stock",
@@ -93,6 +100,7 @@ __all__ = [
     "slerp",
     "task_arithmetic",
     "ties",
+    "tsv_m",
     "uniform",
     "wise_ft",
 ]

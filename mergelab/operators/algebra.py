@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from mergelab.errors import OperatorError
 from mergelab.operators.arithmetic import coefficient, rounded
 from mergelab.operators.measures import Measure, Sum
-from mergelab.operators.region import Region
+from mergelab.operators.region import Region, TensorInfo
 
 __all__ = [
     "Formula",
@@ -36,7 +36,7 @@ __all__ = [
     "merge_block",
 ]
 
-Granularity = Literal["element", "row", "column"]
+Granularity = Literal["element", "row", "column", "tensor"]
 Known = tuple[Any, ...]
 Arrays = tuple[jax.Array, ...]
 T = TypeVar("T")
@@ -57,7 +57,10 @@ class Part:
 
     Attributes:
         granularity: `element` if any flat piece of a tensor will do, `row` if a block must hold whole rows
-            (the last axis), `column` if it must keep the first axis whole rows apart (`[first, rest]`).
+            (the last axis), `column` if it must keep the first axis whole rows apart (`[first, rest]`),
+            `tensor` if the block must be the whole tensor, unpadded and in its true shape. Such a part is
+            run with 64-bit types enabled wherever no user's transformation is: it may compute in
+            `region.wide`.
         per_model: the fields that hold one value for all models, or a sequence of one value per model.
     """
 
@@ -72,6 +75,21 @@ class Part:
     def grain(self) -> Granularity:
         """The granularity of this instance."""
         return self.granularity
+
+    def at(self, tensor: TensorInfo) -> Self:
+        """The part as it acts on one tensor, with the same measures; asked once per tensor, outside of jit.
+
+        What a part notes of the tensor in static fields, such as "it is a matrix", makes one compiled program
+        for each value, so it should note no more than it needs, and never the name.
+        """
+        return self
+
+    def workspace(self, shape: tuple[int, ...], models: int) -> int:
+        """Bytes a part of grain `tensor` holds at its peak besides its inputs and output in float32.
+
+        The plan's memory estimate and the runner, which admits tensors to its budget, count with them.
+        """
+        return 0
 
     def check_models(self, models: int, operator: str) -> None:
         """Checks that every per-model field holds one value, or as many as there are models.
@@ -160,7 +178,17 @@ class Formula:
     def grain(self) -> Granularity:
         """The coarsest granularity among the parts."""
         grains = {part.grain for part in self.parts}
-        return "column" if "column" in grains else "row" if "row" in grains else "element"
+        coarse: tuple[Granularity, ...] = ("tensor", "column", "row")
+        return next((grain for grain in coarse if grain in grains), "element")
+
+    def at(self, tensor: TensorInfo) -> Self:
+        """The formula as it acts on one tensor."""
+        stages, reduce = tuple(stage.at(tensor) for stage in self.stages), self.reduce.at(tensor)
+        return dataclasses.replace(self, stages=stages, reduce=reduce)
+
+    def workspace(self, shape: tuple[int, ...], models: int) -> int:
+        """Bytes that the most demanding part holds at its peak."""
+        return max(part.workspace(shape, models) for part in self.parts)
 
     @property
     def transparent(self) -> bool:

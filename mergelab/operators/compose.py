@@ -30,12 +30,16 @@ from mergelab.operators.order_statistics import (
     select_on_host,
     trivial_selection,
 )
-from mergelab.operators.region import Region, tensor_key, whole
+from mergelab.operators.region import Region, TensorInfo, tensor_key, whole
 from mergelab.trees import same_structure
 
-__all__ = ["BaseUse", "Inputs", "Merge", "chain"]
+__all__ = ["BaseUse", "Inputs", "IntegerUse", "Merge", "chain"]
 
 BaseUse = Literal["required", "optional", "as_input"]
+
+IntegerUse = Literal["equal", "first"]
+"""What becomes of a tensor that is not floating point: a copy, which all models must agree on, or the first
+model's, whatever the others hold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +50,14 @@ class Inputs:
         operator: the operator's name, for messages.
         base: `required`, `optional`, or `as_input` (a base is one more ordinary model).
         min_models, max_models: how many models besides the base (`max_models` None: any number).
+        integers: the treatment of tensors that are not floating point.
     """
 
     operator: str = "this merge"
     base: BaseUse = "optional"
     min_models: int = 1
     max_models: int | None = None
+    integers: IntegerUse = "equal"
 
     def check(self, models: int, has_base: bool) -> None:
         """Checks the number of models and the presence of a base.
@@ -126,12 +132,13 @@ def chain(*parts: Stage | Reduction, scale: ArrayLike = 1.0, deltas: bool = True
 class _Leaf:
     """One tensor of all models on its way through a merge."""
 
-    def __init__(self, name: str, values: list[Any], base: Any, region: Region, parts: int) -> None:
+    def __init__(self, merge: Merge, name: str, values: list[Any], base: Any, region: Region) -> None:
         self.name, self.shape = name, jnp.shape(values[0])
+        self.merge = merge.at(TensorInfo(name, self.shape))
         self.values = tuple(jnp.atleast_1d(jnp.asarray(v)) for v in values)
         self.base = None if base is None else jnp.atleast_1d(jnp.asarray(base))
         self.region = region
-        self.known: list[list[Any]] = [[] for _ in range(parts)]
+        self.known: list[list[Any]] = [[] for _ in merge.parts]
 
     @property
     def size(self) -> int:
@@ -155,19 +162,19 @@ def _merge_trees(merge: Merge, models: Sequence[Any], base: Any, *, seed: int, d
     for position, name in enumerate(names):
         values = [tree[position] for tree in leaves]
         if not all(jnp.issubdtype(jnp.result_type(v), jnp.floating) for v in values):
-            outputs[position] = _copied(name, values)
+            outputs[position] = values[0] if merge.inputs.integers == "first" else _copied(name, values)
         elif np.prod(jnp.shape(values[0]), dtype=np.int64) == 0:
             outputs[position] = jnp.asarray(values[0])
         else:
             outputs[position], leaf = None, _leaf(merge, name, values, base is not None, seed, traced)
             floats.append((position, leaf))
     for part, measure, declared in merge.steps():
-        _take(merge, [leaf for _, leaf in floats], part, measure, declared, traced)
+        _take([leaf for _, leaf in floats], part, measure, declared, traced)
     for position, leaf in floats:
         if not traced:
-            for part, known in zip(merge.parts, leaf.results(), strict=True):
+            for part, known in zip(leaf.merge.parts, leaf.results(), strict=True):
                 part.check(known, leaf.name)
-        outputs[position] = _merged(merge, leaf, dtype)
+        outputs[position] = _merged(leaf, dtype, traced)
     return jax.tree_util.tree_unflatten(structure, outputs)
 
 
@@ -194,18 +201,16 @@ def _leaf(merge: Merge, name: str, values: list[Any], with_base: bool, seed: int
         # As a plain constant it would let the compiler draw all random bits itself, one by one, for minutes.
         key = jax.lax.optimization_barrier(jnp.asarray(key))
     region = whole(shape, key, "float32" if traced else "float64")
-    return _Leaf(name, values, base, region, len(merge.parts))
+    return _Leaf(merge, name, values, base, region)
 
 
-def _take(
-    merge: Merge, leaves: list[_Leaf], part: int, measure: int, declared: Measure, traced: bool
-) -> None:
+def _take(leaves: list[_Leaf], part: int, measure: int, declared: Measure, traced: bool) -> None:
     """Takes one measure of every tensor and files the result with each."""
 
     def block(leaf: _Leaf) -> Any:
         with jax.enable_x64(not traced and isinstance(declared, Sum)):
             return measure_block(
-                merge, leaf.values, leaf.base, leaf.region, leaf.results(), part=part, measure=measure
+                leaf.merge, leaf.values, leaf.base, leaf.region, leaf.results(), part=part, measure=measure
             )
 
     if isinstance(declared, RowOrder):
@@ -216,10 +221,10 @@ def _take(
             leaf.known[part].append(block(leaf))
     elif isinstance(declared, Sum) and declared.needed is not None:
         for leaf in leaves:
-            needed = not traced and declared.needed(merge.parts[part], tuple(leaf.known[part]))
+            needed = not traced and declared.needed(leaf.merge.parts[part], tuple(leaf.known[part]))
             with jax.enable_x64(not traced):
                 leaf.known[part].append(
-                    finish_measure(merge, block(leaf), part=part, measure=measure) if needed else None
+                    finish_measure(leaf.merge, block(leaf), part=part, measure=measure) if needed else None
                 )
     elif isinstance(declared, Sum):
         totals = [block(leaf) for leaf in leaves]
@@ -228,12 +233,13 @@ def _take(
                 pooled = jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *totals)
                 totals = [pooled] * len(leaves)
             for leaf, total in zip(leaves, totals, strict=True):
-                leaf.known[part].append(finish_measure(merge, total, part=part, measure=measure))
+                leaf.known[part].append(finish_measure(leaf.merge, total, part=part, measure=measure))
     elif declared.scope == "tree":
-        _rank_tree(merge, leaves, part, declared, [block(leaf) for leaf in leaves])
+        _rank_tree(leaves, part, declared, [block(leaf) for leaf in leaves])
     else:
         for leaf in leaves:
-            counts = declared.counts(merge.parts[part], tuple(leaf.known[part]), leaf.size, len(leaf.values))
+            owner, known = leaf.merge.parts[part], tuple(leaf.known[part])
+            counts = declared.counts(owner, known, leaf.size, len(leaf.values))
             leaf.known[part].append(_rank(counts, lambda leaf=leaf: block(leaf), leaf.size, declared.values))
 
 
@@ -259,13 +265,13 @@ def _select(keys: jax.Array, count: Any) -> Selection:
     return select_on_device(keys, jnp.asarray(count, jnp.uint32))
 
 
-def _rank_tree(merge: Merge, leaves: list[_Leaf], part: int, declared: Rank, keys: list[Any]) -> None:
+def _rank_tree(leaves: list[_Leaf], part: int, declared: Rank, keys: list[Any]) -> None:
     """Selects over all tensors together, in name order; each tensor gets its own share of the ties."""
     if not leaves:
         return
     order = sorted(range(len(leaves)), key=lambda i: leaves[i].name)
     first, size = leaves[0], sum(leaf.size for leaf in leaves)
-    counts = declared.counts(merge.parts[part], tuple(first.known[part]), size, len(first.values))
+    counts = declared.counts(first.merge.parts[part], tuple(first.known[part]), size, len(first.values))
     chosen: list[list[list[Selection]]] = [[[] for _ in counts] for _ in leaves]
     for stream, stream_counts in enumerate(counts):
         flat = jnp.concatenate([jnp.reshape(keys[i][stream], -1) for i in order])
@@ -287,10 +293,15 @@ def _share(pooled: Selection, offset: int, size: int) -> Selection:
     return Selection(pooled.threshold, jnp.stack([jnp.zeros_like(inside), inside]))
 
 
-def _merged(merge: Merge, leaf: _Leaf, dtype: Any) -> jax.Array:
+def _merged(leaf: _Leaf, dtype: Any, traced: bool) -> jax.Array:
     inputs = leaf.values if leaf.base is None else (*leaf.values, leaf.base)
     out_dtype = jnp.dtype(dtype) if dtype is not None else _promoted([v.dtype for v in inputs])
-    out = merge_block(merge, leaf.values, leaf.base, leaf.region, leaf.results(), dtype=out_dtype)
+    entire = leaf.merge.grain == "tensor"
+    with jax.enable_x64(entire and not traced):
+        out = merge_block(leaf.merge, leaf.values, leaf.base, leaf.region, leaf.results(), dtype=out_dtype)
+    if entire and not traced:
+        # What is computed from gathered matrices has no sharding of its own: the inputs' is wanted.
+        out = jax.device_put(out, inputs[0].sharding)
     return jnp.reshape(out, leaf.shape)
 
 

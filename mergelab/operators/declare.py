@@ -21,14 +21,17 @@ import numpy as np
 from jax.core import Tracer
 
 from mergelab.errors import OperatorError, did_you_mean
-from mergelab.operators.compose import BaseUse, Inputs, Merge
+from mergelab.operators.compose import BaseUse, Inputs, IntegerUse, Merge
 
 __all__ = [
     "REQUIRED",
+    "Absent",
     "HyperParameter",
+    "Lone",
     "Operator",
     "PerModel",
     "Range",
+    "Shares",
     "exact",
     "is_concrete",
     "operator",
@@ -71,6 +74,18 @@ class _Required:
 
 
 REQUIRED = _Required()
+
+Lone = Literal["refuse", "copy", "base"]
+"""What becomes of a tensor that fewer models have than the operator merges: an error, a copy of the one there
+is, or a copy of the base's."""
+
+Absent = Literal["refuse", "copy", "omit"]
+"""What becomes of a tensor that the base lacks where differences from it are wanted: an error, a copy of the
+only model's that has it, or nothing: the output lacks it too."""
+
+Shares = Literal["normalize", "always", "elected"]
+"""When models enter by their share of all weights: if `normalize` is set, always, or, if it is set, by their
+share of the weights that won an election (which then cannot exceed 1)."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +143,13 @@ class Operator:
         min_models, max_models: how many models it takes besides the base (`max_models` None: any number).
         reference: the paper or program that defines it.
         parameters: its hyper-parameters, in signature order.
+        lone: the treatment of a tensor that too few models have.
+        absent: the treatment of a tensor that the base lacks.
+        integers: the treatment of tensors that are not floating point.
+        copies_unless: the parameter without which the operator copies its one model, bits and packed formats
+            as they are; None if it always computes.
+        strength: the parameter that says how strongly models enter.
+        shares: when models enter by their share of all `strength`.
     """
 
     name: str
@@ -138,6 +160,12 @@ class Operator:
     reference: str
     parameters: tuple[HyperParameter, ...]
     build: Callable[..., Merge]
+    lone: Lone = "refuse"
+    absent: Absent = "refuse"
+    integers: IntegerUse = "equal"
+    copies_unless: str | None = None
+    strength: str = "weight"
+    shares: Shares = "normalize"
 
     def __call__(self, **hyper_parameters: Any) -> Merge:
         """Returns the merge with these hyper-parameters; per-model ones are sequences, or one value for all.
@@ -146,8 +174,15 @@ class Operator:
             OperatorError: a parameter is unknown, missing, out of its range or none of its choices.
         """
         _check_arguments(self, hyper_parameters)
-        inputs = Inputs(self.name, self.base, self.min_models, self.max_models)
+        inputs = Inputs(self.name, self.base, self.min_models, self.max_models, self.integers)
         return dataclasses.replace(self.build(**hyper_parameters), inputs=inputs)
+
+    def copies(self, hyper_parameters: Mapping[str, Any]) -> bool:
+        """Whether the merge with these hyper-parameters is a plain copy of its one model."""
+        if self.copies_unless is None:
+            return False
+        value = hyper_parameters.get(self.copies_unless)
+        return value is None or (isinstance(value, list | tuple) and all(one is None for one in value))
 
     def parameter(self, name: str) -> HyperParameter | None:
         """The parameter a recipe calls `name`, or None."""
@@ -160,11 +195,18 @@ def operator(
     min_models: int = 1,
     max_models: int | None = None,
     reference: str,
+    lone: Lone = "refuse",
+    absent: Absent = "refuse",
+    integers: IntegerUse = "equal",
+    copies_unless: str | None = None,
+    strength: str = "weight",
+    shares: Shares = "normalize",
 ) -> Callable[[Callable[..., Merge]], Operator]:
     """Decorator: turns a builder function into a named `Operator` by reading its signature.
 
     Keyword arguments annotated `Annotated[type, PerModel(), Range(...)]` are per-model; all others shared.
-    A trailing underscore in a keyword (`lambda_`) is dropped from the recipe's spelling.
+    A trailing underscore in a keyword (`lambda_`) is dropped from the recipe's spelling. What the decorator
+    itself takes is what `Operator` documents: all that planning and streaming a merge need to know of it.
     """
 
     def declare(build: Callable[..., Merge]) -> Operator:
@@ -175,7 +217,22 @@ def operator(
         )
         summary = (inspect.getdoc(build) or "").split("\n", 1)[0]
         name = build.__name__
-        declared = Operator(name, summary, base, min_models, max_models, reference, parameters, build)
+        declared = Operator(
+            name,
+            summary,
+            base,
+            min_models,
+            max_models,
+            reference,
+            parameters,
+            build,
+            lone,
+            absent,
+            integers,
+            copies_unless,
+            strength,
+            shares,
+        )
         object.__setattr__(declared, "__doc__", build.__doc__)
         return declared
 

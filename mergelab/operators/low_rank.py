@@ -12,14 +12,22 @@ from jaxtyping import Array, Float
 
 from mergelab.errors import OperatorError
 
-__all__ = ["LowRank", "balanced_factors", "randomized_svd", "rank_for_energy", "truncated_svd"]
+__all__ = [
+    "LowRank",
+    "balanced_factors",
+    "exact_svd",
+    "polar_factor",
+    "randomized_svd",
+    "rank_for_energy",
+    "truncated_svd",
+]
 
 
 class LowRank(NamedTuple):
     """`left * singular @ right`, the factors of a low-rank matrix; left and right have orthonormal vectors.
 
     Attributes:
-        left: left singular vectors, `[rows, rank]`, float32.
+        left: left singular vectors, `[rows, rank]`.
         singular: singular values, `[rank]`, descending.
         right: right singular vectors, `[rank, columns]`.
     """
@@ -31,6 +39,28 @@ class LowRank(NamedTuple):
     def cut(self, rank: int) -> LowRank:
         """The first `rank` triples."""
         return LowRank(self.left[:, :rank], self.singular[:rank], self.right[:rank])
+
+
+def exact_svd(matrix: Float[Array, "rows columns"], dtype: str) -> LowRank:
+    """The thin SVD of a matrix in a wide dtype, without the triples that are nothing but rounding.
+
+    Singular values up to `max(rows, columns)` roundings of the largest are no directions of the matrix: their
+    vectors, which another program may choose otherwise, are zeros here.
+
+    Args:
+        matrix: `[rows, columns]`, float32 or wider.
+        dtype: what it is computed in; float32 on TPUs, which decompose nothing wider.
+    """
+    x = matrix.astype("float32" if jax.default_backend() == "tpu" else dtype)
+    left, singular, right = jnp.linalg.svd(x, full_matrices=False)
+    kept = (singular > max(x.shape) * jnp.finfo(x.dtype).eps * singular[0]).astype(x.dtype)
+    return LowRank(left * kept[None, :], singular * kept, right * kept[:, None])
+
+
+def polar_factor(matrix: Float[Array, "rows columns"], dtype: str) -> Float[Array, "rows columns"]:
+    """The orthogonal factor `P Q^T` of a matrix `P S Q^T`: the nearest whose singular values are 1 (or 0)."""
+    left, _, right = exact_svd(matrix, dtype)
+    return jnp.matmul(left, right, precision="highest")
 
 
 @partial(jax.jit, static_argnames="rank")

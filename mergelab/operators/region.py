@@ -1,16 +1,36 @@
-"""Where a block lies in its tensor, and the random bits drawn there."""
+"""A tensor and a block of it, as parts of a merge may know them; the random bits drawn there."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Region", "tensor_key", "threefry", "uniform", "whole"]
+__all__ = ["Region", "TensorInfo", "TensorRole", "tensor_key", "threefry", "uniform", "whole"]
+
+TensorRole = Literal["matrix", "vector", "stack"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as a part may know it before it acts on it: see `Part.at`.
+
+    Attributes:
+        name: its name, as the output spells it.
+        shape: its true shape.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def role(self) -> TensorRole:
+        """`matrix`, `vector` (a scalar too), or a `stack` of matrices along leading axes (experts)."""
+        return "matrix" if len(self.shape) == 2 else "stack" if len(self.shape) > 2 else "vector"
 
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from mergelab.operators.measures import (
     unpack_mask,
 )
 from mergelab.operators.order_statistics import RowQuestion, kept_count, magnitude_key, selected
-from mergelab.operators.region import Region, uniform
+from mergelab.operators.region import Region, TensorInfo, uniform
 
 __all__ = [
     "Ballot",
@@ -301,6 +301,12 @@ class RescaleL1(Stage):
     @property
     def grain(self) -> Granularity:
         return self.inner.grain
+
+    def at(self, tensor: TensorInfo) -> Self:
+        return dataclasses.replace(self, inner=self.inner.at(tensor))
+
+    def workspace(self, shape: tuple[int, ...], models: int) -> int:
+        return self.inner.workspace(shape, models)
 
     def check_models(self, models: int, operator: str) -> None:
         self.inner.check_models(models, operator)

@@ -45,6 +45,8 @@ CASES: dict[str, tuple[str, int, bool, dict[str, Any]]] = {
     "nearswap": ("nearswap", 1, True, {"t": 0.5}),
     "arcee_fusion": ("arcee_fusion", 1, True, {}),
     "ram": ("ram", 3, True, {"epsilon": 0.8}),
+    "tsv_m": ("tsv_m", 3, True, {"lambda_": 0.7}),
+    "iso_c": ("iso_c", 3, True, {"lambda_": 0.7}),
     "ramplus_tl": ("ramplus_tl", 3, True, {"epsilon": 0.8, "r": 0.2, "alpha": 0.3}),
 }
 

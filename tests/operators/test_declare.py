@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -181,3 +183,16 @@ def test_the_number_of_models_and_the_base_are_checked(case: str) -> None:
     if operator.min_models:
         with pytest.raises(OperatorError, match=f"{name} merges .*got {operator.min_models - 1}"):
             merge([tree] * (operator.min_models - 1), tree if with_base else None)
+
+
+def test_planning_and_streaming_know_no_operator_by_name() -> None:
+    merging = Path(ops.__file__).parent.parent / "merging"
+    files = [*(merging / "plan").glob("*.py"), *(merging / "engine").glob("*.py")]
+    assert len(files) > 10
+    named_here = {
+        (file.name, node.value)
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.Constant) and node.value in OPERATORS
+    }
+    assert named_here == set()

@@ -49,12 +49,12 @@ class Block:
     Attributes:
         start: flat index of the first element.
         count: number of real elements.
-        shape: `[rows, columns]` with `rows * columns >= count`.
+        shape: `[rows, columns]` with `rows * columns >= count`; of a whole tensor, its own shape.
     """
 
     start: int
     count: int
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
 
 def fold(shape: tuple[int, ...], grain: Granularity) -> tuple[int, int]:
@@ -78,6 +78,8 @@ def blocks_of(shape: tuple[int, ...], grain: Granularity) -> tuple[Block, ...]:
     size = math.prod(shape)
     if size == 0:
         return ()
+    if grain == "tensor":
+        return (Block(0, size, shape or (1,)),)
     rows, columns = fold(shape, grain)
     per_block = max(1, BLOCK_ELEMENTS // columns)
     return tuple(_cut(size, rows, columns, per_block))
@@ -125,7 +127,7 @@ class Buffers:
 
 @dataclass(frozen=True)
 class InputBlock:
-    """One block of every input on the device, each `[rows, columns]`.
+    """One block of every input on the device, each of the block's shape.
 
     `buffers` back the arrays: they go back to the pool when the arrays are no longer used.
     """
@@ -142,8 +144,8 @@ def read_block(job: Job, block: Block, buffers: Buffers, *, check: bool) -> Inpu
         CheckpointError: an input cannot be read.
         NonFiniteError: `check` is set and an input holds NaN or infinity.
     """
-    sources = (*job.sources, *(() if job.base is None else (job.base,)))
-    size = block.shape[0] * block.shape[1]
+    sources = job.inputs
+    size = math.prod(block.shape)
     if len({source.dtype for source in sources}) == 1:
         buffer = buffers.take(len(sources) * size * sources[0].dtype.itemsize)
         stack = buffer.view(sources[0].dtype).reshape(len(sources), size)
@@ -214,8 +216,7 @@ def nonfinite_error(job: Job) -> NonFiniteError:
 
     Where all inputs are finite, the merge itself has left the range of the output's dtype.
     """
-    sources = (*job.sources, *(() if job.base is None else (job.base,)))
-    for position, source in enumerate(sources):
+    for position, source in enumerate(job.inputs):
         nans, infinities = count_nonfinite(source, job.size)
         if nans or infinities:
             model = f" of {job.model_names[position]}" if position < len(job.model_names) else ""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from mergelab.checkpoints.source import TensorSource
 from mergelab.operators.compose import Merge
+from mergelab.operators.region import TensorInfo
 
 __all__ = ["Job"]
 
@@ -42,10 +44,28 @@ class Job:
         return int(np.prod(self.shape, dtype=np.int64))
 
     @property
+    def inputs(self) -> tuple[TensorSource, ...]:
+        """The models' tensors, then the base's."""
+        return (*self.sources, *(() if self.base is None else (self.base,)))
+
+    @cached_property
+    def formula(self) -> Merge | None:
+        """The merge as it acts on this tensor."""
+        return None if self.merge is None else self.merge.at(TensorInfo(self.name, self.shape))
+
+    @property
     def bytes_in(self) -> int:
-        inputs = (*self.sources, *(() if self.base is None else (self.base,)))
-        return sum(self.size * s.dtype.itemsize for s in inputs)
+        return sum(self.size * s.dtype.itemsize for s in self.inputs)
 
     @property
     def bytes_out(self) -> int:
         return self.size * self.dtype.itemsize
+
+    @property
+    def bytes_whole(self) -> int:
+        """Bytes held at once where the tensor cannot be cut into blocks; 0 where it can."""
+        if self.formula is None or self.formula.grain != "tensor" or not self.size:
+            return 0
+        in_float32 = 4 * self.size * (len(self.inputs) + 1)
+        workspace = self.formula.workspace(self.shape, len(self.sources))
+        return self.bytes_in + self.bytes_out + in_float32 + workspace

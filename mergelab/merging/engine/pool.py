@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -21,7 +23,15 @@ from mergelab.operators.measures import Rank, Sum
 from mergelab.operators.order_statistics import Selection, split_words, trivial_selection
 from mergelab.platform import usable_cores
 
-__all__ = ["StreamReport", "TensorWriter", "default_threads", "limits_for", "run_tree", "stream_jobs"]
+__all__ = [
+    "Admission",
+    "StreamReport",
+    "TensorWriter",
+    "default_threads",
+    "limits_for",
+    "run_tree",
+    "stream_jobs",
+]
 
 
 def run_tree(runs: Sequence[TensorRun], write: WriteBlock) -> None:
@@ -153,6 +163,7 @@ def stream_jobs(
         writer: where to; tensors in `writer.done` are skipped.
         seed: seeds random draws (which also depend on tensor names).
         memory: bytes that buffers, caches and keys may take together; the interpreter and JAX come on top.
+            A tensor that cannot be cut into blocks and takes more by itself is worked on alone.
         threads: blocks worked on at a time; default one per core. The output does not depend on it.
         allow_nonfinite: merge NaN and infinity instead of refusing them.
         progress: called with the number of bytes just written, from worker threads.
@@ -166,10 +177,13 @@ def stream_jobs(
     for job in jobs:
         if job.merge is not None:
             job.merge.check(len(job.sources), job.base is not None)
+            _check_size(job)
     started = time.perf_counter()
     todo = [job for job in jobs if job.name not in writer.done and job.size]
     threads = threads or default_threads()
-    runner = _Runner(writer, seed, limits_for(memory, threads), threads, not allow_nonfinite, progress)
+    admission = Admission(memory, threads)
+    limits = limits_for(memory, threads)
+    runner = _Runner(writer, seed, limits, admission, threads, not allow_nonfinite, progress)
     try:
         runner.run(todo)
     finally:
@@ -183,6 +197,41 @@ def stream_jobs(
     )
 
 
+def _check_size(job: Job) -> None:
+    if job.merge is not None and job.bytes_whole and job.size >= 2**32:
+        raise OperatorError(
+            f"tensor {job.name!r} has {job.size} elements, and {job.merge.inputs.operator} works on whole "
+            "tensors of fewer than 2^32; merge this one by another method, with a `modules` recipe."
+        )
+
+
+class Admission:
+    """Lets tensors in as the budget allows: one that cannot be cut into blocks holds all its bytes at once.
+
+    Tensors in blocks keep to their thread's share of the budget by themselves. What exceeds the budget by
+    itself runs alone.
+    """
+
+    def __init__(self, memory: int, threads: int) -> None:
+        self._memory, self._share = memory, memory // threads
+        self._held = self._running = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def admitted(self, job: Job) -> Iterator[None]:
+        """Waits until the job fits beside those that run; holds its bytes until it ends."""
+        need = job.bytes_whole or self._share
+        with self._changed:
+            self._changed.wait_for(lambda: not self._running or self._held + need <= self._memory)
+            self._held, self._running = self._held + need, self._running + 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held, self._running = self._held - need, self._running - 1
+                self._changed.notify_all()
+
+
 class _Runner:
     """Two pools: one thread per tensor in progress, and workers that share the blocks of large tensors."""
 
@@ -191,12 +240,13 @@ class _Runner:
         writer: TensorWriter,
         seed: int,
         limits: Limits,
+        admission: Admission,
         threads: int,
         check: bool,
         progress: Callable[[int], None],
     ) -> None:
         self._writer, self._seed, self._limits, self._threads = writer, seed, limits, threads
-        self._check, self._progress = check, progress
+        self._check, self._progress, self._admission = check, progress, admission
         self._buffers = Buffers()
         self._tensors = ThreadPoolExecutor(threads, "tensor")
         self._blocks = ThreadPoolExecutor(threads, "block")
@@ -239,10 +289,13 @@ class _Runner:
         if job.merge is None:
             self._copy(job)
             return
-        run = self._run_of(job)
-        for step in job.merge.steps():
-            run.take(*step)
-        run.write(self._write)
+        with self._admission.admitted(job):
+            if self._stop:
+                return
+            run = self._run_of(job)
+            for step in run.merge.steps():
+                run.take(*step)
+            run.write(self._write)
 
     def _write(self, name: str, start: int, array: np.ndarray) -> None:
         self._writer.write(name, start, array)

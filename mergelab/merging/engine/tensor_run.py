@@ -63,9 +63,12 @@ class TensorRun:
     def __init__(
         self, job: Job, *, seed: int, limits: Limits, buffers: Buffers, map_blocks: BlockMap[Any], check: bool
     ) -> None:
-        assert job.merge is not None
-        self.job, self.merge = job, job.merge
-        self._limits, self._buffers, self._map, self._check = limits, buffers, map_blocks, check
+        assert job.formula is not None
+        self.job, self.merge = job, job.formula
+        self._entire = self.merge.grain == "tensor"
+        # Buffers of whole tensors are too large to be kept for others.
+        self._buffers = Buffers() if self._entire else buffers
+        self._limits, self._map, self._check = limits, map_blocks, check
         self._key = tensor_key(seed, job.name)
         self.blocks = blocks_of(job.shape, self.merge.grain)
         self.known: list[list[Any]] = [[] for _ in self.merge.parts]
@@ -95,7 +98,8 @@ class TensorRun:
 
     def _region(self, block: Block) -> Region:
         count = np.uint32(block.count)
-        return Region(split_words(block.start), self._key, block.shape, "float64", short=True, count=count)
+        start, short = split_words(block.start), not self._entire
+        return Region(start, self._key, block.shape, "float64", short=short, count=count)
 
     def _known(self, inputs: InputBlock, block: Block) -> tuple[tuple[Any, ...], ...]:
         """What is known so far, with the results that belong to this block filled in."""
@@ -268,7 +272,10 @@ class TensorRun:
         dtype = self.job.dtype if self.job.dtype in _DEVICE_DTYPES else np.dtype(np.float32)
         with self._inputs(block) as inputs:
             known = self._known(inputs, block)
-            out = merge_block(self.merge, inputs.values, inputs.base, self._region(block), known, dtype=dtype)
+            with jax.enable_x64(self._entire):
+                out = merge_block(
+                    self.merge, inputs.values, inputs.base, self._region(block), known, dtype=dtype
+                )
             flat = np.asarray(out).reshape(-1)[: block.count]
             if self._check and has_nonfinite(flat):
                 raise nonfinite_error(self.job)

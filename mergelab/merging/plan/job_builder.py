@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,14 +19,17 @@ from mergelab.merging.recipe.scopes import ScopedSlice, ScopedSource, resolve
 from mergelab.merging.structure.layer_parts import MovedLayers, with_moved_parts
 from mergelab.merging.vocabulary import VocabularyPlan
 from mergelab.merging.vocabulary.embedding_rows import input_embedding, is_token_tensor
-from mergelab.operators import OPERATORS
+from mergelab.operators import WeightedSum, chain
 from mergelab.operators.compose import Merge
 from mergelab.operators.declare import Operator
 
 __all__ = ["Ingredients", "JobBuilder", "RowPrefix", "find_tensor", "outcome"]
 
 
-_PASSES_LONE = frozenset({"slerp", "nuslerp", "arcee_fusion"})
+_CAST = chain(WeightedSum(np.float32(1)), deltas=False)
+"""One model's tensor, written in another dtype."""
+
+Action = Literal["merge", "copy", "skip", "fault"]
 
 
 @dataclass(frozen=True)
@@ -50,24 +53,25 @@ def find_tensor(checkpoint: Checkpoint, name: str) -> TensorSource | None:
     return found
 
 
-def outcome(operator: Operator, piece: ScopedSlice, found: Ingredients) -> tuple[str, Sequence[TensorSource]]:
+def outcome(
+    operator: Operator, piece: ScopedSlice, found: Ingredients
+) -> tuple[Action, Sequence[TensorSource]]:
     """Decides what to do: `("merge", ...)`, `("copy", [one tensor])`, `("skip", [])` or `("fault", [])`.
 
-    slerp, nuslerp and arcee_fusion pass a lone tensor through, nearswap only the base's; model_stock falls
-    back to the base, or makes nothing; all others work on what is there, but need the base's tensor if they
-    need a base.
+    The operator declares what becomes of tensors that too few models have (`lone`) or that the base lacks
+    (`absent`); a tensor that only the base has is the base's.
     """
     inputs = [tensor for _, tensor in found.inputs]
     needs_base = operator.base == "required" or (operator.base == "optional" and piece.base is not None)
     if needs_base and found.base is None:
-        if operator.name in _PASSES_LONE and len(inputs) == 1:
+        if operator.absent == "copy" and len(inputs) == 1:
             return "copy", inputs
-        return ("skip" if operator.name == "model_stock" else "fault"), []
+        return ("skip" if operator.absent == "omit" else "fault"), []
     too_few = len(inputs) < operator.min_models
-    if found.base is not None and (not inputs or (too_few and operator.name == "model_stock")):
+    if found.base is not None and (not inputs or (too_few and operator.lone == "base")):
         return "copy", [found.base]
     if too_few:
-        return ("copy", inputs) if operator.name in _PASSES_LONE else ("fault", [])
+        return ("copy", inputs) if operator.lone == "copy" else ("fault", [])
     return "merge", inputs
 
 
@@ -185,7 +189,7 @@ class JobBuilder:
         names = [source.model for source, t in found.inputs if t is tensor]
         if not names and place.piece.base is not None:
             names = [place.piece.base.model]
-        merge = None if dtype == tensor.dtype else OPERATORS["passthrough"]()
+        merge = None if dtype == tensor.dtype else _CAST
         return Job(place.name, tuple(tensor.shape), dtype, (tensor,), None, merge, tuple(names))
 
     def _merge(self, place: OutputPlace, found: Ingredients) -> Job:
@@ -198,16 +202,16 @@ class JobBuilder:
         dtype = self._dtype(place, everyone)
         shape = tuple(everyone[0].shape)
         if not is_float(everyone[0].dtype):
-            self.settings.append("equal")
-            return Job(place.name, shape, dtype, tuple(everyone), None, None, tuple(owners))
+            self.settings.append(self.operator.integers)
+            kept = 1 if self.operator.integers == "first" else len(everyone)
+            return Job(place.name, shape, dtype, tuple(everyone[:kept]), None, None, tuple(owners[:kept]))
         given = dict(zip((s.model for s in place.piece.sources), place.names, strict=True))
         named = [(source, given[source.model]) for source, _ in found.inputs]
         arguments = resolve(self.operator, place.piece, named, place.name, place.t)
         self.factors.add(self.operator, arguments, [source.model for source, _ in found.inputs], place.name)
         setting = repr(sorted(arguments.items()))
         self.settings.append(setting)
-        unscaled = self.operator.name == "passthrough" and arguments.get("scale") in (None, [None])
-        if unscaled and dtype == inputs[0].dtype:
+        if self.operator.copies(arguments) and dtype == inputs[0].dtype:
             return Job(place.name, shape, dtype, tuple(inputs), None, None, tuple(owners))
         if setting not in self._merges:
             self._merges[setting] = self.operator(**arguments)

@@ -151,9 +151,13 @@ class Plan:
         return dict(sorted(kinds.items()))
 
     def memory_estimate(self, budget: int) -> int:
-        """Peak memory in bytes: the runtime, and what the largest job needs within the budget."""
+        """Peak memory in bytes: the runtime, and what the largest job needs.
+
+        A job in blocks keeps within the budget; one that needs its whole tensor at once takes what it takes.
+        """
+        whole = max((job.bytes_whole for job in self.jobs), default=0)
         largest = max((job.bytes_in + job.bytes_out + 8 * job.size for job in self.jobs), default=0)
-        return RUNTIME_BYTES + min(budget, 2 * largest)
+        return RUNTIME_BYTES + max(min(budget, 2 * largest), whole)
 
     def reading(self, folders: Mapping[str, Path]) -> Plan:
         """The same plan, reading the results of stages that have run; nothing is planned again.
@@ -283,7 +287,7 @@ def _plan(
     raise_faults(
         [
             *incomplete(checkpoints),
-            *([] if operator.name == "passthrough" else packed(checkpoints)),
+            *([] if operator.copies_unless is not None else packed(checkpoints)),
             *([] if allow_mixed_architectures else mixed(configs, donor)),
             *strangers(shapes, donor),
         ]

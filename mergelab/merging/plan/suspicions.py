@@ -30,7 +30,6 @@ MOST_TIMES = 20.0
 _TENSORS, _ELEMENTS, _GROUPS = 16, 4096, 4
 _EQUAL = 1e-6  # a change this small beside the base is none
 _NUMBER = re.compile(r"\.(\d{1,9})\.")
-_ELECTS = frozenset({"ties", "dare_ties", "della", "breadcrumbs_ties"})
 
 
 @dataclass
@@ -76,21 +75,23 @@ def _factors(operator: Operator, arguments: Mapping[str, Any], models: int) -> t
         given = arguments.get(keyword, default)
         return otherwise if given is None else given
 
-    for name, keyword in (("wise_ft", "alpha"), ("slerp", "t"), ("passthrough", "scale")):
-        if operator.name == name:
-            factor = value(keyword, 1.0)
-            one = next((f for f in factor if f is not None), 1.0) if isinstance(factor, list) else factor
-            return keyword, [float(one)] * models
-    weight = value("weight", None)
+    declared = next((p for p in operator.parameters if p.keyword == operator.strength), None)
+    if declared is not None and not declared.per_model:
+        factor = value(operator.strength, 1.0)
+        one = next((f for f in factor if f is not None), 1.0) if isinstance(factor, list) else factor
+        return operator.strength, [float(one)] * models
+    weight = value(operator.strength, None)
     if weight is None:
         return "", []
     weights = [float(w) for w in weight] if isinstance(weight, list) else [float(weight)] * models
     scale = float(value("lambda_", 1.0))
-    if value("normalize", value("normalize_weights", operator.name == "nuslerp")):
+    if value("normalize", value("normalize_weights", operator.shares == "always")):
         total = math.fsum(weights)
         # An election divides by the weights that won, so no share exceeds 1.
-        elects = operator.name in _ELECTS
-        weights = [1.0] * models if elects else [w / total for w in weights] if abs(total) > 1e-8 else weights
+        if operator.shares == "elected":
+            weights = [1.0] * models
+        elif abs(total) > 1e-8:
+            weights = [w / total for w in weights]
     return ("weight" if scale == 1 else "weight and lambda"), [w * scale for w in weights]
 
 

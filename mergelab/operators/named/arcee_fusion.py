@@ -57,7 +57,13 @@ class ArceeFusion(Reduction):
         return jnp.where(self.importance(xs[0], base) >= threshold, xs[0], jnp.float32(0))
 
 
-@operator(base="required", max_models=1, reference="mergekit 0.1.5, method arcee_fusion")
+@operator(
+    base="required",
+    max_models=1,
+    reference="mergekit 0.1.5, method arcee_fusion",
+    lone="copy",
+    absent="copy",
+)
 def arcee_fusion() -> Merge:
     """Keeps the base and takes over the other model's most important changes."""
     return Merge((), ArceeFusion())

@@ -52,7 +52,7 @@ def dare_linear(
     return _dare(weight, density, normalize, rescale, lambda_, rescale_by, elect=False)
 
 
-@operator(base="required", min_models=0, reference=_REFERENCE)
+@operator(base="required", min_models=0, reference=_REFERENCE, shares="elected")
 def dare_ties(
     weight: Annotated[Any, PerModel()],
     density: Density = 1.0,
@@ -101,7 +101,7 @@ def _della(
     )
 
 
-@operator(base="required", min_models=0, reference=_REFERENCE)
+@operator(base="required", min_models=0, reference=_REFERENCE, shares="elected")
 def della(
     weight: Annotated[Any, PerModel()],
     density: Density = 1.0,

@@ -38,7 +38,12 @@ def uniform() -> Merge:
     return Merge((), Mean(np.float32(1)), deltas=False)
 
 
-@operator(base="required", max_models=1, reference="Wortsman et al., WiSE-FT, arXiv 2109.01903")
+@operator(
+    base="required",
+    max_models=1,
+    reference="Wortsman et al., WiSE-FT, arXiv 2109.01903",
+    strength="alpha",
+)
 def wise_ft(alpha: float) -> Merge:
     """Moves from the base towards (or, for `alpha` above 1, beyond) one fine-tune: `(1 - a) B + a X`.
 
@@ -47,7 +52,14 @@ def wise_ft(alpha: float) -> Merge:
     return Merge((), WeightedSum(), scale=alpha)
 
 
-@operator(base="as_input", max_models=1, reference="mergekit 0.1.5, method passthrough")
+@operator(
+    base="as_input",
+    max_models=1,
+    reference="mergekit 0.1.5, method passthrough",
+    integers="first",
+    copies_unless="scale",
+    strength="scale",
+)
 def passthrough(scale: float | None = None) -> Merge:
     """Copies the single model's tensors, multiplied by `scale` if given."""
     return Merge((), WeightedSum(weights(1.0 if scale is None else scale)), deltas=False)

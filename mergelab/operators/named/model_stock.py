@@ -81,7 +81,13 @@ class ModelStock(Reduction):
         return rounded(t * mean) + rounded((1 - t) * base)
 
 
-@operator(base="required", min_models=2, reference="Jang et al., 'Model Stock', arXiv 2403.19522")
+@operator(
+    base="required",
+    min_models=2,
+    reference="Jang et al., 'Model Stock', arXiv 2403.19522",
+    lone="base",
+    absent="omit",
+)
 def model_stock(filter_wise: bool = False) -> Merge:
     """Interpolates between the base and the models' mean by the geometry of their differences."""
     return Merge((), ModelStock(filter_wise), deltas=False)

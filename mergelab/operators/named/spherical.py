@@ -46,7 +46,12 @@ class Slerp(GramReduction):
 
 
 @operator(
-    base="required", max_models=1, reference="Shoemake, 'Animating rotation with quaternion curves', 1985"
+    base="required",
+    max_models=1,
+    reference="Shoemake, 'Animating rotation with quaternion curves', 1985",
+    lone="copy",
+    absent="copy",
+    strength="t",
 )
 def slerp(t: float) -> Merge:
     """Spherical interpolation from the base (`t` = 0) to the other model (`t` = 1), tensor by tensor.
@@ -164,7 +169,15 @@ def _squared_sine(
     return jnp.where(short, 1 - cosine * cosine, jnp.clip(total(rest * rest), 0, 1))
 
 
-@operator(base="optional", min_models=2, max_models=2, reference="mergekit 0.1.5, method nuslerp")
+@operator(
+    base="optional",
+    min_models=2,
+    max_models=2,
+    reference="mergekit 0.1.5, method nuslerp",
+    lone="copy",
+    absent="copy",
+    shares="always",
+)
 def nuslerp(
     weight: Annotated[Any, PerModel()], nuslerp_row_wise: bool = False, nuslerp_flatten: bool = True
 ) -> Merge:

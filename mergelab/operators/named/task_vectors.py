@@ -69,7 +69,12 @@ def task_arithmetic(
     return task_vector_merge(weight, normalize=normalize, scale=lambda_)
 
 
-@operator(base="required", min_models=0, reference="Yadav et al., 'TIES-Merging', arXiv 2306.01708")
+@operator(
+    base="required",
+    min_models=0,
+    reference="Yadav et al., 'TIES-Merging', arXiv 2306.01708",
+    shares="elected",
+)
 def ties(
     weight: Annotated[Any, PerModel()],
     density: Density = 1.0,
@@ -121,7 +126,7 @@ def breadcrumbs(
     return task_vector_merge(weight, stage, normalize=normalize, scale=lambda_, rescale=rescale)
 
 
-@operator(base="required", min_models=0, reference=_REFERENCE)
+@operator(base="required", min_models=0, reference=_REFERENCE, shares="elected")
 def breadcrumbs_ties(
     weight: Annotated[Any, PerModel()],
     density: Density = 1.0,

@@ -1,0 +1,63 @@
+"""`tsv_m`: the task vectors' leading singular vectors, orthogonal to each other before they are added."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+
+from mergelab.operators.algebra import Arrays, Granularity, Known, Reduction, algebraic
+from mergelab.operators.compose import Merge
+from mergelab.operators.declare import operator, weights
+from mergelab.operators.low_rank import exact_svd, polar_factor
+from mergelab.operators.reductions import Mean
+from mergelab.operators.region import Region, TensorInfo
+
+__all__ = ["TaskSingularVectors", "tsv_m"]
+
+
+@algebraic
+class TaskSingularVectors(Reduction):
+    """`polar([U_1 ... U_T]) diag(S_1 ... S_T) polar([V_1 ... V_T])^T` of the task vectors' leading triples.
+
+    Each of the T matrices contributes its `min(m, n) // T` largest singular triples; the polar factors are
+    the nearest matrices with orthonormal columns, so that no task's directions interfere with another's.
+    Tensors that are not matrices, or have fewer rows or columns than there are tasks, are averaged.
+    """
+
+    matrix: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    @property
+    def grain(self) -> Granularity:
+        return "tensor" if self.matrix else "element"
+
+    def at(self, tensor: TensorInfo) -> Self:
+        return dataclasses.replace(self, matrix=tensor.role == "matrix")
+
+    def workspace(self, shape: tuple[int, ...], models: int) -> int:
+        """All models' factors in float64, with what LAPACK needs for one decomposition."""
+        rows, columns = shape
+        rank = min(shape)
+        factors = max(models, 3) * rank * (rows + columns)
+        return 8 * (2 * rows * columns + factors + 5 * rank * rank)
+
+    def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> jax.Array:
+        rank = min(region.shape) // len(xs) if self.matrix else 0
+        if rank == 0:
+            return Mean().apply(xs, base, region, ((),))
+        factors = [exact_svd(x, region.wide).cut(rank) for x in xs]
+        left = polar_factor(jnp.concatenate([f.left for f in factors], axis=1), region.wide)
+        right = polar_factor(jnp.concatenate([f.right for f in factors], axis=0), region.wide)
+        singular = jnp.concatenate([f.singular for f in factors])
+        return jnp.matmul(left * singular[None, :], right, precision="highest").astype(jnp.float32)
+
+
+@operator(
+    base="required",
+    reference="Gargiulo et al., 'Task Singular Vectors' (TSV-Merge), arXiv 2412.00081",
+)
+def tsv_m(lambda_: float = 1.0) -> Merge:
+    """TSV-Merge: adds the tasks' leading singular directions, each made orthogonal to all others."""
+    return Merge((), TaskSingularVectors(), weights(lambda_))

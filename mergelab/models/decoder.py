@@ -11,10 +11,9 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from mergelab.models.cache import Cache
-from mergelab.models.decoder_config import DecoderConfig, decoder_sites
-from mergelab.models.decoder_parameters import decoder_parameters
+from mergelab.models.decoder_config import DecoderConfig
 from mergelab.models.layers.attention import Attention, KeysValues, soft_cap, visible_keys
-from mergelab.models.layers.dense import Linear, matmul
+from mergelab.models.layers.dense import Embed, Linear, matmul
 from mergelab.models.layers.mlp import MLP, MixtureOfExperts
 from mergelab.models.layers.norms import Norm
 from mergelab.models.layers.rotary import rotary_tables
@@ -108,15 +107,12 @@ class Decoder(nn.Module):
             tap: what to do at the sites.
         """
         c = self.config
-        embed = nn.Embed(c.vocab_size, c.width, embedding_init=nn.initializers.normal(0.02), name="embed")
+        embed = Embed(c.vocab_size, c.width, "vocab", name="embed")
         x = embed(tokens)
         if c.embed_scale != 1.0:
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         if not c.rotary:
-            table = nn.Embed(
-                c.max_length, c.width, embedding_init=nn.initializers.normal(0.02), name="positions"
-            )
-            x = x + table(positions)
+            x = x + Embed(c.max_length, c.width, name="positions")(positions)
         x = tap("embed", x)
 
         length = tokens.shape[1]
@@ -145,8 +141,9 @@ class Decoder(nn.Module):
         x = Norm(c.norm, name="final_norm")(x, tap, "final_norm")
         if tap.done:
             return None, x, cache
-        logits = matmul(x, embed.embedding.T) if c.tied else Linear(c.vocab_size, name="unembed")(x)
+        unembed = Linear(c.vocab_size, ("embed", "vocab"), name="unembed")
+        logits = matmul(x, embed.embedding.T) if c.tied else unembed(x)
         return tap("logits", soft_cap(logits.astype(jnp.float32), c.logit_cap)), x, cache
 
 
-DECODER = Architecture(Decoder, decoder_parameters, decoder_sites, causal=True)
+DECODER = Architecture(Decoder, causal=True)

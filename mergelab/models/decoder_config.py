@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mergelab.models.layers.norms import NormKind
 from mergelab.models.layers.rotary import Rotary
-from mergelab.models.sites import Shape
 
-__all__ = ["DecoderConfig", "Experts", "decoder_sites"]
+__all__ = ["DecoderConfig", "Experts"]
 
 
 @dataclass(frozen=True)
@@ -79,36 +79,8 @@ class DecoderConfig:
         """Initial gain of what is added to the residual stream, twice a layer: keeps the sum's scale."""
         return (2 * self.layers) ** -0.5
 
-
-def decoder_sites(config: DecoderConfig) -> dict[str, Shape]:
-    """Name and symbolic shape of every site, in the order of the forward pass."""
-    c = config
-    stream: Shape = ("batch", "length", c.width)
-    factor: Shape = ("batch", "length", 1)
-    neurons: Shape = ("batch", "length", c.mlp_width)
-    if c.experts is not None:
-        neurons = ("batch", "length", c.experts.count, c.mlp_width)
-    sites: dict[str, Shape] = {"embed": stream}
-    for i in range(c.layers):
-        sites |= {
-            f"blocks.{i}.resid_pre": stream,
-            f"blocks.{i}.attn_norm.scale": factor,
-            f"blocks.{i}.attn.q": ("batch", "length", c.heads, c.head_dim),
-            f"blocks.{i}.attn.k": ("batch", "length", c.kv_heads, c.head_dim),
-            f"blocks.{i}.attn.v": ("batch", "length", c.kv_heads, c.head_dim),
-            f"blocks.{i}.attn.pattern": ("batch", c.heads, "query", "key"),
-            f"blocks.{i}.attn.z": ("batch", "length", c.heads, c.head_dim),
-            f"blocks.{i}.attn.out": stream,
-        }
-        if c.block != "parallel":
-            sites[f"blocks.{i}.resid_mid"] = stream
-        sites[f"blocks.{i}.mlp_norm.scale"] = factor
-        if c.experts is not None:
-            sites[f"blocks.{i}.mlp.router"] = ("batch", "length", c.experts.count)
-        sites |= {
-            f"blocks.{i}.mlp.pre": neurons,
-            f"blocks.{i}.mlp.post": neurons,
-            f"blocks.{i}.mlp.out": stream,
-            f"blocks.{i}.resid_post": stream,
-        }
-    return sites | {"final_norm.scale": factor, "logits": ("batch", "length", c.vocab_size)}
+    def one_of_each(self) -> tuple[DecoderConfig, Sequence[int]]:
+        """See `mergelab.models.derived.Configuration`."""
+        # Layers differ in rotation and window only, which change no shape.
+        rotary = (Rotary(10000.0, 2),) if self.rotary else ()
+        return replace(self, layers=1, rotary=rotary, windows=(None,)), (0,) * self.layers

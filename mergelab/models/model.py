@@ -15,8 +15,9 @@ from jaxtyping import Array, Bool, Int
 
 from mergelab.errors import CheckpointError, MergelabError
 from mergelab.models.cache import ArrayLeaf, Cache, new_cache
+from mergelab.models.derived import Derived, derive_blocks
 from mergelab.models.sites import Edit, Shape, Tap
-from mergelab.models.table import Leaf, Parameters, Row, build_table
+from mergelab.models.table import Leaf, Row, build_table
 from mergelab.models.token_checks import check_ids, check_length, check_positions, concrete, learned_positions
 
 __all__ = ["Architecture", "Family", "Model", "Output", "Params"]
@@ -24,19 +25,19 @@ __all__ = ["Architecture", "Family", "Model", "Output", "Params"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """A flax module that several families share, and what is known of it without building it.
+    """A flax module that several families share.
 
     Attributes:
-        module: from a configuration to the module.
-        parameters: path, shape and logical axes of every parameter.
-        sites: name and symbolic shape of every site, in forward order.
+        module: makes the module of a configuration, a hashable `mergelab.models.derived.Configuration`.
         causal: whether tokens see only earlier ones (it can keep a cache, and has logits).
     """
 
     module: Callable[[Any], nn.Module]
-    parameters: Callable[[Any], Parameters]
-    sites: Callable[[Any], dict[str, Shape]]
     causal: bool
+
+    def derived(self, config: Any) -> Derived:
+        """Parameters and sites of the module of a configuration, without running or filling it."""
+        return derive_blocks(self.module, config)
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Model:
         rows = list(self.family.rows(self.config))
         if not self.prefixed:
             rows = [row._replace(hf_name=row.hf_name.removeprefix(self.family.prefix)) for row in rows]
-        return build_table(rows, self.family.architecture.parameters(self.config), self.config.layers)
+        return build_table(rows, self.family.architecture.derived(self.config).parameters, self.config.layers)
 
     def for_tensors(self, names: Collection[str]) -> Model:
         """The same model with the table that fits a file: without a head, HF leaves the prefix away.
@@ -144,7 +145,7 @@ class Model:
 
     @cached_property
     def _sites(self) -> dict[str, Shape]:
-        return self.family.architecture.sites(self.config)
+        return self.family.architecture.derived(self.config).sites
 
     def init(self, seed: int) -> Params:
         """Fresh float32 parameters: embeddings of deviation 0.02, norm scales 1, kernels as in `Linear`."""
@@ -152,7 +153,7 @@ class Model:
 
         def start(key: Array) -> Any:
             tokens = jnp.zeros((1, 1), jnp.int32)
-            return module.init(key, tokens, tokens, None, None, Tap({}))["params"]
+            return module.init(key, tokens, tokens, None, None, Tap({}), mutable=["params"])["params"]
 
         return jax.jit(start)(jax.random.key(seed))
 

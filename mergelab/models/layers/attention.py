@@ -116,14 +116,15 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "batch length width"], KeysValues]:
         """Returns what is added to the residual stream, and the keys and values attended to."""
 
-        def heads_of(name: str, heads: int) -> Float[Array, "batch length heads head_dim"]:
-            y = Linear(heads * self.head_dim, self.qkv_bias, name=name)(x)
+        def heads_of(name: str, heads: int, axis: str) -> Float[Array, "batch length heads head_dim"]:
+            y = Linear(heads * self.head_dim, ("embed", axis), self.qkv_bias, name=name)(x)
             return y.reshape(*x.shape[:2], heads, self.head_dim)
 
-        q, k, v = heads_of("q", self.heads), heads_of("k", self.kv_heads), heads_of("v", self.kv_heads)
+        q = heads_of("q", self.heads, "heads")
+        k, v = (heads_of(name, self.kv_heads, "kv_heads") for name in "kv")
         if self.qk_norm is not None:
-            q = Norm(self.qk_norm, name="q_norm")(q)
-            k = Norm(self.qk_norm, name="k_norm")(k)
+            q = Norm(self.qk_norm, None, name="q_norm")(q)
+            k = Norm(self.qk_norm, None, name="k_norm")(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         q, k, v = tap(f"{site}.q", q), tap(f"{site}.k", k), tap(f"{site}.v", v)
@@ -131,7 +132,7 @@ class Attention(nn.Module):
             k, v = cache.write(layer, k, v)
         pattern = attention_pattern(q, k.astype(q.dtype), visible, self.scale, self.cap)
         z = tap(f"{site}.z", mix_values(tap(f"{site}.pattern", pattern), v.astype(q.dtype)))
-        project = Linear(x.shape[-1], self.out_bias, self.initial_gain, name="o")
+        project = Linear(x.shape[-1], ("heads", "embed"), self.out_bias, self.initial_gain, name="o")
         out = project(z.reshape(*x.shape[:2], -1))
         if self.out_norm is not None:
             out = Norm(self.out_norm, name="out_norm")(out)

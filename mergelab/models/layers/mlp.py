@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from mergelab.models.derived import param
 from mergelab.models.layers.dense import Linear, matmul
 from mergelab.models.layers.norms import Norm, NormKind
 from mergelab.models.sites import Tap
@@ -54,14 +55,14 @@ class MLP(nn.Module):
     def __call__(
         self, x: Float[Array, "batch length width"], tap: Tap, site: str
     ) -> Float[Array, "batch length width"]:
-        activate = ACTIVATIONS[self.activation]
+        activate, inward = ACTIVATIONS[self.activation], ("embed", "mlp")
         if self.gated:
-            pre = tap(f"{site}.pre", Linear(self.hidden, self.bias, name="gate")(x))
-            post = activate(pre) * Linear(self.hidden, self.bias, name="up")(x)
+            pre = tap(f"{site}.pre", Linear(self.hidden, inward, self.bias, name="gate")(x))
+            post = activate(pre) * Linear(self.hidden, inward, self.bias, name="up")(x)
         else:
-            post = activate(tap(f"{site}.pre", Linear(self.hidden, self.bias, name="up")(x)))
+            post = activate(tap(f"{site}.pre", Linear(self.hidden, inward, self.bias, name="up")(x)))
         post = tap(f"{site}.post", post)
-        out = Linear(x.shape[-1], self.bias, self.initial_gain, name="down")(post)
+        out = Linear(x.shape[-1], ("mlp", "embed"), self.bias, self.initial_gain, name="down")(post)
         if self.out_norm is not None:
             out = Norm(self.out_norm, name="out_norm")(out)
         return tap(f"{site}.out", out)
@@ -109,10 +110,11 @@ class MixtureOfExperts(nn.Module):
         width = x.shape[-1]
         stacked = nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=0)
         output = nn.initializers.variance_scaling(self.initial_gain**2, "fan_in", "normal", batch_axis=0)
-        router = self.param("router", nn.initializers.lecun_normal(), (width, self.experts))
-        gate = self.param("gate", stacked, (self.experts, width, self.hidden))
-        up = self.param("up", stacked, (self.experts, width, self.hidden))
-        down = self.param("down", output, (self.experts, self.hidden, width))
+        inward, outward = (self.experts, width, self.hidden), (self.experts, self.hidden, width)
+        router = param(self, "router", nn.initializers.lecun_normal(), (width, self.experts), ("embed", None))
+        gate = param(self, "gate", stacked, inward, ("experts", "embed", "mlp"))
+        up = param(self, "up", stacked, inward, ("experts", "embed", "mlp"))
+        down = param(self, "down", output, outward, ("experts", "mlp", "embed"))
         weights = tap(f"{site}.router", route(matmul(x, router).astype(jnp.float32), self.chosen))
         pre = tap(f"{site}.pre", jnp.einsum("blw,ewh->bleh", x, gate))
         post = ACTIVATIONS[self.activation](pre) * jnp.einsum("blw,ewh->bleh", x, up)

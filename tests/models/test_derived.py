@@ -71,7 +71,7 @@ class _Toy(nn.Module):
         self, tokens: jax.Array, positions: jax.Array, mask: None, cache: None, tap: Tap
     ) -> jax.Array:
         scale = param(self, "scale", nn.initializers.ones, (3,), self.axes)
-        x = tap("x", tokens[..., None] * scale[None, None])
+        x = tap("x", tokens[..., None].astype(jnp.float32) * scale[None, None])
         return tap("twice", jnp.concatenate([x, x], axis=1)) if self.repeats else x
 
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from mergelab.models.layers.attention import Attention, visible_keys
+from mergelab.models.layers.attention import Attention, AttentionSpec, visible_keys
 from mergelab.models.layers.dense import Embed, Linear
-from mergelab.models.layers.mlp import MLP
+from mergelab.models.layers.mlp import MLP, MLPSpec
 from mergelab.models.layers.norms import Norm, NormKind
 from mergelab.models.model import Architecture
 from mergelab.models.sites import Tap
@@ -49,6 +49,16 @@ class EncoderConfig:
         """Width of a head."""
         return self.width // self.heads
 
+    @property
+    def least_tensors(self) -> int:
+        """Number of tensors that the files of such a model hold at least."""
+        return self.layers
+
+    @property
+    def learned_positions(self) -> bool:
+        """Positions are a table of embeddings."""
+        return True
+
     def one_of_each(self) -> tuple[EncoderConfig, Sequence[int]]:
         """See `mergelab.models.derived.Configuration`."""
         return replace(self, layers=1), (0,) * self.layers
@@ -67,21 +77,21 @@ class Block(nn.Module):
     def __call__(self, x: Stream, visible: Bool[Array, "rows length length"], tap: Tap) -> Stream:
         c, site = self.config, f"blocks.{self.layer}"
         x = tap(f"{site}.resid_pre", x)
-        attention = Attention(
-            heads=c.heads,
-            kv_heads=c.heads,
+        heads = AttentionSpec(
+            n_heads=c.heads,
+            n_kv_heads=c.heads,
             head_dim=c.head_dim,
             scale=c.head_dim**-0.5,
             qkv_bias=True,
             out_bias=True,
-            name="attn",
         )
+        attention = Attention(heads, name="attn")
         attended, _ = attention(x, visible, None, None, self.layer, tap, f"{site}.attn")
         if tap.done:
             return x
         x = Norm(c.norm, name="attn_norm")(x + attended, tap, f"{site}.attn_norm")
         x = tap(f"{site}.resid_mid", x)
-        mlp = MLP(c.mlp_width, c.activation, gated=False, bias=True, name="mlp")
+        mlp = MLP(MLPSpec(c.mlp_width, c.activation, gated=False, bias=True), name="mlp")
         x = Norm(c.norm, name="mlp_norm")(x + mlp(x, tap, f"{site}.mlp"), tap, f"{site}.mlp_norm")
         return tap(f"{site}.resid_post", x)
 

@@ -101,6 +101,14 @@ class Model:
     hf_config: Mapping[str, Any] = field(compare=False, repr=False)
     prefixed: bool = True
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Every call of a compiled function looks its model up, and a configuration describes every layer.
+        return hash((self.family, self.config, self.prefixed))
+
     def table(self) -> tuple[Leaf, ...]:
         """Every parameter: its path, shape and logical axes, and the HF tensors that store it."""
         return self._table
@@ -118,13 +126,12 @@ class Model:
         Raises:
             CheckpointError: the configuration has more layers than there are tensors.
         """
-        layers, experts = self.config.layers, getattr(self.config, "experts", None)
-        least = layers * (1 if experts is None else experts.count)
+        layers, least = self.config.layers, self.config.least_tensors
         if least > len(names):
             # Said before a table of so many rows is made.
-            of = "" if experts is None else f" of {experts.count:,} experts"
+            each = "" if least == layers else f" of {least:,} experts in all"
             raise CheckpointError(
-                f"the model's config.json has {layers:,} layers{of}, but its weights hold only "
+                f"the model's config.json has {layers:,} layers{each}, but its weights hold only "
                 f"{len(names):,} tensors; use the config.json that belongs to them."
             )
         prefix = self.family.prefix
@@ -254,7 +261,7 @@ class Model:
         if not self.family.architecture.causal:
             raise self._no_cache()
         c = self.config
-        return new_cache(c.layers, batch, max_length, c.kv_heads, c.head_dim, dtype)
+        return new_cache([block.kept for block in c.blocks], batch, max_length, dtype)
 
     def _no_cache(self) -> MergelabError:
         kind = self.family.model_type

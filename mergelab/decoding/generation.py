@@ -20,6 +20,7 @@ from mergelab.decoding.transforms import History, require
 from mergelab.models.cache import Cache
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit, as_partials
+from mergelab.models.token_checks import learned_positions
 
 __all__ = ["Generated", "GenerationState", "advance", "begin", "generate", "start"]
 
@@ -243,8 +244,8 @@ def begin(
     check_prompts(prompts, real, model.config.vocab_size)
     require("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1")
     longest = int(real.sum(axis=1).max()) + max_new_tokens - 1  # the last token is never read
-    if not model.config.rotary:
-        room = model.config.max_length
+    room = learned_positions(model)
+    if room is not None:
         place = f"generate(max_new_tokens={max_new_tokens})"
         require(place, f"{longest} positions", longest <= room, f"at most the model's {room} learned ones")
     prompts, real = widen(prompts, real, bucket_size(prompts.shape[1]))

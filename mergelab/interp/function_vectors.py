@@ -88,7 +88,7 @@ def mean_heads(model: Model, params: Params, tokens: Any, *, mask: Any = None, b
         SiteError: as `function_vector`.
     """
     require_decoder(model)
-    if model.config.block == "sandwich":
+    if any(leaf.path[-2:] == ("out_norm", "scale") for leaf in model.table()):
         raise SiteError(
             f"in a {model.family.model_type!r} model a norm stands between heads and the stream, so that "
             "what heads write does not add up; take a family without one."

@@ -6,6 +6,7 @@ promotes the tokens whose embeddings the row resembles.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -109,7 +110,7 @@ def _values(model: Model, params: Params, layer: int) -> Array:
     """The rows that the neurons of a block write: `[neurons, width]`."""
     unembedding(model, params)  # refuses encoders
     down = params[f"blocks_{layer}"]["mlp"]["down"]
-    kernel = down if model.config.experts is not None else down["kernel"]
+    kernel = down["kernel"] if isinstance(down, Mapping) else down  # experts are one stack
     return kernel.reshape(-1, kernel.shape[-1])
 
 

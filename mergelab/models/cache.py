@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,13 +70,19 @@ class Cache:
 
 
 def new_cache(
-    layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: jnp.dtype | type
+    kept: Sequence[tuple[tuple[int, int], tuple[int, int]]], batch: int, slots: int, dtype: jnp.dtype | type
 ) -> Cache:
-    """An empty cache."""
-    shape = (batch, slots, kv_heads, head_dim)
+    """An empty cache.
+
+    Args:
+        kept: per layer, heads and width of keys, and of values.
+        batch: number of rows.
+        slots: number of tokens that a row can hold.
+        dtype: dtype of keys and values.
+    """
     return Cache(
-        keys=tuple(jnp.zeros(shape, dtype) for _ in range(layers)),
-        values=tuple(jnp.zeros(shape, dtype) for _ in range(layers)),
+        keys=tuple(jnp.zeros((batch, slots, *keys), dtype) for keys, _ in kept),
+        values=tuple(jnp.zeros((batch, slots, *values), dtype) for _, values in kept),
         mask=jnp.zeros((batch, slots), jnp.bool_),
         length=jnp.int32(0),
     )

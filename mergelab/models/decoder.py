@@ -1,4 +1,4 @@
-"""The decoder that every causal family shares, as flax.linen modules driven by a `DecoderConfig`.
+"""The decoder that every causal family shares: its configuration, and the flax.linen module it runs on.
 
 The modules are linen, not nnx: `init` and `apply` are pure functions of a plain dictionary of parameters,
 which is the object that merging, optax and checkpoints all work on.
@@ -6,80 +6,96 @@ which is the object that merging, optax and checkpoints all work on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from mergelab.models.cache import Cache
-from mergelab.models.decoder_config import DecoderConfig, decoder_sites
-from mergelab.models.decoder_parameters import decoder_parameters
-from mergelab.models.layers.attention import Attention, KeysValues, soft_cap, visible_keys
-from mergelab.models.layers.dense import Linear, matmul
-from mergelab.models.layers.mlp import MLP, MixtureOfExperts
-from mergelab.models.layers.norms import Norm
-from mergelab.models.layers.rotary import rotary_tables
+from mergelab.models.layers.attention import AttentionSpec, KeysValues, soft_cap
+from mergelab.models.layers.block import AnyBlock, Pass, Stream
+from mergelab.models.layers.dense import Embed, Linear, matmul
+from mergelab.models.layers.norms import Norm, NormKind
 from mergelab.models.model import Architecture
 from mergelab.models.sites import Tap
 
-__all__ = ["DECODER", "Decoder"]
-
-Stream = Float[Array, "batch length width"]
-Rotation = tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]
+__all__ = ["DECODER", "Decoder", "DecoderConfig"]
 
 
-class Block(nn.Module):
-    """One transformer block.
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder: its blocks, and what stands around them.
 
-    What attention and MLP add to the stream is their `out` site; in a sandwich block it is normalized first,
-    so the sites hold what is really added.
+    Attributes:
+        vocab_size, width: tokens, residual width.
+        max_length: positions the model is made for; the size of the table of learned positions.
+        blocks: what each layer is made of (`BlockSpec`, or another `AnyBlock`).
+        norm: the norm of the end.
+        learned_positions: whether positions are a table of embeddings, and not rotations in the blocks.
+        embed_scale: what embeddings are multiplied with.
+        logit_cap: soft cap of the logits, or None.
+        tied: whether the logits use the embedding matrix.
     """
 
-    config: DecoderConfig
-    layer: int
+    vocab_size: int
+    width: int
+    max_length: int
+    blocks: tuple[AnyBlock, ...]
+    norm: NormKind = field(default_factory=NormKind)
+    learned_positions: bool = False
+    embed_scale: float = 1.0
+    logit_cap: float | None = None
+    tied: bool = False
 
-    @nn.compact
-    def __call__(
-        self,
-        x: Stream,
-        visible: Bool[Array, "rows length key"],
-        rotation: Rotation | None,
-        cache: Cache | None,
-        tap: Tap,
-    ) -> tuple[Stream, KeysValues]:
-        c, site = self.config, f"blocks.{self.layer}"
-        x = tap(f"{site}.resid_pre", x)
-        attention = Attention(
-            heads=c.heads,
-            kv_heads=c.kv_heads,
-            head_dim=c.head_dim,
-            scale=c.query_scale,
-            qkv_bias=c.qkv_bias,
-            out_bias=c.out_bias,
-            qk_norm=c.qk_norm,
-            cap=c.attention_cap,
-            out_norm=c.norm if c.block == "sandwich" else None,
-            initial_gain=c.residual_gain,
-            name="attn",
-        )
-        normed = Norm(c.norm, name="attn_norm")(x, tap, f"{site}.attn_norm")
-        attended, seen = attention(normed, visible, rotation, cache, self.layer, tap, f"{site}.attn")
-        if tap.done:
-            return x, seen
-        if c.block == "parallel":
-            normed = Norm(c.norm, name="mlp_norm")(x, tap, f"{site}.mlp_norm")
-            return tap(f"{site}.resid_post", x + attended + self._mlp()(normed, tap, f"{site}.mlp")), seen
-        x = tap(f"{site}.resid_mid", x + attended)
-        normed = Norm(c.norm, name="mlp_norm")(x, tap, f"{site}.mlp_norm")
-        return tap(f"{site}.resid_post", x + self._mlp()(normed, tap, f"{site}.mlp")), seen
+    @property
+    def layers(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
 
-    def _mlp(self) -> MLP | MixtureOfExperts:
-        c = self.config
-        if c.experts is not None:
-            return MixtureOfExperts(
-                c.experts.count, c.experts.chosen, c.mlp_width, c.activation, c.residual_gain, name="mlp"
-            )
-        out_norm = c.norm if c.block == "sandwich" else None
-        return MLP(c.mlp_width, c.activation, c.gated, c.mlp_bias, out_norm, c.residual_gain, name="mlp")
+    @property
+    def heads(self) -> int:
+        """Query heads of the first block."""
+        return self._attention.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads of the first block."""
+        return self._attention.n_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head of the first block."""
+        return self._attention.head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        """Neurons of the feed-forward layer of the first block (of one expert)."""
+        block: Any = self.blocks[0]
+        return block.mlp.hidden
+
+    @property
+    def _attention(self) -> AttentionSpec:
+        block: Any = self.blocks[0]
+        return block.attention
+
+    @property
+    def least_tensors(self) -> int:
+        """Number of tensors that the files of such a model hold at least."""
+        return sum(block.tensors for block in self.blocks)
+
+    @property
+    def residual_gain(self) -> float:
+        """Initial gain of what is added to the residual stream, twice a layer: keeps the sum's scale."""
+        return (2 * self.layers) ** -0.5
+
+    def one_of_each(self) -> tuple[DecoderConfig, Sequence[int]]:
+        """See `mergelab.models.derived.Configuration`."""
+        outlines = {block: block.outline() for block in dict.fromkeys(self.blocks)}
+        numbers = {outline: n for n, outline in enumerate(dict.fromkeys(outlines.values()))}
+        return replace(self, blocks=tuple(numbers)), [numbers[outlines[block]] for block in self.blocks]
 
 
 class Decoder(nn.Module):
@@ -108,45 +124,34 @@ class Decoder(nn.Module):
             tap: what to do at the sites.
         """
         c = self.config
-        embed = nn.Embed(c.vocab_size, c.width, embedding_init=nn.initializers.normal(0.02), name="embed")
+        embed = Embed(c.vocab_size, c.width, "vocab", name="embed")
         x = embed(tokens)
         if c.embed_scale != 1.0:
             x = x * jnp.asarray(c.embed_scale, x.dtype)
-        if not c.rotary:
-            table = nn.Embed(
-                c.max_length, c.width, embedding_init=nn.initializers.normal(0.02), name="positions"
-            )
-            x = x + table(positions)
+        if c.learned_positions:
+            x = x + Embed(c.max_length, c.width, name="positions")(positions)
         x = tap("embed", x)
 
-        length = tokens.shape[1]
-        if cache is None:
-            queries, keys, real = jnp.arange(length, dtype=jnp.int32), length, mask
-        else:
-            queries, keys = cache.length + jnp.arange(length, dtype=jnp.int32), cache.slots
-            real = cache.extend_mask(jnp.ones(tokens.shape, jnp.bool_) if mask is None else mask)
-        visible = {w: visible_keys(queries, keys, real, window=w) for w in dict.fromkeys(c.windows)}
-        rotations: dict[object, Rotation] = {r: rotary_tables(positions, r) for r in dict.fromkeys(c.rotary)}
-
+        shared = Pass(positions, mask, cache, tap)
         seen: list[KeysValues] = []
-        for i in range(c.layers):
+        for i, spec in enumerate(c.blocks):
             if tap.done:
                 return None, None, None
-            rotation = rotations[c.rotary[i]] if c.rotary else None
-            block = Block(c, i, name=f"blocks_{i}")
-            x, keys_values = block(x, visible[c.windows[i]], rotation, cache, tap)
+            x, keys_values = spec.module(i, c.residual_gain, f"blocks_{i}")(x, shared)
             seen.append(keys_values)
         if cache is not None:
-            assert real is not None
+            assert shared.real is not None
             ks, vs = zip(*seen, strict=True)
-            cache = Cache(keys=ks, values=vs, mask=real, length=cache.length + length)
+            length = cache.length + tokens.shape[1]
+            cache = replace(cache, keys=ks, values=vs, mask=shared.real, length=length)
         if tap.done:
             return None, None, cache
         x = tap("unembed.input", Norm(c.norm, name="final_norm")(x, tap, "final_norm"))
         if tap.done:
             return None, x, cache
-        logits = matmul(x, embed.embedding.T) if c.tied else Linear(c.vocab_size, name="unembed")(x)
+        unembed = Linear(c.vocab_size, ("embed", "vocab"), name="unembed")
+        logits = matmul(x, embed.embedding.T) if c.tied else unembed(x)
         return tap("logits", soft_cap(logits.astype(jnp.float32), c.logit_cap)), x, cache
 
 
-DECODER = Architecture(Decoder, decoder_parameters, decoder_sites, causal=True)
+DECODER = Architecture(Decoder, causal=True)

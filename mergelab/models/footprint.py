@@ -146,11 +146,11 @@ def footprint(
         whole += mine if mine == leaf.size * width else 0
     cache = 0
     if cache_length:
-        c = model.config
-        shape = (batch, cache_length, c.kv_heads, c.head_dim)
-        sharding = named_sharding(devices, shape, ("batch", "length", "kv_heads", None), rules)
         width = max(dtype_of(leaf).itemsize for leaf in model.table())
-        cache = 2 * c.layers * math.prod(sharding.shard_shape(shape)) * width
+        for shape, count in Counter(kept for block in model.config.blocks for kept in block.kept).items():
+            stored = (batch, cache_length, *shape)
+            sharding = named_sharding(devices, stored, ("batch", "length", "kv_heads", None), rules)
+            cache += count * math.prod(sharding.shard_shape(stored)) * width
     return Footprint(dict(mesh), parameters, whole, total, cache)
 
 

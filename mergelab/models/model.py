@@ -15,8 +15,9 @@ from jaxtyping import Array, Bool, Int
 
 from mergelab.errors import CheckpointError, MergelabError
 from mergelab.models.cache import ArrayLeaf, Cache, new_cache
+from mergelab.models.derived import Derived, derive_blocks
 from mergelab.models.sites import Edit, Shape, Tap
-from mergelab.models.table import Leaf, Parameters, Row, build_table
+from mergelab.models.table import Leaf, Row, build_table
 from mergelab.models.token_checks import check_ids, check_length, check_positions, concrete, learned_positions
 
 __all__ = ["Architecture", "Family", "Model", "Output", "Params"]
@@ -24,19 +25,19 @@ __all__ = ["Architecture", "Family", "Model", "Output", "Params"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """A flax module that several families share, and what is known of it without building it.
+    """A flax module that several families share.
 
     Attributes:
-        module: from a configuration to the module.
-        parameters: path, shape and logical axes of every parameter.
-        sites: name and symbolic shape of every site, in forward order.
+        module: makes the module of a configuration, a hashable `mergelab.models.derived.Configuration`.
         causal: whether tokens see only earlier ones (it can keep a cache, and has logits).
     """
 
     module: Callable[[Any], nn.Module]
-    parameters: Callable[[Any], Parameters]
-    sites: Callable[[Any], dict[str, Shape]]
     causal: bool
+
+    def derived(self, config: Any) -> Derived:
+        """Parameters and sites of the module of a configuration, without running or filling it."""
+        return derive_blocks(self.module, config)
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,14 @@ class Model:
     hf_config: Mapping[str, Any] = field(compare=False, repr=False)
     prefixed: bool = True
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Every call of a compiled function looks its model up, and a configuration describes every layer.
+        return hash((self.family, self.config, self.prefixed))
+
     def table(self) -> tuple[Leaf, ...]:
         """Every parameter: its path, shape and logical axes, and the HF tensors that store it."""
         return self._table
@@ -109,7 +118,7 @@ class Model:
         rows = list(self.family.rows(self.config))
         if not self.prefixed:
             rows = [row._replace(hf_name=row.hf_name.removeprefix(self.family.prefix)) for row in rows]
-        return build_table(rows, self.family.architecture.parameters(self.config), self.config.layers)
+        return build_table(rows, self.family.architecture.derived(self.config).parameters, self.config.layers)
 
     def for_tensors(self, names: Collection[str]) -> Model:
         """The same model with the table that fits a file: without a head, HF leaves the prefix away.
@@ -117,13 +126,12 @@ class Model:
         Raises:
             CheckpointError: the configuration has more layers than there are tensors.
         """
-        layers, experts = self.config.layers, getattr(self.config, "experts", None)
-        least = layers * (1 if experts is None else experts.count)
+        layers, least = self.config.layers, self.config.least_tensors
         if least > len(names):
             # Said before a table of so many rows is made.
-            of = "" if experts is None else f" of {experts.count:,} experts"
+            each = "" if least == layers else f" of {least:,} experts in all"
             raise CheckpointError(
-                f"the model's config.json has {layers:,} layers{of}, but its weights hold only "
+                f"the model's config.json has {layers:,} layers{each}, but its weights hold only "
                 f"{len(names):,} tensors; use the config.json that belongs to them."
             )
         prefix = self.family.prefix
@@ -144,7 +152,7 @@ class Model:
 
     @cached_property
     def _sites(self) -> dict[str, Shape]:
-        return self.family.architecture.sites(self.config)
+        return self.family.architecture.derived(self.config).sites
 
     def init(self, seed: int) -> Params:
         """Fresh float32 parameters: embeddings of deviation 0.02, norm scales 1, kernels as in `Linear`."""
@@ -152,7 +160,7 @@ class Model:
 
         def start(key: Array) -> Any:
             tokens = jnp.zeros((1, 1), jnp.int32)
-            return module.init(key, tokens, tokens, None, None, Tap({}))["params"]
+            return module.init(key, tokens, tokens, None, None, Tap({}), mutable=["params"])["params"]
 
         return jax.jit(start)(jax.random.key(seed))
 
@@ -253,7 +261,7 @@ class Model:
         if not self.family.architecture.causal:
             raise self._no_cache()
         c = self.config
-        return new_cache(c.layers, batch, max_length, c.kv_heads, c.head_dim, dtype)
+        return new_cache([block.kept for block in c.blocks], batch, max_length, dtype)
 
     def _no_cache(self) -> MergelabError:
         kind = self.family.model_type

@@ -28,13 +28,13 @@ class Embeds(Protocol):
 
     @property
     def config(self) -> Any:
-        """Its sizes: `vocab_size`, `max_length`, and `rotary` where positions are rotations."""
+        """Its sizes: `vocab_size`, `max_length`, and whether it has `learned_positions`."""
         ...
 
 
 def learned_positions(model: Embeds) -> int | None:
     """How many positions have a learned embedding; None where positions are rotations, which do not end."""
-    return None if getattr(model.config, "rotary", ()) else model.config.max_length
+    return model.config.max_length if model.config.learned_positions else None
 
 
 def concrete(values: Any) -> np.ndarray | None:

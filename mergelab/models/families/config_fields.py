@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mergelab.errors import CheckpointError, did_you_mean, quoted
-from mergelab.models.decoder_config import DecoderConfig
+from mergelab.models.decoder import DecoderConfig
 from mergelab.models.families.rotary_config import ROTARY_FIELDS, read_rotary
+from mergelab.models.layers.attention import AttentionSpec
+from mergelab.models.layers.block import BlockSpec
+from mergelab.models.layers.mlp import Experts, MLPSpec
 from mergelab.models.layers.norms import NormKind
+from mergelab.models.layers.rotary import Rotary
 
-__all__ = ["head_width", "layer_types_of", "read_fields", "read_usual_fields", "usual_decoder"]
+__all__ = ["head_width", "layer_types_of", "layered", "read_fields", "read_usual_fields", "usual_decoder"]
 
 
 MAX_LAYERS = 10_000
@@ -293,46 +298,70 @@ def read_usual_fields(
 
 
 def usual_decoder(
-    fields: Mapping[str, Any], place: str, theta: float = 10000.0, **different: Any
+    fields: Mapping[str, Any],
+    place: str,
+    *,
+    theta: float = 10000.0,
+    rotary: Sequence[Rotary] | None = None,
+    windows: Sequence[int | None] | None = None,
+    attention: Mapping[str, Any] | None = None,
+    mlp: MLPSpec | Experts | None = None,
+    block: Mapping[str, Any] | None = None,
+    **different: Any,
 ) -> DecoderConfig:
-    """The decoder that the usual fields describe.
+    """The decoder that the usual fields describe: blocks alike but for rotation and window.
 
     Args:
         fields: from `read_usual_fields`.
         place: the config's path, for messages.
-        theta: the base of the rotary frequencies where the config names none.
+        theta: base of the rotary frequencies where the config names none.
+        rotary: rotation of each layer; by default the one that the config names.
+        windows: window of each layer; none by default.
+        attention: fields of `AttentionSpec` that this family sets otherwise.
+        mlp: the feed-forward layer; by default a gated one of SiLU without biases.
+        block: fields of `BlockSpec` that this family sets otherwise.
         different: fields of `DecoderConfig` that this family sets otherwise.
 
     Raises:
         CheckpointError: the rotary scaling is unknown or malformed.
     """
-    layers, heads, length = (
-        fields["num_hidden_layers"],
-        fields["num_attention_heads"],
-        fields["max_position_embeddings"],
-    )
-    head_dim = fields["head_dim"]
+    layers, heads = fields["num_hidden_layers"], fields["num_attention_heads"]
+    length, head_dim = fields["max_position_embeddings"], fields["head_dim"]
     key_heads = fields["num_key_value_heads"] or heads
     if heads % key_heads:
         raise CheckpointError(
             f"{place} has {heads} heads for {key_heads} key-value heads, which cannot share them evenly; "
             "correct one of the two."
         )
-    if "rotary" not in different:
-        rotary = read_rotary(fields, place, head_dim=head_dim, max_length=length, theta=theta)
-        different["rotary"] = (rotary,) * layers
+    rotations: list[Rotary | None] = list(rotary or ())
+    if not rotations:
+        one = read_rotary(fields, place, head_dim=head_dim, max_length=length, theta=theta)
+        rotations = [one] * layers
+    shape = {"n_heads": heads, "n_kv_heads": key_heads, "head_dim": head_dim, "scale": head_dim**-0.5}
+    norm = NormKind("rms", fields["rms_norm_eps"])
     usual: dict[str, Any] = {
+        "attention": AttentionSpec(**shape | dict(attention or {})),
+        "mlp": mlp or MLPSpec(fields["intermediate_size"]),
+        "norm": norm,
+    }
+    spec = BlockSpec(**usual | dict(block or {}))
+    outside = {
         "vocab_size": fields["vocab_size"],
         "width": fields["hidden_size"],
-        "layers": layers,
-        "heads": heads,
-        "kv_heads": key_heads,
-        "head_dim": head_dim,
-        "mlp_width": fields["intermediate_size"],
         "max_length": length,
-        "windows": (None,) * layers,
-        "query_scale": head_dim**-0.5,
-        "norm": NormKind("rms", fields["rms_norm_eps"]),
+        "blocks": layered(spec, rotations, windows or (None,) * layers),
+        "norm": spec.norm,
         "tied": fields["tie_word_embeddings"],
     }
-    return DecoderConfig(**usual | different)
+    return DecoderConfig(**outside | different)
+
+
+def layered(
+    spec: BlockSpec, rotary: Sequence[Rotary | None], windows: Sequence[int | None]
+) -> tuple[BlockSpec, ...]:
+    """One block per layer, alike but for rotation and window; equal layers are one object."""
+    kinds = {
+        (rotation, window): replace(spec, attention=replace(spec.attention, rotary=rotation, window=window))
+        for rotation, window in zip(rotary, windows, strict=True)
+    }
+    return tuple(kinds[key] for key in zip(rotary, windows, strict=True))

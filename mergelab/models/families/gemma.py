@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mergelab.models.decoder import DECODER
-from mergelab.models.decoder_config import DecoderConfig
+from mergelab.models.decoder import DECODER, DecoderConfig
 from mergelab.models.families.config_fields import layer_types_of, read_usual_fields, usual_decoder
 from mergelab.models.families.llama import LLAMA_LINEAR, LLAMA_UNUSED, llama_rows
 from mergelab.models.families.rotary_config import read_rotary, rotary_from
+from mergelab.models.layers.mlp import MLPSpec
 from mergelab.models.layers.norms import NormKind
 from mergelab.models.layers.rotary import Rotary
 from mergelab.models.model import Family
@@ -75,7 +75,7 @@ def read_gemma3(config: Mapping[str, Any], place: str) -> DecoderConfig:
         place,
         windows,
         rotary=tuple(full if window is None else sliding for window in windows),
-        qk_norm=NormKind("rms", fields["rms_norm_eps"], offset=1.0),
+        attention={"qk_norm": NormKind("rms", fields["rms_norm_eps"], offset=1.0)},
     )
 
 
@@ -98,22 +98,28 @@ def _rotaries(fields: Mapping[str, Any], place: str) -> tuple[Rotary, Rotary]:
 
 
 def _decoder(
-    fields: Mapping[str, Any], place: str, windows: tuple[int | None, ...], **different: Any
+    fields: Mapping[str, Any],
+    place: str,
+    windows: tuple[int | None, ...],
+    rotary: tuple[Rotary, ...] | None = None,
+    attention: Mapping[str, Any] | None = None,
 ) -> DecoderConfig:
     return usual_decoder(
         fields,
         place,
         windows=windows,
-        norm=NormKind("rms", fields["rms_norm_eps"], offset=1.0),
-        block="sandwich",
-        query_scale=fields["query_pre_attn_scalar"] ** -0.5,
-        qkv_bias=fields["attention_bias"],
-        out_bias=fields["attention_bias"],
-        attention_cap=fields["attn_logit_softcapping"],
+        rotary=rotary,
+        attention={
+            "scale": fields["query_pre_attn_scalar"] ** -0.5,
+            "qkv_bias": fields["attention_bias"],
+            "out_bias": fields["attention_bias"],
+            "cap": fields["attn_logit_softcapping"],
+            **(attention or {}),
+        },
+        mlp=MLPSpec(fields["intermediate_size"], "gelu_pytorch_tanh"),
+        block={"norm": NormKind("rms", fields["rms_norm_eps"], offset=1.0), "placement": "sandwich"},
         logit_cap=fields["final_logit_softcapping"],
-        activation="gelu_pytorch_tanh",
         embed_scale=fields["hidden_size"] ** 0.5,
-        **different,
     )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mergelab.models.decoder import DECODER
-from mergelab.models.decoder_config import DecoderConfig
+from mergelab.models.decoder import DECODER, DecoderConfig
 from mergelab.models.families.config_fields import head_width, read_fields
-from mergelab.models.layers.mlp import ACTIVATIONS
+from mergelab.models.layers.attention import AttentionSpec
+from mergelab.models.layers.block import BlockSpec
+from mergelab.models.layers.mlp import ACTIVATIONS, MLPSpec
 from mergelab.models.layers.norms import NormKind
 from mergelab.models.model import Family
 from mergelab.models.table import Fused, Row
@@ -68,24 +69,17 @@ def read_gpt2(config: Mapping[str, Any], place: str) -> DecoderConfig:
     )
     width, layers, heads = fields["n_embd"], fields["n_layer"], fields["n_head"]
     head_dim = head_width(width, heads, place)
+    attention = AttentionSpec(heads, heads, head_dim, head_dim**-0.5, qkv_bias=True, out_bias=True)
+    hidden, activation = fields["n_inner"] or 4 * width, fields["activation_function"]
+    mlp = MLPSpec(hidden, activation, gated=False, bias=True)
+    norm = NormKind("layer", fields["layer_norm_epsilon"])
     return DecoderConfig(
         vocab_size=fields["vocab_size"],
         width=width,
-        layers=layers,
-        heads=heads,
-        kv_heads=heads,
-        head_dim=head_dim,
-        mlp_width=fields["n_inner"] or 4 * width,
         max_length=fields["n_positions"],
-        rotary=(),
-        windows=(None,) * layers,
-        query_scale=head_dim**-0.5,
-        norm=NormKind("layer", fields["layer_norm_epsilon"]),
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        activation=fields["activation_function"],
-        gated=False,
+        blocks=(BlockSpec(attention, mlp, norm),) * layers,
+        norm=norm,
+        learned_positions=True,
         tied=fields["tie_word_embeddings"],
     )
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mergelab.models.decoder import DECODER
-from mergelab.models.decoder_config import DecoderConfig
+from mergelab.models.decoder import DECODER, DecoderConfig
 from mergelab.models.families.config_fields import head_width, read_fields
 from mergelab.models.families.rotary_config import ROTARY_FIELDS, read_rotary
-from mergelab.models.layers.mlp import ACTIVATIONS
+from mergelab.models.layers.attention import AttentionSpec
+from mergelab.models.layers.block import BlockSpec
+from mergelab.models.layers.mlp import ACTIVATIONS, MLPSpec
 from mergelab.models.layers.norms import NormKind
 from mergelab.models.model import Family
 from mergelab.models.table import FusedHeads, Row, linear_rows
@@ -77,25 +78,17 @@ def read_gpt_neox(config: Mapping[str, Any], place: str) -> DecoderConfig:
         max_length=length,
         theta=fields["rotary_emb_base"],
     )
+    bias = fields["attention_bias"]
+    attention = AttentionSpec(heads, heads, head_dim, head_dim**-0.5, rotary, qkv_bias=bias, out_bias=bias)
+    mlp = MLPSpec(fields["intermediate_size"], fields["hidden_act"], gated=False, bias=True)
+    norm = NormKind("layer", fields["layer_norm_eps"])
+    placement = "parallel" if fields["use_parallel_residual"] else "pre"
     return DecoderConfig(
         vocab_size=fields["vocab_size"],
         width=width,
-        layers=layers,
-        heads=heads,
-        kv_heads=heads,
-        head_dim=head_dim,
-        mlp_width=fields["intermediate_size"],
         max_length=length,
-        rotary=(rotary,) * layers,
-        windows=(None,) * layers,
-        query_scale=head_dim**-0.5,
-        norm=NormKind("layer", fields["layer_norm_eps"]),
-        block="parallel" if fields["use_parallel_residual"] else "sequential",
-        qkv_bias=fields["attention_bias"],
-        out_bias=fields["attention_bias"],
-        mlp_bias=True,
-        activation=fields["hidden_act"],
-        gated=False,
+        blocks=(BlockSpec(attention, mlp, norm, placement),) * layers,
+        norm=norm,
         tied=fields["tie_word_embeddings"],
     )
 

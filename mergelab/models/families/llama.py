@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mergelab.models.decoder import DECODER
-from mergelab.models.decoder_config import DecoderConfig
+from mergelab.models.decoder import DECODER, DecoderConfig
 from mergelab.models.families.config_fields import read_usual_fields, usual_decoder
+from mergelab.models.layers.mlp import MLPSpec
 from mergelab.models.model import Family
 from mergelab.models.table import Row, linear_rows
 
@@ -52,7 +52,8 @@ def read_llama(config: Mapping[str, Any], place: str) -> DecoderConfig:
         config, place, optional, {"hidden_act": ("silu",), "rope_interleaved": (False,)}
     )
     bias = fields["attention_bias"]
-    return usual_decoder(fields, place, qkv_bias=bias, out_bias=bias, mlp_bias=fields["mlp_bias"])
+    mlp = MLPSpec(fields["intermediate_size"], bias=fields["mlp_bias"])
+    return usual_decoder(fields, place, attention={"qkv_bias": bias, "out_bias": bias}, mlp=mlp)
 
 
 LLAMA = Family("llama", DECODER, read_llama, lambda _: LLAMA_ROWS, unused=LLAMA_UNUSED)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from mergelab.errors import CheckpointError
-from mergelab.models.decoder import DECODER
-from mergelab.models.decoder_config import DecoderConfig, Experts
+from mergelab.models.decoder import DECODER, DecoderConfig
 from mergelab.models.families.config_fields import read_usual_fields, usual_decoder
 from mergelab.models.families.llama import LLAMA_LINEAR, LLAMA_NORMS, LLAMA_ROWS, LLAMA_UNUSED, llama_rows
+from mergelab.models.layers.mlp import Experts
 from mergelab.models.model import Family
 from mergelab.models.table import Row, linear_rows
 
@@ -57,7 +57,7 @@ def read_mixtral(config: Mapping[str, Any], place: str) -> DecoderConfig:
         place,
         theta=1e6,
         windows=(fields["sliding_window"],) * fields["num_hidden_layers"],
-        experts=Experts(experts, chosen),
+        mlp=Experts(experts, chosen, fields["intermediate_size"]),
     )
 
 

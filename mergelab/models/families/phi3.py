@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mergelab.models.decoder import DECODER
-from mergelab.models.decoder_config import DecoderConfig
+from mergelab.models.decoder import DECODER, DecoderConfig
 from mergelab.models.families.config_fields import read_usual_fields, usual_decoder
 from mergelab.models.families.llama import LLAMA_NORMS, LLAMA_UNUSED, llama_rows
 from mergelab.models.model import Family
@@ -19,6 +18,7 @@ def phi3_rows(c: DecoderConfig) -> tuple[Row, ...]:
     """The table: the fused tensors hold their parts one after the other."""
     layer = "model.layers.{i}"
     queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    hidden = c.mlp_width
     starts = {"q": 0, "k": queries, "v": queries + keys}
     qkv = [
         Row(
@@ -32,9 +32,9 @@ def phi3_rows(c: DecoderConfig) -> tuple[Row, ...]:
         Row(
             f"blocks_{{i}}.mlp.{name}.kernel",
             f"{layer}.mlp.gate_up_proj.weight",
-            Fused(start, 2 * c.mlp_width),
+            Fused(start, 2 * hidden),
         )
-        for name, start in (("gate", 0), ("up", c.mlp_width))
+        for name, start in (("gate", 0), ("up", hidden))
     ]
     return llama_rows(
         *LLAMA_NORMS,

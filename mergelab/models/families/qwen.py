@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mergelab.models.decoder import DECODER
-from mergelab.models.decoder_config import DecoderConfig
+from mergelab.models.decoder import DECODER, DecoderConfig
 from mergelab.models.families.config_fields import layer_types_of, read_usual_fields, usual_decoder
 from mergelab.models.families.llama import LLAMA_ROWS, LLAMA_UNUSED
 from mergelab.models.layers.norms import NormKind
@@ -33,7 +32,7 @@ _OPTIONAL: Mapping[str, Any] = {
 def read_qwen2(config: Mapping[str, Any], place: str) -> DecoderConfig:
     """Reads a `config.json`; raises `CheckpointError` for what this family does not implement."""
     fields = read_usual_fields(config, place, _OPTIONAL, {"hidden_act": ("silu",)})
-    return usual_decoder(fields, place, windows=_windows(fields, place), qkv_bias=True)
+    return usual_decoder(fields, place, windows=_windows(fields, place), attention={"qkv_bias": True})
 
 
 def read_qwen3(config: Mapping[str, Any], place: str) -> DecoderConfig:
@@ -44,9 +43,11 @@ def read_qwen3(config: Mapping[str, Any], place: str) -> DecoderConfig:
         fields,
         place,
         windows=_windows(fields, place),
-        qkv_bias=fields["attention_bias"],
-        out_bias=fields["attention_bias"],
-        qk_norm=NormKind("rms", fields["rms_norm_eps"]),
+        attention={
+            "qkv_bias": fields["attention_bias"],
+            "out_bias": fields["attention_bias"],
+            "qk_norm": NormKind("rms", fields["rms_norm_eps"]),
+        },
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -10,10 +13,18 @@ from jaxtyping import Array, Bool, Float, Int
 from mergelab.models.cache import Cache
 from mergelab.models.layers.dense import Linear
 from mergelab.models.layers.norms import Norm, NormKind
-from mergelab.models.layers.rotary import rotate
+from mergelab.models.layers.rotary import Rotary, rotate
 from mergelab.models.sites import Tap
 
-__all__ = ["Attention", "KeysValues", "attention_pattern", "mix_values", "soft_cap", "visible_keys"]
+__all__ = [
+    "Attention",
+    "AttentionSpec",
+    "KeysValues",
+    "attention_pattern",
+    "mix_values",
+    "soft_cap",
+    "visible_keys",
+]
 
 
 def visible_keys(
@@ -76,6 +87,34 @@ def mix_values(
     return jnp.einsum("bkgqs,bskd->bqkgd", grouped, value).reshape(batch, length, heads, -1)
 
 
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What the attention of one layer is.
+
+    Attributes:
+        n_heads, n_kv_heads, head_dim: number of query heads and of key-value heads, width of a head.
+        scale: factor of attention scores; usually `head_dim**-0.5`.
+        rotary: rotation of queries and keys, or None.
+        window: number of latest tokens that are visible, or None for all.
+        qkv_bias, out_bias: whether those projections have biases.
+        qk_norm: norm of queries and keys, or None.
+        qk_norm_over: what it normalizes: each `head` (Qwen 3, Gemma 3), or `all` heads at once (OLMo 2).
+        cap: soft cap of the scores, or None.
+    """
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    scale: float
+    rotary: Rotary | None = None
+    window: int | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: NormKind | None = None
+    qk_norm_over: Literal["head", "all"] = "head"
+    cap: float | None = None
+
+
 class Attention(nn.Module):
     """Multi-head, grouped-query or multi-query attention.
 
@@ -83,23 +122,12 @@ class Attention(nn.Module):
     and rotation), `v`, `pattern`, `z` (each head's mixed values), `out`.
 
     Attributes:
-        heads, kv_heads, head_dim: its shape.
-        scale: what scores are multiplied with.
-        qkv_bias, out_bias: whether projections have biases.
-        qk_norm: the norm of each query and key head, or None.
-        cap: soft cap of the scores, or None.
-        out_norm: a norm of the output (sandwich blocks), or None.
-        initial_gain: of the output projection.
+        spec: its shape and settings; `window` is already in the mask, `rotary` in the rotation.
+        out_norm: norm of the output, or None.
+        initial_gain: gain of the output projection's initial weights.
     """
 
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float
-    qkv_bias: bool = False
-    out_bias: bool = False
-    qk_norm: NormKind | None = None
-    cap: float | None = None
+    spec: AttentionSpec
     out_norm: NormKind | None = None
     initial_gain: float = 1.0
 
@@ -116,24 +144,33 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "batch length width"], KeysValues]:
         """Returns what is added to the residual stream, and the keys and values attended to."""
         x = tap(f"{site}.input", x)
+        spec = self.spec
 
-        def heads_of(name: str, heads: int) -> Float[Array, "batch length heads head_dim"]:
-            y = Linear(heads * self.head_dim, self.qkv_bias, name=name)(x)
-            return y.reshape(*x.shape[:2], heads, self.head_dim)
+        def project(name: str, heads: int, axis: str) -> Float[Array, "batch length heads head_dim"]:
+            y = Linear(heads * spec.head_dim, ("embed", axis), spec.qkv_bias, name=name)(x)
+            return y.reshape(*x.shape[:2], heads, spec.head_dim)
 
-        q, k, v = heads_of("q", self.heads), heads_of("k", self.kv_heads), heads_of("v", self.kv_heads)
-        if self.qk_norm is not None:
-            q = Norm(self.qk_norm, name="q_norm")(q)
-            k = Norm(self.qk_norm, name="k_norm")(k)
+        def normed(
+            name: str, y: Float[Array, "batch length heads head_dim"], axis: str
+        ) -> Float[Array, "batch length heads head_dim"]:
+            if spec.qk_norm is None:
+                return y
+            if spec.qk_norm_over == "head":
+                return Norm(spec.qk_norm, None, name=name)(y)
+            return Norm(spec.qk_norm, axis, name=name)(y.reshape(*y.shape[:2], -1)).reshape(y.shape)
+
+        q = project("q", spec.n_heads, "heads")
+        k, v = (project(name, spec.n_kv_heads, "kv_heads") for name in "kv")
+        q, k = normed("q_norm", q, "heads"), normed("k_norm", k, "kv_heads")
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         q, k, v = tap(f"{site}.q", q), tap(f"{site}.k", k), tap(f"{site}.v", v)
         if cache is not None:
             k, v = cache.write(layer, k, v)
-        pattern = attention_pattern(q, k.astype(q.dtype), visible, self.scale, self.cap)
+        pattern = attention_pattern(q, k.astype(q.dtype), visible, spec.scale, spec.cap)
         z = tap(f"{site}.z", mix_values(tap(f"{site}.pattern", pattern), v.astype(q.dtype)))
-        project = Linear(x.shape[-1], self.out_bias, self.initial_gain, name="o")
-        out = project(z.reshape(*x.shape[:2], -1))
+        output = Linear(x.shape[-1], ("heads", "embed"), spec.out_bias, self.initial_gain, name="o")
+        out = output(z.reshape(*x.shape[:2], -1))
         if self.out_norm is not None:
             out = Norm(self.out_norm, name="out_norm")(out)
         return tap(f"{site}.out", out), (k, v)

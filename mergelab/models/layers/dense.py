@@ -1,11 +1,14 @@
-"""Dense layers: one 2-D product with the kernel `[in, out]`, and an optional bias."""
+"""Tables of embeddings, and dense layers: one 2-D product with the kernel, and an optional bias."""
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-__all__ = ["Linear", "matmul"]
+from mergelab.models.derived import param
+
+__all__ = ["Embed", "Linear", "matmul"]
 
 
 def matmul(
@@ -20,18 +23,41 @@ class Linear(nn.Module):
 
     Attributes:
         features: width of the output.
+        axes: logical names of the input's and the output's axis, for sharding; None where never split.
         bias: whether there is a bias.
         initial_gain: the initial kernel is normal with deviation `initial_gain / sqrt(in)`.
     """
 
     features: int
+    axes: tuple[str | None, str | None]
     bias: bool = False
     initial_gain: float = 1.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length features"]:
         initial = nn.initializers.variance_scaling(self.initial_gain**2, "fan_in", "normal")
-        y = matmul(x, self.param("kernel", initial, (x.shape[-1], self.features)))
+        y = matmul(x, param(self, "kernel", initial, (x.shape[-1], self.features), self.axes))
         if self.bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,))[None, None]
+            y = y + param(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:])[None, None]
         return y
+
+
+class Embed(nn.Module):
+    """A table with one row per id, `[rows, width]`, of initial deviation 0.02.
+
+    Attributes:
+        rows: number of ids.
+        width: width of a row, the residual stream's.
+        axis: logical name of the rows' axis, for sharding; None where never split.
+    """
+
+    rows: int
+    width: int
+    axis: str | None = None
+
+    def setup(self) -> None:
+        initial = nn.initializers.normal(0.02)
+        self.embedding = param(self, "embedding", initial, (self.rows, self.width), (self.axis, "embed"))
+
+    def __call__(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length width"]:
+        return jnp.take(self.embedding, ids, axis=0)

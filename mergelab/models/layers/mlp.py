@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -10,11 +11,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from mergelab.models.derived import param
 from mergelab.models.layers.dense import Linear, matmul
 from mergelab.models.layers.norms import Norm, NormKind
 from mergelab.models.sites import Tap
 
-__all__ = ["ACTIVATIONS", "MLP", "MixtureOfExperts", "route"]
+__all__ = ["ACTIVATIONS", "MLP", "Experts", "MLPSpec", "MixtureOfExperts", "route"]
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -28,6 +30,42 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+@dataclass(frozen=True)
+class MLPSpec:
+    """What the feed-forward layer of one block is.
+
+    Attributes:
+        hidden: number of neurons.
+        activation: name of the activation function, one of `ACTIVATIONS`.
+        gated: whether the activation gates a second projection.
+        bias: whether the projections have biases.
+    """
+
+    hidden: int
+    activation: str = "silu"
+    gated: bool = True
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of one feed-forward layer.
+
+    Attributes:
+        count: number of experts.
+        chosen: number of experts that each token uses.
+        hidden: number of neurons of one expert.
+        activation: name of the activation function, one of `ACTIVATIONS`.
+        normalize: whether the weights of the chosen experts sum to 1; else they are a softmax over all.
+    """
+
+    count: int
+    chosen: int
+    hidden: int
+    activation: str = "silu"
+    normalize: bool = True
+
+
 class MLP(nn.Module):
     """One feed-forward layer; the gated form is SwiGLU or GeGLU (Shazeer, arXiv:2002.05202).
 
@@ -35,18 +73,12 @@ class MLP(nn.Module):
     the activation), `post` (what enters the output projection), `out`.
 
     Attributes:
-        hidden: number of neurons.
-        activation: a name of `ACTIVATIONS`.
-        gated: whether the activation gates a second projection.
-        bias: whether the projections have biases.
-        out_norm: a norm of the output (sandwich blocks), or None.
-        initial_gain: of the output projection.
+        spec: its shape and settings.
+        out_norm: norm of the output, or None.
+        initial_gain: gain of the output projection's initial weights.
     """
 
-    hidden: int
-    activation: str
-    gated: bool = True
-    bias: bool = False
+    spec: MLPSpec
     out_norm: NormKind | None = None
     initial_gain: float = 1.0
 
@@ -55,29 +87,36 @@ class MLP(nn.Module):
         self, x: Float[Array, "batch length width"], tap: Tap, site: str
     ) -> Float[Array, "batch length width"]:
         x = tap(f"{site}.input", x)
-        activate = ACTIVATIONS[self.activation]
-        if self.gated:
-            pre = tap(f"{site}.pre", Linear(self.hidden, self.bias, name="gate")(x))
-            post = activate(pre) * Linear(self.hidden, self.bias, name="up")(x)
+        spec, inward = self.spec, ("embed", "mlp")
+        activate = ACTIVATIONS[spec.activation]
+        if spec.gated:
+            pre = tap(f"{site}.pre", Linear(spec.hidden, inward, spec.bias, name="gate")(x))
+            post = activate(pre) * Linear(spec.hidden, inward, spec.bias, name="up")(x)
         else:
-            post = activate(tap(f"{site}.pre", Linear(self.hidden, self.bias, name="up")(x)))
+            post = activate(tap(f"{site}.pre", Linear(spec.hidden, inward, spec.bias, name="up")(x)))
         post = tap(f"{site}.post", post)
-        out = Linear(x.shape[-1], self.bias, self.initial_gain, name="down")(post)
+        out = Linear(x.shape[-1], ("mlp", "embed"), spec.bias, self.initial_gain, name="down")(post)
         if self.out_norm is not None:
             out = Norm(self.out_norm, name="out_norm")(out)
         return tap(f"{site}.out", out)
 
 
-def route(logits: Float[Array, "batch length experts"], chosen: int) -> Float[Array, "batch length experts"]:
+def route(
+    logits: Float[Array, "batch length experts"], chosen: int, normalize: bool = True
+) -> Float[Array, "batch length experts"]:
     """Softmax over the `chosen` largest logits of each token, zero elsewhere (Mixtral, arXiv:2401.04088).
 
     Args:
-        logits: the router's, float32.
-        chosen: experts per token.
+        logits: logits of the router, float32.
+        chosen: number of experts per token.
+        normalize: False for the softmax over all logits, of which the chosen ones are kept.
     """
     values, indices = jax.lax.top_k(logits, chosen)
     one_hot = jax.nn.one_hot(indices, logits.shape[-1], dtype=logits.dtype)
-    return jnp.einsum("blc,blce->ble", jax.nn.softmax(values, axis=-1), one_hot)
+    weights = jax.nn.softmax(values, axis=-1)
+    if not normalize:
+        weights = jnp.exp(values - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+    return jnp.einsum("blc,blce->ble", weights, one_hot)
 
 
 class MixtureOfExperts(nn.Module):
@@ -90,17 +129,13 @@ class MixtureOfExperts(nn.Module):
     `pre` and `post` (`[batch, length, experts, hidden]`), `out`.
 
     Attributes:
-        experts: how many there are.
-        chosen: how many each token uses.
-        hidden: number of neurons of one expert.
-        activation: a name of `ACTIVATIONS`.
-        initial_gain: of the output projections.
+        spec: its shape and settings.
+        out_norm: norm of the output, or None.
+        initial_gain: gain of the output projections' initial weights.
     """
 
-    experts: int
-    chosen: int
-    hidden: int
-    activation: str
+    spec: Experts
+    out_norm: NormKind | None = None
     initial_gain: float = 1.0
 
     @nn.compact
@@ -108,15 +143,20 @@ class MixtureOfExperts(nn.Module):
         self, x: Float[Array, "batch length width"], tap: Tap, site: str
     ) -> Float[Array, "batch length width"]:
         x = tap(f"{site}.input", x)
-        width = x.shape[-1]
+        width, spec = x.shape[-1], self.spec
         stacked = nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=0)
         output = nn.initializers.variance_scaling(self.initial_gain**2, "fan_in", "normal", batch_axis=0)
-        router = self.param("router", nn.initializers.lecun_normal(), (width, self.experts))
-        gate = self.param("gate", stacked, (self.experts, width, self.hidden))
-        up = self.param("up", stacked, (self.experts, width, self.hidden))
-        down = self.param("down", output, (self.experts, self.hidden, width))
-        weights = tap(f"{site}.router", route(matmul(x, router).astype(jnp.float32), self.chosen))
+        inward, outward = (spec.count, width, spec.hidden), (spec.count, spec.hidden, width)
+        router = param(self, "router", nn.initializers.lecun_normal(), (width, spec.count), ("embed", None))
+        gate = param(self, "gate", stacked, inward, ("experts", "embed", "mlp"))
+        up = param(self, "up", stacked, inward, ("experts", "embed", "mlp"))
+        down = param(self, "down", output, outward, ("experts", "mlp", "embed"))
+        logits = matmul(x, router).astype(jnp.float32)
+        weights = tap(f"{site}.router", route(logits, spec.chosen, spec.normalize))
         pre = tap(f"{site}.pre", jnp.einsum("blw,ewh->bleh", x, gate))
-        post = ACTIVATIONS[self.activation](pre) * jnp.einsum("blw,ewh->bleh", x, up)
+        post = ACTIVATIONS[spec.activation](pre) * jnp.einsum("blw,ewh->bleh", x, up)
         post = tap(f"{site}.post", post)
-        return tap(f"{site}.out", jnp.einsum("bleh,ehw,ble->blw", post, down, weights.astype(x.dtype)))
+        out = jnp.einsum("bleh,ehw,ble->blw", post, down, weights.astype(x.dtype))
+        if self.out_norm is not None:
+            out = Norm(self.out_norm, name="out_norm")(out)
+        return tap(f"{site}.out", out)

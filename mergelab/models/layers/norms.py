@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from mergelab.models.derived import param
 from mergelab.models.sites import Tap
 
 __all__ = ["Norm", "NormKind"]
@@ -38,6 +39,7 @@ class Norm(nn.Module):
     """
 
     config: NormKind
+    axis: str | None = "embed"
 
     @nn.compact
     def __call__(
@@ -45,7 +47,7 @@ class Norm(nn.Module):
     ) -> Float[Array, "*batch width"]:
         width = x.shape[-1]
         initial = nn.initializers.constant(1.0 - self.config.offset)
-        scale = self.param("scale", initial, (width,)).astype(jnp.float32) + self.config.offset
+        scale = param(self, "scale", initial, (width,), (self.axis,)).astype(jnp.float32) + self.config.offset
         y = x.astype(jnp.float32)
         if self.config.kind == "layer":
             y = y - y.mean(axis=-1, keepdims=True)
@@ -54,6 +56,6 @@ class Norm(nn.Module):
             factor = tap(f"{site}.scale", factor)
         y = y * factor * jnp.broadcast_to(scale, y.shape)
         if self.config.kind == "layer":
-            bias = self.param("bias", nn.initializers.zeros, (width,)).astype(jnp.float32)
+            bias = param(self, "bias", nn.initializers.zeros, (width,), (self.axis,)).astype(jnp.float32)
             y = y + jnp.broadcast_to(bias, y.shape)
         return y.astype(x.dtype)

@@ -19,7 +19,6 @@ from mergelab.sae.formats import load_sae
 from mergelab.sae.training import train
 from mergelab.sae.training.config import load_config
 from mergelab.sae.training.tracking import read_metrics
-from tests.slow import slow_except
 
 CONFIG: dict[str, Any] = {
     "sae": {"variant": "topk", "n_latents": 64, "k": 4},
@@ -74,7 +73,8 @@ train({{**CONFIG, "mesh": {mesh}}}, {out!r}, resume=True, progress=lambda done, 
 """
 
 
-@pytest.mark.parametrize("mesh", slow_except([None], [None, {"data": 2, "latents": 4}]))
+@pytest.mark.slow  # `test_resume.py` stops trainings within the process
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "latents": 4}])
 def test_a_killed_run_ends_in_the_same_bytes(tmp_path: Path, repository: Path, mesh: Any) -> None:
     config = {**CONFIG, "mesh": mesh}
     train(config, tmp_path / "whole")

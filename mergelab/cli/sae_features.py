@@ -118,7 +118,7 @@ def command(
 
         @cache
         def words(token: int) -> str:
-            return tokenizer.piece(token)
+            return tokenizer.shown_piece(token)
 
         with tqdm(unit="context", disable=as_json or None, dynamic_ncols=True) as bar:
 
@@ -150,7 +150,7 @@ def command(
         if neuronpedia is not None:
             layer = int(gallery.site.split(".")[1]) if gallery.site.startswith("blocks.") else 0
             batch = neuronpedia_batch(
-                gallery, sae, words, model_id=model.name, sae_id=source.name, layer=layer
+                gallery, sae, tokenizer.piece, model_id=model.name, sae_id=source.name, layer=layer
             )
             contents[neuronpedia] = json.dumps(batch, ensure_ascii=False).encode()
         files.publish(contents)

@@ -24,15 +24,15 @@ __all__ = [
     "encode_and_reconstruct",
     "encode_batches",
     "mean_activation",
-    "passes",
     "read_batches",
     "read_pairs",
     "splice",
     "splice_from",
+    "token_batches",
 ]
 
 
-def passes(tokens: np.ndarray, batch: int) -> Iterator[tuple[jax.Array, int]]:
+def token_batches(tokens: np.ndarray, batch: int) -> Iterator[tuple[jax.Array, int]]:
     """`[contexts, length]` -> batches int32 `[batch, length]`, and how many of their rows are real.
 
     The last is filled up with its first row, so that all passes run one compiled program.

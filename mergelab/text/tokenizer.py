@@ -20,6 +20,11 @@ __all__ = ["Tokenizer", "load_tokenizer"]
 
 _SPECIAL = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 
+_PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTED]
+_BYTES = {chr(byte): byte for byte in _PRINTED} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
+"""Bytes by the character that spells them in byte-level vocabularies: itself if printable, else 256 on."""
+
 
 @dataclass(frozen=True)
 class Tokenizer:
@@ -77,6 +82,16 @@ class Tokenizer:
             return raw.removeprefix(decoder.prefix) if raw.startswith(decoder.prefix) else f" {raw}"
         text = self.decode([token], skip_special_tokens=False)
         return f" {text}" if raw.startswith("▁") and not text.startswith(" ") else text
+
+    def shown_piece(self, token: int) -> str:
+        """As `piece`, with bytes that are not a character by themselves spelled out, such as `<0xE2>`."""
+        text = self.piece(token)
+        raw = self.backend.id_to_token(token) or ""
+        if "\ufffd" not in text or not all(sign in _BYTES for sign in raw):
+            return text
+        # Python marks the byte 0xE2 that it cannot decode as the character U+DCE2.
+        signs = bytes(_BYTES[sign] for sign in raw).decode("utf-8", errors="surrogateescape")
+        return "".join(f"<0x{ord(s) - 0xDC00:02X}>" if 0xDC80 <= ord(s) <= 0xDCFF else s for s in signs)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.

@@ -19,7 +19,7 @@ from mergelab.models.model import Model
 from mergelab.models.residual_stream import require_decoder
 from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
 from mergelab.sae.sae import SAE
-from mergelab.sae.splice import mean_activation, passes, splice_from
+from mergelab.sae.splice import mean_activation, splice_from, token_batches
 from mergelab.sae.subject_model import check_target
 
 __all__ = ["Downstream", "checkpoint_folders", "compute_equivalent", "evaluate_downstream", "loss_curve"]
@@ -82,7 +82,7 @@ def evaluate_downstream(sae: SAE, source: ModelActivations, *, contexts: int | N
     sites = (source.sites[0], target)
     tokens = source.tokens[:contexts]
     total = np.zeros(5)
-    for batch, real in passes(tokens, source.batch):
+    for batch, real in token_batches(tokens, source.batch):
         found = np.asarray(
             _losses(source.params, sae, mean, batch, model=source.model, sites=sites),
             np.float64,
@@ -193,7 +193,7 @@ def loss_curve(folder: Path, source: ModelActivations, *, mesh: Any = None) -> t
         if model != source.model:
             raise SAEError(f"{path}: holds a model of another shape than the SAE's; give its checkpoints.")
         total = 0.0
-        for tokens, real in passes(source.tokens, source.batch):
+        for tokens, real in token_batches(source.tokens, source.batch):
             total += float(
                 np.asarray(_curve_losses(params, tokens, model=source.model), np.float64)[:real].sum()
             )
@@ -217,7 +217,8 @@ def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
     yield "recovered_zero", found.recovered_zero, "1 lossless, 0 as bad as zero ablation"
     yield "recovered_mean", found.recovered_mean, "1 lossless, 0 as bad as mean ablation"
     if "curve" in evidence:
-        part = compute_equivalent(*evidence.get("curve"), found.ce_spliced)
+        steps, losses = evidence.get("curve")
+        part = compute_equivalent(steps, losses, found.ce_spliced)
         yield "compute_equivalent", part, "fraction of the model's training with the same loss"
 
 

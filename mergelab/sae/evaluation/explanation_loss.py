@@ -21,7 +21,7 @@ from mergelab.sae.features.explanations import Explanation, Match, judge_explana
 from mergelab.sae.features.n2g import explain, match_explanations
 from mergelab.sae.features.survey import survey
 from mergelab.sae.sae import SAE
-from mergelab.sae.splice import passes
+from mergelab.sae.splice import token_batches
 from mergelab.sae.subject_model import check_target
 
 __all__ = ["ExplanationScore", "score_explanations"]
@@ -87,7 +87,7 @@ def score_explanations(
     total = np.zeros(3)
     promised: list[np.ndarray] = []
     true: list[np.ndarray] = []
-    for tokens, real in passes(source.tokens, source.batch):
+    for tokens, real in token_batches(source.tokens, source.batch):
         rows = np.asarray(tokens).tolist()
         simulated = np.stack([[e.simulate(row) for e in explanations] for row in rows]).transpose(0, 2, 1)
         losses, codes = _losses(
@@ -145,13 +145,15 @@ def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
     causal = "logits" in evidence
     if causal:
         check_target(sae, evidence.judge)  # before the work of explaining
-    seen = survey(sae, evidence.fit, latents=[])
-    active = np.flatnonzero(seen.density > 0)
-    if not len(active):
+
+    def drawn(density: np.ndarray) -> list[int]:
+        active = np.flatnonzero(density > 0)
+        return np.random.default_rng(options.seed).permutation(active)[: options.explained].tolist()
+
+    seen = survey(sae, evidence.fit, count=8, latents=drawn)
+    if not (seen.density > 0).any():
         raise SAEError("no latent is active in the first half of the text; give other text, or more.")
-    chosen = np.random.default_rng(options.seed).permutation(active)[: options.explained]
-    examples = survey(sae, evidence.fit, count=8, latents=chosen.tolist()).examples
-    explained = explain(sae, evidence.fit, examples, mask_token=evidence.get("mask_token", 0))
+    explained = explain(sae, evidence.fit, seen.examples, mask_token=evidence.get("mask_token", 0))
     judge = score_explanations if causal else match_explanations
     found = judge(sae, evidence.judge, list(explained.values()))
     matches = found.matches if isinstance(found, ExplanationScore) else found

@@ -361,7 +361,7 @@ def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
 
 METRIC = Metric(
     name="amortization_gap",
-    about="error of the encoder beside searched codes (minutes)",
+    about="error of the encoder beside searched codes (slow)",
     units={
         "encoder_error": "",
         "searched_error": "",

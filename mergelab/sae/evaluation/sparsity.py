@@ -18,7 +18,7 @@ from mergelab.models.model import Model
 from mergelab.models.residual_stream import require_decoder
 from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
 from mergelab.sae.sae import SAE
-from mergelab.sae.splice import passes
+from mergelab.sae.splice import token_batches
 from mergelab.sae.subject_model import check_target
 
 __all__ = ["AblationSparsity", "channel_sparsity", "effect_sparsity", "latent_sparsity"]
@@ -173,7 +173,7 @@ def _sparsity(
 
     found, weights = [], []
     for start, (tokens, real) in zip(
-        range(0, samples, source.batch), passes(source.tokens[chosen], source.batch), strict=True
+        range(0, samples, source.batch), token_batches(source.tokens[chosen], source.batch), strict=True
     ):
         position, lot = (
             np.pad(part[start : start + source.batch], (0, source.batch - real)) for part in (positions, lots)

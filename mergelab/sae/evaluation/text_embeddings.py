@@ -20,7 +20,7 @@ from mergelab.errors import SAEError
 from mergelab.models.model import Model
 from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
 from mergelab.sae.sae import SAE
-from mergelab.sae.splice import mean_activation, passes, splice_from
+from mergelab.sae.splice import mean_activation, splice_from, token_batches
 from mergelab.sae.subject_model import check_target
 
 __all__ = ["EmbeddingChange", "evaluate_embeddings", "rank_agreement"]
@@ -94,7 +94,7 @@ def evaluate_embeddings(
                 pooling=pooling,
             )
         )[:, :real]
-        for batch, real in passes(tokens, source.batch)
+        for batch, real in token_batches(tokens, source.batch)
     ]
     plain, spliced, flat = np.concatenate(found, axis=1).astype(np.float64)
     near, near_spliced = (_similarities(part[:_COMPARED]) for part in (plain, spliced))

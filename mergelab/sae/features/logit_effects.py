@@ -17,7 +17,7 @@ from mergelab.errors import SAEError
 from mergelab.models.model import Model
 from mergelab.models.residual_stream import require_decoder
 from mergelab.sae.sae import SAE
-from mergelab.sae.splice import passes
+from mergelab.sae.splice import token_batches
 
 __all__ = ["LogitEffects", "logit_effects", "writes_stream"]
 
@@ -76,7 +76,7 @@ def logit_effects(
             f"model's stream is {width} wide or another site, so its latents have no effect of their own on "
             "logits; omit the effects."
         )
-    tokens, real = next(passes(source.tokens, source.batch))
+    tokens, real = next(token_batches(source.tokens, source.batch))
     scale = _mean_scale(source.params, tokens[:real], model=model)
     chosen = np.asarray(latents, np.int64)
     filled = np.pad(chosen, (0, -len(chosen) % _PIECE))

@@ -250,7 +250,7 @@ class Recovery:
 
 
 def recovery(features: np.ndarray, decoder: np.ndarray, threshold: float = 0.9) -> Recovery:
-    """Compares a decoder with the truth; several features may have the same nearest row.
+    """Compares a decoder with the ground truth; several features may have the same nearest row.
 
     Args:
         features: `[n_features, d]`, of any norm above 0.

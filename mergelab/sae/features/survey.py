@@ -313,7 +313,7 @@ def survey(
     source: ModelActivations,
     *,
     count: int = 5,
-    latents: Sequence[int] | None = None,
+    latents: Sequence[int] | Callable[[np.ndarray], Sequence[int]] | None = None,
     contexts: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Survey:
@@ -323,20 +323,32 @@ def survey(
         sae: SAE that reads the first of the source's sites.
         source: the activations.
         count: contexts kept per latent; of equal ones the first.
-        latents: those to keep examples of; all by default.
+        latents: those to keep examples of, or a function that chooses them by the densities `[n_latents]`;
+            all by default.
         contexts: number of contexts to read, from the start; all by default.
         progress: function of the contexts done and their total.
 
     Raises:
         SAEError: the SAE does not fit the site.
     """
-    wanted = range(sae.n_latents) if latents is None else latents
-    strengths = Strengths(sae.n_latents)
-    strongest = StrongestContexts(sae.n_latents, wanted, count, source.tokens)
-    for codes in read_codes(sae, source, contexts, progress):
-        strengths.add(codes)
-        strongest.add(codes)
     total, length = source.tokens.shape
+    strengths = Strengths(sae.n_latents)
+    pieces = read_codes(sae, source, contexts, progress)
+    if callable(latents):
+        with CodeStore() as store:
+            for codes in pieces:
+                strengths.add(codes)
+                store.add(codes)
+            wanted = latents(strengths.density(length))
+            strongest = StrongestContexts(sae.n_latents, wanted, count, source.tokens)
+            for codes in store:
+                strongest.add(codes)
+    else:
+        wanted = range(sae.n_latents) if latents is None else latents
+        strongest = StrongestContexts(sae.n_latents, wanted, count, source.tokens)
+        for codes in pieces:
+            strengths.add(codes)
+            strongest.add(codes)
     rows = min(total, contexts or total) * length
     return Survey(rows, strengths.density(length), strengths.peak, strongest.examples())
 

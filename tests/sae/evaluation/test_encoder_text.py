@@ -43,6 +43,9 @@ def test_pieces_bring_their_space(encoder: Encoder, subject: SubjectModel) -> No
     assert len(ids) > 3 and "".join(map(tokenizer.piece, ids)) == " bisect the lists"
     assert tokenizer.piece(2) == " [CLS]" and tokenizer.piece(10**6) == " "
     other = load_tokenizer(subject.folder)
+    dash = other.encode("–", add_special_tokens=False)
+    assert [other.shown_piece(i) for i in dash] == ["<0xE2>", "<0x80>", "<0x93>"]
+    assert [tokenizer.shown_piece(i) for i in ids] == [tokenizer.piece(i) for i in ids]
     assert [other.piece(i) for i in range(60, 300)] == [other.decode([i]) for i in range(60, 300)]
 
 

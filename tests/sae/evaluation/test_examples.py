@@ -58,5 +58,9 @@ def test_a_part_of_text_and_latents(source: ModelActivations) -> None:
     found = survey(_sae(16), source, latents=[3, 5], contexts=6)
     assert set(found.examples) == {3, 5} and found.rows == 48
     assert all(example.context < 6 for examples in found.examples.values() for example in examples)
+    by_density = survey(_sae(16), source, contexts=6, latents=lambda d: np.argsort(-d)[:2].tolist())
+    assert len(by_density.examples) == 2 and (by_density.density == found.density).all()
+    for latent, examples in survey(_sae(16), source, contexts=6).examples.items():
+        assert by_density.examples.get(latent, examples) == examples
     with pytest.raises(SAEError, match="24 wide"):
         survey(_sae(24), source)

@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+import jax.numpy as jnp
 import pytest
 from click.testing import CliRunner
 
@@ -21,7 +21,7 @@ from tests.sae.evaluation.trained_model import LENGTH, SubjectModel
 
 
 def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
-    most = max(float(np.asarray(sae.encode(x)).max()) for x in read_batches(evidence.judge))
+    most = max(float(sae.encode(jnp.asarray(x)).max()) for x in read_batches(evidence.judge))
     yield "largest", most, "largest activation of any latent"
     yield "bound", evidence.get("bound", float("nan")), "what was given"
 

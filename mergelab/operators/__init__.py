@@ -13,11 +13,13 @@ from mergelab.operators.compose import Merge, chain
 from mergelab.operators.declare import REQUIRED, HyperParameter, Operator, PerModel, Range, operator
 from mergelab.operators.named.arcee_fusion import arcee_fusion
 from mergelab.operators.named.dare import dare_linear, dare_ties, della, della_linear
+from mergelab.operators.named.fisher import FisherMean, fisher
 from mergelab.operators.named.iso_c import Isotropic, iso_c
 from mergelab.operators.named.linear import linear, passthrough, uniform, wise_ft
 from mergelab.operators.named.model_stock import model_stock
 from mergelab.operators.named.nearswap import nearswap
 from mergelab.operators.named.ram import ram, ramplus_tl
+from mergelab.operators.named.regmean import RegressionMean, regmean
 from mergelab.operators.named.sce import sce
 from mergelab.operators.named.spherical import karcher, multislerp, nuslerp, slerp
 from mergelab.operators.named.task_vectors import breadcrumbs, breadcrumbs_ties, task_arithmetic, ties
@@ -52,6 +54,8 @@ OPERATORS: dict[str, Operator] = {
         ramplus_tl,
         tsv_m,
         iso_c,
+        regmean,
+        fisher,
     )
 }
 
@@ -61,6 +65,7 @@ __all__ = [
     "DisjointMean",
     "Drop",
     "ElectSign",
+    "FisherMean",
     "HyperParameter",
     "Isotropic",
     "MagPrune",
@@ -71,6 +76,7 @@ __all__ = [
     "PerModel",
     "Range",
     "Reduction",
+    "RegressionMean",
     "RescaleL1",
     "Stage",
     "TaskSingularVectors",
@@ -85,6 +91,7 @@ __all__ = [
     "dare_ties",
     "della",
     "della_linear",
+    "fisher",
     "iso_c",
     "karcher",
     "linear",
@@ -96,6 +103,7 @@ __all__ = [
     "passthrough",
     "ram",
     "ramplus_tl",
+    "regmean",
     "sce",
     "slerp",
     "task_arithmetic",

@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from mergelab.errors import OperatorError
+from mergelab.errors import OperatorError, did_you_mean
 from mergelab.operators.algebra import (
     Formula,
     Reduction,
@@ -31,7 +31,8 @@ from mergelab.operators.order_statistics import (
     trivial_selection,
 )
 from mergelab.operators.region import Region, TensorInfo, tensor_key, whole
-from mergelab.trees import same_structure
+from mergelab.operators.statistics import StatisticsKind, reading_axis, statistic_fault
+from mergelab.trees import named_leaves, same_structure
 
 __all__ = ["BaseUse", "Inputs", "IntegerUse", "Merge", "chain"]
 
@@ -51,6 +52,7 @@ class Inputs:
         base: `required`, `optional`, or `as_input` (a base is one more ordinary model).
         min_models, max_models: how many models besides the base (`max_models` None: any number).
         integers: the treatment of tensors that are not floating point.
+        statistics: the kind of statistics that it needs beside each model, or None.
     """
 
     operator: str = "this merge"
@@ -58,6 +60,7 @@ class Inputs:
     min_models: int = 1
     max_models: int | None = None
     integers: IntegerUse = "equal"
+    statistics: StatisticsKind | None = None
 
     def check(self, models: int, has_base: bool) -> None:
         """Checks the number of models and the presence of a base.
@@ -76,6 +79,27 @@ class Inputs:
                 wanted = f"{self.min_models} to {self.max_models}"
             besides = " besides the base" if self.base == "required" else ""
             raise OperatorError(f"{self.operator} merges {wanted} model(s){besides}, but got {models}.")
+
+    def check_statistics(self, models: int, statistics: int | None) -> None:
+        """Checks the number of statistics; None if none were given.
+
+        Raises:
+            OperatorError: they are needed and not given, or given and not taken, or not one per model.
+        """
+        if self.statistics is None:
+            if statistics is not None and self.operator != Inputs.operator:
+                raise OperatorError(f"{self.operator} takes no statistics: call it without `statistics`.")
+        elif statistics is None:
+            what = "Gram matrices" if self.statistics == "gram" else "Fishers"
+            raise OperatorError(
+                f"{self.operator} weighs parameters by {what} of each model: pass `statistics`, one tree per "
+                "model, named as its parameters."
+            )
+        if statistics is not None and statistics != models:
+            raise OperatorError(
+                f"{self.operator}: got statistics of {statistics} model(s) for {models} model(s), the base "
+                "not counted; give one tree per model, in their order."
+            )
 
 
 @algebraic
@@ -98,12 +122,23 @@ class Merge(Formula):
         for part in self.parts:
             part.check_models(models, self.inputs.operator)
 
-    def __call__(self, models: Sequence[Any], base: Any = None, *, seed: int = 0, dtype: Any = None) -> Any:
+    def __call__(
+        self,
+        models: Sequence[Any],
+        base: Any = None,
+        *,
+        statistics: Sequence[Any] | None = None,
+        seed: int = 0,
+        dtype: Any = None,
+    ) -> Any:
         """Merges pytrees of arrays: on one device, sharded, or under `jit`, `vmap` and `grad`.
 
         Args:
             models: one pytree per model, equal in structure and shapes.
             base: the base model's pytree, where the operator uses one.
+            statistics: one pytree per model of what the operator needs to know of it (Gram matrices, Fishers;
+                see `statistics.StatisticsKind`), its leaves named as the parameters they are of. A tree may
+                lack leaves; how their parameters are merged then is the operator's to say.
             seed: seeds the random draws, which also depend on tensor names and model order.
             dtype: the dtype of the result; by default each tensor's promoted input dtype.
 
@@ -112,9 +147,9 @@ class Merge(Formula):
 
         Raises:
             OperatorError: structures or shapes differ, a needed base is missing, or a non-float leaf differs
-                between models.
+                between models; statistics are missing, not taken, or of other names or shapes.
         """
-        return _merge_trees(self, models, base, seed=seed, dtype=dtype)
+        return _merge_trees(self, models, base, statistics, seed=seed, dtype=dtype)
 
 
 def chain(*parts: Stage | Reduction, scale: ArrayLike = 1.0, deltas: bool = True) -> Merge:
@@ -132,9 +167,24 @@ def chain(*parts: Stage | Reduction, scale: ArrayLike = 1.0, deltas: bool = True
 class _Leaf:
     """One tensor of all models on its way through a merge."""
 
-    def __init__(self, merge: Merge, name: str, values: list[Any], base: Any, region: Region) -> None:
+    def __init__(
+        self,
+        merge: Merge,
+        name: str,
+        values: list[Any],
+        base: Any,
+        region: Region,
+        statistics: list[Any] | None,
+    ) -> None:
         self.name, self.shape = name, jnp.shape(values[0])
-        self.merge = merge.at(TensorInfo(name, self.shape))
+        reads = None
+        if statistics is not None:
+            reads = _check_shapes(
+                merge.inputs.statistics, name, self.shape, [jnp.shape(s) for s in statistics]
+            )
+            arrays = tuple(jnp.atleast_1d(jnp.asarray(s)) for s in statistics)
+            region = dataclasses.replace(region, statistics=arrays)
+        self.merge = merge.at(TensorInfo(name, self.shape, statistics is not None, reads))
         self.values = tuple(jnp.atleast_1d(jnp.asarray(v)) for v in values)
         self.base = None if base is None else jnp.atleast_1d(jnp.asarray(base))
         self.region = region
@@ -148,7 +198,45 @@ class _Leaf:
         return tuple(map(tuple, self.known))
 
 
-def _merge_trees(merge: Merge, models: Sequence[Any], base: Any, *, seed: int, dtype: Any) -> Any:
+def _check_shapes(
+    kind: StatisticsKind | None, name: str, shape: tuple[int, ...], found: list[tuple[int, ...]]
+) -> int | None:
+    """Checks the shapes of a tensor's statistics; returns the axis that Gram matrices belong to."""
+    if kind is None:  # a composed merge: its parts know what they take
+        return None
+    for position, one in enumerate(found):
+        fault = statistic_fault(kind, shape, one)
+        if fault is not None:
+            raise OperatorError(f"the statistic of tensor {name!r} of model {position} {fault}.")
+    return reading_axis(shape, found[0][0]) if kind == "gram" else None
+
+
+def _statistics_by_name(
+    merge: Merge, statistics: Sequence[Any] | None, names: Sequence[str], models: int
+) -> list[dict[str, Any]]:
+    """Each model's statistics by parameter name; no entry where none were given."""
+    merge.inputs.check_statistics(models, None if statistics is None else len(statistics))
+    found = []
+    for position, tree in enumerate(statistics or ()):
+        keys, leaves, _ = named_leaves(tree)
+        if keys and not set(keys) & set(names):
+            raise OperatorError(
+                f"statistics of model {position} name no tensor of the models (such as {keys[0]!r}"
+                f"{did_you_mean(keys[0], names)}); name each as the parameter it is of."
+            )
+        found.append(dict(zip(keys, leaves, strict=True)))
+    return found
+
+
+def _merge_trees(
+    merge: Merge,
+    models: Sequence[Any],
+    base: Any,
+    statistics: Sequence[Any] | None,
+    *,
+    seed: int,
+    dtype: Any,
+) -> Any:
     """The body of `Merge.__call__`, which documents it."""
     models = list(models)
     merge.check(len(models), base is not None)
@@ -156,7 +244,8 @@ def _merge_trees(merge: Merge, models: Sequence[Any], base: Any, *, seed: int, d
     if not models:
         return base
     names, leaves, structure = same_structure(trees)
-    traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((merge, trees)))
+    beside = _statistics_by_name(merge, statistics, names, len(models))
+    traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((merge, trees, beside)))
     outputs: list[Any] = [None] * len(names)
     floats: list[tuple[int, _Leaf]] = []
     for position, name in enumerate(names):
@@ -166,8 +255,9 @@ def _merge_trees(merge: Merge, models: Sequence[Any], base: Any, *, seed: int, d
         elif np.prod(jnp.shape(values[0]), dtype=np.int64) == 0:
             outputs[position] = jnp.asarray(values[0])
         else:
-            outputs[position], leaf = None, _leaf(merge, name, values, base is not None, seed, traced)
-            floats.append((position, leaf))
+            own = [tree[name] for tree in beside if name in tree]
+            known = own if own and len(own) == len(models) else None
+            floats.append((position, _leaf(merge, name, values, base is not None, known, seed, traced)))
     for part, measure, declared in merge.steps():
         _take([leaf for _, leaf in floats], part, measure, declared, traced)
     for position, leaf in floats:
@@ -188,7 +278,15 @@ def _copied(name: str, values: list[Any]) -> Any:
     return values[0]
 
 
-def _leaf(merge: Merge, name: str, values: list[Any], with_base: bool, seed: int, traced: bool) -> _Leaf:
+def _leaf(
+    merge: Merge,
+    name: str,
+    values: list[Any],
+    with_base: bool,
+    statistics: list[Any] | None,
+    seed: int,
+    traced: bool,
+) -> _Leaf:
     base = values.pop() if with_base else None
     shape = jnp.shape(values[0])
     if np.prod(shape, dtype=np.int64) >= 2**32:
@@ -201,7 +299,7 @@ def _leaf(merge: Merge, name: str, values: list[Any], with_base: bool, seed: int
         # As a plain constant it would let the compiler draw all random bits itself, one by one, for minutes.
         key = jax.lax.optimization_barrier(jnp.asarray(key))
     region = whole(shape, key, "float32" if traced else "float64")
-    return _Leaf(merge, name, values, base, region)
+    return _Leaf(merge, name, values, base, region, statistics)
 
 
 def _take(leaves: list[_Leaf], part: int, measure: int, declared: Measure, traced: bool) -> None:
@@ -299,8 +397,8 @@ def _merged(leaf: _Leaf, dtype: Any, traced: bool) -> jax.Array:
     entire = leaf.merge.grain == "tensor"
     with jax.enable_x64(entire and not traced):
         out = merge_block(leaf.merge, leaf.values, leaf.base, leaf.region, leaf.results(), dtype=out_dtype)
-    if entire and not traced:
-        # What is computed from gathered matrices has no sharding of its own: the inputs' is wanted.
+    if (entire or leaf.region.statistics is not None) and not traced:
+        # What is computed from gathered matrices, or from statistics sharded otherwise, has the inputs'.
         out = jax.device_put(out, inputs[0].sharding)
     return jnp.reshape(out, leaf.shape)
 

@@ -22,6 +22,7 @@ from jax.core import Tracer
 
 from mergelab.errors import OperatorError, did_you_mean
 from mergelab.operators.compose import BaseUse, Inputs, IntegerUse, Merge
+from mergelab.operators.statistics import StatisticsKind
 
 __all__ = [
     "REQUIRED",
@@ -150,6 +151,7 @@ class Operator:
             as they are; None if it always computes.
         strength: the parameter that says how strongly models enter.
         shares: when models enter by their share of all `strength`.
+        statistics: the kind of statistics it needs beside each model (`statistics.StatisticsKind`), or None.
     """
 
     name: str
@@ -166,6 +168,7 @@ class Operator:
     copies_unless: str | None = None
     strength: str = "weight"
     shares: Shares = "normalize"
+    statistics: StatisticsKind | None = None
 
     def __call__(self, **hyper_parameters: Any) -> Merge:
         """Returns the merge with these hyper-parameters; per-model ones are sequences, or one value for all.
@@ -174,7 +177,9 @@ class Operator:
             OperatorError: a parameter is unknown, missing, out of its range or none of its choices.
         """
         _check_arguments(self, hyper_parameters)
-        inputs = Inputs(self.name, self.base, self.min_models, self.max_models, self.integers)
+        inputs = Inputs(
+            self.name, self.base, self.min_models, self.max_models, self.integers, self.statistics
+        )
         return dataclasses.replace(self.build(**hyper_parameters), inputs=inputs)
 
     def copies(self, hyper_parameters: Mapping[str, Any]) -> bool:
@@ -201,6 +206,7 @@ def operator(
     copies_unless: str | None = None,
     strength: str = "weight",
     shares: Shares = "normalize",
+    statistics: StatisticsKind | None = None,
 ) -> Callable[[Callable[..., Merge]], Operator]:
     """Decorator: turns a builder function into a named `Operator` by reading its signature.
 
@@ -232,6 +238,7 @@ def operator(
             copies_unless,
             strength,
             shares,
+            statistics,
         )
         object.__setattr__(declared, "__doc__", build.__doc__)
         return declared

@@ -15,6 +15,7 @@ from mergelab.errors import OperatorError
 __all__ = [
     "LowRank",
     "balanced_factors",
+    "decomposed_in",
     "exact_svd",
     "polar_factor",
     "randomized_svd",
@@ -41,6 +42,11 @@ class LowRank(NamedTuple):
         return LowRank(self.left[:, :rank], self.singular[:rank], self.right[:rank])
 
 
+def decomposed_in(dtype: str) -> str:
+    """The dtype to decompose a matrix in where `dtype` is wanted: TPUs have no wider one than float32."""
+    return "float32" if jax.default_backend() == "tpu" else dtype
+
+
 def exact_svd(matrix: Float[Array, "rows columns"], dtype: str) -> LowRank:
     """The thin SVD of a matrix in a wide dtype, without the triples that are nothing but rounding.
 
@@ -49,9 +55,9 @@ def exact_svd(matrix: Float[Array, "rows columns"], dtype: str) -> LowRank:
 
     Args:
         matrix: `[rows, columns]`, float32 or wider.
-        dtype: what it is computed in; float32 on TPUs, which decompose nothing wider.
+        dtype: what it is computed in, as far as `decomposed_in` allows.
     """
-    x = matrix.astype("float32" if jax.default_backend() == "tpu" else dtype)
+    x = matrix.astype(decomposed_in(dtype))
     left, singular, right = jnp.linalg.svd(x, full_matrices=False)
     kept = (singular > max(x.shape) * jnp.finfo(x.dtype).eps * singular[0]).astype(x.dtype)
     return LowRank(left * kept[None, :], singular * kept, right * kept[:, None])

@@ -22,10 +22,15 @@ class TensorInfo:
     Attributes:
         name: its name, as the output spells it.
         shape: its true shape.
+        statistics: whether every model has a statistic of it (see `Region.statistics`).
+        reads: the axis of a matrix along which its inputs lie, where its Gram matrix or its model's table
+            says so.
     """
 
     name: str
     shape: tuple[int, ...]
+    statistics: bool = False
+    reads: int | None = None
 
     @property
     def role(self) -> TensorRole:
@@ -78,6 +83,9 @@ class Region:
         short: whether the first axis is short enough to be summed in float32 before widening, which
             vector units like (static).
         count: how many of the block's elements are the tensor's own, a scalar; the others are padding, zero.
+        statistics: one array per model, in the models' order, where every model has a statistic of the
+            tensor: the same block of it where it has the tensor's shape, else all of it (which takes a part
+            of grain `tensor`).
     """
 
     start: Any
@@ -86,6 +94,7 @@ class Region:
     wide: str = dataclasses.field(default="float32", metadata={"static": True})
     short: bool = dataclasses.field(default=False, metadata={"static": True})
     count: Any = None
+    statistics: tuple[jax.Array, ...] | None = None
 
     def offset(self) -> jax.Array:
         """Every element's flat index within the block, uint32 `[*shape]`."""

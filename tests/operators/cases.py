@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from mergelab import operators as ops
@@ -47,6 +48,8 @@ CASES: dict[str, tuple[str, int, bool, dict[str, Any]]] = {
     "ram": ("ram", 3, True, {"epsilon": 0.8}),
     "tsv_m": ("tsv_m", 3, True, {"lambda_": 0.7}),
     "iso_c": ("iso_c", 3, True, {"lambda_": 0.7}),
+    "regmean": ("regmean", 3, False, {"off_diagonal": 0.9}),
+    "fisher": ("fisher", 3, True, {"weight": [1.0, 0.5, 2.0], "floor": 0.1}),
     "ramplus_tl": ("ramplus_tl", 3, True, {"epsilon": 0.8, "r": 0.2, "alpha": 0.3}),
 }
 
@@ -59,6 +62,13 @@ LIGHT = (
 
 
 def build(case: str) -> tuple[ops.Merge, int, bool]:
-    """The merge of a case, how many models it takes, and whether a base."""
+    """The merge of a case, how many models it takes, and whether a base.
+
+    What takes statistics is built to do without: these tests are about the models, and statistics have their
+    own in `test_statistics.py`.
+    """
     name, models, with_base, hyper_parameters = CASES[case]
-    return ops.OPERATORS[name](**hyper_parameters), models, with_base
+    merge = ops.OPERATORS[name](**hyper_parameters)
+    if merge.inputs.statistics is not None:
+        merge = dataclasses.replace(merge, inputs=dataclasses.replace(merge.inputs, statistics=None))
+    return merge, models, with_base

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
 from mergelab import operators as ops
-from mergelab.merging import Recipe, make_plan, merge
+from mergelab.merging import Recipe, merge
 from mergelab.merging.engine.job import Job
 from mergelab.merging.engine.pool import Admission
 from tests.merging.recipes import write_model
@@ -55,6 +55,10 @@ def test_whole_matrices_merge_as_the_reference_does_in_memory_and_sharded(
     made = OPERATORS[name](lambda_=1)
     expected = recorded[f"{case}/out/{name}"]
     assert error(made(models, base)["w"], expected) < 1e-6
+    other = "iso_c" if name == "tsv_m" else "tsv_m"
+    assert error(expected, recorded[f"{case}/out/{other}"]) > 1e-2
+    if not case.endswith("T2"):
+        return  # programs take their time to compile, and two models show as much as three
     assert error(jax.jit(lambda m, b: made(m, b)["w"])(models, base), expected) < 1e-4
     sharding = NamedSharding(
         Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model")), PartitionSpec("data", "model")
@@ -62,8 +66,6 @@ def test_whole_matrices_merge_as_the_reference_does_in_memory_and_sharded(
     sharded = made(jax.device_put(models, sharding), jax.device_put(base, sharding))["w"]
     assert sharded.sharding.is_equivalent_to(sharding, 2)
     assert error(sharded, expected) < 1e-6
-    other = "iso_c" if name == "tsv_m" else "tsv_m"
-    assert error(made(models, base)["w"], recorded[f"{case}/out/{other}"]) > 1e-2
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -181,8 +183,8 @@ def test_the_plan_states_what_whole_tensors_take(tmp_path: Path, monkeypatch: py
     for i, folder in enumerate(("base", "a", "b")):
         write_model(tmp_path / folder, width=64, seed=i)
     fields: dict[str, Any] = {"base_model": "base", "models": [{"model": "a"}, {"model": "b"}]}
-    whole = make_plan(Recipe(merge_method="tsv_m", **fields))
-    blocks = make_plan(Recipe(merge_method="ram", **fields))
+    whole = merge(Recipe(merge_method="tsv_m", **fields), "whole").plan
+    blocks = merge(Recipe(merge_method="ram", **fields), "blocks").plan
     assert whole.memory_estimate(0) - blocks.memory_estimate(0) == max(j.bytes_whole for j in whole.jobs) > 0
 
 

@@ -6,13 +6,13 @@ import math
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
 
 from mergelab.checkpoints.source import TensorSource
-from mergelab.errors import NonFiniteError
+from mergelab.errors import NonFiniteError, OperatorError
 from mergelab.merging.engine.job import Job
 from mergelab.operators.algebra import Granularity, Stacked
 
@@ -27,6 +27,7 @@ __all__ = [
     "fold",
     "has_nonfinite",
     "nonfinite_error",
+    "nonfinite_statistic",
     "read_block",
 ]
 
@@ -129,12 +130,14 @@ class Buffers:
 class InputBlock:
     """One block of every input on the device, each of the block's shape.
 
-    `buffers` back the arrays: they go back to the pool when the arrays are no longer used.
+    `buffers` back the arrays: they go back to the pool when the arrays are no longer used. `statistics` are
+    the same block of each model's where they have the tensor's shape, else all of each.
     """
 
     values: tuple[jax.Array, ...] | Stacked
     base: jax.Array | None
     buffers: tuple[np.ndarray, ...]
+    statistics: tuple[jax.Array, ...] | None = None
 
 
 def read_block(job: Job, block: Block, buffers: Buffers, *, check: bool) -> InputBlock:
@@ -144,6 +147,29 @@ def read_block(job: Job, block: Block, buffers: Buffers, *, check: bool) -> Inpu
         CheckpointError: an input cannot be read.
         NonFiniteError: `check` is set and an input holds NaN or infinity.
     """
+    inputs = _read_models(job, block, buffers, check=check)
+    if not job.statistics:
+        return inputs
+    taken, arrays = [], []
+    for position, source in enumerate(job.statistics):
+        if tuple(source.shape) != job.shape and math.prod(block.shape) != job.size:
+            raise OperatorError(
+                f"the statistic of tensor {job.name!r} is {list(source.shape)} and the tensor "
+                f"{list(job.shape)}: a merge that works on blocks of a tensor takes none of another shape."
+            )
+        own = tuple(source.shape) == job.shape
+        part = block if own else Block(0, math.prod(source.shape), tuple(source.shape))
+        buffer = buffers.take(math.prod(part.shape) * source.dtype.itemsize)
+        flat = buffer.view(source.dtype)
+        _fill(source, part, flat)
+        if check and has_nonfinite(flat):
+            raise nonfinite_statistic(job, position)
+        taken.append(buffer)
+        arrays.append(_on_device(flat.reshape(part.shape)))
+    return replace(inputs, buffers=(*inputs.buffers, *taken), statistics=tuple(arrays))
+
+
+def _read_models(job: Job, block: Block, buffers: Buffers, *, check: bool) -> InputBlock:
     sources = job.inputs
     size = math.prod(block.shape)
     if len({source.dtype for source in sources}) == 1:
@@ -209,6 +235,18 @@ def count_nonfinite(source: TensorSource, size: int) -> tuple[int, int]:
         nans += int(np.isnan(wide).sum())
         infinities += int(np.isinf(wide).sum())
     return nans, infinities
+
+
+def nonfinite_statistic(job: Job, position: int) -> NonFiniteError:
+    """The sentence about one model's statistic."""
+    model = job.model_names[position] if position < len(job.model_names) else f"model {position}"
+    source = job.statistics[position]
+    nans, infinities = count_nonfinite(source, math.prod(source.shape))
+    found = f"{nans} NaN and {infinities} infinite values"
+    return NonFiniteError(
+        f"the statistic of tensor {source.name!r} of {model} holds {found}; "
+        "compute it again, or pass --allow-nonfinite to merge with it all the same."
+    )
 
 
 def nonfinite_error(job: Job) -> NonFiniteError:

@@ -28,6 +28,9 @@ class Job:
         merge: the operator with this tensor's resolved hyper-parameters; None copies `sources[0]`
             (non-float tensors, and tensors that only one model has).
         model_names: for messages: the name of the model behind each of `sources`, then the base's.
+        statistics: one statistic of the tensor per model (a Gram matrix, a Fisher); empty where the merge
+            takes none, or some model has none of this tensor.
+        reads: the axis along which the tensor's inputs lie, where its statistics need to know.
     """
 
     name: str
@@ -37,6 +40,8 @@ class Job:
     base: TensorSource | None = None
     merge: Merge | None = None
     model_names: tuple[str, ...] = field(default=())
+    statistics: tuple[TensorSource, ...] = ()
+    reads: int | None = None
 
     @property
     def size(self) -> int:
@@ -51,11 +56,14 @@ class Job:
     @cached_property
     def formula(self) -> Merge | None:
         """The merge as it acts on this tensor."""
-        return None if self.merge is None else self.merge.at(TensorInfo(self.name, self.shape))
+        if self.merge is None:
+            return None
+        return self.merge.at(TensorInfo(self.name, self.shape, bool(self.statistics), self.reads))
 
     @property
     def bytes_in(self) -> int:
-        return sum(self.size * s.dtype.itemsize for s in self.inputs)
+        every = (*self.inputs, *self.statistics)
+        return sum(int(np.prod(s.shape, dtype=np.int64)) * s.dtype.itemsize for s in every)
 
     @property
     def bytes_out(self) -> int:

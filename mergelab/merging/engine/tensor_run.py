@@ -96,10 +96,12 @@ class TensorRun:
         for buffer in inputs.buffers:
             self._buffers.give_back(buffer)
 
-    def _region(self, block: Block) -> Region:
+    def _region(self, block: Block, inputs: InputBlock) -> Region:
         count = np.uint32(block.count)
         start, short = split_words(block.start), not self._entire
-        return Region(start, self._key, block.shape, "float64", short=short, count=count)
+        return Region(
+            start, self._key, block.shape, "float64", short=short, count=count, statistics=inputs.statistics
+        )
 
     def _known(self, inputs: InputBlock, block: Block) -> tuple[tuple[Any, ...], ...]:
         """What is known so far, with the results that belong to this block filled in."""
@@ -122,7 +124,7 @@ class TensorRun:
             self.merge,
             inputs.values,
             inputs.base,
-            self._region(block),
+            self._region(block, inputs),
             tuple(map(tuple, known)),
             part=part,
             measure=measure,
@@ -146,7 +148,7 @@ class TensorRun:
                     self.merge,
                     inputs.values,
                     inputs.base,
-                    self._region(block),
+                    self._region(block, inputs),
                     known,
                     part=part,
                     measure=measure,
@@ -274,7 +276,7 @@ class TensorRun:
             known = self._known(inputs, block)
             with jax.enable_x64(self._entire):
                 out = merge_block(
-                    self.merge, inputs.values, inputs.base, self._region(block), known, dtype=dtype
+                    self.merge, inputs.values, inputs.base, self._region(block, inputs), known, dtype=dtype
                 )
             flat = np.asarray(out).reshape(-1)[: block.count]
             if self._check and has_nonfinite(flat):

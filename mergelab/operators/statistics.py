@@ -1,0 +1,48 @@
+"""Statistics that a merge may take beside each model: tensors by parameter name, and their shapes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+__all__ = ["StatisticsKind", "reading_axis", "statistic_fault"]
+
+StatisticsKind = Literal["gram", "fisher"]
+"""`gram`: of a matrix, the mean over tokens of `x x^T` of what it reads, `[in, in]`; `fisher`: of any tensor,
+the mean over sequences of each entry's squared gradient, of the tensor's own shape."""
+
+
+def reading_axis(shape: tuple[int, ...], side: int, declared: int | None = None) -> int | None:
+    """The axis along which a matrix reads inputs of `side` features; None if neither is as long.
+
+    Args:
+        shape: the matrix's.
+        side: the length of its Gram matrix.
+        declared: the axis, where the model's table states it; else the last one, or, where only the first is
+            as long, the first.
+    """
+    axes = (1, 0) if declared is None else (declared,)
+    return next((axis for axis in axes if shape[axis] == side), None)
+
+
+def statistic_fault(
+    kind: StatisticsKind, shape: tuple[int, ...], found: tuple[int, ...], declared: int | None = None
+) -> str | None:
+    """What is wrong with the shape of a tensor's statistic, as the rest of a sentence; None if it fits.
+
+    Args:
+        kind: what is taken.
+        shape: the tensor's shape.
+        found: the statistic's shape.
+        declared: as in `reading_axis`.
+    """
+    if kind == "fisher":
+        if found == shape:
+            return None
+        return f"is {list(found)}, but a diagonal Fisher has the tensor's own shape {list(shape)}"
+    if len(shape) != 2:
+        return f"is {list(found)}, but the tensor is {list(shape)}, and only a matrix has a Gram matrix"
+    square = len(found) == 2 and found[0] == found[1]
+    if square and reading_axis(shape, found[0], declared) is not None:
+        return None
+    side = shape[1 if declared is None else declared]
+    return f"is {list(found)}, but the Gram matrix of a tensor {list(shape)} is [{side}, {side}]"

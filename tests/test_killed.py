@@ -64,6 +64,11 @@ CASES = {
         "--resume",
     ),
     "activations": Case("activations a --site blocks.0.resid_post --text t.txt --context 16 --out out"),
+    "statistics": Case("statistics a --text t.txt --kind gram --context 16 --out out"),
+    "fisher": Case(
+        "statistics b --text t.txt --kind fisher --context 16 --out out --overwrite",
+        setup="statistics a --text t.txt --kind gram --context 16 --out out",
+    ),
     "sae train": Case("sae train s.yml --out out", "--resume", output="out/final"),
     **{
         f"sae export to {name}": Case(f"sae export run --format {name} --out out", run=options)

@@ -147,14 +147,17 @@ def _inode(path: Path) -> int:
 _CODE = re.compile(r"os error (\d+)")
 
 
-def write_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays to a safetensors file.
+def write_tensors(
+    path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes arrays to a safetensors file, with `metadata` as its header's `__metadata__`.
 
     Raises:
         OSError: the file system refuses; safetensors itself raises an error of its own.
     """
     try:
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        save_file(contiguous, path, None if metadata is None else dict(metadata))
     except SafetensorError as error:
         code = _CODE.search(str(error))
         if code is None:

@@ -24,7 +24,7 @@ __all__ = ["SECTIONS", "CommandTable", "Failure", "cli", "main", "run"]
 SECTIONS: Mapping[str, Sequence[str]] = {
     "Start here": ("quickstart",),
     "Merge models": ("merge", "soup", "extract-lora"),
-    "Run models": ("generate", "convert"),
+    "Run models": ("generate", "statistics", "convert"),
     "Train and judge features": ("activations", "sae", "abliterate"),
     "Look things up": ("inspect", "operators"),
 }

@@ -121,14 +121,15 @@ def save_params(
     overwrite: bool = False,
     stem: str = "model",
     identity: str = "",
+    metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes the leaves of any table; arguments and errors are those of `save_model`, config in `files`.
 
-    `stem` is what the names of the weight files begin with.
+    `stem` is what the names of the weight files begin with; `metadata` is what `plan_shards` takes.
     """
     arrays = _arrays(params, table)
     distributed = any(isinstance(a, jax.Array) and not a.is_fully_addressable for a in arrays.values())
-    plan = plan_shards(_specs(arrays), shard_bytes, stem=stem)
+    plan = plan_shards(_specs(arrays), shard_bytes, metadata, stem=stem)
     with SharedWriter(path, plan, identity=identity, overwrite=overwrite, distributed=distributed) as writer:
         with together("saving the model", distributed=distributed):
             _write(arrays, writer, distributed)

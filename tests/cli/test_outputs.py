@@ -26,6 +26,7 @@ FOLDERS = {
     "extract-lora": "extract-lora b --base a --rank 2 --overwrite --out",
     "abliterate": "abliterate a --harmful t.txt --harmless t.txt --overwrite --out",
     "activations": "activations a --site blocks.0.resid_post --text t.txt --context 2 --out",
+    "statistics": "statistics a --text t.txt --kind gram --context 2 --overwrite --out",
     "sae train": "sae train s.yaml --out",
     "sae export": "sae export sae --format saelens --out",
 }
@@ -36,7 +37,7 @@ FILES = {
 }
 INPUTS = {  # what a command reads, besides the models `a` and `b`
     "merge": ("r.yaml",), "greedy soup": ("t.txt",), "abliterate": ("t.txt",), "activations": ("t.txt",),
-    "sae train": ("x.npy",), "sae features": ("t.txt",),
+    "statistics": ("t.txt",), "sae train": ("x.npy",), "sae features": ("t.txt",),
 }  # fmt: skip
 
 

@@ -39,6 +39,7 @@ COMMANDS = [
     "soup a b --out out --overwrite",
     "soup a b --method greedy --text text.txt --out out --overwrite",
     "activations a --site blocks.1.resid_post --text text.txt --out out",
+    "statistics a --text text.txt --kind fisher --out out",
     "extract-lora a --base b --rank 2 --out out --overwrite",
     "sae train sae.yaml --out out",
     "quickstart --preset tiny --out out",

@@ -1,0 +1,344 @@
+"""What a text says of each parameter: Gram matrices of what matrices read, and diagonal Fishers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from mergelab.activations.batches import batches
+from mergelab.activations.capture import check_prompts
+from mergelab.checkpoints.new_files import write_tensors
+from mergelab.checkpoints.output_target import disk_errors
+from mergelab.checkpoints.publish import WorkFolder
+from mergelab.errors import NonFiniteError
+from mergelab.models.model import Model, Params
+from mergelab.models.residual_stream import require_decoder
+from mergelab.models.save import save_params
+from mergelab.models.table import Leaf, tree_from_leaves
+
+__all__ = ["Kind", "Statistics", "fisher", "gram", "write_statistics"]
+
+Kind = Literal["gram", "fisher"]
+Progress = Callable[[int, int], None]
+
+GROUP_BYTES = 4 << 30
+"""Bytes of the sums that are kept at a time; more Gram matrices take further passes over the text."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """One kind of statistics of a model on a text.
+
+    Attributes:
+        kind: `gram` or `fisher`.
+        tree: float32 arrays at the paths of the parameters; parameters that have none are absent.
+        tokens: number of tokens they were taken on.
+    """
+
+    kind: Kind
+    tree: dict[str, Any]
+    tokens: int
+
+
+def gram(model: Model, params: Params, contexts: Any, *, mask: Any = None, batch: int = 8) -> Statistics:
+    """`mean over tokens of x x^T`, where `x` is what a matrix reads: `[in, in]` for each matrix.
+
+    Sums run in float32 with the rounding of each addition carried along. Matrices that read one site share
+    one array. Parameters that read no site (`Leaf.reads`) have none.
+
+    Args:
+        model: the model.
+        params: its parameters, on any mesh.
+        contexts: token ids, as `capture` takes them.
+        mask: True for real tokens, the others count for nothing; all by default.
+        batch: contexts in one forward pass.
+
+    Raises:
+        SiteError, TokenError: as `capture`.
+        NonFiniteError: a site holds NaN or infinity.
+
+    Example:
+        >>> from mergelab.models.families import model_from_config
+        >>> model = model_from_config({
+        ...     "model_type": "llama", "vocab_size": 96, "hidden_size": 16, "intermediate_size": 32,
+        ...     "num_hidden_layers": 2, "num_attention_heads": 2,
+        ... })
+        >>> found = gram(model, model.init(0), [[5, 6, 7], [8, 9]])
+        >>> found.tree["blocks_0"]["mlp"]["down"]["kernel"].shape, found.tokens
+        ((32, 32), 5)
+    """
+    tokens, real = check_prompts(model, contexts, mask)
+    leaves = [leaf for leaf in model.table() if leaf.reads is not None]
+    sites = tuple(dict.fromkeys(leaf.reads for leaf in leaves if leaf.reads))
+    grams = _grams(model, params, tokens, real, sites, batch=batch)
+    tree = tree_from_leaves({leaf: grams[leaf.reads or ""] for leaf in leaves})
+    return Statistics("gram", tree, int(real.sum()))
+
+
+def fisher(model: Model, params: Params, contexts: Any, *, mask: Any = None, batch: int = 8) -> Statistics:
+    """`mean over sequences of (d log p(sequence) / d parameter)^2`, in the shape of each parameter.
+
+    The logarithm is the sum over a sequence of `ln p(token | the tokens before it)`: the diagonal of the
+    empirical Fisher matrix (arXiv:2111.09832), in float32, with the rounding of each addition carried along.
+    It takes four times the memory of float32 parameters.
+
+    Args:
+        model: a decoder.
+        params: its parameters, on any mesh.
+        contexts: token ids, as `capture` takes them; each is one sequence.
+        mask: True for real tokens; all by default.
+        batch: sequences in one compiled call.
+
+    Raises:
+        SiteError, TokenError: as `capture`, or the model is not a decoder.
+        NonFiniteError: a gradient is NaN or infinite.
+    """
+    require_decoder(model)
+    tokens, real = check_prompts(model, contexts, mask)
+    tree = _fisher(model, params, tokens, real, batch, lambda done: None)
+    return Statistics("fisher", tree, int(real.sum()))
+
+
+def write_statistics(
+    model: Model,
+    params: Params,
+    contexts: Any,
+    out: Path | WorkFolder,
+    *,
+    kind: Kind,
+    mask: Any = None,
+    batch: int = 8,
+    group_bytes: int = GROUP_BYTES,
+    overwrite: bool = False,
+    identity: str = "",
+    progress: Progress = lambda done, total: None,
+) -> int:
+    """Writes safetensors files with one float32 tensor for each HF tensor, under its name.
+
+    A Gram matrix is `[in, in]`, one for a tensor that fuses several parameters; a Fisher has the HF tensor's
+    shape. The files' `__metadata__` tells `kind` and `tokens`. The folder appears when it is complete.
+
+    Args:
+        model: the model; a decoder for `fisher`.
+        params: its parameters, on any mesh.
+        contexts: token ids, as `capture` takes them.
+        out: a new folder; or the work folder of one, which the caller has entered and leaves.
+        kind: `gram` or `fisher`.
+        mask: True for real tokens; all by default.
+        batch: contexts in one compiled call.
+        group_bytes: memory of Gram matrices that are summed at a time; more take further passes.
+        overwrite: replace a folder that mergelab wrote.
+        identity: SHA-256 of all that decides the content, where the caller can tell.
+        progress: called with contexts done and contexts in all, those of further passes among them.
+
+    Returns:
+        How many tensors were written.
+
+    Raises:
+        OutputError: the folder is taken, or the disk is full or fails.
+        MergelabError: as `gram` and `fisher`.
+    """
+    if kind == "fisher":
+        require_decoder(model)
+    tokens, real = check_prompts(model, contexts, mask)
+    metadata = {"kind": kind, "tokens": str(int(real.sum()))}
+    given = isinstance(out, WorkFolder)
+    with contextlib.nullcontext(out) if given else WorkFolder(out, overwrite=overwrite) as work:
+        leaves = [leaf for leaf in model.table() if kind == "fisher" or leaf.reads is not None]
+        if not work.finished(identity):
+            try:
+                if kind == "gram":
+                    run = partial(_grams, model, params, tokens, real, batch=batch)
+                    _write_grams(model, leaves, run, len(tokens), work, group_bytes, metadata, progress)
+                    work.publish(identity)
+                else:
+                    work.prepare()
+                    tree = _fisher(
+                        model, params, tokens, real, batch, lambda done: progress(done, len(tokens))
+                    )
+                    options: dict[str, Any] = {"stem": "fisher", "identity": identity, "metadata": metadata}
+                    save_params(tree, leaves, work, files={}, **options)
+            except BaseException:
+                work.abandon()
+                raise
+        return len({name for leaf in leaves for name in leaf.hf_names})
+
+
+def _write_grams(
+    model: Model,
+    leaves: Sequence[Leaf],
+    run: Callable[..., dict[str, np.ndarray]],
+    contexts: int,
+    work: WorkFolder,
+    group_bytes: int,
+    metadata: Mapping[str, str],
+    progress: Progress,
+) -> None:
+    """One file for each group of sites whose sums have room in memory together."""
+    names: dict[str, dict[str, None]] = {}
+    for leaf in leaves:
+        names.setdefault(leaf.reads or "", {}).update(dict.fromkeys(leaf.hf_names))
+    widths = {site: _width(model, site) for site in names}
+    groups = list(_groups(widths, group_bytes))
+    work.prepare(sum(4 * widths[site] ** 2 * len(names[site]) for site in names))
+    work.clear()
+    for number, sites in enumerate(groups):
+        start = number * contexts
+
+        def advance(done: int, start: int = start) -> None:
+            progress(start + done, len(groups) * contexts)
+
+        grams = run(sites, advance=advance)
+        with disk_errors(work.out):
+            write_tensors(
+                work.path / f"gram-{number:05d}.safetensors",
+                {name: grams[site] for site in sites for name in names[site]},
+                metadata,
+            )
+
+
+def _width(model: Model, site: str) -> int:
+    return int(np.prod([int(size) for size in model.sites()[site][2:]]))
+
+
+def _groups(widths: Mapping[str, int], group_bytes: int) -> Iterator[tuple[str, ...]]:
+    """Sites in forward order, as many at a time as have room for a sum and its rounding; at least one."""
+    group: list[str] = []
+    filled = 0
+    for site, width in widths.items():
+        needed = 8 * width**2
+        if group and filled + needed > group_bytes:
+            yield tuple(group)
+            group, filled = [], 0
+        group.append(site)
+        filled += needed
+    if group:
+        yield tuple(group)
+
+
+def _grams(
+    model: Model,
+    params: Params,
+    tokens: np.ndarray,
+    real: np.ndarray,
+    sites: Sequence[str],
+    *,
+    batch: int,
+    advance: Callable[[int], None] = lambda done: None,
+) -> dict[str, np.ndarray]:
+    """The Gram matrix of each site, on the host."""
+    zeros = {site: jnp.zeros((_width(model, site),) * 2, jnp.float32) for site in sites}
+    sums = zeros, jax.tree.map(jnp.copy, zeros)
+    done = 0
+    for rows, count in batches(len(tokens), batch):
+        counted = real[rows] & (np.arange(len(rows)) < count)[:, None]
+        sums = _add_grams(model, params, tokens[rows], real[rows], counted, tuple(sites), sums)
+        done += count
+        jax.block_until_ready(sums)
+        advance(done)
+    found = {site: np.asarray(_mean(*(half[site] for half in sums), int(real.sum()))) for site in sites}
+    for site, matrix in found.items():
+        if not np.isfinite(matrix).all():
+            raise NonFiniteError(f"activations of the site {site!r} are not finite; try float32 weights")
+    return found
+
+
+@partial(jax.jit, static_argnames=("model", "sites"), donate_argnames="sums")
+def _add_grams(
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "batch length"],
+    mask: Bool[Array, "batch length"],
+    counted: Bool[Array, "batch length"],
+    sites: tuple[str, ...],
+    sums: tuple[dict[str, Array], dict[str, Array]],
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    found = model.apply(params, tokens, mask=mask, capture=sites, logits=False).captured
+    added = {}
+    for site in sites:
+        x = found[site].astype(jnp.float32).reshape(tokens.size, -1)
+        x = jnp.where(counted.reshape(-1, 1), x, 0.0)
+        added[site] = jnp.matmul(x.T, x, precision="highest")
+    return _add(sums, added)
+
+
+def _fisher(
+    model: Model,
+    params: Params,
+    tokens: np.ndarray,
+    real: np.ndarray,
+    batch: int,
+    advance: Callable[[int], None],
+) -> dict[str, Any]:
+    """The mean squared gradients, where the parameters lie."""
+    params = jax.tree.map(jnp.asarray, params)
+    sums = tuple(
+        jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32, device=p.sharding), params) for _ in range(2)
+    )
+    done = 0
+    for rows, count in batches(len(tokens), batch):
+        counted = np.arange(len(rows)) < count
+        sums = _add_squares(model, params, tokens[rows], real[rows], counted, sums)
+        done += count
+        jax.block_until_ready(sums)
+        advance(done)
+    tree: dict[str, Any] = jax.tree.map(partial(_mean, count=len(tokens)), *sums)
+    for path, array in jax.tree.leaves_with_path(tree):
+        if not bool(jnp.isfinite(array).all()):
+            name = ".".join(str(key.key) for key in path)
+            raise NonFiniteError(f"gradients of the parameter {name!r} are not finite; try float32 weights")
+    return tree
+
+
+@partial(jax.jit, static_argnames="model", donate_argnames="sums")
+def _add_squares(
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "batch length"],
+    mask: Bool[Array, "batch length"],
+    counted: Bool[Array, " batch"],
+    sums: tuple[Params, Params],
+) -> tuple[Params, Params]:
+    def step(sums: Any, row: Any) -> tuple[Any, None]:
+        tokens, mask, counted = row
+        gradient = jax.grad(partial(_log_likelihood, model))(params, tokens, mask)
+        squares = jax.tree.map(lambda g: jnp.where(counted, jnp.square(g.astype(jnp.float32)), 0.0), gradient)
+        return _add(sums, squares), None
+
+    # One sequence after the other: side by side each would need gradients of its own.
+    return jax.lax.scan(step, sums, (tokens, mask, counted))[0]
+
+
+def _log_likelihood(
+    model: Model, params: Params, tokens: Int[Array, " length"], mask: Bool[Array, " length"]
+) -> Float[Array, ""]:
+    """`sum of ln p(token | the tokens before it)` of one sequence."""
+    logits = model.apply(params, tokens[None], mask=mask[None]).logits
+    assert logits is not None
+    logits = logits[0, :-1].astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, tokens[1:, None], axis=-1)[:, 0]
+    return jnp.sum(jnp.where(mask[:-1] & mask[1:], chosen - jax.nn.logsumexp(logits, axis=-1), 0.0))
+
+
+def _add(sums: tuple[Any, Any], added: Any) -> tuple[Any, Any]:
+    """Sums, and what their additions have rounded off so far (Neumaier 1974), with one more term."""
+    total = jax.tree.map(jnp.add, sums[0], added)
+
+    def lost(before: Array, term: Array, after: Array, so_far: Array) -> Array:
+        taken = after - before
+        return so_far + ((before - (after - taken)) + (term - taken))
+
+    return total, jax.tree.map(lost, sums[0], added, total, sums[1])
+
+
+def _mean(total: Array, lost: Array, count: int) -> Array:
+    return (total + lost) / jnp.float32(count)

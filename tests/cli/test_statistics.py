@@ -1,0 +1,70 @@
+"""`mergelab statistics` writes what the library computes, and says so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from mergelab.activations.statistics import gram
+from mergelab.cli.main import cli
+from mergelab.models.load import load_model
+from mergelab.models.table import stored_shapes
+from tests.models.tiny_models import tiny, write
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("statistics")
+    folder = write(place / "model", "llama")
+    words = {f"w{i}": i for i in range(tiny("llama")[0].config.vocab_size)}
+    tokenizer = {"version": "1.0", "model": {"type": "WordLevel", "vocab": words, "unk_token": "w0"}}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"pre_tokenizer": {"type": "Whitespace"}}))
+    (place / "t.txt").write_text(" ".join(f"w{i % 40}" for i in range(90)))
+    return place
+
+
+def run(folder: Path, *options: str, status: int = 0) -> str:
+    text = ["--text", str(folder / "t.txt"), "--out", str(folder / "out")]
+    result = CliRunner().invoke(cli, ["statistics", str(folder / "model"), *text, *options])
+    assert result.exit_code == status, (result.output, result.exception)
+    return result.stdout if status == 0 else result.stderr
+
+
+def test_a_gram_and_then_a_fisher_in_its_place(folder: Path) -> None:
+    said = json.loads(run(folder, "--kind", "gram", "--context", "8", "--tokens", "50", "--json"))
+    model, params = load_model(folder / "model")
+    expected = gram(model, params, (np.arange(48) % 40).reshape(6, 8))
+    assert said["tokens"] == expected.tokens == 48 and said["kind"] == "gram"
+    stored = load_file(folder / "out" / "gram-00000.safetensors")
+    assert len(stored) == said["tensors"] == sum(leaf.reads is not None for leaf in model.table())
+    for name, ours in (("self_attn.v_proj", "attn.v"), ("mlp.down_proj", "mlp.down")):
+        group, layer = ours.split(".")
+        found = stored[f"model.layers.1.{name}.weight"]
+        np.testing.assert_allclose(
+            found, expected.tree["blocks_1"][group][layer]["kernel"], rtol=1e-5, atol=1e-6
+        )
+
+    assert "pass --overwrite" in run(folder, "--kind", "fisher", status=2)
+    assert f"fisher of {len(stored_shapes(model.table()))} tensors on 64 tokens" in run(
+        folder, "--kind", "fisher", "--overwrite"
+    )
+    assert [file.name for file in sorted((folder / "out").glob("*"))] == [
+        "fisher.safetensors",
+        "mergelab.json",
+    ]
+    with safe_open(folder / "out" / "fisher.safetensors", "np") as opened:
+        assert opened.metadata() == {"kind": "fisher", "tokens": "64"}
+
+
+def test_weights_that_are_not_finite_are_named(folder: Path) -> None:
+    weights = load_file(folder / "model" / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = np.inf
+    save_file(weights, folder / "model" / "model.safetensors")
+    told = run(folder, "--kind", "gram", "--overwrite", status=2)
+    assert "not finite" in told and (folder / "out" / "fisher.safetensors").is_file()

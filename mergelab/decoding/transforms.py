@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import field
+from types import MappingProxyType
 from typing import NamedTuple, Protocol, TypeVar, dataclass_transform
 
 import jax
@@ -45,10 +46,13 @@ class History(NamedTuple):
     Attributes:
         seen: bool `[batch, vocab]`, True for tokens of the row's prompt (padding not counted) and output.
         generated: int32 `[batch]`, tokens generated in the row so far.
+        captured: the sites that `generate(capture=...)` names, of the pass that gave these logits, each
+            `[batch, ...]`.
     """
 
     seen: Bool[Array, "batch vocab"]
     generated: Int[Array, " batch"]
+    captured: Mapping[str, Array] = MappingProxyType({})
 
 
 class LogitsTransform(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -23,22 +23,24 @@ else:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """Keys (rotated) and values of all tokens so far, in slots that rows share.
+    """Keys (rotated) and values of all tokens so far, in slots of equal number per row.
 
-    A call with `n` new tokens a row fills slots `[length, length + n)` of every row; rows of different
+    A call with `n` new tokens a row fills slots `[length, length + n)` of each row; rows of different
     lengths are padded (on the left, for generation) and `mask` says which slots are real. A row's next
     position is its number of real slots.
 
     Attributes:
         keys, values: per layer, `[batch, slots, kv_heads, head_dim]`.
         mask: `[batch, slots]` bool, True where a slot holds a real token.
-        length: how many slots are filled, an int32 scalar.
+        length: number of filled slots of each row, int32 `[batch]`.
+        even: whether all rows are known to be equally long (static): they are written in one piece.
     """
 
     keys: tuple[ArrayLeaf, ...]
     values: tuple[ArrayLeaf, ...]
     mask: ArrayLeaf
     length: ArrayLeaf
+    even: bool = field(default=True, metadata={"static": True})
 
     @property
     def slots(self) -> int:
@@ -52,7 +54,7 @@ class Cache:
 
     def extend_mask(self, mask: Bool[Array, "batch new"]) -> Bool[Array, "batch slots"]:
         """The mask once new tokens are in their slots."""
-        return jax.lax.dynamic_update_slice(self.mask, mask, (jnp.int32(0), self.length))
+        return self._put(self.mask, mask)
 
     def write(
         self,
@@ -61,12 +63,31 @@ class Cache:
         value: Float[Array, "batch new kv_heads head_dim"],
     ) -> tuple[Float[Array, "batch slots kv_heads head_dim"], Float[Array, "batch slots kv_heads head_dim"]]:
         """One layer's keys and values with the new ones in their slots."""
-        zero = jnp.int32(0)
-        start = (zero, self.length, zero, zero)
-        return (
-            jax.lax.dynamic_update_slice(self.keys[layer], key.astype(self.keys[layer].dtype), start),
-            jax.lax.dynamic_update_slice(self.values[layer], value.astype(self.values[layer].dtype), start),
+        keys, values = self.keys[layer], self.values[layer]
+        return self._put(keys, key.astype(keys.dtype)), self._put(values, value.astype(values.dtype))
+
+    def _put(self, slots: jax.Array, new: jax.Array) -> jax.Array:
+        """`[batch, slots, ...]` with new entries behind each row's last."""
+        if self.even:
+            return jax.lax.dynamic_update_slice_in_dim(slots, new, self.length[0], axis=1)
+        return jax.vmap(lambda row, x, at: jax.lax.dynamic_update_slice_in_dim(row, x, at, axis=0))(
+            slots, new, self.length
         )
+
+    def repeat(self, times: int) -> Cache:
+        """Every row `times` times, one copy after the other: to continue one text in several ways."""
+        return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), self)
+
+    def rewind(self, lengths: Int[Array, "*batch"] | int) -> Cache:
+        """The cache before a row's tokens beyond its first `lengths` slots (padding counts) were there.
+
+        Args:
+            lengths: one number for all rows, or one per row; a row that is shorter stays as it is.
+        """
+        one = jnp.ndim(lengths) == 0
+        length = jnp.minimum(jnp.asarray(lengths, jnp.int32).reshape(-1), self.length)
+        kept = jnp.arange(self.slots, dtype=jnp.int32)[None] < length[:, None]
+        return replace(self, mask=self.mask & kept, length=length, even=self.even and one)
 
 
 def new_cache(
@@ -84,5 +105,5 @@ def new_cache(
         keys=tuple(jnp.zeros((batch, slots, *keys), dtype) for keys, _ in kept),
         values=tuple(jnp.zeros((batch, slots, *values), dtype) for _, values in kept),
         mask=jnp.zeros((batch, slots), jnp.bool_),
-        length=jnp.int32(0),
+        length=jnp.zeros(batch, jnp.int32),
     )

@@ -18,7 +18,14 @@ from mergelab.models.cache import ArrayLeaf, Cache, new_cache
 from mergelab.models.derived import Derived, derive_blocks
 from mergelab.models.sites import Edit, Shape, Tap
 from mergelab.models.table import Leaf, Row, build_table
-from mergelab.models.token_checks import check_ids, check_length, check_positions, concrete, learned_positions
+from mergelab.models.token_checks import (
+    check_ids,
+    check_length,
+    check_positions,
+    check_token_array,
+    concrete,
+    learned_positions,
+)
 
 __all__ = ["Architecture", "Family", "Model", "Output", "Params"]
 
@@ -85,7 +92,47 @@ class Output:
     cache: Cache | None
 
 
-@dataclass(frozen=True)
+# Names that people try who come from TransformerLens and transformers: what to write instead.
+_ELSEWHERE = {
+    "run_with_cache": "model.apply(params, tokens, capture=[...]) returns the sites asked for as `.captured`",
+    "run_with_hooks": "pass functions by site, model.apply(params, tokens, edit={site: function})",
+    "add_hook": "pass functions by site, model.apply(params, tokens, edit={site: function})",
+    "hooks": "pass functions by site, model.apply(params, tokens, edit={site: function})",
+    "reset_hooks": "edits are arguments of one call, so there are no hooks to remove",
+    "hook_dict": "model.sites() lists every site with its shape",
+    "hook_points": "model.sites() lists every site with its shape",
+    "to_tokens": "mergelab.load_tokenizer(path).encode(text) gives a text's ids",
+    "to_str_tokens": "mergelab.load_tokenizer(path) reads and writes text",
+    "to_string": "mergelab.load_tokenizer(path).decode(ids) gives the text of ids",
+    "to_single_token": "mergelab.load_tokenizer(path).encode(text) gives a text's ids",
+    "tokenizer": "a model has no tokenizer; mergelab.load_tokenizer(path) opens the one beside its weights",
+    "generate": "mergelab.generate(model, params, tokens, max_new_tokens=...) continues prompts",
+    "from_pretrained": "model, params = mergelab.load_model(path) opens a folder",
+    "save_pretrained": "mergelab.save_model(model, params, path) writes a folder",
+    "state_dict": "parameters are a separate tree, the second value of mergelab.load_model(path)",
+    "parameters": "parameters are a separate tree; model.table() describes each of them",
+    "params": "parameters are a separate tree, the second value of mergelab.load_model(path)",
+    "forward": "model.apply(params, tokens) is the forward pass",
+    "cfg": "model.config is the configuration",
+    "blocks": "model.config.blocks describes the blocks; params['blocks_0'] are the first one's parameters",
+    "W_E": "params['embed']['embedding'] is the embedding, [vocab, width]",
+    "W_U": "mergelab.models.residual_stream.unembedding(model, params) is [width, vocab]",
+    "W_pos": "params['positions']['embedding'] holds learned positions, where there are any",
+    "unembed": "mergelab.models.residual_stream.unembedding(model, params) is [width, vocab]",
+    **{
+        f"W_{name.upper()}": f"params['blocks_0']['attn']['{name}']['kernel'] is block 0's, [in, out]"
+        for name in "qkvo"
+    },
+    "W_in": "params['blocks_0']['mlp']['up']['kernel'] is block 0's, [in, out]",
+    "W_gate": "params['blocks_0']['mlp']['gate']['kernel'] is block 0's, [in, out]",
+    "W_out": "params['blocks_0']['mlp']['down']['kernel'] is block 0's, [in, out]",
+    **dict.fromkeys(
+        ("to", "cuda", "cpu", "eval", "train"), "a model holds no arrays; move or cast its parameters"
+    ),
+}
+
+
+@dataclass(frozen=True, repr=False)
 class Model:
     """A family and a configuration; hashable, without parameters.
 
@@ -100,6 +147,18 @@ class Model:
     config: Any
     hf_config: Mapping[str, Any] = field(compare=False, repr=False)
     prefixed: bool = True
+
+    def __repr__(self) -> str:
+        # One line: a configuration describes every layer.
+        c, count = self.config, sum(leaf.size for leaf in self._table)
+        size = f"n_layers={c.layers}, d_model={c.width}, vocab_size={c.vocab_size}"
+        return f"Model({self.family.model_type!r}, {size}, parameters={count:,})"
+
+    def __getattr__(self, name: str) -> Any:
+        # Only names that are not there come here.
+        message = f"{type(self).__name__!r} object has no attribute {name!r}"
+        hint = _ELSEWHERE.get(name)
+        raise AttributeError(f"{message}: {hint}." if hint else message, name=name, obj=self)
 
     def __hash__(self) -> int:
         return self._hash
@@ -195,7 +254,8 @@ class Model:
 
         Raises:
             SiteError: no site matches a name or pattern, or an edit changes shape or dtype.
-            TokenError: ids or segments beyond their embeddings, or more tokens than learned positions.
+            TokenError: a text or a list in place of an array of ids; ids or segments beyond their embeddings,
+                or more tokens than learned positions.
             MergelabError: a cache is given to an encoder, or token types to a decoder.
         """
         causal = self.family.architecture.causal
@@ -203,6 +263,7 @@ class Model:
             raise self._no_cache()
         if token_types is not None and causal:
             raise MergelabError(f"a {self.family.model_type!r} model has no token types; leave them away.")
+        check_token_array(tokens)
         self._check(tokens, positions, mask, cache, token_types)
         if positions is None:
             positions = self._positions(tokens, mask, cache)

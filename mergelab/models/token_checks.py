@@ -8,13 +8,14 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from mergelab.errors import TokenError
+from mergelab.errors import TokenError, quoted
 
 __all__ = [
     "Embeds",
     "check_ids",
     "check_length",
     "check_positions",
+    "check_token_array",
     "check_tokens",
     "concrete",
     "learned_positions",
@@ -62,6 +63,27 @@ def check_tokens(model: Embeds, tokens: Any, mask: Any = None, *, place: str = "
         real = None if mask is None else concrete(mask)
         length = shape[-1] if real is None else int(real.sum(axis=-1).max(initial=0))
         check_length(model, length, place=place)
+
+
+def check_token_array(tokens: Any) -> None:
+    """Checks that tokens are an array `[batch, length]`; a text or a list is what people try first.
+
+    Raises:
+        TokenError: they are not.
+    """
+    texts = [tokens] if isinstance(tokens, str) else tokens if isinstance(tokens, list | tuple) else []
+    if any(isinstance(text, str) for text in texts):
+        raise TokenError(
+            f"tokens: found the text {quoted(tokens)}, but a model reads token ids [batch, length]; encode "
+            "it first: jnp.array([mergelab.load_tokenizer(path).encode(text)])."
+        )
+    shape = getattr(tokens, "shape", None)
+    if shape is None or len(shape) != 2:
+        found = f"a {type(tokens).__name__}" if shape is None else f"an array of shape {list(shape)}"
+        raise TokenError(
+            f"tokens: found {found}, but a model reads an array of token ids [batch, length]; write "
+            "jnp.array([ids]) for one text."
+        )
 
 
 def check_ids(ids: Any, size: int, what: str, place: str) -> None:

@@ -41,7 +41,7 @@ def test_tokens_in_pieces_give_what_they_give_at_once(name: str) -> None:
     whole = np.asarray(jax.jit(model.apply)(params, TOKENS, mask=HOLES).logits)
     found, cache = in_pieces(model, params, model.new_cache(3, 14), [7, 8, 9])
     np.testing.assert_allclose(found[HOLES], whole[HOLES], rtol=0, atol=2e-5)
-    assert int(cache.length) == 10 and cache.slots == 14
+    assert cache.length.tolist() == [10] * 3 and cache.slots == 14
     np.testing.assert_array_equal(cache.mask, np.pad(HOLES, ((0, 0), (0, 4))))
 
 
@@ -90,3 +90,31 @@ def test_half_precision_runs_in_half_precision() -> None:
     assert output.logits.dtype == output.captured["blocks.0.attn.pattern"].dtype == jnp.float32
     exact = jax.jit(model.apply)(params, tokens).logits
     assert float(jnp.abs(output.logits - exact).mean()) < 0.1 * float(jnp.abs(exact).mean())
+
+
+def test_rows_rewound_to_different_lengths_go_on_as_if_they_had_never_been_further() -> None:
+    model, params = tiny("mistral")
+    step = jax.jit(lambda tokens, cache: model.apply(params, tokens, cache=cache))
+    far = step(jnp.asarray(TOKENS[:, :8]), model.new_cache(3, 12)).cache
+    back = far.rewind(jnp.array([3, 8, 5]))
+    assert back.length.tolist() == [3, 8, 5] and not back.even
+    new = jnp.asarray(TOKENS[:, 8:10])
+    found = step(new, back)
+    assert found.cache.length.tolist() == [5, 10, 7]
+    for row, kept in enumerate([3, 8, 5]):
+        text = jnp.concatenate([jnp.asarray(TOKENS[row : row + 1, :kept]), new[row : row + 1]], axis=1)
+        expected = model.apply(params, text).logits
+        np.testing.assert_allclose(found.logits[row], expected[0, kept:], atol=2e-5)
+    # Without rewinding, the next tokens follow other ones.
+    assert np.abs(np.asarray(step(new, far).logits)[0] - np.asarray(found.logits)[0]).max() > 1e-2
+
+
+def test_a_repeated_cache_is_that_of_repeated_rows() -> None:
+    model, params = tiny("llama")
+    cache = model.apply(params, jnp.asarray(TOKENS[:2, :4]), cache=model.new_cache(2, 6)).cache
+    assert cache is not None
+    forked = cache.repeat(2)
+    assert forked.length.shape == (4,) and forked.even and cache.rewind(2).even
+    for copy, row in enumerate([0, 0, 1, 1]):
+        np.testing.assert_array_equal(forked.keys[1][copy], cache.keys[1][row])
+        np.testing.assert_array_equal(forked.mask[copy], cache.mask[row])

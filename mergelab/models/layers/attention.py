@@ -28,26 +28,27 @@ __all__ = [
 
 
 def visible_keys(
-    queries: Int[Array, " query"],
+    queries: Int[Array, "*batch query"],
     keys: int,
-    real: Bool[Array, "batch key"] | None,
+    real: Bool[Array, "rows key"] | None,
     causal: bool = True,
     window: int | None = None,
 ) -> Bool[Array, "rows query key"]:
     """True where a query may look at a key.
 
     Args:
-        queries: the slot of each query.
+        queries: slot of each query, `[query]` where all rows agree, else `[batch, query]`.
         keys: number of key slots, from 0.
         real: False for padding; None if there is none (then `rows` is 1, else it is the batch).
         causal: whether a query sees only its own slot and earlier ones.
         window: if given, a query sees only the last `window` slots, its own among them.
     """
-    distance = queries[:, None] - jnp.arange(keys, dtype=queries.dtype)[None]
+    slots = jnp.arange(keys, dtype=queries.dtype)
+    distance = queries[..., None] - (slots[None] if queries.ndim == 1 else slots[None, None])
     seen = distance >= 0 if causal else jnp.ones(distance.shape, jnp.bool_)
     if window is not None:
         seen &= distance < window
-    seen = seen[None]
+    seen = seen[None] if seen.ndim == 2 else seen
     return seen if real is None else seen & real[:, None]
 
 

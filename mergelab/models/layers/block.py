@@ -46,7 +46,9 @@ class Pass:
         self.cache, self.tap, self._positions = cache, tap, positions
         length = positions.shape[1]
         steps = jnp.arange(length, dtype=jnp.int32)
-        self._queries = steps if cache is None else cache.length + steps
+        self._queries = steps
+        if cache is not None:
+            self._queries = cache.length[0] + steps if cache.even else cache.length[:, None] + steps[None]
         self._keys = length if cache is None else cache.slots
         self.real = mask
         if cache is not None:

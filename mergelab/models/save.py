@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,7 @@ def _is_transposed(array: np.ndarray) -> bool:
     return array.strides[-1] > array.strides[-2]
 
 
+@runtime_checkable
 class TokenizerFiles(Protocol):
     """A tokenizer that can be written: `mergelab.text.Tokenizer`, which models know nothing of."""
 

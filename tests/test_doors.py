@@ -1,4 +1,6 @@
-"""The front door and the faces: ten tasks of a first day with `import mergelab as ml`, and where names are."""
+"""The front door and the faces: ten tasks of a first day with `import mergelab as ml`; where names are."""
+are.
+"""
 
 from __future__ import annotations
 
@@ -340,10 +342,10 @@ def faces() -> list[str]:
     return ["mergelab", *(m.name for m in found if m.ispkg and not m.name.startswith("mergelab.cli"))]
 
 
-PRIVATE = {"mergelab.merging.engine", "mergelab.merging.plan", "mergelab.merging.recipe"} | {
-    "mergelab.merging.structure", "mergelab.operators.named", "mergelab.sae.kernels", "mergelab.models.families",
-    "mergelab.models.layers",
-}  # fmt: skip
+PRIVATE = {
+    *("mergelab.merging.engine", "mergelab.merging.plan", "mergelab.merging.recipe", "mergelab.merging.structure"),
+    *("mergelab.operators.named", "mergelab.models.families", "mergelab.models.layers", "mergelab.sae.kernels"),
+}
 """Folders inside a room whose names the room offers itself."""
 
 

@@ -1,6 +1,4 @@
 """The front door and the faces: ten tasks of a first day with `import mergelab as ml`; where names are."""
-are.
-"""
 
 from __future__ import annotations
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mergelab.errors import DecodingError
+from mergelab.errors import DecodingError, SiteError, TokenError
 
-__all__ = ["bucket_size", "check_prompts", "map_pieces", "pad_prompts", "widen"]
+__all__ = ["batches", "bucket_size", "check_prompts", "map_pieces", "pad_prompts", "stack_prompts", "widen"]
 
 
 _SMALLEST = 16
@@ -81,6 +81,62 @@ def check_prompts(tokens: np.ndarray, mask: np.ndarray, vocab_size: int) -> None
     low, high = int(tokens.min()), int(tokens.max())
     expected = f"token ids below the vocabulary's {vocab_size}"
     _require("generate(tokens)", f"ids from {low} to {high}", low >= 0 and high < vocab_size, expected)
+
+
+def stack_prompts(tokens: Any, mask: Any = None) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts in any of the usual forms as one array `[prompts, length]`, and its mask, True for real tokens.
+
+    >>> stack_prompts([[5, 6, 7], [8]])[0].tolist()
+    [[5, 6, 7], [0, 0, 8]]
+
+    Args:
+        tokens: the ids of one prompt, prompts `[prompts, length]`, or a list of prompts of any lengths.
+        mask: True for real tokens, where the prompts are one array already.
+
+    Raises:
+        SiteError: there are no prompts, or the shapes differ.
+        TokenError: text in place of token ids.
+    """
+    if _is_text(tokens):
+        raise TokenError(
+            "the prompts are text where token ids were expected; encode them first, with "
+            "load_tokenizer(folder).encode(text)."
+        )
+    if isinstance(tokens, Sequence) and len({np.shape(row) for row in tokens}) > 1:
+        if mask is None and all(np.ndim(row) == 1 and np.size(row) for row in tokens):
+            return pad_prompts(tokens)
+        raise SiteError(
+            "prompts of several lengths must be lists of at least one token id each, and have no mask; "
+            "pass them without one, or padded into one array."
+        )
+    tokens = np.asarray(tokens)
+    if tokens.ndim == 1:
+        tokens = tokens[None]
+        mask = None if mask is None else np.atleast_2d(np.asarray(mask))
+    real = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask, bool)
+    if tokens.ndim != 2 or not tokens.size or real.shape != tokens.shape:
+        raise SiteError(
+            f"tokens of shape {list(tokens.shape)} and a mask of shape {list(real.shape)} are not prompts; "
+            "expected [prompts, length] for both, with at least one prompt."
+        )
+    return tokens, real
+
+
+def _is_text(tokens: Any) -> bool:
+    return isinstance(tokens, str | bytes) or (
+        isinstance(tokens, Sequence) and any(isinstance(row, str | bytes) for row in tokens)
+    )
+
+
+def batches(total: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Row numbers `[size]` of one pass after the other, and how many of them are new.
+
+    The last pass is filled up with its first row: all have one shape, and run one compiled program.
+    """
+    size = min(size, total)
+    for start in range(0, total, size):
+        rows = np.arange(start, min(start + size, total))
+        yield np.concatenate([rows, np.full(size - len(rows), start)]), len(rows)
 
 
 def map_pieces(function: Callable[[Any], Any], rows: Any, size: int) -> Any:

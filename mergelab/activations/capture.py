@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from mergelab.activations.batches import batches, stack_prompts
 from mergelab.checkpoints.text_file import MAX_PROSE, read_text
 from mergelab.errors import NonFiniteError, SAEError, SiteError
 from mergelab.models.load import load_model
@@ -27,10 +28,9 @@ __all__ = [
     "ModelActivations",
     "Patterns",
     "SiteActivations",
-    "batches",
+    "capture",
     "check_pairs",
     "check_prompts",
-    "collect",
     "contexts_of_texts",
     "cut_contexts",
     "halves",
@@ -42,6 +42,8 @@ __all__ = [
 Patterns = str | Sequence[str]
 """Names or glob patterns of sites."""
 
+_BY_TOKEN = ("batch", "length")
+
 
 def stream_sites(model: Model, patterns: Patterns) -> tuple[str, ...]:
     """The sites that patterns select, in forward order; all must have the axes `[batch, length, ...]`.
@@ -49,18 +51,24 @@ def stream_sites(model: Model, patterns: Patterns) -> tuple[str, ...]:
     Raises:
         SiteError: a pattern selects nothing, or a site whose second axis is not the tokens.
     """
-    wanted = [patterns] if isinstance(patterns, str) else patterns
-    found = {name for pattern in wanted for name in match_sites(model.sites(), pattern)}
-    for name in found:
-        if model.sites()[name][:2] != ("batch", "length"):
+    names = _sites(model, patterns)
+    for name in names:
+        if model.sites()[name][:2] != _BY_TOKEN:
             raise SiteError(
                 f"the site {name!r} has shape {list(model.sites()[name])}, which is not one activation for "
                 "each token; take sites of shape [batch, length, ...]."
             )
+    return names
+
+
+def _sites(model: Model, patterns: Patterns) -> tuple[str, ...]:
+    """The sites that patterns select, in forward order."""
+    wanted = [patterns] if isinstance(patterns, str) else patterns
+    found = {name for pattern in wanted for name in match_sites(model.sites(), pattern)}
     return tuple(name for name in model.sites() if name in found)
 
 
-def collect(
+def capture(
     model: Model,
     params: Params,
     tokens: Any,
@@ -76,46 +84,66 @@ def collect(
     Args:
         model: the model.
         params: its parameters, on any mesh.
-        tokens: `[prompts, length]`.
-        sites: names or patterns; their shape must be `[batch, length, ...]`.
-        mask: True for real tokens, `[prompts, length]`; all by default.
-        position: keep this real token of each prompt (-1: its last); all tokens by default.
+        tokens: ids of one prompt `[length]`, of prompts `[batch, length]`, or a list of prompts, of which the
+            shorter ones are padded on the left.
+        sites: names or patterns.
+        mask: True for real tokens, `[batch, length]`; all by default, and the padding's own for a list.
+        position: the one real token of each prompt to keep (-1: its last); all tokens by default. Takes
+            sites of shape `[batch, length, ...]`.
         batch: prompts in one pass.
         edit: edits to run them with.
 
     Returns:
-        By site `[prompts, ...]` for one position, else `[real tokens, ...]` in the order of the prompts.
+        By site, in forward order, `[batch, length, width]`, with zeros at padding; sites with heads and
+        attention patterns keep their own axes. For one position `[batch, width]`.
 
     Raises:
-        SiteError: as `stream_sites`, or a prompt has no token at the position.
+        SiteError: the model has no such site, a site has no axis of tokens to take a position of, a prompt
+            has no token at the position, or the prompts and the mask differ in shape.
+        TokenError: text in place of tokens, ids beyond the model's vocabulary, or more tokens than it has
+            learned positions.
+
+    Example:
+        >>> import numpy as np
+        >>> from mergelab.models.families import model_from_config
+        >>> model = model_from_config({
+        ...     "model_type": "llama", "vocab_size": 96, "hidden_size": 16, "intermediate_size": 32,
+        ...     "num_hidden_layers": 2, "num_attention_heads": 2,
+        ... })
+        >>> found = capture(model, model.init(0), [[5, 6, 7], [8, 9]], ["blocks.1.resid_post"])
+        >>> found["blocks.1.resid_post"].shape
+        (2, 3, 16)
     """
-    names = stream_sites(model, sites)
+    names = _sites(model, sites) if position is None else stream_sites(model, sites)
     tokens, real = check_prompts(model, tokens, mask)
     places = None if position is None else _places(real, position)
-    parts: list[tuple[np.ndarray, ...]] = []
+    parts: list[list[np.ndarray]] = []
     for chosen, count in batches(len(tokens), batch):
         found = _captured(model, params, tokens[chosen], real[chosen], names, edit or {})
-        for row, values in enumerate(zip(*(np.asarray(site)[:count] for site in found), strict=True)):
-            keep = real[chosen[row]] if places is None else places[chosen[row]]
-            parts.append(tuple(value[keep] for value in values))
-    join = np.concatenate if places is None else np.stack
-    return {name: join(values) for name, values in zip(names, zip(*parts, strict=True), strict=True)}
+        keep = slice(count) if places is None else (np.arange(count), places[chosen[:count]])
+        parts.append([np.asarray(site)[keep] for site in found])
+    arrays = {name: np.concatenate(site) for name, site in zip(names, zip(*parts, strict=True), strict=True)}
+    if places is None and not real.all():
+        for name, array in arrays.items():
+            if model.sites()[name][:2] == _BY_TOKEN:
+                array[~real] = 0
+    return arrays
 
 
 def check_prompts(model: Model, tokens: Any, mask: Any = None) -> tuple[np.ndarray, np.ndarray]:
     """Token ids int32 and the mask bool, both `[prompts, length]` on the host.
 
+    Args:
+        model: what will read them.
+        tokens: as `stack_prompts` takes them.
+        mask: True for real tokens.
+
     Raises:
         SiteError: there are no prompts, or the shapes differ.
-        TokenError: ids beyond the model's vocabulary, or more tokens than it has learned positions.
+        TokenError: text in place of tokens, ids beyond the model's vocabulary, or more tokens than it has
+            learned positions.
     """
-    tokens = np.asarray(tokens)
-    real = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask, bool)
-    if tokens.ndim != 2 or not tokens.size or real.shape != tokens.shape:
-        raise SiteError(
-            f"tokens of shape {list(tokens.shape)} and a mask of shape {list(real.shape)} are no prompts; "
-            "expected [prompts, length] for both, with at least one prompt."
-        )
+    tokens, real = stack_prompts(tokens, mask)
     # Passes are compiled for the width of the array, in which a row's padding has a place too.
     check_tokens(model, tokens, place="prompts")
     return tokens.astype(np.int32), real
@@ -138,17 +166,6 @@ def check_pairs(
             "do not pair up; pad them to one length with corresponding tokens in the same places."
         )
     return source, target, real
-
-
-def batches(total: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Row numbers `[size]` of one pass after the other, and how many of them are new.
-
-    The last pass is filled up with its first row: all have one shape, and run one compiled program.
-    """
-    size = min(size, total)
-    for start in range(0, total, size):
-        rows = np.arange(start, min(start + size, total))
-        yield np.concatenate([rows, np.full(size - len(rows), start)]), len(rows)
 
 
 @partial(jax.jit, static_argnames=("model", "names"))

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from mergelab.activations.capture import batches
+from mergelab.activations.batches import batches
 from mergelab.errors import SiteError
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import norm_gain, require_decoder, unembedding

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mergelab.activations.capture import batches, check_prompts
+from mergelab.activations.batches import batches
+from mergelab.activations.capture import check_prompts
 from mergelab.errors import SiteError
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import norm_gain, require_decoder, unembedding

@@ -14,7 +14,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from mergelab.activations.capture import batches, check_prompts, collect
+from mergelab.activations.batches import batches
+from mergelab.activations.capture import capture, check_prompts
 from mergelab.errors import SiteError
 from mergelab.interp.logit_metrics import token_probability
 from mergelab.interp.patching import patched_metrics, rows_of
@@ -92,7 +93,7 @@ def mean_heads(model: Model, params: Params, tokens: Any, *, mask: Any = None, b
             f"in a {model.family.model_type!r} model a norm stands between heads and the stream, so that "
             "what heads write does not add up; take a family without one."
         )
-    found = collect(model, params, tokens, "blocks.*.attn.z", mask=mask, position=-1, batch=batch)
+    found = capture(model, params, tokens, "blocks.*.attn.z", mask=mask, position=-1, batch=batch)
     return np.stack([value.mean(axis=0) for value in found.values()])
 
 

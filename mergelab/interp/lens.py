@@ -19,7 +19,8 @@ import optax
 from jax import Array
 from jaxtyping import Float
 
-from mergelab.activations.capture import Patterns, batches, check_prompts, stream_sites
+from mergelab.activations.batches import batches
+from mergelab.activations.capture import Patterns, check_prompts, stream_sites
 from mergelab.errors import SiteError
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import readout, require_decoder

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mergelab.activations.capture import batches, check_prompts
+from mergelab.activations.batches import batches
+from mergelab.activations.capture import check_prompts
 from mergelab.errors import SiteError
 from mergelab.interp.logit_metrics import LogitMetric
 from mergelab.interp.patching import rows_of

@@ -15,8 +15,8 @@ import numpy as np
 from jax import Array
 from jax.tree_util import Partial
 
-from mergelab.activations.batches import map_pieces
-from mergelab.activations.capture import Patterns, batches, check_pairs, stream_sites
+from mergelab.activations.batches import batches, map_pieces
+from mergelab.activations.capture import Patterns, check_pairs, stream_sites
 from mergelab.errors import SiteError
 from mergelab.interp.logit_metrics import LogitMetric
 from mergelab.interp.patching import PatchGrid, cell_grid, rows_of

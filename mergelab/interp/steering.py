@@ -12,7 +12,7 @@ from jax import Array
 from jax.tree_util import Partial
 from jaxtyping import Bool, Float
 
-from mergelab.activations.capture import collect
+from mergelab.activations.capture import capture, check_prompts
 from mergelab.errors import SAEError, SiteError
 from mergelab.interp.vectors import mean_difference, mean_norm, principal_difference, with_strength
 from mergelab.models.model import Model, Params
@@ -87,10 +87,11 @@ def steering_vector(
             f"the site {site!r} has shape {list(model.sites()[site])}; a vector is added to [batch, length, "
             "width]."
         )
-    read = [
-        jnp.asarray(collect(model, params, tokens, site, mask=mask, position=position, batch=batch)[site])
-        for tokens, mask in zip((positive, negative), masks, strict=True)
-    ]
+    read = []
+    for tokens, mask in zip((positive, negative), masks, strict=True):
+        tokens, real = check_prompts(model, tokens, mask)
+        held = capture(model, params, tokens, site, mask=real, position=position, batch=batch)[site]
+        read.append(jnp.asarray(held if position is not None else held[real]))
     vector = (mean_difference if method == "mean" else principal_difference)(read[0], read[1])
     return SteeringVector(vector, mean_norm(jnp.concatenate(read)))
 

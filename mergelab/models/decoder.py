@@ -142,7 +142,7 @@ class Decoder(nn.Module):
             cache = Cache(keys=ks, values=vs, mask=real, length=cache.length + length)
         if tap.done:
             return None, None, cache
-        x = Norm(c.norm, name="final_norm")(x, tap, "final_norm")
+        x = tap("unembed.input", Norm(c.norm, name="final_norm")(x, tap, "final_norm"))
         if tap.done:
             return None, x, cache
         logits = matmul(x, embed.embedding.T) if c.tied else Linear(c.vocab_size, name="unembed")(x)

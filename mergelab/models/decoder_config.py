@@ -93,6 +93,7 @@ def decoder_sites(config: DecoderConfig) -> dict[str, Shape]:
         sites |= {
             f"blocks.{i}.resid_pre": stream,
             f"blocks.{i}.attn_norm.scale": factor,
+            f"blocks.{i}.attn.input": stream,
             f"blocks.{i}.attn.q": ("batch", "length", c.heads, c.head_dim),
             f"blocks.{i}.attn.k": ("batch", "length", c.kv_heads, c.head_dim),
             f"blocks.{i}.attn.v": ("batch", "length", c.kv_heads, c.head_dim),
@@ -102,7 +103,7 @@ def decoder_sites(config: DecoderConfig) -> dict[str, Shape]:
         }
         if c.block != "parallel":
             sites[f"blocks.{i}.resid_mid"] = stream
-        sites[f"blocks.{i}.mlp_norm.scale"] = factor
+        sites |= {f"blocks.{i}.mlp_norm.scale": factor, f"blocks.{i}.mlp.input": stream}
         if c.experts is not None:
             sites[f"blocks.{i}.mlp.router"] = ("batch", "length", c.experts.count)
         sites |= {
@@ -111,4 +112,8 @@ def decoder_sites(config: DecoderConfig) -> dict[str, Shape]:
             f"blocks.{i}.mlp.out": stream,
             f"blocks.{i}.resid_post": stream,
         }
-    return sites | {"final_norm.scale": factor, "logits": ("batch", "length", c.vocab_size)}
+    return sites | {
+        "final_norm.scale": factor,
+        "unembed.input": stream,
+        "logits": ("batch", "length", c.vocab_size),
+    }

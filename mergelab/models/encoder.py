@@ -60,6 +60,7 @@ def encoder_sites(config: EncoderConfig) -> dict[str, Shape]:
     for i in range(c.layers):
         sites |= {
             f"blocks.{i}.resid_pre": stream,
+            f"blocks.{i}.attn.input": stream,
             f"blocks.{i}.attn.q": head,
             f"blocks.{i}.attn.k": head,
             f"blocks.{i}.attn.v": head,
@@ -68,6 +69,7 @@ def encoder_sites(config: EncoderConfig) -> dict[str, Shape]:
             f"blocks.{i}.attn.out": stream,
             f"blocks.{i}.attn_norm.scale": factor,
             f"blocks.{i}.resid_mid": stream,
+            f"blocks.{i}.mlp.input": stream,
             f"blocks.{i}.mlp.pre": ("batch", "length", c.mlp_width),
             f"blocks.{i}.mlp.post": ("batch", "length", c.mlp_width),
             f"blocks.{i}.mlp.out": stream,

@@ -38,10 +38,24 @@ def match_sites(sites: Mapping[str, Shape], pattern: str) -> list[str]:
     found = [pattern] if pattern in sites else [name for name in sites if fnmatch.fnmatchcase(name, pattern)]
     if not found:
         raise SiteError(
-            f"no site of this model matches {pattern!r}{did_you_mean(pattern, sites)}; "
+            f"no site of this model matches {pattern!r}{did_you_mean(_without_hooks(pattern), sites)}; "
             "Model.sites() lists its sites."
         )
     return found
+
+
+_HOOKS = {
+    "hook_attn_out": "attn.out", "hook_mlp_out": "mlp.out", "hook_": "", "ln1.": "attn_norm.",
+    "ln2.": "mlp_norm.", "ln_final.": "final_norm.",
+}  # fmt: skip
+"""What TransformerLens says where sites here say something else."""
+
+
+def _without_hooks(name: str) -> str:
+    """A hook of TransformerLens (`blocks.3.hook_resid_post`) as the site would be called here."""
+    for theirs, ours in _HOOKS.items():
+        name = name.replace(theirs, ours)
+    return name
 
 
 class Tap:

@@ -95,6 +95,9 @@ class Leaf:
         axes: the logical name of each axis for sharding rules (see `mergelab.sharding`), None where it is
             never split; empty if no axis ever is.
         stack: if positive, the leaf's first axis runs over that many HF tensors (experts).
+        reads: the site whose vectors the matrix multiplies, its axes after the tokens in one
+            (`blocks.3.attn.z` for an output projection); None for all else: embeddings, norms, biases, and
+            stacked experts, which read only the tokens that are routed to them.
     """
 
     path: tuple[str, ...]
@@ -103,6 +106,7 @@ class Leaf:
     transform: Transform = "identity"
     axes: tuple[str | None, ...] = ()
     stack: int = 0
+    reads: str | None = None
 
     def __post_init__(self) -> None:
         if self.axes and len(self.axes) != len(self.shape):
@@ -131,6 +135,14 @@ class Leaf:
     def hf_shape(self) -> tuple[int, ...]:
         """The shape of the tensor (of each tensor of a stack) in the HF checkpoint."""
         return self.layout.stored_shape
+
+    @property
+    def input_axis(self) -> int | None:
+        """The axis of the HF tensor that runs over what the matrix reads; None if it reads no site."""
+        if self.reads is None:
+            return None
+        transposed = self.transform == "transpose" or getattr(self.transform, "transposed", False)
+        return len(self.hf_shape) - (1 if transposed else 2)
 
     @cached_property
     def hf_names(self) -> tuple[str, ...]:
@@ -254,11 +266,33 @@ class Row(NamedTuple):
         path: the leaf's path, joined by dots; `{i}` stands for the number of the block.
         hf_name: the HF tensor's name, with the same `{i}`; `{e}` for the number of the expert.
         transform: as in `Leaf`.
+        reads: as in `Leaf`, with the same `{i}`; that of the shared layers by default.
     """
 
     path: str
     hf_name: str
     transform: Transform = "identity"
+    reads: str | None = None
+
+
+_READS = {
+    "attn.q.kernel": "attn.input",
+    "attn.k.kernel": "attn.input",
+    "attn.v.kernel": "attn.input",
+    "attn.o.kernel": "attn.z",
+    "mlp.router": "mlp.input",
+    "mlp.gate.kernel": "mlp.input",
+    "mlp.up.kernel": "mlp.input",
+    "mlp.down.kernel": "mlp.post",
+    "unembed.kernel": "unembed.input",
+}
+"""Matrices of the layers that families share, and the sites they read, both within a block."""
+
+
+def _reads(path: str) -> str | None:
+    inner = path.removeprefix("blocks_{i}.")
+    site = _READS.get(inner)
+    return site if site is None or inner == path else f"blocks.{{i}}.{site}"
 
 
 def linear_rows(ours: str, theirs: str, names: Mapping[str, str]) -> Iterator[Row]:
@@ -295,7 +329,9 @@ def build_table(rows: Iterable[Row], parameters: Parameters, blocks: int) -> tup
         shape, axes = parameters[path]
         name = row.hf_name.replace("{i}", str(i))
         stack = shape[0] if "{e}" in name else 0
-        leaves.append(Leaf(path, name.replace("{e}", "{}"), shape, row.transform, axes, stack))
+        reads = row.reads or _reads(row.path)
+        site = None if reads is None else reads.replace("{i}", str(i))
+        leaves.append(Leaf(path, name.replace("{e}", "{}"), shape, row.transform, axes, stack, site))
     missing = parameters.keys() - {leaf.path for leaf in leaves}
     if missing:
         raise ValueError(f"the family's table has no row for the parameter {'.'.join(min(missing))!r}")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tests.interp.saes import random_sae
 
-from mergelab.activations.capture import collect
+from mergelab.activations.capture import capture
 from mergelab.decoding import generate
 from mergelab.decoding.samplers import sample
 from mergelab.errors import SAEError, SiteError
@@ -19,20 +19,22 @@ from tests.interp.running import sites_of
 SITE = "blocks.0.resid_post"
 
 
-def test_collect_reads_what_the_model_holds(domains: Trained) -> None:
+def test_capture_reads_what_the_model_holds(domains: Trained) -> None:
     tokens = lines(0, 5)
     mask = np.arange(LENGTH)[None] < np.array([16, 3, 9, 1, 16])[:, None]
     found = sites_of(domains.model, domains.params, tokens, "blocks.*.resid_post", mask=mask)
-    every = collect(domains.model, domains.params, tokens, "blocks.*.resid_post", mask=mask, batch=2)
+    every = capture(domains.model, domains.params, tokens, "blocks.*.resid_post", mask=mask, batch=2)
     assert list(every) == ["blocks.0.resid_post", "blocks.1.resid_post"]
-    last = collect(domains.model, domains.params, tokens, SITE, mask=mask, position=-1, batch=2)[SITE]
-    np.testing.assert_allclose(every[SITE], found[SITE][mask], atol=1e-5)
+    assert every[SITE].shape == (5, LENGTH, 32)
+    last = capture(domains.model, domains.params, tokens, SITE, mask=mask, position=-1, batch=2)[SITE]
+    np.testing.assert_allclose(every[SITE][mask], found[SITE][mask], atol=1e-5)
+    assert (every[SITE][~mask] == 0).all() and np.abs(every[SITE][mask]).min(axis=-1).max() > 0
     expected = found[SITE][np.arange(5), mask.sum(axis=1) - 1]
     np.testing.assert_allclose(last, expected, atol=1e-5)
     with pytest.raises(SiteError, match="prompt 3 has 1 tokens, so none at position 1"):
-        collect(domains.model, domains.params, tokens, SITE, mask=mask, position=1)
+        capture(domains.model, domains.params, tokens, SITE, mask=mask, position=1)
     with pytest.raises(SiteError, match=r"blocks\.0\.attn\.pattern"):
-        collect(domains.model, domains.params, tokens, "blocks.0.attn.pattern")
+        capture(domains.model, domains.params, tokens, "blocks.0.attn.pattern", position=-1)
 
 
 def test_vector_algebra() -> None:
@@ -96,7 +98,7 @@ def test_vectors_are_added_where_they_are_wanted() -> None:
 
 def test_a_decoder_row_steers_like_any_vector(domains: Trained) -> None:
     sae = random_sae(32)
-    rows = collect(domains.model, domains.params, lines(0, 4), SITE)[SITE]
+    rows = capture(domains.model, domains.params, lines(0, 4), SITE)[SITE].reshape(-1, 32)
     found = latent_direction(sae, 5, rows)
     moved = found.edit(0.5)(jnp.zeros((1, 1, 32)))[0, 0]
     assert float(jnp.linalg.norm(moved)) == pytest.approx(0.5 * np.linalg.norm(rows, axis=1).mean(), rel=1e-4)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mergelab.activations.capture import ModelActivations, collect
+from mergelab.activations.capture import ModelActivations, capture
 from mergelab.activations.losses import summed_loss
 from mergelab.decoding import generate
 from mergelab.errors import DecodingError, TokenError
@@ -54,7 +54,7 @@ def loss(model: Model, params: Any, tokens: np.ndarray) -> float:
 
 ENTRIES: dict[str, Callable[[Model, Any, np.ndarray], Any]] = {
     "apply": lambda m, p, t: m.apply(p, jnp.asarray(t)).hidden,
-    "collect": lambda m, p, t: collect(m, p, t, SITE)[SITE],
+    "capture": lambda m, p, t: capture(m, p, t, SITE)[SITE],
     "activations": lambda m, p, t: ModelActivations(m, p, t, (SITE,)).read_sites(0, 3),
 }
 DECODERS: dict[str, Callable[[Model, Any, np.ndarray], Any]] = {
@@ -65,7 +65,7 @@ DECODERS: dict[str, Callable[[Model, Any, np.ndarray], Any]] = {
 }
 CASES = [("gpt2", name, call) for name, call in (ENTRIES | DECODERS).items()]
 CASES += [
-    (kind, name, ENTRIES[name]) for kind, name in (("bert", "apply"), ("bert", "collect"), ("llama", "apply"))
+    (kind, name, ENTRIES[name]) for kind, name in (("bert", "apply"), ("bert", "capture"), ("llama", "apply"))
 ]
 
 

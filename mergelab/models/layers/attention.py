@@ -79,8 +79,8 @@ def mix_values(
 class Attention(nn.Module):
     """Multi-head, grouped-query or multi-query attention.
 
-    Sites, under the name it is called with: `q`, `k` (after their norm and rotation), `v`, `pattern`, `z`
-    (each head's mixed values), `out`.
+    Sites, under the name it is called with: `input` (what the projections read), `q`, `k` (after their norm
+    and rotation), `v`, `pattern`, `z` (each head's mixed values), `out`.
 
     Attributes:
         heads, kv_heads, head_dim: its shape.
@@ -115,6 +115,7 @@ class Attention(nn.Module):
         site: str,
     ) -> tuple[Float[Array, "batch length width"], KeysValues]:
         """Returns what is added to the residual stream, and the keys and values attended to."""
+        x = tap(f"{site}.input", x)
 
         def heads_of(name: str, heads: int) -> Float[Array, "batch length heads head_dim"]:
             y = Linear(heads * self.head_dim, self.qkv_bias, name=name)(x)

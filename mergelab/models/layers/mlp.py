@@ -31,8 +31,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class MLP(nn.Module):
     """One feed-forward layer; the gated form is SwiGLU or GeGLU (Shazeer, arXiv:2002.05202).
 
-    Sites, under the name it is called with: `pre` (what enters the activation), `post` (what enters the
-    output projection), `out`.
+    Sites, under the name it is called with: `input` (what the first projections read), `pre` (what enters
+    the activation), `post` (what enters the output projection), `out`.
 
     Attributes:
         hidden: number of neurons.
@@ -54,6 +54,7 @@ class MLP(nn.Module):
     def __call__(
         self, x: Float[Array, "batch length width"], tap: Tap, site: str
     ) -> Float[Array, "batch length width"]:
+        x = tap(f"{site}.input", x)
         activate = ACTIVATIONS[self.activation]
         if self.gated:
             pre = tap(f"{site}.pre", Linear(self.hidden, self.bias, name="gate")(x))
@@ -85,8 +86,8 @@ class MixtureOfExperts(nn.Module):
     Every expert sees every token and unchosen ones get weight zero: exact, differentiable, and it shards over
     the experts' axis with one sum; it costs `experts / chosen` times the arithmetic of a sparse dispatch.
 
-    Sites, under the name it is called with: `router` (the weights, `[batch, length, experts]`), `pre` and
-    `post` (`[batch, length, experts, hidden]`), `out`.
+    Sites, under the name it is called with: `input`, `router` (the weights, `[batch, length, experts]`),
+    `pre` and `post` (`[batch, length, experts, hidden]`), `out`.
 
     Attributes:
         experts: how many there are.
@@ -106,6 +107,7 @@ class MixtureOfExperts(nn.Module):
     def __call__(
         self, x: Float[Array, "batch length width"], tap: Tap, site: str
     ) -> Float[Array, "batch length width"]:
+        x = tap(f"{site}.input", x)
         width = x.shape[-1]
         stacked = nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=0)
         output = nn.initializers.variance_scaling(self.initial_gain**2, "fan_in", "normal", batch_axis=0)

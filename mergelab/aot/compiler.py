@@ -35,7 +35,7 @@ def compile_for_topology(
     Args:
         program: `module:function` of a function `(mesh, request) -> jax.stages.Lowered`; the compiler's
             process imports it.
-        topology: such as `v5e:4x4`, `v6e:16x16`, `v5p:4x8x8`.
+        topology: name of a slice, such as `v5e:4x4`, `v6e:16x16`, `v5p:4x8x8`.
         mesh: the sizes of the mesh's axes; one may be -1.
         request: what the function is given: plain data, as JSON holds it.
         timeout: seconds after which the compiler is stopped.

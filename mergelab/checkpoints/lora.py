@@ -29,7 +29,7 @@ class AdapterParts:
     """An adapter's tensors.
 
     Attributes:
-        modules: by module, its low-rank parts by their own names.
+        modules: low-rank parts of each module, by their own names.
         whole: tensors that replace the base's, by name.
         saved: the modules of `whole` that PEFT trains as copies of their own (`modules_to_save`).
     """

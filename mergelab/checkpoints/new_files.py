@@ -84,7 +84,7 @@ class NewFiles:
         """Writes the files and gives them their names.
 
         Args:
-            contents: of each target.
+            contents: content of each target.
 
         Raises:
             OutputError: the disk is full or fails.

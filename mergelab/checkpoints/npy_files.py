@@ -36,8 +36,8 @@ class NpyHeader:
     """What the header of an array says.
 
     Attributes:
-        shape: of the array.
-        dtype: of its elements, with their byte order.
+        shape: shape of the array.
+        dtype: dtype of its elements, with their byte order.
         fortran: whether the first axis runs fastest.
         length: bytes before the first element.
     """
@@ -99,7 +99,7 @@ def parse_npy_header(head: bytes, place: str) -> NpyHeader:
 
     Args:
         head: the beginning of the file, with all of the header if that is not too long.
-        place: which file, for messages.
+        place: name of the file, for messages.
 
     Raises:
         CheckpointError: not a header of numpy's, one that is too long, or one of something else than numbers.
@@ -206,7 +206,7 @@ def open_npz(path: Path | str, names: Collection[str]) -> dict[str, NpzArray]:
 
     Args:
         path: the file.
-        names: of the arrays, without `.npy`; the others are not looked at.
+        names: names of the arrays to read, without `.npy`; others are ignored.
 
     Raises:
         CheckpointError: not such a file; an array is missing, twice there, of something else than plain

@@ -62,8 +62,8 @@ class _Node:
     Attributes:
         kind: `scalar`, `list` or `mapping`.
         line: 1-based.
-        text, plain: of a scalar, and whether it stands without quotes.
-        children: of a list; of a mapping, keys and values in turn.
+        text, plain: text of a scalar, and whether it is written without quotes.
+        children: entries of a list; keys and values of a mapping in turn.
         count: the values in it, those behind aliases counted each time.
         height: the levels in it.
         open: whether it has not ended yet.

@@ -15,21 +15,32 @@ __all__ = ["command"]
 @click.command("activations")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
-    "--site", "sites", multiple=True, required=True, help="Such as blocks.8.resid_post; repeatable."
+    "--site",
+    "sites",
+    multiple=True,
+    required=True,
+    help="Site to record, such as blocks.8.resid_post; repeatable.",
 )
 @click.option(
-    "--text", "texts", multiple=True, required=True, type=click.Path(path_type=Path), help="Repeatable."
+    "--text",
+    "texts",
+    multiple=True,
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Text file to read; repeatable.",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="New folder to write.")
 @click.option(
     "--context",
     type=WholeNumber(1),
-    help="Tokens in a context; 64, or the model's positions if they are fewer, if not given.",
+    help="Tokens in a context (default: 64, or the model's positions if they are fewer).",
 )
-@click.option("--tokens", type=WholeNumber(1, 2**62), help="At most so many; all of the text if not given.")
+@click.option(
+    "--tokens", type=WholeNumber(1, 2**62), help="Maximum number of tokens (default: all of the text)."
+)
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "int8"]), default="float32", show_default=True,
-    help="Stored dtype; int8 has a scale for each row.",
+    help="Stored dtype; int8 keeps a scale for each row.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
@@ -42,7 +53,7 @@ def command(
     dtype: str,
     as_json: bool,
 ) -> None:
-    """Write the activations of MODEL at its sites on text files.
+    """Record the activations of MODEL on text files.
 
     OUT gets files SITE-00000.safetensors with rows [tokens, d_model], tokens.safetensors with the token of
     each row, and store.json. `mergelab inspect MODEL` lists the sites.

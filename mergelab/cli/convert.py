@@ -22,11 +22,11 @@ __all__ = ["command"]
     type=click.Choice(["huggingface", "orbax"]),
     default="huggingface",
     show_default=True,
-    help="The form to write.",
+    help="Format to write.",
 )
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Stored dtype.")
 @click.option("--shard-size", type=SIZE, default="5GB", show_default=True, help="Size of one weight file.")
-@click.option("--mesh", type=MESH, metavar="AXES", help="Spread the model over devices on the way: fsdp=8.")
+@click.option("--mesh", type=MESH, metavar="AXES", help="Mesh to spread the model over on the way: fsdp=8.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
@@ -39,10 +39,10 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Write the model in SOURCE to the folder OUT in another form, dtype or file size.
+    """Write the model in SOURCE to the folder OUT in another format, dtype or file size.
 
-    SOURCE is a Hugging Face folder or an Orbax one; either form can be written. Tokenizer and other small
-    files come along. What is not asked to change keeps its bytes.
+    SOURCE is a Hugging Face or an Orbax folder; either can be written. Tokenizer and other small
+    files come along. Whatever is not asked to change keeps its bytes.
 
     \b
     Examples:

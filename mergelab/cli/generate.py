@@ -37,22 +37,32 @@ class _TokenIds(click.ParamType):
 
 @click.command("generate")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--prompt", help="The text to continue.")
+@click.option("--prompt", help="Text to continue.")
 @click.option(
     "--token-ids", type=_TokenIds(), metavar="1,2,3", help="Tokens to continue, in place of a text."
 )
-@click.option("--max-new-tokens", type=WholeNumber(1), required=True, help="At most so many tokens.")
-@click.option("--greedy", is_flag=True, help="Take the likeliest token each time; draw nothing.")
-@click.option("--temperature", type=Number(0), help="Divides the logits; 1 if not given.")
-@click.option("--top-k", type=WholeNumber(1), help="Draw from the k likeliest tokens.")
-@click.option("--top-p", type=Number(0, 1, min_open=True), help="Draw from this much probability.")
-@click.option("--min-p", type=Number(0, 1), help="Drop tokens below this part of the likeliest.")
-@click.option("--repetition-penalty", type=Number(0, min_open=True), help="Above 1: repeat less.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Seeds the draws.")
-@click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
-@click.option("--ignore-end", is_flag=True, help="Go on after the token that ends a text.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype to compute in.")
-@click.option("--mesh", type=MESH, metavar="AXES", help="Spread the model over devices: tensor=8.")
+@click.option("--max-new-tokens", type=WholeNumber(1), required=True, help="Maximum number of new tokens.")
+@click.option("--greedy", is_flag=True, help="Pick the most likely token each time; nothing is sampled.")
+@click.option("--temperature", type=Number(0), help="Divisor of the logits (default: 1).")
+@click.option("--top-k", type=WholeNumber(1), help="Sample from the k most likely tokens.")
+@click.option(
+    "--top-p",
+    type=Number(0, 1, min_open=True),
+    help="Sample from the smallest set of tokens with this probability.",
+)
+@click.option("--min-p", type=Number(0, 1), help="Drop tokens below this fraction of the top probability.")
+@click.option(
+    "--repetition-penalty",
+    type=Number(0, min_open=True),
+    help="Values above 1 penalize tokens that have occurred.",
+)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed.")
+@click.option("--stop", "stops", multiple=True, metavar="TEXT", help="Text to stop before; repeatable.")
+@click.option("--ignore-end", is_flag=True, help="Continue after the token that ends a text.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype of the computation."
+)
+@click.option("--mesh", type=MESH, metavar="AXES", help="Mesh to spread the model over: tensor=8.")
 @click.option("--json", "as_json", is_flag=True, help="Print token ids and text as JSON.")
 def command(
     path: Path,
@@ -64,20 +74,20 @@ def command(
 ) -> None:
     """Continue a prompt with the model in PATH; the prompt itself is not printed.
 
-    Without --greedy every token is drawn from the model's distribution; the same seed gives the same text.
+    Without --greedy, every token is sampled from the model's distribution; the same seed gives the same text.
 
     \b
     Examples:
       mergelab generate model --prompt "Once upon a time" --max-new-tokens 50
-      mergelab generate model --prompt "def add(a, b):" --max-new-tokens 30 --greedy --stop "\n\n"
+      mergelab generate model --prompt "def add(a, b):" --max-new-tokens 30 --greedy --stop $'\\n\\n'
       mergelab generate model --token-ids 1,415,2936 --max-new-tokens 8 --greedy --json
       mergelab generate model --prompt "Dear" --max-new-tokens 99 --temperature 0.8 --min-p 0.05 --seed 7
     """
     if (prompt is None) == (token_ids is None):
-        raise click.UsageError("say what to continue: either --prompt TEXT or --token-ids 1,2,3")
+        raise click.UsageError("give what to continue: either --prompt TEXT or --token-ids 1,2,3")
     drawing = ("temperature", "top_k", "top_p", "min_p")
     if options["greedy"] and (given := [name for name in drawing if options[name] is not None]):
-        raise click.UsageError(f"--greedy draws nothing: leave --{given[0].replace('_', '-')} away")
+        raise click.UsageError(f"--greedy does not sample: omit --{given[0].replace('_', '-')}")
 
     from mergelab.cli.options import configure_jax
     from mergelab.text.tokenizer import load_tokenizer

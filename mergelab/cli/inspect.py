@@ -26,13 +26,15 @@ _DTYPES = ("bfloat16", "float16", "float32")
 
 @click.command("inspect")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--mesh", type=MESH, metavar="AXES", help="Memory per device of a mesh: data=2,tensor=8.")
-@click.option("--topology", metavar="NAME", help="Compile for a TPU slice that need not be there: v5e:4x4.")
 @click.option(
-    "--dtype", type=click.Choice(_DTYPES), help="Dtype on the devices; the stored one if not given."
+    "--mesh", type=MESH, metavar="AXES", help="Mesh whose memory per device to show: data=2,tensor=8."
 )
-@click.option("--batch", type=WholeNumber(1), default=None, help="Sequences, over the whole mesh.")
-@click.option("--length", type=WholeNumber(1), help="Tokens of a sequence: of the cache, or of the pass.")
+@click.option(
+    "--topology", metavar="NAME", help="TPU slice to compile for, which you need not have: v5e:4x4."
+)
+@click.option("--dtype", type=click.Choice(_DTYPES), help="Dtype on the devices (default: as stored).")
+@click.option("--batch", type=WholeNumber(1), default=None, help="Number of sequences over the whole mesh.")
+@click.option("--length", type=WholeNumber(1), help="Tokens in a sequence, for the cache or the pass.")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--sites", is_flag=True, help="List the named sites with their shapes.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")

@@ -115,7 +115,7 @@ def flush_output() -> None:
 )
 @click.version_option(__version__, prog_name="mergelab", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Merge language models: exact operators, streamed from disk to disk, in JAX."""
+    """Merge language models, train and evaluate sparse autoencoders, and edit models, in JAX."""
 
 
 def main() -> None:

@@ -28,22 +28,22 @@ __all__ = ["command"]
     show_default=True,
     help="Folder for models, merges, results and report.",
 )
-@click.option("--seed", type=Seed(0), default=0, show_default=True, help="Seed of everything.")
+@click.option("--seed", type=Seed(0), default=0, show_default=True, help="Random seed of every step.")
 @click.option(
     "--preset",
     type=click.Choice(["default", "tiny"]),
     default="default",
     show_default=True,
-    help="tiny: seconds instead of minutes; shows the mechanics, not merging.",
+    help="Size of the experiment; tiny takes seconds and only shows the mechanics.",
 )
-@click.option("--force", is_flag=True, help="Run every stage again, also those an earlier run completed.")
+@click.option("--force", is_flag=True, help="Repeat every stage, including those an earlier run completed.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON, without progress.")
 def command(out: Path, seed: int, preset: str, force: bool, as_json: bool) -> None:
     """Train a small model family, merge it, and see which merges help.
 
-    Needs no network and no accelerator: the text is what every Python carries. Trains a base model and three
+    Needs no network and no accelerator: the text ships with Python. Trains a base model and three
     specialists, merges them with the recipes of configs/quickstart, and scores every model on held-out text.
-    What an earlier run with the same settings made is kept.
+    Results of an earlier run with the same settings are reused.
 
     \b
     Examples:

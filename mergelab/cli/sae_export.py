@@ -13,12 +13,14 @@ _FORMATS = ["saelens", "sparsify", "openai", "dictionary_learning", "gemma-scope
 
 @click.command("export")
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("--format", "format", type=click.Choice(_FORMATS), required=True, help="Whose files to write.")
 @click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="A new folder (openai: a new file)."
+    "--format", "format", type=click.Choice(_FORMATS), required=True, help="Library whose files to write."
 )
-@click.option("--site", help="That it reads, where it does not say so: such as blocks.8.resid_post.")
-@click.option("--target-site", help="That a transcoder writes, where it does not say so.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="New folder (openai: new file) to write."
+)
+@click.option("--site", help="Site it reads, if it does not say so: blocks.8.resid_post.")
+@click.option("--target-site", help="Site a transcoder writes, if it does not say so.")
 def command(source: Path, format: str, out: Path, site: str | None, target_site: str | None) -> None:
     """Write the SAE in SOURCE for another library.
 

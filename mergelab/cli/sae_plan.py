@@ -19,12 +19,14 @@ __all__ = ["command"]
 
 @click.command("plan")
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--topology", required=True, metavar="NAME", help="A TPU slice: v5e:4x4, v5p:4x8x8, v6e:16x16.")
+@click.option("--topology", required=True, metavar="NAME", help="TPU slice: v5e:4x4, v5p:4x8x8, v6e:16x16.")
+@click.option("--mesh", type=MESH, help="Mesh in place of CONFIG's: data=1,latents=256.")
 @click.option(
-    "--mesh", type=MESH, help="How its chips share the work, instead of CONFIG's: data=1,latents=256."
-)
-@click.option(
-    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Overrides CONFIG; repeatable."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Setting that overrides CONFIG; repeatable.",
 )
 @click.option("--d-out", type=WholeNumber(1), help="Width of the targets, for a transcoder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
@@ -36,7 +38,7 @@ def command(
     d_out: int | None,
     as_json: bool,
 ) -> None:
-    """Compile the training step of CONFIG for a TPU slice that need not be there.
+    """Compile the training step of CONFIG for a TPU slice you do not need to have.
 
     Shows the bytes each chip needs, what the chips exchange, the operations of a step, and a lower bound of
     its time. Needs the TPU compiler, pip install 'mergelab[tpu-aot]', but no TPU and no data.

@@ -14,18 +14,22 @@ __all__ = ["command"]
 
 @click.command("train")
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder for the run.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="New folder for the run.")
 @click.option(
-    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Overrides CONFIG; repeatable."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Setting that overrides CONFIG; repeatable.",
 )
-@click.option("--resume", is_flag=True, help="Go on with a run that was stopped.")
+@click.option("--resume", is_flag=True, help="Resume a run that was interrupted.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(config: Path, out: Path, overrides: tuple[str, ...], resume: bool, as_json: bool) -> None:
-    """Train a sparse autoencoder as the YAML file CONFIG says.
+    """Train a sparse autoencoder from the YAML file CONFIG.
 
     OUT/final gets the SAE (cfg.json, sae.safetensors), OUT/metrics.jsonl the metrics,
-    OUT/checkpoints what --resume goes on from. A run that was killed and resumed ends in the bytes
-    of one that was not.
+    OUT/checkpoints what --resume continues from. A run that was killed and resumed produces the
+    same bytes as one that was not.
 
     \b
     Examples:

@@ -37,27 +37,46 @@ _ENGINE = ("memory", "threads", "allow_nonfinite", "dtype", "overwrite")  # pass
 @click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
 @click.option("--out", "-o", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--method", type=click.Choice(METHODS), default="uniform", show_default=True)
-@click.option("--last", type=WholeNumber(1), help="How many checkpoints `--method last` averages.")
+@click.option("--last", type=WholeNumber(1), help="Number of checkpoints that `--method last` averages.")
 @click.option("--decay", type=Number(0, 1), help="Decay of `--method ema`.")
-@click.option("--evaluate", metavar="COMMAND", help="Scores a model on validation data; see below.")
-@click.option("--text", type=click.Path(path_type=Path), help="Validation text: minimize bits per byte.")
-@click.option("--test-evaluate", metavar="COMMAND", help="Scores on test data, only once the soup is made.")
-@click.option("--test-text", type=click.Path(path_type=Path), help="Test text, likewise.")
-@click.option("--timeout", type=Number(0, min_open=True), help="Seconds one evaluation may take.")
-@click.option("--metric", multiple=True, metavar="NAME[:min|:max][=WEIGHT]", help="What decides; repeatable.")
-@click.option("--direction", type=click.Choice(["max", "min"]), help="Which way metrics are better.  [max]")
 @click.option(
-    "--limit", multiple=True, metavar="NAME[:min|:max]=X", help="May be at most X worse; repeatable."
+    "--evaluate", metavar="COMMAND", help="Command that scores a model on validation data; see above."
 )
-@click.option("--rule", type=click.Choice(["paper", "code"]), help="`paper` accepts ties.  [paper]")
-@click.option("--min-delta", type=Number(0), help="Least improvement that keeps a checkpoint.  [0]")
-@click.option("--patience", type=WholeNumber(1), help="Stop after this many rejections in a row.")
-@click.option("--max-size", type=WholeNumber(1), help="Stop at this many members.")
+@click.option("--text", type=click.Path(path_type=Path), help="Validation text, scored in bits per byte.")
+@click.option(
+    "--test-evaluate", metavar="COMMAND", help="Command that scores the finished soup on test data."
+)
+@click.option(
+    "--test-text",
+    type=click.Path(path_type=Path),
+    help="Test text, scored in bits per byte once the soup is made.",
+)
+@click.option("--timeout", type=Number(0, min_open=True), help="Time limit of one evaluation, in seconds.")
+@click.option(
+    "--metric", multiple=True, metavar="NAME[:min|:max][=WEIGHT]", help="Metric that decides; repeatable."
+)
+@click.option(
+    "--direction", type=click.Choice(["max", "min"]), help="Direction in which metrics improve.  [max]"
+)
+@click.option(
+    "--limit",
+    multiple=True,
+    metavar="NAME[:min|:max]=X",
+    help="Metric that may get worse by at most X; repeatable.",
+)
+@click.option(
+    "--rule", type=click.Choice(["paper", "code"]), help="Rule for ties: `paper` accepts them.  [paper]"
+)
+@click.option("--min-delta", type=Number(0), help="Minimum improvement that keeps a checkpoint.  [0]")
+@click.option("--patience", type=WholeNumber(1), help="Number of rejections in a row after which to stop.")
+@click.option("--max-size", type=WholeNumber(1), help="Maximum number of members.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Stored dtype.")
-@click.option("--memory", type=SIZE, default="1GB", show_default=True, help="Tensors held in memory at once.")
-@click.option("--threads", type=WholeNumber(1), help="Threads that read, compute and write.")
+@click.option(
+    "--memory", type=SIZE, default="1GB", show_default=True, help="Memory for the tensors held at once."
+)
+@click.option("--threads", type=WholeNumber(1), help="Number of threads that read, compute and write.")
 @click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinity in the inputs.")
-@click.option("--overwrite", is_flag=True, help="Replace the output, and forget an interrupted greedy soup.")
+@click.option("--overwrite", is_flag=True, help="Replace the output and discard an interrupted greedy soup.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(checkpoints: tuple[str, ...], out: Path, method: str, as_json: bool, **options: Any) -> None:
     """Average fine-tuned checkpoints of one model, streamed: all, the last few, or those that help.

@@ -157,9 +157,9 @@ class HeadScores:
     """Mean attention from tokens of the second half to one place, from 0 to 1: `[layers, heads]` each.
 
     Attributes:
-        induction: to the token after the same token's first occurrence, `n - 1` back.
-        previous: to the token before.
-        duplicate: to the same token's first occurrence, `n` back.
+        induction: attention to the token after the same token's first occurrence, `n - 1` back.
+        previous: attention to the token before.
+        duplicate: attention to the same token's first occurrence, `n` back.
         repeated_loss: cross-entropy, in nats, of the tokens of the second half but its first.
     """
 
@@ -179,7 +179,7 @@ def repeated_tokens(
             half where there are enough of them.
         half: tokens that are repeated.
         prompts: how many rows.
-        seed: of the draw.
+        seed: seed of the draw.
         first: a token to begin every row with, such as the one that begins a text.
         lowest: the first token that is not special.
     """
@@ -207,7 +207,7 @@ def head_scores(
     Args:
         model: a decoder.
         params: its parameters, on any mesh.
-        half: as in `repeated_tokens`, like `prompts`, `seed`, `first` and `lowest`.
+        half: an argument of `repeated_tokens`, like `prompts`, `seed`, `first` and `lowest`.
         prompts: see `half`.
         seed: see `half`.
         first: see `half`.

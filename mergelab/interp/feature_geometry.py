@@ -85,7 +85,7 @@ def feature_manifold(sae: SAE, activations: Any, latents: Any, *, k: int = 3, ba
     """Principal components of `sum_i f_i d_i` over a group, on the tokens where any `f_i` is above 0.
 
     Args:
-        sae: of the site the activations are from.
+        sae: SAE of the site the activations are from.
         activations: `[rows, d_in]`, on the host.
         latents: the group.
         k: components.

@@ -111,9 +111,9 @@ def indirect_effects(
     """By how much the answer's probability rises when one head has its mean: `[layers, heads]`, float32.
 
     Args:
-        model: as for `function_vector`.
+        model: model that `function_vector` takes.
         params: its parameters.
-        means: of `mean_heads`.
+        means: result of `mean_heads`.
         tokens: `[prompts, length]`.
         answers: `[prompts]`.
         mask: True for real tokens; padding stands on the left.

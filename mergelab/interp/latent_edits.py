@@ -36,8 +36,8 @@ def ablate(sae: SAE, latents: Latents, *, where: Where = None) -> Edit:
     """Sets latents to 0: subtracts `f_i d_i` from the activation for each of them.
 
     Args:
-        sae: of the site that the edit is used at.
-        latents: which.
+        sae: SAE of the site that the edit is used at.
+        latents: indices of the latents.
         where: the tokens to change, `[batch, length]`; all by default.
 
     Returns:
@@ -70,8 +70,8 @@ def edit_latents(
     """The edit that the others are made of.
 
     Args:
-        sae: of the site that the edit is used at.
-        latents: which, each once.
+        sae: SAE of the site that the edit is used at.
+        latents: indices of the latents, each once.
         change: `(codes [tokens, latents], amounts [1, latents]) -> codes`, jittable.
         amounts: one for all latents, or one for each.
         where: the tokens to change, `[batch, length]`; all by default.
@@ -94,7 +94,7 @@ def splice(sae: SAE, *, error: bool = False) -> Edit:
     """Replaces an activation by its reconstruction.
 
     Args:
-        sae: of the site that the edit is used at.
+        sae: SAE of the site that the edit is used at.
         error: add the error term `x - SAE(x)` as a constant. Values then stay what they are, but gradients
             pass through the SAE alone, and can be taken with respect to its arrays (Marks et al. 2024,
             arXiv:2403.19647).

@@ -168,7 +168,7 @@ def train_tuned_lens(
         batches: tokens `[batch, length]`, all of one shape.
         sites: names or patterns, after which to read.
         steps: batches to train on.
-        learning_rate: at the first step.
+        learning_rate: learning rate of the first step.
         start: go on from these; the identity by default.
 
     Returns:

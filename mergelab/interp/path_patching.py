@@ -53,7 +53,7 @@ def path_patching(
         source: tokens `[prompts, length]` to take the senders' activations from.
         target: tokens `[prompts, length]`.
         senders: names or patterns of sites, such as `blocks.*.attn.z`.
-        receivers: of sites after them, such as `blocks.3.attn.q`; `logits` for the direct effect.
+        receivers: later sites, such as `blocks.3.attn.q`; `logits` for the direct effect.
         metric: scores the logits, see `mergelab.interp.logit_metrics`.
         mask: True for real tokens, of both.
         by_head: patch the senders' heads apart.

@@ -76,7 +76,7 @@ def fit_logistic(x: Any, y: Any, l2: float = 1.0, *, steps: int = 50, targets_at
         x: activations `[rows, width]`.
         y: True for positive rows, `[rows]` or `[rows, targets]`.
         l2: the penalty, above 0: separable data have no solution without one.
-        steps: at most so many.
+        steps: maximum number of steps.
         targets_at_once: probes solved side by side; each needs a `[width, width]` matrix.
 
     Raises:

@@ -39,7 +39,7 @@ class SteeringVector:
         """Adds the direction at length `strength * norm`; a negative strength steers away.
 
         Args:
-            strength: in units of the mean activation norm; may be traced.
+            strength: multiple of the mean activation norm; may be traced.
             where: the tokens to change; all by default.
         """
         return add_vector(with_strength(self.vector, strength, self.norm), where=where)
@@ -70,11 +70,11 @@ def steering_vector(
     Args:
         model: the model.
         params: its parameters.
-        site: of shape `[batch, length, width]`.
+        site: site of shape `[batch, length, width]`.
         positive: tokens `[prompts, length]` of what to steer towards.
-        negative: of what to steer away from; for `pca`, row by row the counterparts of `positive`.
+        negative: activations of what to steer away from; for `pca`, the counterpart of each row of `positive`.
         masks: True for real tokens, for each set.
-        position: of the token to read in each prompt; -1 is the last real one, None all of them.
+        position: position of the token to read in each prompt; -1 is the last real one, None all of them.
         method: `mean` of the differences (contrastive activation addition, arXiv:2312.06681), or their first
             principal axis (arXiv:2310.01405).
         batch: prompts in one pass.
@@ -101,7 +101,7 @@ def latent_direction(sae: SAE, latent: int, activations: Any) -> SteeringVector:
 
     Args:
         sae: writes the site that is steered: for a transcoder not the one it reads.
-        latent: which.
+        latent: index of the latent.
         activations: `[rows, width]` at the site, to measure their mean length.
 
     Raises:

@@ -32,7 +32,7 @@ class ValueVectors:
     Attributes:
         layers: the block.
         neurons: the neuron in its MLP; with experts, `expert * neurons of one + neuron`.
-        cosines: with the direction, float32.
+        cosines: cosine of each with the direction, float32.
     """
 
     layers: np.ndarray
@@ -50,7 +50,7 @@ def value_search(
         params: its parameters, on any mesh.
         directions: token ids `[tokens]`, or vectors `[directions, width]`.
         k: how many to find for each.
-        embedding: which embedding of a token is meant; with vectors it says nothing.
+        embedding: kind of embedding meant by a token; ignored with vectors.
 
     Raises:
         SiteError: the model is an encoder, the vectors have another width, or k is not within 1 and the
@@ -81,7 +81,7 @@ def tokens_of_values(
         layer: the block.
         neurons: `[neurons]`, counted as in `ValueVectors`.
         k: tokens for each.
-        embedding: which embedding of the tokens is meant.
+        embedding: kind of embedding meant.
 
     Returns:
         Token ids `[neurons, k]`, the nearest first, and their cosines.

@@ -73,7 +73,7 @@ def with_strength(
     """The vector at length `strength * norm`, float32.
 
     Args:
-        vector: of any length.
+        vector: vector of any norm.
         strength: a signed multiple of `norm`; 1 adds as much as an average activation is long.
         norm: `mean_norm` of activations at the site.
     """

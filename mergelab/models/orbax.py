@@ -101,6 +101,8 @@ def tree_shapes(path: Path | str) -> dict[str, Any]:
     except Exception as error:  # Orbax raises what its parsers raise: KeyError, TypeError, ...
         raise _damaged(folder, error) from error
     tree: Any = getattr(found, "tree", found)
+    if not isinstance(tree, dict):
+        raise _damaged(folder, ValueError("it describes no tree of arrays"))
     return jax.tree_util.tree_map_with_path(lambda place, leaf: _shape(folder, place, leaf), tree)
 
 

@@ -32,7 +32,7 @@ class Features:
 
     Attributes:
         figures: normalized MSE, L0 and so on, held out; the SAE's sizes.
-        latents: per latent its number, density, and contexts as (token text, strength 0 to 1) pairs.
+        latents: index, density and contexts of each latent, contexts as (token text, strength 0 to 1) pairs.
     """
 
     figures: Mapping[str, float | str]

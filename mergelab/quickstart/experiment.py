@@ -167,7 +167,7 @@ def run(
     Args:
         out: the output folder.
         settings: all sizes.
-        seed: of initial weights, batches and random merges.
+        seed: seed of initial weights, batches and random merges.
         force: run every stage again.
         on_progress: called as stages advance.
 

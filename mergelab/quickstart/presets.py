@@ -30,7 +30,7 @@ class AutoencoderSettings:
     Attributes:
         site: where it reads the base model.
         n_latents, k: the SAE.
-        tokens, batch_size: of the training.
+        tokens, batch_size: length of the training and size of its batches, in tokens.
         context: tokens in a context.
     """
 
@@ -52,7 +52,7 @@ class QuickstartSettings:
         batch: windows per training step.
         base: training of the base model, on the three domains mixed.
         specialist: fine-tuning of the base on one domain.
-        autoencoder: of the sparse autoencoder on the base model.
+        autoencoder: settings of the sparse autoencoder on the base model.
         recipes: file names, without `.yaml`, in `configs/quickstart`.
     """
 

@@ -44,7 +44,7 @@ class Results:
         verdict: sentences computed from the scores.
         facts: where the numbers come from: text sizes, model size, versions, seed.
         seconds: wall time of each stage when it last ran.
-        features: of the autoencoder on the base model: its figures on held-out text, and some latents.
+        features: figures of the base model's autoencoder on held-out text, and some of its latents.
     """
 
     domains: tuple[str, ...]

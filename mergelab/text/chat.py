@@ -33,7 +33,7 @@ def chat_text(
         tokenizer: its templates and special tokens.
         messages: the turns, oldest first.
         add_generation_prompt: end with what begins the assistant's turn.
-        template: which of the model's templates.
+        template: name of the model's template.
         **variables: more of what the template reads: `tools`, `documents`, `enable_thinking`, `now`, ...
 
     Raises:

@@ -35,8 +35,8 @@ class Budget:
     """What one rendering may use.
 
     Attributes:
-        seconds: of processor time, where the operating system counts it; on the clock, twice as many.
-        characters: of the text.
+        seconds: processor time, where the operating system counts it; twice as much on the clock.
+        characters: characters of the text.
         memory: bytes that the process may address, Python itself among them, where the operating system has
             such a limit (Linux).
     """

@@ -57,7 +57,7 @@ def pack_stream(
 
     Args:
         documents: token ids.
-        length: of a context.
+        length: tokens of a context.
         separator: a token put after every document, as part of it (the one that ends a text); None for none.
         pad_id: the token of padding.
 
@@ -90,7 +90,7 @@ def pack_whole(
 
     Args:
         documents: token ids.
-        length: of a context.
+        length: tokens of a context.
         separator: a token put after every document, as part of it (the one that ends a text); None for none.
         pad_id: the token of padding.
 

@@ -124,7 +124,7 @@ class Tokenizer:
         """Token ids of several texts as one array.
 
         Args:
-            texts: at least one.
+            texts: texts, at least one.
             max_length: cut longer texts, keeping the special tokens that end them; None for no limit.
             pad_left: pad on the left (generation), not on the right (encoders, training).
 

@@ -129,7 +129,7 @@ def test_texts_go_in_and_out(model: tuple[Model, Any], tmp_path: Path) -> None:
         ([], "either --prompt TEXT or --token-ids"),
         (["--prompt", "a", "--token-ids", "1"], "either --prompt TEXT or --token-ids"),
         (["--token-ids", "1,x"], "is not a list of token ids"),
-        (["--token-ids", "1", "--greedy", "--top-p", ".5"], "leave --top-p away"),
+        (["--token-ids", "1", "--greedy", "--top-p", ".5"], "omit --top-p"),
         (["--token-ids", "99"], "token 99 is beyond the model's vocabulary of 24 (ids from 0 to 23)"),
         (["--token-ids", "1", "--stop", "x"], "--stop needs a tokenizer"),
         (["--prompt", "hello"], "has no tokenizer.json"),

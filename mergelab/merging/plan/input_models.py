@@ -43,7 +43,7 @@ class PlannedCheckpoint:
     Attributes:
         path: a folder with the planned config and tokenizer files.
         config: the planned `config.json`.
-        tensors: by name.
+        tensors: tensor of each name.
         identity: the plan's.
     """
 

@@ -67,7 +67,7 @@ def output_config(
         configs: every model's config, by reference.
         donor: the model whose config is the starting point.
         architecture: the donor's.
-        layers: per module with blocks, the (model, block) each output block comes from.
+        layers: (model, block) that each output block comes from, per module with blocks.
         jobs: the output tensors, for the dtype and the vocabulary size.
         updates: keys to set last, such as those of a merged vocabulary.
         sources: per module with blocks, every (model, block) that each output block is merged from; by

@@ -42,8 +42,8 @@ class OutputLayout:
 
     Attributes:
         places: one per output tensor.
-        layers: per module with blocks: the (model, block) that each output block's first source is.
-        sources: per module with blocks: every (model, block) that each output block is merged from.
+        layers: (model, block) of each output block's first source, per module with blocks.
+        sources: every (model, block) that each output block is merged from, per module with blocks.
         faults: `(path, message)` of what made a module impossible to lay out.
         warnings: what the user should know, one sentence each.
     """

@@ -67,7 +67,7 @@ class Setting:
     """Entries in order; the first whose filter matches a tensor's name gives its value.
 
     Attributes:
-        entries: at least one.
+        entries: entries in order, at least one.
         filtered: True if written as `{filter, value}` entries, which `to_data` then restores.
     """
 

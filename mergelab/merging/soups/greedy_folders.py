@@ -37,7 +37,7 @@ class SoupJournal:
         path: the file.
         subject: what the scores are of (evaluator, fingerprints of the candidates); a journal of another
             subject is refused.
-        scores: by members, in the order in which they were added.
+        scores: score of each set of members, which are in the order they were added.
     """
 
     path: Path

@@ -45,7 +45,7 @@ class Stack:
     Attributes:
         prefix: what precedes the number, e.g. `model.layers.`.
         count: the number of blocks, numbered from 0.
-        suffixes: per block, what follows its number and dot in each of its tensors' names.
+        suffixes: rest of each tensor's name after the block's number and dot, per block.
     """
 
     prefix: str

@@ -23,7 +23,7 @@ class MovedLayers:
 
     Attributes:
         prefix: what precedes a layer's number in the output.
-        sources: per output layer, the (model, layer) of each of its sources.
+        sources: (model, layer) of each source, per output layer.
         counts: how many layers each model has.
     """
 
@@ -102,7 +102,7 @@ def with_moved_parts(
     Args:
         tensor: one model's tensor.
         name: what it is called in the output.
-        position: which of a layer's sources that model is.
+        position: index of that model among a layer's sources.
         stacks: where the layers of the output come from.
         find: that tensor of another model.
 

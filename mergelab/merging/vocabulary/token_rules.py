@@ -19,9 +19,9 @@ class RuleBook:
     """What rules are checked against, and the faults found so far.
 
     Attributes:
-        tokenizers: by model.
-        vocabularies: by model: token -> row, of the tokens that have one.
-        rows: by model: the number of rows of its embedding.
+        tokenizers: tokenizer of each model.
+        vocabularies: row of each token that has one, per model.
+        rows: number of rows of each model's embedding.
         faults: one sentence each.
         warnings: one sentence each.
     """

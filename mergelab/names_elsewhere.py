@@ -43,10 +43,11 @@ NAMES: tuple[ForeignName, ...] = (
             "HookPoint": "model.sites()",
             "hook_dict": "model.sites()",
             "get_act_name": "model.sites()",
+            "cfg": "model.config",
             "to_tokens": "ml.load_tokenizer(folder).encode(text)",
             "to_string": "ml.load_tokenizer(folder).decode(ids)",
-            "get_act_patch_resid_pre": "ml.patch(model, params, source, target, sites, metric)",
-            "activation_patching": "ml.patch(model, params, source, target, sites, metric)",
+            "get_act_patch_resid_pre": "ml.interp.patch_grid(model, params, source, target, sites, metric)",
+            "activation_patching": "ml.interp.patch_grid(model, params, source, target, sites, metric)",
             "direct_path_patching": "ml.interp.path_patching(...)",
             "logit_attrs": "ml.interp.direct_logit_attribution(...)",
             "logits_to_logit_diff": "ml.interp.logit_difference(right, wrong)",
@@ -148,6 +149,6 @@ def advice(name: str, owner: str = "") -> str:
     """
     for foreign in NAMES:
         parent, _, last = foreign.theirs.rpartition(".")
-        if last == name and (parent == owner or not owner):
+        if last == name and (not owner or parent in ("", owner)):
             return f"; write {foreign.ours}, where ml is mergelab"
     return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+import re
 import types
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import tokenizers
 from click.testing import CliRunner
 
 import mergelab as ml
+from mergelab.names_elsewhere import NAMES, ForeignName, advice
 
 WORDS = ["<unk>", "<end>", *(f"w{i}" for i in range(2, 48))]
 SITE = "blocks.1.resid_post"
@@ -341,8 +343,18 @@ def faces() -> list[str]:
 
 
 PRIVATE = {
-    *("mergelab.merging.engine", "mergelab.merging.plan", "mergelab.merging.recipe", "mergelab.merging.structure"),
-    *("mergelab.operators.named", "mergelab.models.families", "mergelab.models.layers", "mergelab.sae.kernels"),
+    *(
+        "mergelab.merging.engine",
+        "mergelab.merging.plan",
+        "mergelab.merging.recipe",
+        "mergelab.merging.structure",
+    ),
+    *(
+        "mergelab.operators.named",
+        "mergelab.models.families",
+        "mergelab.models.layers",
+        "mergelab.sae.kernels",
+    ),
 }
 """Folders inside a room whose names the room offers itself."""
 
@@ -382,3 +394,119 @@ def test_the_front_door_is_flat_and_its_help_is_a_table_of_contents() -> None:
     assert ml.__doc__ is not None
     assert [name for name in ml.__all__ if name not in ml.__doc__ and not name.startswith("_")] == []
     assert ml.capture is ml.activations.capture and ml.merge is ml.merging.merge
+
+
+# What other libraries call things.
+
+
+@pytest.mark.parametrize(
+    "foreign", [name for name in NAMES if "." not in name.theirs], ids=lambda n: n.theirs
+)
+def test_a_name_of_another_library_leads_to_the_right_one(foreign: ForeignName) -> None:
+    for place in (ml, ml.sae, ml.interp):
+        if foreign.theirs not in place.__all__:
+            with pytest.raises(AttributeError) as error:
+                getattr(place, foreign.theirs)
+            assert f"; write {advice(foreign.theirs)[8:]}" in str(error.value)
+            assert "ml" in str(error.value) or "model" in str(error.value)
+
+
+@pytest.mark.parametrize("foreign", NAMES, ids=lambda n: n.theirs)
+def test_what_stands_beside_a_foreign_name_exists(foreign: ForeignName) -> None:
+    for dotted in re.findall(r"\bml\.([\w.]+\w)", foreign.ours):
+        value: Any = ml
+        for part in dotted.split("."):
+            value = getattr(value, part)
+    first = re.match(r"model\.(\w+)", foreign.ours)
+    assert first is None or first[1] in {"apply", "init", "sites", "config"}
+
+
+def test_recipes_answer_for_what_they_do_not_have() -> None:
+    with pytest.raises(AttributeError, match=r"write ml.load_recipe\('recipe.yaml'\)"):
+        ml.Recipe.load("recipe.yaml")  # type: ignore[attr-defined]
+    recipe = ml.merging.parse_recipe("merge_method: linear\nmodels: [{model: a}, {model: b}]")
+    with pytest.raises(AttributeError, match=r"write ml.merging.recipe_yaml\(recipe\)"):
+        recipe.to_yaml()  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match=r"'Recipe' object has no attribute 'nonsense'$"):
+        recipe.nonsense  # type: ignore[attr-defined] # noqa: B018
+    assert recipe.origin is not None
+
+
+def test_a_room_is_named_for_what_the_front_door_lacks() -> None:
+    with pytest.raises(AttributeError, match=r"'clamp'; write mergelab.interp.clamp$"):
+        _ = ml.clamp  # type: ignore[attr-defined]
+
+
+def table_rows(page: str) -> list[tuple[str, str, str]]:
+    """`(heading, left, right)` of the rows of a page's two-column tables of code."""
+    rows, heading = [], ""
+    for line in page.splitlines():
+        heading = line.removeprefix("## ") if line.startswith("## ") else heading
+        if row := re.fullmatch(r"\| `(.+)` \| `(.+)` \|", line):
+            rows.append((heading, row[1], row[2]))
+    return rows
+
+
+def test_the_page_for_those_who_come_from_elsewhere_has_every_name(repository: Path) -> None:
+    page = (repository / "docs" / "coming_from.md").read_text("utf-8")
+    table = [(name.library, name.theirs, name.ours) for name in NAMES]
+    assert table_rows(page) == table
+    assert table_rows(page.replace("| `HookPoint` |", "| `Hook` |")) != table
+
+
+# Pages and examples go through the faces.
+
+
+def private_paths(text: str) -> list[str]:
+    """Dotted names of mergelab in a page or an example that reach into a room, past its face."""
+    found = []
+    for path in re.findall(r"\bmergelab(?:\.\w+)+", text):
+        parts = path.split(".")
+        place: Any = ml
+        for n, part in enumerate(parts[1:], 1):
+            offered = part in getattr(place, "__all__", ())
+            own = isinstance(place, types.ModuleType) and not hasattr(place, "__path__")
+            if not offered and not own and isinstance(place, types.ModuleType):
+                found.append(path)
+                break
+            place = getattr(place, part, None)
+            if place is None or not isinstance(place, types.ModuleType):
+                break
+            assert n <= 2, f"{path} has more than two dots"
+    for module, names in re.findall(r"from (mergelab[\w.]*) import \(?([\w, \n]+)", text):
+        if module not in found:
+            face = importlib.import_module(module)
+            lacking = [
+                n
+                for n in re.findall(r"\w+", names.split("\n>>>")[0])
+                if n not in (*face.__all__, "as", "ops")
+            ]
+            found += [f"{module}.{name}" for name in lacking if not hasattr(face, name)]
+    return found
+
+
+def public_texts(repository: Path) -> dict[str, str]:
+    """Pages, the code of notebooks, and the examples of docstrings, by place."""
+    pages = [*repository.glob("*.md"), *repository.glob("docs/*.md")]
+    texts = {page.name: page.read_text("utf-8") for page in pages if page.name != "CHANGELOG.md"}
+    for notebook in repository.glob("colab/*.ipynb"):
+        cells = json.loads(notebook.read_text("utf-8"))["cells"]
+        texts[notebook.name] = "\n".join("".join(cell["source"]) for cell in cells)
+    for file in (repository / "mergelab").rglob("*.py"):
+        examples = re.findall(r"^\s*(?:>>>|\.\.\.) (.*)$", file.read_text("utf-8"), flags=re.MULTILINE)
+        texts[str(file)] = "\n".join(examples)
+    return texts
+
+
+def test_pages_notebooks_and_examples_import_through_faces(repository: Path) -> None:
+    texts = public_texts(repository)
+    assert {"README.md", "interp.md", "sae.ipynb", "CONTRIBUTING.md"} <= texts.keys()
+    assert {place: found for place, text in texts.items() if (found := private_paths(text))} == {}
+
+
+def test_a_path_past_a_face_would_be_seen() -> None:
+    assert private_paths("from mergelab.models.load import load_model") == ["mergelab.models.load"]
+    assert private_paths("`mergelab.models.load.load_model` reads") == ["mergelab.models.load.load_model"]
+    assert private_paths("from mergelab.sae import load_dictionary_x") == ["mergelab.sae.load_dictionary_x"]
+    assert private_paths("from mergelab.sae import load_sae\n`mergelab.sae.evaluation.scorecard`") == []
+    assert private_paths("from mergelab.errors import SAEError; mergelab.sharding.DEFAULT_RULES") == []

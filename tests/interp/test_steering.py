@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.interp.saes import random_sae
 
 from mergelab.activations.capture import capture
 from mergelab.decoding import generate
@@ -15,6 +14,7 @@ from mergelab.interp.steering import SteeringVector, add_vector, latent_directio
 from mergelab.interp.vectors import mean_difference, principal_difference, project_out, unit, with_strength
 from tests.interp.domains import LENGTH, Trained, lines, neutral, share_of
 from tests.interp.running import sites_of
+from tests.interp.saes import random_sae
 
 SITE = "blocks.0.resid_post"
 

@@ -1,42 +1,122 @@
-"""mergelab: merge language models in JAX.
+"""The weights and the features of transformers, in JAX: `import mergelab as ml`.
 
-The package imports nothing heavy until a name is used: `mergelab.merge`, `mergelab.Recipe`, and the rooms
-`mergelab.operators`, `mergelab.merging`, `mergelab.checkpoints`, ... load on first access.
+Models
+    load_model(folder), save_model(model, params, folder, tokenizer=...), Model, model_from_config
+    load_tokenizer(folder), Tokenizer
+    generate(model, params, tokenizer, text)                text in, text out
+    make_mesh({"data": 2, "tensor": 4})                     devices to spread a model over
+
+Activations
+    capture(model, params, tokens, ["blocks.3.resid_post"]) what sites hold, by name (model.sites())
+
+Merging
+    merge(recipe, folder), load_recipe(file), Recipe        mergekit's recipes, streamed from disk to disk
+    plan_merge(recipe)                                      what a merge would read, compute and write
+    operators                                               the same operators, on pytrees
+    soup(candidates), extract_lora(finetuned, base, folder)
+
+Sparse autoencoders
+    SAE, load_sae(folder), save_sae(sae, folder)            files of six libraries
+    train_sae(activations, n_latents=..., k=...)            on an array, or as a configuration says
+    evaluate_sae(sae, activations), evaluate_sae(sae, model, params, tokenizer, text)
+
+Edits and readings; edits go to `model.apply(params, tokens, edit={site: ...})` and `generate(edit=...)`
+    steer(direction, strength), steering_vector             add a direction
+    ablate(sae, latents), ablate(direction)                 remove latents or a direction
+    patch(value)                                            put another prompt's activation in place
+    logit_lens(model, params, tokens)                       what every layer already predicts
+    abliterate(model_folder, out, harmful, harmless)        a direction removed from the weights
+
+Errors
+    errors.MergelabError                                    base of every error raised on purpose
+
+Rooms, each with more names
+    models, text, decoding, activations, operators, merging, checkpoints, sae, interp, abliteration, report,
+    quickstart, aot; sharding, trees
+
+Names load when they are first used, so that the import itself takes no time. docs/coming_from.md lists what
+other libraries call these things.
 """
 
 from __future__ import annotations
 
-import importlib
-
+from mergelab.lazy import lazy_names
 from mergelab.version import __version__
 
 TYPE_CHECKING = False  # that of `typing`, which takes longer to import than all the rest
 if TYPE_CHECKING:
-    from typing import Any
+    from mergelab import (
+        abliteration,
+        activations,
+        aot,
+        checkpoints,
+        decoding,
+        errors,
+        interp,
+        merging,
+        models,
+        operators,
+        quickstart,
+        report,
+        sae,
+        sharding,
+        text,
+        trees,
+    )
+    from mergelab.abliteration import abliterate
+    from mergelab.activations import capture
+    from mergelab.decoding import generate_text as generate
+    from mergelab.interp import ablate, logit_lens, patch, steer, steering_vector
+    from mergelab.merging import Recipe, extract_lora, load_recipe, merge, plan_merge, soup
+    from mergelab.models import Model, load_model, model_from_config, save_model
+    from mergelab.sae import SAE, evaluate_sae, load_sae, save_sae, train_sae
+    from mergelab.sharding import make_mesh
+    from mergelab.text import Tokenizer, load_tokenizer
 
-    from mergelab import errors as errors
-    from mergelab import operators as operators
-    from mergelab.merging.recipe.schema import Recipe as Recipe
-    from mergelab.merging.run_merge import merge as merge
+__all__ = [
+    "SAE",
+    "Model",
+    "Recipe",
+    "Tokenizer",
+    "__version__",
+    "ablate",
+    "abliterate",
+    "abliteration",
+    "activations",
+    "aot",
+    "capture",
+    "checkpoints",
+    "decoding",
+    "errors",
+    "evaluate_sae",
+    "extract_lora",
+    "generate",
+    "interp",
+    "load_model",
+    "load_recipe",
+    "load_sae",
+    "load_tokenizer",
+    "logit_lens",
+    "make_mesh",
+    "merge",
+    "merging",
+    "model_from_config",
+    "models",
+    "operators",
+    "patch",
+    "plan_merge",
+    "quickstart",
+    "report",
+    "sae",
+    "save_model",
+    "save_sae",
+    "sharding",
+    "soup",
+    "steer",
+    "steering_vector",
+    "text",
+    "train_sae",
+    "trees",
+]
 
-__all__ = ["Recipe", "__version__", "errors", "merge", "operators"]
-
-_NAMES = {"merge": "mergelab.merging.run_merge", "Recipe": "mergelab.merging.recipe.schema"}
-_ROOMS = (
-    "checkpoints", "data", "decoding", "errors", "merging", "models",
-    "operators", "quickstart", "report", "sae", "sharding", "trees",
-)  # fmt: skip
-
-
-def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        return getattr(importlib.import_module(_NAMES[name]), name)
-    if name in _ROOMS:
-        return importlib.import_module(f"mergelab.{name}")
-    from mergelab.errors import did_you_mean
-
-    raise AttributeError(f"module 'mergelab' has no attribute {name!r}{did_you_mean(name, __dir__())}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*__all__, *_NAMES, *_ROOMS})
+__getattr__, __dir__ = lazy_names(__name__)

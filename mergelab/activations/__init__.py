@@ -1,15 +1,60 @@
-"""Activations as training data: sources of rows, shuffled batches with an exact place, batches made ahead."""
+"""A model run on text or tokens: sites captured, streamed as shuffled rows, stored; losses and sentences."""
 
-from mergelab.activations.store import ActivationFiles, find_activation_files, open_activation_files
-from mergelab.activations.stream import ActivationSource, ActivationStream, Batch, Prefetch, Trace
+from typing import TYPE_CHECKING
+
+from mergelab.activations.capture import capture
+from mergelab.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from mergelab.activations.batches import bucket_size, pad_prompts
+    from mergelab.activations.capture import (
+        ModelActivations,
+        SiteActivations,
+        contexts_of_texts,
+        cut_contexts,
+        halves,
+        open_model_activations,
+        stream_sites,
+    )
+    from mergelab.activations.losses import summed_loss
+    from mergelab.activations.sentences import SentenceEncoder, load_sentence_encoder, pool
+    from mergelab.activations.statistics import Statistics, fisher, gram, write_statistics
+    from mergelab.activations.store import (
+        ActivationFiles,
+        find_activation_files,
+        open_activation_files,
+        write_store,
+    )
+    from mergelab.activations.stream import ActivationSource, ActivationStream, Batch, Prefetch, Trace
 
 __all__ = [
     "ActivationFiles",
     "ActivationSource",
     "ActivationStream",
     "Batch",
+    "ModelActivations",
     "Prefetch",
+    "SentenceEncoder",
+    "SiteActivations",
+    "Statistics",
     "Trace",
+    "bucket_size",
+    "capture",
+    "contexts_of_texts",
+    "cut_contexts",
     "find_activation_files",
+    "fisher",
+    "gram",
+    "halves",
+    "load_sentence_encoder",
     "open_activation_files",
+    "open_model_activations",
+    "pad_prompts",
+    "pool",
+    "stream_sites",
+    "summed_loss",
+    "write_statistics",
+    "write_store",
 ]
+
+__getattr__, __dir__ = lazy_names(__name__)

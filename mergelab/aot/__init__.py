@@ -1,6 +1,21 @@
 """Programs compiled for TPU slices that are not there: what each chip holds, does and exchanges."""
 
-from mergelab.aot.chips import Chip, ChipReport, Collective, Roofline, chip_of, roofline
-from mergelab.aot.compiler import compile_for_topology
+from typing import TYPE_CHECKING
 
-__all__ = ["Chip", "ChipReport", "Collective", "Roofline", "chip_of", "compile_for_topology", "roofline"]
+from mergelab.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from mergelab.aot.chips import Chip, ChipReport, Collective, Roofline, chip_of, roofline
+    from mergelab.aot.compiler import compile_for_topology
+
+__all__ = [
+    "Chip",
+    "ChipReport",
+    "Collective",
+    "Roofline",
+    "chip_of",
+    "compile_for_topology",
+    "roofline",
+]
+
+__getattr__, __dir__ = lazy_names(__name__)

@@ -1,23 +1,29 @@
 """Next tokens from logits: samplers, stop rules, and generation with a key-value cache."""
 
-from mergelab.activations.batches import bucket_size, pad_prompts
-from mergelab.decoding.completion import Completion, complete
-from mergelab.decoding.generation import Generated, GenerationState, advance, begin, generate, start
-from mergelab.decoding.samplers import Sampler, greedy, row_keys, sample, sampler_from_options
-from mergelab.decoding.stop import Stop, cut_at_strings, stop_at
-from mergelab.decoding.transforms import (
-    History,
-    LogitsTransform,
-    MinNewTokens,
-    MinPFilter,
-    RepetitionPenalty,
-    Temperature,
-    TopKFilter,
-    TopPFilter,
-    chain,
-    logit_bias,
-    suppress,
-)
+from typing import TYPE_CHECKING
+
+from mergelab.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from mergelab.activations.batches import bucket_size, pad_prompts
+    from mergelab.decoding.completion import Completion, complete
+    from mergelab.decoding.generation import Generated, GenerationState, advance, begin, generate, start
+    from mergelab.decoding.samplers import Sampler, greedy, row_keys, sample, sampler_from_options
+    from mergelab.decoding.stop import Stop, cut_at_strings, stop_at
+    from mergelab.decoding.text_generation import generate_text
+    from mergelab.decoding.transforms import (
+        History,
+        LogitsTransform,
+        MinNewTokens,
+        MinPFilter,
+        RepetitionPenalty,
+        Temperature,
+        TopKFilter,
+        TopPFilter,
+        chain,
+        logit_bias,
+        suppress,
+    )
 
 __all__ = [
     "Completion",
@@ -40,6 +46,7 @@ __all__ = [
     "complete",
     "cut_at_strings",
     "generate",
+    "generate_text",
     "greedy",
     "logit_bias",
     "pad_prompts",
@@ -50,3 +57,5 @@ __all__ = [
     "stop_at",
     "suppress",
 ]
+
+__getattr__, __dir__ = lazy_names(__name__)

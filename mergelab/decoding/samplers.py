@@ -1,8 +1,8 @@
 """Samplers: transforms of the logits followed by a choice, the likeliest token or a random one.
 
->>> from mergelab.decoding import MinP, RepetitionPenalty, Temperature, greedy, sample
+>>> from mergelab.decoding import MinPFilter, RepetitionPenalty, Temperature, greedy, sample
 >>> precise = greedy(RepetitionPenalty(1.1))
->>> creative = sample(Temperature(0.8), MinP(0.05))
+>>> creative = sample(Temperature(0.8), MinPFilter(0.05))
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def steering_vector(
         params: its parameters.
         site: site of shape `[batch, length, width]`.
         positive: tokens `[prompts, length]` of what to steer towards.
-        negative: activations of what to steer away from; for `pca`, the counterparts of `positive`.
+        negative: tokens of what to steer away from; for `pca`, the counterpart of each row of `positive`.
         masks: True for real tokens, for each set.
         position: position of the token to read in each prompt; -1 is the last real one, None all of them.
         method: `mean` of the differences (contrastive activation addition, arXiv:2312.06681), or their first

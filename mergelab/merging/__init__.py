@@ -1,22 +1,37 @@
 """Merging checkpoints: a recipe, its plan, and the streamed run; soups and vocabularies beside.
 
->>> from mergelab.merging import load_recipe, merge
->>> merge(load_recipe("ties.yaml"), "merged", seed=1)                            # doctest: +SKIP
+>>> import mergelab as ml
+>>> ml.merge(ml.load_recipe("ties.yaml"), "merged", seed=1)                      # doctest: +SKIP
 """
 
-from mergelab.merging.plan.planner import Plan, plan_merge
-from mergelab.merging.recipe.recipe_file import load_recipe, parse_recipe, recipe_yaml
-from mergelab.merging.recipe.schema import Recipe
-from mergelab.merging.run_merge import Merged, MergeOptions, merge
+from typing import TYPE_CHECKING
+
+from mergelab.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from mergelab.merging import soups, vocabulary
+    from mergelab.merging.lora_extraction import ExtractedLora, extract_lora
+    from mergelab.merging.plan.planner import Plan, plan_merge
+    from mergelab.merging.recipe.recipe_file import load_recipe, parse_recipe, recipe_yaml
+    from mergelab.merging.recipe.schema import Recipe, TokenizerSpec
+    from mergelab.merging.run_merge import Merged, merge
+    from mergelab.merging.soups import soup
 
 __all__ = [
-    "MergeOptions",
+    "ExtractedLora",
     "Merged",
     "Plan",
     "Recipe",
+    "TokenizerSpec",
+    "extract_lora",
     "load_recipe",
     "merge",
     "parse_recipe",
     "plan_merge",
     "recipe_yaml",
+    "soup",
+    "soups",
+    "vocabulary",
 ]
+
+__getattr__, __dir__ = lazy_names(__name__)

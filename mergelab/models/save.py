@@ -6,17 +6,18 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mergelab.checkpoints.buffers import aligned_empty
+from mergelab.checkpoints.model_files import donor_files
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.shard_plan import TensorSpec, plan_shards
 from mergelab.checkpoints.shared_writer import SharedWriter
-from mergelab.errors import OutputError
+from mergelab.errors import CheckpointError, OutputError
 from mergelab.models import save
 from mergelab.models.layout import (
     Box,
@@ -61,6 +62,15 @@ def _is_transposed(array: np.ndarray) -> bool:
     return array.strides[-1] > array.strides[-2]
 
 
+@runtime_checkable
+class TokenizerFiles(Protocol):
+    """A tokenizer that can be written: `mergelab.text.Tokenizer`, which models know nothing of."""
+
+    def files(self) -> Mapping[str, bytes]:
+        """Contents by file name."""
+        ...
+
+
 SHARD_BYTES = 5_000_000_000
 """Bytes of weights a file holds at most, unless asked otherwise; the Hugging Face libraries' own limit."""
 _BLOCK = 4 << 20
@@ -71,6 +81,7 @@ def save_model(
     params: Mapping[str, Any],
     path: str | Path | WorkFolder,
     *,
+    tokenizer: TokenizerFiles | str | Path | None = None,
     files: Mapping[str, bytes | Path] | None = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
@@ -85,7 +96,9 @@ def save_model(
         model: the model.
         params: its parameters, JAX arrays on any mesh or numpy arrays.
         path: a folder that is empty or does not exist; or the work folder of one, entered by the caller.
-        files: further files by name, such as the tokenizer's: their content, or where to copy it from.
+        tokenizer: the tokenizer to write beside the weights, so that the folder generates text: what
+            `load_tokenizer` returns, or the model folder to copy it from. None writes none.
+        files: further files by name: their content, or where to copy it from.
         shard_bytes: weights go into several files if they are larger.
         overwrite: replace a folder that mergelab wrote.
         identity: SHA-256 of all that decides the content, where the caller can tell.
@@ -95,11 +108,12 @@ def save_model(
 
     Raises:
         OutputError: the folder is not empty, a parameter is missing or of another shape, or the disk is full.
+        CheckpointError: the folder to copy the tokenizer from has none.
         MeshError: that happened in another process.
     """
     config = _with_dtype(model.hf_config, params, model.table())
     text = (json.dumps(config, indent=2) + "\n").encode()
-    files = {"config.json": text, **(files or {})}
+    files = {"config.json": text, **_tokenizer_files(tokenizer), **(files or {})}
     return save_params(
         params,
         model.table(),
@@ -109,6 +123,19 @@ def save_model(
         overwrite=overwrite,
         identity=identity,
     )
+
+
+def _tokenizer_files(tokenizer: TokenizerFiles | str | Path | None) -> Mapping[str, bytes]:
+    if tokenizer is None:
+        return {}
+    if not isinstance(tokenizer, str | Path):
+        return tokenizer.files()
+    found = donor_files(Path(tokenizer), None)
+    if "tokenizer.json" not in found:
+        raise CheckpointError(
+            f"{tokenizer} has no tokenizer.json to save with the model; name a folder that has one."
+        )
+    return found
 
 
 def save_params(

@@ -178,8 +178,8 @@ class Formula:
     def grain(self) -> Granularity:
         """The coarsest granularity among the parts."""
         grains = {part.grain for part in self.parts}
-        coarse: tuple[Granularity, ...] = ("tensor", "column", "row")
-        return next((grain for grain in coarse if grain in grains), "element")
+        coarsest_first: tuple[Granularity, ...] = ("tensor", "column", "row", "element")
+        return next(grain for grain in coarsest_first if grain in grains)
 
     def at(self, tensor: TensorInfo) -> Self:
         """The formula as it acts on one tensor."""

@@ -1,1 +1,23 @@
 """Draws results (tables, figures, pages); computes none."""
+
+from typing import TYPE_CHECKING
+
+from mergelab.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from mergelab.report.comparison import ComparedScore, Comparison, figure_files, score_figure
+    from mergelab.report.pages import render_features, render_page
+    from mergelab.report.tables import markdown_table, text_table
+
+__all__ = [
+    "ComparedScore",
+    "Comparison",
+    "figure_files",
+    "markdown_table",
+    "render_features",
+    "render_page",
+    "score_figure",
+    "text_table",
+]
+
+__getattr__, __dir__ = lazy_names(__name__)

@@ -1,1 +1,47 @@
-"""Sparse autoencoders: variants, training, finished SAEs, their files, evaluation."""
+"""Sparse autoencoders: variants, training, finished SAEs and their files, features, evaluation."""
+
+from typing import TYPE_CHECKING
+
+from mergelab.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from mergelab.sae import evaluation, features, formats, training, variants
+    from mergelab.sae.evaluation.evaluate import evaluate_sae
+    from mergelab.sae.formats.detect import FORMATS, load_sae, save_sae
+    from mergelab.sae.sae import SAE, SAEConfig, at_sites
+    from mergelab.sae.subject_model import check_subject_model, open_subject_model
+    from mergelab.sae.toy import ToyTruth
+    from mergelab.sae.training.config import TrainConfig, load_config
+    from mergelab.sae.training.in_memory import train_sae
+    from mergelab.sae.training.trainer import Result, train
+    from mergelab.sae.variants import VARIANTS, Variant, crosscoder, make_variant, transcoder
+
+__all__ = [
+    "FORMATS",
+    "SAE",
+    "VARIANTS",
+    "Result",
+    "SAEConfig",
+    "ToyTruth",
+    "TrainConfig",
+    "Variant",
+    "at_sites",
+    "check_subject_model",
+    "crosscoder",
+    "evaluate_sae",
+    "evaluation",
+    "features",
+    "formats",
+    "load_config",
+    "load_sae",
+    "make_variant",
+    "open_subject_model",
+    "save_sae",
+    "train",
+    "train_sae",
+    "training",
+    "transcoder",
+    "variants",
+]
+
+__getattr__, __dir__ = lazy_names(__name__)

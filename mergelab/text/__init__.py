@@ -1,1 +1,35 @@
-"""Text to tokens to batches."""
+"""Text to tokens to batches: tokenizers, chat templates, contexts of a fixed length."""
+
+from typing import TYPE_CHECKING
+
+from mergelab.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from mergelab.text.chat import Message, chat_text, render_chat
+    from mergelab.text.packing import (
+        Contexts,
+        EvaluationWindows,
+        evaluation_windows,
+        pack_stream,
+        pack_whole,
+        random_windows,
+        token_stream,
+    )
+    from mergelab.text.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "Contexts",
+    "EvaluationWindows",
+    "Message",
+    "Tokenizer",
+    "chat_text",
+    "evaluation_windows",
+    "load_tokenizer",
+    "pack_stream",
+    "pack_whole",
+    "random_windows",
+    "render_chat",
+    "token_stream",
+]
+
+__getattr__, __dir__ = lazy_names(__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 import tokenizers
 
 from mergelab.checkpoints.json_data import read_optional_json
-from mergelab.checkpoints.model_files import open_tokenizer_file
+from mergelab.checkpoints.model_files import donor_files, open_tokenizer_file
 from mergelab.checkpoints.text_file import read_text
 from mergelab.errors import CheckpointError, MergelabError, quoted
 
@@ -106,6 +107,31 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def files(self) -> dict[str, bytes]:
+        """The files of a model folder that hold this tokenizer, by name.
+
+        Those of the folder it was read from, byte for byte, with the chat templates and
+        `generation_config.json` beside it; of a tokenizer without such a folder, `tokenizer.json` and
+        `tokenizer_config.json` as they read the same.
+
+        Raises:
+            CheckpointError: a file of the folder is a Git LFS pointer.
+        """
+        if (self.folder / "tokenizer.json").is_file():
+            return donor_files(self.folder, None)
+        config: dict[str, Any] = dict(self.special)
+        if self.chat_templates:
+            config["chat_template"] = [
+                {"name": name, "template": template} for name, template in self.chat_templates.items()
+            ]
+        written = {
+            "tokenizer.json": self.backend.to_str(pretty=True),
+            "tokenizer_config.json": json.dumps(config),
+        }
+        if self.end_ids:
+            written["generation_config.json"] = json.dumps({"eos_token_id": list(self.end_ids)})
+        return {name: text.encode() for name, text in written.items()}
 
     def encode_batch(
         self, texts: Sequence[str], *, max_length: int | None = None, pad_left: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -28,6 +28,7 @@ from mergelab.errors import quoted, shortened
 from mergelab.merging.recipe.faults import FieldPath, LocatedError, Origin, field_faults
 from mergelab.merging.recipe.model_refs import model_ref_text, parse_model_ref
 from mergelab.merging.recipe.settings import Setting, parse_setting
+from mergelab.names_elsewhere import advice
 
 __all__ = [
     "InputModel",
@@ -171,7 +172,17 @@ class TokenizerSpec(_Part):
     pad_to_multiple_of: Annotated[StrictInt, Field(gt=0, le=2**20)] | None = None
 
 
-class Recipe(_Part):
+class _RecipeType(type(BaseModel)):
+    """Answers names that other libraries' recipes have, such as `Recipe.load`."""
+
+    def __getattr__(cls, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # pyright: ignore[reportAttributeAccessIssue]
+        except AttributeError as error:
+            raise AttributeError(f"{error}{advice(name, 'Recipe')}") from None
+
+
+class Recipe(_Part, metaclass=_RecipeType):
     """One merge, or the last of several that build on one another.
 
     Attributes:
@@ -221,6 +232,14 @@ class Recipe(_Part):
         if self.tokenizer is not None and self.tokenizer_source is not None:
             raise ValueError("'tokenizer_source' and 'tokenizer' say the same thing: keep one")
         return self
+
+    if not TYPE_CHECKING:  # type checkers know the fields, and report any other name
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError as error:
+                raise AttributeError(f"{error}{advice(name, 'Recipe')}") from None
 
     @property
     def origin(self) -> Origin:

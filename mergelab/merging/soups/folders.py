@@ -11,12 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Array, PyTree
+
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.publish import WorkFolder
-from mergelab.errors import CheckpointError, OutputError, RecipeError
+from mergelab.errors import CheckpointError, OperatorError, OutputError, RecipeError
 from mergelab.merging.recipe.schema import InputModel, Recipe
 from mergelab.merging.run_merge import merge
+from mergelab.merging.soups.averages import Candidates, uniform_soup
 
 __all__ = [
     "RunningFolder",
@@ -24,12 +27,58 @@ __all__ = [
     "average_checkpoints",
     "by_step",
     "candidate_names",
+    "soup",
     "soup_recipe",
     "update_average",
 ]
 
 
 StrPath = str | os.PathLike[str]
+
+
+def soup(
+    candidates: Candidates,
+    out: StrPath | None = None,
+    *,
+    last: int | None = None,
+    **options: Any,
+) -> PyTree[Array] | Path:
+    """Averages fine-tuned siblings: in memory, or from folders to a folder.
+
+    `greedy_soup` and `greedy_soup_checkpoints` choose what to average on validation data.
+
+    Args:
+        candidates: parameter trees of one structure, or checkpoint folders; by name, or in order.
+        out: the folder to write, for folders: they are then streamed, and memory does not grow with the
+            models. Without it the average is returned as a tree, of folders by tensor name.
+        last: how many of the last candidates to average; all by default.
+        options: with `out`, further options of `mergelab.merge` (`dtype`, `memory`, `overwrite`, ...).
+
+    Returns:
+        The mean tree, in the dtypes of the first; or the path `out`.
+
+    Raises:
+        OperatorError: there are no trees, or they differ in structure, shape or a leaf that has no mean.
+        RecipeError: candidates with `out` are not folders, one is given twice, or the architectures differ.
+        CheckpointError: a checkpoint is missing or malformed.
+        OutputError: `out` cannot be written.
+    """
+    items = list(candidates.values() if isinstance(candidates, Mapping) else candidates)
+    if last is not None:
+        if last < 1:
+            raise OperatorError(f"last is {last}; a soup averages at least 1 candidate.")
+        items = items[-last:]
+    if out is None:
+        if options:
+            raise OperatorError(f"{next(iter(options))!r} is an option of writing a folder; name one (out=).")
+        return uniform_soup(items)
+    folders = [item for item in items if isinstance(item, str | os.PathLike)]
+    if len(folders) < len(items):
+        raise RecipeError(
+            "trees in memory were given with out=; give folders, or save the soup (save_model)."
+        )
+    average_checkpoints(folders, out, **options)
+    return Path(out)
 
 
 def soup_recipe(weights: Mapping[Path, float], dtype: str | None = None) -> Recipe:

@@ -1,5 +1,21 @@
 """Files of finished SAEs: the library's own, and those of other libraries."""
 
-from mergelab.sae.formats.detect import FORMATS, load_sae, reserve, save_sae
+from typing import TYPE_CHECKING
 
-__all__ = ["FORMATS", "load_sae", "reserve", "save_sae"]
+from mergelab.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from mergelab.sae.formats.detect import FORMATS, FileFormat, load_sae, reserve, save_sae
+    from mergelab.sae.formats.hook_names import hook_of, site_of
+
+__all__ = [
+    "FORMATS",
+    "FileFormat",
+    "hook_of",
+    "load_sae",
+    "reserve",
+    "save_sae",
+    "site_of",
+]
+
+__getattr__, __dir__ = lazy_names(__name__)

@@ -38,7 +38,7 @@ from mergelab.sae.training.tracking import Logger, MetricsFile, open_loggers
 from mergelab.sae.variants import Variant
 from mergelab.sharding import make_mesh
 
-__all__ = ["Progress", "Result", "Termination", "train"]
+__all__ = ["Progress", "Result", "Termination", "check_batch", "finish_training", "start_training", "train"]
 
 
 class Termination:
@@ -88,7 +88,7 @@ Progress = Callable[[int, int, Mapping[str, float]], None]
 
 _SUMMARY = ("nmse", "l0", "dead_fraction", "tokens")
 
-_DIVERGED = 10.0
+DIVERGED = 10.0
 """A normalized error this large is worse than any useful start: the training has diverged."""
 
 
@@ -173,7 +173,7 @@ def _train(
     source, target = open_data(settings.data, recipe.tokens)
     variant = settings.sae.build(source.d_in, None if target is None else target.d_in)
     mesh = None if settings.mesh is None else make_mesh(settings.mesh)
-    _check_batch(recipe, mesh)
+    check_batch(recipe, mesh)
     check_memory(variant, recipe, mesh, min(settings.data.buffer_rows, source.rows))
     part, parts = batch_part(mesh)
     stream = ActivationStream(
@@ -196,7 +196,7 @@ def _train(
     known = {**host, **settings.metadata}
     # Sites that contradict the data are an error now, not after the training.
     SAEConfig("relu", sites=variant.sites, transcoder=transcodes(variant, known), metadata=known)
-    state = _start(variant, recipe, settings, stream, mesh)
+    state = start_training(variant, recipe, settings, stream, mesh)
     step = make_step(variant, recipe, mesh)
     with together("writing the run's folder", distributed=distributed):
         folder.claim()
@@ -215,7 +215,7 @@ def _train(
     summary = {name: run.last[name] for name in _SUMMARY if name in run.last}
     told = settings.model_dump(mode="json", include={"sae", "data", "train"}, exclude_defaults=True)
     metadata = {**known, "variant": variant.name, "training": summary, "settings": told}
-    sae = _finish(variant, recipe, state, metadata, mesh)
+    sae = finish_training(variant, recipe, state, metadata, mesh)
     save_sae(sae, out / "final", overwrite=folder.begun)
     with together("noting the result", distributed=distributed):
         folder.record(recipe.steps, run.last)
@@ -234,7 +234,7 @@ def _done(checkpoints: Checkpoints, folder: RunFolder, notice: Callable[[str], N
     return found.step
 
 
-def _check_batch(recipe: TrainingRecipe, mesh: Mesh | None) -> None:
+def check_batch(recipe: TrainingRecipe, mesh: Mesh | None) -> None:
     parts = 1 if mesh is None else mesh.shape.get("data", 1)
     if recipe.batch_size % parts:
         raise SAEError(
@@ -242,7 +242,7 @@ def _check_batch(recipe: TrainingRecipe, mesh: Mesh | None) -> None:
         )
 
 
-def _start(
+def start_training(
     variant: Variant,
     recipe: TrainingRecipe,
     settings: TrainConfig,
@@ -338,7 +338,7 @@ class _Run:
     def _log(self, number: int, metrics: Metrics) -> None:
         self.checkpoints.check()
         line = {name: float(np.asarray(value)) for name, value in metrics.items()}
-        if not np.isfinite(list(line.values())).all() or line["nmse"] > _DIVERGED:
+        if not np.isfinite(list(line.values())).all() or line["nmse"] > DIVERGED:
             good = self.checkpoints.latest()
             where = "no checkpoint was written yet" if good is None else f"the last good checkpoint is {good}"
             raise SAEError(
@@ -360,7 +360,7 @@ class _Run:
             self.progress(number, self.recipe.steps, self.last)
 
 
-def _finish(
+def finish_training(
     variant: Variant,
     recipe: TrainingRecipe,
     state: TrainState,

@@ -1,0 +1,170 @@
+"""One call for the scores of an SAE: on an array of activations, or in its model on a text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Float
+
+from mergelab.activations.capture import ModelActivations, cut_contexts
+from mergelab.checkpoints.text_file import MAX_PROSE, read_text
+from mergelab.errors import SAEError
+from mergelab.models.model import Model, Params
+from mergelab.models.token_checks import check_tokens, window_length
+from mergelab.sae.evaluation.metric import Evidence, Options, Score
+from mergelab.sae.evaluation.reconstruction import Reconstruction, evaluate_reconstruction
+from mergelab.sae.evaluation.scorecard import Scorecard, scorecard
+from mergelab.sae.evaluation.settings import settings_of
+from mergelab.sae.formats.detect import load_sae
+from mergelab.sae.sae import SAE, at_sites
+from mergelab.sae.subject_model import (
+    check_modules,
+    check_reads,
+    check_target,
+    open_subject_model,
+    trained_context,
+)
+from mergelab.text.tokenizer import Tokenizer
+
+__all__ = ["evaluate_sae"]
+
+_ROWS = 4096
+
+Rows = Float[np.ndarray, "rows width"] | Float[Array, "rows width"]
+
+
+def evaluate_sae(
+    sae: SAE | str | Path,
+    on: Rows | Model | ModelActivations | str | Path,
+    params: Params | None = None,
+    tokenizer: Tokenizer | None = None,
+    text: str | Path | Sequence[str | Path] | None = None,
+    *,
+    targets: Rows | None = None,
+    site: str | None = None,
+    target_site: str | None = None,
+    length: int | None = None,
+    **options: Any,
+) -> Scorecard:
+    """Scores an SAE, each score with its unit and what to compare it with.
+
+        evaluate_sae(sae, activations).values()["reconstruction.nmse"]
+        evaluate_sae(sae, model, params, tokenizer, text, metrics=["downstream"])
+        evaluate_sae("run/final", "path/to/model", text=Path("held-out.txt"))
+
+    Args:
+        sae: the SAE, or its folder.
+        on: activations `[rows, d_in]`, for reconstruction and sparsity alone; or the subject model, for all
+            evaluations: a model with `params`, `tokenizer` and `text`, its folder with `text`, or opened
+            `ModelActivations`.
+        params: parameters of the model.
+        tokenizer: tokenizer of the model.
+        text: texts the SAE was not trained on: strings, or `Path`s of UTF-8 files (with a model's folder
+            only those).
+        targets: with activations, `[rows, d_out]` that a transcoder reconstructs.
+        site: site that the SAE reads, such as `blocks.8.resid_post`; by default the one it says.
+        target_site: site that a transcoder writes; by default the one it says.
+        length: tokens in a context; by default that of the SAE's training, or 64.
+        options: with a model, fields of `mergelab.sae.evaluation.Options` (`metrics`, `seed`, ...) and
+            resources of `Evidence` (`labels`, `curve`, ...).
+
+    Raises:
+        SAEError: the SAE does not fit the activations or the model, its site is not known, or the text is
+            short.
+        SiteError: the model has no such site.
+    """
+    sae = sae if isinstance(sae, SAE) else load_sae(sae)
+    texts = [] if text is None else [text] if isinstance(text, str | Path) else list(text)
+    if isinstance(on, ModelActivations):
+        return _scores_of(at_sites(sae, site, target_site), on, options)
+    if not isinstance(on, Model | str | Path):
+        if options:
+            raise SAEError(
+                f"{next(iter(options))!r} was given with activations; it needs the model they come from."
+            )
+        return _on_rows(sae, on, targets)
+    if not texts:
+        raise SAEError("no text was given to evaluate on; give text= that the SAE was not trained on.")
+    if not isinstance(on, Model):
+        files = [item for item in texts if isinstance(item, Path)]
+        if len(files) < len(texts):
+            raise SAEError(
+                "with a model's folder, text is read from files; give Path objects, or a loaded model."
+            )
+        source = open_subject_model(sae, on, files, site=site, target_site=target_site, length=length)
+        return _scores_of(at_sites(sae, site, target_site), source, options)
+    if params is None or tokenizer is None:
+        raise SAEError(
+            "a model was given without its params or tokenizer; give evaluate_sae(sae, model, params, "
+            "tokenizer, text)."
+        )
+    sae = at_sites(sae, site, target_site)
+    return _scores_of(sae, _on_model(sae, on, params, tokenizer, texts, length), options)
+
+
+def _scores_of(sae: SAE, source: ModelActivations, given: Mapping[str, Any]) -> Scorecard:
+    """The scorecard; what is given says how to run it, or is evidence of that name."""
+    how = {field.name for field in fields(Options)}
+    resources = {name: value for name, value in given.items() if name not in how}
+    return scorecard(
+        sae, Evidence(source, resources), Options(**{k: v for k, v in given.items() if k in how})
+    )
+
+
+def _on_rows(sae: SAE, rows: Rows, targets: Rows | None) -> Scorecard:
+    """The figures that need no model."""
+    arrays = [np.asarray(array, np.float32) for array in (rows, targets) if array is not None]
+    for array in arrays:
+        if array.ndim != 2:
+            raise SAEError(f"activations have shape {list(array.shape)}; expected [rows, width].")
+    if arrays[0].shape[1] != sae.d_in:
+        raise SAEError(f"activations are {arrays[0].shape[1]} wide, but the SAE reads {sae.d_in}.")
+    batches = [[array[start : start + _ROWS] for start in range(0, len(array), _ROWS)] for array in arrays]
+    found = evaluate_reconstruction(sae, batches[0], batches[1] if len(batches) > 1 else None)
+    return Scorecard(
+        {f"reconstruction.{name}": score for name, score in _scores(sae, found).items()},
+        settings=settings_of(sae),
+    )
+
+
+def _scores(sae: SAE, found: Reconstruction) -> dict[str, Score]:
+    return {
+        "nmse": Score(found.nmse, "", "squared error over that of the mean; 0 exact, 1 useless"),
+        "explained_variance": Score(found.explained_variance, "", "1 exact, 0 useless"),
+        "cosine": Score(found.cosine, "", "of a row and its reconstruction; 1 exact"),
+        "l0": Score(found.l0, "latents / token", f"of {sae.n_latents}"),
+        "alive": Score(found.alive, "", f"fraction of the latents active in {found.rows} tokens"),
+    }
+
+
+def _on_model(
+    sae: SAE,
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    texts: Sequence[str | Path],
+    length: int | None,
+) -> ModelActivations:
+    if sae.config.reads is None:
+        raise SAEError("the SAE does not say which site it reads; name it (site=).")
+    sites = [sae.config.reads[0]]
+    if not sae.is_autoencoder and sae.config.writes is not None:
+        sites.append(sae.config.writes[0])
+    read = [
+        text if isinstance(text, str) else read_text(text, MAX_PROSE, error=SAEError, errors="replace")
+        for text in texts
+    ]
+    documents = [tokenizer.encode(text, add_special_tokens=False) for text in read]
+    width = window_length(model, length, trained_context(sae))
+    tokens = cut_contexts(documents, width, next(iter(tokenizer.end_ids), None), tokenizer.frame)
+    check_tokens(model, tokens, place="the text")
+    source = ModelActivations(model, params, tokens, tuple(sites), framed=tokenizer.frame is not None)
+    check_modules(sae, source)
+    check_reads(sae, source)
+    if len(sites) > 1:
+        check_target(sae, source)
+    return source

@@ -28,6 +28,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gated", {}),
     ("relu", {"l1": 0.1}),
     ("matryoshka", {"k": 4}),
+    ("abs_topk", {"k": 4}),
     ("topk", {"k": 4, "sites": 3}),
     ("topk", {"k": 4, "normalize": "none"}),
     ("topk", {"k": 4, "normalize": "layer_norm"}),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mergelab.sae import activation_functions
 from mergelab.sae.kernels.codes import top_k_codes
 from mergelab.sae.kernels.collectives import ONE_DEVICE, Shards
 from mergelab.sae.training.aux_k import auxiliary_gradients
@@ -75,8 +76,7 @@ def _top_k_loss(x: Any, y: Any, ks: dict[int, float], *, center: bool, skip: boo
 @pytest.mark.parametrize("pairs", [True, False], ids=["pairs", "dense"])
 @pytest.mark.parametrize("kind", ["topk", "multi_topk", "transcoder"])
 def test_top_k_gradients(kind: str, pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("top_k", "multi_top_k"):
-        monkeypatch.setattr(f"mergelab.sae.variants.{module}.prefers_dense", lambda *_: not pairs)
+    monkeypatch.setattr("mergelab.sae.variants.top_k.prefers_dense", lambda *_: not pairs)
     x = _batch()
     if kind == "transcoder":
         variant: Variant = TopK(D, N, 8, skip=True, k=K)
@@ -171,7 +171,15 @@ def test_screening_in_half_precision_still_scores_in_single() -> None:
 
     def codes(dtype: str) -> Any:
         found = top_k_codes(
-            x, params["encoder"], params["encoder_bias"], [8], 8, Shards(), dense=False, compute_dtype=dtype
+            x,
+            params["encoder"],
+            params["encoder_bias"],
+            [8],
+            8,
+            Shards(),
+            ranking=activation_functions.TopK,
+            dense=False,
+            compute_dtype=dtype,
         )
         return found[0]
 

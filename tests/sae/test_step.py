@@ -29,6 +29,7 @@ CASES = {
     "gated": {},
     "relu": {},
     "matryoshka": {"k": 4},
+    "abs_topk": {"k": 4},
 }
 
 

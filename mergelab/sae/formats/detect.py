@@ -99,18 +99,21 @@ def load_sae(path: str | Path, format: str | None = None, *, mesh: Mesh | None =
     """Reads a finished SAE.
 
     Args:
-        path: a folder, or a file for formats that are one.
-        format: a name of `FORMATS`; found out from the files where it is left away.
+        path: folder of the SAE, or of the training run that made it (its `final` is read); a file for formats
+            that are one.
+        format: a name of `FORMATS`; found out from the files if omitted.
         mesh: splits the latents over its axis `latents`; of this library's own files each process then reads
             only what its devices hold. JAX's default device if None.
 
     Raises:
-        CheckpointError: there is nothing there, or nothing of a known format.
+        CheckpointError: there is nothing there, nothing of a known format, or an unfinished run.
         SAEError: there is no such format.
     """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
+    if format is None and (path / "final").is_dir():
+        path = path / "final"
     kind = _format(format) if format is not None else _recognized(path)
     if mesh is not None and kind is FORMATS["mergelab"]:
         return read_own(path, mesh)
@@ -125,8 +128,15 @@ def _recognized(path: Path) -> FileFormat:
     for kind in FORMATS.values():
         if kind.recognize(path):
             return kind
+    if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
+        raise CheckpointError(
+            f"{path}: the training run has not finished, so it has no final/; go on with mergelab sae train "
+            "--resume"
+        )
     wanted = "; ".join(f"{name}: {kind.looks_for}" for name, kind in FORMATS.items())
-    raise CheckpointError(f"{path}: not an SAE of a known format ({wanted}); name its format")
+    raise CheckpointError(
+        f"{path}: not an SAE of a known format ({wanted}), nor a training run with final/; name its format"
+    )
 
 
 def save_sae(

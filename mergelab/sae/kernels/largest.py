@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,30 @@ from jax import Array, lax
 from mergelab.sae.kernels.collectives import ONE_DEVICE, Shards
 from mergelab.sae.kernels.rows import dot_with_rows
 
-__all__ = ["Largest", "kth_largest", "largest", "pre_activations", "search", "top_k"]
+__all__ = [
+    "Largest",
+    "Ranking",
+    "kth_largest",
+    "largest",
+    "pre_activations",
+    "search",
+    "top_k",
+    "top_k_by",
+]
+
+Score = Callable[[Array], Array] | None
+"""Ranks pre-activations, elementwise; None ranks them by their value."""
+
+
+class Ranking(Protocol):
+    """Which pre-activations of a token are kept, and as what codes."""
+
+    score: ClassVar[Score]
+
+    @staticmethod
+    def kept(pre: Array) -> Array:
+        """The code of a latent that is kept."""
+        ...
 
 
 def kth_largest(x: Array, k: int | Array, count: Callable[[Array], Array]) -> Array:
@@ -72,6 +96,14 @@ def top_k(x: Array, k: int, platform: str = "cpu") -> tuple[Array, Array]:
     return values, group * _GROUP + place % _GROUP
 
 
+def top_k_by(score: Score, x: Array, k: int, platform: str = "cpu") -> tuple[Array, Array]:
+    """The k elements of each row with the largest score, best first: like `top_k`."""
+    if score is None:
+        return top_k(x, k, platform)
+    _, indices = top_k(score(x), k, platform)
+    return jnp.take_along_axis(x, indices, axis=-1), indices
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["values", "indices", "winners"],
@@ -109,7 +141,9 @@ class Largest:
         return jnp.arange(own, dtype=jnp.int32)[None, :] < kept
 
 
-def largest(values: Array, indices: Array, k: int, shards: Shards = ONE_DEVICE) -> Largest:
+def largest(
+    values: Array, indices: Array, k: int, shards: Shards = ONE_DEVICE, score: Score = None
+) -> Largest:
     """The k largest of each row, from the largest of each shard's columns.
 
     Args:
@@ -117,9 +151,10 @@ def largest(values: Array, indices: Array, k: int, shards: Shards = ONE_DEVICE) 
         indices: `[tokens, own]`, int32, their columns.
         k: how many over all shards.
         shards: the mesh axes.
+        score: what "largest" means.
     """
     own = values.shape[-1]
-    everyone = shards.gather_latents(values)
+    everyone = shards.gather_latents(values if score is None else score(values))
     if shards.latents is None:
         winners = jnp.broadcast_to(jnp.arange(own, dtype=jnp.int32), values.shape)
     else:
@@ -159,7 +194,13 @@ def pre_activations(x: Array, encoder: Array, bias: Array, compute_dtype: str = 
 
 
 def search(
-    x: Array, encoder: Array, bias: Array, k: int, platform: str, compute_dtype: str = "float32"
+    x: Array,
+    encoder: Array,
+    bias: Array,
+    k: int,
+    platform: str,
+    compute_dtype: str = "float32",
+    score: Score = None,
 ) -> tuple[Array, Array]:
     """The k largest pre-activations of each token.
 
@@ -171,6 +212,7 @@ def search(
         platform: what the program is compiled for.
         compute_dtype: other than float32, products in it only choose whom to look at; the values of these
             candidates, and the choice among them, are float32.
+        score: what "largest" means.
 
     Returns:
         Values `[tokens, k]`, falling, and indices `[tokens, k]`, int32. Ties go to the lowest index.
@@ -181,11 +223,11 @@ def search(
     def find(x: Array) -> tuple[Array, Array]:
         pre = pre_activations(x, rounded, bias, compute_dtype)
         if compute_dtype == "float32":
-            return top_k(pre, k, platform)
-        _, candidates = top_k(pre, min(k + k // _SPARE, n), platform)
+            return top_k_by(score, pre, k, platform)
+        _, candidates = top_k_by(score, pre, min(k + k // _SPARE, n), platform)
         candidates = jnp.sort(candidates, axis=-1)  # so that ties go to the lowest index
         exact = dot_with_rows(x, candidates, encoder, platform) + bias[candidates]
-        values, places = top_k(exact, k, platform)
+        values, places = top_k_by(score, exact, k, platform)
         return values, jnp.take_along_axis(candidates, places, axis=1)
 
     rows = max(_PIECE_BYTES.get(platform, _LARGE_PIECE_BYTES) // (4 * n), 1)

@@ -90,7 +90,7 @@ def plan_step(
         mesh=dict(mesh),
         parameters=sum(leaf.size for leaf in shapes.params.values()),
         state=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)),
-        auxiliary=variant.revives and recipe.aux_coefficient * recipe.auxiliary_k(variant.width_out) > 0,
+        auxiliary=variant.uses_aux_k and recipe.aux_coefficient * recipe.auxiliary_k(variant.width_out) > 0,
         report=report,
         chip=chip,
         bound=roofline(report, chip),

@@ -79,30 +79,32 @@ def auxiliary_gradients(
     variance = shards.sum_data(row_dot(spread, spread).sum())
     scale = jnp.where(variance > 0, 1 / jnp.maximum(variance, 1e-30), 0.0)
 
-    def loss(rows: Params, shared: Params) -> Array:
+    ranking = variant.activation
+
+    def loss(rows: Params, shared: Params, held: Array) -> Array:
         # The gradient of what centers the inputs is a sum over tokens, so it is taken through a bias that is
         # zero: through the inputs it would be a product of their size.
         centered = lax.stop_gradient(variant.center(shared, x, shards))
         moved = variant.center(shared, jnp.zeros_like(x[:1]), shards)
         nothing = (moved - lax.stop_gradient(moved)) @ lax.stop_gradient(rows["encoder"]).T
         pre = pre_activations(centered, rows["encoder"], rows["encoder_bias"] + nothing[0], compute_dtype)
-        codes = jnp.maximum(pre, 0)
+        # Places that hold no dead latent have no codes and no gradient.
+        codes = jnp.where(held[None, :], ranking.kept(pre), 0)
+        sizes = codes if ranking.score is None else ranking.score(codes)
         least = kth_largest(
-            codes, k, lambda flags: shards.sum_latents(flags.sum(axis=1, dtype=jnp.int32, keepdims=True))
+            sizes, k, lambda flags: shards.sum_latents(flags.sum(axis=1, dtype=jnp.int32, keepdims=True))
         )
-        codes = jnp.where(codes >= least, codes, 0)
+        codes = jnp.where(sizes >= least, codes, 0)
         miss = error - shards.join_latents(codes @ rows["decoder"])
         return row_dot(miss, miss).sum() * scale
 
-    def revive(capacity: int) -> Callable[[Outcome], Outcome]:
+    def with_aux_k(capacity: int) -> Callable[[Outcome], Outcome]:
         def run(outcome: Outcome) -> Outcome:
             _, grads = outcome
             (places,) = jnp.nonzero(dead, size=capacity, fill_value=n)
             rows = {name: params[name].at[places].get(mode="clip") for name in _PER_LATENT}
-            # Places that hold no dead latent stand at -inf: they never fire and have no gradient.
-            rows["encoder_bias"] = jnp.where(places < n, rows["encoder_bias"], -jnp.inf)
             shared = {"decoder_bias": params["decoder_bias"]}
-            value, (own, common) = jax.value_and_grad(loss, argnums=(0, 1))(rows, shared)
+            value, (own, common) = jax.value_and_grad(loss, argnums=(0, 1))(rows, shared, places < n)
             added = {
                 name: grads[name].at[places].add(coefficient * own[name], mode="drop") for name in _PER_LATENT
             }
@@ -122,9 +124,9 @@ def auxiliary_gradients(
 
     def any_dead(outcome: Outcome) -> Outcome:
         if shards.platform != "cpu":  # one decision, as the host takes part in each
-            return lax.switch(choice, [revive(capacity) for capacity in capacities], outcome)
+            return lax.switch(choice, [with_aux_k(capacity) for capacity in capacities], outcome)
         for place, capacity in enumerate(capacities):  # a choice among several would copy the gradients
-            outcome = lax.cond(choice == place, revive(capacity), unchanged, outcome)
+            outcome = lax.cond(choice == place, with_aux_k(capacity), unchanged, outcome)
         return outcome
 
     return lax.cond(most > 0, any_dead, unchanged, (jnp.zeros(()), grads))

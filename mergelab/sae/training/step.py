@@ -47,9 +47,9 @@ def train_step(
     x = state.read(layer_norm(x)[0] if recipe.normalize == "layer_norm" else x)
     y = x if same else state.target(y.astype(jnp.float32))
     n_local = state.quiet.shape[0]
-    live = None
+    alive = None
     if "n_latents" in state.trial:
-        live = shards.latent_offset(n_local) + jnp.arange(n_local) < state.trial["n_latents"]
+        alive = shards.latent_offset(n_local) + jnp.arange(n_local) < state.trial["n_latents"]
     context = Context(
         tokens=tokens,
         mse_scale=state.mse_scale,
@@ -58,17 +58,17 @@ def train_step(
         shards=shards,
         compute_dtype=recipe.compute_dtype,
         k=state.trial.get("k"),
-        live=live,
+        alive=alive,
     )
     (loss, outcome), grads = jax.value_and_grad(variant.loss, has_aux=True)(state.params, x, y, context)
 
     fired = shards.any_data(outcome.codes.fired())
     quiet = jnp.where(fired, 0, jnp.minimum(state.quiet + tokens, _LONGEST_QUIET))
     dead, lifted = quiet >= recipe.dead_after, quiet >= recipe.lift_after
-    if live is not None:
-        dead, lifted = dead & live, lifted & live
+    if alive is not None:
+        dead, lifted = dead & alive, lifted & alive
     auxiliary = jnp.zeros(())
-    if variant.revives:
+    if variant.uses_aux_k:
         auxiliary, grads = auxiliary_gradients(
             variant,
             state.params,
@@ -83,9 +83,9 @@ def train_step(
             compute_dtype=recipe.compute_dtype,
         )
     grads = shards.sum_data(grads)
-    raises = variant.revives and recipe.lift > 0
+    raises = variant.uses_aux_k and recipe.lift > 0
     state, happened = update(variant, recipe, state, grads, shards, lifted if raises else None)
-    total = variant.n_latents if live is None else state.trial["n_latents"].astype(jnp.float32)
+    total = variant.n_latents if alive is None else state.trial["n_latents"].astype(jnp.float32)
     metrics = {
         "loss": shards.sum_data(loss) + recipe.aux_coefficient * shards.sum_data(auxiliary),
         "nmse": shards.sum_data(outcome.nmse),

@@ -11,17 +11,18 @@ import jax.numpy as jnp
 from jax import Array
 
 from mergelab.errors import SAEError, quoted
+from mergelab.sae.activation_functions import ActivationFunction
 from mergelab.sae.kernels.codes import Codes
 from mergelab.sae.kernels.collectives import ONE_DEVICE, Shards
 from mergelab.sae.kernels.rows import row_dot
 
-__all__ = ["Context", "Encoded", "Outcome", "Params", "Variant", "live_bias"]
+__all__ = ["Context", "Encoded", "Outcome", "Params", "Variant", "alive_bias"]
 
 
-def live_bias(params: Params, context: Context) -> Array:
+def alive_bias(params: Params, context: Context) -> Array:
     """The encoder's bias `[n]`, so low for latents that take no part that they never fire."""
     bias = params["encoder_bias"]
-    return bias if context.live is None else jnp.where(context.live, bias, jnp.finfo(bias.dtype).min)
+    return bias if context.alive is None else jnp.where(context.alive, bias, jnp.finfo(bias.dtype).min)
 
 
 Params = dict[str, Array]
@@ -48,7 +49,7 @@ class Context:
         shards: the mesh axes.
         compute_dtype: of the factors of the encoder's product.
         k: overrides the variant's k (a sweep over k); at most the variant's.
-        live: `[n]`, bool: the latents that take part (a sweep over the number of latents); None for all.
+        alive: `[n]`, bool: the latents that take part (a sweep over the number of latents); None for all.
     """
 
     tokens: int
@@ -58,7 +59,7 @@ class Context:
     shards: Shards = ONE_DEVICE
     compute_dtype: str = "float32"
     k: Array | None = None
-    live: Array | None = None
+    alive: Array | None = None
 
     def mean(self, per_token: Array) -> Array:
         """This device's share of a mean over the tokens of the batch: `[tokens]` -> scalar."""
@@ -126,9 +127,11 @@ class Variant:
     sites: int = 1
 
     name: ClassVar[str]
+    activation: ClassVar[type[ActivationFunction]]
+    """From pre-activations to codes, in training and in the finished SAE."""
     unit_decoder: ClassVar[bool] = True
     """Whether rows of the decoder are kept at norm 1; otherwise the penalty weighs codes by that norm."""
-    revives: ClassVar[bool] = True
+    uses_aux_k: ClassVar[bool] = True
     """Whether dead latents are trained on what the others leave unexplained (AuxK)."""
 
     def __post_init__(self) -> None:
@@ -148,7 +151,7 @@ class Variant:
                 "d_in counts all sites side by side."
             )
         if self.skip and self.d_out is None:
-            raise SAEError("skip is for transcoders: give d_out, or leave skip away.")
+            raise SAEError("skip is for transcoders: give d_out, or omit skip.")
 
     @property
     def width_out(self) -> int:

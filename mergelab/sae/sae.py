@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ class SAEConfig:
         normalization: `none`, or `layer_norm`: each token loses its mean over the width and is divided by its
             unbiased standard deviation + 1e-5, and the reconstruction is put back (OpenAI's); what a
             transcoder writes has a scale of its own and stays as it is.
-        sites: how many activations stand side by side in the input, for a crosscoder.
+        sites: number of activations that stand side by side in the input, for a crosscoder.
         reads: the sites whose activations are read, one for each of `sites`; None where they are not known.
             Taken from `site` of the metadata where it is not given.
         writes: the sites whose activations are reconstructed; None where they are not known. Taken from
@@ -75,7 +75,7 @@ class SAEConfig:
         transcoder: True where what is written is another activation than what is read, also if the sites
             have no name here; False for an autoencoder; None where nobody said. Follows from the sites where
             both are known.
-        metadata: what else is known: `site`, `model`, `model_hash`, training figures. Plain JSON.
+        metadata: everything else that is known: `site`, `model`, `model_hash`, training figures. Plain JSON.
     """
 
     activation: str = "topk"
@@ -182,8 +182,10 @@ def _no_attribute(owner: str, name: str, known: Sequence[str]) -> NoReturn:
 class _Named(type):
     """Type of `SAE`: what is looked up on the class in vain is answered too."""
 
-    def __getattr__(cls, name: str) -> Any:
-        _no_attribute(f"type object {cls.__name__!r}", name, dir(cls))
+    if not TYPE_CHECKING:  # a type checker should still see what is missing
+
+        def __getattr__(cls, name: str) -> NoReturn:
+            _no_attribute(f"type object {cls.__name__!r}", name, dir(cls))
 
 
 @dataclass(frozen=True, repr=False)
@@ -198,7 +200,7 @@ class SAE(metaclass=_Named):
         b_enc: `[n]`.
         W_dec: `[n, d_out]`; a row is the direction a latent writes.
         b_dec: `[d_out]`.
-        config: how they are used.
+        config: use of the arrays.
         threshold: `[n]`, for `jump_relu` and `batch_topk`.
         W_skip: `[d_in, d_out]`, added to the output of a skip transcoder.
         magnitude_scale: `[n]`, for `gated`: `exp` of it scales the product that measures.
@@ -237,12 +239,14 @@ class SAE(metaclass=_Named):
 
     @property
     def activation(self) -> ActivationFunction:
-        """The function from pre-activations to codes."""
+        """Function from pre-activations to codes."""
         kind = ACTIVATION_FUNCTIONS[self.config.activation]
         return kind(**{name: self.config.k if name == "k" else getattr(self, name) for name in kind.needs()})
 
-    def __getattr__(self, name: str) -> Any:
-        _no_attribute(f"{type(self).__name__!r} object", name, [*dir(type(self)), *_ARRAYS])
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            _no_attribute(f"{type(self).__name__!r} object", name, [*dir(type(self)), *_ARRAYS])
 
     def __repr__(self) -> str:
         config = self.config
@@ -380,12 +384,12 @@ class SAE(metaclass=_Named):
         return self.reconstruct(x, self.encode(x))
 
     def arrays(self) -> dict[str, Array]:
-        """Its arrays by name, those that are there."""
+        """The arrays that it has, by name."""
         names = (f for f in self.__dataclass_fields__ if f != "config" and getattr(self, f) is not None)
         return {name: getattr(self, name) for name in names}
 
     def as_numpy(self) -> dict[str, np.ndarray]:
-        """Its arrays by name on the host."""
+        """The arrays by name, on the host."""
         return {name: np.asarray(value) for name, value in self.arrays().items()}
 
 
@@ -420,9 +424,9 @@ def at_sites(sae: SAE, site: str | None = None, target_site: str | None = None) 
     """The SAE, told the sites at which it is used: they win over what it says itself.
 
     Args:
-        sae: of one site.
-        site: that it reads; what it says if None. An autoencoder then writes it too.
-        target_site: that it writes, for a transcoder, or for an SAE that does not say what it is.
+        sae: SAE of one site.
+        site: site that it reads; the one it names if None. An autoencoder then writes it too.
+        target_site: site that it writes, for a transcoder, or for an SAE that does not say what it is.
 
     Raises:
         SAEError: an autoencoder is given another target, or a transcoder its own input.

@@ -12,9 +12,9 @@ import pytest
 
 from mergelab.errors import SAEError
 from mergelab.sae.sae import SAE, SAEConfig, layer_norm
+from mergelab.sae.training.config import TrainingRecipe
 from mergelab.sae.training.finish import finished_sae
 from mergelab.sae.training.initialize import initialize
-from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.step import make_step
 from mergelab.sae.variants import Context, make_variant
 

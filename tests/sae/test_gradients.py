@@ -12,7 +12,7 @@ import pytest
 from mergelab.sae import activation_functions
 from mergelab.sae.kernels.codes import top_k_codes
 from mergelab.sae.kernels.collectives import ONE_DEVICE, Shards
-from mergelab.sae.training.aux_k import auxiliary_gradients
+from mergelab.sae.training.aux_k import aux_k_gradients
 from mergelab.sae.training.initialize import initial_params
 from mergelab.sae.variants import Context, MultiTopK, TopK, Variant, make_variant
 
@@ -76,7 +76,7 @@ def _top_k_loss(x: Any, y: Any, ks: dict[int, float], *, center: bool, skip: boo
 @pytest.mark.parametrize("pairs", [True, False], ids=["pairs", "dense"])
 @pytest.mark.parametrize("kind", ["topk", "multi_topk", "transcoder"])
 def test_top_k_gradients(kind: str, pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mergelab.sae.variants.top_k.prefers_dense", lambda *_: not pairs)
+    monkeypatch.setattr("mergelab.sae.kernels.codes.prefers_dense", lambda *_: not pairs)
     x = _batch()
     if kind == "transcoder":
         variant: Variant = TopK(D, N, 8, skip=True, k=K)
@@ -106,12 +106,12 @@ def test_the_wide_reconstruction_reaches_the_encoder() -> None:
 
 
 @pytest.mark.parametrize("dead_share", [0.0, 0.2, 1.0])
-def test_auxiliary_gradients(dead_share: float) -> None:
+def test_aux_k_gradients(dead_share: float) -> None:
     variant = TopK(D, N, k=K)
     params, x, error = _params(variant), _batch(), _batch(seed=9)
     dead = np.random.default_rng(3).random(N) < dead_share
     zeros = {name: jnp.zeros_like(value) for name, value in params.items()}
-    value, grads = auxiliary_gradients(
+    value, grads = aux_k_gradients(
         variant, params, zeros, jnp.asarray(dead), x, error,
         k=6, coefficient=0.5, tokens=TOKENS, shards=ONE_DEVICE,
     )  # fmt: skip

@@ -32,7 +32,7 @@ class FileFormat:
         read: makes an SAE of a folder or file.
         write: writes an SAE to a new folder or file, or to the locked place of one (`reserve`).
         recognize: whether a folder or file is of this format.
-        looks_for: what `recognize` looks for, in words.
+        looks_for: files that `recognize` looks for, in words.
         one_file: whether it is a file, not a folder.
     """
 
@@ -152,7 +152,7 @@ def save_sae(
     call; those of others are written by one process that has all of the SAE.
 
     Args:
-        sae: what to write.
+        sae: SAE to write.
         path: a new folder, or a new file for formats that are one; or the locked place of one (`reserve`).
         format: a name of `FORMATS`.
         overwrite: of this library's own files: replace a folder that mergelab wrote.
@@ -177,7 +177,7 @@ def reserve(path: str | Path, format: str, *, inputs: Iterable[str | Path] = ())
     Args:
         path: a new folder, or a new file for formats that are one.
         format: a name of `FORMATS`.
-        inputs: what is read, which the output must not endanger.
+        inputs: files that are read, which the output must not endanger.
 
     Raises:
         SAEError: there is no such format.

@@ -23,7 +23,7 @@ from mergelab.sae.kernels.largest import (
 )
 from mergelab.sae.kernels.rows import add_rows, dot_with_rows, sum_of_rows
 
-__all__ = ["FIRING", "Codes", "DenseCodes", "SparseCodes", "is_active", "prefers_dense", "top_k_codes"]
+__all__ = ["FIRING", "Codes", "DenseCodes", "SparseCodes", "is_active", "top_k_codes"]
 
 
 FIRING = 1e-3
@@ -86,7 +86,7 @@ class SparseCodes:
     Attributes:
         values: `[tokens, k]`, zero where a place is not used.
         indices: `[tokens, k]`, int32, local to this shard.
-        n: how many latents this shard has.
+        n: number of latents of this shard.
         shards: the mesh axes.
     """
 
@@ -187,7 +187,7 @@ def top_k_codes(
     shards: Shards,
     *,
     ranking: Ranking,
-    dense: bool,
+    dense: bool | None = None,
     compute_dtype: str = "float32",
 ) -> list[Codes]:
     """The codes that keep the k best pre-activations of each token, for several k.
@@ -199,13 +199,16 @@ def top_k_codes(
         ks: numbers of latents to keep, over all shards; may be traced.
         k_max: the largest of them.
         shards: the mesh axes.
-        ranking: which pre-activations are kept, and the codes they become: an activation function.
-        dense: whether to return dense codes.
+        ranking: activation function: which pre-activations are kept, and the codes they become.
+        dense: whether to return dense codes; None takes what is faster.
         compute_dtype: see `search` and, for dense codes, `pre_activations`.
 
     Returns:
         Codes for each of `ks`. Ties go to the lowest latent.
     """
+    if dense is None:
+        n_latents = encoder.shape[0] * shards.num_latent_shards()
+        dense = prefers_dense(n_latents, k_max, shards.platform)
     if not dense:
         best = cast(Largest, _differentiable_best(x, encoder, bias, k_max, shards, compute_dtype, ranking))
         values = ranking.kept(best.values)

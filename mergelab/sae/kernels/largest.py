@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from mergelab.sae.kernels.collectives import ONE_DEVICE, Shards
+from mergelab.sae.kernels.dispatch import Forms
 from mergelab.sae.kernels.rows import dot_with_rows
 
 __all__ = [
@@ -32,7 +33,7 @@ Score = Callable[[Array], Array] | None
 class Ranking(Protocol):
     """Which pre-activations of a token are kept, and as what codes."""
 
-    score: ClassVar[Score]
+    score: Score
 
     @staticmethod
     def kept(pre: Array) -> Array:
@@ -78,14 +79,19 @@ def top_k(x: Array, k: int, platform: str = "cpu") -> tuple[Array, Array]:
 
     Args:
         x: `[tokens, n]`, no NaN.
-        k: how many, at most n.
-        platform: what the program is compiled for.
+        k: number of elements, at most n.
+        platform: platform that the program is compiled for.
 
     Returns:
         Values `[tokens, k]`, falling, and their indices `[tokens, k]`, int32: those of `lax.top_k`.
     """
+    return TOP_K.on(platform)(x, k)
+
+
+def _grouped(x: Array, k: int) -> tuple[Array, Array]:
+    """The k groups with the largest maxima hold the k largest; only those are sorted."""
     tokens, n = x.shape
-    if n % _GROUP or n < 4 * _GROUP * k or platform == "tpu":
+    if n % _GROUP or n < 4 * _GROUP * k:
         return _plain(x, k)
     groups = x.reshape(tokens, n // _GROUP, _GROUP)
     _, chosen = _plain(groups.max(axis=-1), k)
@@ -94,6 +100,9 @@ def top_k(x: Array, k: int, platform: str = "cpu") -> tuple[Array, Array]:
     values, place = _plain(candidates, k)
     group = jnp.take_along_axis(chosen, place // _GROUP, axis=1)
     return values, group * _GROUP + place % _GROUP
+
+
+TOP_K = Forms(reference=_plain, cpu=_grouped, gpu=_grouped)
 
 
 def top_k_by(score: Score, x: Array, k: int, platform: str = "cpu") -> tuple[Array, Array]:
@@ -149,9 +158,9 @@ def largest(
     Args:
         values: `[tokens, own]`, the largest of this shard, falling; k of them if it has so many columns.
         indices: `[tokens, own]`, int32, their columns.
-        k: how many over all shards.
+        k: number of elements over all shards.
         shards: the mesh axes.
-        score: what "largest" means.
+        score: function that ranks.
     """
     own = values.shape[-1]
     everyone = shards.gather_latents(values if score is None else score(values))
@@ -181,8 +190,8 @@ def pre_activations(x: Array, encoder: Array, bias: Array, compute_dtype: str = 
     Args:
         x: activations.
         encoder: rows of encoder weights.
-        bias: of the latents.
-        compute_dtype: what the factors of the product are rounded to; sums are float32.
+        bias: bias of each latent.
+        compute_dtype: dtype that the factors of the product are rounded to; sums are float32.
     """
     product = lax.dot_general(
         x.astype(compute_dtype),
@@ -208,11 +217,11 @@ def search(
         x: `[tokens, d_in]`, centered.
         encoder: `[n, d_in]`.
         bias: `[n]`.
-        k: how many, at most n.
-        platform: what the program is compiled for.
+        k: number of elements, at most n.
+        platform: platform that the program is compiled for.
         compute_dtype: other than float32, products in it only choose whom to look at; the values of these
             candidates, and the choice among them, are float32.
-        score: what "largest" means.
+        score: function that ranks.
 
     Returns:
         Values `[tokens, k]`, falling, and indices `[tokens, k]`, int32. Ties go to the lowest index.
@@ -237,7 +246,7 @@ def search(
 def _in_pieces(
     function: Callable[[Array], tuple[Array, Array]], x: Array, at_once: int
 ) -> tuple[Array, Array]:
-    """`function(x)`, for at most so many rows at a time."""
+    """`function(x)`, for at most `at_once` rows at a time."""
     tokens = x.shape[0]
     pieces = -(-tokens // at_once)
     if pieces == 1:

@@ -1,4 +1,4 @@
-"""AuxK: latents that stopped firing learn to explain what the others leave (arXiv 2406.04093, A.2).
+"""AuxK: dead latents learn to explain what the others leave (arXiv 2406.04093, A.2).
 
 The dead latents are gathered first, so the cost goes with their number, not with the SAE's; when none
 is dead nothing is computed. The error they explain is held fixed, so the rest of the loss is not touched:
@@ -15,10 +15,10 @@ from jax import Array, lax
 
 from mergelab.sae.kernels.collectives import Shards
 from mergelab.sae.kernels.largest import kth_largest, pre_activations
-from mergelab.sae.kernels.rows import row_dot
+from mergelab.sae.kernels.rows import apply_one, row_dot
 from mergelab.sae.variants.variant import Params, Variant
 
-__all__ = ["auxiliary_gradients"]
+__all__ = ["aux_k_gradients"]
 
 Outcome = tuple[Array, Params]
 """The auxiliary loss, and gradients."""
@@ -37,7 +37,7 @@ def _capacities(n: int) -> list[int]:
     return [*sizes, n]
 
 
-def auxiliary_gradients(
+def aux_k_gradients(
     variant: Variant,
     params: Params,
     grads: Params,
@@ -63,11 +63,11 @@ def auxiliary_gradients(
         dead: `[n]`, bool.
         x: `[tokens, d_in]`, this device's tokens, not centered.
         error: `[tokens, d_out]`, target minus reconstruction.
-        k: how many dead latents a token uses, over all shards.
-        coefficient: of the loss.
+        k: number of dead latents a token uses, over all shards.
+        coefficient: weight of the loss.
         tokens: tokens in the batch over all devices.
         shards: the mesh axes.
-        compute_dtype: of the factors of the encoder's product.
+        compute_dtype: dtype of the factors of the encoder's product.
 
     Returns:
         This device's share of the loss before its coefficient, and the gradients.
@@ -119,14 +119,7 @@ def auxiliary_gradients(
     most = shards.most(dead.sum(dtype=jnp.int32))
     choice = jnp.searchsorted(jnp.array(capacities, jnp.int32), most)
 
-    def unchanged(outcome: Outcome) -> Outcome:
-        return outcome
-
     def any_dead(outcome: Outcome) -> Outcome:
-        if shards.platform != "cpu":  # one decision, as the host takes part in each
-            return lax.switch(choice, [with_aux_k(capacity) for capacity in capacities], outcome)
-        for place, capacity in enumerate(capacities):  # a choice among several would copy the gradients
-            outcome = lax.cond(choice == place, with_aux_k(capacity), unchanged, outcome)
-        return outcome
+        return apply_one(choice, [with_aux_k(capacity) for capacity in capacities], outcome, shards.platform)
 
-    return lax.cond(most > 0, any_dead, unchanged, (jnp.zeros(()), grads))
+    return lax.cond(most > 0, any_dead, lambda outcome: outcome, (jnp.zeros(()), grads))

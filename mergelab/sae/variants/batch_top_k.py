@@ -49,7 +49,7 @@ class BatchTopK(Variant):
         shards = context.shards
         pre = pre_activations(x, params["encoder"], alive_bias(params, context), context.compute_dtype)
         k = self.k if context.k is None else context.k
-        codes, smallest = self.activation.of_batch(
+        codes, smallest = activation_functions.BatchTopK.of_batch(
             pre,
             k * context.tokens,
             lambda flags: shards.sum_all(flags.sum(dtype=jnp.int32, keepdims=True)),

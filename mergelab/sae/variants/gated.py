@@ -49,7 +49,7 @@ class Gated(Variant):
 
     def encode(self, params: Params, x: Array, context: Context) -> Encoded:
         gate = self._gate(params, x, context)
-        function = self.activation(
+        function = activation_functions.Gated(
             alive_bias(params, context), params["magnitude_scale"], params["magnitude_bias"]
         )
         return Encoded(DenseCodes(function.codes(gate), context.shards))

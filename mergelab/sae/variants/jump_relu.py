@@ -33,8 +33,8 @@ class JumpReLU(Variant):
         l0: number of latents that should be active per token.
         sparsity: the penalty's coefficient.
         sparsity_warmup: fraction of the training over which it rises from 0.
-        bandwidth: of the straight-through estimators, for inputs of unit variance per coordinate.
-        initial_threshold: of every latent.
+        bandwidth: width of the straight-through estimators, for inputs of unit variance per coordinate.
+        initial_threshold: first threshold of every latent.
     """
 
     l0: float = 32.0
@@ -59,7 +59,7 @@ class JumpReLU(Variant):
 
     def encode(self, params: Params, x: Array, context: Context) -> Encoded:
         pre = pre_activations(x, params["encoder"], alive_bias(params, context), context.compute_dtype)
-        function = self.activation(jnp.exp(params["log_threshold"]), self.bandwidth)
+        function = activation_functions.JumpReLU(jnp.exp(params["log_threshold"]), self.bandwidth)
         shards = context.shards
         above = step(function.kept(pre), function.threshold[None, :], self.bandwidth)
         active = context.mean(above.sum(axis=1))

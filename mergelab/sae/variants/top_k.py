@@ -11,7 +11,7 @@ from jax import Array
 
 from mergelab.errors import SAEError
 from mergelab.sae import activation_functions
-from mergelab.sae.kernels.codes import prefers_dense, top_k_codes
+from mergelab.sae.kernels.codes import top_k_codes
 from mergelab.sae.kernels.rows import row_dot
 from mergelab.sae.variants.variant import Context, Encoded, Params, Variant, alive_bias
 
@@ -44,7 +44,6 @@ class TopK(Variant):
             self.k,
             context.shards,
             ranking=self.activation,
-            dense=prefers_dense(self.n_latents, self.k, context.shards.platform),
             compute_dtype=context.compute_dtype,
         )
         return Encoded(codes)
@@ -62,8 +61,8 @@ class MultiTopK(TopK):
     """TopK with the loss `L(k) + weight * L(multiple * k)`.
 
     Attributes:
-        multiple: how many times k the second reconstruction uses.
-        weight: of its error.
+        multiple: multiple of k that the second reconstruction uses.
+        weight: weight of its error.
     """
 
     multiple: int = 4
@@ -88,7 +87,6 @@ class MultiTopK(TopK):
             most,
             context.shards,
             ranking=self.activation,
-            dense=prefers_dense(self.n_latents, most, context.shards.platform),
             compute_dtype=context.compute_dtype,
         )
         return Encoded(codes, also=((self.weight, wide),))
@@ -105,7 +103,7 @@ def transcoder(
         n_latents: number of latents.
         kind: the kind of code.
         skip: adds `x @ skip`, a `[d_in, d_out]` matrix that starts at zero.
-        **options: of the kind, such as `k`.
+        **options: hyper-parameters of the kind, such as `k`.
     """
     return kind(d_in=d_in, n_latents=n_latents, d_out=d_out, skip=skip, **options)
 
@@ -123,7 +121,7 @@ def crosscoder(
         sites: number of activations.
         n_latents: number of latents.
         kind: the kind of code.
-        **options: of the kind, such as `k`.
+        **options: hyper-parameters of the kind, such as `k`.
     """
     return kind(d_in=sites * d_model, n_latents=n_latents, sites=sites, **options)
 

@@ -47,7 +47,7 @@ class Context:
         progress: how much of the training is done, 0 to 1; penalties warm up with it.
         statistics: running numbers of the variant, such as a threshold.
         shards: the mesh axes.
-        compute_dtype: of the factors of the encoder's product.
+        compute_dtype: dtype of the factors of the encoder's product.
         k: overrides the variant's k (a sweep over k); at most the variant's.
         alive: `[n]`, bool: the latents that take part (a sweep over the number of latents); None for all.
     """
@@ -75,7 +75,7 @@ class Encoded:
     """Codes of a batch, and what else their computation gave.
 
     Attributes:
-        codes: what is decoded.
+        codes: codes that are decoded.
         penalty: added to the loss; each device's share.
         also: further codes whose reconstruction error counts, with their weight.
         statistics: the running numbers after this batch.
@@ -92,7 +92,7 @@ class Outcome:
     """What a loss tells besides its value.
 
     Attributes:
-        codes: of the batch.
+        codes: codes of the batch.
         error: `[tokens, d_out]`, target minus reconstruction.
         nmse: this device's share of the normalized mean squared error.
         statistics: the running numbers after this batch.
@@ -113,11 +113,11 @@ class Variant:
 
     Attributes:
         d_in: width of the activations that are read.
-        n_latents: how many latents.
+        n_latents: number of latents.
         d_out: width of the targets, for a transcoder; None reconstructs the input, which is then centered by
             the decoder's bias before it is encoded.
         skip: adds a linear map from input to output, for a skip transcoder.
-        sites: how many activations of equal width the input is made of, side by side, for a crosscoder.
+        sites: number of activations of equal width that make the input, side by side, for a crosscoder.
     """
 
     d_in: int
@@ -192,7 +192,7 @@ class Variant:
             params: this device's shard of the latents.
             x: `[tokens, d_in]`, this device's tokens.
             y: `[tokens, d_out]`, what to reconstruct.
-            context: the rest.
+            context: everything else.
         """
         encoded = self.encode(params, self.center(params, x, context.shards), context)
         error = y - self.reconstruct(params, encoded.codes, x, context)

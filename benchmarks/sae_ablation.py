@@ -1,4 +1,4 @@
-"""What each piece of the recipe buys: trainings on toy truth, each with one piece switched off.
+"""What each piece of the recipe buys: trainings on toy ground truth, each with one piece switched off.
 
     python -m benchmarks.sae_ablation --work DIR [--seeds 2] [--publish]
 
@@ -26,9 +26,9 @@ from benchmarks.sae_presets import PRESETS
 from benchmarks.sae_quality import judge
 from benchmarks.sae_step import REPOSITORY
 from benchmarks.table import replace_section
+from mergelab.sae.training.config import TrainingRecipe
 from mergelab.sae.training.finish import finished_sae
 from mergelab.sae.training.initialize import initialize
-from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.step import make_step
 from mergelab.sae.variants import make_variant
 
@@ -38,8 +38,8 @@ RESULTS = REPOSITORY / "benchmarks" / "results" / "sae_ablation.json"
 
 WITHOUT: Mapping[str, Mapping[str, Any]] = {
     "the defaults": {},
-    "no lift (AuxK alone, as in the paper)": {"lift": 0.0},
-    "neither lift nor AuxK": {"lift": 0.0, "aux_k": 0},
+    "no lift (AuxK alone, as in the paper)": {"bias_boost": 0.0},
+    "neither lift nor AuxK": {"bias_boost": 0.0, "aux_k": 0},
     "no AuxK (lift alone)": {"aux_k": 0},
     "paper's learning rate, constant": {"learning_rate": 2e-4 / (2048 / 2**14) ** 0.5, "decay": 0.0},
     "encoder's rows at the decoder's rate": {"encoder_rate": 1.0},

@@ -1,4 +1,4 @@
-"""Compares the SAEs that trainers make of toy truth at equal token budget: error, dead latents, recovery.
+"""Compares the SAEs that trainers make of toy activations at equal budgets: error, dead latents, recovery.
 
     python -m benchmarks.sae_quality --work DIR --peers-env VENV [--publish]
 
@@ -28,7 +28,7 @@ from benchmarks.sae_step import REPOSITORY, run_worker
 from benchmarks.table import replace_section
 from mergelab.sae.evaluation.reconstruction import Totals
 from mergelab.sae.features.matching import matched_cosine, recovery
-from mergelab.sae.toy import BLOCK_ROWS, ToyTruth
+from mergelab.sae.toy import BLOCK_ROWS, ToyGroundTruth
 
 __all__ = ["Bench", "judge", "main", "render"]
 
@@ -83,7 +83,7 @@ class Bench:
         self.results: dict[str, Any] = {"machine": describe(work), "runs": {}}
         if self.file.is_file():
             self.results = json.loads(self.file.read_text())
-        self.rows_of: ToyTruth | None = None
+        self.rows_of: ToyGroundTruth | None = None
 
     def run(self, preset: str, program: str, seed: int, rate: float | None = None) -> dict[str, Any]:
         """The figures of one training; `rate` None is the program's default learning rate."""
@@ -129,7 +129,7 @@ class Bench:
             return judge(dict(arrays), truth, problem.k) | done
 
 
-def judge(arrays: Arrays, truth: ToyTruth, k: int) -> dict[str, float]:
+def judge(arrays: Arrays, truth: ToyGroundTruth, k: int) -> dict[str, float]:
     """The figures of a top-k SAE on activations that no training sees."""
     rows = truth.sample(_JUDGED_ON, seed=2)
     totals = Totals.zero(rows, len(arrays["W_dec"]))
@@ -212,7 +212,7 @@ def _row(program: str, setting: str, runs: Sequence[dict[str, Any]], aims: Mappi
     return [program, setting, *cells, str(len(runs))]
 
 
-def _write_rows(truth: ToyTruth, path: Path) -> None:
+def _write_rows(truth: ToyGroundTruth, path: Path) -> None:
     """Draws all activations once, for all trainers of this truth."""
     rows = np.lib.format.open_memmap(path, "w+", np.float32, (truth.rows, truth.d_in))
     for start in range(0, truth.rows, BLOCK_ROWS):

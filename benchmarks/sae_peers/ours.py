@@ -8,9 +8,9 @@ import numpy as np
 
 from benchmarks.sae_peers.problem import Arrays, Problem
 from mergelab.sae.evaluation.controls import freeze_decoder
+from mergelab.sae.training.config import TrainingRecipe
 from mergelab.sae.training.finish import finished_sae
 from mergelab.sae.training.initialize import initialize
-from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.step import make_step
 from mergelab.sae.variants import make_variant
 
@@ -42,8 +42,8 @@ class Ours:
 
     def silence(self, count: int) -> None:
         self.state.params["encoder_bias"] = self.state.params["encoder_bias"].at[:count].set(-100.0)
-        quiet = self.state.quiet.at[:count].set(2**30)
-        self.state = type(self.state)(**{**vars(self.state), "quiet": quiet})
+        silent = self.state.steps_since_fired.at[:count].set(2**30)
+        self.state = type(self.state)(**{**vars(self.state), "steps_since_fired": silent})
 
     def step(self, x: np.ndarray) -> None:
         if self.name == "random":

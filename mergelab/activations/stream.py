@@ -22,7 +22,7 @@ __all__ = ["ActivationSource", "ActivationStream", "Batch", "Prefetch", "Trace"]
 class ActivationSource(Protocol):
     """Activations `[rows, d_in]`, of which any range can be read.
 
-    `mergelab.sae.toy.ToyTruth` is one; files and stores are others.
+    `mergelab.sae.toy.ToyGroundTruth` is one; files and stores are others.
     """
 
     @property

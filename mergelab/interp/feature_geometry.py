@@ -17,6 +17,7 @@ from jax import Array
 from jaxtyping import Float
 
 from mergelab.errors import SAEError
+from mergelab.sae.activation_functions import is_active
 from mergelab.sae.sae import SAE
 
 __all__ = ["PCA", "Manifold", "feature_manifold", "pca", "similar_latents"]
@@ -104,7 +105,7 @@ def feature_manifold(sae: SAE, activations: Any, latents: Any, *, k: int = 3, ba
         filled = np.pad(part, ((0, min(batch, len(rows)) - len(part)), (0, 0)))  # one shape, one program
         parts.append(np.asarray(_codes_of(sae, filled, group))[: len(part)])
     codes = np.concatenate(parts)
-    active = np.flatnonzero((codes > 0).any(axis=1))
+    active = np.flatnonzero(is_active(codes).any(axis=1))
     if len(active) < max(2, k):
         raise SAEError(
             f"latents {group.tolist()} are active on {len(active)} of {len(rows)} tokens, too few for {k} "

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
 
-from mergelab.errors import SAEError
-from mergelab.sae.kernels.largest import top_k
+from mergelab.errors import SAEError, did_you_mean
+from mergelab.sae.activation_functions import ACTIVATION_FUNCTIONS, ActivationFunction
 from mergelab.sae.kernels.rows import sum_of_rows
 from mergelab.sharding import put
 
 __all__ = [
-    "ACTIVATIONS",
     "LATENT_AXIS",
     "SAE",
+    "Crosscoder",
     "SAEConfig",
+    "Transcoder",
     "at_sites",
     "layer_norm",
     "place_sae",
@@ -47,7 +47,6 @@ def layer_norm(x: Array) -> tuple[Array, Array, Array]:
     return (x - mean) / scale, mean, scale
 
 
-ACTIVATIONS = ("topk", "batch_topk", "jump_relu", "relu", "gated")
 NORMALIZATIONS = ("none", "layer_norm")
 LATENT_AXIS = {
     "W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0, "magnitude_scale": 0, "magnitude_bias": 0,
@@ -60,14 +59,15 @@ class SAEConfig:
     """How the arrays of an SAE are used.
 
     Attributes:
-        activation: `topk` keeps the k largest pre-activations; `batch_topk` and `jump_relu` those above
-            `threshold`; `relu` the positive ones; `gated` decides by one path and measures by another.
-        k: latents per token, for `topk`.
+        activation: name of a function of `mergelab.sae.activation_functions`: `topk` keeps the k largest
+            pre-activations, `abs_topk` the k of largest absolute value; `batch_topk` and `jump_relu` those
+            above `threshold`; `relu` the positive ones; `gated` decides by one path and measures by another.
+        k: latents per token, for `topk` and `abs_topk`.
         subtract_b_dec: whether `b_dec` is subtracted from the input before it is encoded.
         normalization: `none`, or `layer_norm`: each token loses its mean over the width and is divided by its
             unbiased standard deviation + 1e-5, and the reconstruction is put back (OpenAI's); what a
             transcoder writes has a scale of its own and stays as it is.
-        sites: how many activations stand side by side in the input, for a crosscoder.
+        sites: number of activations that stand side by side in the input, for a crosscoder.
         reads: the sites whose activations are read, one for each of `sites`; None where they are not known.
             Taken from `site` of the metadata where it is not given.
         writes: the sites whose activations are reconstructed; None where they are not known. Taken from
@@ -75,7 +75,7 @@ class SAEConfig:
         transcoder: True where what is written is another activation than what is read, also if the sites
             have no name here; False for an autoencoder; None where nobody said. Follows from the sites where
             both are known.
-        metadata: what else is known: `site`, `model`, `model_hash`, training figures. Plain JSON.
+        metadata: everything else that is known: `site`, `model`, `model_hash`, training figures. Plain JSON.
     """
 
     activation: str = "topk"
@@ -89,16 +89,21 @@ class SAEConfig:
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            raise SAEError(f"activation is {self.activation!r}; it may be {', '.join(ACTIVATIONS)}.")
+        if self.activation not in ACTIVATION_FUNCTIONS:
+            raise SAEError(f"activation is {self.activation!r}; it may be {', '.join(ACTIVATION_FUNCTIONS)}.")
         if self.normalization not in NORMALIZATIONS:
             raise SAEError(f"normalization is {self.normalization!r}; it may be {', '.join(NORMALIZATIONS)}.")
-        if self.activation == "topk" and (not isinstance(self.k, int) or self.k < 1):
+        if self.needs_k and (not isinstance(self.k, int) or self.k < 1):
             raise SAEError(f"a top-k SAE needs k of at least 1, but k is {self.k}.")
         reads, writes, transcoder = _resolved(self)
         object.__setattr__(self, "reads", reads)
         object.__setattr__(self, "writes", writes)
         object.__setattr__(self, "transcoder", transcoder)
+
+    @property
+    def needs_k(self) -> bool:
+        """Whether the activation function keeps k latents of each token."""
+        return "k" in ACTIVATION_FUNCTIONS[self.activation].needs()
 
 
 def _resolved(
@@ -139,23 +144,63 @@ def _names(field: str, value: Any) -> tuple[str, ...] | None:
     return tuple(names)
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "W_enc", "b_enc", "W_dec", "b_dec", "threshold", "W_skip", "magnitude_scale", "magnitude_bias",
-    ],
-    meta_fields=["config"],
+_ARRAYS = (
+    "W_enc", "b_enc", "W_dec", "b_dec", "threshold", "W_skip", "magnitude_scale", "magnitude_bias",
 )  # fmt: skip
-@dataclass(frozen=True)
-class SAE:
-    """A sparse SAE of activations: pure functions of its arrays.
+
+_ELSEWHERE = {
+    **dict.fromkeys(
+        ("from_pretrained", "from_disk", "load_from_disk", "load_from_pretrained", "load"),
+        "`mergelab.load_sae(path)` reads an SAE of any known format",
+    ),
+    **dict.fromkeys(
+        ("save_model", "save_pretrained", "save_to_disk", "save"),
+        "`mergelab.save_sae(sae, path)` writes it",
+    ),
+    **dict.fromkeys(
+        ("run_with_cache", "run_with_hooks", "run_with_saes", "add_sae"),
+        "`model.apply(params, tokens, capture=[site])` reads a model's activations, and "
+        "`edit={site: splice(sae)}` puts reconstructions in their place",
+    ),
+    "cfg": "it is called `config`",
+    "hook_name": "`sae.config.reads` names the sites",
+    "forward": "call the SAE: `sae(x)`",
+    "encode_with_hidden_pre": "`sae.pre_activations(x)` and `sae.encode(x)` give the two",
+    "state_dict": "`sae.arrays()` has the arrays by name",
+    "to": "`place_sae(sae, mesh)` puts it on devices",
+}
+"""Names that users of other libraries try, and what to use."""
+
+
+def _no_attribute(owner: str, name: str, known: Sequence[str]) -> NoReturn:
+    if name.startswith("_"):  # what JAX, copy and pickle look for on any object
+        raise AttributeError(name)
+    hint = f"; {_ELSEWHERE[name]}" if name in _ELSEWHERE else did_you_mean(name, known)
+    raise AttributeError(f"{owner} has no attribute {name!r}{hint}")
+
+
+class _Named(type):
+    """Type of `SAE`: what is looked up on the class in vain is answered too."""
+
+    if not TYPE_CHECKING:  # a type checker should still see what is missing
+
+        def __getattr__(cls, name: str) -> NoReturn:
+            _no_attribute(f"type object {cls.__name__!r}", name, dir(cls))
+
+
+@dataclass(frozen=True, repr=False)
+class SAE(metaclass=_Named):
+    """A sparse autoencoder of activations: pure functions of its arrays.
+
+    One that writes other activations than it reads is a `Transcoder`, one of several sites a `Crosscoder`;
+    both are SAEs. `checked` gives each its class.
 
     Attributes:
         W_enc: `[d_in, n]`.
         b_enc: `[n]`.
         W_dec: `[n, d_out]`; a row is the direction a latent writes.
         b_dec: `[d_out]`.
-        config: how they are used.
+        config: use of the arrays.
         threshold: `[n]`, for `jump_relu` and `batch_topk`.
         W_skip: `[d_in, d_out]`, added to the output of a skip transcoder.
         magnitude_scale: `[n]`, for `gated`: `exp` of it scales the product that measures.
@@ -184,8 +229,33 @@ class SAE:
 
     @property
     def n_latents(self) -> int:
-        """How many latents there are."""
+        """Number of latents."""
         return self.W_enc.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        """`n_latents`, by its name in SAELens."""
+        return self.n_latents
+
+    @property
+    def activation(self) -> ActivationFunction:
+        """Function from pre-activations to codes."""
+        kind = ACTIVATION_FUNCTIONS[self.config.activation]
+        return kind(**{name: self.config.k if name == "k" else getattr(self, name) for name in kind.needs()})
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            _no_attribute(f"{type(self).__name__!r} object", name, [*dir(type(self)), *_ARRAYS])
+
+    def __repr__(self) -> str:
+        config = self.config
+        said = config.activation + (f" k={config.k}" if config.k is not None else "")
+        shapes = [getattr(array, "shape", None) or ("?", "?") for array in (self.W_enc, self.W_dec)]
+        if len(shapes[0]) == len(shapes[1]) == 2:
+            said += f", {shapes[0][0]} -> {shapes[0][1]} -> {shapes[1][1]}"
+        sites = [", ".join(names) for names in (config.reads, config.writes) if names is not None]
+        return f"{type(self).__name__}({said}{', ' if sites else ''}{' -> '.join(dict.fromkeys(sites))})"
 
     @property
     def is_autoencoder(self) -> bool:
@@ -212,7 +282,7 @@ class SAE:
         return f"{left} -> {'another of unknown site' if writes is None else ', '.join(writes)}"
 
     def checked(self) -> SAE:
-        """Returns itself.
+        """Itself, as a `Transcoder` or `Crosscoder` where it is one.
 
         Raises:
             SAEError: an array is missing or has a shape that does not fit the others.
@@ -229,12 +299,8 @@ class SAE:
             "W_dec": (n, out),
             "b_dec": (out,),
         }
-        needs: dict[str, tuple[str, ...]] = {
-            "jump_relu": ("threshold",),
-            "batch_topk": ("threshold",),
-            "gated": ("magnitude_scale", "magnitude_bias"),
-        }
-        wanted |= {name: (n,) for name in needs.get(self.config.activation, ())}
+        needed = ACTIVATION_FUNCTIONS[self.config.activation].needs()
+        wanted |= {name: (n,) for name in needed if name != "k"}
         if self.W_skip is not None:
             wanted["W_skip"] = (d, out)
         for name, shape in wanted.items():
@@ -245,66 +311,67 @@ class SAE:
                 raise SAEError(f"{name} has shape {list(value.shape)}, but {list(shape)} was expected.")
         if self.config.subtract_b_dec and d != out:
             raise SAEError(f"b_dec of width {out} cannot be subtracted from inputs of width {d}.")
-        if self.config.k is not None and self.config.activation == "topk" and self.config.k > n:
+        if self.config.needs_k and self.config.k is not None and self.config.k > n:
             raise SAEError(f"k is {self.config.k}, but the SAE has only {n} latents.")
-        return self
+        return _of_its_kind(self)
 
     def _normalized(self, x: Array) -> tuple[Array, Array | None, Array | None]:
         if self.config.normalization == "none":
             return x, None, None
         return layer_norm(x)
 
-    def pre_activations(self, x: Array) -> Array:
-        """`[tokens, d_in]` -> `[tokens, n]`: before the activation; the gate's, for `gated`."""
+    def pre_activations(self, x: Float[Array, "*tokens d_in"]) -> Float[Array, "*tokens n"]:
+        """What the activation function is given; the gate's, for `gated`."""
+        rows, shape = _rows("activations", x, self.d_in, "d_in")
+        return self._pre_activations(rows).reshape(*shape, self.n_latents)
+
+    def _pre_activations(self, x: Array) -> Array:
         x, _, _ = self._normalized(x)
         if self.config.subtract_b_dec:
             x = x - self.b_dec[None, :]
         return x @ self.W_enc + self.b_enc[None, :]
 
-    def encode(self, x: Array) -> Array:
-        """The codes, dense: `[tokens, d_in]` -> `[tokens, n]`."""
-        pre = self.pre_activations(x)
-        kind = self.config.activation
-        if kind == "topk":
-            values, indices = self._chosen(pre)
-            rows = jnp.arange(pre.shape[0])[:, None]
-            return jnp.zeros_like(pre).at[rows, indices].set(values)
-        if kind == "relu":
-            return jnp.maximum(pre, 0)
-        if kind == "gated":
-            assert self.magnitude_scale is not None and self.magnitude_bias is not None
-            size = jnp.exp(self.magnitude_scale)[None, :] * (pre - self.b_enc[None, :])
-            return jnp.where(pre > 0, jnp.maximum(size + self.magnitude_bias[None, :], 0), 0)
-        assert self.threshold is not None
-        return jnp.where(pre > self.threshold[None, :], jnp.maximum(pre, 0), 0)
+    def encode(self, x: Float[Array, "*tokens d_in"]) -> Float[Array, "*tokens n"]:
+        """The codes, dense."""
+        rows, shape = _rows("activations", x, self.d_in, "d_in")
+        return self.activation.codes(self._pre_activations(rows)).reshape(*shape, self.n_latents)
 
-    def _chosen(self, pre: Array) -> tuple[Array, Array]:
-        assert self.config.k is not None
-        values, indices = top_k(pre, self.config.k)
-        return jnp.maximum(values, 0), indices
-
-    def sparse_codes(self, x: Array) -> tuple[Array, Array]:
-        """Values and latents of the k active ones: `[tokens, d_in]` -> `[tokens, k]` twice, for `topk`.
+    def sparse_codes(
+        self, x: Float[Array, "*tokens d_in"]
+    ) -> tuple[Float[Array, "*tokens k"], Int[Array, "*tokens k"]]:
+        """Values and latents of the k codes of each token, for `topk` and `abs_topk`.
 
         Raises:
-            SAEError: the SAE's activation is not `topk`.
+            SAEError: the number of the SAE's active latents varies.
         """
-        if self.config.activation != "topk":
-            raise SAEError(f"only top-k SAEs have k codes per token; this is {self.config.activation!r}.")
-        return self._chosen(self.pre_activations(x))
+        rows, shape = _rows("activations", x, self.d_in, "d_in")
+        values, indices = self.activation.pairs(self._pre_activations(rows))
+        return values.reshape(*shape, -1), indices.reshape(*shape, -1)
 
-    def decode(self, codes: Array) -> Array:
-        """`[tokens, n]` -> `[tokens, d_out]`: without skip path and without undoing a `layer_norm`."""
-        return codes @ self.W_dec + self.b_dec[None, :]
+    def decode(self, codes: Float[Array, "*tokens n"]) -> Float[Array, "*tokens d_out"]:
+        """What codes stand for, without a skip path and without undoing a `layer_norm`."""
+        rows, shape = _rows("codes", codes, self.n_latents, "n_latents")
+        return (rows @ self.W_dec + self.b_dec[None, :]).reshape(*shape, self.d_out)
 
-    def decode_sparse(self, values: Array, indices: Array) -> Array:
-        """Like `decode`, from pairs `[tokens, k]`."""
-        return sum_of_rows(values, indices, self.W_dec) + self.b_dec[None, :]
+    def decode_sparse(
+        self, values: Float[Array, "*tokens k"], indices: Int[Array, "*tokens k"]
+    ) -> Float[Array, "*tokens d_out"]:
+        """Like `decode`, from pairs."""
+        shape, k = values.shape[:-1], values.shape[-1]
+        written = sum_of_rows(values.reshape(-1, k), indices.reshape(-1, k), self.W_dec)
+        return (written + self.b_dec[None, :]).reshape(*shape, self.d_out)
 
-    def reconstruct(self, x: Array, codes: Array) -> Array:
-        """What these codes make of `x`: `[tokens, d_in]`, `[tokens, n]` -> `[tokens, d_out]`."""
+    def reconstruct(
+        self, x: Float[Array, "*tokens d_in"], codes: Float[Array, "*tokens n"]
+    ) -> Float[Array, "*tokens d_out"]:
+        """What these codes make of `x`."""
+        rows, shape = _rows("activations", x, self.d_in, "d_in")
+        out = self.decode(_rows("codes", codes, self.n_latents, "n_latents")[0])
+        return self._completed(rows, out).reshape(*shape, self.d_out)
+
+    def _completed(self, x: Array, out: Array) -> Array:
+        """What is decoded, with the skip path added and in the scale of `x`, both of them rows."""
         normal, mean, scale = self._normalized(x)
-        out = self.decode(codes)
         if not self.is_autoencoder:
             # What is written has a scale of its own; a skip path reads the activation as it is (SAELens).
             return out if self.W_skip is None else out + x @ self.W_skip
@@ -312,27 +379,54 @@ class SAE:
             out = out + normal @ self.W_skip
         return out if mean is None or scale is None else out * scale + mean
 
-    def __call__(self, x: Array) -> Array:
-        """The reconstruction: `[tokens, d_in]` -> `[tokens, d_out]`."""
+    def __call__(self, x: Float[Array, "*tokens d_in"]) -> Float[Array, "*tokens d_out"]:
+        """The reconstruction."""
         return self.reconstruct(x, self.encode(x))
 
     def arrays(self) -> dict[str, Array]:
-        """Its arrays by name, those that are there."""
+        """The arrays that it has, by name."""
         names = (f for f in self.__dataclass_fields__ if f != "config" and getattr(self, f) is not None)
         return {name: getattr(self, name) for name in names}
 
     def as_numpy(self) -> dict[str, np.ndarray]:
-        """Its arrays by name on the host."""
+        """The arrays by name, on the host."""
         return {name: np.asarray(value) for name, value in self.arrays().items()}
+
+
+class Transcoder(SAE):
+    """An SAE that writes other activations than it reads, such as the output of an MLP from its input."""
+
+
+class Crosscoder(SAE):
+    """An SAE of several sites side by side: `config.sites` activations make one input."""
+
+
+for _kind in (SAE, Transcoder, Crosscoder):
+    jax.tree_util.register_dataclass(_kind, data_fields=_ARRAYS, meta_fields=("config",))
+
+
+def _of_its_kind(sae: SAE) -> SAE:
+    kind = Crosscoder if sae.config.sites > 1 else SAE if sae.is_autoencoder else Transcoder
+    return sae if type(sae) is kind else kind(**sae.arrays(), config=sae.config)
+
+
+def _rows(what: str, x: Array, width: int, name: str) -> tuple[Array, tuple[int, ...]]:
+    """`[..., width]` -> `[rows, width]`, and the leading axes."""
+    x = jnp.asarray(x)
+    if not x.ndim or x.shape[-1] != width:
+        raise SAEError(
+            f"the {what} have shape {list(x.shape)}, but the SAE has {name}={width}; give [..., {width}]."
+        )
+    return (x if x.ndim == 2 else x.reshape(-1, width)), x.shape[:-1]
 
 
 def at_sites(sae: SAE, site: str | None = None, target_site: str | None = None) -> SAE:
     """The SAE, told the sites at which it is used: they win over what it says itself.
 
     Args:
-        sae: of one site.
-        site: that it reads; what it says if None. An autoencoder then writes it too.
-        target_site: that it writes, for a transcoder, or for an SAE that does not say what it is.
+        sae: SAE of one site.
+        site: site that it reads; the one it names if None. An autoencoder then writes it too.
+        target_site: site that it writes, for a transcoder, or for an SAE that does not say what it is.
 
     Raises:
         SAEError: an autoencoder is given another target, or a transcoder its own input.
@@ -360,7 +454,7 @@ def at_sites(sae: SAE, site: str | None = None, target_site: str | None = None) 
     # The names in the metadata would be taken for a site that is not given here.
     metadata = {key: value for key, value in config.metadata.items() if key not in ("site", "target_site")}
     changed = replace(config, reads=reads, writes=writes, transcoder=kind, metadata=metadata)
-    return replace(sae, config=changed)
+    return _of_its_kind(replace(sae, config=changed))
 
 
 def place_sae(sae: SAE, mesh: Mesh) -> SAE:

@@ -1,4 +1,4 @@
-"""Toy truth: activations made of known sparse features, on which an SAE's recovery can be measured.
+"""Toy ground truth: activations made of known sparse features, on which an SAE's recovery can be measured.
 
     row = codes @ features + mean + noise,        codes[i] = (feature i is on) * |N(0, 1)|
 
@@ -19,7 +19,7 @@ from scipy.sparse import csr_array
 
 from mergelab.errors import SAEError
 
-__all__ = ["BLOCK_ROWS", "ToyTruth"]
+__all__ = ["BLOCK_ROWS", "ToyGroundTruth"]
 
 BLOCK_ROWS = 1024
 """Rows that are drawn together: the unit in which the generator can be started anywhere."""
@@ -28,7 +28,7 @@ _FEATURES, _MEAN, _ROWS, _SAMPLE = range(4)  # separate streams of random number
 
 
 @dataclass(frozen=True)
-class ToyTruth:
+class ToyGroundTruth:
     """A source of activations with known features.
 
     A row depends on `seed` and its number alone, so that a reader may start anywhere and still see the rows
@@ -36,16 +36,17 @@ class ToyTruth:
 
     Attributes:
         d_in: width of an activation.
-        n_features: how many true features.
+        n_features: number of true features.
         l0: features on in an average row.
-        exponent: of the power law of their frequencies; 0 makes all equally frequent.
-        group_size: features, neighbors in frequency, that tend to be on together; 1 makes all independent.
-        lift: how much likelier two features of a group are on together than if they were independent; less
-            where a feature is on in more than one of `lift` rows. Frequencies stay as they are.
+        exponent: exponent of the power law of their frequencies; 0 makes all equally frequent.
+        group_size: number of features, neighbors in frequency, that tend to be on together; 1 makes all
+            independent.
+        lift: factor by which two features of a group are likelier on together than if they were independent;
+            less where a feature is on in more than one of `lift` rows. Frequencies stay as they are.
         mean_norm: norm of a vector that is added to every row.
         noise: standard deviation of Gaussian noise in each coordinate.
-        rows: how many rows the source has.
-        seed: of features and rows.
+        rows: number of rows of the source.
+        seed: seed of features and rows.
     """
 
     d_in: int = 128
@@ -61,18 +62,20 @@ class ToyTruth:
 
     def __post_init__(self) -> None:
         for name in ("d_in", "n_features", "group_size", "rows"):
-            if getattr(self, name) < 1:
-                raise SAEError(f"{name} of the toy truth is {getattr(self, name)}; it must be at least 1.")
+            value = getattr(self, name)
+            if value < 1:
+                raise SAEError(f"{name} of the toy ground truth is {value}; it must be at least 1.")
         for name in ("exponent", "mean_norm", "noise", "seed"):
-            if not getattr(self, name) >= 0:
-                raise SAEError(f"{name} of the toy truth is {getattr(self, name)}; it must be at least 0.")
+            value = getattr(self, name)
+            if not value >= 0:
+                raise SAEError(f"{name} of the toy ground truth is {value}; it must be at least 0.")
         if not 0 < self.l0 <= self.n_features:
             raise SAEError(
-                f"l0 of the toy truth is {self.l0}; it must be above 0 and at most "
+                f"l0 of the toy ground truth is {self.l0}; it must be above 0 and at most "
                 f"n_features={self.n_features}."
             )
         if not self.lift >= 1:
-            raise SAEError(f"lift of the toy truth is {self.lift}; it must be at least 1.")
+            raise SAEError(f"lift of the toy ground truth is {self.lift}; it must be at least 1.")
 
     @property
     def d_out(self) -> int:
@@ -121,7 +124,7 @@ class ToyTruth:
         """Rows that are none of those that `read` gives: `[count, d_in]`, float32.
 
         Args:
-            count: how many.
+            count: number of rows.
             seed: another one gives other rows of the same features.
         """
         blocks = -(-count // BLOCK_ROWS)
@@ -138,7 +141,7 @@ class ToyTruth:
     ) -> np.ndarray:
         if not 0 <= start <= stop <= self.rows:
             raise SAEError(
-                f"rows {start} to {stop} were asked of a toy truth that has rows 0 to {self.rows}; "
+                f"rows {start} to {stop} were asked of a toy ground truth that has rows 0 to {self.rows}; "
                 "raise its `rows` or read fewer."
             )
         pieces = [np.empty((0, width), np.float32)]

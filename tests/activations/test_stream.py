@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from mergelab.activations import ActivationStream, Batch, Prefetch, open_activation_files
 from mergelab.errors import CheckpointError, NonFiniteError, SAEError
-from mergelab.sae.toy import ToyTruth
+from mergelab.sae.toy import ToyGroundTruth
 
 
 class Numbered:
@@ -163,7 +163,7 @@ def test_a_row_that_is_not_finite_is_named(tmp_path: Path) -> None:
 
 
 def test_batches_made_ahead_are_the_same_and_their_place_is_the_consumers() -> None:
-    truth = ToyTruth(d_in=8, n_features=16, l0=2.0, rows=4096)
+    truth = ToyGroundTruth(d_in=8, n_features=16, l0=2.0, rows=4096)
     plain = ActivationStream(truth, 256, seed=1)
     with Prefetch(ActivationStream(truth, 256, seed=1), lambda b: b.input, ahead=3) as ahead:
         for _ in range(20):

@@ -13,11 +13,11 @@ import pytest
 from benchmarks import sae_ablation, sae_quality, sae_step
 from benchmarks.sae_presets import PRESETS
 from benchmarks.table import replace_section
-from mergelab.sae.toy import BLOCK_ROWS, ToyTruth
-from mergelab.sae.training.recipe import TrainingRecipe
+from mergelab.sae.toy import BLOCK_ROWS, ToyGroundTruth
+from mergelab.sae.training.config import TrainingRecipe
 
 # Features that do not overlap: the SAE that is the truth makes no error at all.
-EASY = ToyTruth(d_in=16, n_features=16, l0=2.0, exponent=0.0, rows=1024)
+EASY = ToyGroundTruth(d_in=16, n_features=16, l0=2.0, exponent=0.0, rows=1024)
 
 
 def _true_sae() -> dict[str, np.ndarray]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mergelab.errors import SAEError
-from mergelab.sae.training.config import TrainSection
-from mergelab.sae.training.recipe import TrainingRecipe
+from mergelab.sae.training.config import TrainingRecipe, TrainSection
 
 
 def test_a_bare_configuration_is_the_bare_recipe() -> None:

@@ -14,10 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergelab.errors import MergelabError, SAEError
-from mergelab.sae.training.config import TrainConfig, load_config, plain_settings
+from mergelab.sae.training.config import TrainConfig, TrainingRecipe, load_config, plain_settings
 from mergelab.sae.training.data import open_data
 from mergelab.sae.training.memory import check_memory, state_bytes
-from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.variants import VARIANTS, make_variant
 
 CONFIG = """sae: {variant: topk, n_latents: 32, k: 4}

@@ -12,9 +12,9 @@ import pytest
 
 from mergelab.errors import SAEError
 from mergelab.sae.sae import SAE, SAEConfig, layer_norm
+from mergelab.sae.training.config import TrainingRecipe
 from mergelab.sae.training.finish import finished_sae
 from mergelab.sae.training.initialize import initialize
-from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.step import make_step
 from mergelab.sae.variants import Context, make_variant
 from tests.slow import slow_except
@@ -29,6 +29,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gated", {}),
     ("relu", {"l1": 0.1}),
     ("matryoshka", {"k": 4}),
+    ("abs_topk", {"k": 4}),
     ("topk", {"k": 4, "sites": 3}),
     ("topk", {"k": 4, "normalize": "none"}),
     ("topk", {"k": 4, "normalize": "layer_norm"}),

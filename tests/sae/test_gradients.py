@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mergelab.sae import activation_functions
 from mergelab.sae.kernels.codes import top_k_codes
 from mergelab.sae.kernels.collectives import ONE_DEVICE, Shards
-from mergelab.sae.training.aux_k import auxiliary_gradients
+from mergelab.sae.training.aux_k import aux_k_gradients
 from mergelab.sae.training.initialize import initial_params
 from mergelab.sae.variants import Context, MultiTopK, TopK, Variant, make_variant
 from tests.slow import slow_except
@@ -81,8 +82,7 @@ def _top_k_loss(x: Any, y: Any, ks: dict[int, float], *, center: bool, skip: boo
     ),
 )
 def test_top_k_gradients(kind: str, pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("top_k", "multi_top_k"):
-        monkeypatch.setattr(f"mergelab.sae.variants.{module}.prefers_dense", lambda *_: not pairs)
+    monkeypatch.setattr("mergelab.sae.kernels.codes.prefers_dense", lambda *_: not pairs)
     x = _batch()
     if kind == "transcoder":
         variant: Variant = TopK(D, N, 8, skip=True, k=K)
@@ -112,12 +112,12 @@ def test_the_wide_reconstruction_reaches_the_encoder() -> None:
 
 
 @pytest.mark.parametrize("dead_share", [0.0, 0.2, 1.0])
-def test_auxiliary_gradients(dead_share: float) -> None:
+def test_aux_k_gradients(dead_share: float) -> None:
     variant = TopK(D, N, k=K)
     params, x, error = _params(variant), _batch(), _batch(seed=9)
     dead = np.random.default_rng(3).random(N) < dead_share
     zeros = {name: jnp.zeros_like(value) for name, value in params.items()}
-    value, grads = auxiliary_gradients(
+    value, grads = aux_k_gradients(
         variant, params, zeros, jnp.asarray(dead), x, error,
         k=6, coefficient=0.5, tokens=TOKENS, shards=ONE_DEVICE,
     )  # fmt: skip
@@ -177,7 +177,15 @@ def test_screening_in_half_precision_still_scores_in_single() -> None:
 
     def codes(dtype: str) -> Any:
         found = top_k_codes(
-            x, params["encoder"], params["encoder_bias"], [8], 8, Shards(), dense=False, compute_dtype=dtype
+            x,
+            params["encoder"],
+            params["encoder_bias"],
+            [8],
+            8,
+            Shards(),
+            ranking=activation_functions.TopK,
+            dense=False,
+            compute_dtype=dtype,
         )
         return found[0]
 

@@ -11,8 +11,8 @@ import pytest
 
 from mergelab.sae.kernels.collectives import Shards
 from mergelab.sae.kernels.rows import update_rows
+from mergelab.sae.training.config import TrainingRecipe
 from mergelab.sae.training.initialize import initialize
-from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.step import make_step, train_step
 from mergelab.sae.variants import make_variant
 
@@ -24,7 +24,7 @@ def test_rows_in_blocks_are_rows_at_once(n: int) -> None:
     def function(a: jax.Array, b: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array]:
         return a / jnp.abs(a).max(axis=1, keepdims=True) + c, b * c
 
-    found = jax.jit(lambda a, b, c, ready: update_rows(function, (a, b), (c,), ready))(a, b, c, True)
+    found = jax.jit(lambda a, b, c: update_rows(function, (a, b), (c,), jnp.abs(a).max(), Shards()))(a, b, c)
     np.testing.assert_allclose(found[0], a / np.abs(a).max(axis=1, keepdims=True) + c, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(found[1], b * c, rtol=1e-6)
 
@@ -45,7 +45,7 @@ def test_blocks_and_a_choice_of_one_program_are_the_same_step() -> None:
     d, n, batch = 64, 9001, 32  # two blocks of rows, and a rest
     variant = make_variant("topk", d_in=d, n_latents=n, k=4)
     recipe = TrainingRecipe(
-        20, batch, learning_rate=1e-3, dead_after_tokens=2 * batch, aux_k=8, clip=0.5, lift=0.0
+        20, batch, learning_rate=1e-3, dead_after_tokens=2 * batch, aux_k=8, clip=0.5, bias_boost=0.0
     )
     x = np.random.default_rng(0).standard_normal((batch, d)).astype(np.float32)
     first = initialize(variant, recipe, jax.random.key(0), x)

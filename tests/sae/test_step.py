@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from mergelab.errors import MeshError, SAEError
+from mergelab.sae.training.config import TrainingRecipe
 from mergelab.sae.training.initialize import initialize
-from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.state import TrainState, place_batch, place_state
 from mergelab.sae.training.step import make_step
 from mergelab.sae.training.update import averaged_params
@@ -30,6 +30,7 @@ CASES = {
     "gated": {},
     "relu": {},
     "matryoshka": {"k": 4},
+    "abs_topk": {"k": 4},
 }
 
 
@@ -90,7 +91,7 @@ def test_a_mesh_changes_nothing(name: str, sizes: dict[str, int]) -> None:
     assert name not in ("topk", "multi_topk") or log[-1]["auxiliary"] > 0  # dead latents take part
     for key, value in alone.params.items():
         np.testing.assert_allclose(spread.params[key], value, rtol=1e-3, atol=2e-4, err_msg=key)
-    np.testing.assert_array_equal(spread.quiet, alone.quiet)
+    np.testing.assert_array_equal(spread.steps_since_fired, alone.steps_since_fired)
 
 
 def test_a_transcoder_on_a_mesh_changes_nothing() -> None:
@@ -118,23 +119,23 @@ def test_a_transcoder_learns_a_layer() -> None:
 def test_a_sweep_is_the_trainings_one_by_one(sizes: dict[str, int] | None) -> None:
     wide = make_variant("topk", d_in=D, n_latents=N, k=6)
     recipe = replace(RECIPE, initial_scale=0.5)  # else it would follow the variant's k
-    trials = [(1e-3, 6, N), (3e-3, 4, N), (3e-3, 4, 48)]
+    members = [(1e-3, 6, N), (3e-3, 4, N), (3e-3, 4, 48)]
     starts = [
         replace(
             _start(wide, replace(recipe, learning_rate=rate)),
-            trial={"k": jnp.int32(k), "n_latents": jnp.int32(n)},
+            sweep_member={"k": jnp.int32(k), "n_latents": jnp.int32(n)},
         )
-        for rate, k, n in trials
+        for rate, k, n in members
     ]
     state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
     mesh = None if sizes is None else make_mesh(sizes)
     state = state if mesh is None else place_state(state, mesh)
-    step = make_step(wide, recipe, mesh, trials=True)
+    step = make_step(wide, recipe, mesh, sweep=True)
     log: dict[str, Any] = {}
     for x in _batches(8):
         batch = jnp.asarray(x) if mesh is None else place_batch(x, mesh)
         state, log = step(state, batch, batch)
-    for i, (rate, k, n) in enumerate(trials):
+    for i, (rate, k, n) in enumerate(members):
         if n != N:
             continue
         one = replace(recipe, learning_rate=rate)
@@ -142,9 +143,9 @@ def test_a_sweep_is_the_trainings_one_by_one(sizes: dict[str, int] | None) -> No
         for key, value in alone.params.items():
             np.testing.assert_allclose(state.params[key][i], value, rtol=1e-3, atol=2e-4, err_msg=key)
         np.testing.assert_allclose(log["nmse"][i], mine[-1]["nmse"], rtol=1e-4)
-    # Latents beyond the trial's number never fire and never move.
+    # Latents beyond the member's number never fire and never move.
     np.testing.assert_array_equal(state.params["encoder"][2, 48:], starts[2].params["encoder"][48:])
-    assert (np.asarray(state.quiet[2, 48:]) == 8 * BATCH).all()
+    assert (np.asarray(state.steps_since_fired[2, 48:]) == 8).all()
 
 
 def test_the_decoder_stays_on_the_sphere_unless_told_otherwise() -> None:
@@ -179,15 +180,17 @@ def test_gradients_are_clipped_by_their_global_norm() -> None:
 def test_counters_of_dead_latents() -> None:
     variant = make_variant("topk", d_in=D, n_latents=N, k=4)
     state, _ = _run(variant, RECIPE, 3)
-    quiet = np.asarray(state.quiet)
-    assert set(np.unique(quiet)) <= {0, BATCH, 2 * BATCH, 3 * BATCH} and (quiet == 0).any()
+    since = np.asarray(state.steps_since_fired)
+    assert set(np.unique(since)) <= {0, 1, 2, 3} and (since == 0).any()
 
 
 @pytest.mark.parametrize("mesh", [None, {"data": 2, "latents": 4}], ids=str)
-@pytest.mark.parametrize("lift", [0.0, 3.0])
-def test_the_bias_of_a_quiet_latent_rises(lift: float, mesh: dict[str, int] | None) -> None:
-    recipe = replace(RECIPE, aux_k=0, lift=lift, dead_after_tokens=16 * 2 * BATCH, warmup=0.0, decay=0.0)
-    assert recipe.lift_after == 2 * BATCH
+@pytest.mark.parametrize("boost", [0.0, 3.0])
+def test_the_bias_of_a_latent_that_does_not_fire_rises(boost: float, mesh: dict[str, int] | None) -> None:
+    recipe = replace(
+        RECIPE, aux_k=0, bias_boost=boost, dead_after_tokens=16 * 2 * BATCH, warmup=0.0, decay=0.0
+    )
+    assert recipe.boost_after == 2 * BATCH
     variant = make_variant("topk", d_in=D, n_latents=N, k=4)
     start = _start(variant, recipe)
     far = N - 1
@@ -199,10 +202,10 @@ def test_the_bias_of_a_quiet_latent_rises(lift: float, mesh: dict[str, int] | No
     for x in _batches(6):
         batch = jnp.asarray(x) if laid is None else place_batch(x, laid)
         state, _ = step(state, batch, batch)
-    # Quiet for 2 batches after the second step: raised in the second to the sixth.
+    # Silent for 2 batches after the second step: raised in the second to the sixth.
     raised = np.asarray(state.params["encoder_bias"])[far] + 100
-    np.testing.assert_allclose(raised, 5 * lift * 3e-3, rtol=0, atol=2e-5)
-    assert np.asarray(state.quiet)[far] == 6 * BATCH
+    np.testing.assert_allclose(raised, 5 * boost * 3e-3, rtol=0, atol=2e-5)
+    assert np.asarray(state.steps_since_fired)[far] == 6
 
 
 def test_the_average_is_over_a_part_of_a_short_training() -> None:

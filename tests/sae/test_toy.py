@@ -1,4 +1,4 @@
-"""The toy truth has the statistics it promises, and any row can be drawn without those before it."""
+"""The toy ground truth has the statistics it promises, and any row can be drawn without those before it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 
 from mergelab.activations import ActivationSource, ActivationStream
 from mergelab.errors import SAEError
-from mergelab.sae.toy import BLOCK_ROWS, ToyTruth
+from mergelab.sae.toy import BLOCK_ROWS, ToyGroundTruth
 
-SMALL = ToyTruth(d_in=16, n_features=48, l0=3.0, rows=40 * BLOCK_ROWS)
+SMALL = ToyGroundTruth(d_in=16, n_features=48, l0=3.0, rows=40 * BLOCK_ROWS)
 
 
 def test_features_are_unit_and_without_direction() -> None:
-    features = ToyTruth().features
+    features = ToyGroundTruth().features
     assert features.shape == (1024, 128) and features.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-6)
     # The mean of n directions uniform on a sphere has norm about 1 / sqrt(n).
@@ -121,12 +121,12 @@ def test_noise_adds_its_variance_to_every_coordinate() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_features": 0}, "n_features of the toy truth is 0"),
+        ({"n_features": 0}, "n_features of the toy ground truth is 0"),
         ({"l0": 49.0}, "at most n_features=48"),
-        ({"l0": float("nan")}, "l0 of the toy truth is nan"),
-        ({"exponent": -1.0}, "exponent of the toy truth is -1.0"),
-        ({"lift": 0.5}, "lift of the toy truth is 0.5"),
-        ({"seed": -1}, "seed of the toy truth is -1"),
+        ({"l0": float("nan")}, "l0 of the toy ground truth is nan"),
+        ({"exponent": -1.0}, "exponent of the toy ground truth is -1.0"),
+        ({"lift": 0.5}, "lift of the toy ground truth is 0.5"),
+        ({"seed": -1}, "seed of the toy ground truth is -1"),
     ],
 )
 def test_impossible_truths_are_refused(change: dict[str, float], message: str) -> None:
@@ -135,5 +135,7 @@ def test_impossible_truths_are_refused(change: dict[str, float], message: str) -
 
 
 def test_rows_it_does_not_have_are_refused() -> None:
-    with pytest.raises(SAEError, match="rows 10 to 41 were asked of a toy truth that has rows 0 to 40"):
+    with pytest.raises(
+        SAEError, match="rows 10 to 41 were asked of a toy ground truth that has rows 0 to 40"
+    ):
         replace(SMALL, rows=40).read(10, 41)

@@ -9,13 +9,13 @@ import optax
 import pytest
 
 from mergelab.sae.kernels.collectives import ONE_DEVICE
+from mergelab.sae.training.config import TrainingRecipe
 from mergelab.sae.training.initialize import initialize
-from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.update import learning_rate, update
 from mergelab.sae.variants import make_variant
 
 D, N, STEPS = 6, 12, 40
-PLAIN = {"unit_decoder": False, "project_gradients": False, "lift": 0.0, "ema": 0.0}
+PLAIN = {"unit_decoder": False, "project_gradients": False, "bias_boost": 0.0, "ema": 0.0}
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from mergelab.activations import ActivationStream
 from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError, did_you_mean
 from mergelab.sae.sae import SAE
+from mergelab.sae.training.config import TrainingRecipe
 from mergelab.sae.training.finish import finished_sae
 from mergelab.sae.training.initialize import SAMPLE_ROWS, initialize
-from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.state import TrainState
 from mergelab.sae.training.step import Metrics, Step, make_step
 from mergelab.sae.variants import TopK

@@ -11,6 +11,7 @@ import numpy as np
 
 from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
+from mergelab.sae.activation_functions import is_active
 from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
 from mergelab.sae.sae import SAE
 from mergelab.sae.splice import encode_and_reconstruct, read_pairs
@@ -236,11 +237,11 @@ def _active(codes: Any, rows: int, n_latents: int) -> np.ndarray:
                 f"sparse codes have values of shape {list(values.shape)} and indices of shape "
                 f"{list(indices.shape)}; expected [{rows}, k] for both."
             )
-        return np.bincount(indices[values > 0], minlength=n_latents).astype(np.int64)
+        return np.bincount(indices[is_active(values)], minlength=n_latents).astype(np.int64)
     codes = np.asarray(codes)
     if codes.shape != (rows, n_latents):
         raise SAEError(f"codes have shape {list(codes.shape)}; expected [{rows}, {n_latents}].")
-    return (codes > 0).sum(axis=0)
+    return is_active(codes).sum(axis=0)
 
 
 DENSITY_EDGES = np.arange(-7.0, 0.5, 0.5)

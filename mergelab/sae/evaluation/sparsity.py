@@ -16,6 +16,7 @@ from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.model import Model
 from mergelab.models.residual_stream import require_decoder
+from mergelab.sae.activation_functions import is_active
 from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
 from mergelab.sae.sae import SAE
 from mergelab.sae.splice import token_batches
@@ -110,7 +111,7 @@ _Change = Callable[[Any, Array, Array], tuple[Array, Array]]
 
 def _latent_change(sae: SAE, x: Array, lot: Array) -> tuple[Array, Array]:
     codes = sae.encode(x)
-    active = codes > 0
+    active = is_active(codes)
     count = active.sum(axis=1, dtype=jnp.int32)
     # The lot picks one of the active latents, each as likely as the others.
     place = jnp.floor(lot * count.astype(lot.dtype)).astype(jnp.int32)

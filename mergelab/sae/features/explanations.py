@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from mergelab.sae.activation_functions import is_active
+
 __all__ = ["Explanation", "Match", "Pattern", "judge_explanation", "mean_match"]
 
 Tokens = tuple[int | None, ...]
@@ -97,7 +99,7 @@ def judge_explanation(simulated: np.ndarray, codes: np.ndarray) -> Match:
         simulated: activations from `Explanation.simulate`, of any shape.
         codes: true activations, of the same shape.
     """
-    said, active = simulated > 0, codes > 0
+    said, active = is_active(simulated), is_active(codes)
     hits = int((said & active).sum())
     named, there = int(said.sum()), int(active.sum())
     return Match(hits / named if named else float("nan"), hits / there if there else float("nan"), there)

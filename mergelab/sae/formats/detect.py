@@ -32,7 +32,7 @@ class FileFormat:
         read: makes an SAE of a folder or file.
         write: writes an SAE to a new folder or file, or to the locked place of one (`reserve`).
         recognize: whether a folder or file is of this format.
-        looks_for: what `recognize` looks for, in words.
+        looks_for: files that `recognize` looks for, in words.
         one_file: whether it is a file, not a folder.
     """
 
@@ -99,18 +99,21 @@ def load_sae(path: str | Path, format: str | None = None, *, mesh: Mesh | None =
     """Reads a finished SAE.
 
     Args:
-        path: a folder, or a file for formats that are one.
-        format: a name of `FORMATS`; found out from the files where it is left away.
+        path: folder of the SAE, or of the training run that made it (its `final` is read); a file for formats
+            that are one.
+        format: a name of `FORMATS`; found out from the files if omitted.
         mesh: splits the latents over its axis `latents`; of this library's own files each process then reads
             only what its devices hold. JAX's default device if None.
 
     Raises:
-        CheckpointError: there is nothing there, or nothing of a known format.
+        CheckpointError: there is nothing there, nothing of a known format, or an unfinished run.
         SAEError: there is no such format.
     """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
+    if format is None and (path / "final").is_dir():
+        path = path / "final"
     kind = _format(format) if format is not None else _recognized(path)
     if mesh is not None and kind is FORMATS["mergelab"]:
         return read_own(path, mesh)
@@ -125,8 +128,15 @@ def _recognized(path: Path) -> FileFormat:
     for kind in FORMATS.values():
         if kind.recognize(path):
             return kind
+    if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
+        raise CheckpointError(
+            f"{path}: the training run has not finished, so it has no final/; go on with mergelab sae train "
+            "--resume"
+        )
     wanted = "; ".join(f"{name}: {kind.looks_for}" for name, kind in FORMATS.items())
-    raise CheckpointError(f"{path}: not an SAE of a known format ({wanted}); name its format")
+    raise CheckpointError(
+        f"{path}: not an SAE of a known format ({wanted}), nor a training run with final/; name its format"
+    )
 
 
 def save_sae(
@@ -142,7 +152,7 @@ def save_sae(
     call; those of others are written by one process that has all of the SAE.
 
     Args:
-        sae: what to write.
+        sae: SAE to write.
         path: a new folder, or a new file for formats that are one; or the locked place of one (`reserve`).
         format: a name of `FORMATS`.
         overwrite: of this library's own files: replace a folder that mergelab wrote.
@@ -167,7 +177,7 @@ def reserve(path: str | Path, format: str, *, inputs: Iterable[str | Path] = ())
     Args:
         path: a new folder, or a new file for formats that are one.
         format: a name of `FORMATS`.
-        inputs: what is read, which the output must not endanger.
+        inputs: files that are read, which the output must not endanger.
 
     Raises:
         SAEError: there is no such format.

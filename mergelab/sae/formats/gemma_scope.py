@@ -162,7 +162,7 @@ def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def _hooks(sae: SAE) -> dict[str, str]:
     """`hook_name` and, always beside it, `hook_name_out`, in TransformerLens' names; nothing if one has none.
 
-    A hook that is no site here is the one the SAE was read with.
+    A hook that is not a site here is the one the SAE was read with.
     """
     config = sae.config
     found: dict[str, str] = {}

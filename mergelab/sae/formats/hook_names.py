@@ -6,7 +6,7 @@ modules of transformers (`layers.3.mlp`), whose outputs sparsify takes; and subm
 
     site_of(name(site)) == site
 
-A name that is no site here, or may be one of several, has none: `ln2.hook_normalized` is what the MLP reads
+A name that is not a site here, or may be several, has none: `ln2.hook_normalized` is what the MLP reads
 with or without the norm's weights, as the norm and the version have it, and the input of a module stands
 behind a norm.
 """
@@ -80,7 +80,7 @@ _SUBMODULE = re.compile(r"([a-z]+_[a-z]+)_layer_(\d{1,6})")
 
 
 def site_of(name: Any) -> str | None:
-    """The site that a name of this or another library means; None where it has none, or is no name."""
+    """The site that a name of this or another library means; None where it has none, or is not a name."""
     if not isinstance(name, str):
         return None
     if name == "embed":
@@ -129,10 +129,10 @@ def said_or(metadata: Mapping[str, Any], key: str, site: str | None, name: str |
     """The name under which a site is written: the one it was read with, as long as it means this site.
 
     Args:
-        metadata: of the SAE, where readers keep names as they were.
-        key: of the name.
+        metadata: metadata of the SAE, where readers keep names as they were.
+        key: key of the name.
         site: that the SAE reads or writes; None where it is not known.
-        name: of the site in the other library.
+        name: name of the site in the other library.
     """
     said = metadata.get(key)
     return said if isinstance(said, str) and site_of(said) == site else name

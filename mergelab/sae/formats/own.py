@@ -50,7 +50,7 @@ def write_own(sae: SAE, path: Path | WorkFolder, *, overwrite: bool = False) -> 
     process makes this call with a path that all of them see, and writes what its devices hold.
 
     Args:
-        sae: what to write.
+        sae: SAE to write.
         path: a new folder, or the work folder of one.
         overwrite: replace a folder that mergelab wrote.
 
@@ -99,8 +99,8 @@ def write_folder(
 
     Args:
         path: a new folder, or the work folder of one.
-        texts: by file name.
-        tensors: by file name, and by name within the file.
+        texts: texts by file name.
+        tensors: tensors by file name, and by name within the file.
         write: writes the tensors of one file, as safetensors if not given.
 
     Raises:

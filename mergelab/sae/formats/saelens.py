@@ -147,6 +147,8 @@ def write_saelens(sae: SAE, path: Path | WorkFolder) -> None:
     # SAELens has skip paths in transcoders alone.
     maps = not sae.is_autoencoder or sae.W_skip is not None
     names = {"relu": "standard", "gated": "gated", "topk": "topk", "jump_relu": "jumprelu"}
+    if activation not in names:
+        raise refuse("saelens", f"the activation {config.activation!r}", "'mergelab'")
     architecture = names[activation]
     if maps:
         if activation not in ("relu", "jump_relu"):

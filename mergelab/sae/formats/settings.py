@@ -92,9 +92,9 @@ def check_tensors(path: Path, tensors: Mapping[str, TensorSource], axes: Mapping
     """Checks what tensors are before any is read.
 
     Args:
-        path: of their file.
-        tensors: by name.
-        axes: how many axes those that are looked at have; the ones that are not there are passed over.
+        path: path of their file.
+        tensors: tensors by name.
+        axes: number of axes of those that are looked at; missing ones are passed over.
 
     Raises:
         CheckpointError: one has other axes, or holds no floats.

@@ -65,10 +65,10 @@ def check_sizes(
 
     Args:
         file: holds the tensors, for the message.
-        shapes: by tensor.
-        axes: by tensor, what each of its axes counts, such as `("d_in", "n")`; others are not looked at.
+        shapes: shapes by tensor.
+        axes: names of what each axis counts, by tensor, such as `("d_in", "n")`; others are not looked at.
         cfg: the file that says sizes.
-        said: by size, the key under which `cfg` says it, and its value; None where it does not.
+        said: key by size, under which `cfg` says it, and its value; None where it does not.
 
     Raises:
         CheckpointError: names every tensor and key that does not fit.
@@ -124,9 +124,9 @@ def arrays_of(
     """Tensors by name, in float32.
 
     Args:
-        tensors: of a file.
+        tensors: tensors of a file.
         wanted: names to read, and whether they must be there.
-        path: of the file, for the message.
+        path: path of the file, for the message.
 
     Raises:
         CheckpointError: one that must be there is not, or one holds no floats, or has other axes than its

@@ -69,7 +69,7 @@ def _sites(path: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
     """`reads`, `writes`, `transcoder` and `metadata`: sparsify names a module by the folder of its coder.
 
     An autoencoder is of the module's output. A transcoder reads the module's input, which stands behind a
-    norm and is no site here, and writes its output. `hook_mode` is how early versions said it.
+    norm and is not a site here, and writes its output. `hook_mode` is how early versions said it.
     """
     transcodes = bool(cfg.get("transcode", False)) or cfg.get("hook_mode") == "transcode"
     folder = path.absolute()

@@ -42,14 +42,14 @@ class Shards:
     Attributes:
         latents: axis over which rows of `encoder` and `decoder` are split.
         data: axis over which the tokens of a batch are split.
-        trials: axis of a sweep: several SAEs trained by one vmapped program.
-        platform: what the program is compiled for, `cpu`, `gpu` or `tpu`; it decides which of two equal
-            ways to compute is taken.
+        sweep: axis of a sweep: several SAEs trained by one vmapped program.
+        platform: platform that the program is compiled for, `cpu`, `gpu` or `tpu`; it decides which of
+            several equal forms a kernel takes (`mergelab.sae.kernels.dispatch`).
     """
 
     latents: str | None = None
     data: str | None = None
-    trials: str | None = None
+    sweep: str | None = None
     platform: str = "cpu"
 
     def join_latents(self, partial_sum: Array) -> Array:
@@ -79,8 +79,8 @@ class Shards:
         return flags if self.data is None else lax.pmax(flags.astype("int32"), self.data).astype(bool)
 
     def most(self, count: Array) -> Array:
-        """The largest of a count over all parts and trials: one number that all of them agree on."""
-        for axis in (self.latents, self.data, self.trials):
+        """The largest of a count over all parts and all members of a sweep: one number for all of them."""
+        for axis in (self.latents, self.data, self.sweep):
             if axis is not None:
                 count = lax.pmax(count, axis)
         return count

@@ -5,15 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from mergelab.sae.kernels.collectives import ONE_DEVICE, Shards
+from mergelab.sae.kernels.dispatch import Forms
 from mergelab.sae.kernels.rows import dot_with_rows
 
-__all__ = ["Largest", "kth_largest", "largest", "pre_activations", "search", "top_k"]
+__all__ = [
+    "Largest",
+    "Ranking",
+    "kth_largest",
+    "largest",
+    "pre_activations",
+    "search",
+    "top_k",
+    "top_k_by",
+]
+
+Score = Callable[[Array], Array] | None
+"""Ranks pre-activations, elementwise; None ranks them by their value."""
+
+
+class Ranking(Protocol):
+    """Which pre-activations of a token are kept, and as what codes."""
+
+    score: Score
+
+    @staticmethod
+    def kept(pre: Array) -> Array:
+        """The code of a latent that is kept."""
+        ...
 
 
 def kth_largest(x: Array, k: int | Array, count: Callable[[Array], Array]) -> Array:
@@ -54,14 +79,19 @@ def top_k(x: Array, k: int, platform: str = "cpu") -> tuple[Array, Array]:
 
     Args:
         x: `[tokens, n]`, no NaN.
-        k: how many, at most n.
-        platform: what the program is compiled for.
+        k: number of elements, at most n.
+        platform: platform that the program is compiled for.
 
     Returns:
         Values `[tokens, k]`, falling, and their indices `[tokens, k]`, int32: those of `lax.top_k`.
     """
+    return TOP_K.on(platform)(x, k)
+
+
+def _grouped(x: Array, k: int) -> tuple[Array, Array]:
+    """The k groups with the largest maxima hold the k largest; only those are sorted."""
     tokens, n = x.shape
-    if n % _GROUP or n < 4 * _GROUP * k or platform == "tpu":
+    if n % _GROUP or n < 4 * _GROUP * k:
         return _plain(x, k)
     groups = x.reshape(tokens, n // _GROUP, _GROUP)
     _, chosen = _plain(groups.max(axis=-1), k)
@@ -70,6 +100,17 @@ def top_k(x: Array, k: int, platform: str = "cpu") -> tuple[Array, Array]:
     values, place = _plain(candidates, k)
     group = jnp.take_along_axis(chosen, place // _GROUP, axis=1)
     return values, group * _GROUP + place % _GROUP
+
+
+TOP_K = Forms(reference=_plain, cpu=_grouped, gpu=_grouped)
+
+
+def top_k_by(score: Score, x: Array, k: int, platform: str = "cpu") -> tuple[Array, Array]:
+    """The k elements of each row with the largest score, best first: like `top_k`."""
+    if score is None:
+        return top_k(x, k, platform)
+    _, indices = top_k(score(x), k, platform)
+    return jnp.take_along_axis(x, indices, axis=-1), indices
 
 
 @partial(
@@ -109,17 +150,20 @@ class Largest:
         return jnp.arange(own, dtype=jnp.int32)[None, :] < kept
 
 
-def largest(values: Array, indices: Array, k: int, shards: Shards = ONE_DEVICE) -> Largest:
+def largest(
+    values: Array, indices: Array, k: int, shards: Shards = ONE_DEVICE, score: Score = None
+) -> Largest:
     """The k largest of each row, from the largest of each shard's columns.
 
     Args:
         values: `[tokens, own]`, the largest of this shard, falling; k of them if it has so many columns.
         indices: `[tokens, own]`, int32, their columns.
-        k: how many over all shards.
+        k: number of elements over all shards.
         shards: the mesh axes.
+        score: function that ranks.
     """
     own = values.shape[-1]
-    everyone = shards.gather_latents(values)
+    everyone = shards.gather_latents(values if score is None else score(values))
     if shards.latents is None:
         winners = jnp.broadcast_to(jnp.arange(own, dtype=jnp.int32), values.shape)
     else:
@@ -146,8 +190,8 @@ def pre_activations(x: Array, encoder: Array, bias: Array, compute_dtype: str = 
     Args:
         x: activations.
         encoder: rows of encoder weights.
-        bias: of the latents.
-        compute_dtype: what the factors of the product are rounded to; sums are float32.
+        bias: bias of each latent.
+        compute_dtype: dtype that the factors of the product are rounded to; sums are float32.
     """
     product = lax.dot_general(
         x.astype(compute_dtype),
@@ -159,7 +203,13 @@ def pre_activations(x: Array, encoder: Array, bias: Array, compute_dtype: str = 
 
 
 def search(
-    x: Array, encoder: Array, bias: Array, k: int, platform: str, compute_dtype: str = "float32"
+    x: Array,
+    encoder: Array,
+    bias: Array,
+    k: int,
+    platform: str,
+    compute_dtype: str = "float32",
+    score: Score = None,
 ) -> tuple[Array, Array]:
     """The k largest pre-activations of each token.
 
@@ -167,10 +217,11 @@ def search(
         x: `[tokens, d_in]`, centered.
         encoder: `[n, d_in]`.
         bias: `[n]`.
-        k: how many, at most n.
-        platform: what the program is compiled for.
+        k: number of elements, at most n.
+        platform: platform that the program is compiled for.
         compute_dtype: other than float32, products in it only choose whom to look at; the values of these
             candidates, and the choice among them, are float32.
+        score: function that ranks.
 
     Returns:
         Values `[tokens, k]`, falling, and indices `[tokens, k]`, int32. Ties go to the lowest index.
@@ -181,11 +232,11 @@ def search(
     def find(x: Array) -> tuple[Array, Array]:
         pre = pre_activations(x, rounded, bias, compute_dtype)
         if compute_dtype == "float32":
-            return top_k(pre, k, platform)
-        _, candidates = top_k(pre, min(k + k // _SPARE, n), platform)
+            return top_k_by(score, pre, k, platform)
+        _, candidates = top_k_by(score, pre, min(k + k // _SPARE, n), platform)
         candidates = jnp.sort(candidates, axis=-1)  # so that ties go to the lowest index
         exact = dot_with_rows(x, candidates, encoder, platform) + bias[candidates]
-        values, places = top_k(exact, k, platform)
+        values, places = top_k_by(score, exact, k, platform)
         return values, jnp.take_along_axis(candidates, places, axis=1)
 
     rows = max(_PIECE_BYTES.get(platform, _LARGE_PIECE_BYTES) // (4 * n), 1)
@@ -195,7 +246,7 @@ def search(
 def _in_pieces(
     function: Callable[[Array], tuple[Array, Array]], x: Array, at_once: int
 ) -> tuple[Array, Array]:
-    """`function(x)`, for at most so many rows at a time."""
+    """`function(x)`, for at most `at_once` rows at a time."""
     tokens = x.shape[0]
     pieces = -(-tokens // at_once)
     if pieces == 1:

@@ -1,4 +1,4 @@
-"""A training step compiled for a TPU slice that is not there: does it fit, and what does it cost at least?"""
+"""A training step compiled for a TPU slice you do not have: does it fit, and what does it cost at least?"""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mergelab.aot import Chip, ChipReport, Roofline, chip_of, compile_for_topology, roofline
 from mergelab.errors import SAEError
-from mergelab.sae.training.config import TrainConfig
+from mergelab.sae.training.config import TrainConfig, TrainingRecipe
 from mergelab.sae.training.initialize import fresh_state, sample_shapes
-from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.state import mesh_axes, state_shardings
 from mergelab.sae.training.step import make_step
 from mergelab.sae.variants import make_variant
@@ -30,7 +29,7 @@ class StepPlan:
     Attributes:
         topology: the slice.
         mesh: the sizes of its axes.
-        parameters: of the SAE, over all chips.
+        parameters: number of parameters of the SAE, over all chips.
         state: bytes of the training state over all chips: parameters, Adam's moments, the moving average.
         report: the compiled step.
         auxiliary: whether AuxK is part of the step: the compiler counts it as if every latent were dead.
@@ -63,7 +62,7 @@ def plan_step(
 
     Args:
         config: the configuration; `sae.d_in` must be given, since no data is opened.
-        topology: such as `v5p:4x8x8`.
+        topology: TPU slice, such as `v5p:4x8x8`.
         mesh: sizes of the axes `data` and `latents`; by default the configuration's.
         d_out: width of the targets, for a transcoder.
         timeout: seconds after which the compiler is stopped.
@@ -90,7 +89,7 @@ def plan_step(
         mesh=dict(mesh),
         parameters=sum(leaf.size for leaf in shapes.params.values()),
         state=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)),
-        auxiliary=variant.revives and recipe.aux_coefficient * recipe.auxiliary_k(variant.width_out) > 0,
+        auxiliary=variant.uses_aux_k and recipe.aux_coefficient * recipe.auxiliary_k(variant.width_out) > 0,
         report=report,
         chip=chip,
         bound=roofline(report, chip),

@@ -1,4 +1,4 @@
-"""AuxK: latents that stopped firing learn to explain what the others leave (arXiv 2406.04093, A.2).
+"""AuxK: dead latents learn to explain what the others leave (arXiv 2406.04093, A.2).
 
 The dead latents are gathered first, so the cost goes with their number, not with the SAE's; when none
 is dead nothing is computed. The error they explain is held fixed, so the rest of the loss is not touched:
@@ -15,10 +15,10 @@ from jax import Array, lax
 
 from mergelab.sae.kernels.collectives import Shards
 from mergelab.sae.kernels.largest import kth_largest, pre_activations
-from mergelab.sae.kernels.rows import row_dot
+from mergelab.sae.kernels.rows import apply_one, row_dot
 from mergelab.sae.variants.variant import Params, Variant
 
-__all__ = ["auxiliary_gradients"]
+__all__ = ["aux_k_gradients"]
 
 Outcome = tuple[Array, Params]
 """The auxiliary loss, and gradients."""
@@ -37,7 +37,7 @@ def _capacities(n: int) -> list[int]:
     return [*sizes, n]
 
 
-def auxiliary_gradients(
+def aux_k_gradients(
     variant: Variant,
     params: Params,
     grads: Params,
@@ -63,11 +63,11 @@ def auxiliary_gradients(
         dead: `[n]`, bool.
         x: `[tokens, d_in]`, this device's tokens, not centered.
         error: `[tokens, d_out]`, target minus reconstruction.
-        k: how many dead latents a token uses, over all shards.
-        coefficient: of the loss.
+        k: number of dead latents a token uses, over all shards.
+        coefficient: weight of the loss.
         tokens: tokens in the batch over all devices.
         shards: the mesh axes.
-        compute_dtype: of the factors of the encoder's product.
+        compute_dtype: dtype of the factors of the encoder's product.
 
     Returns:
         This device's share of the loss before its coefficient, and the gradients.
@@ -79,30 +79,32 @@ def auxiliary_gradients(
     variance = shards.sum_data(row_dot(spread, spread).sum())
     scale = jnp.where(variance > 0, 1 / jnp.maximum(variance, 1e-30), 0.0)
 
-    def loss(rows: Params, shared: Params) -> Array:
+    ranking = variant.activation
+
+    def loss(rows: Params, shared: Params, held: Array) -> Array:
         # The gradient of what centers the inputs is a sum over tokens, so it is taken through a bias that is
         # zero: through the inputs it would be a product of their size.
         centered = lax.stop_gradient(variant.center(shared, x, shards))
         moved = variant.center(shared, jnp.zeros_like(x[:1]), shards)
         nothing = (moved - lax.stop_gradient(moved)) @ lax.stop_gradient(rows["encoder"]).T
         pre = pre_activations(centered, rows["encoder"], rows["encoder_bias"] + nothing[0], compute_dtype)
-        codes = jnp.maximum(pre, 0)
+        # Places that hold no dead latent have no codes and no gradient.
+        codes = jnp.where(held[None, :], ranking.kept(pre), 0)
+        sizes = codes if ranking.score is None else ranking.score(codes)
         least = kth_largest(
-            codes, k, lambda flags: shards.sum_latents(flags.sum(axis=1, dtype=jnp.int32, keepdims=True))
+            sizes, k, lambda flags: shards.sum_latents(flags.sum(axis=1, dtype=jnp.int32, keepdims=True))
         )
-        codes = jnp.where(codes >= least, codes, 0)
+        codes = jnp.where(sizes >= least, codes, 0)
         miss = error - shards.join_latents(codes @ rows["decoder"])
         return row_dot(miss, miss).sum() * scale
 
-    def revive(capacity: int) -> Callable[[Outcome], Outcome]:
+    def with_aux_k(capacity: int) -> Callable[[Outcome], Outcome]:
         def run(outcome: Outcome) -> Outcome:
             _, grads = outcome
             (places,) = jnp.nonzero(dead, size=capacity, fill_value=n)
             rows = {name: params[name].at[places].get(mode="clip") for name in _PER_LATENT}
-            # Places that hold no dead latent stand at -inf: they never fire and have no gradient.
-            rows["encoder_bias"] = jnp.where(places < n, rows["encoder_bias"], -jnp.inf)
             shared = {"decoder_bias": params["decoder_bias"]}
-            value, (own, common) = jax.value_and_grad(loss, argnums=(0, 1))(rows, shared)
+            value, (own, common) = jax.value_and_grad(loss, argnums=(0, 1))(rows, shared, places < n)
             added = {
                 name: grads[name].at[places].add(coefficient * own[name], mode="drop") for name in _PER_LATENT
             }
@@ -117,14 +119,7 @@ def auxiliary_gradients(
     most = shards.most(dead.sum(dtype=jnp.int32))
     choice = jnp.searchsorted(jnp.array(capacities, jnp.int32), most)
 
-    def unchanged(outcome: Outcome) -> Outcome:
-        return outcome
-
     def any_dead(outcome: Outcome) -> Outcome:
-        if shards.platform != "cpu":  # one decision, as the host takes part in each
-            return lax.switch(choice, [revive(capacity) for capacity in capacities], outcome)
-        for place, capacity in enumerate(capacities):  # a choice among several would copy the gradients
-            outcome = lax.cond(choice == place, revive(capacity), unchanged, outcome)
-        return outcome
+        return apply_one(choice, [with_aux_k(capacity) for capacity in capacities], outcome, shards.platform)
 
-    return lax.cond(most > 0, any_dead, unchanged, (jnp.zeros(()), grads))
+    return lax.cond(most > 0, any_dead, lambda outcome: outcome, (jnp.zeros(()), grads))

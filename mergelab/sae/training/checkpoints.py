@@ -7,7 +7,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,6 +28,9 @@ from mergelab.sae.training.state import TrainState
 __all__ = ["Checkpoints", "FoundCheckpoint"]
 
 _STATE, _PLACE = "state", "place"
+_COUNTS = "counts"
+"""Key beside the place in the data: the unit in which latents that do not fire are counted; once tokens."""
+
 _INTERRUPT_WAIT = 1.0
 """Seconds an interrupted run gives a checkpoint that is being written."""
 
@@ -37,8 +40,8 @@ class FoundCheckpoint:
     """What a folder of checkpoints has to go on from.
 
     Attributes:
-        step: of the newest whole checkpoint; None if there is none.
-        passed_over: what is wrong with each newer one, in words.
+        step: step of the newest whole checkpoint; None if there is none.
+        passed_over: fault of each newer checkpoint, in words.
     """
 
     step: int | None
@@ -130,8 +133,13 @@ class Checkpoints:
         if error is not None:
             raise error
 
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def restore(self, step: int, like: TrainState, tokens_per_step: int) -> tuple[TrainState, dict[str, Any]]:
         """The state of a step, laid out like another on its devices, and the place in the data.
+
+        Args:
+            step: step of the checkpoint.
+            like: a state of the same shapes.
+            tokens_per_step: batch size, for checkpoints that count tokens since a latent fired, not steps.
 
         Raises:
             CheckpointError: it cannot be read.
@@ -155,8 +163,12 @@ class Checkpoints:
             raise CheckpointError(
                 f"{folder}: cannot be restored ({orbax_reason(error)}); remove it to go on from another"
             ) from error
-        leaves = jax.tree.leaves(found)
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), dict(place)
+        state = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(found))
+        place = dict(place)
+        if place.pop(_COUNTS, "tokens") == "tokens":
+            steps = -(-state.steps_since_fired // tokens_per_step)
+            state = replace(state, steps_since_fired=jax.device_put(steps, like.steps_since_fired.sharding))
+        return state, place
 
     def __enter__(self) -> Checkpoints:
         """Makes the folder and clears what a killed run left under other names."""
@@ -232,7 +244,7 @@ class Checkpoints:
     def _complete(self, step: int, work: Path, place: Mapping[str, Any]) -> None:
         """Adds the place and the list of digests, gives the checkpoint its name, and drops old ones."""
         (work / _PLACE).mkdir()
-        (work / _PLACE / "metadata").write_text(json.dumps(dict(place)), encoding="utf-8")
+        (work / _PLACE / "metadata").write_text(json.dumps({**place, _COUNTS: "steps"}), encoding="utf-8")
         write_manifest(work)
         target = self.folder / str(step)
         _remove(target)  # one that was passed over
@@ -295,6 +307,6 @@ def _remove(path: Path) -> None:
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:
-    """A state as a flat SAE, in the order of its leaves."""
+    """The leaves of a state by number, in their order."""
     leaves = jax.tree.leaves(state)
     return {f"{index:03d}": leaf for index, leaf in enumerate(leaves)}

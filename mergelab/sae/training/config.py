@@ -1,17 +1,19 @@
-"""The YAML of `mergelab sae train`: what SAE, from what data, trained how."""
+"""How an SAE is trained: the hyper-parameters of training, and the YAML of `mergelab sae train`."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from mergelab.checkpoints.text_file import read_text
 from mergelab.checkpoints.yaml_data import MAX_DEPTH, parse_yaml
 from mergelab.errors import SAEError, did_you_mean, quoted, shortened
-from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.variants import VARIANTS, Variant, make_variant
 from mergelab.sae.variants.options import checked_options
 
@@ -21,9 +23,154 @@ __all__ = [
     "SAESection",
     "TrainConfig",
     "TrainSection",
+    "TrainingRecipe",
     "load_config",
     "plain_settings",
 ]
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """The recipe of "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093), each piece a switch.
+
+    Attributes:
+        steps: number of optimizer steps.
+        batch_size: tokens per step, over all devices.
+        learning_rate: peak learning rate; None chooses it from the number of latents and the steps
+            (`mergelab.sae.training.update.automatic_learning_rate`). `lr` in YAML.
+        warmup: fraction of the training over which the learning rate rises linearly from 0.
+        decay: fraction of the training, at its end, over which it falls linearly to 0.
+        b1: Adam's decay of the mean gradient.
+        b2: Adam's decay of the mean square gradient; None averages it over a twenty-fifth of the training, at
+            least 10 and at most 1000 steps (the paper's 0.999).
+        eps: Adam's epsilon.
+        encoder_rate: learning rate of the encoder's rows, relative to the decoder's; 1 is the paper's.
+        bias_rate: learning rate of the encoder's bias, relative to the decoder's; 1 is the paper's.
+        clip: global norm to which gradients are clipped; None does not clip.
+        ema: decay of the moving average of the parameters that is kept alongside them; None averages over a
+            fiftieth of the training, at most 1000 steps (the paper's 0.999); 0 keeps none.
+        aux_k: number of dead latents that help a token; None takes the power of two nearest to half the width
+            of the targets, 0 switches AuxK off.
+        aux_coefficient: weight of the auxiliary loss.
+        dead_after_tokens: tokens without firing after which a latent is dead; None takes 10 million, or a
+            tenth of a shorter training.
+        bias_boost: learning rates a step by which the bias of a latent is raised that has not fired for a
+            sixteenth of `dead_after_tokens`, until it fires; 0 switches this off. `lift` in YAML. Not in the
+            paper: AuxK alone teaches dead latents codes as small as the error they explain, too small to be
+            among the k largest again.
+        project_gradients: removes the component of a decoder gradient parallel to its row, which only the
+            renormalization would undo.
+        unit_decoder: renormalizes the decoder's rows after each step, where the variant keeps them at norm 1.
+        center: starts `b_pre` at the geometric median of a sample; otherwise at 0.
+        normalize: `scale` brings inputs to unit variance per coordinate while training, which is folded into
+            the weights of the finished SAE; `layer_norm` normalizes each token, which the SAE
+            then does too; `none` does neither.
+        tie_initial: starts the encoder as the decoder's transpose, scaled; otherwise independently.
+        initial_scale: scale of that transpose; None takes the one with which the first reconstructions err
+            least (`mergelab.sae.training.initialize.best_initial_scale`), 1 is the paper's.
+        compute_dtype: dtype of the factors of the encoder's product, `float32` or `bfloat16`; state is
+            float32.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float | None = None
+    warmup: float = 0.05
+    decay: float = 0.95
+    b1: float = 0.9
+    b2: float | None = None
+    eps: float = 6.25e-10
+    encoder_rate: float = 0.4
+    bias_rate: float = 2.0
+    clip: float | None = None
+    ema: float | None = None
+    aux_k: int | None = None
+    aux_coefficient: float = 1 / 32
+    dead_after_tokens: int | None = None
+    bias_boost: float = field(default=2.0, metadata={"key": "lift"})
+    project_gradients: bool = True
+    unit_decoder: bool = True
+    center: bool = True
+    normalize: str = "scale"
+    tie_initial: bool = True
+    initial_scale: float | None = None
+    compute_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise SAEError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise SAEError(f"{name} is {value}; it must be a finite number.")
+        if self.steps > 2**31 - 1:
+            raise SAEError(f"the training has {quoted(self.steps)} steps; at most 2147483647 are counted.")
+        for name in ("aux_k", "aux_coefficient", "dead_after_tokens", "eps"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise SAEError(f"{name} is {value}; it must be at least 0.")
+        for name in ("warmup", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SAEError(f"{name} is {getattr(self, name)}; it must be from 0 to 1.")
+        for name in ("b1", "b2", "ema"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise SAEError(f"{name} is {value}; a running mean's decay must be at least 0 and below 1.")
+        if self.warmup + self.decay > 1:
+            raise SAEError(
+                f"warmup={self.warmup} and decay={self.decay} are parts of one training; "
+                "they must not add to more than 1."
+            )
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise SAEError(f"compute_dtype is {self.compute_dtype!r}; it may be 'float32' or 'bfloat16'.")
+        if self.normalize not in ("scale", "layer_norm", "none"):
+            raise SAEError(f"normalize is {self.normalize!r}; it may be 'scale', 'layer_norm' or 'none'.")
+        if self.bias_boost < 0:
+            raise SAEError(f"lift is {self.bias_boost}; it must be at least 0.")
+        for name in ("learning_rate", "clip", "initial_scale", "encoder_rate", "bias_rate"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise SAEError(f"{name} is {value}; it must be above 0.")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen in the whole training."""
+        return self.steps * self.batch_size
+
+    @property
+    def dead_after(self) -> int:
+        """Tokens without firing after which a latent counts as dead."""
+        if self.dead_after_tokens is not None:
+            return self.dead_after_tokens
+        return min(10_000_000, max(self.tokens // 10, 1))
+
+    @property
+    def boost_after(self) -> int:
+        """Tokens without firing after which a latent's bias is raised."""
+        return max(self.dead_after // 16, 1)
+
+    @property
+    def square_decay(self) -> float:
+        """Decay of Adam's mean square gradient."""
+        return self.b2 if self.b2 is not None else 1 - 1 / min(max(self.steps / 25, 10), 1000)
+
+    def rate_of(self, name: str) -> float:
+        """The learning rate of a parameter, relative to the decoder's."""
+        return {"encoder": self.encoder_rate, "encoder_bias": self.bias_rate}.get(name, 1.0)
+
+    @property
+    def ema_decay(self) -> float:
+        """Decay of the moving average of the parameters."""
+        return self.ema if self.ema is not None else 1 - 1 / min(max(self.steps / 50, 1), 1000)
+
+    def auxiliary_k(self, width: int) -> int:
+        """Dead latents that help a token whose target has this width."""
+        return self.aux_k if self.aux_k is not None else 2 ** max(round_log2(width / 2), 0)
+
+
+def round_log2(x: float) -> int:
+    """The exponent of the power of two nearest to x on a logarithmic scale."""
+    return round(math.log2(x)) if x > 1 else 0
 
 
 MAX_CONFIG = 16 * 2**20
@@ -53,8 +200,8 @@ class SAESection(BaseModel):
 
     Attributes:
         variant: a name of `mergelab.sae.variants.VARIANTS`.
-        d_in: width of the activations; taken from the data where it is left away.
-        n_latents: how many latents.
+        d_in: width of the activations; that of the data if omitted.
+        n_latents: number of latents.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -71,7 +218,7 @@ class SAESection(BaseModel):
         """
         if self.d_in not in (None, d_in):
             raise SAEError(
-                f"sae.d_in is {quoted(self.d_in)}, but the data is {d_in} wide; correct it or leave it away."
+                f"sae.d_in is {quoted(self.d_in)}, but the data is {d_in} wide; correct or omit it."
             )
         options = {"n_latents": self.n_latents, **(self.model_extra or {})}
         if d_out is not None and options.setdefault("d_out", d_out) != d_out:
@@ -88,15 +235,15 @@ class DataSection(_Section):
         kind: `files`: arrays `[tokens, d]` in `.npy` or `.safetensors` files, such as `mergelab activations`
             writes; `model`: a model computes them while the training runs; `toy`: generated with known
             features.
-        path: of `files`: a path or glob, or several.
-        target_path: of `files`, for a transcoder: the targets of the same tokens.
-        model: of `model`: a Hugging Face folder with its tokenizer.
-        site: of `model`: such as `blocks.8.resid_post`.
-        target_site: of `model`, for a transcoder.
-        text: of `model`: a text file, or several.
-        context: of `model`: tokens in a context, at most the model's positions.
-        toy: of `toy`: options of `mergelab.sae.toy.ToyTruth`.
-        buffer_rows: rows that are shuffled together.
+        path: path or glob of `files`, or several.
+        target_path: targets of the same tokens, of `files`, for a transcoder.
+        model: Hugging Face folder with its tokenizer, of `model`.
+        site: site of `model`, such as `blocks.8.resid_post`.
+        target_site: site that is written, of `model`, for a transcoder.
+        text: text file of `model`, or several.
+        context: number of tokens in a context, of `model`; at most the model's positions.
+        toy: options of `toy`, those of `mergelab.sae.toy.ToyGroundTruth`.
+        buffer_rows: number of rows that are shuffled together.
     """
 
     kind: Literal["files", "model", "toy"]
@@ -111,13 +258,42 @@ class DataSection(_Section):
     buffer_rows: Count = 65_536
 
 
-class TrainSection(_Section):
-    """How it is trained; omitted fields take the defaults of `TrainingRecipe`.
+_OTHER_FORM = ("steps", "learning_rate")
+"""Hyper-parameters that a configuration gives in another form: `tokens` and `lr`."""
+
+
+def _key(option: dataclasses.Field[Any]) -> str:
+    return option.metadata.get("key", option.name)
+
+
+def _train_fields() -> dict[str, Any]:
+    """The hyper-parameters that a configuration gives as they are: types and defaults by key."""
+    number = Annotated[Whole, Field(le=_MOST)]
+    types = {"float": Fraction, "int": number, "bool": bool, "str": str}
+    found: dict[str, Any] = {}
+    for option in fields(TrainingRecipe):
+        kind, _, optional = str(option.type).partition(" | ")
+        if option.name not in _OTHER_FORM and option.default is not dataclasses.MISSING:
+            found[_key(option)] = (types[kind] | None if optional else types[kind], option.default)
+    return found
+
+
+# Keys stand in the order in which runs write them down.
+_Hyperparameters: type[_Section] = create_model(
+    "_Hyperparameters",
+    __base__=_Section,
+    **dict.fromkeys(("batch_size", "tokens", "seed", "lr"), (Any, None)),
+    **_train_fields(),
+)
+
+
+class TrainSection(_Hyperparameters):
+    """How it is trained: the keys below, and the other fields of `TrainingRecipe` with their defaults.
 
     Attributes:
         batch_size: tokens per step.
-        tokens: tokens in all; the last, incomplete batch is left away.
-        seed: of parameters and order.
+        tokens: tokens in all; the last, incomplete batch is omitted.
+        seed: seed of parameters and order.
         lr: peak learning rate, or `auto`.
     """
 
@@ -125,26 +301,6 @@ class TrainSection(_Section):
     tokens: Annotated[Whole, Field(ge=1, le=2**62)]
     seed: Annotated[Whole, Field(ge=0, le=2**63 - 1)] = 0
     lr: Fraction | Literal["auto"] = "auto"
-    warmup: Fraction = 0.05
-    decay: Fraction = 0.95
-    b1: Fraction = 0.9
-    b2: Fraction | None = None
-    eps: Fraction = 6.25e-10
-    encoder_rate: Fraction = 0.4
-    bias_rate: Fraction = 2.0
-    clip: Fraction | None = None
-    ema: Fraction | None = None
-    aux_k: Annotated[Whole, Field(le=_MOST)] | None = None
-    aux_coefficient: Fraction = 1 / 32
-    dead_after_tokens: Annotated[Whole, Field(le=_MOST)] | None = None
-    lift: Fraction = 2.0
-    project_gradients: bool = True
-    unit_decoder: bool = True
-    center: bool = True
-    normalize: str = "scale"
-    tie_initial: bool = True
-    initial_scale: Fraction | None = None
-    compute_dtype: str = "float32"
 
     def build(self) -> TrainingRecipe:
         """The recipe.
@@ -154,18 +310,22 @@ class TrainSection(_Section):
         """
         if self.tokens < self.batch_size:
             raise SAEError(f"train.tokens is {self.tokens}, less than one batch of {self.batch_size}.")
-        options = self.model_dump(exclude={"tokens", "seed", "lr"})
+        options = {
+            option.name: getattr(self, _key(option))
+            for option in fields(TrainingRecipe)
+            if option.name not in _OTHER_FORM
+        }
         rate = None if self.lr == "auto" else self.lr
         return TrainingRecipe(steps=self.tokens // self.batch_size, learning_rate=rate, **options)
 
 
 class CheckpointSection(_Section):
-    """What is kept on the way.
+    """Checkpoints and log of a run.
 
     Attributes:
-        every: steps between checkpoints.
-        keep: how many of the last are kept.
-        log_every: steps between lines of metrics.
+        every: number of steps between checkpoints.
+        keep: number of checkpoints that are kept.
+        log_every: number of steps between lines of metrics.
     """
 
     every: Count = 1000
@@ -174,15 +334,15 @@ class CheckpointSection(_Section):
 
 
 class TrainConfig(_Section):
-    """All of it.
+    """A whole configuration.
 
     Attributes:
         sae: the SAE.
         data: the activations.
         train: the recipe.
-        checkpoint: what is kept on the way.
-        mesh: devices along the axes `data` and `latents`; one device where it is left away.
-        log_to: where metrics go besides `metrics.jsonl`: `tensorboard`, `wandb`.
+        checkpoint: checkpoints and log.
+        mesh: devices along the axes `data` and `latents`; one device if omitted.
+        log_to: loggers besides `metrics.jsonl`: `tensorboard`, `wandb`.
         metadata: kept in the finished SAE: `site`, `target_site`, `model`, ....
     """
 
@@ -242,7 +402,7 @@ def plain_settings(text: str, source: str = "the configuration") -> Any:
 
 
 def _plain(value: Any, depth: int) -> Any:
-    """Mappings of any kind, and lists of them, as plain SAEs and lists."""
+    """Mappings of any kind, and lists of them, as plain dicts and lists."""
     if depth > MAX_DEPTH:
         raise SAEError(f"the configuration is nested more than {MAX_DEPTH} levels deep, or contains itself.")
     if isinstance(value, Mapping):

@@ -15,7 +15,7 @@ from mergelab.checkpoints.json_data import read_json_object
 from mergelab.errors import CheckpointError, SAEError, did_you_mean, shortened
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model
-from mergelab.sae.toy import ToyTruth
+from mergelab.sae.toy import ToyGroundTruth
 from mergelab.sae.training.config import DataSection
 from mergelab.sae.training.memory import machine_memory, readable_bytes
 from mergelab.sae.variants.options import checked_options
@@ -30,7 +30,7 @@ def host_metadata(data: DataSection) -> dict[str, Any]:
     `mergelab activations` carry it beside them.
 
     Args:
-        data: of a training's configuration.
+        data: section of a training's configuration.
 
     Raises:
         CheckpointError: the model's folder holds no weights, or the file beside a store's is damaged.
@@ -89,28 +89,28 @@ def open_data(section: DataSection, tokens: int) -> tuple[ActivationSource, Acti
     """The activations, and the targets where they are others.
 
     Args:
-        section: of the configuration.
-        tokens: how many rows a generated source should have, if the section does not say.
+        section: section of a training's configuration.
+        tokens: number of rows of a generated source, if the section does not say.
 
     Raises:
         CheckpointError: files are missing or malformed.
         SAEError: the section lacks what its kind needs.
     """
     if section.kind == "toy":
-        known = [option.name for option in fields(ToyTruth)]
+        known = [option.name for option in fields(ToyGroundTruth)]
         for name in section.toy:
             if name not in known:
                 raise SAEError(f"data.toy.{shortened(name)} is not a known key{did_you_mean(name, known)}.")
-        options = checked_options(ToyTruth, section.toy, "data.toy.", most=2**53)
-        truth = ToyTruth(**{"rows": tokens, **options})
+        options = checked_options(ToyGroundTruth, section.toy, "data.toy.", most=2**53)
+        toy = ToyGroundTruth(**{"rows": tokens, **options})
         # Its features, and the order of its blocks of rows.
-        needed = 12 * truth.n_features * truth.d_in + truth.rows // 64
+        needed = 12 * toy.n_features * toy.d_in + toy.rows // 64
         if needed > machine_memory():
             raise SAEError(
-                f"data.toy of {truth.n_features:,} features, {truth.d_in:,} wide, and {truth.rows:,} rows "
+                f"data.toy of {toy.n_features:,} features, {toy.d_in:,} wide, and {toy.rows:,} rows "
                 f"takes {readable_bytes(needed)}, more than this machine has; lower n_features, d_in or rows."
             )
-        return truth, None
+        return toy, None
     if section.kind == "model":
         for name in ("model", "site", "text"):
             if getattr(section, name) is None:

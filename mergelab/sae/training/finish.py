@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mergelab.sae.sae import SAE, SAEConfig
-from mergelab.sae.training.recipe import TrainingRecipe
+from mergelab.sae.training.config import TrainingRecipe
 from mergelab.sae.training.state import TrainState
 from mergelab.sae.training.update import averaged_params
 from mergelab.sae.variants.variant import Variant
@@ -36,7 +36,7 @@ def finished_sae(
     Args:
         variant: the training's.
         recipe: the training's.
-        state: where it stands.
+        state: state of the training.
         use_average: takes the moving average of the parameters, where the recipe keeps one.
         metadata: kept in the SAE's configuration; `site` and `target_site` are what it reads and
             writes.

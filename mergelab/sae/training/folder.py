@@ -33,7 +33,7 @@ class RunFolder:
 
     Attributes:
         path: the folder.
-        final: where the SAE goes.
+        final: folder of the finished SAE.
         begun: whether a run of this configuration has begun there before.
     """
 
@@ -44,9 +44,9 @@ class RunFolder:
 
         Args:
             path: the folder that is asked for.
-            settings: of the training.
+            settings: configuration of the training.
             resume: whether an earlier run may go on.
-            notice: is told what a user should know, one sentence each, in process 0.
+            notice: function that is told what a user should know, one sentence each, in process 0.
         """
         self.path = Path(path).absolute()
         self.final = self.path / _FINAL

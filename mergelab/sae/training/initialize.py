@@ -16,7 +16,7 @@ from scipy.special import betaincinv
 from mergelab.errors import SAEError
 from mergelab.sae.kernels.rows import row_dot
 from mergelab.sae.sae import layer_norm
-from mergelab.sae.training.recipe import TrainingRecipe
+from mergelab.sae.training.config import TrainingRecipe
 from mergelab.sae.training.state import Affine, TrainState, state_shardings
 from mergelab.sae.training.update import automatic_learning_rate, unit_rows
 from mergelab.sae.variants.variant import Params, Variant
@@ -78,8 +78,8 @@ def initial_params(variant: Variant, key: Array, *, tie: bool = True, scale: flo
         variant: the SAE's hyper-parameters.
         key: a `jax.random` key.
         tie: False draws the encoder's rows for themselves, as is done where there is a target.
-        scale: of a tied encoder; None takes `best_initial_scale` for variants that keep k latents, and 1 for
-            others.
+        scale: scale of a tied encoder; None takes `best_initial_scale` for variants that keep k latents,
+            and 1 for others.
     """
     n, d_in, d_out = variant.n_latents, variant.d_in, variant.width_out
     decoder_key, encoder_key = jax.random.split(key)
@@ -159,8 +159,8 @@ def fresh_state(variant: Variant, recipe: TrainingRecipe, key_data: Array, facts
     Args:
         variant: the SAE's hyper-parameters.
         recipe: the training's.
-        key_data: of the `jax.random` key.
-        facts: of the sample.
+        key_data: data of the `jax.random` key.
+        facts: facts of the sample.
     """
     key = jax.random.wrap_key_data(key_data)
     params = initial_params(variant, key, tie=recipe.tie_initial, scale=recipe.initial_scale)
@@ -175,14 +175,14 @@ def fresh_state(variant: Variant, recipe: TrainingRecipe, key_data: Array, facts
         mean=zeros(),
         square=zeros(),
         average=zeros() if recipe.ema_decay else {},
-        quiet=jnp.zeros(variant.n_latents, jnp.int32),
+        steps_since_fired=jnp.zeros(variant.n_latents, jnp.int32),
         step=jnp.zeros((), jnp.int32),
         peak=jnp.asarray(peak, jnp.float32),
         mse_scale=facts.mse_scale,
         read=facts.read,
         target=facts.target,
         statistics=variant.own_statistics(),
-        trial={},
+        sweep_member={},
     )
 
 

@@ -67,8 +67,8 @@ def changed_input(before: Any, now: Mapping[str, Any]) -> str | None:
     """The first input that is not what it was when a run began, and how; None if all are.
 
     Args:
-        before: what `fingerprint` found then.
-        now: what it finds.
+        before: fingerprint of then.
+        now: fingerprint of now.
     """
     if not isinstance(before, dict):
         return "the list of its inputs is damaged"

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from mergelab.errors import SAEError
-from mergelab.sae.training.recipe import TrainingRecipe
+from mergelab.sae.training.config import TrainingRecipe
 from mergelab.sae.variants import Variant
 
 __all__ = ["check_memory", "machine_memory", "readable_bytes", "state_bytes"]
@@ -39,8 +39,8 @@ def check_memory(variant: Variant, recipe: TrainingRecipe, mesh: Mesh | None, ro
     """Refuses a training that cannot fit; one that passes may still need more than there is.
 
     Args:
-        variant: what is trained.
-        recipe: how.
+        variant: variant that is trained.
+        recipe: training recipe.
         mesh: the devices; JAX's default device if None.
         rows: rows of activations that are held at a time, besides the batch.
 

@@ -58,28 +58,28 @@ class TrainState:
         square: Adam's running mean of their squares, like `params`.
         average: sum of the moving average of the parameters, not yet divided by the sum of its weights; empty
             where the recipe keeps none.
-        quiet: `[n]`, int32: tokens since each latent last fired.
-        step: int32, steps done.
+        steps_since_fired: `[n]`, int32: steps since each latent last fired.
+        step: int32, number of steps done.
         peak: float32, peak learning rate.
         mse_scale: float32, one over the variance of the targets, computed once.
         read: normalization of the inputs.
         target: normalization of the targets.
         statistics: running numbers of the variant.
-        trial: what a sweep varies within one program: `k`, int32, and `n_latents`, int32; may be empty.
+        sweep_member: what a sweep varies within one program: `k` and `n_latents`, int32; may be empty.
     """
 
     params: Params
     mean: Params
     square: Params
     average: Params
-    quiet: Array
+    steps_since_fired: Array
     step: Array
     peak: Array
     mse_scale: Array
     read: Affine
     target: Affine
     statistics: dict[str, Array]
-    trial: dict[str, Array]
+    sweep_member: dict[str, Array]
 
 
 def mesh_axes(mesh: Mesh) -> tuple[str | None, str | None]:
@@ -106,7 +106,7 @@ def state_specs(state: TrainState, latents: str | None = "latents") -> TrainStat
     def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         group = path[0].name
         split = group in ("params", "mean", "square", "average") and path[1].key not in REPLICATED
-        return PartitionSpec(*stacked, latents) if split or group == "quiet" else PartitionSpec()
+        return PartitionSpec(*stacked, latents) if split or group == "steps_since_fired" else PartitionSpec()
 
     return jax.tree_util.tree_map_with_path(spec, state)
 
@@ -118,7 +118,7 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
         MeshError: the latents do not divide by the axis that splits them, or the mesh has another axis.
     """
     _, latents = mesh_axes(mesh)
-    n = state.quiet.shape[-1]
+    n = state.steps_since_fired.shape[-1]
     if latents and n % mesh.shape[latents]:
         raise MeshError(
             f"{n} latents cannot be split over {mesh.shape[latents]} devices; choose a number that divides."

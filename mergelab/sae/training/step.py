@@ -12,8 +12,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from mergelab.sae.kernels.collectives import Shards
 from mergelab.sae.sae import layer_norm
-from mergelab.sae.training.aux_k import auxiliary_gradients
-from mergelab.sae.training.recipe import TrainingRecipe
+from mergelab.sae.training.aux_k import aux_k_gradients
+from mergelab.sae.training.config import TrainingRecipe
 from mergelab.sae.training.state import TrainState, mesh_axes, state_specs
 from mergelab.sae.training.update import update
 from mergelab.sae.variants.variant import Context, Variant
@@ -25,8 +25,6 @@ Metrics = dict[str, Array]
 
 Step = Callable[[TrainState, Array, Array], tuple[TrainState, Metrics]]
 
-_LONGEST_QUIET = 2**30
-
 
 def train_step(
     variant: Variant, recipe: TrainingRecipe, shards: Shards, state: TrainState, x: Array, y: Array
@@ -35,21 +33,20 @@ def train_step(
 
     Args:
         variant: the SAE's hyper-parameters.
-        recipe: the training's.
+        recipe: the training recipe.
         shards: the mesh axes.
         state: this device's part of the latents.
         x: `[tokens, d_in]`, this device's part of the batch, raw activations.
-        y: `[tokens, d_out]`, the targets; the same array for an autoencoder.
+        y: `[tokens, d_out]`, the targets; not read for an autoencoder, whose target is its input.
     """
     tokens = x.shape[0] * shards.num_data_shards()
-    same = x is y
     x = x.astype(jnp.float32)
     x = state.read(layer_norm(x)[0] if recipe.normalize == "layer_norm" else x)
-    y = x if same else state.target(y.astype(jnp.float32))
-    n_local = state.quiet.shape[0]
-    live = None
-    if "n_latents" in state.trial:
-        live = shards.latent_offset(n_local) + jnp.arange(n_local) < state.trial["n_latents"]
+    y = x if variant.d_out is None else state.target(y.astype(jnp.float32))
+    n_local = state.steps_since_fired.shape[0]
+    alive = None
+    if "n_latents" in state.sweep_member:
+        alive = shards.latent_offset(n_local) + jnp.arange(n_local) < state.sweep_member["n_latents"]
     context = Context(
         tokens=tokens,
         mse_scale=state.mse_scale,
@@ -57,19 +54,19 @@ def train_step(
         statistics=state.statistics,
         shards=shards,
         compute_dtype=recipe.compute_dtype,
-        k=state.trial.get("k"),
-        live=live,
+        k=state.sweep_member.get("k"),
+        alive=alive,
     )
     (loss, outcome), grads = jax.value_and_grad(variant.loss, has_aux=True)(state.params, x, y, context)
 
     fired = shards.any_data(outcome.codes.fired())
-    quiet = jnp.where(fired, 0, jnp.minimum(state.quiet + tokens, _LONGEST_QUIET))
-    dead, lifted = quiet >= recipe.dead_after, quiet >= recipe.lift_after
-    if live is not None:
-        dead, lifted = dead & live, lifted & live
+    since = jnp.where(fired, 0, state.steps_since_fired + 1)
+    dead, boosted = (since >= -(-limit // tokens) for limit in (recipe.dead_after, recipe.boost_after))
+    if alive is not None:
+        dead, boosted = dead & alive, boosted & alive
     auxiliary = jnp.zeros(())
-    if variant.revives:
-        auxiliary, grads = auxiliary_gradients(
+    if variant.uses_aux_k:
+        auxiliary, grads = aux_k_gradients(
             variant,
             state.params,
             grads,
@@ -83,9 +80,9 @@ def train_step(
             compute_dtype=recipe.compute_dtype,
         )
     grads = shards.sum_data(grads)
-    raises = variant.revives and recipe.lift > 0
-    state, happened = update(variant, recipe, state, grads, shards, lifted if raises else None)
-    total = variant.n_latents if live is None else state.trial["n_latents"].astype(jnp.float32)
+    boosts = variant.uses_aux_k and recipe.bias_boost > 0
+    state, happened = update(variant, recipe, state, grads, shards, boosted if boosts else None)
+    total = variant.n_latents if alive is None else state.sweep_member["n_latents"].astype(jnp.float32)
     metrics = {
         "loss": shards.sum_data(loss) + recipe.aux_coefficient * shards.sum_data(auxiliary),
         "nmse": shards.sum_data(outcome.nmse),
@@ -94,19 +91,19 @@ def train_step(
         "dead_fraction": shards.sum_latents(dead.sum(dtype=jnp.float32)) / total,
         **happened,
     }
-    return replace(state, quiet=quiet, statistics=dict(outcome.statistics)), metrics
+    return replace(state, steps_since_fired=since, statistics=dict(outcome.statistics)), metrics
 
 
 def make_step(
-    variant: Variant, recipe: TrainingRecipe, mesh: Mesh | None = None, *, trials: bool = False
+    variant: Variant, recipe: TrainingRecipe, mesh: Mesh | None = None, *, sweep: bool = False
 ) -> Step:
     """The compiled step: `state, metrics = step(state, x, y)`; the state that is passed in is used up.
 
     Args:
         variant: the SAE's hyper-parameters.
-        recipe: the training's.
+        recipe: the training recipe.
         mesh: axes `data` and `latents`, either of which may be missing; None is one device.
-        trials: states have a leading axis, one entry per SAE of a sweep; all see the same batch.
+        sweep: states have a leading axis, one entry per SAE of a sweep; all see the same batch.
 
     Returns:
         A function of the state, the inputs `[batch_size, d_in]` and the targets `[batch_size, d_out]` (the
@@ -115,14 +112,13 @@ def make_step(
     platform = (mesh.devices.flat[0] if mesh is not None else jax.devices()[0]).platform
     platform = "gpu" if platform in ("cuda", "rocm") else platform
     data, latents = mesh_axes(mesh) if mesh is not None else (None, None)
-    shards = Shards(latents=latents, data=data, trials="trials" if trials else None, platform=platform)
-    autoencoder = variant.d_out is None
+    shards = Shards(latents=latents, data=data, sweep="sweep" if sweep else None, platform=platform)
 
     def part(state: TrainState, x: Array, y: Array) -> tuple[TrainState, Metrics]:
-        return train_step(variant, recipe, shards, state, x, x if autoencoder else y)
+        return train_step(variant, recipe, shards, state, x, y)
 
-    if trials:
-        part = jax.vmap(part, in_axes=(0, None, None), axis_name="trials")
+    if sweep:
+        part = jax.vmap(part, in_axes=(0, None, None), axis_name="sweep")
     if mesh is None:
         return jax.jit(part, donate_argnums=0)
 

@@ -137,9 +137,9 @@ def open_loggers(names: Sequence[str], out: Path, config: Mapping[str, Any], ste
     """The loggers of a run.
 
     Args:
-        names: of `LOGGERS`.
+        names: names of `LOGGERS`.
         out: the run's folder.
-        config: what is being trained, to be shown beside the curves.
+        config: configuration, shown with the curves.
         step: the step the run goes on from.
 
     Raises:

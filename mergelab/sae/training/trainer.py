@@ -24,14 +24,13 @@ from mergelab.processes import Terminated, preempted, together
 from mergelab.sae.formats import load_sae, save_sae
 from mergelab.sae.sae import SAE, SAEConfig, sae_shardings
 from mergelab.sae.training.checkpoints import Checkpoints
-from mergelab.sae.training.config import TrainConfig, load_config
+from mergelab.sae.training.config import TrainConfig, TrainingRecipe, load_config
 from mergelab.sae.training.data import host_metadata, open_data
 from mergelab.sae.training.finish import finished_sae, transcodes
 from mergelab.sae.training.folder import RunFolder
 from mergelab.sae.training.initialize import SAMPLE_ROWS, initialize
 from mergelab.sae.training.inputs import read_once
 from mergelab.sae.training.memory import check_memory
-from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.state import TrainState, batch_part, place_batch
 from mergelab.sae.training.step import Metrics, Step, make_step
 from mergelab.sae.training.tracking import Logger, MetricsFile, open_loggers
@@ -98,9 +97,9 @@ class Result:
 
     Attributes:
         path: the folder of the finished SAE, `OUT/final`.
-        sae: what is in it, its arrays on the mesh of the training.
-        steps: steps done in all.
-        metrics: of the last logged step.
+        sae: the SAE in it, its arrays on the mesh of the training.
+        steps: number of steps done in all.
+        metrics: metrics of the last logged step.
         trace: how long the steps waited for data in this process.
         resumed: the run had finished before; nothing was trained.
     """
@@ -130,13 +129,13 @@ def train(
     Args:
         config: a YAML file or what it would hold (`mergelab.sae.training.config`).
         out: a new folder, or with `resume` that of an earlier run.
-        resume: goes on from the newest whole checkpoint; without one the run begins anew. On the same devices
-            the result is bit for bit that of a run that was never stopped. The result of a run that has
-            finished is returned as it is.
+        resume: continue from the newest whole checkpoint; without one the run begins anew. On the same
+            devices the result is bit for bit that of a run that was never stopped. The result of a run that
+            has finished is returned as it is.
         overrides: `section.key=value`, as for `--set`.
-        progress: is told of every logged step.
-        notice: is told what the user should know, such as a damaged checkpoint that was passed over; a Python
-            warning if None.
+        progress: function that is called for every logged step.
+        notice: function that is told what the user should know, such as a damaged checkpoint that was passed
+            over; a Python warning if None.
 
     Raises:
         SAEError: the configuration or the data is wrong, or another than that of the run to resume, or the
@@ -203,7 +202,7 @@ def _train(
     with Checkpoints(out / "checkpoints", settings.checkpoint.keep) as checkpoints:
         done = _done(checkpoints, folder, notice) if folder.begun else None
         if done is not None:
-            state, place = checkpoints.restore(done, state)
+            state, place = checkpoints.restore(done, state, recipe.batch_size)
             stream.restore(place)
         run = _Run(settings, recipe, step, checkpoints, out, progress)
         try:

@@ -12,7 +12,7 @@ from jax import Array
 
 from mergelab.sae.kernels.collectives import Shards
 from mergelab.sae.kernels.rows import row_dot, update_rows
-from mergelab.sae.training.recipe import TrainingRecipe
+from mergelab.sae.training.config import TrainingRecipe
 from mergelab.sae.training.state import REPLICATED, TrainState
 from mergelab.sae.variants.variant import Params, Variant
 
@@ -27,12 +27,12 @@ __all__ = [
 
 
 def automatic_learning_rate(n_latents: int, steps: int) -> float:
-    """Peak learning rate for an SAE of `n_latents` trained for so many steps.
+    """Peak learning rate for an SAE of `n_latents` trained for `steps` steps.
 
     The paper's rule is proportional to `1 / sqrt(n_latents)`; `2e-4 / sqrt(n / 2^14)` is its usual constant.
     That constant is for trainings of many tens of thousands of steps. A short one that ends in a linear decay
     does best several times higher, so the rule is multiplied by `sqrt(200_000 / steps)`, at most 10 and at
-    least 1. On toy truth with 2048 latents and 2500 steps this is 5e-3; benchmarks/README.md shows
+    least 1. On toy activations with 2048 latents and 2500 steps this is 5e-3; benchmarks/README.md shows
     what it buys.
     """
     rule = 2e-4 / math.sqrt(n_latents / 2**14)
@@ -75,7 +75,7 @@ def update(
     state: TrainState,
     grads: Params,
     shards: Shards,
-    lifted: Array | None = None,
+    boosted: Array | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Applies gradients, summed over the batch; returns the next state and what happened.
 
@@ -85,9 +85,9 @@ def update(
         state: before the step.
         grads: like its parameters.
         shards: the mesh axes.
-        lifted: `[n]`, bool: latents whose bias is raised, whatever their gradients.
+        boosted: `[n]`, bool: latents whose bias is raised, whatever their gradients.
 
-    `quiet` and `statistics` are left as they are: they belong to the loss.
+    `steps_since_fired` and `statistics` are left as they are: they belong to the loss.
     """
     unit = variant.unit_decoder and recipe.unit_decoder
     project = unit and recipe.project_gradients
@@ -115,22 +115,17 @@ def update(
         )
         if unit and name == "decoder":
             param = unit_rows(param)
-        if lifted is not None and name == "encoder_bias":
-            param = param + jnp.where(lifted, recipe.lift * rate, 0.0)
+        if boosted is not None and name == "encoder_bias":
+            param = param + jnp.where(boosted, recipe.bias_boost * rate, 0.0)
         kept = recipe.ema_decay
         return param, mean, square, *(kept * total + (1 - kept) * param for total in average)
 
-    # True, but only known once the norm, which needs the parameters as they were, is.
-    ready = (norm >= 0) | (state.step >= 0)
     moved: dict[str, tuple[Array, ...]] = {}
     for name, grad in grads.items():
         held = [group[name] for group in (state.params, state.mean, state.square, state.average) if group]
-        if grad.ndim == 2 and shards.platform == "cpu" and shards.trials is None:
-            moved[name] = update_rows(
-                lambda *rows, name=name: advance(name, rows[:-1], rows[-1]), held, [grad], ready
-            )
-        else:
-            moved[name] = advance(name, held, grad)
+        moved[name] = update_rows(
+            lambda *rows, name=name: advance(name, rows[:-1], rows[-1]), held, [grad], norm, shards
+        )
     groups = ("params", "mean", "square", "average") if state.average else ("params", "mean", "square")
     stepped = {group: {name: held[i] for name, held in moved.items()} for i, group in enumerate(groups)}
     return replace(state, **stepped, step=state.step + 1), {"learning_rate": rate, "grad_norm": norm}

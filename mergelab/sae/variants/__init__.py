@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from mergelab.errors import SAEError, did_you_mean, quoted
+from mergelab.sae.variants.abs_top_k import AbsTopK
 from mergelab.sae.variants.batch_top_k import BatchTopK
 from mergelab.sae.variants.gated import Gated
 from mergelab.sae.variants.jump_relu import JumpReLU
@@ -18,6 +19,7 @@ from mergelab.sae.variants.variant import Context, Encoded, Outcome, Params, Var
 
 __all__ = [
     "VARIANTS",
+    "AbsTopK",
     "BatchTopK",
     "Context",
     "Encoded",
@@ -36,7 +38,7 @@ __all__ = [
 ]
 
 VARIANTS: Mapping[str, type[Variant]] = {
-    kind.name: kind for kind in (TopK, MultiTopK, BatchTopK, JumpReLU, Gated, ReLU, Matryoshka)
+    kind.name: kind for kind in (TopK, MultiTopK, BatchTopK, JumpReLU, Gated, ReLU, Matryoshka, AbsTopK)
 }
 """Variants by the name a configuration gives them."""
 

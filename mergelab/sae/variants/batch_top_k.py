@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from mergelab.errors import SAEError
+from mergelab.sae import activation_functions
 from mergelab.sae.kernels.codes import DenseCodes
-from mergelab.sae.kernels.largest import kth_largest, pre_activations
-from mergelab.sae.variants.variant import Context, Encoded, Params, Variant, live_bias
+from mergelab.sae.kernels.largest import pre_activations
+from mergelab.sae.variants.variant import Context, Encoded, Params, Variant, alive_bias
 
 __all__ = ["BatchTopK"]
 
@@ -34,6 +35,7 @@ class BatchTopK(Variant):
     k: int = 32
 
     name: ClassVar[str] = "batch_topk"
+    activation = activation_functions.BatchTopK
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,18 +47,16 @@ class BatchTopK(Variant):
 
     def encode(self, params: Params, x: Array, context: Context) -> Encoded:
         shards = context.shards
-        pre = pre_activations(x, params["encoder"], live_bias(params, context), context.compute_dtype)
-        dense = jnp.maximum(pre, 0)
+        pre = pre_activations(x, params["encoder"], alive_bias(params, context), context.compute_dtype)
         k = self.k if context.k is None else context.k
-        smallest = kth_largest(
-            dense,
+        codes, smallest = activation_functions.BatchTopK.of_batch(
+            pre,
             k * context.tokens,
             lambda flags: shards.sum_all(flags.sum(dtype=jnp.int32, keepdims=True)),
         )
-        codes = DenseCodes(jnp.where(dense >= smallest, dense, 0), shards)
         memory = _THRESHOLD_MEMORY
         return Encoded(
-            codes,
+            DenseCodes(codes, shards),
             statistics={
                 "threshold": memory * context.statistics["threshold"] + (1 - memory) * smallest[0, 0],
                 "weight": memory * context.statistics["weight"] + (1 - memory),
@@ -66,7 +66,7 @@ class BatchTopK(Variant):
     def export(self, params: Params, statistics: Mapping[str, Array]) -> dict[str, Any]:
         threshold = statistics["threshold"] / jnp.maximum(statistics["weight"], 1e-12)
         return {
-            "activation": "batch_topk",
+            "activation": self.activation.name,
             "k": self.k,
             "threshold": lax.broadcast(threshold, (params["encoder"].shape[0],)),
         }

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jax import Array, lax
 
+from mergelab.sae import activation_functions
 from mergelab.sae.kernels.codes import DenseCodes
 from mergelab.sae.kernels.largest import pre_activations
 from mergelab.sae.variants.relu import warmed
-from mergelab.sae.variants.variant import Context, Encoded, Outcome, Params, Variant, live_bias
+from mergelab.sae.variants.variant import Context, Encoded, Outcome, Params, Variant, alive_bias
 
 __all__ = ["Gated"]
 
@@ -27,14 +28,15 @@ class Gated(Variant):
 
     Attributes:
         l1: the penalty's coefficient, for inputs of unit variance per coordinate.
-        l1_warmup: part of the training over which it rises from 0.
+        l1_warmup: fraction of the training over which it rises from 0.
     """
 
     l1: float = 1e-2
     l1_warmup: float = 0.05
 
     name: ClassVar[str] = "gated"
-    revives: ClassVar[bool] = False
+    activation = activation_functions.Gated
+    uses_aux_k: ClassVar[bool] = False
 
     def own_params(self) -> Params:
         return {
@@ -43,13 +45,14 @@ class Gated(Variant):
         }
 
     def _gate(self, params: Params, x: Array, context: Context) -> Array:
-        return pre_activations(x, params["encoder"], live_bias(params, context), context.compute_dtype)
+        return pre_activations(x, params["encoder"], alive_bias(params, context), context.compute_dtype)
 
     def encode(self, params: Params, x: Array, context: Context) -> Encoded:
         gate = self._gate(params, x, context)
-        size = jnp.exp(params["magnitude_scale"])[None, :] * (gate - live_bias(params, context)[None, :])
-        codes = jnp.where(gate > 0, jnp.maximum(size + params["magnitude_bias"][None, :], 0), 0)
-        return Encoded(DenseCodes(codes, context.shards))
+        function = activation_functions.Gated(
+            alive_bias(params, context), params["magnitude_scale"], params["magnitude_bias"]
+        )
+        return Encoded(DenseCodes(function.codes(gate), context.shards))
 
     def loss(self, params: Params, x: Array, y: Array, context: Context) -> tuple[Array, Outcome]:
         loss, outcome = super().loss(params, x, y, context)
@@ -62,7 +65,7 @@ class Gated(Variant):
 
     def export(self, params: Params, statistics: Mapping[str, Array]) -> dict[str, Any]:
         return {
-            "activation": "gated",
+            "activation": self.activation.name,
             "magnitude_scale": params["magnitude_scale"],
             "magnitude_bias": params["magnitude_bias"],
         }

@@ -8,68 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from mergelab.errors import SAEError
+from mergelab.sae import activation_functions
+from mergelab.sae.activation_functions import step
 from mergelab.sae.kernels.codes import DenseCodes
 from mergelab.sae.kernels.largest import pre_activations
 from mergelab.sae.variants.relu import warmed
-from mergelab.sae.variants.variant import Context, Encoded, Params, Variant, live_bias
+from mergelab.sae.variants.variant import Context, Encoded, Params, Variant, alive_bias
 
-__all__ = ["JumpReLU", "jump_relu", "step"]
-
-
-def _near(pre: Array, threshold: Array, bandwidth: float) -> Array:
-    """A rectangular kernel of width `bandwidth` around the threshold, of integral 1."""
-    return (jnp.abs(pre - threshold) < bandwidth / 2).astype(pre.dtype) / bandwidth
-
-
-def step(pre: Array, threshold: Array, bandwidth: float) -> Array:
-    """`1 if pre > threshold else 0`, with a kernel estimate of its gradient in the threshold.
-
-    Args:
-        pre: `[tokens, n]`.
-        threshold: `[1, n]`.
-        bandwidth: of the kernel.
-    """
-    return cast(Array, _step(pre, threshold, bandwidth))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _step(pre: Array, threshold: Array, bandwidth: float) -> Array:
-    return (pre > threshold).astype(pre.dtype)
-
-
-def _step_backward(bandwidth: float, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    pre, threshold = saved
-    return jnp.zeros_like(pre), -(g * _near(pre, threshold, bandwidth)).sum(axis=0, keepdims=True)
-
-
-_step.defvjp(lambda pre, threshold, width: (_step(pre, threshold, width), (pre, threshold)), _step_backward)
-
-
-def jump_relu(pre: Array, threshold: Array, bandwidth: float) -> Array:
-    """`pre if pre > threshold else 0`, with a kernel estimate of its gradient in the threshold."""
-    return cast(Array, _jump(pre, threshold, bandwidth))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _jump(pre: Array, threshold: Array, bandwidth: float) -> Array:
-    return jnp.where(pre > threshold, pre, 0)
-
-
-def _jump_backward(bandwidth: float, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    pre, threshold = saved
-    wanted = -(g * threshold * _near(pre, threshold, bandwidth)).sum(axis=0, keepdims=True)
-    return jnp.where(pre > threshold, g, 0), wanted
-
-
-_jump.defvjp(lambda pre, threshold, width: (_jump(pre, threshold, width), (pre, threshold)), _jump_backward)
+__all__ = ["JumpReLU"]
 
 
 @dataclass(frozen=True)
@@ -77,11 +30,11 @@ class JumpReLU(Variant):
     """`z = pre * (pre > threshold)`, loss `nmse + sparsity * (L0 / l0 - 1)^2`.
 
     Attributes:
-        l0: how many latents should be active per token.
+        l0: number of latents that should be active per token.
         sparsity: the penalty's coefficient.
-        sparsity_warmup: part of the training over which it rises from 0.
-        bandwidth: of the straight-through estimators, for inputs of unit variance per coordinate.
-        initial_threshold: of every latent.
+        sparsity_warmup: fraction of the training over which it rises from 0.
+        bandwidth: width of the straight-through estimators, for inputs of unit variance per coordinate.
+        initial_threshold: first threshold of every latent.
     """
 
     l0: float = 32.0
@@ -91,7 +44,8 @@ class JumpReLU(Variant):
     initial_threshold: float = 0.1
 
     name: ClassVar[str] = "jump_relu"
-    revives: ClassVar[bool] = False
+    activation = activation_functions.JumpReLU
+    uses_aux_k: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,11 +58,11 @@ class JumpReLU(Variant):
         return {"log_threshold": jnp.full(self.n_latents, jnp.log(self.initial_threshold), jnp.float32)}
 
     def encode(self, params: Params, x: Array, context: Context) -> Encoded:
-        pre = pre_activations(x, params["encoder"], live_bias(params, context), context.compute_dtype)
-        pre = jnp.maximum(pre, 0)
-        threshold = jnp.exp(params["log_threshold"])[None, :]
+        pre = pre_activations(x, params["encoder"], alive_bias(params, context), context.compute_dtype)
+        function = activation_functions.JumpReLU(jnp.exp(params["log_threshold"]), self.bandwidth)
         shards = context.shards
-        active = context.mean(step(pre, threshold, self.bandwidth).sum(axis=1))
+        above = step(function.kept(pre), function.threshold[None, :], self.bandwidth)
+        active = context.mean(above.sum(axis=1))
         # (L0 / l0 - 1)^2 of the whole batch, so written that each device has its share of the gradient.
         l0 = shards.sum_all(active)
         slope = 2 * (l0 / self.l0 - 1) / self.l0
@@ -116,7 +70,7 @@ class JumpReLU(Variant):
         share = shards.join_latents(slope * active)
         penalty = value + share - jax.lax.stop_gradient(share)
         penalty = warmed(self.sparsity, self.sparsity_warmup, context.progress) * penalty
-        return Encoded(DenseCodes(jump_relu(pre, threshold, self.bandwidth), shards), penalty)
+        return Encoded(DenseCodes(function.codes(pre), shards), penalty)
 
     def export(self, params: Params, statistics: Mapping[str, Array]) -> dict[str, Any]:
-        return {"activation": "jump_relu", "threshold": jnp.exp(params["log_threshold"])}
+        return {"activation": self.activation.name, "threshold": jnp.exp(params["log_threshold"])}

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mergelab.errors import SAEError
+from mergelab.sae import activation_functions
 from mergelab.sae.variants.batch_top_k import BatchTopK
 from mergelab.sae.variants.top_k import TopK
 from mergelab.sae.variants.variant import Context, Encoded, Outcome, Params, Variant
@@ -28,7 +29,7 @@ class Matryoshka(Variant):
 
     Attributes:
         k: latents per token.
-        prefixes: how many latents each prefix has, rising; the last is all. By default each is twice the one
+        prefixes: number of latents of each prefix, rising; the last is all. By default each is twice the one
             before, five of them.
         select: `batch_topk` or `topk`.
     """
@@ -38,6 +39,7 @@ class Matryoshka(Variant):
     select: str = "batch_topk"
 
     name: ClassVar[str] = "matryoshka"
+    activation = activation_functions.BatchTopK
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jax import Array
 
+from mergelab.sae import activation_functions
 from mergelab.sae.kernels.codes import DenseCodes
 from mergelab.sae.kernels.largest import pre_activations
-from mergelab.sae.variants.variant import Context, Encoded, Params, Variant, live_bias
+from mergelab.sae.variants.variant import Context, Encoded, Params, Variant, alive_bias
 
 __all__ = ["ReLU", "warmed"]
 
@@ -31,22 +32,23 @@ class ReLU(Variant):
 
     Attributes:
         l1: the penalty's coefficient, for inputs of unit variance per coordinate.
-        l1_warmup: part of the training over which it rises from 0.
+        l1_warmup: fraction of the training over which it rises from 0.
     """
 
     l1: float = 1e-2
     l1_warmup: float = 0.05
 
     name: ClassVar[str] = "relu"
+    activation = activation_functions.ReLU
     unit_decoder: ClassVar[bool] = False
-    revives: ClassVar[bool] = False
+    uses_aux_k: ClassVar[bool] = False
 
     def encode(self, params: Params, x: Array, context: Context) -> Encoded:
-        pre = pre_activations(x, params["encoder"], live_bias(params, context), context.compute_dtype)
-        codes = jnp.maximum(pre, 0)
+        pre = pre_activations(x, params["encoder"], alive_bias(params, context), context.compute_dtype)
+        codes = self.activation().codes(pre)
         sizes = context.mean(codes @ self.decoder_norms(params["decoder"]))
         penalty = context.shards.join_latents(warmed(self.l1, self.l1_warmup, context.progress) * sizes)
         return Encoded(DenseCodes(codes, context.shards), penalty)
 
     def export(self, params: Params, statistics: Mapping[str, Array]) -> dict[str, Any]:
-        return {"activation": "relu"}
+        return {"activation": self.activation.name}

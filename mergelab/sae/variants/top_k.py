@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from mergelab.errors import SAEError
-from mergelab.sae.kernels.codes import prefers_dense, top_k_codes
+from mergelab.sae import activation_functions
+from mergelab.sae.kernels.codes import top_k_codes
 from mergelab.sae.kernels.rows import row_dot
-from mergelab.sae.variants.variant import Context, Encoded, Params, Variant, live_bias
+from mergelab.sae.variants.variant import Context, Encoded, Params, Variant, alive_bias
 
 __all__ = ["MultiTopK", "TopK", "crosscoder", "site_norms", "transcoder"]
 
@@ -28,6 +29,7 @@ class TopK(Variant):
     k: int = 32
 
     name: ClassVar[str] = "topk"
+    activation = activation_functions.TopK
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,18 +39,21 @@ class TopK(Variant):
     def encode(self, params: Params, x: Array, context: Context) -> Encoded:
         (codes,) = top_k_codes(
             x,
-            params["encoder"],
-            live_bias(params, context),
+            *self.encoder(params, context),
             [self.k if context.k is None else context.k],
             self.k,
             context.shards,
-            dense=prefers_dense(self.n_latents, self.k, context.shards.platform),
+            ranking=self.activation,
             compute_dtype=context.compute_dtype,
         )
         return Encoded(codes)
 
+    def encoder(self, params: Params, context: Context) -> tuple[Array, Array]:
+        """Weights and bias with which latents that take no part are never kept."""
+        return params["encoder"], alive_bias(params, context)
+
     def export(self, params: Params, statistics: Mapping[str, Array]) -> dict[str, Any]:
-        return {"activation": "topk", "k": self.k}
+        return {"activation": self.activation.name, "k": self.k}
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,8 @@ class MultiTopK(TopK):
     """TopK with the loss `L(k) + weight * L(multiple * k)`.
 
     Attributes:
-        multiple: how many times k the second reconstruction uses.
-        weight: of its error.
+        multiple: multiple of k that the second reconstruction uses.
+        weight: weight of its error.
     """
 
     multiple: int = 4
@@ -77,12 +82,11 @@ class MultiTopK(TopK):
         most = min(self.multiple * self.k, self.n_latents)
         codes, wide = top_k_codes(
             x,
-            params["encoder"],
-            live_bias(params, context),
+            *self.encoder(params, context),
             [k, self.multiple * k],
             most,
             context.shards,
-            dense=prefers_dense(self.n_latents, most, context.shards.platform),
+            ranking=self.activation,
             compute_dtype=context.compute_dtype,
         )
         return Encoded(codes, also=((self.weight, wide),))
@@ -96,10 +100,10 @@ def transcoder(
     Args:
         d_in: width of the activation that is read.
         d_out: width of the one that is reconstructed.
-        n_latents: how many latents.
+        n_latents: number of latents.
         kind: the kind of code.
         skip: adds `x @ skip`, a `[d_in, d_out]` matrix that starts at zero.
-        **options: of the kind, such as `k`.
+        **options: hyper-parameters of the kind, such as `k`.
     """
     return kind(d_in=d_in, n_latents=n_latents, d_out=d_out, skip=skip, **options)
 
@@ -114,10 +118,10 @@ def crosscoder(
 
     Args:
         d_model: width of each activation.
-        sites: how many.
-        n_latents: how many latents.
+        sites: number of activations.
+        n_latents: number of latents.
         kind: the kind of code.
-        **options: of the kind, such as `k`.
+        **options: hyper-parameters of the kind, such as `k`.
     """
     return kind(d_in=sites * d_model, n_latents=n_latents, sites=sites, **options)
 

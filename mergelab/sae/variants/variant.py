@@ -11,17 +11,18 @@ import jax.numpy as jnp
 from jax import Array
 
 from mergelab.errors import SAEError, quoted
+from mergelab.sae.activation_functions import ActivationFunction
 from mergelab.sae.kernels.codes import Codes
 from mergelab.sae.kernels.collectives import ONE_DEVICE, Shards
 from mergelab.sae.kernels.rows import row_dot
 
-__all__ = ["Context", "Encoded", "Outcome", "Params", "Variant", "live_bias"]
+__all__ = ["Context", "Encoded", "Outcome", "Params", "Variant", "alive_bias"]
 
 
-def live_bias(params: Params, context: Context) -> Array:
+def alive_bias(params: Params, context: Context) -> Array:
     """The encoder's bias `[n]`, so low for latents that take no part that they never fire."""
     bias = params["encoder_bias"]
-    return bias if context.live is None else jnp.where(context.live, bias, jnp.finfo(bias.dtype).min)
+    return bias if context.alive is None else jnp.where(context.alive, bias, jnp.finfo(bias.dtype).min)
 
 
 Params = dict[str, Array]
@@ -46,9 +47,9 @@ class Context:
         progress: how much of the training is done, 0 to 1; penalties warm up with it.
         statistics: running numbers of the variant, such as a threshold.
         shards: the mesh axes.
-        compute_dtype: of the factors of the encoder's product.
+        compute_dtype: dtype of the factors of the encoder's product.
         k: overrides the variant's k (a sweep over k); at most the variant's.
-        live: `[n]`, bool: the latents that take part (a sweep over the number of latents); None for all.
+        alive: `[n]`, bool: the latents that take part (a sweep over the number of latents); None for all.
     """
 
     tokens: int
@@ -58,7 +59,7 @@ class Context:
     shards: Shards = ONE_DEVICE
     compute_dtype: str = "float32"
     k: Array | None = None
-    live: Array | None = None
+    alive: Array | None = None
 
     def mean(self, per_token: Array) -> Array:
         """This device's share of a mean over the tokens of the batch: `[tokens]` -> scalar."""
@@ -74,7 +75,7 @@ class Encoded:
     """Codes of a batch, and what else their computation gave.
 
     Attributes:
-        codes: what is decoded.
+        codes: codes that are decoded.
         penalty: added to the loss; each device's share.
         also: further codes whose reconstruction error counts, with their weight.
         statistics: the running numbers after this batch.
@@ -91,7 +92,7 @@ class Outcome:
     """What a loss tells besides its value.
 
     Attributes:
-        codes: of the batch.
+        codes: codes of the batch.
         error: `[tokens, d_out]`, target minus reconstruction.
         nmse: this device's share of the normalized mean squared error.
         statistics: the running numbers after this batch.
@@ -112,11 +113,11 @@ class Variant:
 
     Attributes:
         d_in: width of the activations that are read.
-        n_latents: how many latents.
+        n_latents: number of latents.
         d_out: width of the targets, for a transcoder; None reconstructs the input, which is then centered by
             the decoder's bias before it is encoded.
         skip: adds a linear map from input to output, for a skip transcoder.
-        sites: how many activations of equal width the input is made of, side by side, for a crosscoder.
+        sites: number of activations of equal width that make the input, side by side, for a crosscoder.
     """
 
     d_in: int
@@ -126,9 +127,11 @@ class Variant:
     sites: int = 1
 
     name: ClassVar[str]
+    activation: ClassVar[type[ActivationFunction]]
+    """From pre-activations to codes, in training and in the finished SAE."""
     unit_decoder: ClassVar[bool] = True
     """Whether rows of the decoder are kept at norm 1; otherwise the penalty weighs codes by that norm."""
-    revives: ClassVar[bool] = True
+    uses_aux_k: ClassVar[bool] = True
     """Whether dead latents are trained on what the others leave unexplained (AuxK)."""
 
     def __post_init__(self) -> None:
@@ -148,7 +151,7 @@ class Variant:
                 "d_in counts all sites side by side."
             )
         if self.skip and self.d_out is None:
-            raise SAEError("skip is for transcoders: give d_out, or leave skip away.")
+            raise SAEError("skip is for transcoders: give d_out, or omit skip.")
 
     @property
     def width_out(self) -> int:
@@ -189,7 +192,7 @@ class Variant:
             params: this device's shard of the latents.
             x: `[tokens, d_in]`, this device's tokens.
             y: `[tokens, d_out]`, what to reconstruct.
-            context: the rest.
+            context: everything else.
         """
         encoded = self.encode(params, self.center(params, x, context.shards), context)
         error = y - self.reconstruct(params, encoded.codes, x, context)

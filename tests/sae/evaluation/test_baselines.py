@@ -1,4 +1,4 @@
-"""Baselines on a small toy truth: neither recovers features, a trained SAE does."""
+"""Baselines on a small toy ground truth: neither recovers features, a trained SAE does."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import pytest
 
 from mergelab.sae.evaluation.controls import freeze_decoder, random_state
 from mergelab.sae.features.matching import recovery
-from mergelab.sae.toy import ToyTruth
+from mergelab.sae.toy import ToyGroundTruth
+from mergelab.sae.training.config import TrainingRecipe
 from mergelab.sae.training.initialize import initialize
-from mergelab.sae.training.recipe import TrainingRecipe
 from mergelab.sae.training.state import TrainState
 from mergelab.sae.training.step import Step, make_step
 from mergelab.sae.training.update import averaged_params
 from mergelab.sae.variants import TopK
 
-TRUTH = ToyTruth(d_in=16, n_features=32, l0=2.0, exponent=0.0, rows=300 * 256)
+TRUTH = ToyGroundTruth(d_in=16, n_features=32, l0=2.0, exponent=0.0, rows=300 * 256)
 VARIANT = TopK(d_in=16, n_latents=64, k=2)
 RECIPE = TrainingRecipe(steps=300, batch_size=256, learning_rate=4e-3, ema=0.9)
 

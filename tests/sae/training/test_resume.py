@@ -10,9 +10,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -23,9 +26,11 @@ from mergelab.processes import Terminated
 from mergelab.sae.training import checkpoints as checkpoints_module
 from mergelab.sae.training import train
 from mergelab.sae.training.checkpoints import Checkpoints
-from mergelab.sae.training.config import load_config
+from mergelab.sae.training.config import TrainingRecipe, load_config
 from mergelab.sae.training.folder import RunFolder
+from mergelab.sae.training.initialize import initialize
 from mergelab.sae.training.tracking import MetricsFile, read_metrics
+from mergelab.sae.variants import make_variant
 
 
 def _config(data: Path) -> dict[str, Any]:
@@ -339,3 +344,21 @@ def test_without_a_listener_a_notice_is_a_warning(folder: Path, stopped: Path) -
     _cut(stopped / "checkpoints" / "30")
     with pytest.raises(UserWarning, match="passed over, the run goes on from step 20"):
         train(_config(folder / "x.npy"), stopped, resume=True)  # warnings are errors here
+
+
+def test_counters_of_tokens_become_counters_of_steps(tmp_path: Path) -> None:
+    variant = make_variant("topk", d_in=8, n_latents=16, k=2)
+    sample = np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
+    first = initialize(variant, TrainingRecipe(steps=9, batch_size=32), jax.random.key(0), sample)
+    state = replace(first, steps_since_fired=jnp.arange(16, dtype=jnp.int32) * 32)
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        checkpoints.save(3, state, {"row": 96})
+        checkpoints.wait()
+        same, place = checkpoints.restore(3, first, 32)
+        np.testing.assert_array_equal(same.steps_since_fired, state.steps_since_fired)
+        # Checkpoints of before did not say what they count.
+        (tmp_path / "3" / "place" / "metadata").write_text(json.dumps(place))
+        found, again = checkpoints.restore(3, first, 32)
+    assert place == again == {"row": 96}
+    np.testing.assert_array_equal(found.steps_since_fired, np.arange(16))
+    np.testing.assert_array_equal(found.params["encoder"], state.params["encoder"])

@@ -11,18 +11,9 @@ from jaxtyping import Array, Float
 
 from mergelab.abliteration.directions import Directions
 from mergelab.errors import MergelabError
+from mergelab.interp.vectors import unit
 
 __all__ = ["Ablation", "LayerKernel", "Space", "unit"]
-
-
-_NOTHING = 1e-30
-
-
-def unit(vectors: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-    """The vectors at length 1, float32; a vector that is zero stays zero, so that it never becomes NaN."""
-    vectors = jnp.asarray(vectors, jnp.float32)
-    norms = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
-    return jnp.where(norms > _NOTHING, vectors / jnp.maximum(norms, _NOTHING), jnp.zeros_like(vectors))
 
 
 @jax.tree_util.register_dataclass

@@ -14,7 +14,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from mergelab.abliteration.prompts import Prompts
-from mergelab.activations.losses import summed_loss
+from mergelab.activations.losses import kl_divergence, summed_loss
 from mergelab.decoding import complete
 from mergelab.errors import MergelabError
 from mergelab.models.model import Model, Params
@@ -29,7 +29,6 @@ __all__ = [
     "first_token_logits",
     "first_token_scores",
     "is_refusal",
-    "kl_divergence",
     "measure_behavior",
     "refusal_score",
     "refusal_tokens",
@@ -62,14 +61,6 @@ def refusal_score(
     low = jnp.finfo(jnp.float32).min
     yes, no = (jax.nn.logsumexp(jnp.where(where, logits, low), axis=-1) for where in (refuses, ~refuses))
     return yes - no
-
-
-def kl_divergence(
-    before: Float[Array, "batch vocab"], after: Float[Array, "batch vocab"]
-) -> Float[Array, " batch"]:
-    """`KL(before || after)` of the distributions that logits mean, in nats."""
-    p, q = (jax.nn.log_softmax(x.astype(jnp.float32), axis=-1) for x in (before, after))
-    return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
 
 def first_token_logits(

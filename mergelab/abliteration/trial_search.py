@@ -17,11 +17,11 @@ from mergelab.abliteration.behavior import (
     check_refusal_ids,
     first_token_logits,
     first_token_scores,
-    kl_divergence,
     refusal_score,
 )
 from mergelab.abliteration.prompts import Prompts
 from mergelab.abliteration.removal import KeepNorms, ablate, abliterate_params
+from mergelab.activations.losses import kl_divergence
 from mergelab.errors import MergelabError
 from mergelab.models.model import Model, Params
 from mergelab.text.packing import EvaluationWindows

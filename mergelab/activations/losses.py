@@ -1,4 +1,4 @@
-"""Cross-entropy of a causal model on windows of tokens, in batches of one shape."""
+"""Losses of next tokens: cross-entropy on windows of text in batches of one shape, and KL divergence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,22 @@ from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit, as_partials
 from mergelab.models.token_checks import check_ids, check_length
 
-__all__ = ["summed_loss"]
+__all__ = ["kl_divergence", "kl_of_log_probabilities", "summed_loss"]
+
+
+def kl_divergence(
+    logits_p: Float[Array, "*batch vocab"], logits_q: Float[Array, "*batch vocab"]
+) -> Float[Array, "*batch"]:
+    """`KL(p || q) = sum_v p(v) (ln p(v) - ln q(v))` of the distributions that logits mean; nats, float32."""
+    p, q = (jax.nn.log_softmax(x.astype(jnp.float32), axis=-1) for x in (logits_p, logits_q))
+    return kl_of_log_probabilities(p, q)
+
+
+def kl_of_log_probabilities(
+    log_p: Float[Array, "*batch vocab"], log_q: Float[Array, "*batch vocab"]
+) -> Float[Array, "*batch"]:
+    """`kl_divergence`, where log-probabilities are at hand already."""
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
 
 def summed_loss(

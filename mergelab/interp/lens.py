@@ -21,6 +21,7 @@ from jaxtyping import Float
 
 from mergelab.activations.batches import batches
 from mergelab.activations.capture import Patterns, check_prompts, stream_sites
+from mergelab.activations.losses import kl_of_log_probabilities
 from mergelab.errors import SiteError
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import readout, require_decoder
@@ -219,7 +220,7 @@ def _losses_and_gradients(
     def loss(weights: tuple[Array, Array], stream: Array) -> Array:
         kernel, bias = weights
         read = TunedLens(kernel[None], bias[None], lens.sites).translate(0, stream)
-        return (jnp.exp(own) * (own - jax.nn.log_softmax(readout(model, params, read)))).sum(-1).mean()
+        return kl_of_log_probabilities(own, jax.nn.log_softmax(readout(model, params, read))).mean()
 
     return jax.lax.map(lambda pair: jax.value_and_grad(loss)(*pair), (_weights(lens), streams))
 
@@ -237,7 +238,7 @@ def _measure(
         kernel, bias, stream = triple
         read = TunedLens(kernel[None], bias[None], lens.sites).translate(0, stream)
         logp = jax.nn.log_softmax(readout(model, params, read))
-        kl = (jnp.exp(own) * (own - logp)).sum(-1)
+        kl = kl_of_log_probabilities(own, logp)
         next_token = -jnp.take_along_axis(logp[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
         same = (logp.argmax(-1) == own.argmax(-1)).astype(jnp.float32)
         return jnp.stack([(kl * weight).sum(), (next_token * following).sum(), (same * weight).sum()])

@@ -13,6 +13,7 @@ from jax import Array
 
 from mergelab.activations.batches import batches
 from mergelab.activations.capture import check_prompts
+from mergelab.activations.losses import kl_of_log_probabilities
 from mergelab.errors import SiteError
 from mergelab.interp.logit_metrics import LogitMetric
 from mergelab.interp.patching import rows_of
@@ -147,7 +148,7 @@ def _swap(
         if metric is not None:
             return metric(found)
         assert wanted is not None
-        kl = (jnp.exp(wanted) * (wanted - jax.nn.log_softmax(found))).sum(axis=-1)
+        kl = kl_of_log_probabilities(wanted, jax.nn.log_softmax(found))
         weight = mask.astype(jnp.float32)
         return -(kl * weight).sum(axis=1) / weight.sum(axis=1)
 
@@ -244,4 +245,4 @@ def _compare(
 
     one, other = (after(model, p) for model, p in zip(models, params, strict=True))
     (values, ids), (other_values, other_ids) = jax.lax.top_k(one, k), jax.lax.top_k(other, k)
-    return ids, other_ids, values, other_values, (jnp.exp(one) * (one - other)).sum(axis=-1)
+    return ids, other_ids, values, other_values, kl_of_log_probabilities(one, other)

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mergelab.abliteration.ablation import Ablation, LayerKernel, unit
+from mergelab.abliteration.ablation import Ablation, LayerKernel
 from mergelab.abliteration.removal import ablate, abliterate_params, induce, orthogonalize
 from mergelab.errors import MergelabError
+from mergelab.interp.vectors import unit
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model, Output, Params
 from mergelab.models.residual_stream import writers

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from mergelab.abliteration.ablation import Ablation
-from mergelab.abliteration.behavior import first_token_scores, kl_divergence, refusal_score
+from mergelab.abliteration.behavior import first_token_scores, refusal_score
 from mergelab.abliteration.direction_selection import DirectionSelection, Filters, select_direction
 from mergelab.abliteration.directions import Directions, find_directions, mean_activations
 from mergelab.abliteration.prompts import Prompts
 from mergelab.abliteration.removal import ablate, abliterate_params, induce
+from mergelab.activations.losses import kl_divergence
 from mergelab.errors import EvaluationError, MergelabError
 from tests.abliteration.planted import ANSWER, REFUSE, Planted, prompt_set, prompts
 

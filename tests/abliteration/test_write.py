@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mergelab.abliteration.ablation import Ablation, unit
+from mergelab.abliteration.ablation import Ablation
 from mergelab.abliteration.removal import KeepNorms, Removed, abliterate_params, orthogonalize
 from mergelab.abliteration.write import write_abliterated
 from mergelab.checkpoints import open_checkpoint, read_whole
 from mergelab.errors import CheckpointError, MergelabError, NonFiniteError, OutputError
+from mergelab.interp.vectors import unit
 from mergelab.models.families import model_from_config
 from mergelab.models.load import load_model
 from mergelab.models.model import Model

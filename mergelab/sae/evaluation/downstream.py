@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from mergelab.activations.capture import ModelActivations
+from mergelab.activations.losses import kl_of_log_probabilities
 from mergelab.errors import SAEError
 from mergelab.models.load import load_model
 from mergelab.models.model import Model
@@ -116,7 +117,7 @@ def _losses(
     plain, x = log_probabilities(None)
     edits = ({site: splice_from(sae, x)}, {site: jnp.zeros_like}, {site: middle})
     found = [plain, *(log_probabilities(edit)[0] for edit in edits)]
-    kl = (jnp.exp(found[0]) * (found[0] - found[1])).sum(axis=(1, 2))
+    kl = kl_of_log_probabilities(found[0], found[1]).sum(axis=1)
     return jnp.stack([*(cross_entropy(logp) for logp in found), kl])
 
 

@@ -86,7 +86,7 @@ def extract_lora(
     seed: int = 0,
     overwrite: bool = False,
     resume: bool = False,
-    progress: Callable[[int], None] = lambda count: None,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> ExtractedLora:
     """Writes the PEFT adapter that brings `base` nearest to `finetuned`.
 
@@ -148,7 +148,7 @@ def _extract(
     targets: Sequence[str],
     embeddings: str,
     resume: bool,
-    progress: Callable[[int], None],
+    progress: Callable[[int], object],
 ) -> ExtractedLora:
     tuned_model, base_model = open_checkpoint(finetuned), open_checkpoint(base)
     modules = _modules(tuned_model, base_model)

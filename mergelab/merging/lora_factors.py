@@ -93,7 +93,7 @@ class Factors:
     transposed: bool
     setting: FactorSetting
     one_at_a_time: threading.Lock
-    found: Callable[[int], None]
+    found: Callable[[int], object]
     rank: int | None = None
     error: float | None = None
     held: dict[str, np.ndarray] = field(default_factory=dict)

@@ -88,8 +88,8 @@ def find_directions(
         batch: prompts in one forward pass.
         winsorize: clip each activation vector to this quantile of its own magnitudes before averaging, such
             as 0.995: a few enormous coordinates (as Gemma has) would else decide every direction.
-        orthogonal: take out of each difference its part along the harmless mean, which ablation would remove
-            from all prompts.
+        orthogonal: Whether each difference is first made orthogonal to the harmless mean, so that the model
+            keeps this component, which all prompts have.
 
     Raises:
         MergelabError: the model is an encoder, a prompt is shorter than `positions`, or the quantile is none.

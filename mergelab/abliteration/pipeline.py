@@ -50,18 +50,22 @@ class AbliterationSettings:
     """How directions are found, chosen and removed.
 
     Attributes:
-        phrases: what marks an answer as a refusal; their first tokens begin refusals.
-        system: a system turn before every prompt, or None.
-        positions: last tokens to look at; what the chat template puts after the instruction if None.
-        winsorize, orthogonal: as in `find_directions`.
-        filters: what a direction must satisfy; `max_kl` holds for the trial of a search too.
-        keep_norms: norms that the matrices keep.
-        trials, rounds: of a search (`search_ablation`); with 0 trials the direction is removed everywhere.
-        max_new_tokens: of each answer that is looked through for phrases.
-        batch: prompts in one forward pass.
-        text_length: tokens in a window of the text whose loss is measured; 256, or as many as the model has
+        phrases: Beginnings of answers that count as refusals; their first tokens begin refusals.
+        system: System turn before every prompt, or None.
+        positions: Number of last tokens to look at; those that the chat template puts after the instruction
+            if None.
+        winsorize: Quantile of magnitudes to clip activations to, as in `find_directions`; None clips nothing.
+        orthogonal: Whether directions are first made orthogonal to the mean of the harmless prompts, so that
+            the model keeps this component.
+        filters: Conditions that a direction must satisfy; `max_kl` holds for the trial of a search too.
+        keep_norms: Norms that the matrices keep.
+        trials: Trials of a search (`search_ablation`); with 0 the direction is removed everywhere.
+        rounds: Rounds of that search.
+        max_new_tokens: Length of each answer that is looked through for phrases.
+        batch: Prompts in one forward pass.
+        text_length: Tokens in a window of the text whose loss is measured; 256, or as many as the model has
             positions, if None.
-        seed: shuffles the prompts and draws the trials.
+        seed: Seed of the prompts' order and the trials.
     """
 
     phrases: Sequence[str] = REFUSAL_PHRASES
@@ -101,19 +105,19 @@ def abliterate(
     from the source's files.
 
     Args:
-        source: a Hugging Face folder of a decoder, with its tokenizer.
-        out: the folder to write; `abliteration.json` and `README.md` in it hold the report.
-        harmful: instructions that the model refuses, at least 5.
-        harmless: instructions that it answers, as alike as may be otherwise.
-        settings: how; by default as in the paper.
-        text: a text whose loss is measured before and after, or None.
-        mesh: where the weights go, or None.
-        dtype: the dtype to measure in; the stored one if None. Weights are written as stored.
-        overwrite: replace a folder that mergelab wrote.
-        resume: go on with an interrupted output. What was measured is measured again, what was written is
-            kept; the result is the same.
-        inputs: files that the prompts and the text were read from, which the output must not replace.
-        progress: told what is being done.
+        source: Hugging Face folder of a decoder, with its tokenizer.
+        out: Folder to write; `abliteration.json` and `README.md` in it hold the report.
+        harmful: Instructions that the model refuses, at least 5.
+        harmless: Instructions that it answers, as alike as possible otherwise.
+        settings: How directions are found, chosen and removed; as in the paper if None.
+        text: Text whose loss is measured before and after, or None.
+        mesh: Mesh that the weights are spread over, or None.
+        dtype: Dtype to measure in; the stored one if None. Weights are written as stored.
+        overwrite: Whether a folder that mergelab wrote may be replaced.
+        resume: Whether to go on with an interrupted output. What was measured is measured again, what was
+            written is kept; the result is the same.
+        inputs: Files that the prompts and the text were read from, which the output must not replace.
+        progress: Function told what is being done.
 
     Returns:
         The report.

@@ -1,9 +1,7 @@
-"""A PEFT folder: its configuration and tensors, read and written."""
+"""A PEFT folder's configuration, read and made."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -11,18 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.name_pattern import compile_pattern, matches_name
-from mergelab.checkpoints.output_target import MARKER
-from mergelab.checkpoints.publish import WorkFolder
-from mergelab.checkpoints.shard_plan import TensorSpec, plan_shards
-from mergelab.checkpoints.writer import CheckpointWriter
 from mergelab.errors import CheckpointError
-from mergelab.version import __version__
 
-__all__ = ["LoraConfig", "adapter_config", "read_lora_config", "write_adapter"]
+__all__ = ["LoraConfig", "adapter_config", "read_lora_config"]
 
 
 # Options that say how the adapter was trained or where it applies; the tensors themselves show the rest.
@@ -174,9 +165,6 @@ def _pattern(data: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
     return {name: _number(pattern, name, path, 0) for name in pattern}
 
 
-_WEIGHTS = "adapter_model.safetensors"
-
-
 def adapter_config(
     ranks: Mapping[str, int],
     whole_modules: Collection[str],
@@ -239,39 +227,3 @@ def _shortest(targets: Collection[str], modules: Collection[str]) -> list[str]:
             for module in targets
         )
     )
-
-
-def write_adapter(
-    work: WorkFolder,
-    tensors: Mapping[str, np.ndarray],
-    config: Mapping[str, Any],
-    identity: Mapping[str, str],
-    extracted: Mapping[str, Any],
-) -> int:
-    """Writes the folder under its final name once it is complete; returns the bytes of its weight file.
-
-    Args:
-        work: the folder's work folder, entered and prepared.
-        tensors: factors and whole tensors by the names that PEFT gives them.
-        config: the content of `adapter_config.json`.
-        identity: digests of all that decides the content.
-        extracted: what `mergelab.json` says of the extraction.
-
-    Raises:
-        OutputError: the disk is full or fails.
-    """
-    specs = [TensorSpec(name, array.dtype, array.shape) for name, array in tensors.items()]
-    plan = plan_shards(specs, shard_bytes=1 + sum(spec.nbytes for spec in specs))
-    plan = dataclasses.replace(plan, shards=(dataclasses.replace(plan.shards[0], file=_WEIGHTS),))
-    facts = {"mergelab": __version__, "extracted": {**extracted, "nbytes": plan.nbytes}}
-    with CheckpointWriter(work, plan, identity) as writer:
-        for name, array in tensors.items():
-            writer.write(name, 0, np.ascontiguousarray(array).reshape(-1))
-        writer.add_file("adapter_config.json", _text(config))
-        writer.add_file(MARKER, _text(facts))
-        writer.commit()
-    return plan.nbytes
-
-
-def _text(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +9,65 @@ import click
 
 from mergelab.cli.numbers import ANY_NUMBER, Number, Seed, WholeNumber
 from mergelab.cli.options import MESH
+from mergelab.cli.output import StageBar, print_result
 
 __all__ = ["command"]
 
 
 @click.command("abliterate")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--harmful", required=True, type=click.Path(path_type=Path), help="Prompts it refuses.")
-@click.option("--harmless", required=True, type=click.Path(path_type=Path), help="Prompts it answers.")
+@click.option(
+    "--harmful",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="File of prompts that the model refuses.",
+)
+@click.option(
+    "--harmless",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="File of prompts that the model answers.",
+)
 @click.option("--out", "-o", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--text", type=click.Path(path_type=Path), help="A text to measure the loss on.")
+@click.option("--text", type=click.Path(path_type=Path), help="Text file to measure the loss on.")
 @click.option(
-    "--refusal", "phrases", multiple=True, metavar="PHRASE", help="What refusals begin with; repeatable."
+    "--refusal", "phrases", multiple=True, metavar="PHRASE", help="Beginning of a refusal; repeatable."
 )
-@click.option("--system", help="A system prompt before every prompt.")
-@click.option("--positions", type=WholeNumber(1), help="Last tokens to look at.  [default: the template's]")
-@click.option("--winsorize", type=Number(0, 1, min_open=True), help="Clip to this quantile first.")
-@click.option("--orthogonal", is_flag=True, help="Keep the part along the mean of harmless prompts.")
+@click.option("--system", help="System prompt before every prompt.")
 @click.option(
-    "--max-kl", type=ANY_NUMBER, default=0.1, show_default=True, help="Nats that harmless answers may move."
+    "--positions", type=WholeNumber(1), help="Number of last tokens to look at.  [default: the template's]"
 )
 @click.option(
-    "--min-induced", type=ANY_NUMBER, default=0.0, show_default=True, help="Least refusal score when added."
+    "--winsorize",
+    type=Number(0, 1, min_open=True),
+    help="Quantile of magnitudes to clip activations to, before means are taken.",
 )
 @click.option(
-    "--max-depth", type=ANY_NUMBER, default=0.8, show_default=True, help="Part of the layers to look at."
+    "--orthogonal",
+    is_flag=True,
+    help="Make the direction orthogonal to the mean of harmless prompts first, so that the model keeps this "
+    "component.",
+)
+@click.option(
+    "--max-kl",
+    type=ANY_NUMBER,
+    default=0.1,
+    show_default=True,
+    help="Largest KL divergence of harmless answers, in nats.",
+)
+@click.option(
+    "--min-induced",
+    type=ANY_NUMBER,
+    default=0.0,
+    show_default=True,
+    help="Least refusal score when the direction is added.",
+)
+@click.option(
+    "--max-depth",
+    type=ANY_NUMBER,
+    default=0.8,
+    show_default=True,
+    help="Fraction of the layers to look at, from the first.",
 )
 @click.option(
     "--keep-norms", type=click.Choice(["written", "coordinate"]), help="Norms that edited matrices keep."
@@ -45,12 +77,20 @@ __all__ = ["command"]
     type=WholeNumber(0),
     default=0,
     show_default=True,
-    help="Of a search over layers and weights.",
+    help="Trials of a search over layers and weights; 0 removes the direction everywhere.",
 )
-@click.option("--batch", type=WholeNumber(1), default=16, show_default=True, help="Prompts at a time.")
-@click.option("--seed", type=Seed(0, fold=False), default=0, show_default=True, help="Shuffles and draws.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="To measure in.")
-@click.option("--mesh", type=MESH, metavar="AXES", help="Spread the model over devices, as in tensor=4.")
+@click.option(
+    "--batch", type=WholeNumber(1), default=16, show_default=True, help="Prompts in one forward pass."
+)
+@click.option(
+    "--seed", type=Seed(0, fold=False), default=0, show_default=True, help="Seed of shuffles and draws."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Dtype to measure in; weights are written as stored.",
+)
+@click.option("--mesh", type=MESH, metavar="AXES", help="Mesh to spread the model over, as in tensor=4.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")
 @click.option("--resume", is_flag=True, help="Go on with an output that was interrupted.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -90,7 +130,7 @@ def command(
     from mergelab.checkpoints.text_file import MAX_PROSE, read_text
 
     prose = None if text is None else read_text(text, MAX_PROSE)
-    with _Bar(quiet=as_json) as bar:
+    with StageBar(quiet=as_json) as bar:
         report = abliterate(
             model,
             out,
@@ -105,38 +145,11 @@ def command(
             inputs=[path for path in (harmful, harmless, text) if path is not None],
             progress=bar.show,
         )
-    if as_json:
-        click.echo(json.dumps(report.to_json()))
-        return
-    chosen = report.selection.chosen
-    click.echo(f"direction before block {chosen.layer}, token {chosen.position}")
-    click.echo("\n".join(report.table()))
-    click.echo(str(out))
 
+    def lines() -> str:
+        chosen = report.selection.chosen
+        return "\n".join(
+            [f"direction before block {chosen.layer}, token {chosen.position}", *report.table(), str(out)]
+        )
 
-class _Bar:
-    """One progress bar for each thing that is done."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
-        self._what = ""
-        self._bar: Any = None
-
-    def show(self, what: str, done: int, total: int) -> None:
-        """Moves the bar of `what`, which replaces another's."""
-        from tqdm import tqdm
-
-        if what != self._what:
-            self.__exit__()
-            self._what = what
-            self._bar = tqdm(
-                total=total, desc=what, file=sys.stderr, disable=self._quiet or None, leave=False
-            )
-        self._bar.update(done - self._bar.n)
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    print_result(report.to_json, lines, as_json=as_json, indent=None)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from mergelab.cli.numbers import WholeNumber
+from mergelab.cli.output import count_bar, print_result
 
 __all__ = ["command"]
 
@@ -64,15 +64,13 @@ def command(
       mergelab activations model --site blocks.2.mlp.pre --site blocks.2.mlp.out --text a.txt --out acts
       --dtype int8
     """
-    from tqdm import tqdm
-
     from mergelab.activations.capture import open_model_activations
     from mergelab.activations.store import write_store
     from mergelab.checkpoints.publish import WorkFolder
 
     with (
         WorkFolder(out, inputs=[model, *texts]) as work,
-        tqdm(unit="row", disable=as_json or None, dynamic_ncols=True) as bar,
+        count_bar("row", quiet=as_json) as bar,
     ):
         source = open_model_activations(model, sites, texts, length=context)
 
@@ -86,7 +84,9 @@ def command(
         rows = write_store(
             source, work, model=model, rows=tokens, dtype=dtype, progress=progress, notice=notice
         )
-    if as_json:
-        click.echo(json.dumps({"path": str(out), "rows": rows, "sites": list(sites)}))
-    else:
-        click.echo(f"{rows:,} rows of {', '.join(sites)}\n{out}")
+    print_result(
+        lambda: {"path": str(out), "rows": rows, "sites": list(sites)},
+        lambda: f"{rows:,} rows of {', '.join(sites)}\n{out}",
+        as_json=as_json,
+        indent=None,
+    )

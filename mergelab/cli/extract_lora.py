@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +10,7 @@ import click
 
 from mergelab.cli.numbers import ANY_NUMBER, Seed, WholeNumber
 from mergelab.cli.options import readable
+from mergelab.cli.output import byte_bar, print_result
 
 if TYPE_CHECKING:
     from mergelab.merging.lora_extraction import ExtractedLora
@@ -23,18 +22,26 @@ _WORST = 5
 
 @click.command("extract-lora")
 @click.argument("finetuned", type=click.Path(path_type=Path))
-@click.option("--base", required=True, type=click.Path(path_type=Path), help="The model it was tuned from.")
+@click.option(
+    "--base", required=True, type=click.Path(path_type=Path), help="Model that FINETUNED was tuned from."
+)
 @click.option("--out", "-o", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--rank", type=WholeNumber(1), help="Largest rank of a module's factors.")
-@click.option("--energy", type=ANY_NUMBER, help="Fraction of each squared norm to keep, by the least rank.")
-@click.option("--randomized", is_flag=True, help="A randomized SVD: much faster for large matrices.")
-@click.option("--target", "targets", multiple=True, metavar="GLOB", help="Only modules of such names.")
+@click.option("--energy", type=ANY_NUMBER, help="Fraction of each matrix's squared norm to keep.")
+@click.option("--randomized", is_flag=True, help="Use a randomized SVD: much faster for large matrices.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="GLOB",
+    help="Modules that may enter the adapter; repeatable.",
+)
 @click.option(
     "--embeddings",
     type=click.Choice(["whole", "low_rank", "skip"]),
     default="whole",
     show_default=True,
-    help="What becomes of changed embeddings.",
+    help="Form in which changed embeddings are stored.",
 )
 @click.option(
     "--dtype",
@@ -43,8 +50,11 @@ _WORST = 5
     show_default=True,
     help="Stored dtype of the factors.",
 )
-@click.option("--seed", type=Seed(fold=False), default=0, show_default=True, help="Seeds the randomized SVD.")
+@click.option(
+    "--seed", type=Seed(fold=False), default=0, show_default=True, help="Seed of the randomized SVD."
+)
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same models and settings.")
 @click.option("--json", "as_json", is_flag=True, help="Print ranks and errors of all modules as JSON.")
 def command(finetuned: Path, base: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Extract from FINETUNED a LoRA adapter for its base model, in PEFT's format.
@@ -65,26 +75,14 @@ def command(finetuned: Path, base: Path, out: Path, as_json: bool, **options: An
     from mergelab.merging.lora_extraction import extract_lora
 
     total = sum(file.file.size for file in open_checkpoint(base).files)
-    with _progress_bar(total) as bar:
-
-        def advance(count: int) -> None:
-            bar.update(count)
-
-        options["targets"] = options["targets"] or ("*",)
-        extracted = extract_lora(finetuned, base, out, **options, progress=advance)
+    options["targets"] = options["targets"] or ("*",)
+    with byte_bar("extracting", total) as bar:
+        extracted = extract_lora(finetuned, base, out, **options, progress=bar.update)
     seconds = time.perf_counter() - started
-    click.echo(json.dumps(_json(extracted, seconds), indent=2) if as_json else _text(extracted, seconds))
+    print_result(lambda: _json(extracted, seconds), lambda: _text(extracted, seconds), as_json=as_json)
     if extracted.skipped:
         names = ", ".join(extracted.skipped[:_WORST])
         click.echo(f"warning: {len(extracted.skipped)} changed modules were left out: {names}", err=True)
-
-
-def _progress_bar(total: int) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(
-        total=total, unit="B", unit_scale=True, desc="extracting", file=sys.stderr, disable=None, leave=False
-    )
 
 
 def _json(extracted: ExtractedLora, seconds: float) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +10,7 @@ import click
 
 from mergelab.cli.numbers import Seed, WholeNumber
 from mergelab.cli.options import SIZE, readable
+from mergelab.cli.output import byte_bar, print_result
 
 if TYPE_CHECKING:
     from mergelab.merging.plan.planner import Plan
@@ -29,12 +28,16 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
     type=Seed(fold=False),
     default=0,
     show_default=True,
-    help="Seeds the random draws of DARE and DELLA.",
+    help="Seed of the random draws of DARE and DELLA.",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), help="Stored dtype; overrides the recipe's.")
-@click.option("--shard-size", type=SIZE, default="5GB", show_default=True, help="Size of one weight file.")
-@click.option("--memory", type=SIZE, default="1GB", show_default=True, help="Tensors held in memory at once.")
-@click.option("--threads", type=WholeNumber(1), help="Threads that read, compute and write.")
+@click.option(
+    "--shard-size", type=SIZE, default="5GB", show_default=True, help="Largest size of one weight file."
+)
+@click.option(
+    "--memory", type=SIZE, default="1GB", show_default=True, help="Bytes of tensors held in memory at once."
+)
+@click.option("--threads", type=WholeNumber(1), help="Number of threads that read, compute and write.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; read no weights and write nothing.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same recipe.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")
@@ -77,11 +80,11 @@ def command(
     from mergelab.cli.options import configure_jax
     from mergelab.merging.plan.planner import plan_merge
 
-    configure_jax()
+    configure_jax(merging=True)
     plan = plan_merge(recipe, **planning)
     if dry_run:
         summary = plan.summary(memory, out or Path.cwd())
-        click.echo(json.dumps(summary, indent=2) if as_json else _text(plan, summary))
+        print_result(lambda: summary, lambda: _text(plan, summary), as_json=as_json)
         return
     assert out is not None
     warnings = tuple(dict.fromkeys(w for p in (*plan.stages.values(), plan) for w in p.warnings))
@@ -91,7 +94,7 @@ def command(
     from mergelab.merging.run_merge import merge
 
     total = sum(p.bytes_out for p in (*plan.stages.values(), plan))
-    with _progress_bar(total) as bar:
+    with byte_bar("merging", total) as bar:
         merged = merge(
             plan,
             out,
@@ -104,8 +107,9 @@ def command(
             progress=bar.update,
         )
     seconds = time.perf_counter() - started
-    if as_json:
-        result = {
+
+    def report() -> dict[str, Any]:
+        return {
             "out": str(merged.out),
             "seconds": seconds,
             "seconds_streaming": merged.seconds_streaming,
@@ -117,19 +121,10 @@ def command(
             "warnings": list(warnings),
             "sha256": dict(merged.sha256),
         }
-        click.echo(json.dumps(result, indent=2))
-    else:
-        size = readable(merged.plan.bytes_out)
-        click.echo(f"{merged.out}: {len(merged.plan.jobs)} tensors, {size}, in {seconds:.1f} s")
 
-
-def _progress_bar(total: int) -> Any:
-    """Bytes written, throughput and time left on stderr; nothing where stderr is no terminal."""
-    from tqdm import tqdm
-
-    return tqdm(
-        total=total, unit="B", unit_scale=True, desc="merging", file=sys.stderr, disable=None, leave=False
-    )
+    size = readable(merged.plan.bytes_out)
+    text = f"{merged.out}: {len(merged.plan.jobs)} tensors, {size}, in {seconds:.1f} s"
+    print_result(report, lambda: text, as_json=as_json)
 
 
 def _text(plan: Plan, summary: dict[str, Any]) -> str:

@@ -157,15 +157,18 @@ def _as_trained(sae: SAE, config: Path) -> SAE:
     return replace(sae, config=settings)
 
 
-def configure_jax() -> None:
-    """Sets JAX up for a process that merges; call it before the first computation.
+def configure_jax(*, merging: bool = False) -> None:
+    """Sets JAX up for this process; call it before the first computation.
 
     Compiled programs go to `$XDG_CACHE_HOME/mergelab/xla`, so that a second run does not compile them again;
     `JAX_COMPILATION_CACHE_DIR` overrides the place.
+
+    Args:
+        merging: Whether the process does nothing but stream merges. Their blocks run side by side already,
+            so XLA gets one thread for each. A model's forward pass would be slowed by that.
     """
-    # Blocks of a merge already run side by side: XLA splitting each of them among threads only costs.
     flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_cpu_multi_thread_eigen" not in flags:
+    if merging and "xla_cpu_multi_thread_eigen" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
 
     import jax
@@ -175,5 +178,6 @@ def configure_jax() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    # The streaming pool calls from its own threads: handing each block to another thread only costs.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if merging:
+        # The streaming pool calls from its own threads: handing each block to another thread only costs.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)

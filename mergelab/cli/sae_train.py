@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from mergelab.cli.output import count_bar
+
 __all__ = ["command"]
 
 
@@ -37,11 +39,9 @@ def command(config: Path, out: Path, overrides: tuple[str, ...], resume: bool, a
       mergelab sae train sae.yaml --out run --set train.lr=1e-3 --set sae.k=64
       mergelab sae train sae.yaml --out run --resume
     """
-    from tqdm import tqdm
-
     from mergelab.sae.training import train
 
-    with tqdm(unit="step", disable=as_json or None, dynamic_ncols=True) as bar:
+    with count_bar("step", quiet=as_json) as bar:
 
         def progress(done: int, total: int, metrics: Mapping[str, float]) -> None:
             bar.total = total

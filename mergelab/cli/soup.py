@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ import click
 
 from mergelab.cli.numbers import Number, WholeNumber
 from mergelab.cli.options import SIZE
+from mergelab.cli.output import byte_bar, print_result
 
 if TYPE_CHECKING:
     from mergelab.merging.soups.evaluators import CommandEvaluator, TextLoss
@@ -109,14 +109,15 @@ def command(checkpoints: tuple[str, ...], out: Path, method: str, as_json: bool,
             raise RecipeError(
                 f"--{name.replace('_', '-')} has no effect with --method {method}; leave it out."
             )
-    from tqdm import tqdm
+    from mergelab.cli.options import configure_jax
 
+    configure_jax(merging=method != "greedy")  # whose evaluations run models, in children of this process too
     # How much a greedy search will read is not known beforehand: bytes and throughput, no end.
-    with tqdm(unit="B", unit_scale=True, desc="averaging", disable=None, leave=False) as bar:
+    with byte_bar("averaging") as bar:
         engine = {name: given[name] for name in _ENGINE if name in given}
         make = _greedy if method == "greedy" else partial(_average, method=method)
         result, text = make(checkpoints, out, given=given, engine={**engine, "progress": bar.update})
-    click.echo(json.dumps(result, indent=2) if as_json else text)
+    print_result(lambda: result, lambda: text, as_json=as_json)
 
 
 def _average(

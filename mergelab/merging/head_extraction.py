@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from mergelab.checkpoints import Checkpoint, TensorSource, read_whole
+from mergelab.checkpoints import Checkpoint, TensorSource
 from mergelab.checkpoints.tied_head import TiedHead, find_tied_head, is_tied, shared_embedding
 from mergelab.errors import CheckpointError
 
@@ -16,6 +17,7 @@ __all__ = [
     "changed_head",
     "class_names",
     "head_tensors",
+    "paired_pieces",
     "repeated_embeddings",
     "unsplittable",
 ]
@@ -38,6 +40,7 @@ _HEADS = (
     "predictions",
     "qa_outputs",
 )
+_PIECE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -170,5 +173,17 @@ def _bias(tied: TiedHead, base: Checkpoint) -> str | None:
 
 
 def _equal(one: TensorSource, other: TensorSource) -> bool:
-    left, right = read_whole(one), read_whole(other)
-    return bool(np.array_equal(left.astype(np.float32), right.astype(np.float32)))
+    return all(
+        np.array_equal(left.astype(np.float32), right.astype(np.float32))
+        for left, right in paired_pieces(one, other)
+    )
+
+
+def paired_pieces(one: TensorSource, other: TensorSource) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The flat elements of two tensors of one shape, some megabytes at a time."""
+    size = math.prod(one.shape)
+    for start in range(0, size, _PIECE):
+        pieces = tuple(np.empty(min(_PIECE, size - start), source.dtype) for source in (one, other))
+        for source, piece in zip((one, other), pieces, strict=True):
+            source.read_into(start, piece)
+        yield pieces[0], pieces[1]

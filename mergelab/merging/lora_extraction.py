@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mergelab.checkpoints import (
@@ -23,31 +24,29 @@ from mergelab.checkpoints import (
 )
 from mergelab.checkpoints.folder import stat_sha256
 from mergelab.checkpoints.json_data import read_json_object
-from mergelab.checkpoints.output_target import MARKER
-from mergelab.checkpoints.peft import adapter_config, write_adapter
+from mergelab.checkpoints.output_target import MARKER, recorded_identity
+from mergelab.checkpoints.peft import adapter_config
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.tied_head import conv1d_layers, find_tied_head
-from mergelab.checkpoints.writer import identity_digest
-from mergelab.errors import CheckpointError, NonFiniteError, OperatorError, did_you_mean
+from mergelab.checkpoints.writer import check_digests, identity_digest
+from mergelab.errors import CheckpointError, NonFiniteError, did_you_mean
+from mergelab.merging.engine.job import Job
+from mergelab.merging.engine.output_folder import write_model
 from mergelab.merging.head_extraction import (
     changed_head,
     class_names,
     head_tensors,
+    paired_pieces,
     repeated_embeddings,
     unsplittable,
 )
-from mergelab.operators.low_rank import (
-    LowRank,
-    balanced_factors,
-    randomized_svd,
-    rank_for_energy,
-    truncated_svd,
-)
-from mergelab.operators.region import tensor_key
+from mergelab.merging.lora_factors import Factors, FactorSetting, tensor_bytes
+from mergelab.version import __version__
 
 __all__ = ["ExtractedLora", "extract_lora"]
 
 _PREFIX = "base_model.model."
+_STEM = "adapter_model"
 # The excepted ones are linear layers.
 _EMBEDDING = re.compile(r"(?!embed_out$|embedding_hidden_mapping_in$)(embed\w*|\w*_embed\w*|w[tp]e|shared)")
 
@@ -73,46 +72,6 @@ class ExtractedLora:
     nbytes: int
 
 
-@dataclass(frozen=True)
-class _Setting:
-    """How one matrix is approximated."""
-
-    rank: int | None
-    energy: float | None
-    randomized: bool
-    seed: int
-    dtype: np.dtype
-
-    def check(self) -> None:
-        if self.rank is None and self.energy is None:
-            raise OperatorError("neither a rank nor an energy was given: say how large the adapter may be.")
-        if self.rank is not None and self.rank < 1:
-            raise OperatorError(f"the rank is {self.rank} where at least 1 was expected.")
-        if self.energy is not None:
-            rank_for_energy(np.ones(1, np.float32), self.energy, 1.0)
-        if self.randomized and self.rank is None:
-            raise OperatorError("the randomized SVD needs a rank, which an energy may then undercut.")
-
-    def approximate(self, name: str, delta: np.ndarray) -> LowRank:
-        if self.randomized and self.rank is not None:
-            key = jax.random.wrap_key_data(jnp.asarray(tensor_key(self.seed, name)))
-            svd = randomized_svd(jnp.asarray(delta), min(self.rank, *delta.shape), key)
-        else:
-            svd = truncated_svd(jnp.asarray(delta))
-        rank = svd.singular.size if self.rank is None else self.rank
-        if self.energy is not None:
-            total = float(np.sum(np.square(delta, dtype=np.float64)))
-            rank = min(rank, rank_for_energy(np.asarray(svd.singular), self.energy, total))
-        return svd.cut(rank)
-
-    def factors(self, name: str, delta: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-        """`B` `[rows, rank]`, `A` `[rank, columns]` as stored, and the relative error they leave."""
-        with jax.default_matmul_precision("highest"):
-            b, a = (np.asarray(f).astype(self.dtype) for f in balanced_factors(self.approximate(name, delta)))
-        missed = delta - b.astype(np.float32) @ a.astype(np.float32)
-        return b, a, float(np.linalg.norm(missed) / np.linalg.norm(delta))
-
-
 def extract_lora(
     finetuned: Path | str,
     base: Path | str,
@@ -126,27 +85,29 @@ def extract_lora(
     dtype: str = "float32",
     seed: int = 0,
     overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
+    resume: bool = False,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> ExtractedLora:
     """Writes the PEFT adapter that brings `base` nearest to `finetuned`.
 
     Every changed matrix `W' - W` is replaced by its best approximation `B @ A`; changed norms, biases and (by
-    default) embeddings are stored as they are. What did not change is left out. One matrix is in memory at a
-    time, beside the factors found so far.
+    default) embeddings are stored as they are. What did not change is omitted. One matrix is in memory at a
+    time; an `energy`, which decides ranks, keeps all factors in memory until they are written.
 
     Args:
-        finetuned: folder or weight file of the fine-tuned model.
-        base: the same of the model it was tuned from.
-        out: the folder to write.
-        rank: the most columns a module's factors may have.
-        energy: the fraction of each matrix's squared norm to keep, by the least rank that does.
-        randomized: use `randomized_svd` (fast for large matrices) in place of the exact one.
-        targets: globs over module names (`*.self_attn.*`): only these may enter the adapter.
-        embeddings: whether changed embeddings are stored whole, as `lora_embedding` factors, or left out.
-        dtype: the stored dtype of the factors.
-        seed: for the randomized SVD.
-        overwrite: replace a non-empty `out` that mergelab wrote.
-        progress: called with the bytes of the base dealt with.
+        finetuned: Folder or weight file of the fine-tuned model.
+        base: Folder or weight file of the model it was tuned from.
+        out: Folder to write.
+        rank: Largest number of columns that a module's factors may have.
+        energy: Fraction of each matrix's squared norm to keep, by the least rank that does.
+        randomized: Whether `randomized_svd` (fast for large matrices) replaces the exact one.
+        targets: Globs over module names (`*.self_attn.*`): only these may enter the adapter.
+        embeddings: Whether changed embeddings are stored whole, as `lora_embedding` factors, or omitted.
+        dtype: Stored dtype of the factors.
+        seed: Seed of the randomized SVD.
+        overwrite: Whether a non-empty `out` that mergelab wrote may be replaced.
+        resume: Whether to go on with an interrupted run of the same models and settings.
+        progress: Function called with the bytes of the base that were dealt with.
 
     Raises:
         CheckpointError: the models' tensors differ in names, shapes or kind, or there is nothing to extract.
@@ -154,7 +115,7 @@ def extract_lora(
         OperatorError: `rank` or `energy` is missing or out of its range.
         OutputError: the folder cannot be written.
     """
-    setting = _Setting(rank, energy, randomized, seed, dtype_from_name(dtype))
+    setting = FactorSetting(rank, energy, randomized, seed, dtype_from_name(dtype))
     setting.check()
     identity = {
         "settings": f"{setting} {tuple(targets)} {embeddings}",
@@ -163,8 +124,12 @@ def extract_lora(
     with WorkFolder(out, inputs=[finetuned, base], overwrite=overwrite) as work:
         if work.finished(identity_digest(identity)):
             return _recorded(Path(out))
+        if resume and recorded_identity(work.out) == identity_digest(identity):
+            check_digests(work.out)
+            work.abandon()
+            return _recorded(Path(out))
         work.prepare()
-        return _extract(finetuned, base, work, identity, setting, targets, embeddings, progress)
+        return _extract(finetuned, base, work, identity, setting, targets, embeddings, resume, progress)
 
 
 def _recorded(out: Path) -> ExtractedLora:
@@ -179,10 +144,11 @@ def _extract(
     base: Path | str,
     work: WorkFolder,
     identity: Mapping[str, str],
-    setting: _Setting,
+    setting: FactorSetting,
     targets: Sequence[str],
     embeddings: str,
-    progress: Callable[[int], None] | None,
+    resume: bool,
+    progress: Callable[[int], object],
 ) -> ExtractedLora:
     tuned_model, base_model = open_checkpoint(finetuned), open_checkpoint(base)
     modules = _modules(tuned_model, base_model)
@@ -191,21 +157,29 @@ def _extract(
     full = class_names([*modules, *(() if head is None else (head.module,))], base_model)
     shared = unsplittable(base_model)
 
-    tensors: dict[str, np.ndarray] = {}
-    ranks: dict[str, int] = {}
-    errors: dict[str, float] = {}
+    jobs: list[Job] = []
+    factors: dict[str, Factors] = {}
+    alone = threading.Lock()
     whole: list[str] = []
     skipped: list[str] = []
     biases = False
     for module, parts in modules.items():
-        deltas = {part: _difference(tuned, old) for part, (tuned, old) in parts.items()}
-        if progress is not None:
-            progress(sum(_nbytes(old) for _, old in parts.values()))
-        if all(delta is None for delta in deltas.values()):
-            continue
+        changed = {part for part, (tuned, old) in parts.items() if _differ(tuned, old)}
         last = module.rpartition(".")[2]
         embedding = _EMBEDDING.fullmatch(last) is not None
-        if not any(fnmatchcase(module, glob) for glob in targets) or (embedding and embeddings == "skip"):
+        split = (
+            "weight" in changed
+            and len(parts["weight"][1].shape) == 2
+            and (not embedding or embeddings == "low_rank")
+        )
+        chosen = any(fnmatchcase(module, glob) for glob in targets) and not (
+            embedding and embeddings == "skip"
+        )
+        later = {"weight"} if chosen and split else set()  # told when its factors are found
+        progress(sum(tensor_bytes(old) for part, (_, old) in parts.items() if part not in later))
+        if not changed:
+            continue
+        if not chosen:
             skipped.append(module)
             continue
         if f"{module}.weight" == shared and embeddings == "whole":
@@ -214,42 +188,40 @@ def _extract(
                 "use of a module that is stored whole; store it as factors (embeddings='low_rank', "
                 "--embeddings low_rank) or omit it (skip)"
             )
-        delta = deltas.get("weight")
-        if delta is not None and delta.ndim == 2 and (not embedding or embeddings == "low_rank"):
-            transposed = embedding or last in conv1d
-            b, a, errors[module] = setting.factors(module, delta.T if transposed else delta)
-            ranks[module] = b.shape[1]
-            keys = (
+        stem = f"{_PREFIX}{full[module]}"
+        if split:
+            tuned, old = parts["weight"]
+            found = Factors(module, tuned, old, embedding or last in conv1d, setting, alone, progress)
+            factors[module] = found
+            names = (
                 ("lora_embedding_B", "lora_embedding_A") if embedding else ("lora_B.weight", "lora_A.weight")
             )
-            stem = f"{_PREFIX}{full[module]}"
-            tensors |= {f"{stem}.{key}": array for key, array in zip(keys, (b, a), strict=True)}
-            if deltas.get("bias") is not None:
+            jobs += found.jobs(stem, names)
+            if "bias" in changed:
                 biases = True
-                tensors[f"{stem}.base_layer.bias"] = read_whole(parts["bias"][0])
+                jobs.append(_copy(f"{stem}.base_layer.bias", parts["bias"][0]))
         else:
             whole.append(_whole_module(module, parts))
-            stem = f"{_PREFIX}{full[module]}"
-            tensors |= {f"{stem}.{part}": read_whole(tuned) for part, (tuned, _) in parts.items()}
+            jobs += [_copy(f"{stem}.{part}", tuned) for part, (tuned, _) in parts.items()]
     keeps_tie = False
     if head is not None:
         embedding = head.tied.modules[0]
         parts = head.tensors(
-            whole=embedding in whole, factors=embedding in ranks, skipped=embedding in skipped
+            whole=embedding in whole, factors=embedding in factors, skipped=embedding in skipped
         )
         if parts and not any(fnmatchcase(head.module, glob) for glob in targets):
             skipped.append(head.module)
         elif parts:
             whole.append(head.module)
-            tensors |= {
-                f"{_PREFIX}{full[head.module]}.{part}": read_whole(tensor) for part, tensor in parts.items()
-            }
+            stem = f"{_PREFIX}{full[head.module]}"
+            jobs += [_copy(f"{stem}.{part}", tensor) for part, tensor in parts.items()]
             keeps_tie = head.is_tied and embedding in whole
-    if not ranks:
+    if not factors:
         raise CheckpointError(
             f"{finetuned} differs from {base} in no matrix of the chosen modules ({', '.join(targets)}); "
             "there is no adapter to extract"
         )
+    ranks = {module: int(found.rank or 0) for module, found in factors.items()}
     config = adapter_config(
         {full[name]: rank for name, rank in ranks.items()},
         [full[name] for name in whole],
@@ -260,9 +232,36 @@ def _extract(
         with_biases=biases,
         keeps_tie=keeps_tie,
     )
-    extracted = {"ranks": ranks, "errors": errors, "whole": tuple(whole), "skipped": tuple(skipped)}
-    nbytes = write_adapter(work, tensors, config, identity, extracted)
-    return ExtractedLora(out=work.out, **extracted, nbytes=nbytes)
+    extracted: dict[str, Any] = {}
+
+    def files(digests: Mapping[str, str]) -> dict[str, bytes]:
+        weights = work.path / f"{_STEM}.safetensors"
+        stored = open_checkpoint(weights).tensors
+        for found in factors.values():
+            if found.error is None:  # an interrupted run wrote its factors
+                found.check(*(read_whole(stored[name]) for name in found.names))
+        extracted.update(
+            ranks=ranks,
+            errors={module: found.error for module, found in factors.items()},
+            whole=tuple(whole),
+            skipped=tuple(skipped),
+            nbytes=weights.stat().st_size,
+        )
+        facts = {"mergelab": __version__, "identity": identity_digest(identity), "tensors": dict(digests)}
+        return {"adapter_config.json": _text(config), MARKER: _text({**facts, "extracted": extracted})}
+
+    whole_file = 1 + sum(job.bytes_out for job in jobs)  # PEFT reads adapters of one file
+    write_model(work, jobs, {}, identity, files, shard_bytes=whole_file, stem=_STEM, resume=resume)
+    return ExtractedLora(out=work.out, **extracted)
+
+
+def _copy(name: str, tensor: TensorSource) -> Job:
+    """The job that stores a tensor as it is."""
+    return Job(name, tensor.shape, tensor.dtype, (tensor,))
+
+
+def _text(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def _modules(tuned: Checkpoint, base: Checkpoint) -> dict[str, dict[str, tuple[TensorSource, TensorSource]]]:
@@ -294,23 +293,28 @@ def _modules(tuned: Checkpoint, base: Checkpoint) -> dict[str, dict[str, tuple[T
     return modules
 
 
-def _difference(tuned: TensorSource, base: TensorSource) -> np.ndarray | None:
-    """`tuned - base` in float32, or None where they are equal."""
-    new, old = read_whole(tuned), read_whole(base)
-    if not is_float(base.dtype) or not is_float(tuned.dtype):
-        if np.array_equal(new, old):
-            return None
+def _differ(tuned: TensorSource, base: TensorSource) -> bool:
+    """Whether a tensor changed, as seen in float32; reads both, some megabytes at a time."""
+    numbers = is_float(base.dtype) and is_float(tuned.dtype)
+    differ, odd = False, 0
+    for new, old in paired_pieces(tuned, base):
+        if not numbers:
+            differ |= not np.array_equal(new, old)
+            continue
+        delta = new.astype(np.float32) - old.astype(np.float32)
+        odd += int(np.count_nonzero(~np.isfinite(delta)))
+        differ |= bool(delta.any())
+    if differ and not numbers:
         raise CheckpointError(
             f"tensor {base.name!r} is {base.dtype} and differs between the models; an adapter changes "
             "floating-point weights only: dequantize the model first"
         )
-    delta = new.astype(np.float32) - old.astype(np.float32)
-    if not np.isfinite(delta).all():
-        count = int(np.count_nonzero(~np.isfinite(delta)))
+    if odd:
         raise NonFiniteError(
-            f"tensor {base.name!r}: {count} of {delta.size} differences are NaN or infinite; repair the model"
+            f"tensor {base.name!r}: {odd} of {math.prod(base.shape)} differences are NaN or infinite; repair "
+            "the model"
         )
-    return delta if delta.any() else None
+    return differ
 
 
 def _whole_module(module: str, parts: Mapping[str, object]) -> str:
@@ -321,7 +325,3 @@ def _whole_module(module: str, parts: Mapping[str, object]) -> str:
             "bias; leave it out with targets that do not match it"
         )
     return module
-
-
-def _nbytes(tensor: TensorSource) -> int:
-    return int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+from mergelab.cli import options
 from mergelab.cli.main import cli
 from mergelab.cli.options import SIZE, readable
 from tests.merging.recipes import write_model
@@ -144,3 +146,35 @@ def test_another_architecture_is_refused_by_the_dry_run_and_merged_with_a_warnin
     assert told.exit_code == 0, told.output
     assert "model_type is 'mistral'" in "".join(json.loads(told.stdout)["warnings"])
     assert "warning: model_type is 'mistral'" in told.stderr
+
+
+def test_xla_gets_one_thread_only_where_nothing_but_a_merge_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import jax
+
+    settings: dict[str, object] = {}
+    monkeypatch.setattr(jax.config, "update", settings.__setitem__)
+    monkeypatch.setenv("XLA_FLAGS", "--other")
+    options.configure_jax()
+    assert os.environ["XLA_FLAGS"] == "--other", "what runs a model keeps all threads"
+    assert settings and "jax_cpu_enable_async_dispatch" not in settings
+    options.configure_jax(merging=True)
+    assert os.environ["XLA_FLAGS"] == "--other --xla_cpu_multi_thread_eigen=false"
+    assert settings["jax_cpu_enable_async_dispatch"] is False
+
+    given: list[tuple[str, bool]] = []
+    command = ""
+
+    def called(*, merging: bool = False) -> None:
+        given.append((command, merging))
+
+    monkeypatch.setattr(options, "configure_jax", called)
+    for command, arguments in {
+        "merge": "r.yaml --dry-run",
+        "soup": "nowhere --out out",
+        "greedy": "nowhere --out out --method greedy",
+        "generate": "a --prompt x --max-new-tokens 1",
+    }.items():
+        CliRunner().invoke(cli, [command.replace("greedy", "soup"), *arguments.split()])
+    assert given == [("merge", True), ("soup", True), ("greedy", False), ("generate", False)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from mergelab.checkpoints import (
     read_whole,
     with_lora,
 )
+from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import CheckpointError, NonFiniteError, OperatorError, OutputError
 from mergelab.merging.lora_extraction import extract_lora
+from mergelab.merging.lora_factors import Factors, FactorSetting
 
 RNG = np.random.default_rng(0)
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
@@ -278,6 +281,59 @@ def test_nothing_to_extract_and_nothing_overwritten(tmp_path: Path, tuned: dict[
     with pytest.raises(OutputError, match="is not empty"):
         extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", rank=1)
     extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", rank=2, overwrite=True)
+
+
+@pytest.mark.parametrize("options", [{"rank": 2}, {"energy": 0.5}], ids=["rank", "energy"])
+def test_an_interrupted_extraction_is_resumed_to_the_same_bytes(
+    options: dict[str, Any], tmp_path: Path, tuned: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = tmp_path / "tuned", tmp_path / "base"
+    told: list[int] = []
+    whole = extract_lora(*models, tmp_path / "whole", **options, progress=told.append)
+    assert sum(told) == sum(4 * int(np.prod(shape)) for shape in SHAPES.values())
+    svds: list[str] = []
+    factors = FactorSetting.factors
+
+    def failing(self: FactorSetting, name: str, delta: np.ndarray) -> Any:
+        svds.append(name)
+        if len(svds) == 3 and "rank" in options:
+            raise KeyboardInterrupt
+        return factors(self, name, delta)
+
+    monkeypatch.setattr(FactorSetting, "factors", failing)
+
+    def stopped(self: WorkFolder, *_: Any, **options: Any) -> Path:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(WorkFolder, "publish", stopped)
+        extract_lora(*models, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(OutputError, match="another merge: settings"):
+        extract_lora(*models, tmp_path / "out", rank=1, resume=True)
+    told.clear()
+    found = extract_lora(*models, tmp_path / "out", **options, resume=True, progress=told.append)
+    assert (found.ranks, found.errors, found.nbytes) == (whole.ranks, whole.errors, whole.nbytes)
+    assert sum(told) == sum(4 * int(np.prod(shape)) for shape in SHAPES.values())
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+    done = len(svds)
+    assert "energy" in options or done < 3 + len(whole.ranks), "what was written is not found again"
+    again = extract_lora(*models, tmp_path / "out", **options, resume=True)
+    assert again.errors == whole.errors and len(svds) == done, "a finished output is left alone"
+
+
+def test_one_svd_gives_both_factors_and_is_forgotten(tmp_path: Path, tuned: dict[str, np.ndarray]) -> None:
+    name = "model.layers.0.mlp.up_proj"
+    new, old = (open_checkpoint(tmp_path / x).tensors[f"{name}.weight"] for x in ("tuned", "base"))
+    setting = FactorSetting(3, None, False, 0, np.dtype(np.float32))
+    found = Factors(name, new, old, False, setting, threading.Lock(), lambda count: None)
+    assert (found.rank, found.error, found.held) == (3, None, {})
+    b, a = (read_whole(job.sources[0]) for job in found.jobs("m", ("B", "A")))
+    assert found.held == {} and found.error is not None
+    delta = tuned[f"{name}.weight"] - read_whole(old)
+    np.testing.assert_allclose(np.linalg.norm(delta - b @ a) / np.linalg.norm(delta), found.error, rtol=1e-5)
+    assert found.error > 0.1
 
 
 @pytest.mark.oracle

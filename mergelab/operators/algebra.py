@@ -179,7 +179,10 @@ class Formula:
         """The coarsest granularity among the parts."""
         grains = {part.grain for part in self.parts}
         coarse: tuple[Granularity, ...] = ("tensor", "column", "row")
-        return next((grain for grain in coarse if grain in grains), "element")
+        for grain in coarse:
+            if grain in grains:
+                return grain
+        return "element"
 
     def at(self, tensor: TensorInfo) -> Self:
         """The formula as it acts on one tensor."""

@@ -17,6 +17,11 @@ __all__ = ["command"]
 
 _BASE = {"required": "required", "optional": "optional", "as_input": "one more input"}
 
+_STATISTICS = {
+    "gram": "- statistics of each model: Gram matrices of its inputs",
+    "fisher": "- statistics of each model: diagonal Fishers",
+}
+
 _MARKDOWN_HEAD = """\
 # Named operators
 
@@ -92,6 +97,7 @@ def _explain(operator: Operator) -> str:
         "",
         f"  base model  {_BASE[operator.base]}",
         f"  models      {_models(operator)} besides the base",
+        *([] if operator.statistics is None else [f"  statistics  {operator.statistics}, of each model"]),
         f"  reference   {operator.reference}",
     ]
     width = max((len(p.name) for p in operator.parameters), default=0)
@@ -121,6 +127,7 @@ def _markdown(operator: Operator) -> str:
             "",
             f"- base model: {_BASE[operator.base]}; models: {_models(operator)}",
             f"- parameters: {', '.join(parameters) or 'none'}",
+            *([] if operator.statistics is None else [_STATISTICS[operator.statistics]]),
             f"- reference: {operator.reference}",
             "",
         ]
@@ -135,6 +142,7 @@ def _declaration(operator: Operator) -> dict[str, Any]:
         "min_models": operator.min_models,
         "max_models": operator.max_models,
         "reference": operator.reference,
+        **({} if operator.statistics is None else {"statistics": operator.statistics}),
         "parameters": [
             {
                 "name": p.name,

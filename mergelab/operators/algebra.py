@@ -178,8 +178,11 @@ class Formula:
     def grain(self) -> Granularity:
         """The coarsest granularity among the parts."""
         grains = {part.grain for part in self.parts}
-        coarsest_first: tuple[Granularity, ...] = ("tensor", "column", "row", "element")
-        return next(grain for grain in coarsest_first if grain in grains)
+        coarse: tuple[Granularity, ...] = ("tensor", "column", "row")
+        for grain in coarse:
+            if grain in grains:
+                return grain
+        return "element"
 
     def at(self, tensor: TensorInfo) -> Self:
         """The formula as it acts on one tensor."""

@@ -196,3 +196,21 @@ def test_planning_and_streaming_know_no_operator_by_name() -> None:
         if isinstance(node, ast.Constant) and node.value in OPERATORS
     }
     assert named_here == set()
+
+
+def test_integer_tensors_are_treated_as_the_operator_declares() -> None:
+    def mean() -> ops.Merge:
+        """The mean."""
+        return ops.uniform()
+
+    models = [{"ids": np.arange(3)}, {"ids": np.arange(3) + 1}]
+    first = ops.operator(base="as_input", reference="none", integers="first")(mean)
+    np.testing.assert_array_equal(first()(models)["ids"], np.arange(3))
+    with pytest.raises(OperatorError, match="differs between models"):
+        ops.operator(base="as_input", reference="none")(mean)()(models)
+
+
+def test_a_copy_is_declared_and_not_guessed() -> None:
+    assert ops.passthrough.copies({}) and ops.passthrough.copies({"scale": [None]})
+    assert not ops.passthrough.copies({"scale": 1.0})
+    assert not ops.uniform.copies({})

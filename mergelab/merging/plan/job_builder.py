@@ -13,15 +13,17 @@ from mergelab.checkpoints.source import TensorSource
 from mergelab.errors import CheckpointError, MergelabError, OperatorError
 from mergelab.merging.engine.job import Job
 from mergelab.merging.plan.compatibility import is_buffer
+from mergelab.merging.plan.found_statistics import FoundStatistics, Owner
 from mergelab.merging.plan.output_tensors import OutputPlace
 from mergelab.merging.plan.suspicions import Factors
 from mergelab.merging.recipe.scopes import ScopedSlice, ScopedSource, resolve
-from mergelab.merging.structure.layer_parts import MovedLayers, with_moved_parts
+from mergelab.merging.structure.layer_parts import LayerParts, MovedLayers, with_moved_parts
 from mergelab.merging.vocabulary import VocabularyPlan
-from mergelab.merging.vocabulary.embedding_rows import input_embedding, is_token_tensor
+from mergelab.merging.vocabulary.embedding_rows import RowSource, input_embedding, is_token_tensor
 from mergelab.operators import WeightedSum, chain
 from mergelab.operators.compose import Merge
 from mergelab.operators.declare import Operator
+from mergelab.operators.statistics import reading_axis, statistic_fault
 
 __all__ = ["Ingredients", "JobBuilder", "RowPrefix", "find_tensor", "outcome"]
 
@@ -39,10 +41,12 @@ class Ingredients:
     Attributes:
         inputs: the models that have it, with what they have.
         base: the base model's tensor, or None.
+        statistics: what each of `inputs` has of it, with its model's table's axis; empty if one has none.
     """
 
     inputs: tuple[tuple[ScopedSource, TensorSource], ...]
     base: TensorSource | None
+    statistics: tuple[tuple[TensorSource, int | None], ...] = ()
 
 
 def find_tensor(checkpoint: Checkpoint, name: str) -> TensorSource | None:
@@ -114,6 +118,7 @@ class JobBuilder:
         dtype: the stored dtype, or None for the promotion of each tensor's inputs.
         truncate_rows: whether embeddings of different length are cut to the shortest.
         stacks: where the layers of the output come from, for tensors with a part per layer.
+        statistics: the opened statistics, by model and path.
         faults: one sentence per impossible tensor.
         lacking: output tensors by the models that lack them.
         rejected: tensor names by the reason their operator gives for refusing its parameters.
@@ -128,6 +133,7 @@ class JobBuilder:
     dtype: np.dtype[Any] | None = None
     truncate_rows: bool = False
     stacks: Sequence[MovedLayers] = ()
+    statistics: Mapping[Owner, FoundStatistics] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     lacking: dict[tuple[str, ...], list[OutputPlace]] = field(default_factory=dict)
     rejected: dict[str, list[str]] = field(default_factory=dict)
@@ -157,6 +163,7 @@ class JobBuilder:
 
     def _find(self, place: OutputPlace) -> Ingredients:
         present: list[TensorSource | None] = []
+        beside: list[tuple[TensorSource, int | None] | None] = []
         named = {source.model: name for source, name in zip(place.piece.sources, place.names, strict=True)}
 
         def find(model: str) -> TensorSource | None:
@@ -172,16 +179,31 @@ class JobBuilder:
             if tensor is not None:
                 tensor = with_moved_parts(tensor, place.name, i, self.stacks, find)
             present.append(tensor)
+            beside.append(self._statistic(source, place.names[i], tensor))
         lacking = tuple(s.model for s, t in zip(place.piece.sources, present, strict=True) if t is None)
         if lacking:
             self.lacking.setdefault(lacking, []).append(place)
         if self.truncate_rows and is_token_tensor(place.name):
             rows = min(tensor.shape[0] for tensor in present if tensor is not None)
-            present = [t if t is None or t.shape[0] == rows else RowPrefix(t, rows) for t in present]
+            cut = [t is not None and t.shape[0] != rows for t in present]
+            present = [RowPrefix(t, rows) if t and c else t for t, c in zip(present, cut, strict=True)]
+            beside = [None if c else s for s, c in zip(beside, cut, strict=True)]
         count = len(place.piece.inputs)
         inputs = [(s, t) for s, t in zip(place.piece.inputs, present[:count], strict=True) if t is not None]
         base = present[count] if place.piece.base is not None else None
-        return Ingredients(tuple(inputs), base)
+        known = [s for s, t in zip(beside[:count], present[:count], strict=True) if t is not None]
+        every = tuple(statistic for statistic in known if statistic is not None)
+        return Ingredients(tuple(inputs), base, every if len(every) == len(known) else ())
+
+    def _statistic(
+        self, source: ScopedSource, name: str, tensor: TensorSource | None
+    ) -> tuple[TensorSource, int | None] | None:
+        """What a model has of its tensor, and the axis its table says it reads along; None if nothing."""
+        found = self.statistics.get((source.model, source.statistics or ""))
+        # Nobody has taken statistics of rows or layers that are put together anew.
+        if found is None or name not in found.tensors or isinstance(tensor, RowSource | LayerParts):
+            return None
+        return found.tensors[name], found.axes.get(name)
 
     def _copy(self, place: OutputPlace, found: Ingredients, tensor: TensorSource) -> Job:
         dtype = self._dtype(place, [tensor])
@@ -215,7 +237,26 @@ class JobBuilder:
             return Job(place.name, shape, dtype, tuple(inputs), None, None, tuple(owners))
         if setting not in self._merges:
             self._merges[setting] = self.operator(**arguments)
-        return Job(place.name, shape, dtype, tuple(inputs), found.base, self._merges[setting], tuple(owners))
+        merge, beside = self._merges[setting], tuple(statistic for statistic, _ in found.statistics)
+        reads = self._check_statistics(place, found, shape, owners)
+        return Job(place.name, shape, dtype, tuple(inputs), found.base, merge, tuple(owners), beside, reads)
+
+    def _check_statistics(
+        self, place: OutputPlace, found: Ingredients, shape: tuple[int, ...], owners: list[str]
+    ) -> int | None:
+        """Checks the shapes of a tensor's statistics; returns the axis that Gram matrices belong to."""
+        kind = self.operator.statistics
+        if kind is None or not found.statistics:
+            return None
+        for (statistic, axis), owner in zip(found.statistics, owners, strict=False):
+            fault = statistic_fault(kind, shape, tuple(statistic.shape), axis)
+            if fault is not None:
+                raise CheckpointError(
+                    f"the statistic of tensor {place.name!r} of model {owner!r} {fault}; compute it for this "
+                    "model with 'mergelab statistics'"
+                )
+        first, axis = found.statistics[0]
+        return reading_axis(shape, first.shape[0], axis) if kind == "gram" else None
 
     def _dtype(self, place: OutputPlace, tensors: list[TensorSource]) -> np.dtype[Any]:
         kinds = {tensor.dtype for tensor in tensors}

@@ -17,6 +17,7 @@ from mergelab.checkpoints.model_files import donor_files
 from mergelab.checkpoints.writer import identity_digest
 from mergelab.merging.engine.job import Job
 from mergelab.merging.plan.compatibility import absent, incomplete, mixed, packed
+from mergelab.merging.plan.found_statistics import FoundStatistics, find_statistics
 from mergelab.merging.plan.input_models import FoundModel, PlannedCheckpoint, find_models, with_results
 from mergelab.merging.plan.job_builder import JobBuilder
 from mergelab.merging.plan.output_config import config_differences, output_config
@@ -295,6 +296,7 @@ def _plan(
     layout = lay_out(scoped_parts(recipe, operator), shapes, donor)
     raise_faults(origin.sentence(*fault) for fault in layout.faults)
 
+    statistics = find_statistics(recipe.statistics(), operator, checkpoints, origin, base_dir)
     vocabulary, warnings = _vocabulary(recipe, found, checkpoints)
     stored = dtype or recipe.out_dtype or recipe.dtype
     builder = JobBuilder(
@@ -304,6 +306,7 @@ def _plan(
         None if stored is None else dtype_from_name(stored),
         truncate_embeddings and vocabulary is None,
         _moved_layers(layout, shapes, donor),
+        statistics,
     )
     jobs = tuple(job for job in map(builder.build, layout.places) if job is not None)
     lacking = [] if allow_mixed_architectures else absent(builder.lacking, shapes, configs, donor)
@@ -336,6 +339,8 @@ def _plan(
         files = donor_files(found[vocabulary.donor].checkpoint.path, vocabulary.files)
     if recipe.chat_template is not None:
         files |= chat_template_files(recipe.chat_template, checkpoints, recipe.base_model, files)
+    beside = {" with statistics ".join(owner): each for owner, each in statistics.items()}
+    read: dict[str, FoundModel | FoundStatistics] = {**merged, **beside}
     return Plan(
         recipe=recipe,
         jobs=jobs,
@@ -345,13 +350,15 @@ def _plan(
         warnings=tuple(dict.fromkeys(warnings)),
         seed=seed,
         shard_bytes=shard_bytes,
-        identities=_identities(recipe, jobs, builder.settings, merged, config, files, seed, shard_bytes),
+        identities=_identities(recipe, jobs, builder.settings, read, config, files, seed, shard_bytes),
         stages=dict(planned or {}),
-        inputs=_inputs(recipe, found, planned or {}),
+        inputs=_inputs(recipe, {**found, **beside}, planned or {}),
     )
 
 
-def _inputs(recipe: Recipe, found: Mapping[str, FoundModel], stages: Mapping[str, Plan]) -> tuple[Path, ...]:
+def _inputs(
+    recipe: Recipe, found: Mapping[str, FoundModel | FoundStatistics], stages: Mapping[str, Plan]
+) -> tuple[Path, ...]:
     paths = [path for model in found.values() for path in model.paths]
     paths += [path for stage in stages.values() for path in stage.inputs]
     if recipe.origin.path is not None:
@@ -385,7 +392,7 @@ def _identities(
     recipe: Recipe,
     jobs: tuple[Job, ...],
     settings: list[str],
-    models: Mapping[str, FoundModel],
+    models: Mapping[str, FoundModel | FoundStatistics],
     config: Mapping[str, Any],
     files: Mapping[str, bytes],
     seed: int,

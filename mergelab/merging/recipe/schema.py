@@ -56,6 +56,12 @@ def _checked_range(value: tuple[int, int]) -> tuple[int, int]:
     return value
 
 
+def _checked_path(text: str) -> str:
+    if not text.strip():
+        raise ValueError("names no folder: give the folder or file that 'mergelab statistics' has written")
+    return text
+
+
 def _none_is_empty(value: Any) -> Any:
     return {} if value is None else value
 
@@ -69,6 +75,7 @@ def _kind_of_token_source(value: Any) -> str:
 
 
 ModelText = Annotated[StrictStr, BeforeValidator(model_ref_text), AfterValidator(_checked_model)]
+PathText = Annotated[StrictStr, AfterValidator(_checked_path)]
 LayerRange = Annotated[tuple[StrictInt, StrictInt], AfterValidator(_checked_range)]
 SettingField = Annotated[Setting, PlainValidator(parse_setting), PlainSerializer(_setting_data)]
 SettingFields = Annotated[dict[str, SettingField], BeforeValidator(_none_is_empty)]
@@ -80,10 +87,11 @@ class _Part(BaseModel):
 
 
 class InputModel(_Part):
-    """One entry of `models:`."""
+    """One entry of `models:`; `statistics` is a folder or file of tensors named as the model's."""
 
     model: ModelText
     parameters: SettingFields = {}
+    statistics: PathText | None = None
 
 
 class SliceSource(_Part):
@@ -92,6 +100,7 @@ class SliceSource(_Part):
     model: ModelText
     layer_range: LayerRange
     parameters: SettingFields = {}
+    statistics: PathText | None = None
 
 
 class OutputSlice(_Part):
@@ -276,6 +285,18 @@ class Recipe(_Part, metaclass=_RecipeType):
         if self.base_model is not None:
             bases.setdefault(self.base_model, ("base_model",))
         return {**found, **{name: path for name, path in bases.items() if name not in found}}
+
+    def statistics(self) -> dict[tuple[str, str], FieldPath]:
+        """Every (model, statistics) that is given, with its place."""
+        found: dict[tuple[str, str], FieldPath] = {}
+        for path, _, part in self.parts():
+            entries = [((*path, "models", i), model) for i, model in enumerate(part.models or ())]
+            for i, piece in enumerate(part.slices or ()):
+                entries += [((*path, "slices", i, "sources", j), s) for j, s in enumerate(piece.sources)]
+            for place, entry in entries:
+                if entry.statistics is not None:
+                    found.setdefault((entry.model, entry.statistics), (*place, "statistics"))
+        return found
 
     def referenced(self) -> dict[str, FieldPath]:
         """`model_texts`, and the models that only the tokenizer section names."""

@@ -41,12 +41,14 @@ class ScopedSource:
         layer_range: `(a, b)` for layers a to b - 1, or None for all of them.
         parameters: its own scope, read for per-model parameters only.
         path: its place in the recipe.
+        statistics: the folder or file of its statistics, as the recipe writes it, or None.
     """
 
     model: str
     layer_range: tuple[int, int] | None
     parameters: Scope
     path: FieldPath
+    statistics: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def _slices(
     outer = (part.parameters, recipe.parameters)
     if part.models is not None:
         sources = [
-            ScopedSource(model.model, None, model.parameters, (*path, "models", i))
+            ScopedSource(model.model, None, model.parameters, (*path, "models", i), model.statistics)
             for i, model in enumerate(part.models)
         ]
         base = recipe.base_model
@@ -97,8 +99,8 @@ def _slices(
     for i, piece in enumerate(part.slices or ()):
         here = (*path, "slices", i)
         sources = [
-            ScopedSource(source.model, source.layer_range, source.parameters, (*here, "sources", j))
-            for j, source in enumerate(piece.sources)
+            ScopedSource(s.model, s.layer_range, s.parameters, (*here, "sources", j), s.statistics)
+            for j, s in enumerate(piece.sources)
         ]
         base = piece.base_model or recipe.base_model
         ranges = {source.layer_range for source in sources}
@@ -334,6 +336,7 @@ def _slice_faults(operator: Operator, piece: ScopedSlice) -> Iterator[Located]:
         besides = " besides the base model" if operator.base != "as_input" else ""
         listed = f" ({shortened(', '.join(names[:20]), 400)})" if names else ""
         yield piece.path, f"{operator.name!r} takes {wanted} model(s){besides}, found {len(names)}{listed}"
+    yield from _statistics_faults(operator, piece)
     for parameter in operator.parameters:
         if not parameter.required or any(parameter.name in scope for scope in piece.shared):
             continue
@@ -349,7 +352,29 @@ def _slice_faults(operator: Operator, piece: ScopedSlice) -> Iterator[Located]:
                 )
 
 
+def _statistics_faults(operator: Operator, piece: ScopedSlice) -> Iterator[Located]:
+    for source in piece.sources:
+        given = source.statistics is not None
+        if given and operator.statistics is None:
+            takers = ", ".join(repr(name) for name, other in OPERATORS.items() if other.statistics)
+            yield (
+                (*source.path, "statistics"),
+                f"{operator.name!r} takes no statistics (those that do: {takers}): remove it",
+            )
+        if not given and operator.statistics is not None and source is not piece.base:
+            yield (
+                source.path,
+                f"{operator.name!r} needs statistics of model {quoted(source.model)}: add 'statistics:', a "
+                f"folder that 'mergelab statistics --kind {operator.statistics}' has written",
+            )
+
+
 def _unread(operator: Operator, piece: ScopedSlice, source: ScopedSource) -> Iterator[Located]:
+    if source.statistics is not None and source is piece.base:
+        yield (
+            (*source.path, "statistics"),
+            f"is never read for the base model of {operator.name!r}: remove it",
+        )
     for name in source.parameters:
         parameter = operator.parameter(name)
         if parameter is None:

@@ -85,10 +85,10 @@ def _documented() -> dict[str, str]:
     found: dict[str, str] = {}
     metric = ""
     for row in page.read_text(encoding="utf-8").split("| score |")[1].splitlines():
-        cells = row.split(" | ")
-        for name in re.findall(r"`([a-z_]*\.[a-z0-9_*]+)`", cells[0]):
+        cells = re.split(r"(?<!\\)\|", row)
+        for name in re.findall(r"`([a-z_]*\.[a-z0-9_*]+)`", cells[1] if len(cells) > 3 else ""):
             metric = name.split(".")[0] or metric
-            found[f"{metric}.{name.split('.')[1]}"] = cells[2].strip(" |")
+            found[f"{metric}.{name.split('.')[1]}"] = cells[3].strip()
     return found
 
 

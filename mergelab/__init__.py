@@ -32,7 +32,7 @@ Errors
 
 Rooms, each with more names
     models, text, decoding, activations, operators, merging, checkpoints, sae, interp, abliteration, report,
-    quickstart, aot; sharding, trees
+    quickstart, aot; sharding, trees, processes
 
 Names load when they are first used, so that the import itself takes no time. docs/coming_from.md lists what
 other libraries call these things.
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         merging,
         models,
         operators,
+        processes,
         quickstart,
         report,
         sae,
@@ -105,6 +106,7 @@ __all__ = [
     "operators",
     "patch",
     "plan_merge",
+    "processes",
     "quickstart",
     "report",
     "sae",

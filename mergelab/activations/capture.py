@@ -105,7 +105,7 @@ def capture(
 
     Example:
         >>> import numpy as np
-        >>> from mergelab.models.families import model_from_config
+        >>> from mergelab.models import model_from_config
         >>> model = model_from_config({
         ...     "model_type": "llama", "vocab_size": 96, "hidden_size": 16, "intermediate_size": 32,
         ...     "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -184,11 +184,13 @@ class TokenizerSpec(_Part):
 class _RecipeType(type(BaseModel)):
     """Answers names that other libraries' recipes have, such as `Recipe.load`."""
 
-    def __getattr__(cls, name: str) -> Any:
-        try:
-            return super().__getattr__(name)  # pyright: ignore[reportAttributeAccessIssue]
-        except AttributeError as error:
-            raise AttributeError(f"{error}{advice(name, 'Recipe')}") from None
+    if not TYPE_CHECKING:  # as in `Recipe` itself
+
+        def __getattr__(cls, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError as error:
+                raise AttributeError(f"{error}{advice(name, 'Recipe')}") from None
 
 
 class Recipe(_Part, metaclass=_RecipeType):

@@ -76,7 +76,7 @@ def head_weights(model: Model, params: Params) -> HeadWeights:
             heads = kernel.reshape(c.width, -1, c.head_dim).swapaxes(0, 1)
             found[name].append(jnp.repeat(heads, c.heads // heads.shape[0], axis=0))
         kernel = attention["o"]["kernel"].astype(jnp.float32)
-        if c.block == "sandwich":
+        if "out_norm" in attention:
             kernel = kernel * norm_gain(model, params, f"blocks_{i}", "attn", "out_norm")[None]
         found["o"].append(kernel.reshape(c.heads, c.head_dim, c.width))
     return HeadWeights(*(jnp.stack(found[name]) for name in "qkvo"))

@@ -88,11 +88,11 @@ def direct_logit_attribution(
 
 
 def _names(model: Model, by_head: bool) -> tuple[str, ...]:
-    names = ["embed"]
+    names, parameters = ["embed"], {leaf.name for leaf in model.table()}
     for i in range(model.config.layers):
         if by_head:
             names += [f"blocks.{i}.attn.head.{head}" for head in range(model.config.heads)]
-            names += [f"blocks.{i}.attn.bias"] * model.config.out_bias
+            names += [f"blocks.{i}.attn.bias"] * (f"blocks_{i}.attn.o.bias" in parameters)
         else:
             names.append(f"blocks.{i}.attn.out")
         names.append(f"blocks.{i}.mlp.out")
@@ -143,9 +143,9 @@ def _heads(model: Model, attention: Params, z: Array, read: Array) -> list[Array
     """What each head, and then the output bias, adds along `read [batch, width]`: `[batch, length]` each."""
     c = model.config
     kernel = attention["o"]["kernel"].astype(jnp.float32)
-    bias = attention["o"]["bias"].astype(jnp.float32) if c.out_bias else None
+    bias = attention["o"]["bias"].astype(jnp.float32) if "bias" in attention["o"] else None
     scale = jnp.ones((1, *z.shape[:2]), jnp.float32)
-    if c.block == "sandwich":
+    if "out_norm" in attention:
         # A norm stands between the heads and the stream; its factor is frozen like the last norm's.
         whole = jnp.einsum("blf,fw->blw", z.reshape(*z.shape[:2], -1), kernel, precision="highest")
         whole = whole if bias is None else whole + bias[None, None]

@@ -19,7 +19,7 @@ from mergelab.errors import SiteError
 from mergelab.interp.logit_metrics import token_probability
 from mergelab.interp.patching import patched_metrics, rows_of
 from mergelab.models.model import Model, Params
-from mergelab.models.residual_stream import require_decoder
+from mergelab.models.residual_stream import norms_outputs, require_decoder
 
 __all__ = ["FunctionVector", "function_vector", "indirect_effects", "mean_heads"]
 
@@ -87,7 +87,7 @@ def mean_heads(model: Model, params: Params, tokens: Any, *, mask: Any = None, b
         SiteError: as `function_vector`.
     """
     require_decoder(model)
-    if any(leaf.path[-2:] == ("out_norm", "scale") for leaf in model.table()):
+    if norms_outputs(model):
         raise SiteError(
             f"in a {model.family.model_type!r} model a norm stands between heads and the stream, so that "
             "what heads write does not add up; take a family without one."

@@ -69,7 +69,7 @@ class LlamaConfig:
             head_dim=c.head_dim,
             max_position_embeddings=c.max_length,
             rms_norm_eps=c.norm.eps,
-            rope_theta=c.rotary[0].theta,
+            rope_theta=c.blocks[0].attention.rotary.theta,
             tie_word_embeddings=c.tied,
             **ids,
         )

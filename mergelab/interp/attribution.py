@@ -89,9 +89,9 @@ def direct_logit_attribution(
 
 def _names(model: Model, by_head: bool) -> tuple[str, ...]:
     names, parameters = ["embed"], {leaf.name for leaf in model.table()}
-    for i in range(model.config.layers):
+    for i in range(model.config.n_layers):
         if by_head:
-            names += [f"blocks.{i}.attn.head.{head}" for head in range(model.config.heads)]
+            names += [f"blocks.{i}.attn.head.{head}" for head in range(model.config.n_heads)]
             names += [f"blocks.{i}.attn.bias"] * (f"blocks_{i}.attn.o.bias" in parameters)
         else:
             names.append(f"blocks.{i}.attn.out")
@@ -126,7 +126,7 @@ def _attribute(
     factor = seen["final_norm.scale"][..., 0]
 
     parts = [_dot(seen["embed"], read) * factor]
-    for i in range(c.layers):
+    for i in range(c.n_layers):
         if by_head:
             split = _heads(model, params[f"blocks_{i}"]["attn"], seen[f"blocks.{i}.attn.z"], read)
             parts += [part * factor for part in split]
@@ -151,10 +151,10 @@ def _heads(model: Model, attention: Params, z: Array, read: Array) -> list[Array
         whole = whole if bias is None else whole + bias[None, None]
         scale = jax.lax.rsqrt(jnp.square(whole).mean(axis=-1) + c.norm.eps)[None]
         read = read * (attention["out_norm"]["scale"].astype(jnp.float32) + c.norm.offset)[None]
-    kernel = kernel.reshape(c.heads, c.head_dim, -1)
+    kernel = kernel.reshape(c.n_heads, c.head_dim, -1)
     by_head = jnp.einsum("hdw,bw->bhd", kernel, read, precision="highest")
     found = jnp.einsum("blhd,bhd->hbl", z, by_head, precision="highest") * scale
-    parts = [found[head] for head in range(c.heads)]
+    parts = [found[head] for head in range(c.n_heads)]
     if bias is not None:
         parts.append(jnp.broadcast_to(_dot(bias[None, None], read), z.shape[:2]) * scale[0])
     return parts

@@ -151,7 +151,7 @@ class Model:
     def __repr__(self) -> str:
         # One line: a configuration describes every layer.
         c, count = self.config, sum(leaf.size for leaf in self._table)
-        size = f"n_layers={c.layers}, d_model={c.width}, vocab_size={c.vocab_size}"
+        size = f"n_layers={c.n_layers}, d_model={c.d_model}, vocab_size={c.vocab_size}"
         return f"Model({self.family.model_type!r}, {size}, parameters={count:,})"
 
     def __getattr__(self, name: str) -> Any:
@@ -177,7 +177,9 @@ class Model:
         rows = list(self.family.rows(self.config))
         if not self.prefixed:
             rows = [row._replace(hf_name=row.hf_name.removeprefix(self.family.prefix)) for row in rows]
-        return build_table(rows, self.family.architecture.derived(self.config).parameters, self.config.layers)
+        return build_table(
+            rows, self.family.architecture.derived(self.config).parameters, self.config.n_layers
+        )
 
     def for_tensors(self, names: Collection[str]) -> Model:
         """The same model with the table that fits a file: without a head, HF leaves the prefix away.
@@ -185,7 +187,7 @@ class Model:
         Raises:
             CheckpointError: the configuration has more layers than there are tensors.
         """
-        layers, least = self.config.layers, self.config.least_tensors
+        layers, least = self.config.n_layers, self.config.least_tensors
         if least > len(names):
             # Said before a table of so many rows is made.
             each = "" if least == layers else f" of {least:,} experts in all"

@@ -1,8 +1,8 @@
 """Samplers: transforms of the logits followed by a choice, the likeliest token or a random one.
 
->>> from mergelab.decoding import MinP, RepetitionPenalty, Temperature, greedy, sample
+>>> from mergelab.decoding import MinPFilter, RepetitionPenalty, Temperature, greedy, sample
 >>> precise = greedy(RepetitionPenalty(1.1))
->>> creative = sample(Temperature(0.8), MinP(0.05))
+>>> creative = sample(Temperature(0.8), MinPFilter(0.05))
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def row_keys(key: Key[Array, "*batch"] | int, batch: int) -> Key[Array, " batch"
         batch: the number of rows.
 
     Raises:
-        DecodingError: it is none of these.
+        DecodingError: the key is neither.
     """
     if isinstance(key, int) and not -(2**63) <= key < 2**63:
         raise DecodingError("the seed is beyond 64 bits; give a smaller one.")

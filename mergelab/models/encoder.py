@@ -29,7 +29,7 @@ class EncoderConfig:
         max_length: size of the table of positions.
         token_types: size of the table of segments.
         norm: the norm after the embeddings and after each sum.
-        activation: of the feed-forward layers.
+        activation: name of the activation function of the feed-forward layers.
         pooler: whether the first token's last state passes a further layer (site `pooled`).
     """
 

@@ -56,7 +56,7 @@ class Family:
         architecture: the module it runs on.
         read: `(config, place) -> configuration`; raises `CheckpointError` for what it cannot compute.
         rows: the table that maps parameters to HF tensors, for one configuration.
-        prefix: what HF puts before tensor names in models with a head, and leaves away without one.
+        prefix: what HF puts before tensor names in models with a head, and omits without one.
         unused: glob patterns of tensors that files may hold and that the model does not need.
         adapt: `(configuration, tensor names) -> configuration`, where files of one config differ.
     """
@@ -182,7 +182,7 @@ class Model:
         )
 
     def for_tensors(self, names: Collection[str]) -> Model:
-        """The same model with the table that fits a file: without a head, HF leaves the prefix away.
+        """The same model with the table that fits a file: without a head, HF omits the prefix.
 
         Raises:
             CheckpointError: the configuration has more layers than there are tensors.
@@ -244,7 +244,7 @@ class Model:
             params: the parameters, as `table()` describes them.
             tokens: token ids; padding may hold any valid id. Those that are not traced are checked, which
                 waits for them where they are on a device.
-            positions: of the tokens. By default a decoder counts each row's real tokens from 0 (on from those
+            positions: positions of the tokens. By default a decoder counts each row's real tokens from 0 (on from those
                 in the cache), and an encoder all tokens.
             mask: True for real tokens, False for padding on either side. Outputs at padding are meaningless.
             capture: names or glob patterns of sites to return.
@@ -264,7 +264,7 @@ class Model:
         if cache is not None and not causal:
             raise self._no_cache()
         if token_types is not None and causal:
-            raise MergelabError(f"a {self.family.model_type!r} model has no token types; leave them away.")
+            raise MergelabError(f"a {self.family.model_type!r} model has no token types; omit them.")
         check_token_array(tokens)
         self._check(tokens, positions, mask, cache, token_types)
         if positions is None:

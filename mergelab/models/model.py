@@ -244,8 +244,8 @@ class Model:
             params: the parameters, as `table()` describes them.
             tokens: token ids; padding may hold any valid id. Those that are not traced are checked, which
                 waits for them where they are on a device.
-            positions: positions of the tokens. By default a decoder counts each row's real tokens from 0 (on from those
-                in the cache), and an encoder all tokens.
+            positions: positions of the tokens. By default a decoder counts each row's real tokens from 0 (on
+                from those in the cache), and an encoder all tokens.
             mask: True for real tokens, False for padding on either side. Outputs at padding are meaningless.
             capture: names or glob patterns of sites to return.
             edit: functions by site name or glob pattern: `f(array)`, or `f(array, site)`, to an array of the

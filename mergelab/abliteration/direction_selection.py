@@ -124,10 +124,10 @@ def select_direction(
     filters = filters or Filters()
     ids = check_refusal_ids(model, refusal_ids)
     positions, layers, width = directions.raw.shape
-    if (layers, width) != (model.config.layers, model.config.width):
+    if (layers, width) != (model.config.n_layers, model.config.d_model):
         raise MergelabError(
             f"the directions are for {layers} layers of width {width}, but the model has "
-            f"{model.config.layers} of width {model.config.width}; find them with this model."
+            f"{model.config.n_layers} of width {model.config.d_model}; find them with this model."
         )
     score = partial(_score, model, params, ids, batch)
     refused, _, _ = score(harmful)
@@ -167,8 +167,8 @@ def _score(
     before: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scores with one direction removed everywhere, or one added at a layer: the same program for both."""
-    layers, nothing = model.config.layers, np.zeros(model.config.width, np.float32)
-    vectors = np.zeros((layers, model.config.width), np.float32)
+    layers, nothing = model.config.n_layers, np.zeros(model.config.d_model, np.float32)
+    vectors = np.zeros((layers, model.config.d_model), np.float32)
     vectors[layer] = nothing if added is None else added
     ablation = Ablation.everywhere(jnp.asarray(nothing if removed is None else removed), layers)
     edit = ablate(model, params, ablation) | induce(jnp.asarray(vectors))

@@ -126,7 +126,7 @@ def mean_activations(
         )
     if winsorize is not None and not 0 < winsorize <= 1:
         raise MergelabError(f"winsorize is {winsorize}; expected a quantile above 0 and at most 1.")
-    total = np.zeros((positions, model.config.layers, model.config.width))
+    total = np.zeros((positions, model.config.n_layers, model.config.d_model))
     for part in prompts.batches(batch):
         counted = np.arange(len(part.tokens)) < part.real
         found = _summed(
@@ -153,7 +153,7 @@ def _summed(
     clip: bool,
 ) -> Float[Array, "positions layers width"]:
     """Sums over the counted rows of a batch."""
-    sites = [f"blocks.{i}.resid_pre" for i in range(model.config.layers)]
+    sites = [f"blocks.{i}.resid_pre" for i in range(model.config.n_layers)]
     seen = model.apply(params, tokens, mask=mask, capture=sites, logits=False).captured
     x = jnp.stack([seen[site][:, -positions:].astype(jnp.float32) for site in sites], axis=2)
     if clip:

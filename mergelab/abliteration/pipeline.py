@@ -196,7 +196,7 @@ def _measure(
         batch=settings.batch,
         progress=lambda done, total: tell("choosing a direction", done, total),
     )
-    ablation = Ablation.everywhere(jnp.asarray(selection.direction), model.config.layers)
+    ablation = Ablation.everywhere(jnp.asarray(selection.direction), model.config.n_layers)
     search, trial = None, None
     if settings.trials:
         search, trial, ablation = _search(

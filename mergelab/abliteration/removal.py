@@ -119,7 +119,7 @@ def check_ablation(model: Model, ablation: Ablation) -> None:
     Raises:
         MergelabError: it is for another number of layers or another width.
     """
-    layers, width = model.config.layers, model.config.width
+    layers, width = model.config.n_layers, model.config.d_model
     if ablation.directions.shape[-2:] != (layers + 1, width) or ablation.layers != layers:
         raise MergelabError(
             f"the directions have shape {list(ablation.directions.shape)} and the weights are for "

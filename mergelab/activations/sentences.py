@@ -95,7 +95,7 @@ class SentenceEncoder:
                 self.model, np.asarray(each, np.int64), place="the tokenizer of the sentence encoder"
             )
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        found = np.zeros((len(ids), self.model.config.width), np.float32)
+        found = np.zeros((len(ids), self.model.config.d_model), np.float32)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             longest = -(-len(ids[rows[-1]]) // _LENGTH_STEP) * _LENGTH_STEP

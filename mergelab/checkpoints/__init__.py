@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from mergelab.checkpoints.folder import FolderCheckpoint, open_checkpoint, weights_sha256
     from mergelab.checkpoints.lora import LoraCheckpoint, with_lora
     from mergelab.checkpoints.lora_tensor import read_whole
-    from mergelab.checkpoints.peft import LoraConfig, read_lora_config, write_adapter
+    from mergelab.checkpoints.peft import LoraConfig, read_lora_config
     from mergelab.checkpoints.safetensors_file import open_safetensors
     from mergelab.checkpoints.shard_plan import ShardPlan, TensorSpec, plan_shards
     from mergelab.checkpoints.source import Checkpoint, TensorSource
@@ -36,7 +36,6 @@ __all__ = [
     "read_whole",
     "weights_sha256",
     "with_lora",
-    "write_adapter",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__)

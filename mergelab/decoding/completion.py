@@ -55,15 +55,15 @@ def complete(
     """Continues texts.
 
     Stop strings are looked for in the text, between pieces of the compiled loop, because one text has many
-    tokenisations: a row may compute up to 31 tokens beyond its stop string, and none of them is returned.
+    tokenizations: a row may compute up to 31 tokens beyond its stop string, and none of them is returned.
 
     Args:
         model: a decoder.
         params: its parameters.
         tokenizer: its tokenizer.
         prompts: texts, or token ids.
-        max_new_tokens: at most so many tokens a prompt.
-        sampler: how tokens are chosen; `greedy()` by default.
+        max_new_tokens: largest number of tokens generated per prompt.
+        sampler: choice of tokens; `greedy()` by default.
         key: a seed or a key, folded with the prompt's index; or one key per prompt.
         stop_strings: strings that end a text.
         end_ids: tokens that end a text; by default `tokenizer.end_ids`.

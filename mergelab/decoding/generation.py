@@ -82,8 +82,8 @@ def start(
         params: its parameters.
         tokens: the prompts, padded on the left.
         mask: True for real tokens.
-        capacity: how many tokens may be generated; static.
-        stop: when rows end.
+        capacity: largest number of tokens that may be generated; static.
+        stop: rule that ends rows.
         edit: edits by site, as `mergelab.models.sites.as_partials` gives them.
         pad_id: what `GenerationState.tokens` holds after a row's end.
         log_probs: whether log-probabilities of generated tokens are kept; static.
@@ -154,11 +154,11 @@ def advance(
     Args:
         model: the decoder.
         params: its parameters.
-        progress: where to go on.
-        until: an int32 scalar.
+        progress: rows as they stand.
+        until: number of steps in all, an int32 scalar.
         sampler: chooses tokens.
         keys: one per row; the `n`-th token of a row is drawn with its key folded with `n`.
-        stop: when rows end; of the shape that `start` was given.
+        stop: rule that ends rows, of the shape that `start` was given.
         edit: edits by site, as `mergelab.models.sites.as_partials` gives them.
     """
     rows = jnp.arange(progress.last.shape[0], dtype=jnp.int32)

@@ -78,7 +78,7 @@ def row_keys(key: Key[Array, "*batch"] | int, batch: int) -> Key[Array, " batch"
         batch: the number of rows.
 
     Raises:
-        DecodingError: it is none of these.
+        DecodingError: the key is neither.
     """
     if isinstance(key, int) and not -(2**63) <= key < 2**63:
         raise DecodingError("the seed is beyond 64 bits; give a smaller one.")

@@ -66,19 +66,19 @@ def head_weights(model: Model, params: Params) -> HeadWeights:
     require_decoder(model)
     c = model.config
     found: dict[str, list[Array]] = {name: [] for name in "qkvo"}
-    for i in range(c.layers):
+    for i in range(c.n_layers):
         attention = params[f"blocks_{i}"]["attn"]
         gain = norm_gain(model, params, f"blocks_{i}", "attn_norm")
         for name in "qkv":
             kernel = attention[name]["kernel"].astype(jnp.float32) * gain[:, None]
             if c.norm.kind == "layer":
                 kernel = kernel - kernel.mean(axis=0, keepdims=True)
-            heads = kernel.reshape(c.width, -1, c.head_dim).swapaxes(0, 1)
-            found[name].append(jnp.repeat(heads, c.heads // heads.shape[0], axis=0))
+            heads = kernel.reshape(c.d_model, -1, c.head_dim).swapaxes(0, 1)
+            found[name].append(jnp.repeat(heads, c.n_heads // heads.shape[0], axis=0))
         kernel = attention["o"]["kernel"].astype(jnp.float32)
-        if c.block == "sandwich":
+        if "out_norm" in attention:
             kernel = kernel * norm_gain(model, params, f"blocks_{i}", "attn", "out_norm")[None]
-        found["o"].append(kernel.reshape(c.heads, c.head_dim, c.width))
+        found["o"].append(kernel.reshape(c.n_heads, c.head_dim, c.d_model))
     return HeadWeights(*(jnp.stack(found[name]) for name in "qkvo"))
 
 
@@ -227,7 +227,7 @@ def head_scores(
         )
     tokens = repeated_tokens(c.vocab_size, half, prompts, seed=seed, first=first, lowest=lowest)
     check_tokens(model, tokens, place="the first token and those drawn")
-    total, loss = np.zeros((3, c.layers, c.heads)), 0.0
+    total, loss = np.zeros((3, c.n_layers, c.n_heads)), 0.0
     for rows, count in batches(prompts, batch):
         scores, losses = _scores(model, params, tokens[rows], as_partials(edit), half)
         total += np.asarray(scores, np.float64)[:count].sum(axis=0)

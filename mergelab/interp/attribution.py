@@ -89,11 +89,11 @@ def direct_logit_attribution(
 
 
 def _names(model: Model, by_head: bool) -> tuple[str, ...]:
-    names = ["embed"]
-    for i in range(model.config.layers):
+    names, parameters = ["embed"], {leaf.name for leaf in model.table()}
+    for i in range(model.config.n_layers):
         if by_head:
-            names += [f"blocks.{i}.attn.head.{head}" for head in range(model.config.heads)]
-            names += [f"blocks.{i}.attn.bias"] * model.config.out_bias
+            names += [f"blocks.{i}.attn.head.{head}" for head in range(model.config.n_heads)]
+            names += [f"blocks.{i}.attn.bias"] * (f"blocks_{i}.attn.o.bias" in parameters)
         else:
             names.append(f"blocks.{i}.attn.out")
         names.append(f"blocks.{i}.mlp.out")
@@ -127,7 +127,7 @@ def _attribute(
     factor = seen["final_norm.scale"][..., 0]
 
     parts = [_dot(seen["embed"], read) * factor]
-    for i in range(c.layers):
+    for i in range(c.n_layers):
         if by_head:
             split = _heads(model, params[f"blocks_{i}"]["attn"], seen[f"blocks.{i}.attn.z"], read)
             parts += [part * factor for part in split]
@@ -144,18 +144,18 @@ def _heads(model: Model, attention: Params, z: Array, read: Array) -> list[Array
     """What each head, and then the output bias, adds along `read [batch, width]`: `[batch, length]` each."""
     c = model.config
     kernel = attention["o"]["kernel"].astype(jnp.float32)
-    bias = attention["o"]["bias"].astype(jnp.float32) if c.out_bias else None
+    bias = attention["o"]["bias"].astype(jnp.float32) if "bias" in attention["o"] else None
     scale = jnp.ones((1, *z.shape[:2]), jnp.float32)
-    if c.block == "sandwich":
+    if "out_norm" in attention:
         # A norm stands between the heads and the stream; its factor is frozen like the last norm's.
         whole = jnp.einsum("blf,fw->blw", z.reshape(*z.shape[:2], -1), kernel, precision="highest")
         whole = whole if bias is None else whole + bias[None, None]
         scale = jax.lax.rsqrt(jnp.square(whole).mean(axis=-1) + c.norm.eps)[None]
         read = read * (attention["out_norm"]["scale"].astype(jnp.float32) + c.norm.offset)[None]
-    kernel = kernel.reshape(c.heads, c.head_dim, -1)
+    kernel = kernel.reshape(c.n_heads, c.head_dim, -1)
     by_head = jnp.einsum("hdw,bw->bhd", kernel, read, precision="highest")
     found = jnp.einsum("blhd,bhd->hbl", z, by_head, precision="highest") * scale
-    parts = [found[head] for head in range(c.heads)]
+    parts = [found[head] for head in range(c.n_heads)]
     if bias is not None:
         parts.append(jnp.broadcast_to(_dot(bias[None, None], read), z.shape[:2]) * scale[0])
     return parts

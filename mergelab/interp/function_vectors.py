@@ -20,7 +20,7 @@ from mergelab.errors import SiteError
 from mergelab.interp.logit_metrics import token_probability
 from mergelab.interp.patching import patched_metrics, rows_of
 from mergelab.models.model import Model, Params
-from mergelab.models.residual_stream import require_decoder
+from mergelab.models.residual_stream import norms_outputs, require_decoder
 
 __all__ = ["FunctionVector", "function_vector", "indirect_effects", "mean_heads"]
 
@@ -73,10 +73,10 @@ def function_vector(
         (int(layer), int(head)) for layer, head in zip(*np.unravel_index(order, effects.shape), strict=True)
     )
     c = model.config
-    vector = jnp.zeros(c.width, jnp.float32)
+    vector = jnp.zeros(c.d_model, jnp.float32)
     for layer, head in heads:
         kernel = params[f"blocks_{layer}"]["attn"]["o"]["kernel"].astype(jnp.float32)
-        kernel = kernel.reshape(c.heads, c.head_dim, c.width)[head]
+        kernel = kernel.reshape(c.n_heads, c.head_dim, c.d_model)[head]
         vector = vector + jnp.matmul(jnp.asarray(means[layer, head]), kernel, precision="highest")
     return FunctionVector(vector, heads, effects)
 
@@ -88,7 +88,7 @@ def mean_heads(model: Model, params: Params, tokens: Any, *, mask: Any = None, b
         SiteError: as `function_vector`.
     """
     require_decoder(model)
-    if any(leaf.path[-2:] == ("out_norm", "scale") for leaf in model.table()):
+    if norms_outputs(model):
         raise SiteError(
             f"in a {model.family.model_type!r} model a norm stands between heads and the stream, so that "
             "what heads write does not add up; take a family without one."
@@ -127,14 +127,14 @@ def indirect_effects(
     if not real[:, -1].all():
         raise SiteError("prompts are padded on the right; pad them on the left, so that all end together.")
     c, metric, length = model.config, token_probability(answers), tokens.shape[1]
-    names = [f"blocks.{i}.attn.z" for i in range(c.layers)]
-    cells = np.indices((c.layers, c.heads)).reshape(2, -1).T
+    names = [f"blocks.{i}.attn.z" for i in range(c.n_layers)]
+    cells = np.indices((c.n_layers, c.n_heads)).reshape(2, -1).T
     cells = np.insert(cells, 1, length - 1, axis=1).astype(np.int32)
     # One more cell that replaces nothing: the probability as it is.
     cells = np.concatenate([cells, np.array([[-1, 0, 0]], np.int32)])
     total = np.zeros(len(cells))
     for rows, count in batches(len(tokens), batch):
-        shape = (len(rows), length, c.heads, c.head_dim)
+        shape = (len(rows), length, c.n_heads, c.head_dim)
         values = {
             name: jnp.broadcast_to(jnp.asarray(mean, jnp.float32)[None, None], shape)
             for name, mean in zip(names, means, strict=True)
@@ -145,4 +145,4 @@ def indirect_effects(
         )
         total += np.asarray(found, np.float64)[:, :count].sum(axis=1)
     mean = total / len(tokens)
-    return (mean[:-1] - mean[-1]).reshape(c.layers, c.heads).astype(np.float32)
+    return (mean[:-1] - mean[-1]).reshape(c.n_layers, c.n_heads).astype(np.float32)

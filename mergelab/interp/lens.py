@@ -55,7 +55,7 @@ class TunedLens:
             SiteError: a site is not a stream of the model's width, or the model is an encoder.
         """
         require_decoder(model)
-        names, width = stream_sites(model, sites), model.config.width
+        names, width = stream_sites(model, sites), model.config.d_model
         for name in names:
             if model.sites()[name][2:] != (width,):
                 raise SiteError(

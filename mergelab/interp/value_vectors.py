@@ -61,10 +61,14 @@ def value_search(
     if jnp.issubdtype(wanted.dtype, jnp.integer):
         wanted = _embeddings(model, params, embedding)[wanted]
     rows = _values(model, params, 0).shape[0]
-    if wanted.ndim != 2 or wanted.shape[1] != model.config.width or not 1 <= k <= rows * model.config.layers:
+    if (
+        wanted.ndim != 2
+        or wanted.shape[1] != model.config.d_model
+        or not 1 <= k <= rows * model.config.n_layers
+    ):
         raise SiteError(
             f"directions of shape {list(wanted.shape)} cannot be searched for {k} of "
-            f"{rows * model.config.layers} value vectors; expected [directions, {model.config.width}]."
+            f"{rows * model.config.n_layers} value vectors; expected [directions, {model.config.d_model}]."
         )
     cosines, places = _search(model, params, unit(wanted), k)
     layers, neurons = np.divmod(np.asarray(places), rows)
@@ -90,8 +94,10 @@ def tokens_of_values(
     Raises:
         SiteError: the model is an encoder, or there is no such layer or neuron.
     """
-    if not 0 <= layer < model.config.layers:
-        raise SiteError(f"block {layer} does not exist: the model has {model.config.layers}, counted from 0.")
+    if not 0 <= layer < model.config.n_layers:
+        raise SiteError(
+            f"block {layer} does not exist: the model has {model.config.n_layers}, counted from 0."
+        )
     rows, chosen = _values(model, params, layer), np.asarray(neurons, np.int32)
     if chosen.ndim != 1 or ((chosen < 0) | (chosen >= rows.shape[0])).any():
         raise SiteError(f"neurons {chosen.tolist()} are not all within the {rows.shape[0]} of block {layer}.")
@@ -119,7 +125,7 @@ def _search(model: Model, params: Params, directions: Array, k: int) -> tuple[Ar
     """Layer by layer, keeping the best: memory is that of the cosines of one layer."""
     best = jnp.full((directions.shape[0], k), -jnp.inf)
     places = jnp.zeros((directions.shape[0], k), jnp.int32)
-    for layer in range(model.config.layers):
+    for layer in range(model.config.n_layers):
         rows = unit(_values(model, params, layer))
         cosines = jnp.matmul(directions, rows.T, precision="highest")
         count = rows.shape[0]

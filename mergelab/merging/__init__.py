@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from mergelab.merging.plan.planner import Plan, plan_merge
     from mergelab.merging.recipe.recipe_file import load_recipe, parse_recipe, recipe_yaml
     from mergelab.merging.recipe.schema import Recipe, TokenizerSpec
-    from mergelab.merging.run_merge import Merged, merge
+    from mergelab.merging.run_merge import Merged, MergeOptions, merge
     from mergelab.merging.soups import soup
 
 __all__ = [
     "ExtractedLora",
+    "MergeOptions",
     "Merged",
     "Plan",
     "Recipe",

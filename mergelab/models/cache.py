@@ -44,7 +44,7 @@ class Cache:
 
     @property
     def slots(self) -> int:
-        """How many tokens a row can hold."""
+        """Number of tokens that a row can hold."""
         return self.mask.shape[1]
 
     def positions(self, mask: Bool[Array, "batch new"]) -> Int[Array, "batch new"]:

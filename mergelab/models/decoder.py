@@ -30,7 +30,7 @@ class DecoderConfig:
     """A decoder: its blocks, and what stands around them.
 
     Attributes:
-        vocab_size, width: tokens, residual width.
+        vocab_size, d_model: tokens, residual width.
         max_length: positions the model is made for; the size of the table of learned positions.
         blocks: what each layer is made of (`BlockSpec`, or another `AnyBlock`).
         norm: the norm of the end.
@@ -41,7 +41,7 @@ class DecoderConfig:
     """
 
     vocab_size: int
-    width: int
+    d_model: int
     max_length: int
     blocks: tuple[AnyBlock, ...]
     norm: NormKind = field(default_factory=NormKind)
@@ -51,17 +51,17 @@ class DecoderConfig:
     tied: bool = False
 
     @property
-    def layers(self) -> int:
+    def n_layers(self) -> int:
         """Number of blocks."""
         return len(self.blocks)
 
     @property
-    def heads(self) -> int:
+    def n_heads(self) -> int:
         """Query heads of the first block."""
         return self._attention.n_heads
 
     @property
-    def kv_heads(self) -> int:
+    def n_kv_heads(self) -> int:
         """Key-value heads of the first block."""
         return self._attention.n_kv_heads
 
@@ -89,7 +89,7 @@ class DecoderConfig:
     @property
     def residual_gain(self) -> float:
         """Initial gain of what is added to the residual stream, twice a layer: keeps the sum's scale."""
-        return (2 * self.layers) ** -0.5
+        return (2 * self.n_layers) ** -0.5
 
     def one_of_each(self) -> tuple[DecoderConfig, Sequence[int]]:
         """See `mergelab.models.derived.Configuration`."""
@@ -124,12 +124,12 @@ class Decoder(nn.Module):
             tap: what to do at the sites.
         """
         c = self.config
-        embed = Embed(c.vocab_size, c.width, "vocab", name="embed")
+        embed = Embed(c.vocab_size, c.d_model, "vocab", name="embed")
         x = embed(tokens)
         if c.embed_scale != 1.0:
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         if c.learned_positions:
-            x = x + Embed(c.max_length, c.width, name="positions")(positions)
+            x = x + Embed(c.max_length, c.d_model, name="positions")(positions)
         x = tap("embed", x)
 
         shared = Pass(positions, mask, cache, tap)

@@ -29,14 +29,14 @@ class EncoderConfig:
         max_length: size of the table of positions.
         token_types: size of the table of segments.
         norm: the norm after the embeddings and after each sum.
-        activation: of the feed-forward layers.
+        activation: name of the activation function of the feed-forward layers.
         pooler: whether the first token's last state passes a further layer (site `pooled`).
     """
 
     vocab_size: int
-    width: int
-    layers: int
-    heads: int
+    d_model: int
+    n_layers: int
+    n_heads: int
     mlp_width: int
     max_length: int
     token_types: int = 2
@@ -47,12 +47,12 @@ class EncoderConfig:
     @property
     def head_dim(self) -> int:
         """Width of a head."""
-        return self.width // self.heads
+        return self.d_model // self.n_heads
 
     @property
     def least_tensors(self) -> int:
         """Number of tensors that the files of such a model hold at least."""
-        return self.layers
+        return self.n_layers
 
     @property
     def learned_positions(self) -> bool:
@@ -61,7 +61,7 @@ class EncoderConfig:
 
     def one_of_each(self) -> tuple[EncoderConfig, Sequence[int]]:
         """See `mergelab.models.derived.Configuration`."""
-        return replace(self, layers=1), (0,) * self.layers
+        return replace(self, n_layers=1), (0,) * self.n_layers
 
 
 Stream = Float[Array, "batch length width"]
@@ -78,8 +78,8 @@ class Block(nn.Module):
         c, site = self.config, f"blocks.{self.layer}"
         x = tap(f"{site}.resid_pre", x)
         heads = AttentionSpec(
-            n_heads=c.heads,
-            n_kv_heads=c.heads,
+            n_heads=c.n_heads,
+            n_kv_heads=c.n_heads,
             head_dim=c.head_dim,
             scale=c.head_dim**-0.5,
             qkv_bias=True,
@@ -123,13 +123,13 @@ class Encoder(nn.Module):
         """
         c = self.config
         types = jnp.zeros_like(tokens) if token_types is None else token_types
-        x = Embed(c.vocab_size, c.width, "vocab", name="embed")(tokens)
-        x = x + Embed(c.max_length, c.width, name="positions")(positions)
-        x = x + Embed(c.token_types, c.width, name="token_types")(types)
+        x = Embed(c.vocab_size, c.d_model, "vocab", name="embed")(tokens)
+        x = x + Embed(c.max_length, c.d_model, name="positions")(positions)
+        x = x + Embed(c.token_types, c.d_model, name="token_types")(types)
         x = tap("embed", Norm(c.norm, name="embed_norm")(x, tap, "embed_norm"))
         slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         visible = visible_keys(slots, tokens.shape[1], mask, causal=False)
-        for i in range(c.layers):
+        for i in range(c.n_layers):
             if tap.done:
                 return None, None, None
             x = Block(c, i, name=f"blocks_{i}")(x, visible, tap)
@@ -137,7 +137,7 @@ class Encoder(nn.Module):
             return None, None, None
         if c.pooler:
             # Its two sides cannot be split along one mesh axis: the inputs are.
-            pooled = Linear(c.width, ("embed", None), bias=True, name="pooler")(x[:, :1])
+            pooled = Linear(c.d_model, ("embed", None), bias=True, name="pooler")(x[:, :1])
             tap("pooled", jnp.tanh(pooled[:, 0]))
         return None, x, None
 

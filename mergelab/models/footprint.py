@@ -61,7 +61,7 @@ class Inventory:
 def take_inventory(path: Path | str) -> Inventory:
     """Opens a model folder or weight file, reading headers and config only.
 
-    A model whose family is unknown still has an inventory: of its tensors.
+    A model whose family is unknown still has an inventory of tensors.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
@@ -97,7 +97,7 @@ class Footprint:
     Attributes:
         mesh: its axes and their sizes.
         parameters: bytes of parameters on one device.
-        whole: of these, bytes of parameters that every device holds in full.
+        whole: bytes, among these, of parameters that every device holds in full.
         total: bytes of the parameters stored once.
         cache: bytes of the key-value cache on one device; 0 where none was asked for.
     """
@@ -173,7 +173,7 @@ def compile_forward(
         mesh: the sizes of the mesh's axes; one may be -1.
         batch: sequences in the pass, over all chips.
         length: tokens of each.
-        dtype: of parameters and activations.
+        dtype: dtype of parameters and activations.
         rules: logical axis -> mesh axes.
         timeout: seconds after which the compiler is stopped.
 

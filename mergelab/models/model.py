@@ -56,7 +56,7 @@ class Family:
         architecture: the module it runs on.
         read: `(config, place) -> configuration`; raises `CheckpointError` for what it cannot compute.
         rows: the table that maps parameters to HF tensors, for one configuration.
-        prefix: what HF puts before tensor names in models with a head, and leaves away without one.
+        prefix: what HF puts before tensor names in models with a head, and omits without one.
         unused: glob patterns of tensors that files may hold and that the model does not need.
         adapt: `(configuration, tensor names) -> configuration`, where files of one config differ.
     """
@@ -151,7 +151,7 @@ class Model:
     def __repr__(self) -> str:
         # One line: a configuration describes every layer.
         c, count = self.config, sum(leaf.size for leaf in self._table)
-        size = f"n_layers={c.layers}, d_model={c.width}, vocab_size={c.vocab_size}"
+        size = f"n_layers={c.n_layers}, d_model={c.d_model}, vocab_size={c.vocab_size}"
         return f"Model({self.family.model_type!r}, {size}, parameters={count:,})"
 
     def __getattr__(self, name: str) -> Any:
@@ -177,15 +177,17 @@ class Model:
         rows = list(self.family.rows(self.config))
         if not self.prefixed:
             rows = [row._replace(hf_name=row.hf_name.removeprefix(self.family.prefix)) for row in rows]
-        return build_table(rows, self.family.architecture.derived(self.config).parameters, self.config.layers)
+        return build_table(
+            rows, self.family.architecture.derived(self.config).parameters, self.config.n_layers
+        )
 
     def for_tensors(self, names: Collection[str]) -> Model:
-        """The same model with the table that fits a file: without a head, HF leaves the prefix away.
+        """The same model with the table that fits a file: without a head, HF omits the prefix.
 
         Raises:
             CheckpointError: the configuration has more layers than there are tensors.
         """
-        layers, least = self.config.layers, self.config.least_tensors
+        layers, least = self.config.n_layers, self.config.least_tensors
         if least > len(names):
             # Said before a table of so many rows is made.
             each = "" if least == layers else f" of {least:,} experts in all"
@@ -242,8 +244,8 @@ class Model:
             params: the parameters, as `table()` describes them.
             tokens: token ids; padding may hold any valid id. Those that are not traced are checked, which
                 waits for them where they are on a device.
-            positions: of the tokens. By default a decoder counts each row's real tokens from 0 (on from those
-                in the cache), and an encoder all tokens.
+            positions: positions of the tokens. By default a decoder counts each row's real tokens from 0 (on
+                from those in the cache), and an encoder all tokens.
             mask: True for real tokens, False for padding on either side. Outputs at padding are meaningless.
             capture: names or glob patterns of sites to return.
             edit: functions by site name or glob pattern: `f(array)`, or `f(array, site)`, to an array of the
@@ -262,7 +264,7 @@ class Model:
         if cache is not None and not causal:
             raise self._no_cache()
         if token_types is not None and causal:
-            raise MergelabError(f"a {self.family.model_type!r} model has no token types; leave them away.")
+            raise MergelabError(f"a {self.family.model_type!r} model has no token types; omit them.")
         check_token_array(tokens)
         self._check(tokens, positions, mask, cache, token_types)
         if positions is None:

@@ -15,7 +15,16 @@ from mergelab.models.layers.norms import Norm
 from mergelab.models.model import Model, Params
 from mergelab.models.table import Leaf
 
-__all__ = ["Component", "ResidualWriter", "norm_gain", "readout", "require_decoder", "unembedding", "writers"]
+__all__ = [
+    "Component",
+    "ResidualWriter",
+    "norm_gain",
+    "norms_outputs",
+    "readout",
+    "require_decoder",
+    "unembedding",
+    "writers",
+]
 
 
 def unembedding(model: Model, params: Params) -> Float[Array, "width vocab"]:
@@ -48,6 +57,11 @@ def readout(model: Model, params: Params, stream: Float[Array, "*rows width"]) -
     normed: Array = Norm(model.config.norm).apply({"params": params["final_norm"]}, stream)  # pyright: ignore[reportAssignmentType]
     logits = jnp.matmul(normed, kernel.astype(normed.dtype), preferred_element_type=jnp.float32)
     return soft_cap(logits.astype(jnp.float32), model.config.logit_cap)
+
+
+def norms_outputs(model: Model) -> bool:
+    """Whether a norm stands between what blocks compute and the stream (`sandwich` and `post` placement)."""
+    return any(leaf.path[-2:-1] == ("out_norm",) for leaf in model.table())
 
 
 Component = Literal["embeddings", "attention", "mlp"]

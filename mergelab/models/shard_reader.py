@@ -71,7 +71,7 @@ class ShardReader:
 
     Args:
         tensors: the tensors of an open checkpoint, by HF name.
-        threads: how many read at once; by default one per core, at most eight.
+        threads: number of concurrent reads; by default one per core, at most eight.
     """
 
     def __init__(self, tensors: Mapping[str, TensorSource], threads: int | None = None) -> None:

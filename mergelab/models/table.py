@@ -38,7 +38,7 @@ class Fused:
 
     Attributes:
         start: the first feature.
-        size: how many features the fused tensor has.
+        size: number of features of the fused tensor.
         transposed: True where the file holds [out, in] (a torch `Linear`), False for [in, out] (`Conv1D`).
             A vector has one order only.
     """
@@ -54,8 +54,8 @@ class FusedHeads:
 
     Attributes:
         part: which part the leaf is.
-        parts: how many there are (query, key, value: 3).
-        heads: how many heads.
+        parts: number of parts (query, key, value: 3).
+        heads: number of heads.
         transposed: as in `Fused`.
     """
 

@@ -55,7 +55,7 @@ def check_tokens(model: Embeds, tokens: Any, mask: Any = None, *, place: str = "
         place: what they are, for messages.
 
     Raises:
-        TokenError: ids that are none of the model's vocabulary, or more tokens than it has learned positions.
+        TokenError: ids outside the model's vocabulary, or more tokens than it has learned positions.
     """
     check_ids(tokens, model.config.vocab_size, "the model's vocabulary", place)
     shape = np.shape(tokens)

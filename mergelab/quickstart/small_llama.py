@@ -61,15 +61,15 @@ class LlamaConfig:
         ids = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         found = cls(
             vocab_size=c.vocab_size,
-            hidden_size=c.width,
+            hidden_size=c.d_model,
             intermediate_size=c.mlp_width,
-            num_hidden_layers=c.layers,
-            num_attention_heads=c.heads,
-            num_key_value_heads=c.kv_heads,
+            num_hidden_layers=c.n_layers,
+            num_attention_heads=c.n_heads,
+            num_key_value_heads=c.n_kv_heads,
             head_dim=c.head_dim,
             max_position_embeddings=c.max_length,
             rms_norm_eps=c.norm.eps,
-            rope_theta=c.rotary[0].theta,
+            rope_theta=c.blocks[0].attention.rotary.theta,
             tie_word_embeddings=c.tied,
             **ids,
         )

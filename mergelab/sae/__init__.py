@@ -6,11 +6,12 @@ from mergelab.lazy import lazy_names
 
 if TYPE_CHECKING:
     from mergelab.sae import evaluation, features, formats, training, variants
+    from mergelab.sae.activation_functions import is_active
     from mergelab.sae.evaluation.evaluate import evaluate_sae
     from mergelab.sae.formats.detect import FORMATS, load_sae, save_sae
-    from mergelab.sae.sae import SAE, SAEConfig, at_sites
+    from mergelab.sae.sae import SAE, Crosscoder, SAEConfig, Transcoder, at_sites
     from mergelab.sae.subject_model import check_subject_model, open_subject_model
-    from mergelab.sae.toy import ToyTruth
+    from mergelab.sae.toy import ToyGroundTruth
     from mergelab.sae.training.config import TrainConfig, load_config
     from mergelab.sae.training.in_memory import train_sae
     from mergelab.sae.training.trainer import Result, train
@@ -20,10 +21,12 @@ __all__ = [
     "FORMATS",
     "SAE",
     "VARIANTS",
+    "Crosscoder",
     "Result",
     "SAEConfig",
-    "ToyTruth",
+    "ToyGroundTruth",
     "TrainConfig",
+    "Transcoder",
     "Variant",
     "at_sites",
     "check_subject_model",
@@ -32,6 +35,7 @@ __all__ = [
     "evaluation",
     "features",
     "formats",
+    "is_active",
     "load_config",
     "load_sae",
     "make_variant",

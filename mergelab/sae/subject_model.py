@@ -9,6 +9,7 @@ from typing import Any
 from mergelab.activations.capture import DEFAULT_CONTEXT, ModelActivations, open_model_activations
 from mergelab.checkpoints.folder import weights_sha256
 from mergelab.errors import SAEError
+from mergelab.models.residual_stream import norms_outputs
 from mergelab.sae.formats.hook_names import site_of
 from mergelab.sae.sae import SAE, at_sites
 
@@ -121,7 +122,7 @@ def check_modules(sae: SAE, source: ModelActivations) -> None:
     Raises:
         SAEError: it has not.
     """
-    if getattr(source.model.config, "block", None) != "sandwich":
+    if not norms_outputs(source.model):
         return
     for key in ("hookpoint", "hf_hook_point_in", "hf_hook_point_out"):
         said = sae.config.metadata.get(key)

@@ -25,7 +25,7 @@ FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2", "mixtral", "qwen3")
 
 def random_ablation(model: Model, seed: int = 0) -> Ablation:
     """Another direction and another share for every layer and component."""
-    layers, width = model.config.layers, model.config.width
+    layers, width = model.config.n_layers, model.config.d_model
     rng = np.random.default_rng(seed)
     directions = unit(jnp.asarray(rng.normal(size=(layers + 1, width)), jnp.float32))
     shares = jnp.asarray(rng.uniform(0.3, 1.2, (2, layers)), jnp.float32)
@@ -56,8 +56,8 @@ def test_the_weight_edit_is_the_runtime_edit(name: str) -> None:
 @pytest.mark.parametrize("name", ("llama", "gpt2", "gemma2", "mixtral"))
 def test_nothing_along_the_direction_reaches_the_stream(name: str) -> None:
     model, params = tiny(name)
-    direction = np.random.default_rng(2).normal(size=model.config.width)
-    ablation = Ablation.everywhere(jnp.asarray(direction, jnp.float32), model.config.layers)
+    direction = np.random.default_rng(2).normal(size=model.config.d_model)
+    ablation = Ablation.everywhere(jnp.asarray(direction, jnp.float32), model.config.n_layers)
     capture = ("embed", "blocks.*.attn.out", "blocks.*.mlp.out", "blocks.*.resid_post")
     r = np.asarray(ablation.directions[0])
 
@@ -71,7 +71,7 @@ def test_nothing_along_the_direction_reaches_the_stream(name: str) -> None:
 
 def test_a_tied_output_embedding_loses_the_direction_too() -> None:
     model, params = tiny("gpt2")
-    ablation = Ablation.everywhere(jnp.arange(24, dtype=jnp.float32) - 9.0, model.config.layers)
+    ablation = Ablation.everywhere(jnp.arange(24, dtype=jnp.float32) - 9.0, model.config.n_layers)
     r = np.asarray(ablation.directions[0])
     found = run(model, params, ablate(model, params, ablation))
     edited = run(model, abliterate_params(model, params, ablation))

@@ -28,7 +28,7 @@ from tests.models.tiny_models import CONFIGS, write
 
 def some_ablation(model: Model, embeddings: float = 1.0) -> Ablation:
     """Another direction for every block, and shares above and below 1."""
-    layers, width = model.config.layers, model.config.width
+    layers, width = model.config.n_layers, model.config.d_model
     rng = np.random.default_rng(7)
     directions = unit(jnp.asarray(rng.normal(size=(layers + 1, width)), jnp.float32))
     shares = jnp.asarray(rng.uniform(0.3, 1.2, (2, layers)), jnp.float32)
@@ -49,7 +49,7 @@ def test_every_family_stores_its_writers_as_plain_matrices(name: str) -> None:
     for writer in writers(model):
         assert writer.leaf.layout.view == writer.leaf.layout.stored_shape
         assert writer.leaf.axes[-1] == "embed"
-        assert writer.leaf.hf_shape[writer.leaf.layout.axes[-1][0]] == model.config.width
+        assert writer.leaf.hf_shape[writer.leaf.layout.axes[-1][0]] == model.config.d_model
 
 
 @pytest.mark.parametrize("keep_norms", [None, "written", "coordinate"])

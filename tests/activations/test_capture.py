@@ -23,7 +23,7 @@ def llama() -> Any:
 
 
 def test_a_ragged_list_is_padded_on_the_left_with_zeros_there(llama: Any) -> None:
-    width = llama[0].config.width
+    width = llama[0].config.d_model
     found = capture(*llama, PROMPTS, [SITE], batch=2)[SITE]
     assert found.shape == (3, 4, width) and found.dtype == np.float32
     for row, prompt in zip(found, PROMPTS, strict=True):

@@ -31,7 +31,9 @@ def test_parts_sum_to_the_logit(name: str) -> None:
         total = split.parts.sum(axis=1)
         np.testing.assert_allclose(total[MASK], split.logits[MASK], atol=2e-5 * np.abs(split.parts).max())
         assert np.abs(np.delete(split.parts, 1, axis=1).sum(axis=1) - split.logits)[MASK].max() > 1e-2 * scale
-    attention = heads.parts[:, 1 : 1 + model.config.heads + bool(model.config.out_bias)].sum(axis=1)
+    attention = heads.parts[:, 1 : 1 + model.config.n_heads + model.config.blocks[0].attention.out_bias].sum(
+        axis=1
+    )
     np.testing.assert_allclose(attention[MASK], found.of("blocks.0.attn.out")[MASK], atol=1e-4 * scale)
 
 

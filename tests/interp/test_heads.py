@@ -69,8 +69,8 @@ def test_repeated_tokens_repeat_and_are_otherwise_unpredictable(domains: Trained
 def test_circuits_are_the_dense_matrices(name: str) -> None:
     model, params = tiny(name)
     weights, c = head_weights(model, params), model.config
-    ov = np.array([[weights.ov(i, h) for h in range(c.heads)] for i in range(c.layers)], np.float64)
-    qk = np.array([[weights.qk(i, h) for h in range(c.heads)] for i in range(c.layers)], np.float64)
+    ov = np.array([[weights.ov(i, h) for h in range(c.n_heads)] for i in range(c.n_layers)], np.float64)
+    qk = np.array([[weights.qk(i, h) for h in range(c.n_heads)] for i in range(c.n_layers)], np.float64)
 
     def dense(a: np.ndarray, b: np.ndarray) -> float:
         return float(np.linalg.norm(a @ b) / np.linalg.norm(a) / np.linalg.norm(b))
@@ -78,7 +78,7 @@ def test_circuits_are_the_dense_matrices(name: str) -> None:
     into = {"q": qk, "k": qk.swapaxes(-1, -2), "v": ov}
     for kind, second in into.items():
         scores = composition_scores(weights, kind)  # pyright: ignore[reportArgumentType]
-        expected = [[dense(ov[0, a], second[1, b]) for b in range(c.heads)] for a in range(c.heads)]
+        expected = [[dense(ov[0, a], second[1, b]) for b in range(c.n_heads)] for a in range(c.n_heads)]
         np.testing.assert_allclose(scores[0, :, 1], expected, rtol=1e-4)
         assert np.isnan(scores[1, :, 0]).all() and np.isnan(scores[0, :, 0]).all()
 

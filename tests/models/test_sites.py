@@ -63,7 +63,7 @@ def sites_of(model: Model, params: Params) -> Mapping[str, Any]:
     """The states between blocks, the patterns, and the last hidden state, as transformers orders them."""
     captured = ("embed", "blocks.*.resid_pre", "blocks.*.attn.pattern")
     output = jax.jit(partial(model.apply, capture=captured))(params, TOKENS, mask=MASK)
-    layers = range(model.config.layers)
+    layers = range(model.config.n_layers)
     states = [output.captured[f"blocks.{i}.resid_pre"] for i in layers] + [output.hidden]
     return {
         "states": np.asarray(jnp.stack(states)),

@@ -38,7 +38,7 @@ def test_tensor_parallelism_divides_memory_and_adds_reductions() -> None:
     assert alone.collectives == ()
     # Each block adds two partial sums up: after attention and after the MLP.
     reductions = sum(c.count for c in split.collectives if c.kind in ("all-reduce", "reduce-scatter"))
-    assert reductions >= 2 * model.config.layers
+    assert reductions >= 2 * model.config.n_layers
     assert split.flops > 0 and split.peak > split.arguments
 
 

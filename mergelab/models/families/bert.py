@@ -67,9 +67,9 @@ def read_bert(config: Mapping[str, Any], place: str) -> EncoderConfig:
     head_width(fields["hidden_size"], fields["num_attention_heads"], place)
     return EncoderConfig(
         vocab_size=fields["vocab_size"],
-        width=fields["hidden_size"],
-        layers=fields["num_hidden_layers"],
-        heads=fields["num_attention_heads"],
+        d_model=fields["hidden_size"],
+        n_layers=fields["num_hidden_layers"],
+        n_heads=fields["num_attention_heads"],
         mlp_width=fields["intermediate_size"],
         max_length=fields["max_position_embeddings"],
         token_types=fields["type_vocab_size"],

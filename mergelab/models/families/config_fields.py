@@ -347,7 +347,7 @@ def usual_decoder(
     spec = BlockSpec(**usual | dict(block or {}))
     outside = {
         "vocab_size": fields["vocab_size"],
-        "width": fields["hidden_size"],
+        "d_model": fields["hidden_size"],
         "max_length": length,
         "blocks": layered(spec, rotations, windows or (None,) * layers),
         "norm": spec.norm,

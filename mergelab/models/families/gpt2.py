@@ -24,7 +24,7 @@ def gpt2_rows(c: DecoderConfig) -> tuple[Row, ...]:
         Row(
             f"blocks_{{i}}.attn.{name}.{ours}",
             f"{block}.attn.c_attn.{theirs}",
-            Fused(part * c.width, 3 * c.width, transposed=False),
+            Fused(part * c.d_model, 3 * c.d_model, transposed=False),
         )
         for ours, theirs in (("kernel", "weight"), ("bias", "bias"))
         for part, name in enumerate("qkv")
@@ -75,7 +75,7 @@ def read_gpt2(config: Mapping[str, Any], place: str) -> DecoderConfig:
     norm = NormKind("layer", fields["layer_norm_epsilon"])
     return DecoderConfig(
         vocab_size=fields["vocab_size"],
-        width=width,
+        d_model=width,
         max_length=fields["n_positions"],
         blocks=(BlockSpec(attention, mlp, norm),) * layers,
         norm=norm,

@@ -25,7 +25,7 @@ def gpt_neox_rows(c: DecoderConfig) -> tuple[Row, ...]:
         Row(
             f"blocks_{{i}}.attn.{name}.{ours}",
             f"{layer}.attention.query_key_value.{theirs}",
-            FusedHeads(part, 3, c.heads),
+            FusedHeads(part, 3, c.n_heads),
         )
         for ours, theirs in (("kernel", "weight"), ("bias", "bias"))
         for part, name in enumerate("qkv")
@@ -85,7 +85,7 @@ def read_gpt_neox(config: Mapping[str, Any], place: str) -> DecoderConfig:
     placement = "parallel" if fields["use_parallel_residual"] else "pre"
     return DecoderConfig(
         vocab_size=fields["vocab_size"],
-        width=width,
+        d_model=width,
         max_length=length,
         blocks=(BlockSpec(attention, mlp, norm, placement),) * layers,
         norm=norm,

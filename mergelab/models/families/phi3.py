@@ -17,7 +17,7 @@ __all__ = ["PHI3"]
 def phi3_rows(c: DecoderConfig) -> tuple[Row, ...]:
     """The table: the fused tensors hold their parts one after the other."""
     layer = "model.layers.{i}"
-    queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    queries, keys = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     hidden = c.mlp_width
     starts = {"q": 0, "k": queries, "v": queries + keys}
     qkv = [

@@ -89,7 +89,7 @@ class Rotary:
 
     Attributes:
         theta: the base of the frequencies.
-        dim: how many leading components of a head are rotated (even).
+        dim: number of leading components of a head that are rotated (even).
         scaling: how the frequencies are changed, if at all.
     """
 

@@ -69,7 +69,7 @@ def logit_effects(
     """
     require_decoder(source.model)
     model = source.model
-    width = model.config.width
+    width = model.config.d_model
     if not writes_stream(sae, source):
         raise SAEError(
             f"the SAE ({sae.mapping()}) writes activations {sae.d_out} wide, and the "
@@ -96,7 +96,7 @@ def writes_stream(sae: SAE, source: ModelActivations) -> bool:
     """
     writes = sae.config.writes
     site = writes[0] if writes is not None else source.sites[0] if sae.is_autoencoder else None
-    if site is None or sae.d_out != source.model.config.width:
+    if site is None or sae.d_out != source.model.config.d_model:
         return False
     return site == "embed" or site.endswith(
         (".resid_pre", ".resid_mid", ".resid_post", "attn.out", "mlp.out")
@@ -113,7 +113,7 @@ def _mean_scale(params: Any, tokens: Array, *, model: Model) -> Array:
 def _effects(
     params: Any, rows: Array, scale: Array, model: Model, count: int, bins: int
 ) -> tuple[Array, ...]:
-    last = f"blocks.{model.config.layers - 1}.resid_post"
+    last = f"blocks.{model.config.n_layers - 1}.resid_post"
 
     def logits(stream: Array) -> Array:
         # Each row is a text of one token, whose last stream is replaced.

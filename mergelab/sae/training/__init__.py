@@ -8,10 +8,9 @@ from mergelab.sae.training.initialize import geometric_median, initialize
 if TYPE_CHECKING:
     from mergelab.sae.training.aot import StepPlan, plan_step
     from mergelab.sae.training.checkpoints import Checkpoints
-    from mergelab.sae.training.config import TrainConfig, load_config
+    from mergelab.sae.training.config import TrainConfig, TrainingRecipe, load_config
     from mergelab.sae.training.finish import finished_sae
     from mergelab.sae.training.in_memory import train_sae
-    from mergelab.sae.training.recipe import TrainingRecipe
     from mergelab.sae.training.state import TrainState, place_batch, place_state
     from mergelab.sae.training.step import Metrics, Step, make_step, train_step
     from mergelab.sae.training.tracking import read_metrics

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mergelab.activations.batches import batches, pad_prompts
 from mergelab.checkpoints.json_data import parse_json
 from mergelab.checkpoints.text_file import read_text
-from mergelab.decoding import pad_prompts
 from mergelab.errors import CheckpointError, MergelabError
 from mergelab.text.chat import Message, chat_text
 from mergelab.text.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ class PromptBatch:
     Attributes:
         tokens: int32 `[batch, length]`.
         mask: bool `[batch, length]`, True for real tokens.
-        real: how many rows are prompts; the rest repeat the last one, to keep the shape.
+        real: how many rows are prompts; the rest repeat one of them, to keep the shape.
     """
 
     tokens: np.ndarray
@@ -90,10 +90,8 @@ class Prompts:
 
     def batches(self, size: int) -> Iterator[PromptBatch]:
         """All prompts in order, in batches of exactly `min(size, n)` rows."""
-        size = min(size, len(self))
-        for start in range(0, len(self), size):
-            chosen = np.minimum(np.arange(start, start + size), len(self) - 1)
-            yield PromptBatch(self.tokens[chosen], self.mask[chosen], min(size, len(self) - start))
+        for rows, real in batches(len(self), size):
+            yield PromptBatch(self.tokens[rows], self.mask[rows], real)
 
 
 def read_prompts(path: str | Path) -> list[str]:

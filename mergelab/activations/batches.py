@@ -11,7 +11,16 @@ import numpy as np
 
 from mergelab.errors import DecodingError, SiteError, TokenError
 
-__all__ = ["batches", "bucket_size", "check_prompts", "map_pieces", "pad_prompts", "stack_prompts", "widen"]
+__all__ = [
+    "batches",
+    "bucket_size",
+    "check_prompts",
+    "filled_batches",
+    "map_pieces",
+    "pad_prompts",
+    "stack_prompts",
+    "widen",
+]
 
 
 _SMALLEST = 16
@@ -137,6 +146,23 @@ def batches(total: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
     for start in range(0, total, size):
         rows = np.arange(start, min(start + size, total))
         yield np.concatenate([rows, np.full(size - len(rows), start)]), len(rows)
+
+
+def filled_batches(size: int, *arrays: np.ndarray) -> Iterator[tuple[tuple[np.ndarray, ...], int]]:
+    """Arrays with one number of rows in batches of exactly `size` rows, and how many of them are real.
+
+    The last is filled up with zeros (False): all have one shape, and run one compiled program.
+
+    >>> [(rows.tolist(), count) for (rows,), count in filled_batches(2, np.arange(3))]
+    [([0, 1], 2), ([2, 0], 1)]
+    """
+    for start in range(0, len(arrays[0]), size):
+        parts = [array[start : start + size] for array in arrays]
+        missing = size - len(parts[0])
+        yield (
+            tuple(np.pad(part, [(0, missing)] + [(0, 0)] * (part.ndim - 1)) for part in parts),
+            len(parts[0]),
+        )
 
 
 def map_pieces(function: Callable[[Any], Any], rows: Any, size: int) -> Any:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mergelab.activations.batches import batches, stack_prompts
+from mergelab.activations.batches import batches, filled_batches, stack_prompts
 from mergelab.checkpoints.text_file import MAX_PROSE, read_text
 from mergelab.errors import NonFiniteError, SAEError, SiteError
 from mergelab.models.load import load_model
@@ -269,12 +269,9 @@ class ModelActivations:
         length = self.tokens.shape[1]
         first, end = start // length, -(-stop // length)
         parts: list[list[np.ndarray]] = []
-        for at in range(first, end, self.batch):
-            tokens = self.tokens[at : min(at + self.batch, end)]
-            # One shape for all passes: the last is filled up, and what fills it dropped.
-            filled = np.pad(tokens, ((0, self.batch - len(tokens)), (0, 0)))
-            found = self._forward(self.params, jnp.asarray(filled, jnp.int32))
-            parts.append([np.asarray(x)[: len(tokens)].reshape(-1, x.shape[-1]) for x in found])
+        for (tokens,), count in filled_batches(self.batch, self.tokens[first:end]):
+            found = self._forward(self.params, jnp.asarray(tokens, jnp.int32))
+            parts.append([np.asarray(x)[:count].reshape(-1, x.shape[-1]) for x in found])
         rows = [np.concatenate(site) for site in zip(*parts, strict=True)]
         rows = [site[start - first * length : stop - first * length] for site in rows]
         for name, site in zip(self.sites, rows, strict=True):

@@ -11,6 +11,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
+from mergelab.activations.batches import filled_batches
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit, as_partials
 from mergelab.models.token_checks import check_ids, check_length
@@ -59,11 +60,7 @@ def summed_loss(
     check_length(model, tokens.shape[1] - 1)
     edits = as_partials(edit)
     total = 0.0
-    for start in range(0, len(tokens), batch):
-        # A short last batch is filled with windows that count for nothing: one shape, one program.
-        missing = ((0, batch - len(tokens[start : start + batch])), (0, 0))
-        rows = np.pad(tokens[start : start + batch], missing)
-        counted = np.pad(is_target[start : start + batch], missing)
+    for (rows, counted), _ in filled_batches(batch, tokens, is_target):  # what fills up counts for nothing
         total += float(_summed_loss(model, params, rows, counted, edits))
     return total
 

@@ -245,8 +245,7 @@ def _grams(
         done += count
         jax.block_until_ready(sums)
         advance(done)
-    count = int(real.sum())
-    found = {site: np.asarray(_mean(sums[0][site], sums[1][site], count)) for site in sites}
+    found = {site: np.asarray(_mean(sums[0][site], sums[1][site], int(real.sum()))) for site in sites}
     for site, matrix in found.items():
         if not np.isfinite(matrix).all():
             raise NonFiniteError(f"activations of the site {site!r} are not finite; try float32 weights")

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from mergelab.activations.batches import filled_batches
 from mergelab.errors import SAEError
 from mergelab.sae.activation_functions import is_active
 from mergelab.sae.sae import SAE
@@ -100,10 +101,8 @@ def feature_manifold(sae: SAE, activations: Any, latents: Any, *, k: int = 3, ba
         raise SAEError(f"latents {group.tolist()} are not a group of the SAE's {sae.n_latents}.")
     rows = np.asarray(activations, np.float32)
     parts = []
-    for start in range(0, len(rows), batch):
-        part = rows[start : start + batch]
-        filled = np.pad(part, ((0, min(batch, len(rows)) - len(part)), (0, 0)))  # one shape, one program
-        parts.append(np.asarray(_codes_of(sae, filled, group))[: len(part)])
+    for (filled,), count in filled_batches(min(batch, len(rows)), rows):
+        parts.append(np.asarray(_codes_of(sae, filled, group))[:count])
     codes = np.concatenate(parts)
     active = np.flatnonzero(is_active(codes).any(axis=1))
     if len(active) < max(2, k):

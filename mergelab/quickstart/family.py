@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from mergelab.activations.batches import filled_batches
 from mergelab.quickstart import small_llama
 from mergelab.quickstart.corpus import DOMAINS, Corpus, TextDocument
 from mergelab.quickstart.presets import QuickstartSettings
@@ -106,11 +107,8 @@ def bits_per_byte(loss: SummedLoss, params: Params, windows: EvaluationWindows, 
         batch: windows evaluated at a time; the last batch is filled with rows that count nothing.
     """
     nats = 0.0
-    for start in range(0, len(windows.tokens), batch):
-        tokens = windows.tokens[start : start + batch]
-        is_target = windows.is_target[start : start + batch]
-        missing = ((0, batch - len(tokens)), (0, 0))
-        nats += float(loss(params, np.pad(tokens, missing), np.pad(is_target, missing)))
+    for (tokens, is_target), _ in filled_batches(batch, windows.tokens, windows.is_target):
+        nats += float(loss(params, tokens, is_target))
     return nats / math.log(2) / windows.num_bytes
 
 

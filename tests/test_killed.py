@@ -58,7 +58,7 @@ CASES = {
     "convert": Case("convert a out --shard-size 20KB"),
     "convert in place of another": Case("convert b out --overwrite", setup="convert a out"),
     "convert to orbax": Case("convert a out --to orbax"),
-    "adapter": Case("extract-lora b --base a --rank 2 --out out"),
+    "adapter": Case("extract-lora b --base a --rank 2 --out out", "--resume"),
     "abliterate": Case(
         "abliterate a --harmful bad.txt --harmless good.txt --out out --max-kl 1e9 --min-induced=-1e9",
         "--resume",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -16,15 +17,16 @@ import numpy as np
 
 from mergelab.checkpoints import (
     Checkpoint,
+    FolderCheckpoint,
     TensorSource,
     dtype_from_name,
     is_float,
     open_checkpoint,
     read_whole,
 )
-from mergelab.checkpoints.folder import stat_sha256
+from mergelab.checkpoints.folder import bounded_digest
 from mergelab.checkpoints.json_data import read_json_object
-from mergelab.checkpoints.output_target import MARKER, recorded_identity
+from mergelab.checkpoints.output_target import MARKER, disk_errors, recorded_identity
 from mergelab.checkpoints.peft import adapter_config
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.tied_head import conv1d_layers, find_tied_head
@@ -117,9 +119,10 @@ def extract_lora(
     """
     setting = FactorSetting(rank, energy, randomized, seed, dtype_from_name(dtype))
     setting.check()
+    models = open_checkpoint(finetuned), open_checkpoint(base)
     identity = {
         "settings": f"{setting} {tuple(targets)} {embeddings}",
-        "models": stat_sha256(finetuned, base),
+        "models": _digest(*models),
     }
     with WorkFolder(out, inputs=[finetuned, base], overwrite=overwrite) as work:
         if work.finished(identity_digest(identity)):
@@ -129,7 +132,9 @@ def extract_lora(
             work.abandon()
             return _recorded(Path(out))
         work.prepare()
-        return _extract(finetuned, base, work, identity, setting, targets, embeddings, resume, progress)
+        return _extract(
+            *models, finetuned, base, work, identity, setting, targets, embeddings, resume, progress
+        )
 
 
 def _recorded(out: Path) -> ExtractedLora:
@@ -139,7 +144,20 @@ def _recorded(out: Path) -> ExtractedLora:
     return ExtractedLora(out=out, **facts)
 
 
+def _digest(*models: FolderCheckpoint) -> str:
+    """SHA-256 over configs, headers, and values from all over every weight file; the same for any copy."""
+    total = hashlib.sha256()
+    for model in models:
+        total.update(model.fingerprint().encode())
+        for file in model.files:
+            with disk_errors(file.file.path):
+                total.update(bounded_digest(file.file.path, 1 << 24).encode())
+    return total.hexdigest()
+
+
 def _extract(
+    tuned_model: FolderCheckpoint,
+    base_model: FolderCheckpoint,
     finetuned: Path | str,
     base: Path | str,
     work: WorkFolder,
@@ -150,7 +168,6 @@ def _extract(
     resume: bool,
     progress: Callable[[int], object],
 ) -> ExtractedLora:
-    tuned_model, base_model = open_checkpoint(finetuned), open_checkpoint(base)
     modules = _modules(tuned_model, base_model)
     conv1d = conv1d_layers(base_model.config)
     head = changed_head(tuned_model, base_model)

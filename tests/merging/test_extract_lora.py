@@ -21,6 +21,7 @@ from mergelab.checkpoints import (
 )
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import CheckpointError, NonFiniteError, OperatorError, OutputError
+from mergelab.merging.engine import pool
 from mergelab.merging.lora_extraction import extract_lora
 from mergelab.merging.lora_factors import Factors, FactorSetting
 
@@ -301,6 +302,7 @@ def test_an_interrupted_extraction_is_resumed_to_the_same_bytes(
         return factors(self, name, delta)
 
     monkeypatch.setattr(FactorSetting, "factors", failing)
+    monkeypatch.setattr(pool, "default_threads", lambda: 1)  # two modules are whole when the third fails
 
     def stopped(self: WorkFolder, *_: Any, **options: Any) -> Path:
         raise KeyboardInterrupt
@@ -312,13 +314,14 @@ def test_an_interrupted_extraction_is_resumed_to_the_same_bytes(
     with pytest.raises(OutputError, match="another merge: settings"):
         extract_lora(*models, tmp_path / "out", rank=1, resume=True)
     told.clear()
+    first = len(svds)
     found = extract_lora(*models, tmp_path / "out", **options, resume=True, progress=told.append)
     assert (found.ranks, found.errors, found.nbytes) == (whole.ranks, whole.errors, whole.nbytes)
     assert sum(told) == sum(4 * int(np.prod(shape)) for shape in SHAPES.values())
     for file in (tmp_path / "whole").iterdir():
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
     done = len(svds)
-    assert "energy" in options or done < 3 + len(whole.ranks), "what was written is not found again"
+    assert "energy" in options or done - first <= len(whole.ranks) - 2, "what was written is not found again"
     again = extract_lora(*models, tmp_path / "out", **options, resume=True)
     assert again.errors == whole.errors and len(svds) == done, "a finished output is left alone"
 

@@ -43,7 +43,7 @@ def try_lock(fd: int) -> bool:
         False if another opening of the file holds the lock, in this process or in another one.
 
     Raises:
-        OSError: `fd` is no open file.
+        OSError: `fd` is not an open file.
     """
     try:
         _lock(fd)

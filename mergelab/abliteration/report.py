@@ -22,7 +22,7 @@ __all__ = ["Report"]
 _CAUTION = """\
 The edit removes one direction of the residual stream, along which this model told prompts that it refuses
 from prompts that it answers. It removes the first step of refusing, not what the model knows: nothing was
-learnt and nothing unlearnt. It is no measure of what remains: prompts unlike the ones above may still be
+learnt and nothing unlearnt. It is not a measure of what remains: prompts unlike the ones above may still be
 refused, warnings inside answers stay, and what else shared the direction is changed with it. The figures are
 of the first tokens of answers and of phrases, not of whether an answer is right, useful or dangerous.
 

@@ -122,7 +122,7 @@ def load_sentence_encoder(
         dtype: as in `load_model`.
 
     Raises:
-        CheckpointError: a file is missing or damaged, the model is no encoder, or a module of the folder is
+        CheckpointError: a file is missing or damaged, the model is not an encoder, or a module of the folder is
             of a kind that is not implemented.
     """
     folder = Path(path)
@@ -159,7 +159,7 @@ def _modules(folder: Path) -> tuple[Pooling, bool]:
         return "mean", False
     modules = read_json(file)
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
-        raise CheckpointError(f"{file} is no list of modules; download it again.")
+        raise CheckpointError(f"{file} is not a list of modules; download it again.")
     pooling: Pooling = "mean"
     kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
     for kind, module in zip(kinds, modules, strict=True):

@@ -120,7 +120,7 @@ def read_json(path: Path, limit: int = MAX_SETTINGS) -> Any:
     """Returns what a JSON file holds.
 
     Raises:
-        CheckpointError: the file is no regular file of at most `limit` bytes, or is not JSON.
+        CheckpointError: the file is not a regular file of at most `limit` bytes, or is not JSON.
     """
     return parse_json(read_bytes(path, limit), str(path))
 

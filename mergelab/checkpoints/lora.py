@@ -77,7 +77,7 @@ def sort_adapter(tensors: Mapping[str, TensorSource], config: LoraConfig, folder
     found.whole.update(copies)
     modules = {name.rpartition(".")[0] for name in found.whole}
     copied = {name.rpartition(".")[0] for name in copies}
-    # A module with factors is no copy, whatever else the config says of it.
+    # A module with factors is not a copy, whatever else the config says of it.
     found.saved.update(
         module
         for module in modules

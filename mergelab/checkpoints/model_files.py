@@ -52,7 +52,7 @@ def open_tokenizer_file(path: Path) -> Tokenizer:
     """Returns the tokenizer that a `tokenizer.json` describes, as the tokenizers package makes it.
 
     Raises:
-        CheckpointError: the file is no regular file of at most 256 MiB, or not a tokenizer.
+        CheckpointError: the file is not a regular file of at most 256 MiB, or not a tokenizer.
     """
     from tokenizers import Tokenizer
 

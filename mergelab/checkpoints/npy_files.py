@@ -133,7 +133,7 @@ def parse_npy_header(head: bytes, place: str) -> NpyHeader:
     sizes = isinstance(shape, tuple) and all(type(d) is int and 0 <= d < 2**63 for d in shape)
     if not sizes or type(fortran) is not bool or len(shape) > _MAX_DIMENSIONS:
         raise CheckpointError(
-            f"{place} has a damaged header: its shape is no tuple of sizes, or its fortran_order no truth "
+            f"{place} has a damaged header: its shape is not a tuple of sizes, or its fortran_order no truth "
             "value; copy or write it again"
         )
     if math.prod(d for d in shape if d) * dtype.itemsize >= 2**63:
@@ -157,7 +157,7 @@ def _numbers(descr: Any, place: str) -> np.dtype[Any]:
     if isinstance(descr, str) and _NUMBERS.fullmatch(descr):
         return np.dtype(descr)
     objects = isinstance(descr, str) and descr.lstrip("|<>=") == "O"
-    what = "Python objects, which are never unpickled" if objects else "elements that are no plain numbers"
+    what = "Python objects, which are never unpickled" if objects else "elements that are not plain numbers"
     raise CheckpointError(f"{place} holds {what}; save it as an array of floats")
 
 

@@ -64,7 +64,7 @@ def read_bytes(
         with open(file, "rb", buffering=0) as stream:
             status = os.fstat(stream.fileno())
             regular = stat.S_ISREG(status.st_mode)
-            # A file of the kernel's has size 0 and yet content, so the size alone is no bound.
+            # A file of the kernel's has size 0 and yet content, so the size alone is not a bound.
             found = _read(stream.fileno(), limit + 1) if regular and status.st_size <= limit else b""
     except FileNotFoundError:
         raise error(f"{place} cannot be read: it does not exist; check the path") from None

@@ -151,7 +151,7 @@ class _Interpreter:
     def _build(self, builder: object, arguments: object) -> object:
         if not isinstance(builder, Builder) or not isinstance(arguments, tuple):
             raise CheckpointError(
-                f"{self.place} calls a {type(builder).__name__}, which is no constructor of weights; "
+                f"{self.place} calls a {type(builder).__name__}, which is not a constructor of weights; "
                 "do not load this file"
             )
         return builder.build(*arguments)

@@ -25,7 +25,7 @@ from mergelab.errors import CheckpointError
 __all__ = ["WRAPPERS", "PickledFile", "open_pickled"]
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
-"""Keys under which training programs put the state dict, beside things that are no weights."""
+"""Keys under which training programs put the state dict, beside things that are not weights."""
 
 _MAX_PICKLE = 64_000_000
 _MAX_EXPANDED = 64_000_000
@@ -174,7 +174,7 @@ def _allowed(place: str) -> dict[str, object]:
 
     def parameter(data: Any, *_: Any) -> _Tensor:
         if not isinstance(data, _Tensor):
-            raise CheckpointError(f"{place} has a parameter that is no tensor; save it again")
+            raise CheckpointError(f"{place} has a parameter that is not a tensor; save it again")
         return data
 
     def mapping(pairs: Any = ()) -> dict[str, Any]:
@@ -216,7 +216,7 @@ def _checked(
     if not sizes or not all(type(value) is int and 0 <= value < 2**63 for value in (start, *shape, *strides)):
         # Not quoted: what stands there may be an object whose text is exponentially long.
         raise CheckpointError(
-            f"{place} has a tensor whose shape, strides or offset are no sizes; save it again"
+            f"{place} has a tensor whose shape, strides or offset are not sizes; save it again"
         )
     # numpy multiplies the other axes of an empty tensor, too.
     if math.prod(d for d in shape if d) * dtype.itemsize >= 2**63:
@@ -269,7 +269,7 @@ def _state_dict(found: Any, place: str) -> dict[str, _Tensor]:
 
 def _take_plain(found: dict[Any, Any]) -> dict[str, Any]:
     """Takes out of a mapping what is a number, a word, or a mapping of such."""
-    # What is shared counts each time it is met, and what has too many items is no plain value.
+    # What is shared counts each time it is met, and what has too many items is not a plain value.
     items = [_PLAIN_ITEMS]
     names = [name for name, value in found.items() if isinstance(name, str) and _is_plain(value, items)]
     return {name: found.pop(name) for name in names}

@@ -44,7 +44,7 @@ class _Size(click.ParamType):
         if size >= 2**63:
             self.fail(f"{value!r} is more than any disk holds; write a size such as 5GB", param, ctx)
         if size < 1:
-            self.fail(f"{value!r} is no bytes at all; write a size such as 5GB", param, ctx)
+            self.fail(f"{value!r} is not a number of bytes; write a size such as 5GB", param, ctx)
         return size
 
 

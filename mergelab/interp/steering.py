@@ -80,7 +80,7 @@ def steering_vector(
         batch: prompts in one pass.
 
     Raises:
-        SiteError: the site is no stream of vectors, or the sets do not pair up for `pca`.
+        SiteError: the site is not a stream of vectors, or the sets do not pair up for `pca`.
     """
     if len(model.sites().get(site, (0, 0, 0))) != 3:
         raise SiteError(

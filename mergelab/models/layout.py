@@ -78,7 +78,7 @@ class Layout:
         inside = all(0 <= low <= high <= n for (low, high), n in zip(self.window, self.view, strict=True))
         if math.prod(self.view) != math.prod(self.stored_shape) or order != [*range(len(self.view))]:
             raise ValueError(
-                f"view {self.view} with axes {self.axes} is no view of shape {self.stored_shape}"
+                f"view {self.view} with axes {self.axes} is not a view of shape {self.stored_shape}"
             )
         if not inside:
             raise ValueError(f"the window {self.window} leaves the view {self.view}")

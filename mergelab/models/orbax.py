@@ -137,11 +137,11 @@ def restore_tree(path: Path | str, like: Any) -> Any:
 def _existing(path: Path | str) -> Path:
     folder = Path(os.path.abspath(path))
     if not is_tree(folder):
-        raise CheckpointError(f"{folder} is no Orbax checkpoint: it has no {_METADATA}; check the path.")
+        raise CheckpointError(f"{folder} is not an Orbax checkpoint: it has no {_METADATA}; check the path.")
     for file in (*folder.iterdir(), *(folder / "array_metadatas").glob("*")):
         if not file.is_dir() and not (file.is_file() and file.stat().st_size <= _MAX_DESCRIPTION):
             raise CheckpointError(
-                f"{file} is no regular file of at most {_MAX_DESCRIPTION // 10**6} MB, as a description of "
+                f"{file} is not a regular file of at most {_MAX_DESCRIPTION // 10**6} MB, as a description of "
                 "arrays is; get the checkpoint again."
             )
     return folder
@@ -158,7 +158,7 @@ def _shape(folder: Path, place: Any, leaf: Any) -> jax.ShapeDtypeStruct:
     sizes = isinstance(shape, tuple) and all(isinstance(d, int) and 0 <= d < 2**63 for d in shape)
     if shape is None or not sizes or dtype is None:
         name = jax.tree_util.keystr(place, simple=True, separator=".")
-        raise CheckpointError(f"{folder}: {name!r} is no array with a shape and a dtype; save it again.")
+        raise CheckpointError(f"{folder}: {name!r} is not an array with a shape and a dtype; save it again.")
     return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
 
 
@@ -253,7 +253,7 @@ def load_orbax(
     with together("opening the model", distributed=distributed):
         if not is_orbax_model(folder):
             raise CheckpointError(
-                f"{folder} is no model in Orbax form: it has no {_PARAMS}/; check the path."
+                f"{folder} is not a model in Orbax form: it has no {_PARAMS}/; check the path."
             )
         model = model_from_config(read_json_object(folder / "config.json"), str(folder / "config.json"))
         names = read_json_object(folder / _TENSORS).get("names")

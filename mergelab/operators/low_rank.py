@@ -50,7 +50,7 @@ def decomposed_in(dtype: str) -> str:
 def exact_svd(matrix: Float[Array, "rows columns"], dtype: str) -> LowRank:
     """The thin SVD of a matrix in a wide dtype, without the triples that are nothing but rounding.
 
-    Singular values up to `max(rows, columns)` roundings of the largest are no directions of the matrix: their
+    Singular values up to `max(rows, columns)` roundings of the largest are not directions of the matrix: their
     vectors, which another program may choose otherwise, are zeros here.
 
     Args:

@@ -75,7 +75,7 @@ def render_chat(
 
     Raises:
         ChatTemplateError: the template is not valid jinja, refuses the messages, reads what is not there,
-            tries what the sandbox forbids, or exceeds the budget; or a variable is no plain data.
+            tries what the sandbox forbids, or exceeds the budget; or a variable is not plain data.
     """
     moment = now or datetime.now()
     offset = moment.utcoffset()
@@ -119,6 +119,6 @@ def _plain(value: Any, place: str) -> Any:
         return [_plain(item, place) for item in value]
     kind = type(value).__name__
     raise ChatTemplateError(
-        f"the chat template cannot be given {place!r}: it holds a {kind} that is no plain JSON data (text, "
+        f"the chat template cannot be given {place!r}: it holds a {kind} that is not plain JSON data (text, "
         "numbers, lists, and mappings with keys of text); convert it first."
     )

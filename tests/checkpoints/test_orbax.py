@@ -61,7 +61,7 @@ def test_what_is_no_regular_file_is_not_opened(sound: Path, tmp_path: Path) -> N
     shutil.copytree(sound, tmp_path / "odd")
     (tmp_path / "odd" / "_sharding").unlink()
     os.mkfifo(tmp_path / "odd" / "_sharding")
-    with pytest.raises(CheckpointError, match="_sharding is no regular file"):
+    with pytest.raises(CheckpointError, match="_sharding is not a regular file"):
         tree_shapes(tmp_path / "odd")
     (tmp_path / "odd" / "_sharding").unlink()
     with (tmp_path / "odd" / "_sharding").open("wb") as file:

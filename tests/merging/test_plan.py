@@ -335,7 +335,7 @@ def test_missing_models_are_all_named_with_where_they_were_looked_for(tmp_path: 
     )
     assert str(tmp_path / "cwd") in near
     assert str(folder) in near
-    assert hub.startswith("r.yaml:6: models[2].model: model 'someone/some-model' is no folder (looked in ")
+    assert hub.startswith("r.yaml:6: models[2].model: model 'someone/some-model' is not a folder (looked in ")
     assert "hub" in hub
     write_model(tmp_path / "cwd" / "lama-one")
     write_model(tmp_path / "cwd" / "someone" / "some-model")

@@ -102,7 +102,7 @@ def test_a_sibling_sixty_times_as_far_from_the_base_is_named(
     family(tmp_path, a=0.01, b=0.6, c=0.012, d=0.05)
     found = warnings(tmp_path, method, *siblings, weight=0.3)
     assert "the change of model 'b' is" in found
-    assert warnings(tmp_path, method, "a", "c", "d", weight=0.3) == "", "5 times is no outlier"
+    assert warnings(tmp_path, method, "a", "c", "d", weight=0.3) == "", "5 times is not an outlier"
 
 
 def test_of_three_models_without_a_base_the_median_shows_which_is_far(tmp_path: Path) -> None:

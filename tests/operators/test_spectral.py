@@ -123,7 +123,7 @@ def test_a_matrix_with_fewer_rows_than_tasks_has_no_direction_for_each_and_is_av
 
 
 def test_what_two_tasks_share_is_added_once_and_what_is_not_there_adds_nothing() -> None:
-    """Directions of equal or absent task vectors are no choice of LAPACK's."""
+    """Directions of equal or absent task vectors are not a choice of LAPACK's."""
     rng = np.random.default_rng(0)
     base, delta = (rng.standard_normal((8, 12)).astype(np.float32) for _ in range(2))
     left, singular, right = np.linalg.svd(delta.astype(np.float64), full_matrices=False)

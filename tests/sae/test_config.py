@@ -1,4 +1,4 @@
-"""What a configuration leaves away is the recipe's default."""
+"""Fields that a configuration omits take the recipe's defaults."""
 
 from __future__ import annotations
 

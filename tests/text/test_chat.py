@@ -251,7 +251,7 @@ def test_the_process_sees_no_environment_and_opens_no_files(monkeypatch: pytest.
 
 
 class _Turn(Mapping[str, Any]):
-    """A message that is no dict."""
+    """A message that is not a dict."""
 
     def __getitem__(self, key: str) -> Any:
         return {"role": "user", "n": np.int64(3)}[key]

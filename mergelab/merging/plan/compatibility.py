@@ -98,7 +98,7 @@ def _kinds(config: Mapping[str, Any]) -> set[str]:
 
 
 def packed(models: Mapping[str, Checkpoint]) -> list[str]:
-    """One sentence per model whose weights are quantized: codes and scales are no numbers to average."""
+    """One sentence per model whose weights are quantized: codes and scales are not numbers to average."""
     sentences = []
     for name, model in models.items():
         if (first := next((tensor for tensor in model.tensors if tensor.endswith(_PACKED)), None)) is None:

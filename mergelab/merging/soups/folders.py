@@ -250,7 +250,7 @@ def _read(out: Path, decay: float | None) -> RunningFolder:
         state = RunningFolder(tuple(data["checkpoints"]), data["decay"])
     except (CheckpointError, KeyError, TypeError) as error:
         raise OutputError(
-            f"{out} exists and is no running average (no readable {STATE}); choose another output folder."
+            f"{out} exists and is not a running average (no readable {STATE}); choose another output folder."
         ) from error
     if state.decay != decay:
         kinds = ["a running mean" if d is None else f"an average of decay {d}" for d in (state.decay, decay)]

@@ -253,5 +253,7 @@ def as_selection(rule: str | Objective | SoupSelection) -> SoupSelection:
     if isinstance(rule, str | Objective):
         return Lexicographic((_metric(rule),))
     if not all(hasattr(rule, name) for name in ("metrics", "worth", "objection")):
-        raise EvaluationError(f"{rule!r} is no selection rule; give a metric, its name, or a rule of them.")
+        raise EvaluationError(
+            f"{rule!r} is not a selection rule; give a metric, its name, or a rule of them."
+        )
     return rule

@@ -64,7 +64,7 @@ def listed(part: LayerPart, keys: Sequence[str], count: int) -> Kinds | None:
 
 
 def numbers(value: object) -> frozenset[int]:
-    """The layer numbers in a list; none if it is no list."""
+    """The layer numbers in a list; none if it is not a list."""
     return (
         frozenset(i for i in value if isinstance(i, int)) if isinstance(value, (list, tuple)) else frozenset()
     )

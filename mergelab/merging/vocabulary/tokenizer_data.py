@@ -107,7 +107,7 @@ def read_tokenizer(name: str, folder: Path) -> TokenizerData:
 
 def _token_id(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**31:
-        raise ValueError(f"{quoted(value)} is no token id")
+        raise ValueError(f"{quoted(value)} is not a token id")
     return value
 
 

@@ -108,7 +108,7 @@ def _sites(cfg: Mapping[str, Any], own: Mapping[str, Any], maps: bool) -> dict[s
     reads = site_of(hook) or site_of(metadata.get("site"))
     writes = site_of(target) or site_of(metadata.get("target_site"))
     if hook is not None and target is not None:
-        maps = hook != target  # also where the hooks are no sites here
+        maps = hook != target  # also where the hooks are not sites here
     known = reads is not None and writes is not None
     return {
         "reads": None if reads is None else (reads,),

@@ -137,8 +137,8 @@ def test_a_rule_takes_metrics_names_and_rules_alike(rule: Any, guarded: bool) ->
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: as_selection(3), "3 is no selection rule"),  # type: ignore[arg-type]
-        (lambda: Guarded(None, ()), "None is no selection rule"),  # type: ignore[arg-type]
+        (lambda: as_selection(3), "3 is not a selection rule"),  # type: ignore[arg-type]
+        (lambda: Guarded(None, ()), "None is not a selection rule"),  # type: ignore[arg-type]
         (lambda: Lexicographic((1,)), "1 where a metric"),  # type: ignore[arg-type]
         (lambda: WeightedScores((ACC,)), r"where \(metric, weight\) was expected"),  # type: ignore[arg-type]
         (lambda: Guarded(ACC, (("other", "a"),)), r"where \(metric, limit\) was expected"),  # type: ignore[arg-type]

@@ -129,7 +129,7 @@ def test_saelens_transcoders_of_equal_widths(tmp_path: Path, activation: str, sk
     assert (back.config.reads, back.config.writes) == (mapped.config.reads, mapped.config.writes)
     x = jnp.asarray(np.random.default_rng(2).standard_normal((5, D)), jnp.float32)
     np.testing.assert_allclose(back(x), mapped(x), atol=1e-5)
-    # A hook that is no site here keeps its name, and the SAE stays a transcoder.
+    # A hook that is not a site here keeps its name, and the SAE stays a transcoder.
     _change(
         tmp_path / "a",
         metadata={**cfg["metadata"], "hook_name": "blocks.1.ln2.hook_normalized", "site": None},

@@ -122,8 +122,8 @@ def load_sentence_encoder(
         dtype: as in `load_model`.
 
     Raises:
-        CheckpointError: a file is missing or damaged, the model is not an encoder, or a module of the folder is
-            of a kind that is not implemented.
+        CheckpointError: a file is missing or damaged, the model is not an encoder, or a module of the folder
+            is of a kind that is not implemented.
     """
     folder = Path(path)
     pooling, normalize = _modules(folder)

@@ -185,7 +185,8 @@ def _open_file(path: Path) -> SafetensorsFile | PickledFile:
     if path.suffix in PICKLED:
         return open_pickled(path)
     raise CheckpointError(
-        f"{path} is not a weight file by its name; expected .safetensors, {', '.join(PICKLED)} or a model folder"
+        f"{path} is not a weight file by its name; expected .safetensors, {', '.join(PICKLED)} or a model "
+        "folder"
     )
 
 

@@ -141,8 +141,8 @@ def _existing(path: Path | str) -> Path:
     for file in (*folder.iterdir(), *(folder / "array_metadatas").glob("*")):
         if not file.is_dir() and not (file.is_file() and file.stat().st_size <= _MAX_DESCRIPTION):
             raise CheckpointError(
-                f"{file} is not a regular file of at most {_MAX_DESCRIPTION // 10**6} MB, as a description of "
-                "arrays is; get the checkpoint again."
+                f"{file} is not a regular file of at most {_MAX_DESCRIPTION // 10**6} MB, as a description "
+                "of arrays is; get the checkpoint again."
             )
     return folder
 

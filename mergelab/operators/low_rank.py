@@ -50,8 +50,8 @@ def decomposed_in(dtype: str) -> str:
 def exact_svd(matrix: Float[Array, "rows columns"], dtype: str) -> LowRank:
     """The thin SVD of a matrix in a wide dtype, without the triples that are nothing but rounding.
 
-    Singular values up to `max(rows, columns)` roundings of the largest are not directions of the matrix: their
-    vectors, which another program may choose otherwise, are zeros here.
+    Singular values up to `max(rows, columns)` roundings of the largest are not directions of the matrix:
+    their vectors, which another program may choose otherwise, are zeros here.
 
     Args:
         matrix: `[rows, columns]`, float32 or wider.

@@ -249,15 +249,15 @@ def _snapshot(path: str, revision: str | None, folders: list[Path]) -> tuple[Pat
         from huggingface_hub import snapshot_download  # type: ignore[import-not-found]
     except ImportError:
         raise CheckpointError(
-            f"model {quoted(path)} is not a folder (looked in {_places(folders)}); to fetch it from the Hugging "
-            "Face hub, install mergelab[hub], or download it yourself and give its path"
+            f"model {quoted(path)} is not a folder (looked in {_places(folders)}); to fetch it from the "
+            "Hugging Face hub, install mergelab[hub], or download it yourself and give its path"
         ) from None
     try:
         folder = Path(snapshot_download(path, revision=revision, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub client raises many unrelated types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"model {quoted(path)} is not a folder (looked in {_places(folders)}) and the hub did not give it: "
-            f"{shortened(reason, 300)}"
+            f"model {quoted(path)} is not a folder (looked in {_places(folders)}) and the hub did not give "
+            f"it: {shortened(reason, 300)}"
         ) from None
     return folder, folder.name

@@ -91,7 +91,7 @@ def infer_architecture(names: Iterable[str], config: Mapping[str, Any]) -> Struc
     """Groups tensor names into modules.
 
     A stack is a prefix followed by numbers 0 to n - 1, n being a layer count of `config` where it states any
-    (so that a two-layer projector is not a tower). Numbers further inside a name (experts) belong to its block.
+    (so that a two-layer projector is not a tower). Numbers further inside a name (experts) are its block's.
     """
     names = tuple(names)
     stacks = _stacks(names, {count for _, _, count in layer_counts(config)})

@@ -67,7 +67,7 @@ class EncoderConfig:
 Stream = Float[Array, "batch length width"]
 
 
-class Block(nn.Module):
+class EncoderBlock(nn.Module):
     """One encoder block; its norms come after each sum, on the residual stream itself."""
 
     config: EncoderConfig
@@ -132,7 +132,7 @@ class Encoder(nn.Module):
         for i in range(c.n_layers):
             if tap.done:
                 return None, None, None
-            x = Block(c, i, name=f"blocks_{i}")(x, visible, tap)
+            x = EncoderBlock(c, i, name=f"blocks_{i}")(x, visible, tap)
         if tap.done:
             return None, None, None
         if c.pooler:

@@ -22,13 +22,13 @@ from mergelab.sae.kernels.largest import kth_largest, top_k_by
 
 __all__ = [
     "ACTIVATION_FUNCTIONS",
-    "AbsTopK",
+    "AbsTopKFunction",
     "ActivationFunction",
-    "BatchTopK",
-    "Gated",
-    "JumpReLU",
-    "ReLU",
-    "TopK",
+    "BatchTopKFunction",
+    "GatedFunction",
+    "JumpReLUFunction",
+    "ReLUFunction",
+    "TopKFunction",
     "is_active",
     "jump_relu",
     "step",
@@ -68,7 +68,7 @@ class ActivationFunction:
 
 
 @dataclass(frozen=True)
-class ReLU(ActivationFunction):
+class ReLUFunction(ActivationFunction):
     """`max(pre, 0)`."""
 
     name: ClassVar[str] = "relu"
@@ -78,7 +78,7 @@ class ReLU(ActivationFunction):
 
 
 @dataclass(frozen=True)
-class TopK(ActivationFunction):
+class TopKFunction(ActivationFunction):
     """The k largest pre-activations of each token, rectified (arXiv 2406.04093).
 
     Attributes:
@@ -100,7 +100,7 @@ class TopK(ActivationFunction):
 
 
 @dataclass(frozen=True)
-class AbsTopK(TopK):
+class AbsTopKFunction(TopKFunction):
     """The k pre-activations of largest absolute value, signs kept (AbsTopK, arXiv 2510.00404).
 
     A latent then stands for a direction and its opposite.
@@ -115,7 +115,7 @@ class AbsTopK(TopK):
 
 
 @dataclass(frozen=True)
-class JumpReLU(ActivationFunction):
+class JumpReLUFunction(ActivationFunction):
     """`pre` where it is above a threshold of its latent, else 0 (arXiv 2407.14435).
 
     Attributes:
@@ -137,7 +137,7 @@ class JumpReLU(ActivationFunction):
 
 
 @dataclass(frozen=True)
-class BatchTopK(JumpReLU):
+class BatchTopKFunction(JumpReLUFunction):
     """The largest of a batch while training, then those above a threshold (arXiv 2412.06410)."""
 
     name: ClassVar[str] = "batch_topk"
@@ -159,7 +159,7 @@ class BatchTopK(JumpReLU):
 
 
 @dataclass(frozen=True)
-class Gated(ActivationFunction):
+class GatedFunction(ActivationFunction):
     """One path decides which latents are active, another how much (arXiv 2404.16014).
 
     `pre = p + b_enc` is the gate; an open one has the code `relu(exp(magnitude_scale) p + magnitude_bias)`.
@@ -182,7 +182,15 @@ class Gated(ActivationFunction):
 
 
 ACTIVATION_FUNCTIONS: Mapping[str, type[ActivationFunction]] = {
-    kind.name: kind for kind in (TopK, BatchTopK, JumpReLU, ReLU, Gated, AbsTopK)
+    kind.name: kind
+    for kind in (
+        TopKFunction,
+        BatchTopKFunction,
+        JumpReLUFunction,
+        ReLUFunction,
+        GatedFunction,
+        AbsTopKFunction,
+    )
 }
 """Activation functions by the name a configuration gives them."""
 

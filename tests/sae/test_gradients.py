@@ -183,7 +183,7 @@ def test_screening_in_half_precision_still_scores_in_single() -> None:
             [8],
             8,
             Shards(),
-            ranking=activation_functions.TopK,
+            ranking=activation_functions.TopKFunction,
             dense=False,
             compute_dtype=dtype,
         )

@@ -77,7 +77,7 @@ def test_a_platform_without_a_form_of_its_own_takes_the_reference() -> None:
     assert (forms.on("cpu"), forms.on("gpu"), forms.on("tpu")) == (max, abs, abs)
 
 
-@pytest.mark.parametrize("kind", [activation_functions.TopK, activation_functions.AbsTopK])
+@pytest.mark.parametrize("kind", [activation_functions.TopKFunction, activation_functions.AbsTopKFunction])
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "pairs"])
 def test_codes_of_training_are_those_of_the_activation_function(kind: Any, dense: bool) -> None:
     encoder, bias = MATRIX, jnp.asarray(DRAW.standard_normal(N), jnp.float32)
@@ -87,4 +87,4 @@ def test_codes_of_training_are_those_of_the_activation_function(kind: Any, dense
     np.testing.assert_allclose(codes.decode(MATRIX), wanted @ MATRIX, rtol=1e-4, atol=1e-4)
     assert int(codes.count()) == (np.asarray(wanted) != 0).sum()
     np.testing.assert_array_equal(codes.fired(), (np.abs(np.asarray(wanted)) > 1e-3).any(axis=0))
-    assert (np.asarray(wanted) < 0).any() == (kind is activation_functions.AbsTopK)
+    assert (np.asarray(wanted) < 0).any() == (kind is activation_functions.AbsTopKFunction)

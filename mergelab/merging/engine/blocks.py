@@ -19,9 +19,9 @@ from mergelab.operators.algebra import Granularity, Stacked
 __all__ = [
     "BLOCK_ELEMENTS",
     "LANES",
-    "Block",
     "Buffers",
     "InputBlock",
+    "TensorBlock",
     "blocks_of",
     "count_nonfinite",
     "fold",
@@ -44,7 +44,7 @@ _FEWEST_ROWS = 256
 
 
 @dataclass(frozen=True)
-class Block:
+class TensorBlock:
     """Elements `[start, start + count)` of a tensor, computed on as a 2-D array padded with zeros.
 
     Attributes:
@@ -74,25 +74,25 @@ def fold(shape: tuple[int, ...], grain: Granularity) -> tuple[int, int]:
     return -(-size // columns), columns
 
 
-def blocks_of(shape: tuple[int, ...], grain: Granularity) -> tuple[Block, ...]:
+def blocks_of(shape: tuple[int, ...], grain: Granularity) -> tuple[TensorBlock, ...]:
     """All blocks of a tensor, in order; empty for a tensor without elements."""
     size = math.prod(shape)
     if size == 0:
         return ()
     if grain == "tensor":
-        return (Block(0, size, shape or (1,)),)
+        return (TensorBlock(0, size, shape or (1,)),)
     rows, columns = fold(shape, grain)
     per_block = max(1, BLOCK_ELEMENTS // columns)
     return tuple(_cut(size, rows, columns, per_block))
 
 
-def _cut(size: int, rows: int, columns: int, per_block: int) -> Iterator[Block]:
+def _cut(size: int, rows: int, columns: int, per_block: int) -> Iterator[TensorBlock]:
     for first in range(0, rows, per_block):
         taken = min(per_block, rows - first)
         start = first * columns
         count = min(taken * columns, size - start)
         padded = taken if taken == per_block else min(per_block, _rounded_up(taken))
-        yield Block(start, count, (padded, columns))
+        yield TensorBlock(start, count, (padded, columns))
 
 
 def _rounded_up(rows: int) -> int:
@@ -140,7 +140,7 @@ class InputBlock:
     statistics: tuple[jax.Array, ...] | None = None
 
 
-def read_block(job: Job, block: Block, buffers: Buffers, *, check: bool) -> InputBlock:
+def read_block(job: Job, block: TensorBlock, buffers: Buffers, *, check: bool) -> InputBlock:
     """Reads one block of all inputs of a job; the padding is zero.
 
     Raises:
@@ -158,7 +158,7 @@ def read_block(job: Job, block: Block, buffers: Buffers, *, check: bool) -> Inpu
                 f"{list(job.shape)}: a merge that works on blocks of a tensor takes none of another shape."
             )
         own = tuple(source.shape) == job.shape
-        part = block if own else Block(0, math.prod(source.shape), tuple(source.shape))
+        part = block if own else TensorBlock(0, math.prod(source.shape), tuple(source.shape))
         buffer = buffers.take(math.prod(part.shape) * source.dtype.itemsize)
         flat = buffer.view(source.dtype)
         _fill(source, part, flat)
@@ -169,7 +169,7 @@ def read_block(job: Job, block: Block, buffers: Buffers, *, check: bool) -> Inpu
     return replace(inputs, buffers=(*inputs.buffers, *taken), statistics=tuple(arrays))
 
 
-def _read_models(job: Job, block: Block, buffers: Buffers, *, check: bool) -> InputBlock:
+def _read_models(job: Job, block: TensorBlock, buffers: Buffers, *, check: bool) -> InputBlock:
     sources = job.inputs
     size = math.prod(block.shape)
     if len({source.dtype for source in sources}) == 1:
@@ -193,7 +193,7 @@ def _read_models(job: Job, block: Block, buffers: Buffers, *, check: bool) -> In
     return InputBlock(tuple(arrays), base, taken)
 
 
-def _fill(source: TensorSource, block: Block, flat: np.ndarray) -> None:
+def _fill(source: TensorSource, block: TensorBlock, flat: np.ndarray) -> None:
     source.read_into(block.start, flat[: block.count])
     flat[block.count :] = 0
 

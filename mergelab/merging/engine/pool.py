@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from mergelab.errors import CheckpointError, OperatorError
-from mergelab.merging.engine.blocks import BLOCK_ELEMENTS, Block, Buffers
+from mergelab.merging.engine.blocks import BLOCK_ELEMENTS, Buffers, TensorBlock
 from mergelab.merging.engine.job import Job
 from mergelab.merging.engine.order_search import KeySearch
 from mergelab.merging.engine.tensor_run import Limits, TensorRun, WriteBlock
@@ -301,7 +301,7 @@ class _Runner:
         self._writer.write(name, start, array)
         self._progress(array.nbytes)
 
-    def _map(self, function: Callable[[Block], T], blocks: Sequence[Block]) -> Iterator[T]:
+    def _map(self, function: Callable[[TensorBlock], T], blocks: Sequence[TensorBlock]) -> Iterator[T]:
         """Applies a function to blocks, results in order, a bounded number in flight."""
         if len(blocks) <= 1 or self._threads == 1:
             for block in blocks:

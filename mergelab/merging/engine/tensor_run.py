@@ -14,9 +14,9 @@ import numpy as np
 
 from mergelab.errors import CheckpointError
 from mergelab.merging.engine.blocks import (
-    Block,
     Buffers,
     InputBlock,
+    TensorBlock,
     blocks_of,
     has_nonfinite,
     nonfinite_error,
@@ -33,7 +33,7 @@ __all__ = ["Limits", "TensorRun", "WriteBlock"]
 
 T = TypeVar("T")
 WriteBlock = Callable[[str, int, np.ndarray], None]
-BlockMap = Callable[[Callable[[Block], T], Sequence[Block]], Iterator[T]]
+BlockMap = Callable[[Callable[[TensorBlock], T], Sequence[TensorBlock]], Iterator[T]]
 
 _PER_BLOCK = object()
 _DEVICE_DTYPES = tuple(
@@ -73,16 +73,16 @@ class TensorRun:
         self.blocks = blocks_of(job.shape, self.merge.grain)
         self.known: list[list[Any]] = [[] for _ in self.merge.parts]
         self._passes = 1 + sum(not isinstance(m, RowOrder | PerBlock) for _, _, m in self.merge.steps())
-        self._cache: dict[Block, InputBlock] | None = (
+        self._cache: dict[TensorBlock, InputBlock] | None = (
             {} if self._passes > 1 and job.bytes_in <= limits.cache else None
         )
-        self._block_results: dict[tuple[Block, int, int], Any] = {}
+        self._block_results: dict[tuple[TensorBlock, int, int], Any] = {}
         self._kept_bytes = 0
 
     # --- blocks ---------------------------------------------------------------------------------------
 
     @contextmanager
-    def _inputs(self, block: Block) -> Iterator[InputBlock]:
+    def _inputs(self, block: TensorBlock) -> Iterator[InputBlock]:
         """The inputs of a block: cached, or read now and handed back afterwards."""
         if self._cache is not None and block in self._cache:
             yield self._cache[block]
@@ -96,14 +96,14 @@ class TensorRun:
         for buffer in inputs.buffers:
             self._buffers.give_back(buffer)
 
-    def _region(self, block: Block, inputs: InputBlock) -> Region:
+    def _region(self, block: TensorBlock, inputs: InputBlock) -> Region:
         count = np.uint32(block.count)
         start, short = split_words(block.start), not self._entire
         return Region(
             start, self._key, block.shape, "float64", short=short, count=count, statistics=inputs.statistics
         )
 
-    def _known(self, inputs: InputBlock, block: Block) -> tuple[tuple[Any, ...], ...]:
+    def _known(self, inputs: InputBlock, block: TensorBlock) -> tuple[tuple[Any, ...], ...]:
         """What is known so far, with the results that belong to this block filled in."""
         resolved: list[list[Any]] = [[] for _ in self.known]
         for part, results in enumerate(self.known):
@@ -114,7 +114,7 @@ class TensorRun:
         return tuple(map(tuple, resolved))
 
     def _of_block(
-        self, inputs: InputBlock, block: Block, known: list[list[Any]], part: int, measure: int
+        self, inputs: InputBlock, block: TensorBlock, known: list[list[Any]], part: int, measure: int
     ) -> Any:
         """A result that belongs to one block: kept while there is room, else computed wherever it is used."""
         place = (block, part, measure)
@@ -138,7 +138,7 @@ class TensorRun:
                 self._block_results[place] = result
         return result
 
-    def _measure(self, block: Block, part: int, measure: int) -> Any:
+    def _measure(self, block: TensorBlock, part: int, measure: int) -> Any:
         """One measure of one block, as numpy arrays."""
         with self._inputs(block) as inputs:
             known = self._known(inputs, block)
@@ -187,7 +187,7 @@ class TensorRun:
         """How many keys each threshold of a `Rank` keeps."""
         return declared.counts(self.merge.parts[part], tuple(self.known[part]), size, len(self.job.sources))
 
-    def keys(self, block: Block, part: int, measure: int) -> list[np.ndarray]:
+    def keys(self, block: TensorBlock, part: int, measure: int) -> list[np.ndarray]:
         """Sort keys of a block's real elements, one flat array per stream."""
         return [k.reshape(-1)[: block.count] for k in self._measure(block, part, measure)]
 
@@ -211,13 +211,13 @@ class TensorRun:
 
     def _search(self, searches: dict[tuple[int, int], KeySearch], part: int, measure: int) -> None:
         streams = sorted({s for s, _ in searches})
-        kept: dict[Block, list[np.ndarray]] | None = None
+        kept: dict[TensorBlock, list[np.ndarray]] | None = None
         if self.job.size * 4 * len(streams) <= self._limits.keys:
             kept = dict(
                 zip(self.blocks, self._map(lambda b: self.keys(b, part, measure), self.blocks), strict=True)
             )
 
-        def keys_of(block: Block) -> list[np.ndarray]:
+        def keys_of(block: TensorBlock) -> list[np.ndarray]:
             return self.keys(block, part, measure) if kept is None else kept[block]
 
         sample = self._sample(part, measure) if kept is None else _strided(list(kept.values()), self.job.size)
@@ -226,7 +226,7 @@ class TensorRun:
         pending = dict(searches)
         while pending:
 
-            def look(block: Block, pending: dict[tuple[int, int], KeySearch] = pending) -> Any:
+            def look(block: TensorBlock, pending: dict[tuple[int, int], KeySearch] = pending) -> Any:
                 keys = keys_of(block)
                 return {place: search.look(keys[place[0]]) for place, search in pending.items()}
 
@@ -246,7 +246,7 @@ class TensorRun:
         else:
             step = max(1, self.job.size // run // _SAMPLE_RUNS)
             starts = range(0, self.job.size - run + 1, step * run)
-            chosen = tuple(Block(start, run, _SAMPLE_SHAPE) for start in starts)
+            chosen = tuple(TensorBlock(start, run, _SAMPLE_SHAPE) for start in starts)
         uncached = self._map(lambda b: self.keys(b, part, measure), chosen)
         return [np.concatenate(stream) for stream in zip(*uncached, strict=True)]
 
@@ -270,7 +270,7 @@ class TensorRun:
             self._cache = {}
         self._block_results = {}
 
-    def _write_block(self, block: Block, write: WriteBlock) -> None:
+    def _write_block(self, block: TensorBlock, write: WriteBlock) -> None:
         dtype = self.job.dtype if self.job.dtype in _DEVICE_DTYPES else np.dtype(np.float32)
         with self._inputs(block) as inputs:
             known = self._known(inputs, block)

@@ -15,7 +15,7 @@ from mergelab.merging.engine.job import Job
 from mergelab.merging.plan.compatibility import is_buffer
 from mergelab.merging.plan.found_statistics import FoundStatistics, Owner
 from mergelab.merging.plan.output_tensors import OutputPlace
-from mergelab.merging.plan.suspicions import Factors
+from mergelab.merging.plan.suspicions import FactorsSeen
 from mergelab.merging.recipe.scopes import ScopedSlice, ScopedSource, resolve
 from mergelab.merging.structure.layer_parts import LayerParts, MovedLayers, with_moved_parts
 from mergelab.merging.vocabulary import VocabularyPlan
@@ -138,7 +138,7 @@ class JobBuilder:
     lacking: dict[tuple[str, ...], list[OutputPlace]] = field(default_factory=dict)
     rejected: dict[str, list[str]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
-    factors: Factors = field(default_factory=Factors)
+    factors: FactorsSeen = field(default_factory=FactorsSeen)
     settings: list[str] = field(default_factory=list)
     _merges: dict[str, Merge] = field(default_factory=dict)
 

@@ -16,7 +16,7 @@ from mergelab.merging.engine.job import Job
 from mergelab.merging.vocabulary.embedding_rows import is_token_tensor
 from mergelab.operators.declare import Operator
 
-__all__ = ["Factors", "odd_relations"]
+__all__ = ["FactorsSeen", "odd_relations"]
 
 MOST_FACTOR = 1.5
 """Extrapolation beyond this rarely helps (ExPO's own best values lie below it)."""
@@ -33,7 +33,7 @@ _NUMBER = re.compile(r"\.(\d{1,9})\.")
 
 
 @dataclass
-class Factors:
+class FactorsSeen:
     """How strongly each model enters, collected job by job.
 
     Attributes:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from mergelab.errors import quoted
 
-__all__ = ["UNSET", "Entry", "Scalar", "Setting", "Unset", "parse_setting"]
+__all__ = ["UNSET", "Scalar", "Setting", "SettingEntry", "Unset", "parse_setting"]
 
 Scalar: TypeAlias = bool | int | float | str | None
 
@@ -25,7 +25,7 @@ UNSET = Unset()
 
 
 @dataclass(frozen=True)
-class Entry:
+class SettingEntry:
     """One `{filter, value}` of a setting.
 
     Attributes:
@@ -71,7 +71,7 @@ class Setting:
         filtered: True if written as `{filter, value}` entries, which `to_data` then restores.
     """
 
-    entries: tuple[Entry, ...]
+    entries: tuple[SettingEntry, ...]
     filtered: bool = False
 
     def evaluate(self, tensor_name: str, t: float) -> Scalar | Unset:
@@ -109,14 +109,14 @@ def parse_setting(data: Any) -> Setting:
     if _is_list(data) and any(isinstance(item, Mapping) for item in data):
         return Setting(tuple(_entry(item, f"entry {i}: ") for i, item in enumerate(data, 1)), filtered=True)
     values, gradient = _values(data, "")
-    return Setting((Entry(values, gradient),))
+    return Setting((SettingEntry(values, gradient),))
 
 
 def _is_list(data: Any) -> bool:
     return isinstance(data, Sequence) and not isinstance(data, str | bytes)
 
 
-def _entry(data: Any, place: str) -> Entry:
+def _entry(data: Any, place: str) -> SettingEntry:
     if not isinstance(data, Mapping):
         raise ValueError(f"{place}expected {{filter, value}} like its neighbors, found {quoted(data)}")
     unknown = [key for key in data if key not in ("filter", "value")]
@@ -128,7 +128,7 @@ def _entry(data: Any, place: str) -> Entry:
     if pattern is not None and not isinstance(pattern, str):
         raise ValueError(f"{place}'filter' must be a part of a tensor name, found {quoted(pattern)}")
     values, gradient = _values(data["value"], place)
-    return Entry(values, gradient, pattern)
+    return SettingEntry(values, gradient, pattern)
 
 
 def _values(data: Any, place: str) -> tuple[tuple[Scalar, ...], bool]:

@@ -17,7 +17,7 @@ from mergelab.sae.features.n2g import explain, match_explanations
 from mergelab.sae.features.survey import (
     Activity,
     CodeStore,
-    SparseCodes,
+    StoredCodes,
     Strengths,
     StrongestContexts,
     Survey,
@@ -105,7 +105,7 @@ def make_gallery(
         chosen = choose_latents(density, most) if latents is None else np.asarray(sorted(latents), np.int64)
         strongest = StrongestContexts(sae.n_latents, chosen.tolist(), examples, source.tokens)
 
-        def again() -> Iterator[SparseCodes]:
+        def again() -> Iterator[StoredCodes]:
             for codes in store:
                 strongest.add(codes)
                 yield codes

@@ -25,7 +25,7 @@ __all__ = [
     "Companions",
     "Example",
     "Histograms",
-    "SparseCodes",
+    "StoredCodes",
     "Strengths",
     "StrongestContexts",
     "Survey",
@@ -37,7 +37,7 @@ __all__ = [
 _IN_MEMORY = 2**29  # bytes of sparse codes that are kept before a file takes them: 45 million codes
 
 
-class SparseCodes(NamedTuple):
+class StoredCodes(NamedTuple):
     """The codes above 0 of some whole contexts, in the order of rows, then of latents.
 
     Attributes:
@@ -70,7 +70,7 @@ def read_codes(
     source: ModelActivations,
     contexts: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[SparseCodes]:
+) -> Iterator[StoredCodes]:
     """Runs model and SAE over a text once, a forward pass at a time.
 
     Args:
@@ -87,7 +87,7 @@ def read_codes(
     for number, codes in enumerate(encode_batches(sae, source, contexts)):
         first, here = number * source.batch, len(codes) // length
         row, latent = (place.astype(np.int32) for place in np.nonzero(codes > 0))
-        yield SparseCodes(first, here, row, latent, codes[row, latent])
+        yield StoredCodes(first, here, row, latent, codes[row, latent])
         progress(first + here, total)
 
 
@@ -104,19 +104,19 @@ class CodeStore:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def add(self, codes: SparseCodes) -> None:
+    def add(self, codes: StoredCodes) -> None:
         """Keeps a piece."""
         self._pieces.append((codes.first, codes.contexts, len(codes.row)))
         for array in (codes.row, codes.latent, codes.value):
             self._file.write(array.tobytes())
 
-    def __iter__(self) -> Iterator[SparseCodes]:
+    def __iter__(self) -> Iterator[StoredCodes]:
         self._file.seek(0)
         for first, contexts, count in self._pieces:
             row, latent, value = (
                 np.frombuffer(self._file.read(4 * count), kind) for kind in (np.int32, np.int32, np.float32)
             )
-            yield SparseCodes(first, contexts, row, latent, value)
+            yield StoredCodes(first, contexts, row, latent, value)
 
 
 class Strengths:
@@ -127,7 +127,7 @@ class Strengths:
         self._contexts = 0
         self.peak = np.zeros(n_latents, np.float32)
 
-    def add(self, codes: SparseCodes) -> None:
+    def add(self, codes: StoredCodes) -> None:
         """Takes a piece."""
         self._contexts += codes.contexts
         self._times += np.bincount(codes.latent, minlength=len(self._times))
@@ -157,7 +157,7 @@ class StrongestContexts:
         # What a latent's peak in a context must exceed to be kept.
         self._floor = np.zeros(len(self._latents), np.float32)
 
-    def add(self, codes: SparseCodes) -> None:
+    def add(self, codes: StoredCodes) -> None:
         """Takes a piece."""
         row, at, value = codes.of(self._place)
         if not len(row):
@@ -213,7 +213,7 @@ class Histograms:
         self._sum = np.zeros(len(latents))
         self.counts = np.zeros((len(latents), bins), np.int64)
 
-    def add(self, codes: SparseCodes) -> None:
+    def add(self, codes: StoredCodes) -> None:
         """Takes a piece."""
         _, at, value = codes.of(self._place)
         m, bins = self.counts.shape
@@ -242,7 +242,7 @@ class Companions:
         self._place = _places(n_latents, latents)
         self._together = np.zeros((len(latents), len(latents)))
 
-    def add(self, codes: SparseCodes) -> None:
+    def add(self, codes: StoredCodes) -> None:
         """Takes a piece."""
         from scipy.sparse import csr_array
 
@@ -374,7 +374,7 @@ class Activity:
 
 
 def activity(
-    codes: Iterable[SparseCodes],
+    codes: Iterable[StoredCodes],
     latents: np.ndarray,
     peak: np.ndarray,
     length: int,

@@ -24,7 +24,7 @@ class AbsTopK(TopK):
     """
 
     name: ClassVar[str] = "abs_topk"
-    activation = activation_functions.AbsTopK
+    activation = activation_functions.AbsTopKFunction
 
     def encoder(self, params: Params, context: Context) -> tuple[Array, Array]:
         encoder, bias = params["encoder"], params["encoder_bias"]

@@ -35,7 +35,7 @@ class BatchTopK(Variant):
     k: int = 32
 
     name: ClassVar[str] = "batch_topk"
-    activation = activation_functions.BatchTopK
+    activation = activation_functions.BatchTopKFunction
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,7 +49,7 @@ class BatchTopK(Variant):
         shards = context.shards
         pre = pre_activations(x, params["encoder"], alive_bias(params, context), context.compute_dtype)
         k = self.k if context.k is None else context.k
-        codes, smallest = activation_functions.BatchTopK.of_batch(
+        codes, smallest = activation_functions.BatchTopKFunction.of_batch(
             pre,
             k * context.tokens,
             lambda flags: shards.sum_all(flags.sum(dtype=jnp.int32, keepdims=True)),

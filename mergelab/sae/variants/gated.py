@@ -35,7 +35,7 @@ class Gated(Variant):
     l1_warmup: float = 0.05
 
     name: ClassVar[str] = "gated"
-    activation = activation_functions.Gated
+    activation = activation_functions.GatedFunction
     uses_aux_k: ClassVar[bool] = False
 
     def own_params(self) -> Params:
@@ -49,7 +49,7 @@ class Gated(Variant):
 
     def encode(self, params: Params, x: Array, context: Context) -> Encoded:
         gate = self._gate(params, x, context)
-        function = activation_functions.Gated(
+        function = activation_functions.GatedFunction(
             alive_bias(params, context), params["magnitude_scale"], params["magnitude_bias"]
         )
         return Encoded(DenseCodes(function.codes(gate), context.shards))

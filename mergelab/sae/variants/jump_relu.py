@@ -44,7 +44,7 @@ class JumpReLU(Variant):
     initial_threshold: float = 0.1
 
     name: ClassVar[str] = "jump_relu"
-    activation = activation_functions.JumpReLU
+    activation = activation_functions.JumpReLUFunction
     uses_aux_k: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class JumpReLU(Variant):
 
     def encode(self, params: Params, x: Array, context: Context) -> Encoded:
         pre = pre_activations(x, params["encoder"], alive_bias(params, context), context.compute_dtype)
-        function = activation_functions.JumpReLU(jnp.exp(params["log_threshold"]), self.bandwidth)
+        function = activation_functions.JumpReLUFunction(jnp.exp(params["log_threshold"]), self.bandwidth)
         shards = context.shards
         above = step(function.kept(pre), function.threshold[None, :], self.bandwidth)
         active = context.mean(above.sum(axis=1))

@@ -39,7 +39,7 @@ class Matryoshka(Variant):
     select: str = "batch_topk"
 
     name: ClassVar[str] = "matryoshka"
-    activation = activation_functions.BatchTopK
+    activation = activation_functions.BatchTopKFunction
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,7 +39,7 @@ class ReLU(Variant):
     l1_warmup: float = 0.05
 
     name: ClassVar[str] = "relu"
-    activation = activation_functions.ReLU
+    activation = activation_functions.ReLUFunction
     unit_decoder: ClassVar[bool] = False
     uses_aux_k: ClassVar[bool] = False
 

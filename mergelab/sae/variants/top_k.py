@@ -29,7 +29,7 @@ class TopK(Variant):
     k: int = 32
 
     name: ClassVar[str] = "topk"
-    activation = activation_functions.TopK
+    activation = activation_functions.TopKFunction
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -67,7 +67,7 @@ def gram(model: Model, params: Params, contexts: Any, *, mask: Any = None, batch
         NonFiniteError: a site holds NaN or infinity.
 
     Example:
-        >>> from mergelab.models.families import model_from_config
+        >>> from mergelab.models import model_from_config
         >>> model = model_from_config({
         ...     "model_type": "llama", "vocab_size": 96, "hidden_size": 16, "intermediate_size": 32,
         ...     "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -91,9 +91,44 @@ def _describe(inventory: Inventory) -> dict[str, Any]:
         "bytes": sum(inventory.dtypes.values()),
         "dtypes": {str(kind): size for kind, size in inventory.dtypes.items()},
         "files": [file.file.path.name for file in checkpoint.files],
-        "config": {} if model is None else _plain(dataclasses.asdict(model.config)),
+        "config": {} if model is None else _plain(_config(model.config)),
         "tensors": {name: {"dtype": str(t.dtype), "shape": list(t.shape)} for name, t in found},
         "sites": {} if model is None else {name: list(shape) for name, shape in model.sites().items()},
+    }
+
+
+def _config(config: Any) -> dict[str, Any]:
+    """The settings of a model under the keys that this command has always printed."""
+    found = {
+        ("width" if key == "d_model" else key): value for key, value in dataclasses.asdict(config).items()
+    }
+    for ours, printed in (("n_layers", "layers"), ("n_heads", "heads"), ("n_kv_heads", "kv_heads")):
+        found.pop(ours, None)
+        if hasattr(config, ours):
+            found[printed] = getattr(config, ours)
+    blocks = found.pop("blocks", None)
+    if blocks is None:
+        return found
+    found |= {"head_dim": config.head_dim, "mlp_width": config.mlp_width}
+    first = blocks[0]
+    if not all(isinstance(first.get(part), dict) for part in ("attention", "mlp")):
+        return found
+    attention, mlp = first["attention"], first["mlp"]
+    learned = found.pop("learned_positions")
+    experts = {"count": mlp["count"], "chosen": mlp["chosen"]} if "count" in mlp else None
+    return found | {
+        "rotary": [] if learned else [block["attention"]["rotary"] for block in blocks],
+        "windows": [block["attention"]["window"] for block in blocks],
+        "query_scale": attention["scale"],
+        "block": "sequential" if first["placement"] == "pre" else first["placement"],
+        "qkv_bias": attention["qkv_bias"],
+        "out_bias": attention["out_bias"],
+        "mlp_bias": mlp.get("bias", False),
+        "qk_norm": attention["qk_norm"],
+        "attention_cap": attention["cap"],
+        "activation": mlp["activation"],
+        "gated": mlp.get("gated", True),
+        "experts": experts,
     }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import field
-from types import MappingProxyType
 from typing import NamedTuple, Protocol, TypeVar, dataclass_transform
 
 import jax
@@ -52,7 +51,7 @@ class History(NamedTuple):
 
     seen: Bool[Array, "batch vocab"]
     generated: Int[Array, " batch"]
-    captured: Mapping[str, Array] = MappingProxyType({})
+    captured: Mapping[str, Array] = {}  # nobody adds to it
 
 
 class LogitsTransform(Protocol):

@@ -89,7 +89,7 @@ class SAEConfig:
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        if self.activation not in ACTIVATION_FUNCTIONS:
+        if not isinstance(self.activation, str) or self.activation not in ACTIVATION_FUNCTIONS:
             raise SAEError(f"activation is {self.activation!r}; it may be {', '.join(ACTIVATION_FUNCTIONS)}.")
         if self.normalization not in NORMALIZATIONS:
             raise SAEError(f"normalization is {self.normalization!r}; it may be {', '.join(NORMALIZATIONS)}.")

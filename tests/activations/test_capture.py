@@ -43,8 +43,8 @@ def test_one_prompt_may_come_in_any_form(llama: Any, form: Any) -> None:
 def test_heads_and_patterns_keep_their_axes(llama: Any) -> None:
     c = llama[0].config
     found = capture(*llama, PROMPTS, ["blocks.0.attn.pattern", "blocks.0.attn.z"])
-    assert found["blocks.0.attn.pattern"].shape == (3, c.heads, 4, 4)
-    assert found["blocks.0.attn.z"].shape == (3, 4, c.heads, c.head_dim)
+    assert found["blocks.0.attn.pattern"].shape == (3, c.n_heads, 4, 4)
+    assert found["blocks.0.attn.z"].shape == (3, 4, c.n_heads, c.head_dim)
 
 
 @pytest.mark.parametrize("text", ["The capital", ["The capital", "of France"]])

@@ -208,9 +208,9 @@ def test_options_become_the_sampler_they_name() -> None:
     ("build", "message"),
     [
         (lambda: Temperature(0.0), r"Temperature was given 0.0, but needs a positive number \(choose"),
-        (lambda: TopKFilter(0), "TopK was given 0, but needs an integer of at least 1"),
-        (lambda: TopPFilter(1.5), "TopP was given 1.5, but needs a probability"),
-        (lambda: MinPFilter(-0.1), "MinP was given -0.1"),
+        (lambda: TopKFilter(0), "TopKFilter was given 0, but needs an integer of at least 1"),
+        (lambda: TopPFilter(1.5), "TopPFilter was given 1.5, but needs a probability"),
+        (lambda: MinPFilter(-0.1), "MinPFilter was given -0.1"),
         (lambda: RepetitionPenalty(0.0), "RepetitionPenalty was given 0.0"),
         (lambda: logit_bias({-1: 2.0}), "token ids of at least 0"),
         (lambda: logit_bias({1: float("nan")}), "finite biases"),

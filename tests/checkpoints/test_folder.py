@@ -152,7 +152,7 @@ def test_folders_without_a_clear_choice(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(CheckpointError, match=r"has no weights: .* found notes\.txt"):
         open_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match="no weight file by its name"):
+    with pytest.raises(CheckpointError, match="not a weight file by its name"):
         open_checkpoint(tmp_path / "notes.txt")
     save(tmp_path, "x.safetensors", a=A)
     save(tmp_path, "y.safetensors", a=A)

@@ -68,5 +68,5 @@ def test_what_is_no_regular_file_is_not_opened(sound: Path, tmp_path: Path) -> N
         file.truncate(2**31)
     with pytest.raises(CheckpointError, match="of at most 64 MB"):
         tree_shapes(tmp_path / "odd")
-    with pytest.raises(CheckpointError, match="is no Orbax checkpoint"):
+    with pytest.raises(CheckpointError, match="is not an Orbax checkpoint"):
         tree_shapes(tmp_path)

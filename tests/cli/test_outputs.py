@@ -116,7 +116,7 @@ def test_folders_that_could_cost_something_are_refused(name: str, place: Path) -
     refused(command, f"{parent}/here", place, "is the working directory")
     refused(command, "/", place, "is the root")
     refused(command, f"{parent}/theirs", place, "was not written by mergelab", "is not empty", "holds no run",
-            "no readable", "no running average")  # fmt: skip
+            "no readable", "not a running average")  # fmt: skip
     refused(command, f"{parent}/to_theirs", place, "is a link to")
     refused(command, f"{parent}/dangling", place, "which does not exist")
     refused(command, f"{parent}/file", place, "is a file")

@@ -158,5 +158,5 @@ def test_rows_that_contradict_themselves_are_refused() -> None:
         Leaf(("w",), "w", (2, 7), FusedHeads(0, 3, 2))
     with pytest.raises(ValueError, match="leaves the view"):
         Leaf(("w",), "w", (2, 3), Fused(4, 6))
-    with pytest.raises(ValueError, match="no view"):
+    with pytest.raises(ValueError, match="not a view"):
         Layout((6,), (2, 2), whole((2, 2)), ((0,), (1,)))

@@ -32,6 +32,7 @@ def test_a_block_of_llama_has_these_sites_and_parameters() -> None:
     assert [(s, shape) for s, shape in model.sites().items() if s.startswith("blocks.1.")] == [
         ("blocks.1.resid_pre", stream),
         ("blocks.1.attn_norm.scale", factor),
+        ("blocks.1.attn.input", stream),
         ("blocks.1.attn.q", ("batch", "length", 4, 6)),
         ("blocks.1.attn.k", ("batch", "length", 2, 6)),
         ("blocks.1.attn.v", ("batch", "length", 2, 6)),
@@ -40,6 +41,7 @@ def test_a_block_of_llama_has_these_sites_and_parameters() -> None:
         ("blocks.1.attn.out", stream),
         ("blocks.1.resid_mid", stream),
         ("blocks.1.mlp_norm.scale", factor),
+        ("blocks.1.mlp.input", stream),
         ("blocks.1.mlp.pre", ("batch", "length", 40)),
         ("blocks.1.mlp.post", ("batch", "length", 40)),
         ("blocks.1.mlp.out", stream),
@@ -59,7 +61,7 @@ def test_eighty_layers_cost_one_and_weigh_nothing() -> None:
     sites, table = model.sites(), model.table()
     assert time.process_time() - began < 5
     assert sum(leaf.size for leaf in table) == 70_553_706_496
-    assert len(sites) == 80 * 14 + 3 and list(sites)[-3] == "blocks.79.resid_post"
+    assert len(sites) == 80 * 16 + 4 and list(sites)[-4] == "blocks.79.resid_post"
 
 
 class _Toy(nn.Module):

@@ -105,7 +105,7 @@ def test_orbax_folders_go_from_mesh_to_mesh_and_back_to_files(tmp_path: Path) ->
     (folder / "tensors.json").write_text("{}")
     with pytest.raises(CheckpointError, match="lists no tensor names"):
         load_orbax(folder)
-    with pytest.raises(CheckpointError, match="no model in Orbax form"):
+    with pytest.raises(CheckpointError, match="not a model in Orbax form"):
         load_orbax(tmp_path / "in")
 
 

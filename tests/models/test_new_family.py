@@ -128,6 +128,7 @@ def test_sites_and_table_follow_from_the_blocks() -> None:
     assert [s.removeprefix("blocks.2.") for s in sites if s.startswith("blocks.2.")] == [
         *(
             "resid_pre",
+            "attn.input",
             "attn.q",
             "attn.k",
             "attn.v",

@@ -110,7 +110,7 @@ def test_folders_that_would_give_wrong_vectors_are_refused(folder: Path, tmp_pat
     for content, message in (
         ('[{"type": "models.Dense", "path": "2_Dense"}]', "'Dense'"),
         ('[{"type": "models.Pooling", "path": "../elsewhere"}]', "'../elsewhere', which is missing"),
-        ('{"type": 1}', "no list"),
+        ('{"type": 1}', "not a list"),
     ):
         modules.write_text(content)
         with pytest.raises(CheckpointError, match=message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def test_a_control_that_is_known_is_not_made_again(
     memory: dict[str, Scorecard] = {}
     options = Options(metrics=["reconstruction"])
     first = control_scorecard("random", subject.sae, subject.source, options, k=4, memory=memory)
-    monkeypatch.delattr("mergelab.sae.evaluation.scorecard.control_sae")
+    monkeypatch.delattr(sys.modules["mergelab.sae.evaluation.scorecard"], "control_sae")
     again = control_scorecard("random", subject.sae, subject.source, options, k=4, memory=memory)
     assert again.values() == first.values()
 

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.interp.saes import random_sae
 
 from mergelab.errors import SAEError
 from mergelab.interp.latent_edits import ablate, add, clamp, scale, splice
 from tests.interp.domains import Trained, lines
 from tests.interp.running import logits_of
+from tests.interp.saes import random_sae
 
 SITE = "blocks.0.resid_post"
 KINDS: list[dict[str, Any]] = [

@@ -4,7 +4,8 @@
     python -m benchmarks.world formats smollm        # these alone; the others keep their last figures
 
 A section is one function in `benchmarks/world_parts/` that takes a scratch folder and returns a `Section`;
-what it measured is kept in `benchmarks/results/world.json`, from which the whole page is written anew each time.
+what it measured is kept in `benchmarks/results/world.json`, from which the whole page is written anew each
+time.
 """
 
 from __future__ import annotations

@@ -55,6 +55,7 @@ def command(
     import jax
 
     from mergelab.checkpoints.folder import stat_sha256
+    from mergelab.checkpoints.gguf.model_file import is_gguf
     from mergelab.checkpoints.model_files import donor_files
     from mergelab.checkpoints.publish import WorkFolder
     from mergelab.checkpoints.writer import identity_digest
@@ -68,7 +69,7 @@ def command(
         if not done:
             work.prepare()
         model, params = load_either(source, mesh, dtype)
-        files: dict[str, Any] = donor_files(source, None) if source.is_dir() else {}
+        files: dict[str, Any] = donor_files(source, None) if source.is_dir() or is_gguf(source) else {}
         if done:
             pass
         elif to == "orbax":

@@ -1,0 +1,1 @@
+"""GGUF files: a model, its configuration and its tokenizer in one file, read and written."""

@@ -1,4 +1,4 @@
-"""The tokenizer files of a Hugging Face folder from the metadata of a GGUF file, and back.
+"""The tokenizer files of a Hugging Face folder from the metadata of a GGUF file.
 
 Two kinds of vocabularies are read: `gpt2` (byte-level merges) and `llama` (SentencePiece's merges by score,
 with single bytes to fall back on). A file that carries its whole `tokenizer.json`
@@ -7,25 +7,23 @@ with single bytes to fall back on). A file that carries its whole `tokenizer.jso
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mergelab.checkpoints.gguf.header import Typed
 from mergelab.checkpoints.gguf.pre_tokenizers import (
     PRE_TOKENIZERS,
     WHOLE_WORDS_FIRST,
     pre_tokenizer,
-    pre_tokenizer_name,
 )
 from mergelab.checkpoints.json_data import parse_json_object
 from mergelab.errors import CheckpointError, quoted
 
-__all__ = ["has_tokenizer", "tokenizer_config_from", "tokenizer_from", "tokenizer_metadata"]
+__all__ = ["end_ids_from", "has_tokenizer", "tokenizer_config_from", "tokenizer_from"]
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-_HF_JSON = "tokenizer.huggingface.json"
-_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator", "mask": "mask"}
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+"""llama.cpp's types of tokens."""
+HF_JSON = "tokenizer.huggingface.json"
+ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator", "mask": "mask"}
 _GEMMA = ("gemma", "gemma2", "gemma3")
 _SPACE = "▁"
 _USUAL_PRE = {"gpt2": "gpt-2", "gptneox": "gpt-2", "qwen2": "qwen2", "qwen3": "qwen2"}
@@ -33,7 +31,7 @@ _USUAL_PRE = {"gpt2": "gpt-2", "gptneox": "gpt-2", "qwen2": "qwen2", "qwen3": "q
 
 def has_tokenizer(metadata: Mapping[str, Any]) -> bool:
     """Whether the metadata describe a tokenizer."""
-    return _HF_JSON in metadata or bool(metadata.get("tokenizer.ggml.tokens"))
+    return HF_JSON in metadata or bool(metadata.get("tokenizer.ggml.tokens"))
 
 
 def tokenizer_from(metadata: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -42,14 +40,14 @@ def tokenizer_from(metadata: Mapping[str, Any], place: str) -> dict[str, Any]:
     Raises:
         CheckpointError: the vocabulary is of a kind that is not read, or damaged.
     """
-    if isinstance(whole := metadata.get(_HF_JSON), str):
-        return parse_json_object(whole.encode(), f"{place}: {_HF_JSON}")
+    if isinstance(whole := metadata.get(HF_JSON), str):
+        return parse_json_object(whole.encode(), f"{place}: {HF_JSON}")
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise CheckpointError(
             f"{place} has no tokenizer.ggml.tokens: it holds no tokenizer; convert it again"
         )
-    types = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+    types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     if not isinstance(types, list) or len(types) != len(tokens):
         raise CheckpointError(
             f"{place} has a tokenizer.ggml.token_type that is not one number for each token"
@@ -124,7 +122,7 @@ def _sentencepiece(
     if gemma:  # llama.cpp stores runs of spaces as they are in text
         tokens = [_SPACE * len(token) if token and not token.strip(" ") else token for token in tokens]
         types = [
-            _NORMAL if kind == _USER_DEFINED and token and not token.strip(_SPACE) else kind
+            NORMAL if kind == USER_DEFINED and token and not token.strip(_SPACE) else kind
             for token, kind in zip(tokens, types, strict=True)
         ]
     scores = metadata.get("tokenizer.ggml.scores")
@@ -150,7 +148,7 @@ def _sentencepiece(
     if prefix:
         normalizers = [{"type": "Prepend", "prepend": _SPACE}, *normalizers]
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN), None)
+    unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == UNKNOWN), None)
     unknown = _named(metadata, tokens, "unk") or unknown
     model = {
         "type": "BPE",
@@ -181,7 +179,7 @@ def _merges_of(
     """All ways to make a token of two others, the best scores first, as SentencePiece tries them."""
     found: list[tuple[float, int, int, int, str, str]] = []
     for token, number in vocabulary.items():
-        if types[number] not in (_NORMAL, _USER_DEFINED, _UNUSED):
+        if types[number] not in (NORMAL, USER_DEFINED, UNUSED):
             continue
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
@@ -203,14 +201,14 @@ def _added(tokens: Sequence[str], types: Sequence[int], unknown: str | None = No
     """Tokens that are found whole in a text: those that control, and those a user defined."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return [
-        {"id": number, "content": token, **flags, "special": kind != _USER_DEFINED}
+        {"id": number, "content": token, **flags, "special": kind != USER_DEFINED}
         for number, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if token and (kind in (_CONTROL, _USER_DEFINED) or token == unknown)
+        if token and (kind in (CONTROL, USER_DEFINED) or token == unknown)
     ]
 
 
 def _named(metadata: Mapping[str, Any], tokens: Sequence[str], role: str) -> str | None:
-    number = metadata.get(f"tokenizer.ggml.{_ROLES[role]}_token_id")
+    number = metadata.get(f"tokenizer.ggml.{ROLES[role]}_token_id")
     return tokens[number] if type(number) is int and 0 <= number < len(tokens) else None
 
 
@@ -251,7 +249,7 @@ def tokenizer_config_from(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
     }
     if isinstance(tokens, list):
-        for role in _ROLES:
+        for role in ROLES:
             if isinstance(token := _named(metadata, tokens, role), str):
                 found[f"{role}_token"] = token
     length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
@@ -276,97 +274,3 @@ def end_ids_from(metadata: Mapping[str, Any]) -> list[int]:
     keys = (f"tokenizer.ggml.{role}_token_id" for role in ("eos", "eot", "eom"))
     found = [metadata[key] for key in keys if type(metadata.get(key)) is int]
     return list(dict.fromkeys(found))
-
-
-def tokenizer_metadata(
-    data: Mapping[str, Any],
-    config: Mapping[str, Any],
-    templates: Mapping[str, str],
-    vocab_size: int,
-    place: str,
-) -> dict[str, Any]:
-    """The keys of a GGUF file for a tokenizer; the inverse of `tokenizer_from` and `tokenizer_config_from`.
-
-    Args:
-        data: the content of `tokenizer.json`.
-        config: that of `tokenizer_config.json` and `special_tokens_map.json`.
-        templates: chat templates by name.
-        vocab_size: rows of the embedding, which the list of tokens is filled up to.
-        place: the path of `tokenizer.json`, for messages.
-
-    Raises:
-        CheckpointError: the tokenizer is of a kind that llama.cpp has no name for.
-    """
-    model = data.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
-    if not isinstance(model, Mapping) or not isinstance(vocabulary, Mapping) or model.get("type") != "BPE":
-        raise _no_kind(place, "its model is not one of merges (BPE)")
-    added = {entry["content"]: entry for entry in data.get("added_tokens") or ()}
-    ids = {**vocabulary, **{content: entry["id"] for content, entry in added.items()}}
-    size = max([vocab_size, *(number + 1 for number in ids.values())])
-    tokens, types = [f"[PAD{i}]" for i in range(size)], [_UNUSED] * size
-    fallback = bool(model.get("byte_fallback"))
-    for token, number in ids.items():
-        entry = added.get(token)
-        tokens[number] = token
-        types[number] = _NORMAL if entry is None else _CONTROL if entry.get("special") else _USER_DEFINED
-        if fallback and entry is None and _is_byte(token):
-            types[number] = _BYTE
-    merges = [" ".join(m) if isinstance(m, list) else m for m in model.get("merges") or ()]
-    found: dict[str, Any] = {}
-    if fallback:
-        unknown = model.get("unk_token")
-        if unknown in ids:
-            types[ids[unknown]] = _UNKNOWN
-        found |= {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default"}
-        found["tokenizer.ggml.scores"] = Typed("f", _scores(tokens, merges))
-        found["tokenizer.ggml.add_space_prefix"] = "Prepend" in json.dumps(data.get("normalizer"))
-    else:
-        name = pre_tokenizer_name(data.get("pre_tokenizer"), bool(model.get("ignore_merges")))
-        if name is None or data.get("normalizer") not in (None, {"type": "NFC"}):
-            raise _no_kind(place, "it cuts text before the merges in a way that llama.cpp has no name for")
-        found |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name}
-    found |= {
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": Typed("i", types),
-        "tokenizer.ggml.merges": merges,
-    }
-    framed = _frame(data.get("post_processor"))
-    for role, key in _ROLES.items():
-        token = config.get(f"{role}_token")
-        token = token.get("content") if isinstance(token, Mapping) else token
-        if token in ids:
-            found[f"tokenizer.ggml.{key}_token_id"] = Typed("I", ids[token])
-            if role in ("bos", "eos"):
-                found[f"tokenizer.ggml.add_{role}_token"] = token in framed
-    for name, text in templates.items():
-        key = "tokenizer.chat_template" if name == "default" else f"tokenizer.chat_template.{name}"
-        found[key] = text
-    return found | {_HF_JSON: json.dumps(data, ensure_ascii=False)}
-
-
-def _is_byte(token: str) -> bool:
-    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-
-
-def _scores(tokens: Sequence[str], merges: Sequence[str]) -> list[float]:
-    """Scores in which the merges come in their order: minus the place of the merge that makes a token."""
-    made: dict[str, int] = {}
-    for place, merge in enumerate(merges):
-        made.setdefault(merge.replace(" ", ""), place)
-    return [-float(made.get(token, len(merges))) for token in tokens]
-
-
-def _frame(processor: Any) -> frozenset[str]:
-    """The special tokens that a post-processor puts around one text."""
-    if not isinstance(processor, Mapping):
-        return frozenset()
-    parts = processor.get("processors") or [processor]
-    pieces = [piece for part in parts for piece in part.get("single") or () if isinstance(piece, Mapping)]
-    return frozenset(str(piece["SpecialToken"]["id"]) for piece in pieces if "SpecialToken" in piece)
-
-
-def _no_kind(place: str, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"{place} cannot be stored in a GGUF file: {why}; keep the model as a Hugging Face folder"
-    )

@@ -1,8 +1,8 @@
 """Steering vectors as llama.cpp's control vectors: GGUF files with one direction for each layer.
 
-llama.cpp adds `direction.N` to what block N (counted from 0) leaves in the residual stream, times the scale that
-it is given; the first block cannot be steered (`common_control_vector_load`, `llama_adapter_cvec`). A vector
-is saved at strength 1, so that the same scale gives the same text here and there.
+llama.cpp adds `direction.N` to what block N (counted from 0) leaves in the residual stream, times a scale; the
+first block cannot be steered (`common_control_vector_load`, `llama_adapter_cvec`). A vector is saved at strength
+1, so that the same scale gives the same text here and there.
 """
 
 from __future__ import annotations
@@ -115,9 +115,8 @@ def load_steering(path: str | Path) -> dict[str, SteeringVector]:
             )
         direction = jnp.asarray(stored.read(0, stored.size).astype(np.float32))
         site = f"blocks.{int(layer[1])}.resid_post"
-        vectors[int(layer[1])] = SteeringVector(
-            direction, jnp.linalg.norm(direction), site, _model_type(kind)
-        )
+        length = jnp.linalg.norm(direction)
+        vectors[int(layer[1])] = SteeringVector(direction, length, site, _model_type(kind))
     widths = {math.prod(info.shape) for info in tensors.values()}
     if len(widths) != 1:
         raise CheckpointError(f"{path} has directions of the widths {sorted(widths)}; make it again")

@@ -1,8 +1,8 @@
 """Steering vectors as llama.cpp's control vectors: GGUF files with one direction for each layer.
 
-llama.cpp adds `direction.N` to what block N (counted from 0) leaves in the residual stream, times a scale; the
-first block cannot be steered (`common_control_vector_load`, `llama_adapter_cvec`). A vector is saved at strength
-1, so that the same scale gives the same text here and there.
+llama.cpp adds `direction.N` to what block N (counted from 0) leaves in the residual stream, times a scale;
+the first block cannot be steered (`common_control_vector_load`, `llama_adapter_cvec`). A vector is saved at
+strength 1, so that the same scale gives the same text here and there.
 """
 
 from __future__ import annotations

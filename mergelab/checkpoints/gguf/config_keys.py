@@ -13,6 +13,8 @@ from mergelab.errors import CheckpointError, quoted
 
 __all__ = ["folded_from", "metadata_from"]
 
+_THETA = {"mixtral": 1e6, "gemma3_text": 1e6}  # where a config names none
+
 
 def metadata_from(config: Mapping[str, Any], architecture: str, place: str) -> dict[str, Any]:
     """The keys of a GGUF file for a `config.json`; the inverse of `config_from`.
@@ -67,7 +69,7 @@ def metadata_from(config: Mapping[str, Any], architecture: str, place: str) -> d
     rope = _rope(config)
     fraction = rope.get("partial_rotary_factor") or 1.0
     put("rope.dimension_count", "I", int(head_dim * fraction))
-    put("rope.freq_base", "f", rope.get("rope_theta") or (1e6 if kind == "gemma3_text" else 10000.0))
+    put("rope.freq_base", "f", rope.get("rope_theta") or _THETA.get(kind, 10000.0))
     if kind == "phi3":
         original = config.get("original_max_position_embeddings") or 4096
         put("rope.scaling.original_context_length", "I", original)

@@ -94,7 +94,16 @@ def open_gguf(path: Path) -> GgufModel:
         status = path.stat()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the path") from error
-    return _open(path, (status.st_size, status.st_mtime_ns, status.st_ino))
+    stamp = (status.st_size, status.st_mtime_ns, status.st_ino)
+    model = _open(path, stamp)
+    if not all(_unchanged(part.file) for part in model.files):
+        _open.cache_clear()
+        model = _open(path, stamp)
+    return model
+
+
+def _unchanged(file: WeightFile) -> bool:
+    return file.path.is_file() and WeightFile.open(file.path) == file
 
 
 @lru_cache(maxsize=8)

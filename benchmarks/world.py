@@ -65,7 +65,7 @@ def render(sections: Mapping[str, Section], machine: Mapping[str, str]) -> str:
 
 def main() -> None:
     """Measures and writes the page."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Writes benchmarks/world.md.")
     parser.add_argument(
         "sections", nargs="*", choices=[*SECTIONS, []], help="sections to measure; all if none"
     )

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.world_parts import gguf
+from benchmarks.world_parts import gguf_files
 from benchmarks.world_parts.section import Section
 
 __all__ = ["FORMATS", "measure"]
 
 Row = Sequence[str]
 
-FORMATS: list[Callable[[Path], Sequence[Row]]] = [gguf.blocks_of_every_type, gguf.smollm_against_transformers]
+FORMATS: list[Callable[[Path], Sequence[Row]]] = [
+    gguf_files.blocks_of_every_type,
+    gguf_files.smollm_against_transformers,
+]
 """Functions that take a scratch folder and return rows: format, reference, tensors, largest difference."""
 
 

@@ -140,7 +140,7 @@ def folded_from(config: Mapping[str, Any]) -> dict[str, list[float]]:
     if kind == "llama3":
         dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         factors = llama3_factors(rope, float(rope.get("rope_theta") or 10000.0), dim)
-        return {"rope_freqs.weight": [float(x) for x in np.float32(factors)]}
+        return {"rope_freqs.weight": factors.astype(np.float32).tolist()}
     if kind in ("longrope", "su"):
         return {f"rope_factors_{name}.weight": list(rope[f"{name}_factor"]) for name in ("long", "short")}
     return {}

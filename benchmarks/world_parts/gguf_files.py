@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from mergelab.checkpoints import open_checkpoint, read_whole
 from mergelab.checkpoints.gguf.tensors import KINDS
+from tests.smollm import smollm_file
 
 __all__ = ["blocks_of_every_type", "smollm_against_transformers"]
 
@@ -25,8 +27,7 @@ ARCHITECTURE: dict[str, int] = {
 
 def blocks_of_every_type(work: Path) -> list[Sequence[str]]:
     """Files of the gguf package's writer, compared with its own dequantized values."""
-    import gguf
-
+    gguf: Any = importlib.import_module("gguf")
     rows = []
     for number, kind in sorted(KINDS.items(), key=lambda item: (item[1].elements, item[0])):
         data, wanted = _tensor(gguf, number)
@@ -65,11 +66,7 @@ def _tensor(gguf: Any, number: int) -> tuple[np.ndarray, np.ndarray]:
 
 def smollm_against_transformers(work: Path) -> list[Sequence[str]]:
     """SmolLM2-135M-Instruct's Q4_1 file, read here and by transformers."""
-    import torch
-    import transformers
-
-    from tests.smollm import smollm_file
-
+    torch, transformers = (importlib.import_module(name) for name in ("torch", "transformers"))
     path = smollm_file()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32

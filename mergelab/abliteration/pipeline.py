@@ -1,4 +1,4 @@
-"""From a model folder and two sets of prompts to an edited folder with a report: all of `abliterate`."""
+"""A model folder and two sets of prompts turned into an edited folder with a report: all of `abliterate`."""
 
 from __future__ import annotations
 

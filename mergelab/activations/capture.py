@@ -94,8 +94,8 @@ def capture(
         edit: edits to run them with.
 
     Returns:
-        By site, in forward order, `[batch, length, width]`, with zeros at padding; sites with heads and
-        attention patterns keep their own axes. For one position `[batch, width]`.
+        Activations by site, in forward order, `[batch, length, width]`, with zeros at padding; sites with
+        heads and attention patterns keep their own axes. For one position `[batch, width]`.
 
     Raises:
         SiteError: the model has no such site, a site has no axis of tokens to take a position of, a prompt
@@ -135,7 +135,7 @@ def check_prompts(model: Model, tokens: Any, mask: Any = None) -> tuple[np.ndarr
 
     Args:
         model: what will read them.
-        tokens: as `stack_prompts` takes them.
+        tokens: prompts in any form that `stack_prompts` takes.
         mask: True for real tokens.
 
     Raises:
@@ -325,8 +325,8 @@ def cut_contexts(
     """Documents joined and cut: int32 `[contexts, length]`, without the rest.
 
     Args:
-        documents: of numbers, such as token ids.
-        length: of a context, its frame included.
+        documents: sequences of numbers, such as token ids.
+        length: tokens per context, its frame included.
         separator: follows each document; None for none.
         frame: begins and ends each context; None for none.
 
@@ -360,9 +360,9 @@ def open_model_activations(
         model: a Hugging Face folder with its tokenizer.
         sites: names, such as `blocks.8.resid_post`.
         texts: UTF-8 files.
-        length: of a context, in tokens; if None the default, or as many as the model has positions.
+        length: tokens per context; if None the default, or as many as the model has positions.
         default: what a context has that nobody asked for.
-        dtype: of the weights; the stored one if None.
+        dtype: dtype of the weights; the stored one if None.
         mesh: devices to spread the model over.
 
     Raises:

@@ -118,8 +118,8 @@ def load_sentence_encoder(
 
     Args:
         path: the folder.
-        mesh: as in `load_model`.
-        dtype: as in `load_model`.
+        mesh: same as in `load_model`.
+        dtype: same as in `load_model`.
 
     Raises:
         CheckpointError: a file is missing or damaged, the model is not an encoder, or a module of the folder

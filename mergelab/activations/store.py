@@ -190,7 +190,7 @@ def write_store(
         source: the activations.
         out: a new folder; or the work folder of one, which the caller has entered and leaves.
         model: the model's folder, whose weights' digest is kept: features belong to one model.
-        rows: at most so many, in whole contexts.
+        rows: largest number of rows, in whole contexts.
         dtype: `float32`, `bfloat16`, or `int8` with a float32 scale per row.
         progress: called with rows done and rows in all.
         notice: is told what the user should know, such as a damaged shard that is written again; a Python

@@ -35,7 +35,7 @@ class WeightFile:
         """Notes the identity of the file at `path`.
 
         Raises:
-            CheckpointError: it does not exist, is no regular file, cannot be read, or is a Git LFS pointer.
+            CheckpointError: it is missing, not a regular file, unreadable, or a Git LFS pointer.
         """
         try:
             status = path.stat()

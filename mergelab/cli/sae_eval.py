@@ -41,12 +41,12 @@ class MetricsOption(click.Option):
     "--target-data",
     multiple=True,
     metavar="FILES",
-    help="With --data: targets of a transcoder for the same tokens (default: those beside them in a "
+    help="Targets of a transcoder (with --data) for the same tokens (default: those beside them in a "
     "folder of mergelab activations).",
 )
-@click.option("--rows", type=WholeNumber(1), help="With --data: maximum number of rows (default: all).")
+@click.option("--rows", type=WholeNumber(1), help="Maximum number of rows (with --data) (default: all).")
 @click.option(
-    "--batch", type=WholeNumber(1), default=4096, show_default=True, help="With --data: rows per batch."
+    "--batch", type=WholeNumber(1), default=4096, show_default=True, help="Rows per batch (with --data)."
 )
 @click.option("--model", type=click.Path(path_type=Path), help="Folder of the SAE's model.")
 @click.option(
@@ -241,7 +241,7 @@ def _unlike(saes: Sequence[SAE]) -> list[str]:
 
 
 def _sites_of(sources: Sequence[Path], saes: Sequence[SAE]) -> dict[str, Any]:
-    """By source, what the SAE was judged as."""
+    """What the SAE was judged as, by source."""
     return {
         str(source): {
             "reads": one.config.reads,

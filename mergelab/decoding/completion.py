@@ -67,8 +67,8 @@ def complete(
         key: a seed or a key, folded with the prompt's index; or one key per prompt.
         stop_strings: strings that end a text.
         end_ids: tokens that end a text; by default `tokenizer.end_ids`.
-        edit: as in `generate`.
-        add_special_tokens: as in `Tokenizer.encode`; False for rendered chat templates.
+        edit: same as in `generate`.
+        add_special_tokens: same as in `Tokenizer.encode`; False for rendered chat templates.
 
     Raises:
         DecodingError: as `generate`; and for an empty stop string.

@@ -94,7 +94,7 @@ def patch(value: Float[Array, "batch length ..."] | ArrayLike, *, where: Tokens 
     `mergelab.interp.patch_grid` tries every site and token in one compiled program.
 
     Args:
-        value: of the site's shape `[batch, length, ...]`, or one that broadcasts to it.
+        value: array of the site's shape `[batch, length, ...]`, or one that broadcasts to it.
         where: tokens to change, bool `[batch, length]`; all by default.
 
     Returns:

@@ -65,7 +65,7 @@ def steering_vector(
     method: Literal["mean", "pca"] = "mean",
     batch: int = 32,
 ) -> SteeringVector:
-    """From what a site holds on two sets of prompts.
+    """A steering vector from what a site holds on two sets of prompts.
 
     Args:
         model: the model.

@@ -60,7 +60,8 @@ class ExtractedLora:
     Attributes:
         out: the adapter's folder.
         ranks: the rank of every module that has factors.
-        errors: by module, the norm of what the factors miss over the norm of the whole change.
+        errors: relative error of each module, the norm of what the factors miss over the norm of the whole
+            change.
         whole: modules stored whole, because their change has no low-rank form (norms, embeddings).
         skipped: modules that changed but are not in the adapter.
         nbytes: size of the weight file.

@@ -52,7 +52,7 @@ class Family:
     """One family of models.
 
     Attributes:
-        model_type: as `config.json` spells it.
+        model_type: model type in `config.json`'s spelling.
         architecture: the module it runs on.
         read: `(config, place) -> configuration`; raises `CheckpointError` for what it cannot compute.
         rows: the table that maps parameters to HF tensors, for one configuration.

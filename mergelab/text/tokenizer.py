@@ -85,7 +85,7 @@ class Tokenizer:
         return f" {text}" if raw.startswith("▁") and not text.startswith(" ") else text
 
     def shown_piece(self, token: int) -> str:
-        """As `piece`, with bytes that are not a character by themselves spelled out, such as `<0xE2>`."""
+        """The text of `piece`, with bytes that are not a character on their own spelled out: `<0xE2>`."""
         text = self.piece(token)
         raw = self.backend.id_to_token(token) or ""
         if "\ufffd" not in text or not all(sign in _BYTES for sign in raw):

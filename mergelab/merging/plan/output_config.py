@@ -70,8 +70,8 @@ def output_config(
         layers: (model, block) that each output block comes from, per module with blocks.
         jobs: the output tensors, for the dtype and the vocabulary size.
         updates: keys to set last, such as those of a merged vocabulary.
-        sources: per module with blocks, every (model, block) that each output block is merged from; by
-            default that in `layers` alone.
+        sources: origins, per module with blocks: every (model, block) that each output block is merged from;
+            by default that in `layers` alone.
         architectures: every model's; by default the others have as many blocks as the donor.
 
     Raises:

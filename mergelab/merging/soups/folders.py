@@ -52,7 +52,7 @@ def soup(
         out: the folder to write, for folders: they are then streamed, and memory does not grow with the
             models. Without it the average is returned as a tree, of folders by tensor name.
         last: how many of the last candidates to average; all by default.
-        options: with `out`, further options of `mergelab.merge` (`dtype`, `memory`, `overwrite`, ...).
+        options: further options, with `out`, of `mergelab.merge` (`dtype`, `memory`, `overwrite`, ...).
 
     Returns:
         The mean tree, in the dtypes of the first; or the path `out`.

@@ -287,7 +287,7 @@ def read_usual_fields(
         place: its path, for messages.
         optional: fields of the family, or other defaults of the usual ones; `max_position_embeddings` among
             them.
-        fixed: as in `read_fields`.
+        fixed: same as in `read_fields`.
 
     Raises:
         CheckpointError: as `read_fields`.
@@ -312,7 +312,7 @@ def usual_decoder(
     """The decoder that the usual fields describe: blocks alike but for rotation and window.
 
     Args:
-        fields: from `read_usual_fields`.
+        fields: result of `read_usual_fields`.
         place: the config's path, for messages.
         theta: base of the rotary frequencies where the config names none.
         rotary: rotation of each layer; by default the one that the config names.

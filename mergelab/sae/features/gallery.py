@@ -226,7 +226,7 @@ def neuronpedia_batch(
         gallery: what to write.
         sae: the gallery's.
         words: the text of a token.
-        model_id: as Neuronpedia knows the model.
+        model_id: Neuronpedia's name of the model.
         sae_id: name of the SAE there.
         layer: the site's block.
     """

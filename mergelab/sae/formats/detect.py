@@ -155,7 +155,7 @@ def save_sae(
         sae: SAE to write.
         path: a new folder, or a new file for formats that are one; or the locked place of one (`reserve`).
         format: a name of `FORMATS`.
-        overwrite: of this library's own files: replace a folder that mergelab wrote.
+        overwrite: permission, for this library's own files, to replace a folder that mergelab wrote.
 
     Raises:
         SAEError: there is no such format, or it cannot express this SAE.

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from mergelab import platform
-from mergelab.platform import exchange, try_lock, usable_cores
+from mergelab.checkpoints.output_target import check_target
+from mergelab.errors import OutputError
+from mergelab.platform import exchange, read_at, reserve, try_lock, usable_cores, write_at
 
 
 def _open(path: Path) -> int:
@@ -134,11 +136,58 @@ def test_a_system_without_exchange_says_so(tmp_path: Path, monkeypatch: pytest.M
     assert not exchange(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.parametrize("missing", [(), ("preadv",), ("preadv", "pread")], ids=["all", "macOS", "Windows"])
+def test_bytes_are_read_at_a_position(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...]
+) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    file = _open(tmp_path / "file")
+    for name in missing:
+        monkeypatch.delattr(os, name)
+    found = bytearray(8)
+    assert read_at(file, memoryview(found), 90) == 8 and found == bytes(range(90, 98))
+    assert read_at(file, memoryview(found), 96) == 4 and found[:4] == bytes(range(96, 100))
+    assert read_at(file, memoryview(found), 100) == 0
+    os.close(file)
+
+
+def test_no_call_reads_or_writes_more_than_macos_takes_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "_MOST_AT_ONCE", 3)
+    file = _open(tmp_path / "file")
+    reserve(file, 12)
+    counts: list[int] = []
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda *call: counts.append(pwrite(*call)) or counts[-1])
+    write_at(file, b"12345678", 2)
+    assert counts == [3, 3, 2] and (tmp_path / "file").read_bytes() == b"\0\x0012345678\0\0"
+    assert read_at(file, memoryview(bytearray(8)), 2) == 3
+    os.close(file)
+
+
+def test_space_is_reserved_where_the_system_can_and_the_size_set_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    file = _open(tmp_path / "file")
+    reserve(file, 5000)
+    assert os.fstat(file).st_size == 5000
+    os.close(file)
+
+
+def test_what_cannot_write_says_so_before_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_target(tmp_path / "out")
+    monkeypatch.delattr(os, "pwrite")
+    with pytest.raises(OutputError, match=r"out: .* has no os.pwrite; run mergelab under WSL"):
+        check_target(tmp_path / "out")
+
+
 _ELSEWHERE = """
 import importlib, json, os, pkgutil, sys
 from pathlib import Path
 
-del os.sched_getaffinity, os.posix_fallocate
+del os.sched_getaffinity, os.posix_fallocate, os.posix_fadvise, os.preadv, os.pwritev
 sys.modules["fcntl"] = None
 import mergelab
 
@@ -180,7 +229,7 @@ def test_models_load_and_merge_without_affinities_locks_and_preallocation(tmp_pa
 
 
 def test_only_one_file_asks_the_operating_system(repository: Path) -> None:
-    asked = {"fcntl", "msvcrt", "sched_getaffinity", "renameat2"}
+    asked = {"fcntl", "msvcrt", "sched_getaffinity", "renameat2", "posix_", "os.pread", "os.pwrite"}
     found = {
         path.relative_to(repository).as_posix()
         for path in (repository / "mergelab").rglob("*.py")

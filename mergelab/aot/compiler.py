@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def compile_for_topology(
     """
     if importlib.util.find_spec("libtpu") is None:
         raise DependencyError(
-            "compiling for a TPU needs libtpu, which is not installed; install mergelab[tpu-aot]."
+            "compiling for a TPU needs its compiler, libtpu, which is not installed; install mergelab[tpu-aot], "
+            f'or just that: pip install "jax[tpu]=={version("jax")}"'
         )
     question = {"program": program, "topology": topology, "sizes": dict(mesh), "request": dict(request)}
     answer = _ask(question, timeout)

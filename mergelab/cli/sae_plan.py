@@ -41,7 +41,7 @@ def command(
     """Compile the training step of CONFIG for a TPU slice you do not need to have.
 
     Shows the bytes each chip needs, what the chips exchange, the operations of a step, and a lower bound of
-    its time. Needs the TPU compiler, pip install 'mergelab[tpu-aot]', but no TPU and no data.
+    its time. Needs the TPU compiler, pip install 'jax[tpu]', but no TPU and no data.
 
     \b
     Examples:

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mergelab.aot.chips import ChipReport, Collective
+from mergelab.aot.chips import ChipReport, Collective, slice_name
 from mergelab.errors import DependencyError, MeshError
 
 __all__ = ["compile_for_topology"]
@@ -36,7 +36,7 @@ def compile_for_topology(
     Args:
         program: `module:function` of a function `(mesh, request) -> jax.stages.Lowered`; the compiler's
             process imports it.
-        topology: name of a slice, such as `v5e:4x4`, `v6e:16x16`, `v5p:4x8x8`.
+        topology: name of a slice, such as `v5e:4x4`, `v6e:16x16`, `v5p:4x8x8`; `v5e` is one chip.
         mesh: the sizes of the mesh's axes; one may be -1.
         request: what the function is given: plain data, as JSON holds it.
         timeout: seconds after which the compiler is stopped.
@@ -47,10 +47,15 @@ def compile_for_topology(
     """
     if importlib.util.find_spec("libtpu") is None:
         raise DependencyError(
-            "compiling for a TPU needs its compiler, libtpu, which is not installed; install mergelab[tpu-aot], "
+            "compiling for a TPU needs libtpu, which is not installed; install mergelab[tpu-aot], "
             f'or just that: pip install "jax[tpu]=={version("jax")}"'
         )
-    question = {"program": program, "topology": topology, "sizes": dict(mesh), "request": dict(request)}
+    question = {
+        "program": program,
+        "topology": slice_name(topology),
+        "sizes": dict(mesh),
+        "request": dict(request),
+    }
     answer = _ask(question, timeout)
     if "error" in answer:
         raise MeshError(f"{topology}: {answer['error']}")

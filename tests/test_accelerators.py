@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from mergelab import sharding
 from mergelab.accelerators import idle_accelerator
 from mergelab.cli import main
 
@@ -71,3 +72,11 @@ def test_the_command_line_warns_once_and_on_standard_error(
     assert GPU not in CliRunner().invoke(main.cli, [command, "--help"]).output
     monkeypatch.setattr(main, "idle_accelerator", lambda: None)
     assert "warning" not in CliRunner().invoke(main.cli, [command]).output
+
+
+def test_devices_are_described_with_a_warning_about_idle_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "idle_accelerator", lambda: GPU)
+    with pytest.warns(UserWarning, match="an NVIDIA GPU"):
+        assert sharding.describe_devices() == "8 x cpu"
+    monkeypatch.setattr(sharding, "idle_accelerator", lambda: None)
+    assert sharding.describe_devices() == "8 x cpu"

@@ -70,6 +70,8 @@ def _ask(question: Mapping[str, Any], timeout: float) -> dict[str, Any]:
         kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
         # Plain CPU arrays, and no question to the metadata server that TPU machines have.
         settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_LOG_DIR": "disabled"}
+        # The compiler locks TPUs against other processes, also where it opens none.
+        settings["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "mergelab.aot.worker", str(answer)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from contextlib import AbstractContextManager
 
 import jax
@@ -16,6 +17,4 @@ def enable_x64(on: bool) -> AbstractContextManager[None]:
     """
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(on)
-    from jax.experimental import enable_x64 as before
-
-    return before(on)
+    return importlib.import_module("jax.experimental").enable_x64(on)  # by a name that newer stubs lack

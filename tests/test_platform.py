@@ -210,7 +210,7 @@ for seed, name in enumerate("ab"):
     save_model(model, model.init(seed), folder / name)
 entries = [{"model": str(folder / name), "parameters": {"weight": 0.5}} for name in "ab"]
 recipe = json.dumps({"merge_method": "linear", "dtype": "float32", "models": entries})
-mergelab.merge(mergelab.parse_recipe(recipe), folder / "merged")
+mergelab.merge(mergelab.merging.parse_recipe(recipe), folder / "merged")
 embedding = [np.asarray(load_model(folder / name)[1]["embed"]["embedding"]) for name in ("a", "b", "merged")]
 np.testing.assert_allclose(embedding[2], (embedding[0] + embedding[1]) / 2, rtol=1e-6)
 print("merged", os.environ["JAX_PLATFORMS"])
@@ -226,6 +226,54 @@ def test_models_load_and_merge_without_affinities_locks_and_preallocation(tmp_pa
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
     assert run.stdout == "merged cpu\n", run.stderr
+
+
+_ON_WINDOWS = """
+import importlib, os, pkgutil, sys
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+missing = ("sched_getaffinity", "posix_fallocate", "posix_fadvise", "pread", "preadv", "pwrite", "pwritev")
+missing += ("register_at_fork", "fork", "getuid", "geteuid", "sysconf", "statvfs", "O_NONBLOCK", "O_NOFOLLOW")
+for name in missing:
+    delattr(os, name)
+sys.modules["fcntl"] = sys.modules["resource"] = sys.modules["termios"] = None
+import mergelab as ml
+
+for module in pkgutil.walk_packages(ml.__path__, "mergelab."):
+    if module.name != "mergelab.__main__":
+        importlib.import_module(module.name)
+
+folder = Path(sys.argv[1])
+safetensors.numpy.save_file({"w": np.arange(6, dtype=np.float32)}, folder / "a.safetensors")
+tensor = ml.checkpoints.open_checkpoint(folder / "a.safetensors").tensors["w"]
+assert ml.checkpoints.read_whole(tensor).tolist() == [0, 1, 2, 3, 4, 5]
+ones, zeros = np.ones(2, np.float32), np.zeros(2, np.float32)
+merged = ml.operators.linear(weight=[1.0, 1.0])([{"w": ones}, {"w": zeros}])
+assert merged["w"].tolist() == [0.5, 0.5]
+recipe = "merge_method: linear\\nmodels: [{model: a.safetensors, parameters: {weight: 1}}]"
+try:
+    ml.merge(ml.merging.parse_recipe(recipe), folder / "out")
+except ml.errors.OutputError as error:
+    print(error)
+print(sorted(path.name for path in folder.iterdir()))
+"""
+
+
+@pytest.mark.slow
+def test_what_windows_lacks_is_said_and_the_rest_works(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", _ON_WINDOWS, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    said, left = run.stdout.splitlines() or [run.stderr, ""]
+    assert "no os.pwrite; run mergelab under WSL" in said, run.stderr
+    assert left == "['a.safetensors']"
 
 
 def test_only_one_file_asks_the_operating_system(repository: Path) -> None:

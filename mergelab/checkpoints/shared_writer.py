@@ -20,6 +20,7 @@ from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.shard_plan import ShardPlan
 from mergelab.errors import OutputError
+from mergelab.platform import reserve, write_at
 from mergelab.processes import together
 
 __all__ = ["SharedWriter"]
@@ -90,9 +91,7 @@ class SharedWriter:
             with open(self._work.path / shard.file, "wb") as file:
                 file.write(shard.head)
                 file.flush()
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, shard.size)
-                file.truncate(shard.size)
+                reserve(file.fileno(), shard.size)
 
     def write_runs(self, name: str, starts: Sequence[int] | np.ndarray, rows: np.ndarray) -> None:
         """Writes row `i` of `rows` to the flat elements of a tensor from `starts[i]` on.
@@ -110,10 +109,7 @@ class SharedWriter:
             raise ValueError(f"tensor {name!r} is written as contiguous {place.spec.dtype}, not {rows.dtype}")
         with self._disk_errors():
             for start, row in zip(starts, rows.view(np.uint8), strict=True):
-                data, offset = row.data, place.offset + int(start) * rows.itemsize
-                while len(data):
-                    count = os.pwrite(self._files[place.shard], data, offset)
-                    data, offset = data[count:], offset + count
+                write_at(self._files[place.shard], row.data, place.offset + int(start) * rows.itemsize)
         with self._lock:
             self._written += rows.nbytes
 

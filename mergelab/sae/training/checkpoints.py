@@ -14,8 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
 
 from mergelab.checkpoints.json_data import read_json
 from mergelab.checkpoints.manifest import first_fault, write_manifest
@@ -150,6 +148,9 @@ class Checkpoints:
         folder = self.folder / str(step)
 
         def read() -> Any:
+            import orbax.checkpoint as ocp
+            from etils import epath
+
             with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
                 found = handler.restore(epath.Path(folder / _STATE), args=ocp.args.StandardRestore(shapes))
                 return jax.block_until_ready(found)
@@ -282,6 +283,9 @@ class Checkpoints:
 
 def _write_state(work: Path, tree: Mapping[str, Any], *, finalize: bool = True) -> None:
     def write() -> None:
+        import orbax.checkpoint as ocp
+        from etils import epath
+
         with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
             folder = epath.Path(work / _STATE)
             handler.save(folder, args=ocp.args.StandardSave(dict(tree)))
@@ -293,6 +297,9 @@ def _write_state(work: Path, tree: Mapping[str, Any], *, finalize: bool = True) 
 
 def _finalize(work: Path) -> None:
     def finalize() -> None:
+        import orbax.checkpoint as ocp
+        from etils import epath
+
         with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
             handler.finalize(epath.Path(work / _STATE))
 

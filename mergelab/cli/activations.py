@@ -66,8 +66,10 @@ def command(
     """
     from mergelab.activations.capture import open_model_activations
     from mergelab.activations.store import write_store
+    from mergelab.checkpoints.locations import local_path
     from mergelab.checkpoints.publish import WorkFolder
 
+    model = local_path(model)
     with (
         WorkFolder(out, inputs=[model, *texts]) as work,
         count_bar("row", quiet=as_json) as bar,

@@ -55,12 +55,14 @@ def command(
     import jax
 
     from mergelab.checkpoints.folder import stat_sha256
+    from mergelab.checkpoints.locations import local_path
     from mergelab.checkpoints.model_files import donor_files
     from mergelab.checkpoints.publish import WorkFolder
     from mergelab.checkpoints.writer import identity_digest
     from mergelab.models.orbax import save_orbax
     from mergelab.models.save import save_model
 
+    source = local_path(source)
     with WorkFolder(out, inputs=[source], overwrite=overwrite) as work:
         settings = {"to": to, "dtype": str(dtype), "shard_size": str(shard_size), "mesh": str(mesh)}
         identity = identity_digest({"source": stat_sha256(source), **settings})

@@ -127,9 +127,11 @@ def open_sae(path: Path) -> SAE:
     Raises:
         CheckpointError: there is none, or the run has not finished.
     """
+    from mergelab.checkpoints.locations import local_path
     from mergelab.errors import CheckpointError
     from mergelab.sae.formats import load_sae
 
+    path = local_path(path, "sae")
     if (path / "final").is_dir():
         return _as_trained(load_sae(path / "final"), path / "config.yaml")
     if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():

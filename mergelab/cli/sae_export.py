@@ -34,11 +34,12 @@ def command(source: Path, format: str, out: Path, site: str | None, target_site:
       mergelab sae export run-saelens --format mergelab --out back
       mergelab sae export old --format saelens --out new --target-site blocks.3.mlp.out
     """
+    from mergelab.checkpoints.locations import local_path
     from mergelab.cli.options import open_sae
     from mergelab.sae.formats import reserve, save_sae
     from mergelab.sae.sae import at_sites
 
-    with reserve(out, format, inputs=[source]) as place:
+    with reserve(out, format, inputs=[local_path(source, "sae")]) as place:
         sae = at_sites(open_sae(source), site, target_site)
         save_sae(sae, place, format)
     if not sae.target_known:

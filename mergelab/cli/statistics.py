@@ -65,8 +65,10 @@ def command(
     from mergelab.activations.capture import open_model_activations
     from mergelab.activations.statistics import write_statistics
     from mergelab.checkpoints.folder import stat_sha256
+    from mergelab.checkpoints.locations import local_path
     from mergelab.checkpoints.publish import WorkFolder
 
+    model = local_path(model)
     inputs = [model, *texts]
     with (
         WorkFolder(out, inputs=inputs, overwrite=overwrite) as work,

@@ -1,7 +1,7 @@
 """A small server on the loopback that speaks the part of the hub's API that `huggingface_hub` uses.
 
 Reading: `/api/models/ID[/revision/REV]`, `/tree/REV`, `/paths-info/REV`, and `/ID/resolve/REV/FILE` with its
-ETag, commit, size and byte ranges. Writing: creation, preupload, LFS batch, upload and verification, and commits
+ETag, commit, size and byte ranges. Writing: creation, preupload, LFS batch, upload and verification, commits
 as lines of JSON (https://huggingface.co/docs/hub/api, and Git LFS's `docs/api/batch.md`). Repositories are
 commits of files in memory.
 """
@@ -209,8 +209,9 @@ class _Handler(BaseHTTPRequestHandler):
         asked = json.loads(body)
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
         exists = name in self.hub.repositories
+        private = bool(asked.get("private")) or asked.get("visibility") == "private"  # clients differ
         if not exists:
-            self.hub.repositories[name] = Repository(private=bool(asked.get("private")))
+            self.hub.repositories[name] = Repository(private=private)
             self.hub.repositories[name].commit({})
         answer = {"url": f"{self.hub.url}/{name}", "name": name, "id": name}
         self._json({"error": "You already created this model repo", **answer} if exists else answer,

@@ -27,6 +27,7 @@ from mergelab.abliteration.report import Report
 from mergelab.abliteration.trial_search import SearchResult, Trial, search_ablation
 from mergelab.abliteration.write import write_abliterated
 from mergelab.checkpoints import FolderCheckpoint, open_checkpoint
+from mergelab.checkpoints.model_card import card_facts
 from mergelab.checkpoints.output_target import recorded_identity
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import MergelabError
@@ -105,7 +106,7 @@ def abliterate(
     from the source's files.
 
     Args:
-        source: Hugging Face folder of a decoder, with its tokenizer.
+        source: Hugging Face folder of a decoder, with its tokenizer; a model on the hub, or a URL.
         out: Folder to write; `abliteration.json` and `README.md` in it hold the report.
         harmful: Instructions that the model refuses, at least 5.
         harmless: Instructions that it answers, as alike as possible otherwise.
@@ -233,6 +234,7 @@ def _measure(
         phrases=settings.phrases,
         before=before,
         after=after,
+        facts=card_facts([checkpoint.path]),
     )
     return model, report
 

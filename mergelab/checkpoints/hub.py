@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +17,15 @@ from mergelab.checkpoints.wanted_files import Need, wanted_files
 from mergelab.errors import CheckpointError, DependencyError, MergelabError
 from mergelab.refusals import one_line, refusal
 
-__all__ = ["HubPlace", "fetch_from_hub", "hub_client", "hub_origin", "hub_reason", "parse_hub_place"]
+__all__ = [
+    "HubPlace",
+    "fetch_from_hub",
+    "hub_client",
+    "hub_origin",
+    "hub_reason",
+    "parse_hub_place",
+    "quiet_off_terminals",
+]
 
 _WORD = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?"
 _PLACE = re.compile(rf"({_WORD}/{_WORD})(?:@([^\s:@+]+))?(?::([^\s:]+))?", re.ASCII)
@@ -79,12 +89,27 @@ def hub_client() -> Any:
         import huggingface_hub
         import huggingface_hub.constants
         import huggingface_hub.errors
+        import huggingface_hub.utils
     except ImportError as error:
         raise DependencyError(
             f"the Hugging Face hub needs the package huggingface_hub ({one_line(str(error))}); install it "
             "with `pip install huggingface_hub`"
         ) from None
     return huggingface_hub
+
+
+@contextlib.contextmanager
+def quiet_off_terminals(hub: Any) -> Iterator[None]:
+    """Progress bars of the client only where somebody looks at them, as ours."""
+    shown = sys.stderr is not None and sys.stderr.isatty()
+    if shown or hub.utils.are_progress_bars_disabled():
+        yield
+        return
+    hub.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        hub.utils.enable_progress_bars()
 
 
 def fetch_from_hub(place: HubPlace, need: Need = "model") -> Path:
@@ -101,7 +126,8 @@ def fetch_from_hub(place: HubPlace, need: Need = "model") -> Path:
     """
     hub = hub_client()
     try:
-        folder = _cached(hub, place) if hub.constants.HF_HUB_OFFLINE else _download(hub, place, need)
+        with quiet_off_terminals(hub):
+            folder = _cached(hub, place) if hub.constants.HF_HUB_OFFLINE else _download(hub, place, need)
     except MergelabError:
         raise
     except Exception as error:  # the client raises many unrelated types

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from mergelab.cli.options import PUSH, check_push_option, push_output
 from mergelab.cli.output import count_bar
 
 __all__ = ["command"]
@@ -25,8 +26,16 @@ __all__ = ["command"]
     help="Setting that overrides CONFIG; repeatable.",
 )
 @click.option("--resume", is_flag=True, help="Resume a run that was interrupted.")
+@PUSH
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(config: Path, out: Path, overrides: tuple[str, ...], resume: bool, as_json: bool) -> None:
+def command(
+    config: Path,
+    out: Path,
+    overrides: tuple[str, ...],
+    resume: bool,
+    push_to: str | None,
+    as_json: bool,
+) -> None:
     """Train a sparse autoencoder from the YAML file CONFIG.
 
     OUT/final gets the SAE (cfg.json, sae.safetensors), OUT/metrics.jsonl the metrics,
@@ -39,6 +48,7 @@ def command(config: Path, out: Path, overrides: tuple[str, ...], resume: bool, a
       mergelab sae train sae.yaml --out run --set train.lr=1e-3 --set sae.k=64
       mergelab sae train sae.yaml --out run --resume
     """
+    check_push_option(push_to)
     from mergelab.sae.training import train
 
     with count_bar("step", quiet=as_json) as bar:
@@ -59,6 +69,7 @@ def command(config: Path, out: Path, overrides: tuple[str, ...], resume: bool, a
             click.echo(f"warning: {message}", err=True)
 
         result = train(config, out, resume=resume, overrides=overrides, progress=progress, notice=notice)
+    push_output(result.path, push_to)
     if as_json:
         said: dict[str, Any] = {"path": str(result.path), "steps": result.steps, "metrics": result.metrics}
         click.echo(json.dumps(said))

@@ -12,6 +12,7 @@ from mergelab.activations import ActivationSource, open_activation_files
 from mergelab.activations.capture import DEFAULT_CONTEXT, open_model_activations
 from mergelab.checkpoints.folder import open_checkpoint, weights_sha256
 from mergelab.checkpoints.json_data import read_json_object
+from mergelab.checkpoints.model_card import portable_name
 from mergelab.errors import CheckpointError, SAEError, did_you_mean, shortened
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model
@@ -37,7 +38,8 @@ def host_metadata(data: DataSection) -> dict[str, Any]:
     """
     if data.kind == "model" and data.model is not None:
         target = {} if data.target_site is None else {"target_site": data.target_site}
-        found = {"site": data.site, **target, "model": data.model, "model_hash": weights_sha256(data.model)}
+        name, digest = portable_name(data.model), weights_sha256(data.model)
+        found = {"site": data.site, **target, "model": name, "model_hash": digest}
         # A default context beyond the model's positions is cut where the data is opened.
         return found | {"context": min(data.context, _read_model(data.model).config.max_length)}
     if data.kind == "files" and data.path is not None:
@@ -74,7 +76,7 @@ def store_facts(patterns: str | Sequence[str]) -> dict[str, Any]:
             f"{store} does not map sites to widths and name a model and its model_sha256, as `mergelab "
             "activations` writes it; collect the activations again."
         )
-    found = {"site": site, "model": model, "model_hash": digest}
+    found = {"site": site, "model": portable_name(Path(model).absolute()), "model_hash": digest}
     if isinstance(facts.get("context"), int):
         found["context"] = facts["context"]
     return found if site in widths else {}

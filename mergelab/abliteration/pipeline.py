@@ -30,6 +30,7 @@ from mergelab.checkpoints import FolderCheckpoint, open_checkpoint
 from mergelab.checkpoints.model_card import card_facts
 from mergelab.checkpoints.output_target import recorded_identity
 from mergelab.checkpoints.publish import WorkFolder
+from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.errors import MergelabError
 from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params
@@ -84,6 +85,7 @@ class AbliterationSettings:
     seed: int = 0
 
 
+@writes_anywhere()
 def abliterate(
     source: str | Path,
     out: str | Path,

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mergelab.checkpoints.hub import HubPlace, hub_client, hub_reason, parse_hub_place, quiet_off_terminals
+from mergelab.checkpoints.locations import is_url, location_text
 from mergelab.checkpoints.model_card import CardFacts, short_card
 from mergelab.errors import MergelabError, OutputError, quoted
 from mergelab.refusals import one_line
@@ -83,7 +84,10 @@ def push(
     Example:
         >>> push("merged", "org/merged", private=True)                                  # doctest: +SKIP
     """
-    place, path = _target(repo), Path(path)
+    place = _target(repo)
+    if is_url(path):
+        raise OutputError(f"{location_text(path)} is not on this machine; push a local folder or file")
+    path = Path(path)
     if (path / "final" / "cfg.json").is_file():
         path = path / "final"
     files = _files(path)

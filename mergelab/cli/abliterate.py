@@ -123,7 +123,7 @@ def command(
       mergelab abliterate model --harmful a.txt --harmless b.txt --out edited --text prose.txt --trials 64
       mergelab abliterate model --harmful a.txt --harmless b.txt --out edited --refusal "Das kann ich nicht"
     """
-    check_push_option(push_to)
+    check_push_option(push_to, out)
     from mergelab.abliteration import AbliterationSettings, Filters, abliterate, read_prompts
     from mergelab.sharding import make_mesh
 

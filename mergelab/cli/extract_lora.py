@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergelab.checkpoints.locations import location_text
 from mergelab.cli.numbers import ANY_NUMBER, Seed, WholeNumber
 from mergelab.cli.options import PUSH, check_push_option, push_output, readable
 from mergelab.cli.output import byte_bar, print_result
@@ -73,7 +74,7 @@ def command(
     """
     if options["rank"] is None and options["energy"] is None:
         raise click.UsageError("say how large the adapter may be, with --rank or --energy")
-    check_push_option(push_to)
+    check_push_option(push_to, out)
     started = time.perf_counter()
     from mergelab.checkpoints import open_checkpoint
     from mergelab.merging.lora_extraction import extract_lora
@@ -92,7 +93,7 @@ def command(
 
 def _json(extracted: ExtractedLora, seconds: float) -> dict[str, Any]:
     return {
-        "out": str(extracted.out),
+        "out": location_text(extracted.out),
         "seconds": seconds,
         "bytes": extracted.nbytes,
         "modules": {
@@ -109,7 +110,7 @@ def _text(extracted: ExtractedLora, seconds: float) -> str:
     span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     worst = sorted(extracted.errors.items(), key=lambda item: -item[1])[:_WORST]
     lines = [
-        f"{extracted.out}: {len(extracted.ranks)} modules of rank {span}, "
+        f"{location_text(extracted.out)}: {len(extracted.ranks)} modules of rank {span}, "
         f"{len(extracted.whole)} stored whole, {readable(extracted.nbytes)}, in {seconds:.1f} s",
         "largest part of a change that is missed:",
         *(f"  {error:7.2%}  {name}" for name, error in worst),

@@ -85,7 +85,7 @@ def command(
     }
     if out is None and not dry_run:
         raise click.UsageError("name the folder to write with --out DIR, or look at the plan with --dry-run")
-    check_push_option(None if dry_run else push_to)
+    check_push_option(None if dry_run else push_to, out)
     from mergelab.cli.options import configure_jax
     from mergelab.merging.plan.planner import plan_merge
 
@@ -100,6 +100,7 @@ def command(
     for warning in warnings:
         click.echo(f"warning: {warning}", err=True)
 
+    from mergelab.checkpoints.locations import location_text
     from mergelab.merging.run_merge import merge
 
     total = sum(p.bytes_out for p in (*plan.stages.values(), plan))
@@ -119,7 +120,7 @@ def command(
 
     def report() -> dict[str, Any]:
         return {
-            "out": str(merged.out),
+            "out": location_text(merged.out),
             "seconds": seconds,
             "seconds_streaming": merged.seconds_streaming,
             "tensors": len(merged.plan.jobs),
@@ -132,7 +133,7 @@ def command(
         }
 
     size = readable(merged.plan.bytes_out)
-    text = f"{merged.out}: {len(merged.plan.jobs)} tensors, {size}, in {seconds:.1f} s"
+    text = f"{location_text(merged.out)}: {len(merged.plan.jobs)} tensors, {size}, in {seconds:.1f} s"
     print_result(report, lambda: text, as_json=as_json)
     push_output(out, push_to)
 

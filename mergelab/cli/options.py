@@ -102,11 +102,14 @@ PUSH = click.option(
 )
 
 
-def check_push_option(push_to: str | None) -> None:
+def check_push_option(push_to: str | None, out: Path | None) -> None:
     """Refuses, before any work, a push that cannot succeed."""
     if push_to is not None:
         from mergelab.checkpoints.hub_push import check_push
+        from mergelab.checkpoints.locations import is_url
 
+        if out is not None and is_url(out):
+            raise click.UsageError("--push uploads from this machine: give a local folder with --out")
         check_push(push_to)
 
 

@@ -39,13 +39,17 @@ def command(
       mergelab sae export run-saelens --format mergelab --out back
       mergelab sae export old --format saelens --out new --target-site blocks.3.mlp.out
     """
-    check_push_option(push_to)
+    check_push_option(push_to, out)
     from mergelab.checkpoints.locations import local_path
+    from mergelab.checkpoints.remote_output import local_output, shown
     from mergelab.cli.options import open_sae
     from mergelab.sae.formats import reserve, save_sae
     from mergelab.sae.sae import at_sites
 
-    with reserve(out, format, inputs=[local_path(source, "sae")]) as place:
+    with (
+        local_output(out) as folder,
+        reserve(folder, format, inputs=[local_path(source, "sae")]) as place,
+    ):
         sae = at_sites(open_sae(source), site, target_site)
         save_sae(sae, place, format)
     if not sae.target_known:
@@ -54,5 +58,5 @@ def command(
             "transcoder, name its target (--target-site).",
             err=True,
         )
-    click.echo(str(out))
+    click.echo(shown(out))
     push_output(out, push_to)

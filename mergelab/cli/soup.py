@@ -117,7 +117,7 @@ def command(
             raise RecipeError(
                 f"--{name.replace('_', '-')} has no effect with --method {method}; leave it out."
             )
-    check_push_option(push_to)
+    check_push_option(push_to, out)
     from mergelab.cli.options import configure_jax
 
     configure_jax(merging=method != "greedy")  # whose evaluations run models, in children of this process too

@@ -31,6 +31,7 @@ from mergelab.checkpoints.model_card import card_facts, portable_name, short_car
 from mergelab.checkpoints.output_target import MARKER, disk_errors, recorded_identity
 from mergelab.checkpoints.peft import adapter_config
 from mergelab.checkpoints.publish import WorkFolder
+from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.checkpoints.tied_head import conv1d_layers, find_tied_head
 from mergelab.checkpoints.writer import check_digests, identity_digest
 from mergelab.errors import CheckpointError, NonFiniteError, did_you_mean
@@ -76,6 +77,7 @@ class ExtractedLora:
     nbytes: int
 
 
+@writes_anywhere()
 def extract_lora(
     finetuned: Path | str,
     base: Path | str,

@@ -22,6 +22,7 @@ from mergelab.checkpoints.model_files import check_file_name
 from mergelab.checkpoints.orbax_calls import quiet_orbax
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.publish import WorkFolder
+from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.errors import CheckpointError, OutputError
 from mergelab.models.families import model_from_config
 from mergelab.models.load import check_dtype
@@ -185,6 +186,7 @@ def is_orbax_model(path: str | Path) -> bool:
     return is_tree(Path(path) / _PARAMS)
 
 
+@writes_anywhere("path")
 def save_orbax(
     model: Model,
     params: Params,

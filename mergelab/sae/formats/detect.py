@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from mergelab.checkpoints.locations import local_path
 from mergelab.checkpoints.new_files import NewFiles
 from mergelab.checkpoints.publish import WorkFolder
+from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.errors import CheckpointError, SAEError, did_you_mean
 from mergelab.sae.formats.dictionary_learning import read_dictionary_learning, write_dictionary_learning
 from mergelab.sae.formats.gemma_scope import read_gemma_scope, read_gemma_scope_2, write_gemma_scope
@@ -140,6 +141,7 @@ def _recognized(path: Path) -> FileFormat:
     )
 
 
+@writes_anywhere("path")
 def save_sae(
     sae: SAE,
     path: str | Path | WorkFolder | NewFiles,

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mergelab.checkpoints.hub import fetch_from_hub, hub_client, parse_hub_place
+from mergelab.checkpoints.hub import hub_client, parse_hub_place
 from mergelab.checkpoints.locations import exists, is_url, local_path, location_text
 from mergelab.checkpoints.remote import Store, fetch_url, open_store, sparse_copy
 from mergelab.errors import CheckpointError
@@ -30,23 +30,13 @@ def headers_only(place: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         CheckpointError: as `local_path`.
     """
-    hub = None if is_url(place) or exists(Path(place)) else parse_hub_place(os.fspath(place))
-    if is_url(place):
-        store = open_store(location_text(place))
-    elif hub is None or hub.within or hub_client().constants.HF_HUB_OFFLINE:
-        yield local_path(place)
-        return
-    else:
-        small = local_path(place, "tokenizer")  # its refusals are about the place
-        client = hub_client()
-        system = client.HfFileSystem(endpoint=client.constants.ENDPOINT)
-        store = Store(str(place), system, f"{hub.repo}@{small.name}")
-    found = {name: facts for name, facts in store.find().items() if "/" not in name}
+    store, small = _elsewhere(place)
+    found = {} if store is None else {name: facts for name, facts in store.find().items() if "/" not in name}
     weights = [name for name in found if name.endswith(_SEEN)]
-    if not weights or "adapter_config.json" in found:
+    if store is None or not weights or "adapter_config.json" in found:
         yield local_path(place)
         return
-    folder = fetch_url(store.url, "tokenizer") if is_url(place) else fetch_from_hub(hub, "tokenizer")  # type: ignore[arg-type]
+    folder = small()
     with tempfile.TemporaryDirectory(prefix="mergelab-headers-") as made:
         seen = Path(made) / (location_text(place).rstrip("/").rpartition("/")[2] or "model")
         seen.mkdir()
@@ -56,6 +46,20 @@ def headers_only(place: str | os.PathLike[str]) -> Iterator[Path]:
         for name in weights:
             sparse_copy(int(found[name].get("size") or 0), _reader(store, name), seen / name)
         yield seen
+
+
+def _elsewhere(place: str | os.PathLike[str]) -> tuple[Store | None, Callable[[], Path]]:
+    """The store that a place is in, or None; and a function that fetches the small files."""
+    if is_url(place):
+        url = location_text(place)
+        return open_store(url), lambda: fetch_url(url, "tokenizer")
+    hub = None if exists(Path(place)) else parse_hub_place(os.fspath(place))
+    client = hub_client() if hub is not None else None
+    if hub is None or client is None or hub.within or client.constants.HF_HUB_OFFLINE:
+        return None, lambda: local_path(place)
+    small = local_path(place, "tokenizer")  # its refusals are about the place
+    system = client.HfFileSystem(endpoint=client.constants.ENDPOINT)
+    return Store(str(place), system, f"{hub.repo}@{small.name}"), lambda: small
 
 
 def _reader(store: Store, name: str) -> Callable[[int, int], bytes]:

@@ -176,7 +176,7 @@ def test_an_output_that_broke_off_is_not_read_and_is_sent_again(
     recipe = f"merge_method: linear\nmodels: [{{model: {models / 'llama-ft2'}, parameters: {{weight: 1}}}}]\n"
     (tmp_path / "r.yaml").write_text(recipe)
     monkeypatch.setattr(Store, "broken", "tokenizer.json")
-    with pytest.raises(OutputError, match="memory://bucket/out cannot be written .*dead"):
+    with pytest.raises(OutputError, match=r"memory://bucket/out cannot be written .*dead"):
         ml.merge(tmp_path / "r.yaml", "memory://bucket/out")
     assert not store.exists("/bucket/out/config.json")
     monkeypatch.setattr(Store, "broken", "")
@@ -229,3 +229,17 @@ def test_a_training_run_is_mirrored_and_taken_up_from_there(store: Store, tmp_pa
         (folder / "config.json").write_text("{}")
     assert store.exists("/bucket/run/config.json")
     mirror(tmp_path)  # a folder that is nowhere else
+
+
+def test_every_kind_of_path_is_a_place(store: Store, models: Path) -> None:
+    from etils import epath
+
+    fill(store, models / "llama-ft2", "/bucket/tuned")
+    here = open_checkpoint(models / "llama-ft2").fingerprint()
+
+    class Elsewhere:
+        def __fspath__(self) -> str:
+            return "memory://bucket/tuned"
+
+    for place in (Elsewhere(), epath.Path(models / "llama-ft2")):
+        assert open_checkpoint(local_path(place)).fingerprint() == here

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from mergelab.activations.batches import batches, filled_batches, stack_prompts
+from mergelab.checkpoints.locations import local_path
 from mergelab.checkpoints.text_file import MAX_PROSE, read_text
 from mergelab.errors import NonFiniteError, SAEError, SiteError
 from mergelab.models.load import load_model
@@ -357,7 +358,7 @@ def open_model_activations(
     """Activations of a model's folder on text files.
 
     Args:
-        model: a Hugging Face folder with its tokenizer.
+        model: a Hugging Face folder with its tokenizer, a model on the hub, or a URL.
         sites: names, such as `blocks.8.resid_post`.
         texts: UTF-8 files.
         length: tokens per context; if None the default, or as many as the model has positions.
@@ -371,12 +372,13 @@ def open_model_activations(
         SiteError: the model has no such site.
         CheckpointError: the model cannot be read.
     """
+    model = local_path(model)
     read = []
     for path in map(Path, texts):
         read.append(read_text(path, MAX_PROSE, error=SAEError, errors="replace"))
     loaded, params = load_model(model, mesh=mesh, dtype=dtype)
-    tokens = contexts_of_texts(Path(model), read, window_length(loaded, length, default))
-    check_tokens(loaded, tokens, place=str(Path(model) / "tokenizer.json"))
+    tokens = contexts_of_texts(model, read, window_length(loaded, length, default))
+    check_tokens(loaded, tokens, place=str(model / "tokenizer.json"))
     framed = load_tokenizer(model).frame is not None
     found = ModelActivations(loaded, params, tokens, tuple(sites), framed=framed)
     _ = found.widths  # names of sites are checked here, before anything is computed

@@ -14,6 +14,7 @@ from typing import Any
 import xxhash
 
 from mergelab.checkpoints.json_data import read_json_object, read_optional_json
+from mergelab.checkpoints.locations import local_path
 from mergelab.checkpoints.model_files import check_file_name
 from mergelab.checkpoints.safetensors_file import SafetensorsFile, open_safetensors
 from mergelab.checkpoints.source import TensorSource
@@ -29,7 +30,7 @@ def weights_sha256(folder: str | Path) -> str:
     Raises:
         CheckpointError: there are none, or one cannot be read.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files:
         raise CheckpointError(f"{folder}: holds no weight files; expected *.safetensors")
@@ -141,13 +142,14 @@ class FolderCheckpoint:
 def open_checkpoint(path: Path | str) -> FolderCheckpoint:
     """Opens a model folder or a single weight file, reading headers and config only.
 
+    A model on the Hugging Face hub (`org/name[@revision][:subfolder]`) or at a URL is fetched first.
     A folder is searched for `model.safetensors`, `model.safetensors.index.json`, any one `*.safetensors`,
     then `pytorch_model.bin`, `pytorch_model.bin.index.json`, any one `*.bin`, `*.pt` or `*.pth`.
 
     Raises:
         CheckpointError: nothing there, several candidates, or any file malformed or inconsistent.
     """
-    path = Path(path)
+    path = local_path(path)
     try:
         return _open(path)
     except OSError as error:

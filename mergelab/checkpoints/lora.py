@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelab.checkpoints.folder import FolderCheckpoint, open_checkpoint
+from mergelab.checkpoints.locations import local_path
 from mergelab.checkpoints.lora_merge import LoraMerge
 from mergelab.checkpoints.peft import LoraConfig, read_lora_config
 from mergelab.checkpoints.source import TensorSource
@@ -143,7 +144,7 @@ def with_lora(checkpoint: FolderCheckpoint | LoraCheckpoint, adapter_path: Path 
         CheckpointError: a missing file, a variant other than plain LoRA, a module the model does not have, or
             shapes and ranks that do not fit.
     """
-    folder = Path(adapter_path)
+    folder = local_path(adapter_path)
     config_path = folder / "adapter_config.json"
     if not config_path.is_file():
         raise CheckpointError(f"{folder} has no adapter_config.json; name the folder of a PEFT adapter")

@@ -55,13 +55,19 @@ def command(
     import jax
 
     from mergelab.checkpoints.folder import stat_sha256
+    from mergelab.checkpoints.locations import local_path
     from mergelab.checkpoints.model_files import donor_files
     from mergelab.checkpoints.publish import WorkFolder
+    from mergelab.checkpoints.remote_output import local_output, shown
     from mergelab.checkpoints.writer import identity_digest
     from mergelab.models.orbax import save_orbax
     from mergelab.models.save import save_model
 
-    with WorkFolder(out, inputs=[source], overwrite=overwrite) as work:
+    source = local_path(source)
+    with (
+        local_output(out, overwrite=overwrite) as folder,
+        WorkFolder(folder, inputs=[source], overwrite=overwrite) as work,
+    ):
         settings = {"to": to, "dtype": str(dtype), "shard_size": str(shard_size), "mesh": str(mesh)}
         identity = identity_digest({"source": stat_sha256(source), **settings})
         done = work.finished(identity)
@@ -78,6 +84,6 @@ def command(
     seconds = time.perf_counter() - started
     nbytes = sum(array.nbytes for array in jax.tree.leaves(params))
     if as_json:
-        click.echo(json.dumps({"out": str(out), "form": to, "bytes": nbytes, "seconds": seconds}))
+        click.echo(json.dumps({"out": shown(out), "form": to, "bytes": nbytes, "seconds": seconds}))
     else:
-        click.echo(f"{out}: {readable(nbytes)} of parameters in {to} form, in {seconds:.1f} s")
+        click.echo(f"{shown(out)}: {readable(nbytes)} of parameters in {to} form, in {seconds:.1f} s")

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergelab.checkpoints.locations import location_text
 from mergelab.cli.numbers import ANY_NUMBER, Seed, WholeNumber
-from mergelab.cli.options import readable
+from mergelab.cli.options import PUSH, check_push_option, push_output, readable
 from mergelab.cli.output import byte_bar, print_result
 
 if TYPE_CHECKING:
@@ -55,8 +56,11 @@ _WORST = 5
 )
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same models and settings.")
+@PUSH
 @click.option("--json", "as_json", is_flag=True, help="Print ranks and errors of all modules as JSON.")
-def command(finetuned: Path, base: Path, out: Path, as_json: bool, **options: Any) -> None:
+def command(
+    finetuned: Path, base: Path, out: Path, push_to: str | None, as_json: bool, **options: Any
+) -> None:
     """Extract from FINETUNED a LoRA adapter for its base model, in PEFT's format.
 
     Each changed matrix is replaced by its best low-rank approximation; changed norms, biases and embeddings
@@ -70,6 +74,7 @@ def command(finetuned: Path, base: Path, out: Path, as_json: bool, **options: An
     """
     if options["rank"] is None and options["energy"] is None:
         raise click.UsageError("say how large the adapter may be, with --rank or --energy")
+    check_push_option(push_to, out)
     started = time.perf_counter()
     from mergelab.checkpoints import open_checkpoint
     from mergelab.merging.lora_extraction import extract_lora
@@ -83,11 +88,12 @@ def command(finetuned: Path, base: Path, out: Path, as_json: bool, **options: An
     if extracted.skipped:
         names = ", ".join(extracted.skipped[:_WORST])
         click.echo(f"warning: {len(extracted.skipped)} changed modules were left out: {names}", err=True)
+    push_output(out, push_to)
 
 
 def _json(extracted: ExtractedLora, seconds: float) -> dict[str, Any]:
     return {
-        "out": str(extracted.out),
+        "out": location_text(extracted.out),
         "seconds": seconds,
         "bytes": extracted.nbytes,
         "modules": {
@@ -104,7 +110,7 @@ def _text(extracted: ExtractedLora, seconds: float) -> str:
     span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     worst = sorted(extracted.errors.items(), key=lambda item: -item[1])[:_WORST]
     lines = [
-        f"{extracted.out}: {len(extracted.ranks)} modules of rank {span}, "
+        f"{location_text(extracted.out)}: {len(extracted.ranks)} modules of rank {span}, "
         f"{len(extracted.whole)} stored whole, {readable(extracted.nbytes)}, in {seconds:.1f} s",
         "largest part of a change that is missed:",
         *(f"  {error:7.2%}  {name}" for name, error in worst),

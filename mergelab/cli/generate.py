@@ -89,10 +89,12 @@ def command(
     if options["greedy"] and (given := [name for name in drawing if options[name] is not None]):
         raise click.UsageError(f"--greedy does not sample: omit --{given[0].replace('_', '-')}")
 
+    from mergelab.checkpoints.locations import local_path
     from mergelab.cli.options import configure_jax
     from mergelab.text.tokenizer import load_tokenizer
 
     configure_jax()
+    path = local_path(path)
     tokenizer = load_tokenizer(path) if prompt is not None or (path / "tokenizer.json").is_file() else None
     if options["stops"] and tokenizer is None:
         raise click.UsageError(f"--stop needs a tokenizer to read what was generated; {path} has none")

@@ -75,6 +75,7 @@ def command(
       mergelab inspect model --topology v5e:4x4 --mesh data=2,tensor=8
       mergelab inspect model --topology v5e --sae sae.yaml
     """
+    from mergelab.checkpoints.locations import location_text
     from mergelab.errors import CheckpointError
     from mergelab.models.footprint import take_inventory
 
@@ -88,6 +89,8 @@ def command(
     if topology and mesh is None:
         raise click.UsageError("say with --mesh how the chips of the topology share the work: tensor=16")
     report = _describe(inventory)
+    if not path.exists():
+        report["path"] = location_text(path)
     if mesh is not None and topology is None and inventory.model is not None:
         report["footprint"] = _footprint(inventory, mesh, dtype, batch or 1, length or 0)
     if mesh is not None and topology is not None and inventory.model is not None:

@@ -277,6 +277,7 @@ def _on_text(
     from tqdm import tqdm
 
     from mergelab.checkpoints.folder import weights_sha256
+    from mergelab.checkpoints.locations import local_path
     from mergelab.cli.options import open_sae
     from mergelab.sae.evaluation.controls import CONTROLS
     from mergelab.sae.evaluation.metric import Evidence, Options
@@ -292,7 +293,7 @@ def _on_text(
     from mergelab.sharding import make_mesh
     from mergelab.text.tokenizer import load_tokenizer
 
-    model, texts, length = options["model"], options["texts"], options["context"]
+    model, texts, length = local_path(options["model"]), options["texts"], options["context"]
     mesh = None if options["mesh"] is None else make_mesh(options["mesh"])
     opened = [open_sae(source) for source in sources]
     opened = [at_sites(one, options["site"], options["target_site"]) for one in opened]

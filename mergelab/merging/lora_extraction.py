@@ -25,10 +25,13 @@ from mergelab.checkpoints import (
     read_whole,
 )
 from mergelab.checkpoints.folder import bounded_digest
+from mergelab.checkpoints.hub import hub_origin
 from mergelab.checkpoints.json_data import read_json_object
+from mergelab.checkpoints.model_card import card_facts, portable_name, short_card
 from mergelab.checkpoints.output_target import MARKER, disk_errors, recorded_identity
 from mergelab.checkpoints.peft import adapter_config
 from mergelab.checkpoints.publish import WorkFolder
+from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.checkpoints.tied_head import conv1d_layers, find_tied_head
 from mergelab.checkpoints.writer import check_digests, identity_digest
 from mergelab.errors import CheckpointError, NonFiniteError, did_you_mean
@@ -75,6 +78,7 @@ class ExtractedLora:
     nbytes: int
 
 
+@writes_anywhere()
 def extract_lora(
     finetuned: Path | str,
     base: Path | str,
@@ -240,16 +244,19 @@ def _extract(
             "there is no adapter to extract"
         )
     ranks = {module: int(found.rank or 0) for module, found in factors.items()}
+    origin = hub_origin(base_model.path)
     config = adapter_config(
         {full[name]: rank for name, rank in ranks.items()},
         [full[name] for name in whole],
         [full[name] for name in modules],
-        base=str(base),
+        base=str(base) if origin is None else origin.repo,
         model_config=base_model.config,
         fan_in_fan_out=bool(conv1d),
         with_biases=biases,
         keeps_tie=keeps_tie,
     )
+    if origin is not None:
+        config["revision"] = origin.revision
     extracted: dict[str, Any] = {}
 
     def files(digests: Mapping[str, str]) -> dict[str, bytes]:
@@ -266,11 +273,28 @@ def _extract(
             nbytes=weights.stat().st_size,
         )
         facts = {"mergelab": __version__, "identity": identity_digest(identity), "tensors": dict(digests)}
-        return {"adapter_config.json": _text(config), MARKER: _text({**facts, "extracted": extracted})}
+        return {
+            "adapter_config.json": _text(config),
+            MARKER: _text({**facts, "extracted": extracted}),
+            "README.md": _card(work.out.name, finetuned, base, base_model, ranks),
+        }
 
     whole_file = 1 + sum(job.bytes_out for job in jobs)  # PEFT reads adapters of one file
     write_model(work, jobs, {}, identity, files, shard_bytes=whole_file, stem=_STEM, resume=resume)
     return ExtractedLora(out=work.out, **extracted)
+
+
+def _card(
+    name: str, finetuned: Path | str, base: Path | str, model: FolderCheckpoint, ranks: Mapping[str, int]
+) -> bytes:
+    """The content of the adapter's `README.md`."""
+    span = " to ".join(str(rank) for rank in sorted({min(ranks.values()), max(ranks.values())}))
+    said = (
+        f"LoRA adapter of rank {span} for {len(ranks)} modules of `{portable_name(base)}`, extracted with "
+        f"mergelab {__version__} from `{portable_name(finetuned)}` by truncated singular value decomposition "
+        "of the difference of the weights."
+    )
+    return short_card(name, "peft", ["mergelab", "lora"], card_facts([model.path]), [said])
 
 
 def _copy(name: str, tensor: TensorSource) -> Job:

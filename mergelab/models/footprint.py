@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from mergelab.aot import ChipReport, compile_for_topology
 from mergelab.checkpoints import FolderCheckpoint, open_checkpoint
+from mergelab.checkpoints.headers import headers_only
 from mergelab.errors import CheckpointError, MeshError, first_faults
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model
@@ -61,12 +62,17 @@ class Inventory:
 def take_inventory(path: Path | str) -> Inventory:
     """Opens a model folder or weight file, reading headers and config only.
 
-    A model whose family is unknown still has an inventory of tensors.
+    Of a model on the Hugging Face hub or at a URL no more than these is fetched. A model whose family is
+    unknown still has an inventory of tensors.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
     """
-    checkpoint = open_checkpoint(path)
+    with headers_only(path) as seen:
+        return _inventory(open_checkpoint(seen))
+
+
+def _inventory(checkpoint: FolderCheckpoint) -> Inventory:
     if not checkpoint.config:
         return Inventory(checkpoint, None, (f"{checkpoint.path} has no config.json: its family is unknown.",))
     try:

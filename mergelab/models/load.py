@@ -39,7 +39,9 @@ def load_model(
     that spans processes, every process of the mesh must make this call.
 
     Args:
-        path: a model folder or weight file, or a checkpoint that is open already (`with_lora(...)`).
+        path: a model folder or weight file; a model on the Hugging Face hub, written
+            `org/name[@revision][:subfolder]`; a URL such as `gs://bucket/model`; or a checkpoint that is open
+            already (`with_lora(...)`).
         mesh: where the weights go (`mergelab.sharding.make_mesh`); JAX's default device if None.
         dtype: the parameters' dtype; the stored one if None.
         rules: logical axis -> mesh axes; `DEFAULT_RULES` if None.

@@ -17,10 +17,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mergelab.checkpoints.json_data import read_json_object
+from mergelab.checkpoints.locations import local_path
 from mergelab.checkpoints.model_files import check_file_name
 from mergelab.checkpoints.orbax_calls import quiet_orbax
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.publish import WorkFolder
+from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.errors import CheckpointError, OutputError
 from mergelab.models.families import model_from_config
 from mergelab.models.load import check_dtype
@@ -184,6 +186,7 @@ def is_orbax_model(path: str | Path) -> bool:
     return is_tree(Path(path) / _PARAMS)
 
 
+@writes_anywhere("path")
 def save_orbax(
     model: Model,
     params: Params,
@@ -248,7 +251,7 @@ def load_orbax(
     path: str | Path, *, mesh: Mesh | None = None, dtype: Any = None, rules: Rules | None = None
 ) -> tuple[Model, Params]:
     """Loads what `save_orbax` wrote, onto any mesh; arguments and errors are those of `load_model`."""
-    folder = Path(path)
+    folder = local_path(path)
     distributed = mesh is not None and span_processes(mesh.devices.flat)
     with together("opening the model", distributed=distributed):
         if not is_orbax_model(folder):

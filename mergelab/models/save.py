@@ -15,6 +15,7 @@ import numpy as np
 from mergelab.checkpoints.buffers import aligned_empty
 from mergelab.checkpoints.model_files import donor_files
 from mergelab.checkpoints.publish import WorkFolder
+from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.checkpoints.shard_plan import TensorSpec, plan_shards
 from mergelab.checkpoints.shared_writer import SharedWriter
 from mergelab.errors import CheckpointError, OutputError
@@ -76,6 +77,7 @@ SHARD_BYTES = 5_000_000_000
 _BLOCK = 4 << 20
 
 
+@writes_anywhere("path")
 def save_model(
     model: Model,
     params: Mapping[str, Any],

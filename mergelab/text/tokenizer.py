@@ -13,6 +13,7 @@ import numpy as np
 import tokenizers
 
 from mergelab.checkpoints.json_data import read_optional_json
+from mergelab.checkpoints.locations import local_path
 from mergelab.checkpoints.model_files import donor_files, open_tokenizer_file
 from mergelab.checkpoints.text_file import read_text
 from mergelab.errors import CheckpointError, MergelabError, quoted
@@ -176,10 +177,12 @@ class Tokenizer:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Reads the tokenizer of a model folder: `tokenizer.json` and the small files beside it.
 
+    Of a model on the Hugging Face hub (`org/name[@revision][:subfolder]`) or at a URL only these are fetched.
+
     Raises:
         CheckpointError: there is no `tokenizer.json`, or one of the files is malformed.
     """
-    folder = Path(folder)
+    folder = local_path(folder, "tokenizer")
     path = folder / "tokenizer.json"
     if not os.path.isfile(path):
         raise CheckpointError(

@@ -19,6 +19,7 @@ from mergelab.checkpoints.json_data import read_json
 from mergelab.checkpoints.manifest import first_fault, write_manifest
 from mergelab.checkpoints.orbax_calls import call_orbax, orbax_reason
 from mergelab.checkpoints.publish import sync_path
+from mergelab.checkpoints.remote_output import mirror
 from mergelab.errors import CheckpointError, MergelabError, OutputError
 from mergelab.processes import Terminated, agree, together
 from mergelab.sae.training.state import TrainState
@@ -257,6 +258,7 @@ class Checkpoints:
         for found in steps:  # those of later steps were passed over
             if found not in kept:
                 _remove(self.folder / str(found))
+        mirror(self.folder.parent)
 
     @contextlib.contextmanager
     def _sentence(self, step: int | None) -> Iterator[None]:

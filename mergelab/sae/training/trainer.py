@@ -18,13 +18,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mergelab.activations import Prefetch, Trace
+from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.errors import CheckpointError, SAEError
 from mergelab.processes import Terminated, preempted, together
 from mergelab.sae.formats import load_sae, save_sae
 from mergelab.sae.sae import SAE, SAEConfig, sae_shardings
 from mergelab.sae.training.checkpoints import Checkpoints
 from mergelab.sae.training.config import TrainConfig, TrainingRecipe, load_config
-from mergelab.sae.training.data import host_metadata, open_data
+from mergelab.sae.training.data import host_metadata, open_data, portable_data
 from mergelab.sae.training.finish import finished_sae, transcodes
 from mergelab.sae.training.folder import RunFolder
 from mergelab.sae.training.inputs import read_once
@@ -110,6 +111,7 @@ class Result:
     resumed: bool = False
 
 
+@writes_anywhere()
 def train(
     config: TrainConfig | Mapping[str, Any] | str | Path,
     out: str | Path,
@@ -199,6 +201,7 @@ def _train(
             raise
     summary = {name: run.last[name] for name in _SUMMARY if name in run.last}
     told = settings.model_dump(mode="json", include={"sae", "data", "train"}, exclude_defaults=True)
+    told = {**told, "data": portable_data(told.get("data", {}))}
     metadata = {**known, "variant": variant.name, "training": summary, "settings": told}
     sae = finish_training(variant, recipe, state, metadata, mesh)
     save_sae(sae, out / "final", overwrite=folder.begun)

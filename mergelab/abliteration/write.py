@@ -11,9 +11,9 @@ import numpy as np
 from mergelab.abliteration.ablation import Ablation
 from mergelab.abliteration.removal import KeepNorms, Removed, check_ablation, writer_terms
 from mergelab.checkpoints import FolderCheckpoint, TensorSource, is_float, read_whole
+from mergelab.checkpoints.companions import read_companion
 from mergelab.checkpoints.model_files import donor_files
 from mergelab.checkpoints.publish import WorkFolder
-from mergelab.checkpoints.text_file import read_bytes
 from mergelab.errors import CheckpointError, did_you_mean
 from mergelab.merging.engine.job import Job
 from mergelab.merging.engine.output_folder import write_model
@@ -76,7 +76,7 @@ def write_abliterated(
         Job(name, tensor.shape, tensor.dtype, (removed.get(name, tensor),))
         for name, tensor in checkpoint.tensors.items()
     ]
-    content = {"config.json": read_bytes(checkpoint.path / "config.json")}
+    content = {"config.json": read_companion(checkpoint.path, "config.json")}
     content |= donor_files(checkpoint.path, None) | dict(files or {})
     identities = {
         "the model": checkpoint.fingerprint(),

@@ -13,6 +13,7 @@ from typing import Any
 
 import xxhash
 
+from mergelab.checkpoints.gguf.model_file import SUFFIX, GgufFile, is_gguf, open_gguf
 from mergelab.checkpoints.json_data import read_json_object, read_optional_json
 from mergelab.checkpoints.locations import local_path
 from mergelab.checkpoints.model_files import check_file_name
@@ -25,13 +26,17 @@ __all__ = ["FolderCheckpoint", "bounded_digest", "open_checkpoint", "stat_sha256
 
 
 def weights_sha256(folder: str | Path) -> str:
-    """SHA-256 over the weight files of a folder, their names and contents, in the order of names.
+    """SHA-256 over the weight files of a folder or a GGUF file, their names and contents, in the order of
+    names.
 
     Raises:
         CheckpointError: there are none, or one cannot be read.
     """
     folder = local_path(folder)
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if is_gguf(folder):
+        files = [part.file.path for part in open_gguf(folder).files]
+    else:
+        files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files:
         raise CheckpointError(f"{folder}: holds no weight files; expected *.safetensors")
     total = hashlib.sha256()
@@ -104,7 +109,7 @@ class FolderCheckpoint:
     """A model folder (or one weight file and the folder it lies in); holds no weights.
 
     Attributes:
-        path: the folder of config and tokenizer files.
+        path: the folder of config and tokenizer files, or the GGUF file that has them in it.
         config: `config.json` as plain data; empty if there is none.
         tensors: tensor sources by name, in file order.
         files: the weight files, in order.
@@ -113,7 +118,7 @@ class FolderCheckpoint:
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorSource]
-    files: tuple[SafetensorsFile | PickledFile, ...]
+    files: tuple[SafetensorsFile | PickledFile | GgufFile, ...]
 
     def fingerprint(self) -> str:
         """Returns a SHA-256 hex digest of headers, file sizes and config; reads no weights."""
@@ -142,7 +147,10 @@ class FolderCheckpoint:
 def open_checkpoint(path: Path | str) -> FolderCheckpoint:
     """Opens a model folder or a single weight file, reading headers and config only.
 
-    A model on the Hugging Face hub (`org/name[@revision][:subfolder]`) or at a URL is fetched first.
+    A model on the Hugging Face hub (`org/name[@revision][:subfolder]`) or at a URL is fetched first. A GGUF
+    file is a model of its own: config and tokenizer come from its metadata, its tensors have their Hugging
+    Face names, and quantized ones are dequantized to float32 as they are read.
+
     A folder is searched for `model.safetensors`, `model.safetensors.index.json`, any one `*.safetensors`,
     then `pytorch_model.bin`, `pytorch_model.bin.index.json`, any one `*.bin`, `*.pt` or `*.pth`.
 
@@ -157,6 +165,9 @@ def open_checkpoint(path: Path | str) -> FolderCheckpoint:
 
 
 def _open(path: Path) -> FolderCheckpoint:
+    if is_gguf(path):
+        model = open_gguf(path)
+        return FolderCheckpoint(path, model.config, model.tensors, model.files)
     if path.is_file():
         folder, files, index = path.parent, [path], None
     elif path.is_dir():
@@ -187,8 +198,8 @@ def _open_file(path: Path) -> SafetensorsFile | PickledFile:
     if path.suffix in PICKLED:
         return open_pickled(path)
     raise CheckpointError(
-        f"{path} is not a weight file by its name; expected .safetensors, {', '.join(PICKLED)} or a model "
-        "folder"
+        f"{path} is not a weight file by its name; expected .safetensors, {SUFFIX}, {', '.join(PICKLED)} or "
+        "a model folder"
     )
 
 
@@ -220,6 +231,11 @@ def _find_weights(folder: Path) -> tuple[list[Path], Path | None]:
                 f"{folder} has {len(candidates)} weight files ({', '.join(candidates[:4])}, ...) but no "
                 f"{standard}.index.json to say how they belong together; add the index or name one file"
             )
+    if ggufs := [name for name in names if name.endswith(SUFFIX)]:
+        raise CheckpointError(
+            f"{folder} has no weights but GGUF files, each a model of its own; name one, such as "
+            f"{folder / ggufs[0]}"
+        )
     if "adapter_config.json" in names:
         raise CheckpointError(f"{folder} is a LoRA adapter, not a model; write the model as base+adapter")
     raise CheckpointError(

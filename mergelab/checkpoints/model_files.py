@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING
 
-from mergelab.checkpoints.text_file import MAX_TABLE, read_bytes, read_text
+from mergelab.checkpoints.companions import has_companion, read_companion
+from mergelab.checkpoints.text_file import MAX_TABLE
 from mergelab.errors import CheckpointError, shortened
 
 if TYPE_CHECKING:
@@ -51,14 +51,17 @@ def check_file_name(name: object, place: str) -> str:
 def open_tokenizer_file(path: Path) -> Tokenizer:
     """Returns the tokenizer that a `tokenizer.json` describes, as the tokenizers package makes it.
 
+    Args:
+        path: the file, in the folder of a model or "in" a GGUF file.
+
     Raises:
         CheckpointError: the file is not a regular file of at most 256 MiB, or not a tokenizer.
     """
     from tokenizers import Tokenizer
 
-    text = read_text(path, MAX_TABLE)
+    raw = read_companion(path.parent, path.name, MAX_TABLE)
     try:
-        return Tokenizer.from_str(text)
+        return Tokenizer.from_str(raw.decode("utf-8-sig"))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the package raises bare Exception, and panics past it
@@ -99,9 +102,13 @@ def tokenizer_names() -> tuple[str, ...]:
 def donor_files(folder: Path, merged_tokenizer: Mapping[str, bytes] | None) -> dict[str, bytes]:
     """File contents by name: the donor's, its tokenizer replaced by a merged one where there is one.
 
+    Args:
+        folder: the donor's folder or GGUF file.
+        merged_tokenizer: the files of a merged tokenizer, or None.
+
     Raises:
         CheckpointError: a file is a Git LFS pointer.
     """
     names = (*_TEMPLATES, *_OTHER) if merged_tokenizer is not None else (*_TOKENIZER, *_TEMPLATES, *_OTHER)
-    found = {name: read_bytes(folder / name, MAX_TABLE) for name in names if os.path.lexists(folder / name)}
+    found = {name: read_companion(folder, name, MAX_TABLE) for name in names if has_companion(folder, name)}
     return {**found, **(merged_tokenizer or {})}

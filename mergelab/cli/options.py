@@ -127,14 +127,13 @@ def read_model(path: Path) -> Any:
     Raises:
         CheckpointError: there is none, or it is of no supported family.
     """
-    from mergelab.checkpoints.json_data import read_json_object
+    from mergelab.checkpoints.companions import companion_json, has_companion
     from mergelab.errors import CheckpointError
     from mergelab.models.families import model_from_config
 
-    file = path / "config.json"
-    if not file.is_file():
+    if not has_companion(path, "config.json"):
         raise CheckpointError(f"{path} has no config.json; name the folder of a model")
-    return model_from_config(read_json_object(file), str(file))
+    return model_from_config(companion_json(path, "config.json"), str(path / "config.json"))
 
 
 def load_either(

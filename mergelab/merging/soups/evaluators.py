@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mergelab.activations.losses import summed_loss
+from mergelab.checkpoints.companions import has_companion
 from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.checkpoints.json_data import parse_json
 from mergelab.checkpoints.model_files import open_tokenizer_file
@@ -166,7 +167,7 @@ class TextLoss:
 
 def _tokenize(folder: Path, text: str) -> list[int]:
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not has_companion(folder, path.name):
         raise CheckpointError(
             f"{folder} has no tokenizer.json; the loss on a text needs the model's tokenizer."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -120,8 +121,13 @@ class FolderCheckpoint:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether any tensor is computed from codes, so that files and config of a copy differ from these."""
+        """Whether config or files are of a quantized model, so that those of a dequantized copy differ."""
         return bool(self.quantization) or any(isinstance(t, BoxSource) for t in self.tensors.values())
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of all tensors as they are read; more than the files have where these are quantized."""
+        return sum(math.prod(t.shape) * t.dtype.itemsize for t in self.tensors.values())
 
     def fingerprint(self) -> str:
         """Returns a SHA-256 hex digest of headers, file sizes and config; reads no weights."""

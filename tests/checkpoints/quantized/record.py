@@ -1,12 +1,12 @@
 """Writes data/: small quantized files as other libraries write them, and digests of what these read in them.
 
-`python tests/checkpoints/quantized/record.py SOURCES [CASE ...]`, with torch, transformers, bitsandbytes 0.50 and
-compressed-tensors 0.20 installed. SOURCES holds the unpacked `auto_gptq-0.7.1` wheel (`auto_gptq/`) and the
+`python tests/checkpoints/quantized/record.py SOURCES [CASE ...]`, with torch, transformers, bitsandbytes 0.50
+and compressed-tensors 0.20 installed. SOURCES holds the unpacked wheel auto_gptq-0.7.1 (`auto_gptq/`) and the
 unpacked `autoawq-0.2.9` source distribution (`awq/`), neither of which installs without a GPU; only the files
 that pack and unpack are loaded from there. Each case is `NAME.safetensors`, which the library wrote or whose
 tensors its own function made, and an entry of `expected.json`: the `config.json` beside it, and for every
-dequantized tensor its shape, the SHA-256 of its float32 bytes as the library computes them (zeros without their
-sign, which bitsandbytes' kernels and its own table give differently), and its first values.
+dequantized tensor its shape, the SHA-256 of its float32 bytes as the library computes them (zeros without
+their sign, which bitsandbytes' kernels and its own table give differently), and its first values.
 """
 
 from __future__ import annotations
@@ -299,7 +299,7 @@ def quantized_matrix(out: int, inputs: int, bits: int, groups: torch.Tensor, see
 
 @case
 def gptq() -> Case:
-    """AutoGPTQ's packing for 2, 3, 4 and 8 bits, in order and by `g_idx`, and its product with the identity."""
+    """AutoGPTQ's packing for 2, 3, 4 and 8 bits, in order and by `g_idx`, times the identity."""
     cuda = source_module("qlinear_cuda", "auto_gptq/nn_modules/qlinear/qlinear_cuda.py")
     stored, expected = {}, {}
     for number, (bits, shuffled) in enumerate([(4, False), (4, True), (2, False), (3, True), (8, False)]):

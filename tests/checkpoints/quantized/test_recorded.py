@@ -1,4 +1,4 @@
-"""Files that other libraries quantized read as those libraries dequantize them, to the last bit, in any piece."""
+"""Files that other libraries quantized read as those libraries dequantize them, to the last bit."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ import numpy as np
 from mergelab.checkpoints.json_data import parse_json
 from mergelab.checkpoints.lora_tensor import read_whole
 from mergelab.checkpoints.quantized.box_source import BOX, BoxSource
-from mergelab.checkpoints.quantized.codes import Bytes, Numbers, byte_table
+from mergelab.checkpoints.quantized.codes import Bytes, Numbers, byte_table, meanings
 from mergelab.checkpoints.quantized.findings import COPY, Findings, described
 from mergelab.checkpoints.quantized.scaled_tensor import Blocks, ScaledTensor
 from mergelab.checkpoints.source import TensorSource
@@ -42,6 +42,13 @@ def find_bitsandbytes(findings: Findings) -> None:
             _find_4_bit(findings, match[1], name, match[2])
         elif name.endswith(".SCB") or name == "SCB":
             _find_int8(findings, name.removesuffix("SCB"), name)
+    for name in findings.tensors:
+        if name.endswith(".weight.absmax") and name not in findings.used:
+            plain = name.removesuffix(".absmax")
+            used = findings.companions(plain, *_PARTS)
+            findings.fault(
+                plain, f"has no '{plain}.quant_state.bitsandbytes__nf4' or '..._fp4'; {COPY}", *used
+            )
 
 
 def _find_int8(findings: Findings, stem: str, name: str) -> None:
@@ -57,7 +64,7 @@ def _find_int8(findings: Findings, stem: str, name: str) -> None:
             weight.name,
             *form,
         )
-    if form and (order := findings.scalar(form[0])) is not None and order != 0:
+    if form and (order := findings.scalar(form[0], weight.name, name)) is not None and order != 0:
         return findings.fault(
             weight.name,
             f"is stored in an order of a GPU (weight_format {int(order)}); save it again with "
@@ -117,7 +124,7 @@ class FlatBlocks(BoxSource):
         stored = np.empty(high - low, self.codes.dtype)
         self.codes.read_into(low, stored)
         skipped = start - low * 2 * width
-        values = self.pairs[stored.view(np.uint8)].reshape(-1)[skipped : skipped + count]
+        values = meanings(self.pairs, stored.view(np.uint8)).reshape(-1)[skipped : skipped + count]
         block = start // self.length
         maxima = self._maxima(block, (start + count - 1) // self.length + 1 - block)
         values *= maxima[np.arange(start, start + count) // self.length - block]

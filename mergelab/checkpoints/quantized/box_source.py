@@ -17,6 +17,9 @@ __all__ = ["BOX", "BoxSource", "Transposed", "read_box"]
 BOX = 1 << 20
 """Elements computed at once: what is held beside a piece that is read stays within some 30 MB."""
 
+_PAGE = 4096
+_WINDOW = 4 << 20
+
 
 @dataclass(frozen=True)
 class BoxSource(ABC):
@@ -100,6 +103,14 @@ def read_box(source: TensorSource, width: int, rows: range, columns: range) -> n
     out = np.empty((len(rows), len(columns)), source.dtype)
     if len(columns) == width:
         source.read_into(rows.start * width, out.reshape(-1))
+    elif (width - len(columns)) * source.dtype.itemsize < _PAGE:  # gaps that are read as a whole anyway
+        step = max(1, _WINDOW // (width * source.dtype.itemsize))
+        for first in range(rows.start, rows.stop, step):
+            count = min(step, rows.stop - first)
+            whole = np.empty(count * width, source.dtype)
+            source.read_into(first * width, whole)
+            part = whole.reshape(count, width)[:, columns.start : columns.stop]
+            out[first - rows.start : first - rows.start + count] = part
     else:
         read_runs(source, np.arange(rows.start, rows.stop, dtype=np.int64) * width + columns.start, out)
     return out

@@ -11,7 +11,7 @@ import numpy as np
 from mergelab.checkpoints.quantized.box_source import read_box
 from mergelab.checkpoints.source import TensorSource
 
-__all__ = ["FP4", "Bytes", "Matrix", "Numbers", "PackedBits", "byte_table", "fp4_pairs"]
+__all__ = ["FP4", "Bytes", "Matrix", "Numbers", "PackedBits", "byte_table", "fp4_pairs", "meanings"]
 
 _E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 
@@ -64,6 +64,18 @@ def fp4_pairs() -> np.ndarray:
     return _digits(FP4, 4)
 
 
+def meanings(table: np.ndarray, stored: np.ndarray) -> np.ndarray:
+    """The numbers that bytes mean, float32 `[bytes, numbers]`, of `table` `[256, numbers]`."""
+    wide = _AS_ONE.get(table.shape[1])
+    if wide is None:
+        return table[stored.reshape(-1)]
+    # One element that holds all numbers of a byte is looked up several times as fast as a row of them.
+    return table.view(wide)[:, 0][stored.reshape(-1)].view(np.float32).reshape(-1, table.shape[1])
+
+
+_AS_ONE = {1: np.dtype(np.float32), 2: np.dtype(np.complex64), 4: np.dtype(np.complex128)}
+
+
 def _digits(values: np.ndarray, bits: int) -> np.ndarray:
     """Values of the codes of `bits` bits in each byte, lowest first, float32 `[256, 8 // bits]`."""
     shifts = np.arange(0, 8, bits)
@@ -89,7 +101,7 @@ class Bytes:
         stacked = range(matrix * self.shape[0] + rows.start, matrix * self.shape[0] + rows.stop)
         inside = range(columns.start // each, -(-columns.stop // each))
         stored = read_box(self.source, self.shape[1] // each, stacked, inside).view(np.uint8)
-        values = self.table[stored].reshape(len(rows), -1)
+        values = meanings(self.table, stored).reshape(len(rows), -1)
         skipped = columns.start - inside.start * each
         return values[:, skipped : skipped + len(columns)]
 
@@ -141,7 +153,7 @@ class PackedBits:
         """Values of the codes in `[across, words]`, of which the first column is word number `first`."""
         if 8 % self.bits == 0:
             table = _digits(self.values, self.bits)
-            values = table[words.view(np.uint8)].reshape(len(words), -1)
+            values = meanings(table, words.view(np.uint8)).reshape(len(words), -1)
             if self.order is not None:
                 split = values.reshape(len(words), -1, len(self.order))
                 values = split[:, :, self.order].reshape(len(words), -1)

@@ -119,11 +119,11 @@ class Findings:
         """Which of the tensors `stem + last` there are."""
         return tuple(name for name in (stem + last for last in lasts) if name in self.tensors)
 
-    def scalar(self, name: str) -> np.ndarray | None:
+    def scalar(self, name: str, *used: str) -> np.ndarray | None:
         """The value of a tensor of one number, float32 of shape `[]`; a fault, and None, if it is none."""
         source = self.tensors[name]
         if math.prod(source.shape) != 1:
-            self.fault(name, f"has shape {list(source.shape)} where one number was expected; {COPY}")
+            self.fault(name, f"has shape {list(source.shape)} where one number was expected; {COPY}", *used)
             return None
         return read_whole(source).reshape(()).astype(np.float32)
 

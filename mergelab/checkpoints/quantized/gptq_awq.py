@@ -20,6 +20,7 @@ import numpy as np
 
 from mergelab.checkpoints.dtypes import is_float
 from mergelab.checkpoints.lora_tensor import read_whole
+from mergelab.checkpoints.quantized.box_source import Transposed
 from mergelab.checkpoints.quantized.codes import Numbers, PackedBits
 from mergelab.checkpoints.quantized.findings import COPY, Findings, described
 from mergelab.checkpoints.quantized.scaled_tensor import Blocks, ScaledTensor, block_length
@@ -87,7 +88,7 @@ def _find_gptq(
 ) -> None:
     groups, out = scales.shape
     bits = zeros.shape[1] * 32 // out
-    if bits not in _BITS or zeros.shape != (groups, out * bits // 32) or out * bits % 32:
+    if bits not in _BITS or zeros.shape[0] != groups or out * bits % 32 or codes.shape[0] * 32 % bits:
         return findings.fault(name, _misfit(codes, zeros, scales), *used)
     stated, packing = findings.settings.checkpoint_format, findings.settings.packing
     if findings.settings.method in _AUTO_ROUND and packing not in _AUTO_ROUND_PACKING:
@@ -108,6 +109,7 @@ def _find_gptq(
     order = findings.tensors.get(f"{stem}g_idx")
     if order is not None and order.shape == (0,):
         order = None
+    place = np.zeros(0, np.int32)
     if order is not None:
         place = read_whole(order) if order.dtype.kind == "i" and order.shape == (inputs,) else np.array([-1])
         if place.min(initial=0) < 0 or place.max(initial=0) >= groups:
@@ -123,23 +125,30 @@ def _find_gptq(
         return findings.fault(name, _misfit(codes, zeros, scales), *used)
     numbers = np.arange(2**bits, dtype=np.float32)
     shifted = (np.arange(2**bits) + _GPTQ[stated]) % 2**bits
-    source = _source(
+    parts = (codes, zeros, scales, *(() if order is None else (order,)))
+    in_order = order is None or _in_order(place, length)
+    grouped = f"in groups of {length}" if groups > 1 else "by row"
+    scale = Blocks(
+        Numbers(scales, (out, groups), turned=True),
+        (out, groups),
+        (1, length or inputs),
+        None if in_order else order,
+    )
+    points = PackedBits(zeros, (groups, zeros.shape[1]), bits, shifted.astype(np.float32), turned=True)
+    source = ScaledTensor(
         f"{stem}weight",
         (out, inputs),
-        f"GPTQ int{bits}",
+        f"GPTQ int{bits} {grouped if in_order else 'in groups by g_idx'}",
+        parts,
         PackedBits(codes, (codes.shape[0], out), bits, numbers, along_rows=True, turned=True),
-        PackedBits(zeros, (groups, zeros.shape[1]), bits, shifted.astype(np.float32), turned=True),
-        Blocks(Numbers(scales, (out, groups), turned=True), (out, groups), (1, length or inputs), order),
-        (codes, zeros, scales, *(() if order is None else (order,))),
-        None if _in_order(order, length) else "groups by g_idx",
+        scale,
+        replace(scale, cells=points),
     )
     return findings.give(source, name, *used)
 
 
-def _in_order(order: TensorSource | None, length: int | None) -> bool:
-    if order is None or length is None:
-        return order is None
-    return bool(np.array_equal(read_whole(order), np.arange(order.shape[0]) // length))
+def _in_order(place: np.ndarray, length: int | None) -> bool:
+    return length is not None and np.array_equal(place, np.arange(len(place)) // length)
 
 
 def _find_awq(
@@ -157,28 +166,14 @@ def _find_awq(
     if zeros.shape != (groups, out // 8) or length is None:
         return findings.fault(name, _misfit(codes, zeros, scales), *used)
     numbers = np.arange(16, dtype=np.float32)
-    source = _source(
+    scale = Blocks(Numbers(scales, (groups, out)), (groups, out), (length, 1))
+    stored = ScaledTensor(
         f"{stem}weight",
-        (out, inputs),
-        "AWQ int4",
-        PackedBits(codes, (inputs, out // 8), 4, numbers, turned=True, order=_AWQ_ORDER),
-        PackedBits(zeros, (groups, out // 8), 4, numbers, turned=True, order=_AWQ_ORDER),
-        Blocks(Numbers(scales, (out, groups), turned=True), (out, groups), (1, length)),
+        (inputs, out),
+        f"AWQ int4 {'by row' if groups == 1 else f'in groups of {length}'}",
         (codes, zeros, scales),
-        None,
+        PackedBits(codes, (inputs, out // 8), 4, numbers, order=_AWQ_ORDER),
+        scale,
+        replace(scale, cells=PackedBits(zeros, (groups, out // 8), 4, numbers, order=_AWQ_ORDER)),
     )
-    return findings.give(source, name, *used)
-
-
-def _source(
-    name: str,
-    shape: tuple[int, int],
-    form: str,
-    codes: PackedBits,
-    zeros: PackedBits,
-    scale: Blocks,
-    parts: tuple[TensorSource, ...],
-    remark: str | None,
-) -> ScaledTensor:
-    grouped = remark or ("by row" if scale.shape[1] == 1 else f"in groups of {scale.length[1]}")
-    return ScaledTensor(name, shape, f"{form} {grouped}", parts, codes, scale, replace(scale, cells=zeros))
+    return findings.give(Transposed.of(stored), name, *used)

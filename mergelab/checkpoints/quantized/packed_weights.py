@@ -59,7 +59,7 @@ def _find_floats(
         )
     parts, outer = [packed, scale], None
     if (whole := findings.tensors.get(f"{stem}weight_global_scale")) is not None:
-        if (outer := findings.scalar(whole.name)) is None:
+        if (outer := findings.scalar(whole.name, name, *used)) is None:
             return None
         parts.append(whole)
     elif scale.dtype != _UINT8:

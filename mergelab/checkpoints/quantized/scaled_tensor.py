@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from mergelab.checkpoints.file_tensor import read_runs
 from mergelab.checkpoints.quantized.box_source import BoxSource
 from mergelab.checkpoints.quantized.codes import Matrix
 from mergelab.checkpoints.source import TensorSource
@@ -47,23 +47,53 @@ class Blocks:
     length: tuple[int, int]
     groups: TensorSource | None = None
 
-    def box(self, matrix: int, rows: range, columns: range) -> np.ndarray:
-        """The numbers of some rows and columns, float32, of a shape that broadcasts to `[rows, columns]`."""
-        down = range(rows.start // self.length[0], (rows.stop - 1) // self.length[0] + 1)
+    def combine(
+        self,
+        operation: np.ufunc,
+        values: np.ndarray,
+        matrix: int,
+        rows: range,
+        columns: range,
+        prepare: Callable[[np.ndarray], np.ndarray] = lambda cells: cells,
+    ) -> None:
+        """Replaces a box of values by `operation(values, number of their block)`.
+
+        Args:
+            operation: Such as `np.multiply`.
+            values: Float32 `[rows, columns]`.
+            matrix: Number of the matrix the box is of.
+            rows: Its rows.
+            columns: Its columns.
+            prepare: What to make of the numbers first.
+        """
+        tall, wide = self.length
+        down = range(rows.start // tall, (rows.stop - 1) // tall + 1)
         if self.groups is None:
-            along = range(columns.start // self.length[1], (columns.stop - 1) // self.length[1] + 1)
-            place = np.arange(columns.start, columns.stop) // self.length[1] - along.start
+            along = range(columns.start // wide, (columns.stop - 1) // wide + 1)
+            place = np.arange(columns.start, columns.stop) // wide - along.start
         else:
-            found = np.empty((1, len(columns)), self.groups.dtype)
-            read_runs(self.groups, [columns.start], found)
-            along = range(int(found.min()), int(found.max()) + 1)
-            place = found[0] - along.start
-        cells = self.cells.box(matrix, down, along)
-        if len(along) > 1:
+            along, place = self._places(columns)
+        cells = prepare(np.ascontiguousarray(self.cells.box(matrix, down, along)))
+        whole = self.groups is None and columns.start % wide == 0 and len(columns) % wide == 0
+        if len(along) > 1 and wide > 1 and whole and values.flags.c_contiguous:
+            values, cells = values.reshape(len(rows), -1, wide), cells[:, :, None]
+        elif len(along) > 1 and (wide > 1 or self.groups is not None):
             cells = cells[:, place]
-        if len(down) > 1 and self.length[0] > 1:
-            cells = cells[np.arange(rows.start, rows.stop) // self.length[0] - down.start]
-        return cells
+        if len(down) == 1 or tall == 1:
+            operation(values, cells, out=values)
+            return
+        for number, block in enumerate(down):
+            first = max(block * tall, rows.start) - rows.start
+            last = min((block + 1) * tall, rows.stop) - rows.start
+            operation(values[first:last], cells[number], out=values[first:last])
+
+    def _places(self, columns: range) -> tuple[range, np.ndarray]:
+        """The groups that columns are of, and which of these each is of."""
+        assert self.groups is not None
+        found = np.empty(len(columns), self.groups.dtype)
+        self.groups.read_into(columns.start, found)
+        along = range(int(found.min()), int(found.max()) + 1)
+        return along, found - along.start
 
 
 @dataclass(frozen=True)
@@ -89,13 +119,13 @@ class ScaledTensor(BoxSource):
     def box(self, matrix: int, rows: range, columns: range) -> np.ndarray:
         values = self.codes.box(matrix, rows, columns)
         if self.zero is not None:
-            values -= self.zero.box(matrix, rows, columns)
-        scale = self.scale.box(matrix, rows, columns)
-        if self.outer is not None:
-            scale = scale * self.outer
-        if self.divisor is not None:
-            scale = scale / self.divisor
-        values *= scale
+            self.zero.combine(np.subtract, values, matrix, rows, columns)
+        self.scale.combine(np.multiply, values, matrix, rows, columns, self._prepared)
         if self.factor is not None:
             values *= self.factor
         return values
+
+    def _prepared(self, scale: np.ndarray) -> np.ndarray:
+        if self.outer is not None:
+            scale = scale * self.outer
+        return scale if self.divisor is None else scale / self.divisor

@@ -76,7 +76,7 @@ def _find_one(findings: Findings, name: str, tensor: TensorSource, scale_name: s
         return
     outer = None
     if tensor.dtype == _UINT8:
-        if (outer := findings.scalar(f"{name}_scale_2")) is None:
+        if (outer := findings.scalar(f"{name}_scale_2", name, scale_name, *used)) is None:
             return
         parts.append(findings.tensors[f"{name}_scale_2"])
     kind = "FP4" if pairs else str(tensor.dtype)

@@ -1,4 +1,4 @@
-"""Every layout against a float64 reference written from its description, in shapes that libraries rarely write."""
+"""Every layout against a float64 reference written from its description, in shapes rarely written."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def test_maxima_of_nf4_that_fill_several_blocks_of_their_own(tmp_path: Path) -> 
         outer_table[maxima].astype(np.float64) * np.repeat(outer.astype(np.float32), inner)[:blocks] + 0.75
     )
     wanted = table[codes].astype(np.float64) * np.repeat(largest, length)[:size]
-    np.testing.assert_allclose(found["a.weight"], wanted.reshape(shape), rtol=3e-7)
+    np.testing.assert_allclose(found["a.weight"], wanted.reshape(shape), rtol=3e-7, atol=2e-7)
 
 
 def test_layers_of_gpt2_are_turned_as_its_plain_checkpoints_store_them(tmp_path: Path) -> None:

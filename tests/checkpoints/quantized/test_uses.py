@@ -196,7 +196,9 @@ def test_a_plain_model_and_a_gptq_one_merge_on_dequantized_weights(tmp_path: Pat
     (tmp_path / "plain").mkdir()
     save_file(plain, tmp_path / "plain" / "model.safetensors")
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("merge_method: linear\nmodels:\n- {model: plain}\n- {model: gptq}\n")
+    recipe.write_text(
+        "merge_method: linear\nparameters: {weight: 0.5}\nmodels:\n- {model: plain}\n- {model: gptq}\n"
+    )
     run("merge", recipe, "--out", tmp_path / "merged")
     stored = load_file(tmp_path / "merged" / "model.safetensors")
     assert stored.keys() == plain.keys()

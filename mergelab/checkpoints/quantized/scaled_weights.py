@@ -23,6 +23,7 @@ __all__ = ["ACTIVATIONS", "FLOAT8", "find_scaled_weights", "scale_blocks"]
 
 FLOAT8 = frozenset(dtype for dtype in FLOATS if dtype.itemsize == 1)
 _INT8, _UINT8 = np.dtype(np.int8), np.dtype(np.uint8)
+_CODES = FLOAT8 | {_INT8, _UINT8}
 _SCALES = frozenset(FLOATS) | {SAFETENSORS["F8_E8M0"], _UINT8}
 _E4M3 = SAFETENSORS["F8_E4M3"]
 
@@ -36,7 +37,7 @@ ACTIVATIONS = (
 def find_scaled_weights(findings: Findings) -> None:
     """Finds tensors of a one-byte type that have scales: `_scale_inv`, `_scale`, and others' names."""
     for name, tensor in findings.tensors.items():
-        if name in findings.used or tensor.dtype not in FLOAT8 | {_INT8, _UINT8} or len(tensor.shape) < 2:
+        if name in findings.used or tensor.dtype not in _CODES or len(tensor.shape) < 2:
             continue
         stem = name.removesuffix("weight")
         beside = [f"{name}_scale_inv", f"{name}_scale"]
@@ -112,10 +113,8 @@ def scale_blocks(findings: Findings, scale: TensorSource, shape: Sequence[int]) 
     size = math.prod(found)
     if size == 1:
         grid = (1, 1)
-        if lead and math.prod(lead) != 1:
-            return (
-                None if rows * columns == 0 else Blocks(_Same(Numbers(scale, (1, 1))), grid, (rows, columns))
-            )
+        if math.prod(lead) != 1:
+            return Blocks(_Same(Numbers(scale, (1, 1))), grid, (rows, columns))
     elif lead and size == math.prod(lead) and found[: len(lead)] == lead:
         grid = (1, 1)
     elif found == (*lead, rows):

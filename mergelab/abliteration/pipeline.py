@@ -313,7 +313,7 @@ def _write(
     resume: bool,
     tell: Progress,
 ) -> None:
-    total = sum(file.file.size for file in checkpoint.files)
+    total = checkpoint.model_bytes
     written = 0
 
     def advance(count: int) -> None:

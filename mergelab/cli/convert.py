@@ -74,7 +74,7 @@ def command(
     from mergelab.checkpoints.locations import local_path
     from mergelab.checkpoints.model_files import donor_files
     from mergelab.checkpoints.publish import WorkFolder
-    from mergelab.checkpoints.remote_output import local_output, shown
+    from mergelab.checkpoints.remote_output import local_output
     from mergelab.checkpoints.writer import identity_digest
     from mergelab.models.orbax import save_orbax
     from mergelab.models.save import save_model
@@ -115,6 +115,8 @@ def _to_gguf(source: Path, out: Path, dtype: Any, overwrite: bool) -> int:
 
 
 def _report(out: Path, to: str, nbytes: int, seconds: float, as_json: bool) -> None:
+    from mergelab.checkpoints.remote_output import shown
+
     if as_json:
         click.echo(json.dumps({"out": shown(out), "form": to, "bytes": nbytes, "seconds": seconds}))
     else:

@@ -79,7 +79,7 @@ def command(
     from mergelab.checkpoints import open_checkpoint
     from mergelab.merging.lora_extraction import extract_lora
 
-    total = sum(file.file.size for file in open_checkpoint(base).files)
+    total = open_checkpoint(base).model_bytes
     options["targets"] = options["targets"] or ("*",)
     with byte_bar("extracting", total) as bar:
         extracted = extract_lora(finetuned, base, out, **options, progress=bar.update)

@@ -19,6 +19,7 @@ from mergelab.cli.options import MESH, readable
 from mergelab.errors import MeshError
 
 if TYPE_CHECKING:
+    from mergelab.checkpoints import TensorSource
     from mergelab.models.footprint import Inventory
     from mergelab.models.model import Model
     from mergelab.sae.training.config import TrainConfig
@@ -112,9 +113,18 @@ def _describe(inventory: Inventory) -> dict[str, Any]:
         "dtypes": {str(kind): size for kind, size in inventory.dtypes.items()},
         "files": [file.file.path.name for file in checkpoint.files],
         "config": {} if model is None else _plain(_config(model.config)),
-        "tensors": {name: {"dtype": str(t.dtype), "shape": list(t.shape)} for name, t in found},
+        "tensors": {
+            name: {"dtype": str(t.dtype), "shape": list(t.shape), **_stored_form(t)} for name, t in found
+        },
         "sites": {} if model is None else {name: list(shape) for name, shape in model.sites().items()},
     }
+
+
+def _stored_form(tensor: TensorSource) -> dict[str, str]:
+    """How a tensor is quantized, in words; nothing where it is not."""
+    from mergelab.checkpoints.quantized import BoxSource
+
+    return {"stored": tensor.form} if isinstance(tensor, BoxSource) else {}
 
 
 def _config(config: Any) -> dict[str, Any]:
@@ -250,10 +260,10 @@ def _text(report: Mapping[str, Any], tensors: bool, sites: bool) -> str:
     lines += [f"{'fault':<10} {fault}" for fault in report["faults"]]
     if tensors:
         lines += ["", "tensors"] + [
-            f"  {name}  {tensor['dtype']} {tensor['shape']}" for name, tensor in report["tensors"].items()
+            f"  {name}  {_in_words(tensor)}" for name, tensor in report["tensors"].items()
         ]
     else:
-        kinds_of = {name: f"{t['dtype']} {t['shape']}" for name, t in report["tensors"].items()}
+        kinds_of = {name: _in_words(tensor) for name, tensor in report["tensors"].items()}
         lines += ["", "tensors", *_grouped(kinds_of)]
     if sites:
         shapes = {name: f"[{', '.join(map(str, shape))}]" for name, shape in report["sites"].items()}
@@ -263,6 +273,11 @@ def _text(report: Mapping[str, Any], tensors: bool, sites: bool) -> str:
     if "compiled" in report:
         lines += ["", *_compiled_lines(report["compiled"])]
     return "\n".join(lines)
+
+
+def _in_words(tensor: Mapping[str, Any]) -> str:
+    stored = f", stored as {tensor['stored']}" if "stored" in tensor else ""
+    return f"{tensor['dtype']} {tensor['shape']}{stored}"
 
 
 def _grouped(described: Mapping[str, str]) -> Iterable[str]:

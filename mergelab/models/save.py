@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -201,10 +202,12 @@ def _specs(arrays: Mapping[Leaf, Any]) -> list[TensorSpec]:
 def _with_dtype(
     config: Mapping[str, Any], params: Mapping[str, Any], table: Sequence[Leaf]
 ) -> dict[str, Any]:
-    """The config with its dtype field set to the parameters' type, if they have one in common."""
-    kinds = {str(array.dtype) for array in _arrays(params, table).values()}
+    """The config with its dtype field set to the type of most bytes of the parameters."""
+    sizes: Counter[str] = Counter()
+    for array in _arrays(params, table).values():
+        sizes[str(array.dtype)] += array.nbytes
     field = "dtype" if "dtype" in config else "torch_dtype"
-    return dict(config) | ({field: kinds.pop()} if len(kinds) == 1 else {})
+    return dict(config) | ({field: max(sizes, key=lambda kind: sizes[kind])} if sizes else {})
 
 
 def _write(arrays: Mapping[Leaf, Any], writer: SharedWriter, distributed: bool) -> None:

@@ -177,12 +177,15 @@ PACKED = ["self_attn.o_proj.qweight", "self_attn.o_proj.weight_scale_inv", "self
 
 
 @pytest.mark.parametrize("suffix", PACKED)
-def test_packed_weights_are_not_averaged(suffix: str, tmp_path: Path) -> None:
+def test_parts_of_packed_weights_are_not_averaged(suffix: str, tmp_path: Path) -> None:
     llama(tmp_path / "plain")
     llama(tmp_path / "packed", extra=[suffix], quantization_config={"quant_method": "gptq"})
     for models in (("plain", "packed"), ("packed", "plain"), ("packed",)):
-        with pytest.raises(RecipeError, match=f"'packed' is quantized by gptq .*{suffix}.*dequantize"):
+        with pytest.raises(RecipeError, match=f"packed.*{suffix}.*quantize the model again"):
             linear(tmp_path, *models)
-    assert linear(tmp_path, "packed", method="passthrough").operations == {"copy": 11}
+    with pytest.raises(RecipeError, match=f"packed.*{suffix}"):
+        linear(tmp_path, "packed", method="passthrough")
     llama(tmp_path / "left over", quantization_config={"quant_method": "gptq"})
-    assert linear(tmp_path, "plain", "left over").jobs
+    plan = linear(tmp_path, "left over", "plain")
+    assert plan.jobs
+    assert "quantization_config" not in plan.config

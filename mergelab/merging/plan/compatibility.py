@@ -1,4 +1,4 @@
-"""What forbids merging a set of models before a weight is read: incomplete, packed, or of another kind."""
+"""What forbids merging a set of models before a weight is read: incomplete, or of another kind."""
 
 from __future__ import annotations
 
@@ -12,17 +12,11 @@ from mergelab.merging.plan.output_tensors import OutputPlace
 from mergelab.merging.structure.architecture import HEADS, Structure, layer_counts
 from mergelab.merging.vocabulary.embedding_rows import is_output_embedding
 
-__all__ = ["absent", "incomplete", "is_buffer", "mixed", "packed"]
+__all__ = ["absent", "incomplete", "is_buffer", "mixed"]
 
 _NUMBER = re.compile(r"\.(\d{1,9})\.")
 _OTHER_TOWERS = ("vision", "visual", "image", "audio", "speech")
 _SHARES_LAYERS = ("num_hidden_groups",)  # ALBERT applies one stored layer many times
-_PACKED = (
-    ".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB",
-    "_proj_blocks",
-)  # fmt: skip
-"""Names of what GPTQ, AWQ, compressed-tensors, block-wise float8, bitsandbytes and MXFP4 store."""
-
 _BUFFERS = re.compile(
     r"(.*\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(bias|masked_bias)|attention\.(bias|masked_bias)"
     r"|embeddings\.position_ids|position_ids)"
@@ -95,22 +89,6 @@ def _kinds(config: Mapping[str, Any]) -> set[str]:
     if not isinstance(config.get("model_type"), str):
         return set()
     return {kind.removesuffix("_text") for kind in types if isinstance(kind, str)}
-
-
-def packed(models: Mapping[str, Checkpoint]) -> list[str]:
-    """One sentence per model whose weights are quantized: codes and scales are not numbers to average."""
-    sentences = []
-    for name, model in models.items():
-        if (first := next((tensor for tensor in model.tensors if tensor.endswith(_PACKED)), None)) is None:
-            continue
-        quantization = model.config.get("quantization_config")
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        by = f" by {method}" if isinstance(method, str) else ""
-        sentences.append(
-            f"model {name!r} is quantized{by} (it has {first!r}), and packed weights cannot be merged; "
-            "dequantize it first, or take the model it was made from"
-        )
-    return sentences
 
 
 def absent(

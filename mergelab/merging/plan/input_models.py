@@ -184,6 +184,8 @@ def _fingerprint(checkpoint: Checkpoint) -> str:
     if isinstance(checkpoint, PlannedCheckpoint):
         return checkpoint.identity
     digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
+    if isinstance(checkpoint, FolderCheckpoint) and checkpoint.quantization:
+        digest.update(json.dumps(checkpoint.quantization, sort_keys=True).encode())
     for name, tensor in checkpoint.tensors.items():
         digest.update(f"{name} {tensor.dtype} {tensor.shape} ".encode())
         size = math.prod(tensor.shape)

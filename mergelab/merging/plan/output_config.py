@@ -13,7 +13,7 @@ from mergelab.merging.structure.architecture import Stack, Structure, layer_coun
 from mergelab.merging.structure.moved_layers import Tower, move_layers, unlike_sources
 from mergelab.merging.vocabulary.embedding_rows import is_output_embedding, is_token_tensor
 
-__all__ = ["config_differences", "output_config"]
+__all__ = ["config_differences", "output_config", "set_dtype"]
 
 _COMPARED = (
     "model_type",
@@ -92,7 +92,7 @@ def output_config(
             faults += found
             warnings += doubts
     raise_faults(faults)
-    _set_dtype(config, jobs)
+    set_dtype(config, jobs)
     for key, value in {**_rows(config, jobs), **updates}.items():
         _set_everywhere(config, key, value)
     warnings += _untie(config, configs, jobs)
@@ -163,7 +163,8 @@ def _at(config: Any, path: tuple[str, ...]) -> Any:
     return config
 
 
-def _set_dtype(config: dict[str, Any], jobs: tuple[Job, ...]) -> None:
+def set_dtype(config: dict[str, Any], jobs: Iterable[Job]) -> None:
+    """Sets a config's dtype to that of most bytes of weights."""
     weights: dict[str, int] = {}
     for job in jobs:
         if job.dtype.kind in "fV":

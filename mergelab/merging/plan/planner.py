@@ -16,7 +16,7 @@ from mergelab.checkpoints import Checkpoint, LoraCheckpoint, dtype_from_name, op
 from mergelab.checkpoints.model_files import donor_files
 from mergelab.checkpoints.writer import identity_digest
 from mergelab.merging.engine.job import Job
-from mergelab.merging.plan.compatibility import absent, incomplete, mixed, packed
+from mergelab.merging.plan.compatibility import absent, incomplete, mixed
 from mergelab.merging.plan.found_statistics import FoundStatistics, find_statistics
 from mergelab.merging.plan.input_models import FoundModel, PlannedCheckpoint, find_models, with_results
 from mergelab.merging.plan.job_builder import JobBuilder
@@ -288,7 +288,6 @@ def _plan(
     raise_faults(
         [
             *incomplete(checkpoints),
-            *([] if operator.copies_unless is not None else packed(checkpoints)),
             *([] if allow_mixed_architectures else mixed(configs, donor)),
             *strangers(shapes, donor),
         ]

@@ -118,6 +118,7 @@ INERT = frozenset(
         "is_llama_config",
         "label2id",
         "output_router_logits",
+        "quantization_config",
         "pad_token_id",
         "pretraining_tp",
         "resid_pdrop",

@@ -54,11 +54,11 @@ def is_buffer(name: str, rank: int | None = None) -> bool:
     Args:
         name: the tensor's name, in whatever family.
         rank: its number of axes, where known. The causal masks of GPT-2 and GPT-NeoX (`attn.bias`) are named
-            as biases are, but have four axes.
+            as biases are, but have more than one axis.
     """
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in BUFFERS):
         return True
-    return rank == 4 and any(fnmatch.fnmatchcase(name, pattern) for pattern in _MASKS)
+    return rank != 1 and any(fnmatch.fnmatchcase(name, pattern) for pattern in _MASKS)
 
 
 def is_other_head(name: str) -> bool:

@@ -98,5 +98,5 @@ GPT2 = Family(
     read_gpt2,
     gpt2_rows,
     prefix="transformer.",
-    unused=("*.attn.bias", "lm_head.weight"),  # causal masks of old files; the tied copy
+    unused=("lm_head.weight",),  # the tied copy
 )

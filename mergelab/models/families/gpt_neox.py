@@ -101,5 +101,5 @@ GPT_NEOX = Family(
     read_gpt_neox,
     gpt_neox_rows,
     prefix="gpt_neox.",
-    unused=("*.attention.bias", "embed_out.weight"),  # causal masks of old files; the tied copy
+    unused=("embed_out.weight",),  # the tied copy
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 from mergelab.errors import CheckpointError, quoted
 
-__all__ = ["WRAPPERS", "text_config"]
+__all__ = ["WRAPPERS", "text_config", "text_family"]
 
 _LLAMA = {
     "vocab_size": 32000,
@@ -91,6 +91,16 @@ _SHARED = ("bos_token_id", "dtype", "eos_token_id", "pad_token_id", "tie_word_em
 _OTHERS = ("vision_config", "audio_config", "text_config", "vision_start_token_id", "vision_end_token_id")
 _OTHERS += ("vision_token_id", "image_token_id", "video_token_id", "audio_token_id", "auto_map")
 """Fields of flat wrappers, whose text fields stand beside them, that do not speak of the text tower."""
+
+
+def text_family(config: Mapping[str, Any]) -> str | None:
+    """The family of a wrapper's text tower; None where the config is not that of a known wrapper."""
+    kind, given = config.get("model_type"), config.get("text_config")
+    if not isinstance(kind, str) or kind not in WRAPPERS:
+        return None
+    tower = given.get("model_type") if isinstance(given, Mapping) else None
+    family = _TOWERS.get(tower if isinstance(tower, str) else WRAPPERS[kind])
+    return None if family is None else family[0]
 
 
 def text_config(config: Mapping[str, Any], place: str) -> tuple[dict[str, Any], str] | None:

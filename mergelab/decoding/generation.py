@@ -19,6 +19,7 @@ from mergelab.decoding.stop import Stop, stop_at
 from mergelab.decoding.transforms import History, require
 from mergelab.models.cache import Cache
 from mergelab.models.model import Model, Params
+from mergelab.models.residual_stream import require_decoder
 from mergelab.models.sites import Edit, as_partials, match_sites
 from mergelab.models.token_checks import learned_positions
 
@@ -92,6 +93,8 @@ def start(
     batch, length = tokens.shape
     vocab = model.config.vocab_size
     dtype = params["embed"]["embedding"].dtype
+    if model.causal:  # `new_cache` refuses the others
+        require_decoder(model)
     cache = model.new_cache(batch, length - 1 + capacity, dtype)
     if length > 1:
         out = model.apply(params, tokens[:, :-1], mask=mask[:, :-1], cache=cache, edit=edit, logits=False)

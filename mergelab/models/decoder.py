@@ -38,6 +38,8 @@ class DecoderConfig:
         embed_scale: what embeddings are multiplied with.
         logit_cap: soft cap of the logits, or None.
         tied: whether the logits use the embedding matrix.
+        causal: whether tokens see only earlier ones; False for models of embeddings (EmbeddingGemma).
+        head: whether there are logits; False for weights saved without a head, or with one of another kind.
     """
 
     vocab_size: int
@@ -49,6 +51,8 @@ class DecoderConfig:
     embed_scale: float = 1.0
     logit_cap: float | None = None
     tied: bool = False
+    causal: bool = True
+    head: bool = True
 
     @property
     def n_layers(self) -> int:
@@ -132,7 +136,7 @@ class Decoder(nn.Module):
             x = x + Embed(c.max_length, c.d_model, name="positions")(positions)
         x = tap("embed", x)
 
-        shared = Pass(positions, mask, cache, tap)
+        shared = Pass(positions, mask, cache, tap, causal=c.causal)
         seen: list[KeysValues] = []
         for i, spec in enumerate(c.blocks):
             if tap.done:
@@ -147,7 +151,7 @@ class Decoder(nn.Module):
         if tap.done:
             return None, None, cache
         x = tap("unembed.input", Norm(c.norm, name="final_norm")(x, tap, "final_norm"))
-        if tap.done:
+        if tap.done or not c.head:
             return None, x, cache
         unembed = Linear(c.vocab_size, ("embed", "vocab"), name="unembed")
         logits = matmul(x, embed.embedding.T) if c.tied else unembed(x)

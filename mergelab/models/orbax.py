@@ -214,7 +214,10 @@ def save_orbax(
     distributed = jax.process_count() > 1 and any(not a.is_fully_addressable for a in jax.tree.leaves(params))
     first = not distributed or jax.process_index() == 0
     work = path if isinstance(path, WorkFolder) else WorkFolder(path, overwrite=overwrite)
-    data = {"config.json": dict(model.hf_config), _TENSORS: {"names": [*stored_shapes(model.table())]}}
+    data = {
+        "config.json": dict(model.hf_config),
+        _TENSORS: {"names": [*stored_shapes(model.standard().table())]},
+    }
     texts = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in data.items()}
     with contextlib.ExitStack() as held:
         with together("preparing the output", distributed=distributed):

@@ -114,12 +114,13 @@ def save_model(
         CheckpointError: the folder to copy the tokenizer from has none.
         MeshError: that happened in another process.
     """
-    config = _with_dtype(model.hf_config, params, model.table())
+    table = model.standard().table()
+    config = _with_dtype(model.hf_config, params, table)
     text = (json.dumps(config, indent=2) + "\n").encode()
     files = {"config.json": text, **_tokenizer_files(tokenizer), **(files or {})}
     return save_params(
         params,
-        model.table(),
+        table,
         path,
         files=files,
         shard_bytes=shard_bytes,

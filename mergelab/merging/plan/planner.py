@@ -29,6 +29,7 @@ from mergelab.merging.recipe.schema import Recipe
 from mergelab.merging.recipe.scopes import recipe_faults, recipe_warnings, scoped_parts
 from mergelab.merging.structure.architecture import Structure, infer_architecture
 from mergelab.merging.structure.layer_parts import MovedLayers
+from mergelab.merging.structure.towers import align_towers, called, widest
 from mergelab.merging.vocabulary import (
     VocabularyPlan,
     chat_template_files,
@@ -65,8 +66,12 @@ def _kinds(architecture: Structure) -> set[str]:
     return found
 
 
-def absences(lacking: Mapping[tuple[str, ...], Sequence[OutputPlace]], skipped: Sequence[str]) -> list[str]:
-    """One sentence per group of models that lack the same tensors, and one for tensors not made at all."""
+def absences(
+    lacking: Mapping[tuple[str, ...], Sequence[OutputPlace]],
+    skipped: Sequence[str],
+    buffers: Sequence[str] = (),
+) -> list[str]:
+    """One sentence per group of models that lack the same tensors, and one for those not made at all."""
     found = []
     for models, places in lacking.items():
         names = [place.name for place in places if place.name not in skipped]
@@ -81,6 +86,11 @@ def absences(lacking: Mapping[tuple[str, ...], Sequence[OutputPlace]], skipped: 
         found.append(
             f"{len(skipped)} tensor(s) are left out because the base model lacks them: "
             + ", ".join([*skipped[:5], *(["..."] if len(skipped) > 5 else [])])
+        )
+    if buffers:
+        found.append(
+            f"{len(buffers)} buffer(s) that some models lack are left out, since they are made from "
+            f"config.json: {', '.join([*buffers[:5], *(['...'] if len(buffers) > 5 else [])])}"
         )
     return found
 
@@ -283,7 +293,10 @@ def _plan(
     merged = {name: found[name] for name in recipe.model_texts()}
     checkpoints = {name: model.checkpoint for name, model in merged.items()}
     donor = recipe.base_model if recipe.base_model is not None else next(iter(merged))
+    wanted = [name for _, name, _ in recipe.parts() if name is not None]
     shapes = {name: infer_architecture(c.tensors, c.config) for name, c in checkpoints.items()}
+    shapes, matched = align_towers({n: called(shape, wanted) for n, shape in shapes.items()}, donor)
+    donor = widest(shapes, donor)
     configs = {name: checkpoint.config for name, checkpoint in checkpoints.items()}
     raise_faults(
         [
@@ -323,10 +336,11 @@ def _plan(
     unread = [name for name, c in checkpoints.items() if isinstance(c, PlannedCheckpoint)]
     warnings = [
         *(origin.sentence(*warning) for warning in recipe_warnings(recipe)),
+        *matched,
         *builder.factors.sentences(),
         *odd_relations(jobs, recipe.base_model, unread),
         *layout.warnings,
-        *absences(builder.lacking, builder.skipped),
+        *absences(builder.lacking, builder.skipped, builder.buffers),
         *config_differences(configs, donor),
         *(note for c in checkpoints.values() if isinstance(c, LoraCheckpoint) for note in c.warnings),
         *warnings,

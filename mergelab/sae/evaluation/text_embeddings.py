@@ -74,7 +74,7 @@ def evaluate_embeddings(
     """
     target = check_target(sae, source)
     tokens = source.tokens[:contexts]
-    if source.model.family.architecture.causal:
+    if source.model.predicts:
         raise SAEError(
             f"a {source.model.family.model_type!r} model makes no embeddings of texts, but predicts next "
             "tokens; ask for the metric 'downstream'."

@@ -113,7 +113,7 @@ def make_gallery(
 
         happened = activity(again(), chosen, peak, length)
     seen = Survey(source.tokens.size, density, peak, strongest.examples())
-    causal = source.model.family.architecture.causal
+    causal = source.model.predicts
     reaches = causal and len(chosen) > 0 and writes_stream(sae, source)
     effects = logit_effects(sae, source, chosen) if reaches else None
     return Gallery(source.sites[0], seen, happened, effects)

@@ -193,7 +193,7 @@ def explain(
         examples: examples by latent, such as `survey` finds.
         mask_token: token that takes the place of another to see what it does, such as `Tokenizer.mask_id`.
     """
-    causal = source.model.family.architecture.causal
+    causal = source.model.causal
     activation = partial(_activations, sae, source)
     return find_patterns(examples, activation, mask_token=mask_token, causal=causal, framed=source.framed)
 

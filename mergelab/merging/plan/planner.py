@@ -323,6 +323,7 @@ def _plan(
     )
     unread = [name for name, c in checkpoints.items() if isinstance(c, PlannedCheckpoint)]
     warnings = [
+        *origin.notes,
         *(origin.sentence(*warning) for warning in recipe_warnings(recipe)),
         *builder.factors.sentences(),
         *odd_relations(jobs, recipe.base_model, unread),

@@ -186,6 +186,7 @@ def main() -> None:
     expected = {}
     for name, case in torch_cases().items():
         torch.save(case, DATA / name)
+        torch.save(case, DATA / f"legacy_{name}", _use_new_zipfile_serialization=False)
         tensors = case.get("state_dict", case)
         expected[name] = {
             key: {"shape": list(t.shape), "hex": t.contiguous().view(torch.uint8).numpy().tobytes().hex()}
@@ -193,7 +194,6 @@ def main() -> None:
             else {"shape": list(t.shape), "hex": t.numpy().tobytes().hex()}
             for key, t in ((k, v.detach()) for k, v in tensors.items())
         }
-    torch.save({"w": torch.ones(2)}, DATA / "legacy.pt", _use_new_zipfile_serialization=False)
     (DATA / "torch_expected.json").write_text(json.dumps(expected, indent=1) + "\n")
     for case in lora_cases():
         make_lora(case, DATA / "lora" / case)

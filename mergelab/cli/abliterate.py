@@ -122,6 +122,7 @@ def command(
       mergelab abliterate model --harmful a.txt --harmless b.txt --out edited --refusal "Das kann ich nicht"
     """
     from mergelab.abliteration import AbliterationSettings, Filters, abliterate, read_prompts
+    from mergelab.checkpoints.companion_files import companion_warnings, donor_files
     from mergelab.sharding import make_mesh
 
     filters = Filters(*(options.pop(name) for name in ("max_kl", "min_induced", "max_depth")))
@@ -152,4 +153,6 @@ def command(
             [f"direction before block {chosen.layer}, token {chosen.position}", *report.table(), str(out)]
         )
 
+    for warning in companion_warnings(model, donor_files(model, None)):
+        click.echo(f"warning: {warning}", err=True)
     print_result(report.to_json, lines, as_json=as_json, indent=None)

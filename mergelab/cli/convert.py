@@ -54,8 +54,8 @@ def command(
     started = time.perf_counter()
     import jax
 
+    from mergelab.checkpoints.companion_files import companion_warnings, donor_files
     from mergelab.checkpoints.folder import stat_sha256
-    from mergelab.checkpoints.model_files import donor_files
     from mergelab.checkpoints.publish import WorkFolder
     from mergelab.checkpoints.writer import identity_digest
     from mergelab.models.orbax import save_orbax
@@ -75,6 +75,8 @@ def command(
             save_orbax(model, params, work, files=files, identity=identity)
         else:
             save_model(model, params, work, files=files, shard_bytes=shard_size, identity=identity)
+    for warning in companion_warnings(source, files) if source.is_dir() else ():
+        click.echo(f"warning: {warning}", err=True)
     seconds = time.perf_counter() - started
     nbytes = sum(array.nbytes for array in jax.tree.leaves(params))
     if as_json:

@@ -60,24 +60,37 @@ def test_a_view_is_a_part_of_its_storage(tmp_path: Path) -> None:
 
 
 DAMAGED = {
-    "another protocol": (legacy(protocol=pickle.dumps(1002, 2)), "not a little-endian file of torch's protocol 1001"),
+    "another protocol": (
+        legacy(protocol=pickle.dumps(1002, 2)),
+        "not a little-endian file of torch's protocol 1001",
+    ),
     "big-endian": (legacy(machine=pickle.dumps({"little_endian": False}, 2)), "not a little-endian file"),
     "no description of the machine": (legacy(machine=pickle.dumps(None, 2)), "not a little-endian file"),
-    "a key that no tensor has": (legacy(keys=pickle.dumps(["1"], 2)), "lists storages that no tensor of it has"),
+    "a key that no tensor has": (
+        legacy(keys=pickle.dumps(["1"], 2)),
+        "lists storages that no tensor of it has",
+    ),
     "a key that is no text": (legacy(keys=pickle.dumps([0], 2)), "lists storages that no tensor"),
-    "a storage that is not there": (legacy(keys=pickle.dumps([], 2)), "refers to the storage '0', which is not in"),
+    "a storage that is not there": (
+        legacy(keys=pickle.dumps([], 2)),
+        "refers to the storage '0', which is not in",
+    ),
     "a key twice": (legacy(keys=pickle.dumps(["0", "0"], 2), data=FOUR + legacy()[-24:]), "there twice"),
     "too short": (legacy()[:-1], "reaches beyond the end of the file"),
     "a length beyond all files": (legacy(count=2**62), "reaches beyond the end"),
     "a negative length": (legacy(count=-1), "reaches beyond the end"),
     "another length than described": (legacy(count=3, data=FOUR[:12]), "has 12 bytes where 16 were expected"),
-    "a view beyond its storage": (legacy(view=pickle.dumps(("x", 2, 4), 2)[2:-1]), "is no part of another one"),
+    "a view beyond its storage": (
+        legacy(view=pickle.dumps(("x", 2, 4), 2)[2:-1]),
+        "is no part of another one",
+    ),
     "a view of strange kind": (legacy(view=b"\x88"), "is no part of another one"),
     "no further pickles": (MAGIC, "is not a readable pickle"),
     "a storage in the description of the machine": (
-        legacy(machine=torch_pickle().replace(b"tQ", b"NtQ")), "global 'torch._utils._rebuild_tensor_v2'"
+        legacy(machine=torch_pickle().replace(b"tQ", b"NtQ")),
+        "global 'torch._utils._rebuild_tensor_v2'",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", DAMAGED)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from mergelab.checkpoints import Checkpoint, FolderCheckpoint, open_checkpoint, with_lora
+from mergelab.checkpoints.model_files import put_file
 from mergelab.checkpoints.source import TensorSource
 from mergelab.errors import CheckpointError, DependencyError, MergelabError, did_you_mean, quoted, shortened
 from mergelab.merging.engine.job import Job
@@ -73,7 +74,7 @@ class PlannedCheckpoint:
         """Writes a plan's small files to `folder`, which must not exist; the jobs name its tensors."""
         folder.mkdir(parents=True)
         for name, content in files.items():
-            (folder / name).write_bytes(content)
+            put_file(folder, name, content)
         (folder / "config.json").write_text(json.dumps(config))
         tensors = {job.name: PlannedTensor(stage, job.name, job.shape, job.dtype) for job in jobs}
         return cls(folder, config, tensors, identity)

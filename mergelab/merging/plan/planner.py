@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelab.checkpoints import Checkpoint, LoraCheckpoint, dtype_from_name, open_checkpoint
-from mergelab.checkpoints.model_files import donor_files
+from mergelab.checkpoints.companion_files import companion_warnings, donor_files, license_differences
 from mergelab.checkpoints.writer import identity_digest
 from mergelab.merging.engine.job import Job
 from mergelab.merging.plan.compatibility import absent, incomplete, mixed, packed
@@ -334,10 +334,11 @@ def _plan(
         *warnings,
         *notes,
     ]
+    keeper = checkpoints[donor] if vocabulary is None else found[vocabulary.donor].checkpoint
+    files = donor_files(keeper.path, None if vocabulary is None else vocabulary.files)
+    warnings += companion_warnings(keeper.path, files)
     if vocabulary is None:
-        files = donor_files(checkpoints[donor].path, None)
-    else:
-        files = donor_files(found[vocabulary.donor].checkpoint.path, vocabulary.files)
+        warnings += license_differences({name: c.path for name, c in checkpoints.items()}, donor)
     if recipe.chat_template is not None:
         files |= chat_template_files(recipe.chat_template, checkpoints, recipe.base_model, files)
     beside = {" with statistics ".join(owner): each for owner, each in statistics.items()}

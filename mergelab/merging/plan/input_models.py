@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mergelab.checkpoints import Checkpoint, FolderCheckpoint, open_checkpoint, with_lora
+from mergelab.checkpoints import Checkpoint, LoraCheckpoint, open_checkpoint, with_lora
 from mergelab.checkpoints.model_files import put_file
 from mergelab.checkpoints.source import TensorSource
 from mergelab.errors import CheckpointError, DependencyError, MergelabError, did_you_mean, quoted, shortened
@@ -23,7 +23,14 @@ from mergelab.merging.engine.job import Job
 from mergelab.merging.recipe.faults import FieldPath, Origin, raise_faults
 from mergelab.merging.recipe.model_refs import ModelRef, parse_model_ref
 
-__all__ = ["FoundModel", "PlannedCheckpoint", "PlannedTensor", "find_models", "with_results"]
+__all__ = [
+    "FoundModel",
+    "PlannedCheckpoint",
+    "PlannedTensor",
+    "find_models",
+    "is_planned",
+    "with_results",
+]
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,13 @@ def with_results(source: TensorSource, results: Mapping[str, Mapping[str, Tensor
         return results[source.stage][source.name] if source.stage in results else source
     over = getattr(source, "over", None)
     return source if over is None else over(lambda inner: with_results(inner, results))
+
+
+def is_planned(checkpoint: Checkpoint) -> bool:
+    """Whether a model is the result of a merge that has not run, or an adapter on one."""
+    while isinstance(checkpoint, LoraCheckpoint):
+        checkpoint = checkpoint.base
+    return isinstance(checkpoint, PlannedCheckpoint)
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -165,11 +179,6 @@ def _open(text: str, folders: list[Path], stages: Mapping[str, Checkpoint]) -> F
     fingerprint = _fingerprint(checkpoint)
     if reference.adapter is not None:
         adapter, _ = _locate(reference.adapter, reference.adapter_revision, folders, [])
-        if not isinstance(checkpoint, FolderCheckpoint):
-            raise CheckpointError(
-                f"adapter {quoted(reference.adapter)} needs a finished model: run {quoted(reference.path)} "
-                "by itself"
-            )
         checkpoint = with_lora(checkpoint, adapter)
         paths.append(adapter)
         parts = [fingerprint, *(_digest(p) for p in sorted(adapter.glob("adapter_*")) if p.is_file())]

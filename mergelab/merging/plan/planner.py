@@ -18,9 +18,15 @@ from mergelab.checkpoints.writer import identity_digest
 from mergelab.merging.engine.job import Job
 from mergelab.merging.plan.compatibility import absent, incomplete, mixed, packed
 from mergelab.merging.plan.found_statistics import FoundStatistics, find_statistics
-from mergelab.merging.plan.input_models import FoundModel, PlannedCheckpoint, find_models, with_results
+from mergelab.merging.plan.input_models import (
+    FoundModel,
+    PlannedCheckpoint,
+    find_models,
+    is_planned,
+    with_results,
+)
 from mergelab.merging.plan.job_builder import JobBuilder
-from mergelab.merging.plan.output_config import config_differences, output_config
+from mergelab.merging.plan.output_config import config_differences, output_config, tied_heads
 from mergelab.merging.plan.output_tensors import OutputLayout, OutputPlace, lay_out
 from mergelab.merging.plan.suspicions import odd_relations
 from mergelab.merging.recipe.faults import raise_faults
@@ -308,11 +314,15 @@ def _plan(
         _moved_layers(layout, shapes, donor),
         statistics,
     )
-    jobs = tuple(job for job in map(builder.build, layout.places) if job is not None)
+    shared_heads = tied_heads(layout.places, checkpoints)
+    places = [place for place in layout.places if place.name not in shared_heads]
+    jobs = tuple(job for job in map(builder.build, places) if job is not None)
     lacking = [] if allow_mixed_architectures else absent(builder.lacking, shapes, configs, donor)
     raise_faults([*lacking, *shortened(builder.faults, builder.rejected)])
+    # A model that is a weight file alone says nothing of itself; another one of its architecture does.
+    described = donor if configs[donor] else next((name for name, own in configs.items() if own), donor)
     config, notes = output_config(
-        configs,
+        {**configs, donor: configs[described]},
         donor,
         shapes[donor],
         layout.layers,
@@ -321,7 +331,9 @@ def _plan(
         sources=layout.sources,
         architectures=shapes,
     )
-    unread = [name for name, c in checkpoints.items() if isinstance(c, PlannedCheckpoint)]
+    if described != donor:
+        notes.append(f"model {donor!r} has no config.json: the output's is made of that of {described!r}")
+    unread = [name for name, c in checkpoints.items() if is_planned(c)]
     warnings = [
         *origin.notes,
         *(origin.sentence(*warning) for warning in recipe_warnings(recipe)),
@@ -334,7 +346,7 @@ def _plan(
         *warnings,
         *notes,
     ]
-    keeper = checkpoints[donor] if vocabulary is None else found[vocabulary.donor].checkpoint
+    keeper = checkpoints[described] if vocabulary is None else found[vocabulary.donor].checkpoint
     files = donor_files(keeper.path, None if vocabulary is None else vocabulary.files)
     warnings += companion_warnings(keeper.path, files)
     if vocabulary is None:

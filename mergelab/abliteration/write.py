@@ -12,8 +12,8 @@ import numpy as np
 from mergelab.abliteration.ablation import Ablation
 from mergelab.abliteration.removal import KeepNorms, Removed, check_ablation, writer_terms
 from mergelab.checkpoints import FolderCheckpoint, TensorSource, is_float, read_whole
+from mergelab.checkpoints.companion_files import donor_files
 from mergelab.checkpoints.companions import read_companion
-from mergelab.checkpoints.model_files import donor_files
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import CheckpointError, did_you_mean
 from mergelab.merging.engine.job import Job

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mergelab.checkpoints.model_files import check_file_name
+from mergelab.checkpoints.model_files import put_file
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.shard_plan import ShardPlan
@@ -142,12 +141,9 @@ class SharedWriter:
     def _complete(self, files: Mapping[str, bytes | Path]) -> None:
         weights = {shard.file for shard in self.plan.shards}
         for name, content in files.items():
-            if check_file_name(name, "the output") in weights:
+            if name in weights:
                 raise OutputError(f"the file {name!r} would replace the weights; choose another name.")
-            if isinstance(content, Path):
-                shutil.copyfile(content, self._work.path / name)
-            else:
-                (self._work.path / name).write_bytes(content)
+            put_file(self._work.path, name, content)
         if self.plan.index is not None:
             (self._work.path / "model.safetensors.index.json").write_bytes(self.plan.index)
         self._work.publish(self._identity)

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,7 @@ from mergelab.checkpoints.journal import (
     tensor_digest,
 )
 from mergelab.checkpoints.json_data import read_json_object
-from mergelab.checkpoints.model_files import check_file_name
+from mergelab.checkpoints.model_files import put_file
 from mergelab.checkpoints.output_target import MARKER, disk_errors, recorded_identity
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.shard_plan import ShardPlan
@@ -271,18 +270,14 @@ class CheckpointWriter:
 
         Raises:
             OutputError: the disk is full or fails, or the file cannot be read.
-            CheckpointError: `name` is not one plain file name, or is that of a weight file.
+            CheckpointError: `name` is not of a file in the folder or in one in it, or is that of the weights.
         """
-        check_file_name(name, "the output")
         if self._finished:
             return
         if name in {shard.file for shard in self.plan.shards} or name == "model.safetensors.index.json":
             raise CheckpointError(f"the output file {name!r} would replace the weights; choose another name")
         with disk_errors(self.out, _THEN):
-            if isinstance(content, Path):
-                shutil.copyfile(content, self._work.path / name)
-            else:
-                (self._work.path / name).write_bytes(content)
+            put_file(self._work.path, name, content)
 
     def commit(self, *, durable: bool = True) -> Path:
         """Gives the complete checkpoint its final name and returns that folder.

@@ -125,6 +125,7 @@ def command(
     """
     check_push_option(push_to, out)
     from mergelab.abliteration import AbliterationSettings, Filters, abliterate, read_prompts
+    from mergelab.checkpoints.companion_files import companion_warnings, donor_files
     from mergelab.sharding import make_mesh
 
     filters = Filters(*(options.pop(name) for name in ("max_kl", "min_induced", "max_depth")))
@@ -155,5 +156,7 @@ def command(
             [f"direction before block {chosen.layer}, token {chosen.position}", *report.table(), str(out)]
         )
 
+    for warning in companion_warnings(model, donor_files(model, None)):
+        click.echo(f"warning: {warning}", err=True)
     print_result(report.to_json, lines, as_json=as_json, indent=None)
     push_output(out, push_to)

@@ -69,10 +69,10 @@ def command(
         raise click.UsageError("--dtype q8_0 is a type of GGUF files: add --to gguf, or choose another dtype")
     import jax
 
+    from mergelab.checkpoints.companion_files import companion_warnings, donor_files
     from mergelab.checkpoints.folder import stat_sha256
     from mergelab.checkpoints.gguf.model_file import is_gguf
     from mergelab.checkpoints.locations import local_path
-    from mergelab.checkpoints.model_files import donor_files
     from mergelab.checkpoints.publish import WorkFolder
     from mergelab.checkpoints.remote_output import local_output
     from mergelab.checkpoints.writer import identity_digest
@@ -97,6 +97,8 @@ def command(
             save_orbax(model, params, work, files=files, identity=identity)
         else:
             save_model(model, params, work, files=files, shard_bytes=shard_size, identity=identity)
+    for warning in companion_warnings(source, files) if source.is_dir() else ():
+        click.echo(f"warning: {warning}", err=True)
     nbytes = sum(array.nbytes for array in jax.tree.leaves(params))
     _report(out, to, nbytes, time.perf_counter() - started, as_json)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _WORST = 5
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @click.command("extract-lora")
@@ -52,6 +53,14 @@ _WORST = 5
     help="Stored dtype of the factors.",
 )
 @click.option(
+    "--for",
+    "runtime",
+    type=click.Choice(["peft", "vllm"]),
+    default="peft",
+    show_default=True,
+    help="Program that applies it; vLLM takes linear layers alone, of one rank.",
+)
+@click.option(
     "--seed", type=Seed(fold=False), default=0, show_default=True, help="Seed of the randomized SVD."
 )
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")
@@ -71,6 +80,7 @@ def command(
       mergelab extract-lora tuned --base base --rank 16 --out adapter
       mergelab extract-lora tuned --base base --energy 0.9 --out adapter --dtype bfloat16
       mergelab extract-lora big --base base --rank 64 --randomized --target '*.self_attn.*' --out adapter
+      mergelab extract-lora tuned --base base --rank 16 --for vllm --out adapter
     """
     if options["rank"] is None and options["energy"] is None:
         raise click.UsageError("say how large the adapter may be, with --rank or --energy")
@@ -84,11 +94,28 @@ def command(
     with byte_bar("extracting", total) as bar:
         extracted = extract_lora(finetuned, base, out, **options, progress=bar.update)
     seconds = time.perf_counter() - started
-    print_result(lambda: _json(extracted, seconds), lambda: _text(extracted, seconds), as_json=as_json)
+    print_result(
+        lambda: _json(extracted, seconds),
+        lambda: _text(extracted, seconds, options["runtime"]),
+        as_json=as_json,
+    )
     if extracted.skipped:
         names = ", ".join(extracted.skipped[:_WORST])
-        click.echo(f"warning: {len(extracted.skipped)} changed modules were left out: {names}", err=True)
+        warning = f"{len(extracted.skipped)} changed modules were left out: {names}"
+        click.echo(f"warning: {_lost(extracted) if options['runtime'] == 'vllm' else warning}", err=True)
     push_output(out, push_to)
+
+
+def _lost(extracted: ExtractedLora) -> str:
+    """How many changed modules vLLM does not take, and how much they are of the change."""
+    names = sorted(extracted.skipped, key=lambda name: -extracted.lost.get(name, 0.0))
+    listed = ", ".join(f"{name} ({extracted.lost.get(name, 0.0):.2%})" for name in names[:_WORST])
+    more = f" and {len(names) - _WORST} more" if len(names) > _WORST else ""
+    share = sum(extracted.lost.values())
+    return (
+        f"{len(names)} changed modules were left out, since vLLM takes factors of linear layers alone: "
+        f"{share:.2%} of the change's squared norm, most in {listed}{more}"
+    )
 
 
 def _json(extracted: ExtractedLora, seconds: float) -> dict[str, Any]:
@@ -102,10 +129,11 @@ def _json(extracted: ExtractedLora, seconds: float) -> dict[str, Any]:
         },
         "whole": list(extracted.whole),
         "skipped": list(extracted.skipped),
+        "lost": dict(extracted.lost),
     }
 
 
-def _text(extracted: ExtractedLora, seconds: float) -> str:
+def _text(extracted: ExtractedLora, seconds: float, runtime: str) -> str:
     ranks = sorted(set(extracted.ranks.values()))
     span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     worst = sorted(extracted.errors.items(), key=lambda item: -item[1])[:_WORST]
@@ -115,4 +143,7 @@ def _text(extracted: ExtractedLora, seconds: float) -> str:
         "largest part of a change that is missed:",
         *(f"  {error:7.2%}  {name}" for name, error in worst),
     ]
+    if runtime == "vllm":
+        needed = next(rank for rank in _VLLM_RANKS if rank >= ranks[-1])
+        lines.append(f"serve it with: vllm serve BASE --enable-lora --max-lora-rank {needed}")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.locations import local_path
-from mergelab.checkpoints.model_files import check_file_name
+from mergelab.checkpoints.model_files import put_file
 from mergelab.checkpoints.orbax_calls import quiet_orbax
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.publish import WorkFolder
@@ -243,11 +243,7 @@ def save_orbax(
 def _add(work: WorkFolder, files: Mapping[str, bytes | Path]) -> None:
     with disk_errors(work.out):
         for name, content in files.items():
-            target = work.path / check_file_name(name, "the output")
-            if isinstance(content, Path):
-                shutil.copyfile(content, target)
-            else:
-                target.write_bytes(content)
+            put_file(work.path, name, content)
 
 
 def load_orbax(

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from mergelab.checkpoints.companion_files import donor_files
 from mergelab.checkpoints.companions import companion_json, has_companion
 from mergelab.checkpoints.locations import local_path
-from mergelab.checkpoints.model_files import donor_files, open_tokenizer_file
+from mergelab.checkpoints.model_files import open_tokenizer_file
 from mergelab.checkpoints.text_file import read_text
 from mergelab.errors import CheckpointError, MergelabError, quoted
 

@@ -13,16 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from mergelab.checkpoints import Checkpoint, FolderCheckpoint, open_checkpoint, with_lora
+from mergelab.checkpoints import Checkpoint, FolderCheckpoint, LoraCheckpoint, open_checkpoint, with_lora
 from mergelab.checkpoints.hub import HubPlace, fetch_from_hub, hub_origin, parse_hub_place
 from mergelab.checkpoints.locations import exists, is_url, local_path
+from mergelab.checkpoints.model_files import put_file
 from mergelab.checkpoints.source import TensorSource
 from mergelab.errors import CheckpointError, DependencyError, MergelabError, did_you_mean, quoted
 from mergelab.merging.engine.job import Job
 from mergelab.merging.recipe.faults import FieldPath, Origin, raise_faults
 from mergelab.merging.recipe.model_refs import ModelRef, parse_model_ref
 
-__all__ = ["FoundModel", "PlannedCheckpoint", "PlannedTensor", "find_models", "with_results"]
+__all__ = [
+    "FoundModel",
+    "PlannedCheckpoint",
+    "PlannedTensor",
+    "find_models",
+    "is_planned",
+    "with_results",
+]
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class PlannedCheckpoint:
         """Writes a plan's small files to `folder`, which must not exist; the jobs name its tensors."""
         folder.mkdir(parents=True)
         for name, content in files.items():
-            (folder / name).write_bytes(content)
+            put_file(folder, name, content)
         (folder / "config.json").write_text(json.dumps(config))
         tensors = {job.name: PlannedTensor(stage, job.name, job.shape, job.dtype) for job in jobs}
         return cls(folder, config, tensors, identity)
@@ -92,6 +100,13 @@ def with_results(source: TensorSource, results: Mapping[str, Mapping[str, Tensor
         return results[source.stage][source.name] if source.stage in results else source
     over = getattr(source, "over", None)
     return source if over is None else over(lambda inner: with_results(inner, results))
+
+
+def is_planned(checkpoint: Checkpoint) -> bool:
+    """Whether a model is the result of a merge that has not run, or an adapter on one."""
+    while isinstance(checkpoint, LoraCheckpoint):
+        checkpoint = checkpoint.base
+    return isinstance(checkpoint, PlannedCheckpoint)
 
 
 _SAMPLE = 1024
@@ -162,11 +177,6 @@ def _open(text: str, folders: list[Path], stages: Mapping[str, Checkpoint]) -> F
     fingerprint = _fingerprint(checkpoint)
     if reference.adapter is not None:
         adapter, _ = _locate(reference.adapter, reference.adapter_revision, folders, [])
-        if not isinstance(checkpoint, FolderCheckpoint):
-            raise CheckpointError(
-                f"adapter {quoted(reference.adapter)} needs a finished model: run {quoted(reference.path)} "
-                "by itself"
-            )
         checkpoint = with_lora(checkpoint, adapter)
         paths.append(adapter)
         parts = [fingerprint, *(_digest(p) for p in sorted(adapter.glob("adapter_*")) if p.is_file())]

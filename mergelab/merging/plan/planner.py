@@ -13,14 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from mergelab.checkpoints import Checkpoint, LoraCheckpoint, dtype_from_name, open_checkpoint
-from mergelab.checkpoints.model_files import donor_files
+from mergelab.checkpoints.companion_files import companion_warnings, donor_files, license_differences
 from mergelab.checkpoints.writer import identity_digest
 from mergelab.merging.engine.job import Job
 from mergelab.merging.plan.compatibility import absent, incomplete, mixed
 from mergelab.merging.plan.found_statistics import FoundStatistics, find_statistics
-from mergelab.merging.plan.input_models import FoundModel, PlannedCheckpoint, find_models, with_results
+from mergelab.merging.plan.input_models import (
+    FoundModel,
+    PlannedCheckpoint,
+    find_models,
+    is_planned,
+    with_results,
+)
 from mergelab.merging.plan.job_builder import JobBuilder
-from mergelab.merging.plan.output_config import config_differences, output_config
+from mergelab.merging.plan.output_config import config_differences, output_config, tied_heads
 from mergelab.merging.plan.output_tensors import OutputLayout, OutputPlace, lay_out
 from mergelab.merging.plan.suspicions import odd_relations
 from mergelab.merging.recipe.faults import raise_faults
@@ -320,11 +326,15 @@ def _plan(
         _moved_layers(layout, shapes, donor),
         statistics,
     )
-    jobs = tuple(job for job in map(builder.build, layout.places) if job is not None)
+    shared_heads = tied_heads(layout.places, checkpoints)
+    places = [place for place in layout.places if place.name not in shared_heads]
+    jobs = tuple(job for job in map(builder.build, places) if job is not None)
     lacking = [] if allow_mixed_architectures else absent(builder.lacking, shapes, configs, donor)
     raise_faults([*lacking, *shortened(builder.faults, builder.rejected)])
+    # A model that is a weight file alone says nothing of itself; another one of its architecture does.
+    described = donor if configs[donor] else next((name for name, own in configs.items() if own), donor)
     config, notes = output_config(
-        configs,
+        {**configs, donor: configs[described]},
         donor,
         shapes[donor],
         layout.layers,
@@ -333,8 +343,11 @@ def _plan(
         sources=layout.sources,
         architectures=shapes,
     )
-    unread = [name for name, c in checkpoints.items() if isinstance(c, PlannedCheckpoint)]
+    if described != donor:
+        notes.append(f"model {donor!r} has no config.json: the output's is made of that of {described!r}")
+    unread = [name for name, c in checkpoints.items() if is_planned(c)]
     warnings = [
+        *origin.notes,
         *(origin.sentence(*warning) for warning in recipe_warnings(recipe)),
         *matched,
         *builder.factors.sentences(),
@@ -346,10 +359,11 @@ def _plan(
         *warnings,
         *notes,
     ]
+    keeper = checkpoints[described] if vocabulary is None else found[vocabulary.donor].checkpoint
+    files = donor_files(keeper.path, None if vocabulary is None else vocabulary.files)
+    warnings += companion_warnings(keeper.path, files)
     if vocabulary is None:
-        files = donor_files(checkpoints[donor].path, None)
-    else:
-        files = donor_files(found[vocabulary.donor].checkpoint.path, vocabulary.files)
+        warnings += license_differences({name: c.path for name, c in checkpoints.items()}, donor)
     if recipe.chat_template is not None:
         files |= chat_template_files(recipe.chat_template, checkpoints, recipe.base_model, files)
     beside = {" with statistics ".join(owner): each for owner, each in statistics.items()}

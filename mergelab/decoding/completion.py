@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
 from mergelab.activations.batches import pad_prompts
-from mergelab.decoding.generation import advance, begin
+from mergelab.decoding.generation import begin
 from mergelab.decoding.samplers import Sampler, greedy, row_keys
+from mergelab.decoding.steps import Steps
 from mergelab.decoding.stop import cut_at_strings, stop_at
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit, as_partials
@@ -83,12 +83,12 @@ def complete(
     sampler, keys = sampler or greedy(), row_keys(key, len(ids))
     tokens, mask = pad_prompts(ids)
     progress = begin(model, params, tokens, mask, max_new_tokens=max_new_tokens, stop=stop, edit=edit)
+    steps = Steps(model, params, sampler=sampler, keys=keys, stop=stop, edit=edits)
     found: dict[int, Completion] = {}
     until = 0
     while len(found) < len(ids):
         until = min(until + _CHUNK, max_new_tokens) if stop_strings else max_new_tokens
-        limit = jnp.int32(until)
-        progress = advance(model, params, progress, limit, sampler=sampler, keys=keys, stop=stop, edit=edits)
+        progress = steps.advance(progress, until)
         generated, finished = np.asarray(progress.tokens), np.asarray(progress.finished)
         for row, length in enumerate(np.asarray(progress.lengths).tolist()):
             if row in found:

@@ -8,6 +8,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
@@ -114,8 +116,9 @@ def _start(
         model, tokens, mask, width, stop, pad_id, capacity=capacity, log_probs=log_probs, dtype=dtype
     )
     if tokens.shape[1] > 1:
-        places = _places(mask[:, :-1], width, prompt=tokens.shape[1]) if edit else None
-        cache = _read(model, params, tokens[:, :-1], mask[:, :-1], new.cache, places, edit)
+        before, real = _but_last(tokens), _but_last(mask)
+        places = _places(real, width, prompt=tokens.shape[1]) if edit else None
+        cache = _read(model, params, before, real, new.cache, places, edit)
         new = replace(new, cache=cache)
     return replace(new, captured=_nothing_captured(model, params, new.cache, edit, capture))
 
@@ -154,6 +157,11 @@ def _empty(
         width=width,
         log_probs=jnp.zeros((batch, capacity), jnp.float32) if log_probs else None,
     )
+
+
+def _but_last(columns: Array) -> Array:
+    # Through numpy where there are values: a slice would be a program of its own.
+    return columns[:, :-1] if isinstance(columns, Tracer) else jnp.asarray(np.asarray(columns)[:, :-1])
 
 
 def _read(

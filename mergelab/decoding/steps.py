@@ -127,7 +127,7 @@ class Steps:
             out = self._forward(tokens, cache, places=places)
             assert out.logits is not None and out.cache is not None
             # What is not used does not pass through the program, which would copy it.
-            rest = replace(progress, cache=_NO_CACHE, prompt=progress.prompt[:0])
+            rest = replace(progress, cache=_NO_CACHE, prompt=_NO_PROMPT)
             grown = _grown_alone(
                 self._model, rest, out.logits, out.captured, self._sampler, self._keys, self._stop
             )
@@ -137,6 +137,7 @@ class Steps:
 
 
 _NO_CACHE = Cache((), (), np.zeros((0, 0), bool), np.zeros(0, np.int32))
+_NO_PROMPT = np.zeros((0, 0), np.int32)
 
 
 @jax.jit

@@ -181,6 +181,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     folder = Path(folder)
     path = folder / "tokenizer.json"
+    if not os.path.isdir(folder):
+        kind = "is not a folder" if os.path.exists(folder) else "does not exist"
+        raise CheckpointError(f"{folder} {kind}; name the folder of a model.")
     if not os.path.isfile(path):
         raise CheckpointError(
             f"{folder} has no tokenizer.json; copy the tokenizer files of the model it was made from, or "

@@ -79,8 +79,8 @@ class Chat:
         room = self._model.config.max_length - len(ids)
         if room < 1:
             raise DecodingError(
-                f"the conversation has {len(ids)} tokens, which leaves no room for an answer within the model's "
-                f"{self._model.config.max_length} positions; begin a new one."
+                f"the conversation has {len(ids)} tokens, which leaves no room for an answer within the "
+                f"model's {self._model.config.max_length} positions; begin a new one."
             )
         (found,) = complete(
             self._model,

@@ -82,9 +82,9 @@ def command(
 ) -> None:
     """Continue a prompt with the model in PATH, or chat with it; the prompt itself is not printed.
 
-    Without --greedy, every token is sampled from the model's distribution; the same seed gives the same text.
-    With --chat, the prompt is a question in the model's own chat format, and the answer alone is printed while
-    it is made; without a prompt, each line of the input is a turn of one conversation.
+    Without --greedy, every token is sampled from the model's distribution; the same seed gives the same
+    text. With --chat, the prompt is a question in the model's own chat format, and the answer alone is
+    printed while it is made; without a prompt, each line of the input is a turn of one conversation.
 
     \b
     Examples:

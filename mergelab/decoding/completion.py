@@ -49,7 +49,7 @@ def complete(
     max_new_tokens: int,
     sampler: Sampler | None = None,
     key: Key[Array, "*batch"] | int = 0,
-    stop_strings: Sequence[str] = (),
+    stop_strings: str | Sequence[str] = (),
     end_ids: Sequence[int] | None = None,
     edit: Mapping[str, Edit] | None = None,
     add_special_tokens: bool = True,
@@ -78,6 +78,7 @@ def complete(
         DecodingError: as `generate`; for an empty stop string; and for `on_text` with several prompts.
     """
     prompts = [prompts] if isinstance(prompts, str) else prompts
+    stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
     several = on_text is not None and len(prompts) > 1
     require("complete(on_text)", f"{len(prompts)} prompts", not several, "one prompt")
     ids = [

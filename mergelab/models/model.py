@@ -343,8 +343,9 @@ def token_places(
     positions: Int[Array, "batch length"], mask: Bool[Array, "batch length"] | None, cache: Cache | None
 ) -> TokenPlaces:
     """What a pass by itself can tell edits of its tokens: none is generated."""
-    columns = jnp.arange(positions.shape[1], dtype=jnp.int32)[None]
+    columns = None
     if cache is not None:
-        columns = cache.length[:, None] + jnp.broadcast_to(columns, positions.shape)
+        new = jnp.arange(positions.shape[1], dtype=jnp.int32)[None]
+        columns = cache.length[:, None] + jnp.broadcast_to(new, positions.shape)
     real = jnp.ones(positions.shape, jnp.bool_) if mask is None else mask
     return TokenPlaces(positions, real, columns, jnp.zeros(positions.shape, jnp.bool_))

@@ -31,14 +31,15 @@ class TokenPlaces:
     Attributes:
         positions: positions in their rows, counting real tokens, int32 `[batch, length]`.
         mask: True for real tokens, bool `[batch, length]`.
-        columns: columns of the tokens that the caller gave, int32 `[1, length]` or `[batch, length]`; in a
-            generation new tokens follow the prompt's, and what pads a prompt further has negative ones.
+        columns: columns of the tokens that the caller gave, int32 `[batch, length]`; in a generation new
+            tokens follow the prompt's, and what pads a prompt further has negative ones. None in a pass
+            without a cache, whose columns are counted from 0.
         generated: True for tokens that a generation has added to its prompt, bool `[batch, length]`.
     """
 
     positions: ArrayLeaf
     mask: ArrayLeaf
-    columns: ArrayLeaf
+    columns: ArrayLeaf | None
     generated: ArrayLeaf
 
 

@@ -134,12 +134,12 @@ class Tokenizer:
         return {name: text.encode() for name, text in written.items()}
 
     def encode_batch(
-        self, texts: Sequence[str], *, max_length: int | None = None, pad_left: bool = False
+        self, texts: str | Sequence[str], *, max_length: int | None = None, pad_left: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of several texts as one array.
 
         Args:
-            texts: texts, at least one.
+            texts: texts, at least one; a single text is a batch of one.
             max_length: cut longer texts, keeping the special tokens that end them; None for no limit.
             pad_left: pad on the left (generation), not on the right (encoders, training).
 
@@ -149,6 +149,7 @@ class Tokenizer:
         Raises:
             MergelabError: there are no texts, or `max_length` leaves no room beside the special tokens.
         """
+        texts = [texts] if isinstance(texts, str) else texts
         if not texts:
             raise MergelabError("encode_batch was given no texts; give it at least one.")
         encodings = self.backend.encode_batch(list(texts))

@@ -50,9 +50,9 @@ def select_tokens(where: Tokens) -> _Selection | None:
         if where not in ("prompt", "generated"):
             raise SiteError(f"where is {where!r}; expected a mask, 'prompt' or 'generated'.")
         return _Selection(None, where)
-    if jnp.ndim(where) != 2:
+    if np.ndim(where) != 2:
         raise SiteError(
-            f"where has shape {list(jnp.shape(where))}; expected a mask [batch, length] of the tokens to "
+            f"where has shape {list(np.shape(where))}; expected a mask [batch, length] of the tokens to "
             "change."
         )
     return _Selection(jnp.asarray(where, jnp.bool_))

@@ -1,4 +1,4 @@
-"""One program per kind of block gives what the whole program gives, and compiling does not grow with depth."""
+"""One program per kind of block gives what the whole program gives, and compiles no longer for more layers."""
 
 from __future__ import annotations
 

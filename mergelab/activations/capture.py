@@ -36,6 +36,7 @@ __all__ = [
     "cut_contexts",
     "halves",
     "open_model_activations",
+    "position_columns",
     "stream_sites",
 ]
 
@@ -117,7 +118,7 @@ def capture(
     """
     names = _sites(model, sites) if position is None else stream_sites(model, sites)
     tokens, real = check_prompts(model, tokens, mask)
-    places = None if position is None else _places(real, position)
+    places = None if position is None else position_columns(real, position)
     parts: list[list[np.ndarray]] = []
     for chosen, count in batches(len(tokens), batch):
         found = _captured(model, params, tokens[chosen], real[chosen], names, edit or {})
@@ -177,8 +178,12 @@ def _captured(
     return [found[name].astype(jnp.float32) for name in names]
 
 
-def _places(real: np.ndarray, position: int) -> np.ndarray:
-    """Where the `position`-th real token of each row stands."""
+def position_columns(real: np.ndarray, position: int) -> np.ndarray:
+    """The column of the `position`-th real token of each row, from 0; -1 is the last.
+
+    Raises:
+        SiteError: a row has no such token.
+    """
     counts = real.sum(axis=1)
     wanted = np.where(position < 0, counts + position, position)
     bad = np.flatnonzero((wanted < 0) | (wanted >= counts))
@@ -307,7 +312,7 @@ class SiteActivations:
         return self.of.read_sites(start, stop)[self.index]
 
 
-def contexts_of_texts(folder: Path, texts: Sequence[str], length: int) -> np.ndarray:
+def contexts_of_texts(folder: Path, texts: str | Sequence[str], length: int) -> np.ndarray:
     """Texts in the tokens of a model's folder, joined and cut: int32 `[contexts, length]`, without the rest.
 
     A token that ends texts stands between them; where the tokenizer frames texts, each context is framed.
@@ -316,6 +321,7 @@ def contexts_of_texts(folder: Path, texts: Sequence[str], length: int) -> np.nda
         SAEError: the texts do not fill one context.
     """
     tokenizer = load_tokenizer(folder)
+    texts = [texts] if isinstance(texts, str) else texts
     documents = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     return cut_contexts(documents, length, next(iter(tokenizer.end_ids), None), tokenizer.frame)
 

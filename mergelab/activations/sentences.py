@@ -80,16 +80,18 @@ class SentenceEncoder:
     normalize: bool
     max_length: int
 
-    def encode(self, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
-        """The vectors of texts, `[texts, width]` float32, in their order.
+    def encode(self, texts: str | Sequence[str], *, batch_size: int = 32) -> np.ndarray:
+        """The vectors of texts, `[texts, width]` float32, in their order; of a single text `[width]`.
 
         Args:
-            texts: any number of them.
+            texts: any number of them, or one.
             batch_size: texts that run together; texts of like length share a batch.
 
         Raises:
             TokenError: the tokenizer gives ids that the model has no embedding for.
         """
+        if isinstance(texts, str):
+            return self.encode([texts], batch_size=batch_size)[0]
         ids = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
         for each in ids:
             check_tokens(

@@ -89,7 +89,7 @@ class Fit:
     memory: int
 
     def __str__(self) -> str:
-        """As vendors count: a chip of 16 GB has 16 * 2**30 bytes."""
+        """Memory as vendors count it: a chip of 16 GB has 16 * 2**30 bytes."""
         answer = "yes" if self.needed <= self.memory else "no"
         return f"fits: {answer}, {self.needed / 2**30:.3g} of {self.memory / 2**30:g} GB"
 

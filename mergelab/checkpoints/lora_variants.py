@@ -103,7 +103,7 @@ class StartFactors:
     Attributes:
         weight: the base's, `[rows, columns]`.
         transposed: whether its rows are inputs (Conv1D).
-        rank, kind: as above.
+        rank, kind: same as above.
     """
 
     weight: TensorSource

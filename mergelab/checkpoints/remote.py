@@ -55,7 +55,7 @@ class Store:
     """A file system elsewhere, and a place in it.
 
     Attributes:
-        url: as the user wrote it.
+        url: location in the user's words.
         system: the file system of fsspec.
         root: the place, as the file system writes it.
     """

@@ -70,7 +70,7 @@ class ExtractedLora:
         whole: modules stored whole, because their change has no low-rank form (norms, embeddings).
         skipped: modules that changed but are not in the adapter.
         nbytes: size of the weight file.
-        lost: by module of `skipped`, its fraction of the squared norm of the whole change.
+        lost: losses, for each module of `skipped`, its fraction of the squared norm of the whole change.
     """
 
     out: Path

@@ -17,7 +17,7 @@ from mergelab.errors import CheckpointError, MergelabError
 from mergelab.models.cache import ArrayLeaf, Cache, new_cache
 from mergelab.models.derived import Derived, derive_blocks
 from mergelab.models.saved_names import Spelling, is_buffer, is_other_head, spelling_of
-from mergelab.models.sites import Edit, Shape, Tap
+from mergelab.models.sites import Edit, Shape, Tap, TokenPlaces
 from mergelab.models.table import Leaf, Row, build_table
 from mergelab.models.token_checks import (
     check_ids,
@@ -28,7 +28,7 @@ from mergelab.models.token_checks import (
     learned_positions,
 )
 
-__all__ = ["Architecture", "Family", "Model", "Output", "Params"]
+__all__ = ["Architecture", "Family", "Model", "Output", "Params", "token_places"]
 
 
 @dataclass(frozen=True)
@@ -296,6 +296,7 @@ class Model:
         cache: Cache | None = None,
         logits: bool = True,
         token_types: Int[Array, "batch length"] | None = None,
+        places: TokenPlaces | None = None,
     ) -> Output:
         """One forward pass: pure, and so jittable, differentiable, vmappable and shardable.
 
@@ -308,10 +309,12 @@ class Model:
             mask: True for real tokens, False for padding on either side. Outputs at padding are meaningless.
             capture: names or glob patterns of sites to return.
             edit: functions by site name or glob pattern: `f(array)`, or `f(array, site)`, to an array of the
-                same shape and dtype. A captured site holds the edited value.
+                same shape and dtype. Parameters named `positions`, `mask`, `columns` or `generated` are given
+                what `TokenPlaces` says of them. A captured site holds the edited value.
             cache: earlier tokens of a decoder, with room for the new ones (`new_cache`).
             logits: False to stop after the last captured site, and not to compute the rest.
             token_types: the segment of each token, of encoders that have segments; 0 by default.
+            places: what edits are told of the tokens, where a generation knows more than this pass does.
 
         Raises:
             SiteError: no site matches a name or pattern, or an edit changes shape or dtype.
@@ -327,9 +330,11 @@ class Model:
         check_token_array(tokens)
         self._check(tokens, positions, mask, cache, token_types)
         if positions is None:
-            positions = self._positions(tokens, mask, cache)
+            positions = self.positions(tokens, mask, cache)
         # A cache must be filled in every layer, so it carries the pass to the end.
-        tap = Tap(self._sites, capture, edit, to_the_end=logits or cache is not None)
+        if edit and places is None:
+            places = token_places(positions, mask, cache)
+        tap = Tap(self._sites, capture, edit, to_the_end=logits or cache is not None, places=places)
         extra: dict[str, Any] = {} if decoder else {"token_types": token_types}
         module = self.family.architecture.module(self.config)
         found: Any = module.apply({"params": params}, tokens, positions, mask, cache, tap, **extra)
@@ -356,18 +361,19 @@ class Model:
                 check_length(self, tokens.shape[1])
             known = concrete(cache.mask) is not None and (mask is None or concrete(mask) is not None)
             if learned_positions(self) is not None and known:
-                check_positions(self, self._positions(tokens, mask, cache))
+                check_positions(self, self.positions(tokens, mask, cache))
         else:
             real = None if mask is None or not self.family.architecture.causal else concrete(mask)
             longest = tokens.shape[1] if real is None else int(real.sum(axis=1).max(initial=0))
             check_length(self, longest)
 
-    def _positions(
+    def positions(
         self,
         tokens: Int[Array, "batch length"],
         mask: Bool[Array, "batch length"] | None,
         cache: Cache | None,
     ) -> Int[Array, "batch length"]:
+        """The positions that `apply` gives tokens by default."""
         if cache is not None:
             return cache.positions(jnp.ones(tokens.shape, jnp.bool_) if mask is None else mask)
         if mask is None or not self.family.architecture.causal:
@@ -390,3 +396,15 @@ class Model:
         return MergelabError(
             f"a {kind!r} model sees all tokens at once and has no cache; call it without one."
         )
+
+
+def token_places(
+    positions: Int[Array, "batch length"], mask: Bool[Array, "batch length"] | None, cache: Cache | None
+) -> TokenPlaces:
+    """What a pass by itself can tell edits of its tokens: none is generated."""
+    columns = None
+    if cache is not None:
+        new = jnp.arange(positions.shape[1], dtype=jnp.int32)[None]
+        columns = cache.length[:, None] + jnp.broadcast_to(new, positions.shape)
+    real = jnp.ones(positions.shape, jnp.bool_) if mask is None else mask
+    return TokenPlaces(positions, real, columns, jnp.zeros(positions.shape, jnp.bool_))

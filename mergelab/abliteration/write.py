@@ -154,7 +154,7 @@ def _tensor(checkpoint: FolderCheckpoint, name: str, shape: tuple[int, ...]) -> 
     if found.shape != shape or not is_float(found.dtype):
         raise CheckpointError(
             f"{checkpoint.path}: tensor {name!r} is {found.dtype} {list(found.shape)}, but floating-point "
-            f"{list(shape)} was expected; correct its config.json, or download the model again."
+            f"{list(shape)} was expected; dequantize the model, or correct its config.json."
         )
     return found
 

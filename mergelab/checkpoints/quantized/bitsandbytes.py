@@ -46,9 +46,8 @@ def find_bitsandbytes(findings: Findings) -> None:
         if name.endswith(".weight.absmax") and name not in findings.used:
             plain = name.removesuffix(".absmax")
             used = findings.companions(plain, *_PARTS)
-            findings.fault(
-                plain, f"has no '{plain}.quant_state.bitsandbytes__nf4' or '..._fp4'; {COPY}", *used
-            )
+            lacking = f"is of a weight without a '{plain}.quant_state.bitsandbytes__nf4' or '..._fp4'"
+            findings.fault(name, f"{lacking}; {COPY}", plain, *used)
 
 
 def _find_int8(findings: Findings, stem: str, name: str) -> None:

@@ -143,7 +143,7 @@ def state(**changes: object) -> np.ndarray:
         ("bitsandbytes_nf4", drop(f"{Q}.weight.absmax"), "one maximum for each of 16 blocks"),
         ("bitsandbytes_nf4", drop(f"{Q}.weight.quant_map"), "16 float32 numbers, but there is none"),
         ("bitsandbytes_nf4", drop(f"{Q}.weight"), "which is missing"),
-        ("bitsandbytes_nf4", drop(STATE), "has no .*quant_state"),
+        ("bitsandbytes_nf4", drop(STATE), "of a weight without a .*quant_state"),
         ("bitsandbytes_nf4", put(STATE, np.frombuffer(b"{", np.uint8)), "not valid JSON"),
         ("bitsandbytes_nf4", put(STATE, np.frombuffer(b"[1]", np.uint8)), "a JSON object was expected"),
         ("bitsandbytes_nf4", put(STATE, state(shape=[32, 33])), r"does not hold \[32, 33\]"),

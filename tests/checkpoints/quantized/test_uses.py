@@ -20,6 +20,7 @@ from mergelab.interp.vectors import unit
 from mergelab.merging import extract_lora
 from mergelab.models.families import model_from_config
 from mergelab.models.load import load_model
+from mergelab.sharding import make_mesh
 from tests.checkpoints.quantized.test_recorded import RECORDED, folder
 
 NF4, INT8 = "bitsandbytes_nf4", "bitsandbytes_int8"
@@ -114,7 +115,11 @@ def test_a_loaded_model_is_the_plain_one(nf4: Path, tmp_path: Path) -> None:
         model, params = load_model(path, dtype="float32")
         logits.append(np.asarray(model.apply(params, tokens).logits))
     np.testing.assert_array_equal(logits[0], logits[1])
-    _, as_stored = load_model(nf4)
+    _, as_stored = load_model(nf4, mesh=make_mesh({"tensor": 2, "fsdp": 4}))
+    for name in ("q", "o"):
+        kernel = as_stored["blocks_0"]["attn"][name]["kernel"]
+        assert len({str(shard.index) for shard in kernel.addressable_shards}) > 1
+        np.testing.assert_array_equal(kernel, values(nf4)[Q.replace("q_", f"{name}_")].T)
     assert as_stored["blocks_0"]["attn"]["q"]["kernel"].dtype == jnp.float32
     assert as_stored["embed"]["embedding"].dtype == jnp.bfloat16
 

@@ -116,6 +116,7 @@ class LoraCheckpoint:
         tensors: those of the merged model.
         untied: whether the head is a tensor of its own in it, though the base's is its embedding.
         warnings: what PEFT would warn about, one sentence each.
+        decomposes: whether reading a few values of a tensor decomposes all of it.
     """
 
     base: Checkpoint
@@ -124,6 +125,7 @@ class LoraCheckpoint:
     tensors: Mapping[str, TensorSource]
     untied: bool = False
     warnings: tuple[str, ...] = ()
+    decomposes: bool = False
 
     @property
     def path(self) -> Path:
@@ -185,4 +187,6 @@ def with_lora(checkpoint: Checkpoint, adapter_path: Path | str) -> LoraCheckpoin
     merge.update(parts.modules)
     untied = merge.finish()
     digest = hashlib.sha256(read_bytes(config_path)).hexdigest()
-    return LoraCheckpoint(checkpoint, adapter, digest, merge.tensors, untied, tuple(merge.warnings))
+    decomposes = config.start is not None or getattr(checkpoint, "decomposes", False)
+    warnings = tuple(merge.warnings)
+    return LoraCheckpoint(checkpoint, adapter, digest, merge.tensors, untied, warnings, decomposes)

@@ -54,6 +54,8 @@ class LoraMerge:
         warnings: one sentence each.
         model_type: the model's, as its config says.
         replaced: the model's tensors that the adapter stores whole.
+        decomposed: the factors that training began with, of so many modules that threads do not decompose a
+            weight twice.
     """
 
     tensors: dict[str, TensorSource]
@@ -65,6 +67,7 @@ class LoraMerge:
     parted: bool
     warnings: list[str] = field(default_factory=list)
     model_type: str = ""
+    decomposed: FactorCache = field(default_factory=lambda: FactorCache(64))
     replaced: set[str] = field(default_factory=set)
 
     @classmethod
@@ -378,7 +381,7 @@ def _apply(
         first = StartFactors(weight, stored_transposed, rank, start)
         left, right = StartFactor(first, "left"), StartFactor(first, "right")
         taken = -scale if start == "olora" else -1.0
-        weight = LowRankTensor(weight, (left, False), (right, False), taken, cache)
+        weight = LowRankTensor(weight, (left, False), (right, False), taken, merge.decomposed)
     factors = ((a, True), (b, True)) if by_column else ((b, False), (a, False))
     updated: TensorSource = LowRankTensor(weight, *factors, scale, cache)
     if magnitude is not None:

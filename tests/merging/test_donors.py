@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mergelab.checkpoints import open_checkpoint, read_whole, with_lora
+from mergelab.checkpoints.lora_variants import StartFactors
 from mergelab.errors import RecipeError
 from mergelab.merging import Recipe, merge, plan_merge
 from mergelab.merging.plan.planner import Plan
@@ -132,3 +133,24 @@ def test_lists_as_long_as_the_layers_follow_them_under_any_name(tmp_path: Path) 
     config = plan_merge(Recipe(merge_method="passthrough", slices=slices), base_dir=tmp_path).config
     assert config["intermediate_size"] == [8, 16, 16, 32] and config["rope_thetas"] == [1e4, 1e5, 1e5, 1e6]
     assert config["eos_token_id"] == [1, 2, 3], "ids of tokens are not of layers"
+
+
+@pytest.mark.parametrize("case", ["dora", "pissa", "tokens", "experts"])
+def test_variants_of_adapters_merge_in_a_recipe(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Path(__file__).parents[1] / "checkpoints" / "data" / "lora" / case
+    base, expected = load_file(data / "model.safetensors"), load_file(data / "merged.safetensors")
+    write_model(tmp_path / "base", base, config={"model_type": "tiny", "num_hidden_layers": 2})
+    fields = {"base_model": "base", "parameters": {"weight": 0.5}}
+    model = f"base+{data / 'adapter'}"
+    recipe = Recipe(merge_method="task_arithmetic", models=[{"model": model}], **fields)
+    taken: list[str] = []
+    take = StartFactors.take
+    monkeypatch.setattr(StartFactors, "take", lambda self, side: (taken.append(side), take(self, side))[1])
+    plan = plan_merge(recipe, base_dir=tmp_path)
+    assert not taken, "a plan decomposes no matrix"
+    merged = load_file(merge(plan, tmp_path / "out").out / "model.safetensors")
+    assert bool(taken) == (case == "pissa")
+    for name, value in merged.items():
+        np.testing.assert_allclose(value, (base[name] + expected[name]) / 2, rtol=0, atol=1e-6)

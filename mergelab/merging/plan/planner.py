@@ -345,7 +345,8 @@ def _plan(
     )
     if described != donor:
         notes.append(f"model {donor!r} has no config.json: the output's is made of that of {described!r}")
-    unread = [name for name, c in checkpoints.items() if is_planned(c)]
+    # A look at a few values is not worth a decomposition of every matrix.
+    unread = [n for n, c in checkpoints.items() if is_planned(c) or getattr(c, "decomposes", False)]
     warnings = [
         *origin.notes,
         *(origin.sentence(*warning) for warning in recipe_warnings(recipe)),

@@ -1,9 +1,10 @@
 """The weights and the features of transformers, in JAX: `import mergelab as ml`.
 
-Models
+Models; a folder may also be a hub id, org/name[@revision][:subfolder], or a URL such as gs://bucket/model
     load_model(folder), save_model(model, params, folder, tokenizer=...), Model, model_from_config
     load_tokenizer(folder), Tokenizer
     generate(model, params, tokenizer, text)                text in, text out
+    push(folder, "org/name")                                upload a model, adapter, SAE or file to the hub
     make_mesh({"data": 2, "tensor": 4})                     devices to spread a model over
 
 Activations
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     )
     from mergelab.abliteration import abliterate
     from mergelab.activations import capture
+    from mergelab.checkpoints import push
     from mergelab.decoding import generate_text as generate
     from mergelab.interp import (
         ablate,
@@ -117,6 +119,7 @@ __all__ = [
     "patch",
     "plan_merge",
     "processes",
+    "push",
     "quickstart",
     "report",
     "sae",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.world_parts import gguf_files
+from benchmarks.world_parts import gguf_files, quantized_files
 from benchmarks.world_parts.section import Section
 
 __all__ = ["FORMATS", "measure"]
@@ -15,6 +15,7 @@ Row = Sequence[str]
 FORMATS: list[Callable[[Path], Sequence[Row]]] = [
     gguf_files.blocks_of_every_type,
     gguf_files.smollm_against_transformers,
+    quantized_files.recorded_files,
 ]
 """Functions that take a scratch folder and return rows: format, reference, tensors, largest difference."""
 

@@ -127,18 +127,19 @@ def _from_json(path: Path, number: int, line: str) -> str:
     return found
 
 
-def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], *, system: str | None = None) -> Prompts:
+def encode_prompts(tokenizer: Tokenizer, texts: str | Sequence[str], *, system: str | None = None) -> Prompts:
     """Prompts as the user's turns of the model's chat template; as plain text where it has none.
 
     Args:
         tokenizer: the model's.
-        texts: the instructions.
+        texts: the instructions, or one.
         system: a system turn before each, for templates.
 
     Raises:
         ChatTemplateError: the template refuses the turns.
         MergelabError: a system turn is given to a model without a template.
     """
+    texts = [texts] if isinstance(texts, str) else texts
     if "default" not in tokenizer.chat_templates:
         if system is not None:
             raise MergelabError(

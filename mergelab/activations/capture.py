@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from mergelab.activations.batches import batches, filled_batches, stack_prompts
+from mergelab.checkpoints.locations import local_path
 from mergelab.checkpoints.text_file import MAX_PROSE, read_text
 from mergelab.errors import NonFiniteError, SAEError, SiteError
 from mergelab.models.load import load_model
@@ -35,6 +36,7 @@ __all__ = [
     "cut_contexts",
     "halves",
     "open_model_activations",
+    "position_columns",
     "stream_sites",
 ]
 
@@ -94,8 +96,8 @@ def capture(
         edit: edits to run them with.
 
     Returns:
-        By site, in forward order, `[batch, length, width]`, with zeros at padding; sites with heads and
-        attention patterns keep their own axes. For one position `[batch, width]`.
+        Activations by site, in forward order, `[batch, length, width]`, with zeros at padding; sites with
+        heads and attention patterns keep their own axes. For one position `[batch, width]`.
 
     Raises:
         SiteError: the model has no such site, a site has no axis of tokens to take a position of, a prompt
@@ -116,7 +118,7 @@ def capture(
     """
     names = _sites(model, sites) if position is None else stream_sites(model, sites)
     tokens, real = check_prompts(model, tokens, mask)
-    places = None if position is None else _places(real, position)
+    places = None if position is None else position_columns(real, position)
     parts: list[list[np.ndarray]] = []
     for chosen, count in batches(len(tokens), batch):
         found = _captured(model, params, tokens[chosen], real[chosen], names, edit or {})
@@ -135,7 +137,7 @@ def check_prompts(model: Model, tokens: Any, mask: Any = None) -> tuple[np.ndarr
 
     Args:
         model: what will read them.
-        tokens: as `stack_prompts` takes them.
+        tokens: prompts in any form that `stack_prompts` takes.
         mask: True for real tokens.
 
     Raises:
@@ -176,8 +178,12 @@ def _captured(
     return [found[name].astype(jnp.float32) for name in names]
 
 
-def _places(real: np.ndarray, position: int) -> np.ndarray:
-    """Where the `position`-th real token of each row stands."""
+def position_columns(real: np.ndarray, position: int) -> np.ndarray:
+    """The column of the `position`-th real token of each row, from 0; -1 is the last.
+
+    Raises:
+        SiteError: a row has no such token.
+    """
     counts = real.sum(axis=1)
     wanted = np.where(position < 0, counts + position, position)
     bad = np.flatnonzero((wanted < 0) | (wanted >= counts))
@@ -306,7 +312,7 @@ class SiteActivations:
         return self.of.read_sites(start, stop)[self.index]
 
 
-def contexts_of_texts(folder: Path, texts: Sequence[str], length: int) -> np.ndarray:
+def contexts_of_texts(folder: Path, texts: str | Sequence[str], length: int) -> np.ndarray:
     """Texts in the tokens of a model's folder, joined and cut: int32 `[contexts, length]`, without the rest.
 
     A token that ends texts stands between them; where the tokenizer frames texts, each context is framed.
@@ -315,6 +321,7 @@ def contexts_of_texts(folder: Path, texts: Sequence[str], length: int) -> np.nda
         SAEError: the texts do not fill one context.
     """
     tokenizer = load_tokenizer(folder)
+    texts = [texts] if isinstance(texts, str) else texts
     documents = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     return cut_contexts(documents, length, next(iter(tokenizer.end_ids), None), tokenizer.frame)
 
@@ -325,8 +332,8 @@ def cut_contexts(
     """Documents joined and cut: int32 `[contexts, length]`, without the rest.
 
     Args:
-        documents: of numbers, such as token ids.
-        length: of a context, its frame included.
+        documents: sequences of numbers, such as token ids.
+        length: tokens per context, its frame included.
         separator: follows each document; None for none.
         frame: begins and ends each context; None for none.
 
@@ -357,12 +364,12 @@ def open_model_activations(
     """Activations of a model's folder on text files.
 
     Args:
-        model: a Hugging Face folder with its tokenizer.
+        model: a Hugging Face folder with its tokenizer, a model on the hub, or a URL.
         sites: names, such as `blocks.8.resid_post`.
         texts: UTF-8 files.
-        length: of a context, in tokens; if None the default, or as many as the model has positions.
+        length: tokens per context; if None the default, or as many as the model has positions.
         default: what a context has that nobody asked for.
-        dtype: of the weights; the stored one if None.
+        dtype: dtype of the weights; the stored one if None.
         mesh: devices to spread the model over.
 
     Raises:
@@ -371,12 +378,13 @@ def open_model_activations(
         SiteError: the model has no such site.
         CheckpointError: the model cannot be read.
     """
+    model = local_path(model)
     read = []
     for path in map(Path, texts):
         read.append(read_text(path, MAX_PROSE, error=SAEError, errors="replace"))
     loaded, params = load_model(model, mesh=mesh, dtype=dtype)
-    tokens = contexts_of_texts(Path(model), read, window_length(loaded, length, default))
-    check_tokens(loaded, tokens, place=str(Path(model) / "tokenizer.json"))
+    tokens = contexts_of_texts(model, read, window_length(loaded, length, default))
+    check_tokens(loaded, tokens, place=str(model / "tokenizer.json"))
     framed = load_tokenizer(model).frame is not None
     found = ModelActivations(loaded, params, tokens, tuple(sites), framed=framed)
     _ = found.widths  # names of sites are checked here, before anything is computed

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,22 @@ from mergelab.checkpoints.json_data import parse_json_object
 from mergelab.checkpoints.text_file import MAX_SETTINGS, read_bytes
 from mergelab.errors import CheckpointError
 
-__all__ = ["companion_json", "has_companion", "read_companion"]
+__all__ = ["companion_json", "companion_names", "has_companion", "read_companion"]
 
+_MOST_FILES = 1000
 _MADE = ("config.json", "generation_config.json")
 _MADE_OF_TOKENS = ("tokenizer.json", "tokenizer_config.json")
+
+
+def companion_names(model: Path) -> list[str]:
+    """Names of the files of a model (and of links that lead nowhere), in order; none if it is not there."""
+    if is_gguf(model):
+        return [name for name in (*_MADE, *_MADE_OF_TOKENS) if has_companion(model, name)]
+    try:
+        with os.scandir(model) as entries:
+            return sorted(entry.name for entry in islice(entries, _MOST_FILES) if not entry.is_dir())
+    except OSError:
+        return []
 
 
 def has_companion(model: Path, name: str) -> bool:

@@ -69,15 +69,21 @@ def command(
         raise click.UsageError("--dtype q8_0 is a type of GGUF files: add --to gguf, or choose another dtype")
     import jax
 
+    from mergelab.checkpoints.companion_files import companion_warnings, donor_files
     from mergelab.checkpoints.folder import stat_sha256
     from mergelab.checkpoints.gguf.model_file import is_gguf
-    from mergelab.checkpoints.model_files import donor_files
+    from mergelab.checkpoints.locations import local_path
     from mergelab.checkpoints.publish import WorkFolder
+    from mergelab.checkpoints.remote_output import local_output
     from mergelab.checkpoints.writer import identity_digest
     from mergelab.models.orbax import save_orbax
     from mergelab.models.save import save_model
 
-    with WorkFolder(out, inputs=[source], overwrite=overwrite) as work:
+    source = local_path(source)
+    with (
+        local_output(out, overwrite=overwrite) as folder,
+        WorkFolder(folder, inputs=[source], overwrite=overwrite) as work,
+    ):
         settings = {"to": to, "dtype": str(dtype), "shard_size": str(shard_size), "mesh": str(mesh)}
         identity = identity_digest({"source": stat_sha256(source), **settings})
         done = work.finished(identity)
@@ -91,6 +97,8 @@ def command(
             save_orbax(model, params, work, files=files, identity=identity)
         else:
             save_model(model, params, work, files=files, shard_bytes=shard_size, identity=identity)
+    for warning in companion_warnings(source, files) if source.is_dir() else ():
+        click.echo(f"warning: {warning}", err=True)
     nbytes = sum(array.nbytes for array in jax.tree.leaves(params))
     _report(out, to, nbytes, time.perf_counter() - started, as_json)
 
@@ -109,7 +117,9 @@ def _to_gguf(source: Path, out: Path, dtype: Any, overwrite: bool) -> int:
 
 
 def _report(out: Path, to: str, nbytes: int, seconds: float, as_json: bool) -> None:
+    from mergelab.checkpoints.remote_output import shown
+
     if as_json:
-        click.echo(json.dumps({"out": str(out), "form": to, "bytes": nbytes, "seconds": seconds}))
+        click.echo(json.dumps({"out": shown(out), "form": to, "bytes": nbytes, "seconds": seconds}))
     else:
-        click.echo(f"{out}: {readable(nbytes)} of parameters in {to} form, in {seconds:.1f} s")
+        click.echo(f"{shown(out)}: {readable(nbytes)} of parameters in {to} form, in {seconds:.1f} s")

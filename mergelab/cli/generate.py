@@ -37,11 +37,17 @@ class _TokenIds(click.ParamType):
 
 @click.command("generate")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--prompt", help="Text to continue.")
+@click.option("--prompt", help="Text to continue, or with --chat a question to answer.")
+@click.option("--chat", is_flag=True, help="Talk in the model's chat format; without --prompt, in turns.")
+@click.option("--system", metavar="TEXT", help="Instruction at the beginning of a chat.")
 @click.option(
     "--token-ids", type=_TokenIds(), metavar="1,2,3", help="Tokens to continue, in place of a text."
 )
-@click.option("--max-new-tokens", type=WholeNumber(1), required=True, help="Maximum number of new tokens.")
+@click.option(
+    "--max-new-tokens",
+    type=WholeNumber(1),
+    help="Maximum number of new tokens (default: 64; of an answer in a chat: 1024).",
+)
 @click.option("--greedy", is_flag=True, help="Pick the most likely token each time; nothing is sampled.")
 @click.option("--temperature", type=Number(0), help="Divisor of the logits (default: 1).")
 @click.option("--top-k", type=WholeNumber(1), help="Sample from the k most likely tokens.")
@@ -68,50 +74,117 @@ def command(
     path: Path,
     prompt: str | None,
     token_ids: list[int] | None,
-    max_new_tokens: int,
+    chat: bool,
+    system: str | None,
+    max_new_tokens: int | None,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Continue a prompt with the model in PATH; the prompt itself is not printed.
+    """Continue a prompt with the model in PATH, or chat with it; the prompt itself is not printed.
 
-    Without --greedy, every token is sampled from the model's distribution; the same seed gives the same text.
+    Without --greedy, every token is sampled from the model's distribution; the same seed gives the same
+    text. With --chat, the prompt is a question in the model's own chat format, and the answer alone is
+    printed while it is made; without a prompt, each line of the input is a turn of one conversation.
 
     \b
     Examples:
+      mergelab generate model --chat --prompt "What is the capital of Japan?" --greedy
+      mergelab generate model --chat --system "Answer in one sentence."
       mergelab generate model --prompt "Once upon a time" --max-new-tokens 50
       mergelab generate model --prompt "def add(a, b):" --max-new-tokens 30 --greedy --stop $'\\n\\n'
       mergelab generate model --token-ids 1,415,2936 --max-new-tokens 8 --greedy --json
       mergelab generate model --prompt "Dear" --max-new-tokens 99 --temperature 0.8 --min-p 0.05 --seed 7
     """
-    if (prompt is None) == (token_ids is None):
+    if chat and token_ids is not None:
+        raise click.UsageError("--chat takes a text: give --prompt TEXT, and omit --token-ids")
+    if system is not None and not chat:
+        raise click.UsageError("--system is the instruction of a chat: add --chat")
+    if not chat and (prompt is None) == (token_ids is None):
         raise click.UsageError("give what to continue: either --prompt TEXT or --token-ids 1,2,3")
     drawing = ("temperature", "top_k", "top_p", "min_p")
     if options["greedy"] and (given := [name for name in drawing if options[name] is not None]):
         raise click.UsageError(f"--greedy does not sample: omit --{given[0].replace('_', '-')}")
 
     from mergelab.checkpoints.companions import has_companion
+    from mergelab.checkpoints.locations import local_path
+    from mergelab.cli.conversation import hint
     from mergelab.cli.options import configure_jax
     from mergelab.text.tokenizer import load_tokenizer
 
     configure_jax()
-    tokenizer = load_tokenizer(path) if prompt is not None or has_companion(path, "tokenizer.json") else None
+    path = local_path(path)
+    texts = prompt is not None or chat
+    tokenizer = load_tokenizer(path) if texts or has_companion(path, "tokenizer.json") else None
     if options["stops"] and tokenizer is None:
         raise click.UsageError(f"--stop needs a tokenizer to read what was generated; {path} has none")
+    if chat:
+        assert tokenizer is not None
+        _chat(path, tokenizer, prompt, system, max_new_tokens, as_json, options)
+        return
+    if tokenizer is not None and prompt is not None and (words := hint(tokenizer, prompt)):
+        click.echo(words, err=True)
+    new = max_new_tokens or _NEW_TOKENS
     ids = token_ids if tokenizer is None or prompt is None else tokenizer.encode(prompt)
+    if not ids:
+        raise click.UsageError("the prompt is empty: it has no tokens to continue; give a text")
     if has_companion(path, "config.json"):  # before any weight is read
-        _check_prompt(path, ids or [], max_new_tokens, from_text=prompt is not None)
+        _check_prompt(path, ids, new, from_text=prompt is not None)
     model, params = load_either(path, options["mesh"], options["dtype"])
-    settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "sampler": _sampler(options),
-        "key": options["seed"],
-    }
+    settings: dict[str, Any] = {"max_new_tokens": new, "sampler": _sampler(options), "key": options["seed"]}
     ends = () if options["ignore_end"] else _end_ids(tokenizer, model, path)
-    found = _continue(model, params, tokenizer, ids or [], ends, options["stops"], settings)
+    found = _continue(model, params, tokenizer, ids, ends, options["stops"], settings)
     if as_json:
         click.echo(json.dumps({**found, "prompt_token_ids": ids}))
     else:
         click.echo(",".join(map(str, found["token_ids"])) if tokenizer is None else found["text"])
+
+
+_NEW_TOKENS = 64
+
+
+def _chat(
+    path: Path,
+    tokenizer: Tokenizer,
+    prompt: str | None,
+    system: str | None,
+    max_new_tokens: int | None,
+    as_json: bool,
+    options: Mapping[str, Any],
+) -> None:
+    """Answers the prompt, or turn after turn.
+
+    Raises:
+        ChatTemplateError: the model's template refuses the messages.
+        DecodingError: question and answer are more tokens than the model has positions.
+    """
+    from mergelab.cli.conversation import Chat
+    from mergelab.text.chat import chat_ids, turn_end_ids
+
+    if "default" not in tokenizer.chat_templates:
+        raise click.UsageError(f"{path} has no chat template; omit --chat to continue the prompt as text")
+    if prompt is not None and not prompt.strip():
+        raise click.UsageError("the prompt is empty; ask something")
+    messages = [{"role": "user", "content": prompt or "Hello"}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    ids = chat_ids(tokenizer, messages)  # before any weight is read
+    if (path / "config.json").is_file():
+        _check_prompt(path, ids, max_new_tokens or 1, from_text=True)
+    model, params = load_either(path, options["mesh"], options["dtype"])
+    chat = Chat(
+        model,
+        params,
+        tokenizer,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        end_ids=() if options["ignore_end"] else turn_end_ids(tokenizer),
+        stops=options["stops"],
+        settings={"sampler": _sampler(options), "key": options["seed"]},
+    )
+    if prompt is None:
+        chat.converse(as_json=as_json)
+    else:
+        chat.answer(prompt, as_json=as_json)
 
 
 def _check_prompt(path: Path, ids: Sequence[int], max_new_tokens: int, *, from_text: bool) -> None:

@@ -7,8 +7,10 @@ from mergelab.lazy import lazy_names
 if TYPE_CHECKING:
     from mergelab.activations.batches import bucket_size, pad_prompts
     from mergelab.decoding.completion import Completion, complete
-    from mergelab.decoding.generation import Generated, GenerationState, advance, begin, generate, start
+    from mergelab.decoding.generation import Generated, begin, generate
+    from mergelab.decoding.generation_state import GenerationState, start
     from mergelab.decoding.samplers import Sampler, greedy, row_keys, sample, sampler_from_options
+    from mergelab.decoding.steps import advance
     from mergelab.decoding.stop import Stop, cut_at_strings, stop_at
     from mergelab.decoding.text_generation import generate_text
     from mergelab.decoding.transforms import (

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
 from mergelab.activations.batches import pad_prompts
-from mergelab.decoding.generation import advance, begin
+from mergelab.decoding.generation import begin
 from mergelab.decoding.samplers import Sampler, greedy, row_keys
+from mergelab.decoding.steps import Steps
 from mergelab.decoding.stop import cut_at_strings, stop_at
+from mergelab.decoding.transforms import require
+from mergelab.errors import DecodingError
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit, as_partials
 from mergelab.text.tokenizer import Tokenizer
@@ -42,15 +44,16 @@ def complete(
     model: Model,
     params: Params,
     tokenizer: Tokenizer,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: str | Sequence[str | Sequence[int]],
     *,
     max_new_tokens: int,
     sampler: Sampler | None = None,
     key: Key[Array, "*batch"] | int = 0,
-    stop_strings: Sequence[str] = (),
+    stop_strings: str | Sequence[str] = (),
     end_ids: Sequence[int] | None = None,
     edit: Mapping[str, Edit] | None = None,
     add_special_tokens: bool = True,
+    on_text: Callable[[str], None] | None = None,
 ) -> list[Completion]:
     """Continues texts.
 
@@ -61,34 +64,48 @@ def complete(
         model: a decoder.
         params: its parameters.
         tokenizer: its tokenizer.
-        prompts: texts, or token ids.
+        prompts: texts, or token ids; a single text is one prompt.
         max_new_tokens: largest number of tokens generated per prompt.
         sampler: choice of tokens; `greedy()` by default.
         key: a seed or a key, folded with the prompt's index; or one key per prompt.
         stop_strings: strings that end a text.
         end_ids: tokens that end a text; by default `tokenizer.end_ids`.
-        edit: as in `generate`.
-        add_special_tokens: as in `Tokenizer.encode`; False for rendered chat templates.
+        edit: same as in `generate`.
+        add_special_tokens: same as in `Tokenizer.encode`; False for rendered chat templates.
+        on_text: function that is called with each piece of the text as soon as it is certain; for one prompt.
 
     Raises:
-        DecodingError: as `generate`; and for an empty stop string.
+        DecodingError: as `generate`; for an empty stop string; and for `on_text` with several prompts.
     """
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
+    several = on_text is not None and len(prompts) > 1
+    require("complete(on_text)", f"{len(prompts)} prompts", not several, "one prompt")
     ids = [
         tokenizer.encode(p, add_special_tokens=add_special_tokens) if isinstance(p, str) else list(p)
         for p in prompts
     ]
+    empty = next((n for n, row in enumerate(ids) if not row), None)
+    if empty is not None:
+        which = "the prompt" if len(ids) == 1 else f"prompt {empty}"
+        raise DecodingError(
+            f"{which} is empty: {prompts[empty]!r} has no tokens to continue; give a text, or the id of the "
+            "token that begins one."
+        )
     for string in stop_strings:
         cut_at_strings("", [string])  # refused before anything is computed
     stop, edits = stop_at(tokenizer.end_ids if end_ids is None else end_ids), as_partials(edit)
     sampler, keys = sampler or greedy(), row_keys(key, len(ids))
     tokens, mask = pad_prompts(ids)
     progress = begin(model, params, tokens, mask, max_new_tokens=max_new_tokens, stop=stop, edit=edit)
+    steps = Steps(model, params, sampler=sampler, keys=keys, stop=stop, edit=edits)
     found: dict[int, Completion] = {}
+    shown = _Shown(on_text, stop_strings)
     until = 0
     while len(found) < len(ids):
-        until = min(until + _CHUNK, max_new_tokens) if stop_strings else max_new_tokens
-        limit = jnp.int32(until)
-        progress = advance(model, params, progress, limit, sampler=sampler, keys=keys, stop=stop, edit=edits)
+        piece = 1 if on_text is not None else _CHUNK if stop_strings else max_new_tokens
+        until = min(until + piece, max_new_tokens)
+        progress = steps.advance(progress, until)
         generated, finished = np.asarray(progress.tokens), np.asarray(progress.finished)
         for row, length in enumerate(np.asarray(progress.lengths).tolist()):
             if row in found:
@@ -100,7 +117,32 @@ def complete(
                 completion = Completion(tuple(new), text, "token" if finished[row] else "length")
             if completion is not None:
                 found[row] = completion
+            if on_text is not None:
+                text = new_text(tokenizer, ids[row], new) if completion is None else completion.text
+                shown.show(text, whole=completion is not None)
     return [found[row] for row in range(len(ids))]
+
+
+class _Shown:
+    """What has been shown of a text that grows.
+
+    Args:
+        show: takes the pieces.
+        strings: strings that end the text, and are not shown.
+    """
+
+    def __init__(self, show: Callable[[str], None] | None, strings: Sequence[str]) -> None:
+        self._show, self._strings, self._shown = show, strings, ""
+
+    def show(self, text: str, *, whole: bool) -> None:
+        """Shows what is new in `text`, as far as further tokens cannot change it."""
+        if not whole:
+            text = text.rstrip("\ufffd")  # characters of which some bytes are still to come
+            parts = {string[:n] for string in self._strings for n in range(1, len(string))}
+            text = text[: len(text) - max((len(part) for part in parts if text.endswith(part)), default=0)]
+        if self._show is not None and len(text) > len(self._shown) and text.startswith(self._shown):
+            self._show(text[len(self._shown) :])
+            self._shown = text
 
 
 def new_text(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int]) -> str:

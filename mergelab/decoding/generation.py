@@ -1,205 +1,27 @@
-"""Generation with a cache: begin, advance, generate."""
+"""Generation with a cache, from token ids to token ids."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mergelab.activations.batches import bucket_size, check_prompts, widen
+from mergelab.decoding.generation_state import GenerationState, start
 from mergelab.decoding.samplers import Sampler, greedy, row_keys
+from mergelab.decoding.steps import Steps
 from mergelab.decoding.stop import Stop, stop_at
-from mergelab.decoding.transforms import History, require
-from mergelab.models.cache import Cache
+from mergelab.decoding.transforms import require
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit, as_partials, match_sites
 from mergelab.models.token_checks import learned_positions
 
-__all__ = ["Generated", "GenerationState", "advance", "begin", "generate", "start"]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class GenerationState:
-    """Rows of text while they grow; a pytree of fixed shapes.
-
-    Attributes:
-        cache: keys and values of every token but the last of each row.
-        last: that last token, int32 `[batch]`.
-        seen: bool `[batch, vocab]`, the tokens of each row.
-        recent: the tokens that may complete a stop sequence, int32 `[batch, width]`.
-        tokens: what was generated, int32 `[batch, capacity]`; `pad_id` after a row's end.
-        lengths: tokens generated, those that ended a row among them, int32 `[batch]`.
-        finished: bool `[batch]`, whether the row has ended.
-        steps: number of steps done, an int32 scalar.
-        log_probs: log-probability of every generated token, float32 `[batch, capacity]`: what the model's
-            logits give it, before any transform; 0 after a row's end. None where they are not kept.
-        captured: sites of the pass that chose each row's last generated token, `[batch, ...]`; zeros before
-            the first step. Their names are those that `advance` captures.
-    """
-
-    cache: Cache
-    last: Int[Array, " batch"]
-    seen: Bool[Array, "batch vocab"]
-    recent: Int[Array, "batch width"]
-    tokens: Int[Array, "batch capacity"]
-    lengths: Int[Array, " batch"]
-    finished: Bool[Array, " batch"]
-    steps: Int[Array, ""]
-    log_probs: Float[Array, "batch capacity"] | None = None
-    captured: dict[str, Array] = field(default_factory=dict)
-
-    def repeat(self, times: int) -> GenerationState:
-        """Every row `times` times, one copy after the other: samples of one prompt that is read once."""
-        return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0) if x.ndim else x, self)
-
-
-@partial(jax.jit, static_argnames=("model", "capacity", "log_probs", "capture"))
-def start(
-    model: Model,
-    params: Params,
-    tokens: Int[Array, "batch length"],
-    mask: Bool[Array, "batch length"],
-    *,
-    capacity: int,
-    stop: Stop,
-    edit: Mapping[str, Partial],
-    pad_id: int = 0,
-    log_probs: bool = False,
-    capture: tuple[str, ...] = (),
-) -> GenerationState:
-    """Reads the prompts, all but their last tokens, into a cache with room for `capacity` more.
-
-    Args:
-        model: a decoder.
-        params: its parameters.
-        tokens: the prompts, padded on the left.
-        mask: True for real tokens.
-        capacity: largest number of tokens that may be generated; static.
-        stop: rule that ends rows.
-        edit: edits by site, as `mergelab.models.sites.as_partials` gives them.
-        pad_id: what `GenerationState.tokens` holds after a row's end.
-        log_probs: whether log-probabilities of generated tokens are kept; static.
-        capture: names of sites to keep of every row's last step; static.
-    """
-    batch, length = tokens.shape
-    vocab = model.config.vocab_size
-    dtype = params["embed"]["embedding"].dtype
-    cache = model.new_cache(batch, length - 1 + capacity, dtype)
-    if length > 1:
-        out = model.apply(params, tokens[:, :-1], mask=mask[:, :-1], cache=cache, edit=edit, logits=False)
-        assert out.cache is not None
-        cache = out.cache
-    rows = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[:, None], tokens.shape)
-    ids = jnp.where(mask, tokens, vocab)  # padding falls outside, and is dropped
-    return GenerationState(
-        cache=cache,
-        last=tokens[:, -1],
-        seen=jnp.zeros((batch, vocab), jnp.bool_).at[rows, ids].set(True, mode="drop"),
-        recent=stop.no_recent(batch),
-        tokens=jnp.full((batch, capacity), pad_id, jnp.int32),
-        lengths=jnp.zeros(batch, jnp.int32),
-        finished=jnp.zeros(batch, jnp.bool_),
-        steps=jnp.int32(0),
-        log_probs=jnp.zeros((batch, capacity), jnp.float32) if log_probs else None,
-        captured=_nothing_captured(model, params, cache, edit, capture),
-    )
-
-
-def _nothing_captured(
-    model: Model, params: Params, cache: Cache, edit: Mapping[str, Partial], capture: tuple[str, ...]
-) -> dict[str, Array]:
-    """Zeros in the shapes that one step captures."""
-    if not capture:
-        return {}
-
-    def step() -> dict[str, Array]:
-        tokens = jnp.zeros((cache.mask.shape[0], 1), jnp.int32)
-        out = model.apply(params, tokens, cache=cache, edit=edit, capture=capture)
-        return _last_token(model, out.captured)
-
-    return {site: jnp.zeros(x.shape, x.dtype) for site, x in jax.eval_shape(step).items()}
-
-
-def _last_token(model: Model, captured: Mapping[str, Array]) -> dict[str, Array]:
-    """Captured sites of one token a row, without the axis of tokens."""
-
-    def token_axis(site: str) -> int:
-        return next(n for n, size in enumerate(model.sites()[site]) if size in ("length", "query"))
-
-    return {site: jnp.squeeze(value, token_axis(site)) for site, value in captured.items()}
-
-
-@partial(jax.jit, static_argnames=("model",))
-def advance(
-    model: Model,
-    params: Params,
-    progress: GenerationState,
-    until: Int[Array, ""],
-    *,
-    sampler: Sampler,
-    keys: Key[Array, " batch"],
-    stop: Stop,
-    edit: Mapping[str, Partial],
-) -> GenerationState:
-    """Generates until `until` steps (at most the capacity) are done in all, or every row has ended.
-
-    Args:
-        model: the decoder.
-        params: its parameters.
-        progress: rows as they stand.
-        until: number of steps in all, an int32 scalar.
-        sampler: chooses tokens.
-        keys: one per row; the `n`-th token of a row is drawn with its key folded with `n`.
-        stop: rule that ends rows, of the shape that `start` was given.
-        edit: edits by site, as `mergelab.models.sites.as_partials` gives them.
-    """
-    rows = jnp.arange(progress.last.shape[0], dtype=jnp.int32)
-    until = jnp.minimum(until, progress.tokens.shape[1])
-
-    def unfinished(p: GenerationState) -> Array:
-        return (p.steps < until) & ~p.finished.all()
-
-    def step(p: GenerationState) -> GenerationState:
-        out = model.apply(params, p.last[:, None], cache=p.cache, edit=edit, capture=tuple(p.captured))
-        assert out.logits is not None and out.cache is not None
-        captured = _last_token(model, out.captured)
-        draws = jax.vmap(jax.random.fold_in)(keys, p.lengths.astype(jnp.uint32))
-        token = sampler(out.logits[:, -1], History(p.seen, p.lengths, captured), draws)
-        recent = stop.push(p.recent, token)
-        grown = ~p.finished
-
-        def kept(new: Array, old: Array) -> Array:
-            return jnp.where(grown.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-        log_probs = p.log_probs
-        if log_probs is not None:
-            chosen = jnp.take_along_axis(jax.nn.log_softmax(out.logits[:, -1]), token[:, None], axis=1)
-            chosen = jnp.where(grown[:, None], chosen, 0.0)
-            log_probs = jax.lax.dynamic_update_slice(log_probs, chosen, (jnp.int32(0), p.steps))
-        written = jnp.where(grown, token, p.tokens[:, p.steps])
-        return replace(
-            p,
-            cache=out.cache,
-            last=jnp.where(grown, token, p.last),
-            seen=p.seen.at[rows, token].set(True),
-            recent=recent,
-            tokens=jax.lax.dynamic_update_slice(p.tokens, written[:, None], (jnp.int32(0), p.steps)),
-            lengths=p.lengths + grown.astype(jnp.int32),
-            finished=p.finished | stop(recent, token),
-            steps=p.steps + 1,
-            log_probs=log_probs,
-            captured={site: kept(captured[site], old) for site, old in p.captured.items()},
-        )
-
-    return jax.lax.while_loop(unfinished, step, progress)
+__all__ = ["Generated", "begin", "generate"]
 
 
 @jax.tree_util.register_dataclass
@@ -249,7 +71,8 @@ def generate(
     A row's tokens depend on its own prompt and key only: padding is never attended to, the `n`-th token is
     drawn with `fold_in(row's key, n)`, and rows that have ended change no other. (Another width of padding
     may round logits differently.) Compiled once per batch size and per bucket of prompt length and
-    `max_new_tokens` (`bucket_size`); settings of samplers and stop rules are arguments of the program.
+    `max_new_tokens` (`bucket_size`); settings of samplers and stop rules are arguments of the program. On one
+    CPU device layers that are alike share one program (`mergelab.models.blockwise`).
 
     Args:
         model: a decoder.
@@ -293,8 +116,8 @@ def generate(
     if samples > 1:
         progress = progress.repeat(samples)
     keys = row_keys(key, progress.last.shape[0])
-    limit = jnp.int32(max_new_tokens)
-    done = advance(model, params, progress, limit, sampler=sampler, keys=keys, stop=stop, edit=edits)
+    steps = Steps(model, params, sampler=sampler, keys=keys, stop=stop, edit=edits)
+    done = steps.advance(progress, max_new_tokens)
     return Generated(
         done.tokens[:, :max_new_tokens],
         done.lengths,
@@ -336,7 +159,8 @@ def begin(
         require(place, f"{longest} positions", longest <= room, f"at most the model's {room} learned ones")
     patterns = [capture] if isinstance(capture, str) else capture
     sites = (name for pattern in patterns for name in match_sites(model.sites(), pattern))
-    prompts, real = widen(prompts, real, bucket_size(prompts.shape[1]))
+    width = prompts.shape[1]
+    prompts, real = widen(prompts, real, bucket_size(width))
     capacity = bucket_size(max_new_tokens)
     return start(
         model,
@@ -349,4 +173,5 @@ def begin(
         pad_id=pad_id,
         log_probs=log_probs,
         capture=tuple(dict.fromkeys(sites)),
+        width=width,
     )

@@ -7,24 +7,29 @@ nothing anew.
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Any, overload
 
 import jax.numpy as jnp
 from jax.tree_util import Partial
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
 from mergelab.errors import SAEError, SiteError
 from mergelab.interp import latent_edits
 from mergelab.interp.latent_edits import Latents
 from mergelab.interp.steering import SteeringVector, add_vector
+from mergelab.interp.token_selection import (
+    Columns,
+    Generated,
+    Tokens,
+    chosen_tokens,
+    in_columns,
+    select_tokens,
+)
 from mergelab.models.sites import Edit
 from mergelab.sae.sae import SAE
 
 __all__ = ["ablate", "patch", "steer"]
-
-Tokens = Bool[Array, "batch length"] | None
-"""The tokens an edit changes; all of them if None."""
 
 
 def steer(
@@ -40,7 +45,8 @@ def steer(
             such as the decoder row `sae.W_dec[12]` of a latent.
         strength: factor of the direction; of a `SteeringVector` the length of what is added, in units of the
             mean norm of the activations. Negative strengths steer away. May be traced.
-        where: tokens to change, bool `[batch, length]`; all by default.
+        where: tokens to change: bool `[batch, length]`, "prompt" or "generated"; all by default. In a
+            generation a mask is one of the prompts' columns, and leaves new tokens as they are.
 
     Raises:
         SiteError: the direction is not one vector.
@@ -69,7 +75,8 @@ def ablate(
     Args:
         what: an SAE of the site that the edit is used at; or a direction `[width]` of any length.
         latents: latents of the SAE to set to 0.
-        where: tokens to change, bool `[batch, length]`; all by default.
+        where: tokens to change: bool `[batch, length]`, "prompt" or "generated"; all by default. In a
+            generation a mask is one of the prompts' columns, and leaves new tokens as they are.
 
     Raises:
         SAEError: an SAE without latents, latents without an SAE, a latent that does not exist, or an SAE
@@ -85,7 +92,7 @@ def ablate(
             f"latents were given for a {type(what).__name__}; they belong to an SAE: ablate(sae, latents)."
         )
     direction = _vector(what.vector if isinstance(what, SteeringVector) else what)
-    return Partial(_without, direction, where)
+    return Partial(_without, direction, select_tokens(where))
 
 
 def patch(value: Float[Array, "batch length ..."] | ArrayLike, *, where: Tokens = None) -> Edit:
@@ -94,13 +101,15 @@ def patch(value: Float[Array, "batch length ..."] | ArrayLike, *, where: Tokens 
     `mergelab.interp.patch_grid` tries every site and token in one compiled program.
 
     Args:
-        value: of the site's shape `[batch, length, ...]`, or one that broadcasts to it.
-        where: tokens to change, bool `[batch, length]`; all by default.
+        value: array of the site's shape `[batch, length, ...]`, or one that broadcasts to it. In a generation
+            its length is that of the prompts, and new tokens stay as they are.
+        where: tokens to change: bool `[batch, length]`, "prompt" or "generated"; all by default. In a
+            generation a mask is one of the prompts' columns, and leaves new tokens as they are.
 
     Returns:
         An edit that raises `SiteError` when the value does not fit the site it is used at.
     """
-    return Partial(_replaced, jnp.asarray(value, jnp.float32), where)
+    return Partial(_replaced, jnp.asarray(value, jnp.float32), select_tokens(where))
 
 
 def _vector(direction: ArrayLike) -> Float[Array, " width"]:
@@ -110,23 +119,45 @@ def _vector(direction: ArrayLike) -> Float[Array, " width"]:
     return vector
 
 
-def _without(direction: Array, where: Array | None, x: Array) -> Array:
+def _without(
+    direction: Array,
+    where: Any,
+    x: Array,
+    columns: Columns = None,
+    generated: Generated = None,
+) -> Array:
     unit = direction / jnp.linalg.norm(direction)
     along = jnp.einsum("...w,w->...", x.astype(jnp.float32), unit, precision="highest")
     removed = x.astype(jnp.float32) - along[..., None] * jnp.broadcast_to(unit, x.shape)
-    return _at(where, removed, x)
+    return _at(chosen_tokens(where, x.shape, columns, generated), removed, x)
 
 
-def _replaced(value: Array, where: Array | None, x: Array) -> Array:
+def _replaced(
+    value: Array,
+    where: Any,
+    x: Array,
+    columns: Columns = None,
+    generated: Generated = None,
+) -> Array:
+    chosen = chosen_tokens(where, x.shape, columns, generated)
+    rest = [*range(2, x.ndim)] if value.ndim == x.ndim else [*range(x.ndim - value.ndim, x.ndim)]
     lined_up = value.ndim <= x.ndim and all(
-        size in (1, there) for size, there in zip(value.shape[::-1], x.shape[::-1], strict=False)
+        size in (1, x.shape[axis]) for size, axis in zip(value.shape[::-1], rest[::-1], strict=False)
     )
+    if lined_up and value.ndim == x.ndim:
+        placed = in_columns(value, x.shape, columns)
+        lined_up = placed is not None
+        if placed is not None and value.shape[1] > 1:
+            value, there = placed
+            chosen = there if chosen is None else chosen & there
     if not lined_up:
         raise SiteError(
             f"a value of shape {list(value.shape)} cannot take the place of an activation of shape "
             f"{list(x.shape)}; capture it on prompts of the same number and length."
         )
-    return _at(where, jnp.broadcast_to(value.reshape((1,) * (x.ndim - value.ndim) + value.shape), x.shape), x)
+    return _at(
+        chosen, jnp.broadcast_to(value.reshape((1,) * (x.ndim - value.ndim) + value.shape), x.shape), x
+    )
 
 
 def _at(where: Array | None, changed: Array, x: Array) -> Array:

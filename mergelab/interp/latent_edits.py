@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
 from jax.tree_util import Partial
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from mergelab.errors import SAEError
+from mergelab.interp.token_selection import Columns, Generated, Tokens, chosen_tokens, select_tokens
 from mergelab.models.sites import Edit
 from mergelab.sae.sae import SAE, layer_norm
 from mergelab.sae.splice import check_reconstructs, splice
@@ -28,17 +29,16 @@ __all__ = ["ablate", "add", "clamp", "edit_latents", "scale", "splice"]
 
 Latents = int | Sequence[int] | Int[Array, " latents"]
 Amounts = float | Sequence[float] | Float[Array, " latents"]
-Where = Bool[Array, "batch length"] | None
 Change = Callable[..., Array]
 
 
-def ablate(sae: SAE, latents: Latents, *, where: Where = None) -> Edit:
+def ablate(sae: SAE, latents: Latents, *, where: Tokens = None) -> Edit:
     """Sets latents to 0: subtracts `f_i d_i` from the activation for each of them.
 
     Args:
         sae: SAE of the site that the edit is used at.
         latents: indices of the latents.
-        where: the tokens to change, `[batch, length]`; all by default.
+        where: tokens to change, as in `mergelab.interp.steer`; all by default.
 
     Returns:
         An edit for `Model.apply` and `generate`. It holds arrays: other latents compile nothing anew.
@@ -49,23 +49,23 @@ def ablate(sae: SAE, latents: Latents, *, where: Where = None) -> Edit:
     return edit_latents(sae, latents, _set, 0.0, where=where)
 
 
-def clamp(sae: SAE, latents: Latents, values: Amounts, *, where: Where = None) -> Edit:
+def clamp(sae: SAE, latents: Latents, values: Amounts, *, where: Tokens = None) -> Edit:
     """Sets latents to fixed values, whether they are active or not; as `ablate` otherwise."""
     return edit_latents(sae, latents, _set, values, where=where)
 
 
-def scale(sae: SAE, latents: Latents, factors: Amounts, *, where: Where = None) -> Edit:
+def scale(sae: SAE, latents: Latents, factors: Amounts, *, where: Tokens = None) -> Edit:
     """Multiplies latents, which changes nothing where they are not active; as `ablate` otherwise."""
     return edit_latents(sae, latents, jnp.multiply, factors, where=where)
 
 
-def add(sae: SAE, latents: Latents, amounts: Amounts, *, where: Where = None) -> Edit:
+def add(sae: SAE, latents: Latents, amounts: Amounts, *, where: Tokens = None) -> Edit:
     """Adds to latents, whether they are active or not; as `ablate` otherwise."""
     return edit_latents(sae, latents, jnp.add, amounts, where=where)
 
 
 def edit_latents(
-    sae: SAE, latents: Latents, change: Change, amounts: Amounts, *, where: Where = None
+    sae: SAE, latents: Latents, change: Change, amounts: Amounts, *, where: Tokens = None
 ) -> Edit:
     """The edit that the others are made of.
 
@@ -74,7 +74,7 @@ def edit_latents(
         latents: indices of the latents, each once.
         change: `(codes [tokens, latents], amounts [1, latents]) -> codes`, jittable.
         amounts: one for all latents, or one for each.
-        where: the tokens to change, `[batch, length]`; all by default.
+        where: tokens to change, as in `mergelab.interp.steer`; all by default.
 
     Raises:
         SAEError: a latent does not exist or is given twice, the amounts are not as many, or the SAE
@@ -87,15 +87,25 @@ def edit_latents(
         raise SAEError(
             f"{given.size} amounts were given for {chosen.size} latents; give one for all, or one for each."
         )
-    return Partial(_changed, Partial(change), sae, chosen, given[None], where)
+    return Partial(_changed, Partial(change), sae, chosen, given[None], select_tokens(where))
 
 
-def _changed(change: Change, sae: SAE, latents: Array, amounts: Array, where: Where, x: Array) -> Array:
+def _changed(
+    change: Change,
+    sae: SAE,
+    latents: Array,
+    amounts: Array,
+    where: Any,
+    x: Array,
+    columns: Columns = None,
+    generated: Generated = None,
+) -> Array:
     rows = _rows(x)
     codes = sae.encode(rows)[:, latents]
     difference = change(codes, jnp.broadcast_to(amounts, codes.shape)) - codes
-    if where is not None:
-        difference = difference * where.reshape(-1, 1).astype(difference.dtype)
+    tokens = chosen_tokens(where, x.shape, columns, generated)
+    if tokens is not None:
+        difference = difference * tokens.reshape(-1, 1).astype(difference.dtype)
     added = difference @ sae.W_dec[latents]
     if sae.config.normalization == "layer_norm":
         added = added * layer_norm(rows)[2]

@@ -89,7 +89,13 @@ class LensReading:
 
 
 def logit_lens(
-    model: Model, params: Params, tokens: Any, sites: Patterns = STREAMS, *, lens: TunedLens | None = None
+    model: Model,
+    params: Params,
+    tokens: Any,
+    sites: Patterns = STREAMS,
+    *,
+    lens: TunedLens | None = None,
+    mask: Any = None,
 ) -> dict[str, Array]:
     """Logits read from each site: float32 `[batch, length, vocab]` by name.
 
@@ -101,14 +107,18 @@ def logit_lens(
         tokens: `[batch, length]`.
         sites: names or patterns; the lens's own where one is given.
         lens: translators; none by default.
+        mask: True for real tokens, `[batch, length]`; what is read at padding has no meaning.
 
     Raises:
-        SiteError: as `TunedLens.identity`.
+        SiteError: as `TunedLens.identity`; or the mask is not of the tokens' shape.
+        TokenError: tokens beyond the vocabulary or the learned positions.
     """
     lens = TunedLens.identity(model, sites) if lens is None else lens
-    check_tokens(model, tokens)
-    tokens = jnp.asarray(tokens, jnp.int32)
-    streams = model.apply(params, tokens, capture=lens.sites, logits=False).captured
+    tokens, real = check_prompts(model, tokens, mask)
+    given = None if mask is None else jnp.asarray(real)
+    streams = model.apply(
+        params, jnp.asarray(tokens, jnp.int32), mask=given, capture=lens.sites, logits=False
+    ).captured
     return {
         name: readout(model, params, lens.translate(i, streams[name])) for i, name in enumerate(lens.sites)
     }

@@ -7,7 +7,7 @@ Attribution patching replaces the passes by one gradient, to first order (Syed e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,11 +19,13 @@ from jax import Array
 from jax.tree_util import Partial
 
 from mergelab.activations.batches import batches, map_pieces
-from mergelab.activations.capture import Patterns, check_pairs, stream_sites
+from mergelab.activations.capture import Patterns, check_pairs, position_columns, stream_sites
 from mergelab.errors import SiteError
 from mergelab.interp.logit_metrics import LogitMetric
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit
+
+Positions = int | Sequence[int] | None
 
 __all__ = ["PatchGrid", "attribution_patching", "cell_grid", "patch_grid", "patched_metrics", "rows_of"]
 
@@ -65,6 +67,7 @@ def patch_grid(
     metric: LogitMetric,
     *,
     mask: Any = None,
+    positions: Positions = None,
     by_head: bool = False,
     batch: int = 16,
     cells_at_once: int = 8,
@@ -79,6 +82,8 @@ def patch_grid(
         sites: names or patterns of sites `[batch, length, ...]`, such as `blocks.*.resid_pre`.
         metric: scores the logits, see `mergelab.interp.logit_metrics`.
         mask: True for real tokens, of both.
+        positions: real tokens of each prompt to patch, counted from 0, or from the end (-1: the last one);
+            every column by default.
         by_head: patch heads apart, at sites `[batch, length, heads, head_dim]`.
         batch: prompts in one pass.
         cells_at_once: cells that are computed side by side; memory grows with it.
@@ -87,18 +92,29 @@ def patch_grid(
         A grid of `sites x positions (x heads)`; one program is compiled for all of it.
 
     Raises:
-        SiteError: prompts do not pair up, or sites have no positions, no heads, or different numbers of them.
+        SiteError: prompts do not pair up, a prompt has no token at a position, or sites have no positions, no
+            heads, or different numbers of them.
     """
     names = stream_sites(model, sites)
     source, target, real = check_pairs(model, source, target, mask)
-    cells, shape = cell_grid(model, names, source.shape[1], by_head)
+    columns = _columns(real, positions)
+    count_positions = source.shape[1] if columns is None else columns.shape[1]
+    cells, shape = cell_grid(model, names, count_positions, by_head)
     parts: list[tuple[np.ndarray, ...]] = []
     for rows, count in batches(len(source), batch):
         scored = rows_of(metric, rows, len(source))
         taken, there = _run(model, params, source[rows], real[rows], scored, names)
         here = _run(model, params, target[rows], real[rows], scored, names)[1]
         found = patched_metrics(
-            model, params, target[rows], real[rows], taken, cells, scored, cells_at_once=cells_at_once
+            model,
+            params,
+            target[rows],
+            real[rows],
+            taken,
+            cells,
+            scored,
+            cells_at_once=cells_at_once,
+            columns=None if columns is None else columns[rows],
         )
         parts.append(tuple(np.asarray(value)[:count] for value in (found.T, there, here)))
     patched, there, here = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -114,6 +130,7 @@ def attribution_patching(
     metric: LogitMetric,
     *,
     mask: Any = None,
+    positions: Positions = None,
     by_head: bool = False,
     batch: int = 16,
 ) -> PatchGrid:
@@ -125,6 +142,7 @@ def attribution_patching(
     names = stream_sites(model, sites)
     source, target, real = check_pairs(model, source, target, mask)
     cell_grid(model, names, source.shape[1], by_head)
+    columns = _columns(real, positions)
     parts: list[tuple[np.ndarray, ...]] = []
     for rows, count in batches(len(source), batch):
         scored = rows_of(metric, rows, len(source))
@@ -136,6 +154,9 @@ def attribution_patching(
             np.einsum("...d,...d->...", *(_flat(np.asarray(x), keep) for x in (taken[n] - had[n], slopes[n])))
             for n in names
         ]
+        if columns is not None:
+            at = columns[rows].reshape(*columns[rows].shape, *[1] * (keep - 2))
+            change = [np.take_along_axis(x, at, axis=1) for x in change]
         estimate = np.stack(change, axis=1) + np.asarray(here).reshape(-1, *[1] * keep)
         parts.append(tuple(np.asarray(value)[:count] for value in (estimate, there, here)))
     patched, there, here = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -179,6 +200,7 @@ def patched_metrics(
     metric: LogitMetric,
     *,
     cells_at_once: int = 8,
+    columns: Array | None = None,
 ) -> Array:
     """The metric with one cell replaced, for each of the cells.
 
@@ -191,6 +213,8 @@ def patched_metrics(
         cells: int32 `[cells, 3]`: site, position and head; -1 stands for all positions or all heads.
         metric: a `Partial`.
         cells_at_once: cells that are computed side by side.
+        columns: int32 `[batch, positions]`, the column of each position that `cells` counts; by default they
+            are the columns themselves.
 
     Returns:
         `[cells, batch]`.
@@ -198,7 +222,7 @@ def patched_metrics(
     names = [name for name in model.sites() if name in values]
 
     def one(cell: Array) -> Array:
-        edits = {name: Partial(_replaced, values[name], i, cell) for i, name in enumerate(names)}
+        edits = {name: Partial(_replaced, values[name], i, cell, columns) for i, name in enumerate(names)}
         return metric(_logits(model, params, tokens, mask, edits))
 
     return map_pieces(one, cells, cells_at_once)
@@ -220,9 +244,21 @@ def rows_of(metric: LogitMetric, rows: np.ndarray, prompts: int) -> LogitMetric:
     return jax.tree.map(lambda leaf: leaf[rows] if jnp.ndim(leaf) else leaf, metric)
 
 
-def _replaced(new: Array, number: int, cell: Array, x: Array) -> Array:
-    chosen = (cell[1] == jnp.arange(x.shape[1])) | (cell[1] < 0)
-    chosen = (chosen & (cell[0] == number)).reshape(1, -1, *[1] * (x.ndim - 2))
+def _columns(real: np.ndarray, positions: Positions) -> np.ndarray | None:
+    """int32 `[prompts, positions]`: where the real tokens of these positions stand; None for all columns."""
+    if positions is None:
+        return None
+    asked = [positions] if isinstance(positions, int) else list(positions)
+    if not asked:
+        raise SiteError("positions is empty; give those to patch, such as [-1], or omit it for all.")
+    return np.stack([position_columns(real, position) for position in asked], axis=1).astype(np.int32)
+
+
+def _replaced(new: Array, number: int, cell: Array, columns: Array | None, x: Array) -> Array:
+    places = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    wanted = cell[1] if columns is None else columns[:, cell[1], None]
+    chosen = (wanted == places) | (cell[1] < 0)
+    chosen = (chosen & (cell[0] == number)).reshape(*chosen.shape, *[1] * (x.ndim - 2))
     if x.ndim == 4:
         heads = (cell[2] == jnp.arange(x.shape[2])) | (cell[2] < 0)
         chosen = chosen & heads.reshape(1, 1, -1, 1)

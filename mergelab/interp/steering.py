@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.tree_util import Partial
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from mergelab.activations.capture import capture, check_prompts
 from mergelab.errors import SAEError, SiteError
+from mergelab.interp.token_selection import Columns, Generated, Tokens, chosen_tokens, select_tokens
 from mergelab.interp.vectors import mean_difference, mean_norm, principal_difference, with_strength
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit
@@ -39,22 +40,22 @@ class SteeringVector:
     site: str = field(default="", metadata={"static": True})
     model_type: str = field(default="", metadata={"static": True})
 
-    def edit(self, strength: Any, *, where: Bool[Array, "batch length"] | None = None) -> Edit:
+    def edit(self, strength: Any, *, where: Tokens = None) -> Edit:
         """Adds the direction at length `strength * norm`; a negative strength steers away.
 
         Args:
             strength: multiple of the mean activation norm; may be traced.
-            where: the tokens to change; all by default.
+            where: tokens to change, as in `mergelab.interp.steer`; all by default.
         """
         return add_vector(with_strength(self.vector, strength, self.norm), where=where)
 
 
-def add_vector(vector: Float[Array, " width"], *, where: Bool[Array, "batch length"] | None = None) -> Edit:
+def add_vector(vector: Float[Array, " width"], *, where: Tokens = None) -> Edit:
     """An edit `x -> x + vector` at every token, or at those where `where` is True.
 
     It holds arrays, so that another vector of the same width compiles nothing anew.
     """
-    return Partial(_added, jnp.asarray(vector, jnp.float32), where)
+    return Partial(_added, jnp.asarray(vector, jnp.float32), select_tokens(where))
 
 
 def steering_vector(
@@ -69,7 +70,7 @@ def steering_vector(
     method: Literal["mean", "pca"] = "mean",
     batch: int = 32,
 ) -> SteeringVector:
-    """From what a site holds on two sets of prompts.
+    """A steering vector from what a site holds on two sets of prompts.
 
     Args:
         model: the model.
@@ -123,8 +124,15 @@ def latent_direction(sae: SAE, latent: int, activations: Any) -> SteeringVector:
     return SteeringVector(vector, mean_norm(jnp.asarray(rows)))
 
 
-def _added(vector: Array, where: Array | None, x: Array) -> Array:
+def _added(
+    vector: Array,
+    where: Any,
+    x: Array,
+    columns: Columns = None,
+    generated: Generated = None,
+) -> Array:
     added = jnp.broadcast_to(vector, x.shape)
-    if where is not None:
-        added = added * where[..., None].astype(jnp.float32)
+    chosen = chosen_tokens(where, x.shape, columns, generated)
+    if chosen is not None:
+        added = added * chosen[..., None].astype(jnp.float32)
     return (x.astype(jnp.float32) + added).astype(x.dtype)

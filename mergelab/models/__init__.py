@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mergelab.models.orbax import load_orbax, save_orbax
     from mergelab.models.residual_stream import ResidualWriter, norm_gain, readout, unembedding, writers
     from mergelab.models.save import save_model, save_params
-    from mergelab.models.sites import Edit, Tap, match_sites
+    from mergelab.models.sites import Edit, Tap, TokenPlaces, match_sites
     from mergelab.models.table import Leaf, Parameter, build_table, stored_shapes, tree_from_leaves
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Params",
     "ResidualWriter",
     "Tap",
+    "TokenPlaces",
     "build_table",
     "load_model",
     "load_orbax",

@@ -17,12 +17,12 @@ from jaxtyping import Array, Bool, Float, Int
 from mergelab.models.cache import Cache
 from mergelab.models.layers.attention import AttentionSpec, KeysValues, soft_cap
 from mergelab.models.layers.block import AnyBlock, Pass, Stream
-from mergelab.models.layers.dense import Embed, Linear, matmul
+from mergelab.models.layers.dense import Embed, Linear
 from mergelab.models.layers.norms import Norm, NormKind
 from mergelab.models.model import Architecture
 from mergelab.models.sites import Tap
 
-__all__ = ["DECODER", "Decoder", "DecoderConfig"]
+__all__ = ["DECODER", "Decoder", "DecoderConfig", "Entrance", "Exit"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class DecoderConfig:
         embed_scale: what embeddings are multiplied with.
         logit_cap: soft cap of the logits, or None.
         tied: whether the logits use the embedding matrix.
+        causal: whether tokens see only earlier ones; False for models of embeddings (EmbeddingGemma).
+        head: whether there are logits; False for weights saved without a head, or with one of another kind.
     """
 
     vocab_size: int
@@ -49,6 +51,8 @@ class DecoderConfig:
     embed_scale: float = 1.0
     logit_cap: float | None = None
     tied: bool = False
+    causal: bool = True
+    head: bool = True
 
     @property
     def n_layers(self) -> int:
@@ -124,15 +128,9 @@ class Decoder(nn.Module):
             tap: what to do at the sites.
         """
         c = self.config
-        embed = Embed(c.vocab_size, c.d_model, "vocab", name="embed")
-        x = embed(tokens)
-        if c.embed_scale != 1.0:
-            x = x * jnp.asarray(c.embed_scale, x.dtype)
-        if c.learned_positions:
-            x = x + Embed(c.max_length, c.d_model, name="positions")(positions)
-        x = tap("embed", x)
+        embed, x = _enter(c, tokens, positions, tap)
 
-        shared = Pass(positions, mask, cache, tap)
+        shared = Pass(positions, mask, cache, tap, causal=c.causal)
         seen: list[KeysValues] = []
         for i, spec in enumerate(c.blocks):
             if tap.done:
@@ -146,12 +144,64 @@ class Decoder(nn.Module):
             cache = replace(cache, keys=ks, values=vs, mask=shared.real, length=length)
         if tap.done:
             return None, None, cache
-        x = tap("unembed.input", Norm(c.norm, name="final_norm")(x, tap, "final_norm"))
-        if tap.done:
+        x = _normalize(c, x, tap)
+        if tap.done or not c.head:
             return None, x, cache
-        unembed = Linear(c.vocab_size, ("embed", "vocab"), name="unembed")
-        logits = matmul(x, embed.embedding.T) if c.tied else unembed(x)
-        return tap("logits", soft_cap(logits.astype(jnp.float32), c.logit_cap)), x, cache
+        return _unembed(c, embed, x, tap), x, cache
+
+
+class Entrance(nn.Module):
+    """What a `Decoder` does before its blocks, with its parameters `embed` and `positions`."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self, tokens: Int[Array, "batch length"], positions: Int[Array, "batch length"], tap: Tap
+    ) -> Stream:
+        """Returns what enters the first block."""
+        return _enter(self.config, tokens, positions, tap)[1]
+
+
+class Exit(nn.Module):
+    """What a `Decoder` does after its blocks, with its parameters `final_norm` and `unembed` or `embed`."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Stream, tap: Tap) -> tuple[Float[Array, "batch length vocab"], Stream]:
+        """Returns the logits (float32) and the normalized last stream."""
+        c = self.config
+        embed = Embed(c.vocab_size, c.d_model, "vocab", name="embed") if c.tied else None
+        x = _normalize(c, x, tap)
+        return _unembed(c, embed, x, tap), x
+
+
+# The three make modules in the scope of the module that calls them.
+
+
+def _enter(
+    c: DecoderConfig, tokens: Int[Array, "batch length"], positions: Int[Array, "batch length"], tap: Tap
+) -> tuple[Embed, Stream]:
+    embed = Embed(c.vocab_size, c.d_model, "vocab", name="embed")
+    x = embed(tokens)
+    if c.embed_scale != 1.0:
+        x = x * jnp.asarray(c.embed_scale, x.dtype)
+    if c.learned_positions:
+        x = x + Embed(c.max_length, c.d_model, name="positions")(positions)
+    return embed, tap("embed", x)
+
+
+def _normalize(c: DecoderConfig, x: Stream, tap: Tap) -> Stream:
+    return tap("unembed.input", Norm(c.norm, name="final_norm")(x, tap, "final_norm"))
+
+
+def _unembed(
+    c: DecoderConfig, embed: Embed | None, x: Stream, tap: Tap
+) -> Float[Array, "batch length vocab"]:
+    unembed = Linear(c.vocab_size, ("embed", "vocab"), name="unembed")
+    logits = unembed(x) if embed is None or not c.tied else embed.scores(x)
+    return tap("logits", soft_cap(logits.astype(jnp.float32), c.logit_cap))
 
 
 DECODER = Architecture(Decoder, causal=True)

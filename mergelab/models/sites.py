@@ -5,19 +5,45 @@ from __future__ import annotations
 import fnmatch
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
 from jax.tree_util import Partial
 
 from mergelab.errors import SiteError, did_you_mean
+from mergelab.models.cache import ArrayLeaf
 
-__all__ = ["Edit", "Shape", "Tap", "as_partials", "match_sites"]
+__all__ = ["Edit", "Shape", "Tap", "TokenPlaces", "as_partials", "match_sites", "takes"]
 
-# An edit maps an activation to one of the same shape and dtype; it is `f(array)`, or `f(array, site)`.
+# An edit maps an activation to one of the same shape and dtype; it is `f(array)`, or `f(array, site)`, and
+# names as further parameters what it asks for of the tokens (`TokenPlaces`).
 Edit = Callable[..., jax.Array]
 # A symbolic shape: numbers, and names such as "batch" and "length" for what a call decides.
 Shape = tuple[str | int, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenPlaces:
+    """What edits are told of the tokens of a pass; an edit asks by a parameter of the same name.
+
+    Attributes:
+        positions: positions in their rows, counting real tokens, int32 `[batch, length]`.
+        mask: True for real tokens, bool `[batch, length]`.
+        columns: columns of the tokens that the caller gave, int32 `[batch, length]`; in a generation new
+            tokens follow the prompt's, and what pads a prompt further has negative ones. None in a pass
+            without a cache, whose columns are counted from 0.
+        generated: True for tokens that a generation has added to its prompt, bool `[batch, length]`.
+    """
+
+    positions: ArrayLeaf
+    mask: ArrayLeaf
+    columns: ArrayLeaf | None
+    generated: ArrayLeaf
+
+
+_ASKED = tuple(field.name for field in fields(TokenPlaces))
 
 
 def as_partials(edit: Mapping[str, Edit] | None) -> dict[str, Partial]:
@@ -67,8 +93,9 @@ class Tap:
     Args:
         sites: the model's sites, in forward order.
         capture: names or glob patterns to keep.
-        edit: functions by name or glob pattern.
+        edit: functions by name or glob pattern; a tuple of them applies in its order.
         to_the_end: whether the pass must run on after the last captured site.
+        places: what edits are told of the tokens; None where there is none.
 
     Raises:
         SiteError: a name or pattern selects no site.
@@ -78,8 +105,9 @@ class Tap:
         self,
         sites: Mapping[str, Shape],
         capture: Sequence[str] = (),
-        edit: Mapping[str, Edit] | None = None,
+        edit: Mapping[str, Edit | tuple[Edit, ...]] | None = None,
         to_the_end: bool = True,
+        places: TokenPlaces | None = None,
     ) -> None:
         patterns = [capture] if isinstance(capture, str) else capture
         self._wanted = {name for pattern in patterns for name in match_sites(sites, pattern)}
@@ -87,8 +115,10 @@ class Tap:
         self._edits: dict[str, list[Edit]] = {}
         for pattern, function in (edit or {}).items():
             for name in match_sites(sites, pattern):
-                self._edits.setdefault(name, []).append(function)
-        self._to_the_end = to_the_end
+                self._edits.setdefault(name, []).extend(
+                    function if isinstance(function, tuple) else [function]
+                )
+        self._to_the_end, self._places = to_the_end, places
         self.captured: dict[str, jax.Array] = {}
 
     def __call__(self, site: str, value: jax.Array) -> jax.Array:
@@ -98,7 +128,9 @@ class Tap:
             SiteError: an edit returned another shape or dtype.
         """
         for function in self._edits.get(site, ()):
-            edited = function(value, site) if _takes_name(function) else function(value)
+            takes_name, asked = takes(function)
+            told = {} if self._places is None else {name: getattr(self._places, name) for name in asked}
+            edited = function(value, site, **told) if takes_name else function(value, **told)
             value = _same_kind(site, value, edited)
         if site in self._wanted:
             self.captured[site] = value
@@ -115,14 +147,18 @@ class Tap:
         return not self._to_the_end and not self._missing
 
 
-def _takes_name(function: Edit) -> bool:
-    """Whether an edit has two required positional parameters."""
+def takes(function: Edit) -> tuple[bool, tuple[str, ...]]:
+    """Whether an edit takes the site's name, as its second required parameter; and what of `TokenPlaces`."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
-        return False
+        return False, ()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters) >= 2
+    asked = tuple(
+        p.name for p in parameters if p.name in _ASKED and p.kind != inspect.Parameter.POSITIONAL_ONLY
+    )
+    required = [p for p in parameters if p.default is inspect.Parameter.empty and p.name not in asked]
+    return sum(p.kind in positional for p in required) >= 2, asked
 
 
 def _same_kind(site: str, before: jax.Array, after: Any) -> jax.Array:

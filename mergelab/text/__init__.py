@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from mergelab.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from mergelab.text.chat import Message, chat_text, render_chat
+    from mergelab.text.chat import Message, chat_ids, chat_text, render_chat, turn_end_ids
     from mergelab.text.packing import (
         Contexts,
         EvaluationWindows,
@@ -22,6 +22,7 @@ __all__ = [
     "EvaluationWindows",
     "Message",
     "Tokenizer",
+    "chat_ids",
     "chat_text",
     "evaluation_windows",
     "load_tokenizer",
@@ -30,6 +31,7 @@ __all__ = [
     "random_windows",
     "render_chat",
     "token_stream",
+    "turn_end_ids",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__)

@@ -11,7 +11,7 @@ from mergelab.errors import ChatTemplateError, did_you_mean
 from mergelab.text.chat_sandbox import Budget, run_template
 from mergelab.text.tokenizer import Tokenizer
 
-__all__ = ["Message", "chat_text", "render_chat"]
+__all__ = ["Message", "chat_ids", "chat_text", "render_chat", "turn_end_ids"]
 
 # A turn: {"role": "user", "content": "Hello"}, and whatever else a template reads.
 Message = Mapping[str, Any]
@@ -48,6 +48,34 @@ def chat_text(
         )
     variables = {**tokenizer.special, **variables}
     return render_chat(source, messages, add_generation_prompt=add_generation_prompt, **variables)
+
+
+def chat_ids(tokenizer: Tokenizer, messages: Sequence[Message], **options: Any) -> list[int]:
+    """The token ids of a conversation, with what begins the assistant's turn; options as of `chat_text`."""
+    return tokenizer.encode(chat_text(tokenizer, messages, **options), add_special_tokens=False)
+
+
+def turn_end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end an assistant's turn.
+
+    Those that end a text (`Tokenizer.end_ids`), the `eos_token`, and the special token that the model's own
+    template writes behind an answer, where it writes one: configurations do not always name all of them.
+    """
+    found = [*tokenizer.end_ids]
+    if (eos := tokenizer.id_of("eos")) is not None:
+        found.append(eos)
+    answer = "An answer."
+    messages = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
+    try:
+        text = chat_text(tokenizer, messages, add_generation_prompt=False)
+    except ChatTemplateError:  # a template that is only for other conversations
+        text = ""
+    if behind := text.rpartition(answer)[2] if answer in text else "":
+        first = next(iter(tokenizer.encode(behind, add_special_tokens=False)), None)
+        added = tokenizer.backend.get_added_tokens_decoder()
+        if first in added and added[first].special:
+            found.append(first)
+    return tuple(dict.fromkeys(found))
 
 
 def render_chat(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,11 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from mergelab.checkpoints.companion_files import donor_files
 from mergelab.checkpoints.companions import companion_json, has_companion
-from mergelab.checkpoints.model_files import donor_files, open_tokenizer_file
+from mergelab.checkpoints.gguf.model_file import is_gguf
+from mergelab.checkpoints.locations import local_path
+from mergelab.checkpoints.model_files import open_tokenizer_file
 from mergelab.checkpoints.text_file import read_text
 from mergelab.errors import CheckpointError, MergelabError, quoted
 
@@ -84,7 +88,7 @@ class Tokenizer:
         return f" {text}" if raw.startswith("▁") and not text.startswith(" ") else text
 
     def shown_piece(self, token: int) -> str:
-        """As `piece`, with bytes that are not a character by themselves spelled out, such as `<0xE2>`."""
+        """The text of `piece`, with bytes that are not a character on their own spelled out: `<0xE2>`."""
         text = self.piece(token)
         raw = self.backend.id_to_token(token) or ""
         if "\ufffd" not in text or not all(sign in _BYTES for sign in raw):
@@ -133,12 +137,12 @@ class Tokenizer:
         return {name: text.encode() for name, text in written.items()}
 
     def encode_batch(
-        self, texts: Sequence[str], *, max_length: int | None = None, pad_left: bool = False
+        self, texts: str | Sequence[str], *, max_length: int | None = None, pad_left: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of several texts as one array.
 
         Args:
-            texts: texts, at least one.
+            texts: texts, at least one; a single text is a batch of one.
             max_length: cut longer texts, keeping the special tokens that end them; None for no limit.
             pad_left: pad on the left (generation), not on the right (encoders, training).
 
@@ -148,6 +152,7 @@ class Tokenizer:
         Raises:
             MergelabError: there are no texts, or `max_length` leaves no room beside the special tokens.
         """
+        texts = [texts] if isinstance(texts, str) else texts
         if not texts:
             raise MergelabError("encode_batch was given no texts; give it at least one.")
         encodings = self.backend.encode_batch(list(texts))
@@ -175,13 +180,18 @@ class Tokenizer:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Reads the tokenizer of a model folder: `tokenizer.json` and the small files beside it.
 
+    Of a model on the Hugging Face hub (`org/name[@revision][:subfolder]`) or at a URL only these are fetched.
     A GGUF file has all of these in its metadata.
 
     Raises:
         CheckpointError: there is no `tokenizer.json`, or one of the files is malformed.
     """
-    folder = Path(folder)
+    folder = local_path(folder, "tokenizer")
     path = folder / "tokenizer.json"
+    if not os.path.exists(folder):
+        raise CheckpointError(f"{folder} does not exist; name the folder of a model.")
+    if not is_gguf(folder) and not os.path.isdir(folder):
+        raise CheckpointError(f"{folder} is not a folder; name the folder of a model.")
     if not has_companion(folder, "tokenizer.json"):
         raise CheckpointError(
             f"{folder} has no tokenizer.json; copy the tokenizer files of the model it was made from, or "

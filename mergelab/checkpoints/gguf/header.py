@@ -39,7 +39,7 @@ class TensorInfo:
     """One tensor as the header has it.
 
     Attributes:
-        name: as llama.cpp spells it.
+        name: type name in llama.cpp's spelling.
         shape: rows first, the reverse of the order in the file.
         kind: number of the type in ggml.
         offset: byte of the file where it begins.
@@ -58,7 +58,7 @@ class GgufHeader:
     Attributes:
         file: the file.
         metadata: values by key; arrays are lists.
-        tensors: in the order of the header; offsets are checked against nothing yet.
+        tensors: entries in the order of the header; offsets are checked against nothing yet.
         sha256: hex digest of the header.
     """
 

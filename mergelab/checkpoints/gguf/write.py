@@ -57,7 +57,7 @@ class _Output:
 
     Attributes:
         name: llama.cpp's name.
-        shape: as stored, rows first.
+        shape: stored shape, rows first.
         kind: type of its elements.
         parts: the tensors that it is made of, several for experts.
         change: how they lie in it.

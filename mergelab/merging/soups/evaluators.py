@@ -146,7 +146,7 @@ class TextLoss:
         text = self._read()
         tokens = _tokenize(folder, text)
         model, params = load_model(folder, dtype=np.float32)
-        if not model.family.architecture.causal:
+        if not model.predicts:
             raise CheckpointError(
                 f"{folder} holds a {model.family.model_type!r} model, which predicts no next token; score it "
                 "with a command of your own."

@@ -7,15 +7,18 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from mergelab.models.derived import param
+from mergelab.models.layers.bfloat16_bits import Bits
 
 __all__ = ["Embed", "Linear", "matmul"]
 
 
 def matmul(
-    x: Float[Array, "batch length width"], kernel: Float[Array, "width features"]
+    x: Float[Array, "batch length width"], kernel: Float[Array, "width features"] | Bits
 ) -> Float[Array, "batch length features"]:
     """`x @ kernel`, as one 2-D product: on CPU its gradient is twice as fast as that of a 3-D one."""
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])
+    product = kernel.product(rows) if isinstance(kernel, Bits) else rows @ kernel
+    return product.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class Linear(nn.Module):
@@ -60,4 +63,12 @@ class Embed(nn.Module):
         self.embedding = param(self, "embedding", initial, (self.rows, self.width), (self.axis, "embed"))
 
     def __call__(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length width"]:
+        if isinstance(self.embedding, Bits):
+            return self.embedding.take(ids)
         return jnp.take(self.embedding, ids, axis=0)
+
+    def scores(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length rows"]:
+        """The product of every vector with every row: the logits of tied embeddings."""
+        if isinstance(self.embedding, Bits):
+            return self.embedding.scores(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.rows)
+        return matmul(x, self.embedding.T)

@@ -1,0 +1,260 @@
+"""Rows of text while they grow: the state of a generation, and how prompts are read into it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float, Int
+
+from mergelab.decoding.stop import Stop
+from mergelab.models.blockwise import Blockwise, runs_by_block
+from mergelab.models.cache import Cache
+from mergelab.models.model import Model, Params
+from mergelab.models.residual_stream import require_decoder
+from mergelab.models.sites import TokenPlaces
+
+__all__ = ["GenerationState", "last_token", "read_again", "start", "step_places"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GenerationState:
+    """Rows of text while they grow; a pytree of fixed shapes.
+
+    Attributes:
+        cache: keys and values of every token but the last of each row.
+        last: that last token, int32 `[batch]`.
+        seen: bool `[batch, vocab]`, the tokens of each row.
+        recent: the tokens that may complete a stop sequence, int32 `[batch, width]`.
+        tokens: what was generated, int32 `[batch, capacity]`; `pad_id` after a row's end.
+        lengths: tokens generated, those that ended a row among them, int32 `[batch]`.
+        finished: bool `[batch]`, whether the row has ended.
+        steps: number of steps done, an int32 scalar.
+        prompt: the prompts as they were read, int32 `[batch, length]`.
+        width: number of columns of the prompts as they were given, before padding; an int32 scalar.
+        log_probs: log-probability of every generated token, float32 `[batch, capacity]`: what the model's
+            logits give it, before any transform; 0 after a row's end. None where they are not kept.
+        captured: sites of the pass that chose each row's last generated token, `[batch, ...]`; zeros before
+            the first step. Their names are those that `advance` captures.
+    """
+
+    cache: Cache
+    last: Int[Array, " batch"]
+    seen: Bool[Array, "batch vocab"]
+    recent: Int[Array, "batch width"]
+    tokens: Int[Array, "batch capacity"]
+    lengths: Int[Array, " batch"]
+    finished: Bool[Array, " batch"]
+    steps: Int[Array, ""]
+    prompt: Int[Array, "batch length"]
+    width: Int[Array, ""]
+    log_probs: Float[Array, "batch capacity"] | None = None
+    captured: dict[str, Array] = field(default_factory=dict)
+
+    def repeat(self, times: int) -> GenerationState:
+        """Every row `times` times, one copy after the other: samples of one prompt that is read once."""
+        return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0) if x.ndim else x, self)
+
+
+def start(
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "batch length"],
+    mask: Bool[Array, "batch length"],
+    *,
+    capacity: int,
+    stop: Stop,
+    edit: Mapping[str, Partial],
+    pad_id: int = 0,
+    log_probs: bool = False,
+    capture: tuple[str, ...] = (),
+    width: int | None = None,
+) -> GenerationState:
+    """Reads the prompts, all but their last tokens, into a cache with room for `capacity` more.
+
+    Args:
+        model: a decoder.
+        params: its parameters.
+        tokens: the prompts, padded on the left.
+        mask: True for real tokens.
+        capacity: largest number of tokens that may be generated.
+        stop: rule that ends rows.
+        edit: edits by site, as `mergelab.models.sites.as_partials` gives them.
+        pad_id: what `GenerationState.tokens` holds after a row's end.
+        log_probs: whether log-probabilities of generated tokens are kept.
+        capture: names of sites to keep of every row's last step.
+        width: number of columns, those on the right, that edits count as the prompts'; all by default.
+
+    Raises:
+        SiteError: the model was saved without a head of next tokens.
+    """
+    if model.causal:  # `new_cache` refuses the others
+        require_decoder(model)
+    columns = jnp.asarray(tokens.shape[1] if width is None else width, jnp.int32)
+    options = {"capacity": capacity, "log_probs": log_probs, "capture": capture}
+    begun = _start if runs_by_block(model, params) else _start_at_once
+    return begun(model, params, tokens, mask, columns, stop, edit, pad_id, **options)
+
+
+def _start(
+    model: Model,
+    params: Params,
+    tokens: Array,
+    mask: Array,
+    width: Array,
+    stop: Stop,
+    edit: Mapping[str, Partial],
+    pad_id: int | Array,
+    *,
+    capacity: int,
+    log_probs: bool,
+    capture: tuple[str, ...],
+) -> GenerationState:
+    dtype = str(params["embed"]["embedding"].dtype)
+    new = _empty(
+        model, tokens, mask, width, stop, pad_id, capacity=capacity, log_probs=log_probs, dtype=dtype
+    )
+    if tokens.shape[1] > 1:
+        before, real = _but_last(tokens), _but_last(mask)
+        places = _places(real, width, prompt=tokens.shape[1]) if edit else None
+        cache = _read(model, params, before, real, new.cache, places, edit)
+        new = replace(new, cache=cache)
+    return replace(new, captured=_nothing_captured(model, params, new.cache, edit, capture))
+
+
+_start_at_once = jax.jit(_start, static_argnames=("model", "capacity", "log_probs", "capture"))
+
+
+@partial(jax.jit, static_argnames=("model", "capacity", "log_probs", "dtype"))
+def _empty(
+    model: Model,
+    tokens: Int[Array, "batch length"],
+    mask: Bool[Array, "batch length"],
+    width: Int[Array, ""],
+    stop: Stop,
+    pad_id: int | Array,
+    *,
+    capacity: int,
+    log_probs: bool,
+    dtype: str,
+) -> GenerationState:
+    """The state before anything is read."""
+    batch, length = tokens.shape
+    vocab = model.config.vocab_size
+    rows = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[:, None], tokens.shape)
+    ids = jnp.where(mask, tokens, vocab)  # padding falls outside, and is dropped
+    return GenerationState(
+        cache=model.new_cache(batch, length - 1 + capacity, jnp.dtype(dtype)),
+        last=tokens[:, -1],
+        seen=jnp.zeros((batch, vocab), jnp.bool_).at[rows, ids].set(True, mode="drop"),
+        recent=stop.no_recent(batch),
+        tokens=jnp.broadcast_to(jnp.asarray(pad_id, jnp.int32), (batch, capacity)),
+        lengths=jnp.zeros(batch, jnp.int32),
+        finished=jnp.zeros(batch, jnp.bool_),
+        steps=jnp.int32(0),
+        prompt=tokens,
+        width=width,
+        log_probs=jnp.zeros((batch, capacity), jnp.float32) if log_probs else None,
+    )
+
+
+def _but_last(columns: Array) -> Array:
+    # Through numpy where there are values: a slice would be a program of its own.
+    return columns[:, :-1] if isinstance(columns, Tracer) else jnp.asarray(np.asarray(columns)[:, :-1])
+
+
+def _read(
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "batch length"],
+    mask: Bool[Array, "batch length"],
+    cache: Cache,
+    places: TokenPlaces | None,
+    edit: Mapping[str, Partial],
+) -> Cache:
+    """The empty cache given, filled with tokens."""
+    if runs_by_block(model, params, cache):
+        forward = Blockwise(model, params, edit=edit)
+        read = forward(tokens, cache, mask=mask, logits=False, places=places)
+    else:
+        read = model.apply(params, tokens, mask=mask, cache=cache, edit=edit, logits=False, places=places)
+    assert read.cache is not None
+    return read.cache
+
+
+@partial(jax.jit, static_argnames="prompt")
+def _places(mask: Bool[Array, "batch length"], width: Int[Array, ""], *, prompt: int) -> TokenPlaces:
+    """Places of a whole text so far.
+
+    Args:
+        mask: True for real tokens.
+        width: columns of the prompts as they were given, the last ones of those read.
+        prompt: columns of the prompts as they were read.
+    """
+    slots = jnp.broadcast_to(jnp.arange(mask.shape[1], dtype=jnp.int32)[None], mask.shape)
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+    return TokenPlaces(positions, mask, slots - (prompt - width), slots >= prompt)
+
+
+@jax.jit
+def step_places(progress: GenerationState) -> TokenPlaces:
+    """Places of the token that each row reads in its next step."""
+    real = jnp.ones((progress.last.shape[0], 1), jnp.bool_)
+    column = jnp.full(real.shape, progress.width - 1 + progress.steps, jnp.int32)
+    return TokenPlaces(
+        progress.cache.positions(real), real, column, jnp.broadcast_to(progress.steps > 0, real.shape)
+    )
+
+
+def read_again(
+    model: Model, params: Params, progress: GenerationState, edit: Mapping[str, Partial]
+) -> GenerationState:
+    """The state with a cache that is computed anew from all tokens, as one text that is read at once.
+
+    Where rotations depend on how long a text is, what a cache holds of its beginning does too.
+    """
+    steps, length = int(progress.steps), progress.prompt.shape[1]
+    cache = progress.cache
+    tokens = jnp.concatenate([progress.prompt, progress.tokens[:, :steps]], axis=1)
+    # The last token is read as well, for its position decides, and then forgotten: the next step reads it.
+    real = jnp.ones((tokens.shape[0], 1 + steps), jnp.bool_)
+    mask = jnp.concatenate([cache.mask[:, : length - 1], real], axis=1)
+    places = _places(mask, progress.width, prompt=length) if edit else None
+    empty = jax.tree.map(jnp.zeros_like, cache)
+    reading = _read if runs_by_block(model, params, cache) else _read_at_once
+    read = reading(model, params, tokens, mask, empty, places, edit)
+    return replace(progress, cache=read.rewind(tokens.shape[1] - 1))
+
+
+_read_at_once = jax.jit(_read, static_argnames="model")
+
+
+def _nothing_captured(
+    model: Model, params: Params, cache: Cache, edit: Mapping[str, Partial], capture: tuple[str, ...]
+) -> dict[str, Array]:
+    """Zeros in the shapes that one step captures."""
+    if not capture:
+        return {}
+
+    def step() -> dict[str, Array]:
+        tokens = jnp.zeros((cache.mask.shape[0], 1), jnp.int32)
+        out = model.apply(params, tokens, cache=cache, edit=edit, capture=capture)
+        return last_token(model, out.captured)
+
+    return {site: jnp.zeros(x.shape, x.dtype) for site, x in jax.eval_shape(step).items()}
+
+
+def last_token(model: Model, captured: Mapping[str, Array]) -> dict[str, Array]:
+    """Captured sites of one token a row, without the axis of tokens."""
+
+    def token_axis(site: str) -> int:
+        return next(n for n, size in enumerate(model.sites()[site]) if size in ("length", "query"))
+
+    return {site: jnp.squeeze(value, token_axis(site)) for site, value in captured.items()}

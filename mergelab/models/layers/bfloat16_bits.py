@@ -1,0 +1,104 @@
+"""Matrices of bfloat16 that a CPU multiplies piece by piece, where XLA would make a float32 copy of each.
+
+XLA has no bfloat16 arithmetic on a CPU: it converts whole operands in every call, and the first touch of that
+fresh memory costs more than the product. Seen as integers, a matrix stays as it is: a loop widens some rows
+at a time, which fit into a core's cache, and multiplies them in float32. A bfloat16 is the upper half of the
+float32 of the same value, so widening is a shift.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt16
+
+__all__ = ["Bits", "as_bits"]
+
+_PIECE = 1 << 16
+"""Elements widened at once: 256 KiB in float32, which stay in a core's cache."""
+_FEWEST, _MOST = 16, 128
+"""Rows of a piece, at least: every piece passes once over all sums, of which each token has its own."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Bits:
+    """A bfloat16 matrix `[rows, columns]`, seen as integers; it takes a kernel's or a table's place.
+
+    Attributes:
+        bits: the matrix, each element the 16 bits of a bfloat16.
+    """
+
+    bits: UInt16[Array, "rows columns"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows and columns."""
+        return self.bits.shape
+
+    def product(self, x: Float[Array, "tokens rows"]) -> Float[Array, "tokens columns"]:
+        """`x @ matrix`, summed in float32 and rounded to the dtype of `x`."""
+        rows, columns = self.bits.shape
+        size = self._piece(x.shape[0])
+        wide = x.astype(jnp.float32)
+
+        def add(sums: Array, start: Array | int, size: int) -> Array:
+            part = jax.lax.dynamic_slice_in_dim(wide, start, size, axis=1)
+            return sums + part @ _widen(jax.lax.dynamic_slice_in_dim(self.bits, start, size, axis=0))
+
+        sums = jnp.zeros((x.shape[0], columns), jnp.float32)
+        sums = jax.lax.fori_loop(0, rows // size, lambda n, sums: add(sums, n * size, size), sums)
+        if rest := rows % size:
+            sums = add(sums, rows - rest, rest)
+        return sums.astype(x.dtype)
+
+    def scores(self, x: Float[Array, "tokens columns"]) -> Float[Array, "tokens rows"]:
+        """`x @ matrix.T`: each row's product with `x`, rounded to the dtype of `x`."""
+        rows = self.bits.shape[0]
+        size = self._piece(x.shape[0])
+        wide = x.astype(jnp.float32)
+
+        def put(found: Array, start: Array | int, size: int) -> Array:
+            part = wide @ _widen(jax.lax.dynamic_slice_in_dim(self.bits, start, size, axis=0)).T
+            return jax.lax.dynamic_update_slice_in_dim(found, part, start, axis=1)
+
+        found = jnp.zeros((x.shape[0], rows), jnp.float32)
+        found = jax.lax.fori_loop(0, rows // size, lambda n, found: put(found, n * size, size), found)
+        if rest := rows % size:
+            found = put(found, rows - rest, rest)
+        return found.astype(x.dtype)
+
+    def take(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length columns"]:
+        """The rows of these numbers, in bfloat16."""
+        return _widen(jnp.take(self.bits, ids, axis=0)).astype(jnp.bfloat16)
+
+    def _piece(self, tokens: int) -> int:
+        """Rows widened at once."""
+        rows, columns = self.bits.shape
+        return min(max(_PIECE // columns, _FEWEST, min(tokens, _MOST)), rows)
+
+
+def _widen(bits: UInt16[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
+
+
+_WIDENED = {("kernel", 2), ("embedding", 2)}
+"""Name and rank of the leaves that `Linear` and `Embed` make, which are what takes `Bits`."""
+
+
+def as_bits(params: Any) -> Any:
+    """Parameters on a CPU with `Bits` in place of every bfloat16 kernel and table, in the same memory."""
+
+    def seen(path: tuple[Any, ...], leaf: Any) -> Any:
+        key = getattr(path[-1], "key", None)
+        if (key, jnp.ndim(leaf)) not in _WIDENED or leaf.dtype != jnp.bfloat16:
+            return leaf
+        # A committed array stays on its device; another goes wherever JAX computes.
+        device = next(iter(leaf.devices())) if leaf.committed else None
+        return Bits(jax.device_put(np.asarray(leaf).view(np.uint16), device, may_alias=True))
+
+    return jax.tree_util.tree_map_with_path(seen, params)

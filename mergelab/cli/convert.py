@@ -107,8 +107,12 @@ def _to_gguf(source: Path, out: Path, dtype: Any, overwrite: bool) -> int:
     """Writes a GGUF file; returns the bytes of its tensors."""
     from mergelab.checkpoints.folder import open_checkpoint
     from mergelab.checkpoints.gguf.write import write_gguf
+    from mergelab.checkpoints.locations import is_url, local_path
     from mergelab.models.orbax import is_orbax_model
 
+    if is_url(out):
+        raise click.UsageError(f"{out}: a GGUF file is written to this machine; name a file of its own")
+    source = local_path(source)
     if is_orbax_model(source):
         raise click.UsageError(
             f"{source} is an Orbax folder; convert it with --to huggingface first, and that folder to GGUF"

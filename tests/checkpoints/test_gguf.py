@@ -451,6 +451,21 @@ def test_commands_take_gguf_files_as_models(folders: Callable[[str], Path], tmp_
     np.testing.assert_allclose(found, np.asarray(wanted) * 1.5, rtol=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["s3://bucket/m.gguf", "--to", "gguf"], "a GGUF file is written to this machine"),
+        (["m.gguf", "--to", "gguf", "--mesh", "data=1"], "takes no --mesh"),
+        (["out", "--dtype", "q8_0"], "add --to gguf"),
+    ],
+)
+def test_what_convert_cannot_do_with_gguf_is_said(
+    arguments: list[str], words: str, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(cli, ["convert", str(folders("qwen2")), *arguments])
+    assert result.exit_code == 2 and words in result.output
+
+
 def test_quantized_weights_become_float32_and_others_stay(
     folders: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -21,7 +21,7 @@ from mergelab.models.cache import Cache
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import require_decoder
 from mergelab.models.sites import Edit, as_partials, match_sites
-from mergelab.models.token_checks import learned_positions
+from mergelab.models.token_checks import learned_positions, warn_of_long_rope
 
 __all__ = ["Generated", "GenerationState", "advance", "begin", "generate", "start"]
 
@@ -337,6 +337,7 @@ def begin(
     if room is not None:
         place = f"generate(max_new_tokens={max_new_tokens})"
         require(place, f"{longest} positions", longest <= room, f"at most the model's {room} learned ones")
+    warn_of_long_rope(model, real.sum(axis=1).tolist(), max_new_tokens)
     patterns = [capture] if isinstance(capture, str) else capture
     sites = (name for pattern in patterns for name in match_sites(model.sites(), pattern))
     prompts, real = widen(prompts, real, bucket_size(prompts.shape[1]))

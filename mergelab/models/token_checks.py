@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from mergelab.errors import TokenError, quoted
+from mergelab.models.layers.rotary import LongRopeScaling
 
 __all__ = [
     "Embeds",
@@ -19,6 +22,7 @@ __all__ = [
     "check_tokens",
     "concrete",
     "learned_positions",
+    "warn_of_long_rope",
     "window_length",
 ]
 
@@ -120,6 +124,31 @@ def check_length(model: Embeds, length: int, *, place: str = "tokens") -> None:
             f"{place}: {length} tokens are more than the model's {room} learned positions; cut them into "
             f"pieces of at most {room} tokens."
         )
+
+
+def warn_of_long_rope(model: Embeds, lengths: Iterable[int], new: int) -> None:
+    """Warns of rows that cross the length beyond which LongRoPE rotates by its long factors.
+
+    The cache keeps keys as the short factors rotated them; transformers reads the row anew at that point.
+
+    Args:
+        model: what generates.
+        lengths: tokens of each prompt.
+        new: tokens that may be generated.
+    """
+    blocks = dict.fromkeys(getattr(model.config, "blocks", ()))
+    rotaries = dict.fromkeys(getattr(getattr(block, "attention", None), "rotary", None) for block in blocks)
+    for rotary in rotaries:
+        if rotary is None or not isinstance(rotary.scaling, LongRopeScaling):
+            continue
+        original = rotary.scaling.original_length
+        if any(length <= original < length + new - 1 for length in lengths):
+            warnings.warn(
+                f"a row may cross {original} tokens while it is generated, where this model's LongRoPE turns "
+                "to its long factors: keys before that stay rotated by the short ones, unlike in "
+                "transformers; give the whole text as a prompt, or generate fewer tokens.",
+                stacklevel=4,
+            )
 
 
 def window_length(model: Embeds, asked: int | None, default: int, *, place: str = "context") -> int:

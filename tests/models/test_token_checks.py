@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -17,9 +18,11 @@ from mergelab.activations.losses import summed_loss
 from mergelab.decoding import generate
 from mergelab.errors import DecodingError, TokenError
 from mergelab.interp.lens import logit_lens, read_lens, train_tuned_lens
+from mergelab.models.families import model_from_config
 from mergelab.models.model import Model
-from mergelab.models.token_checks import check_tokens, window_length
+from mergelab.models.token_checks import check_tokens, warn_of_long_rope, window_length
 from tests.models import tiny_models
+from tests.models.tiny_models import CONFIGS
 
 VOCAB, ROOM = 61, 32
 LEARNED = ("gpt2", "bert")
@@ -155,3 +158,15 @@ def test_windows_that_nobody_asked_for_are_cut_and_others_refused() -> None:
     assert window_length(model, None, 16) == 16
     with pytest.raises(TokenError, match="text: 33 tokens are more than the model's 32 positions"):
         window_length(model, ROOM + 1, 512, place="text")
+
+
+def test_a_generation_that_crosses_the_original_length_of_longrope_is_warned_of() -> None:
+    model = model_from_config(CONFIGS["phi3, longrope"])  # the long factors begin beyond 8 tokens
+    with pytest.warns(UserWarning, match="cross 8 tokens while it is generated.*short ones"):
+        warn_of_long_rope(model, [3, 8], 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_long_rope(model, [3, 9], 3)  # one stays below, one begins beyond
+        warn_of_long_rope(model, [8], 1)  # the last token is never read
+        warn_of_long_rope(model_from_config(CONFIGS["llama"]), [8], 100)
+        warn_of_long_rope(model_from_config(CONFIGS["bert"]), [8], 100)

@@ -11,7 +11,7 @@ import numpy as np
 from mergelab.abliteration.ablation import Ablation
 from mergelab.abliteration.removal import KeepNorms, Removed, check_ablation, writer_terms
 from mergelab.checkpoints import FolderCheckpoint, TensorSource, is_float, read_whole
-from mergelab.checkpoints.companion_files import donor_files
+from mergelab.checkpoints.model_files import donor_files
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.text_file import read_bytes
 from mergelab.errors import CheckpointError, did_you_mean

@@ -122,7 +122,7 @@ def command(
       mergelab abliterate model --harmful a.txt --harmless b.txt --out edited --refusal "Das kann ich nicht"
     """
     from mergelab.abliteration import AbliterationSettings, Filters, abliterate, read_prompts
-    from mergelab.checkpoints.companion_files import companion_warnings, donor_files
+    from mergelab.checkpoints.model_files import companion_warnings, donor_files
     from mergelab.sharding import make_mesh
 
     filters = Filters(*(options.pop(name) for name in ("max_kl", "min_induced", "max_depth")))

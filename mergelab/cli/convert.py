@@ -54,8 +54,8 @@ def command(
     started = time.perf_counter()
     import jax
 
-    from mergelab.checkpoints.companion_files import companion_warnings, donor_files
     from mergelab.checkpoints.folder import stat_sha256
+    from mergelab.checkpoints.model_files import companion_warnings, donor_files
     from mergelab.checkpoints.publish import WorkFolder
     from mergelab.checkpoints.writer import identity_digest
     from mergelab.models.orbax import save_orbax

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergelab.checkpoints.buffers import aligned_empty
-from mergelab.checkpoints.companion_files import donor_files
+from mergelab.checkpoints.model_files import donor_files
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.shard_plan import TensorSpec, plan_shards
 from mergelab.checkpoints.shared_writer import SharedWriter

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from mergelab.checkpoints.companion_files import donor_files
 from mergelab.checkpoints.json_data import read_optional_json
-from mergelab.checkpoints.model_files import open_tokenizer_file
+from mergelab.checkpoints.model_files import donor_files, open_tokenizer_file
 from mergelab.checkpoints.text_file import read_text
 from mergelab.errors import CheckpointError, MergelabError, quoted
 

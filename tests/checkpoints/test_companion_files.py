@@ -11,8 +11,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
-from mergelab.checkpoints.companion_files import companion_warnings, donor_files
-from mergelab.checkpoints.model_files import put_file
+from mergelab.checkpoints.model_files import companion_warnings, donor_files, put_file
 from mergelab.cli.main import cli
 from mergelab.errors import CheckpointError
 from mergelab.merging import Recipe, merge, plan_merge

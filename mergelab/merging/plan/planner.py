@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelab.checkpoints import Checkpoint, LoraCheckpoint, dtype_from_name, open_checkpoint
-from mergelab.checkpoints.companion_files import companion_warnings, donor_files, license_differences
+from mergelab.checkpoints.model_files import companion_warnings, donor_files, license_differences
 from mergelab.checkpoints.writer import identity_digest
 from mergelab.merging.engine.job import Job
 from mergelab.merging.plan.compatibility import absent, incomplete, mixed, packed

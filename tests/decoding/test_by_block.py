@@ -1,4 +1,4 @@
-"""One program per kind of block gives what the whole program gives, and compiles no longer for more layers."""
+"""One program per kind of block gives what the whole program gives, and deep models compile no longer."""
 
 from __future__ import annotations
 

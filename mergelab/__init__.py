@@ -1,9 +1,10 @@
 """The weights and the features of transformers, in JAX: `import mergelab as ml`.
 
-Models
+Models; a folder may also be a hub id, org/name[@revision][:subfolder], or a URL such as gs://bucket/model
     load_model(folder), save_model(model, params, folder, tokenizer=...), Model, model_from_config
     load_tokenizer(folder), Tokenizer
     generate(model, params, tokenizer, text)                text in, text out
+    push(folder, "org/name")                                upload a model, adapter, SAE or file to the hub
     make_mesh({"data": 2, "tensor": 4})                     devices to spread a model over
 
 Activations
@@ -22,6 +23,7 @@ Sparse autoencoders
 
 Edits and readings; edits go to `model.apply(params, tokens, edit={site: ...})` and `generate(edit=...)`
     steer(direction, strength), steering_vector             add a direction
+    save_steering(vector, file), load_steering(file)        as llama.cpp's control vectors
     ablate(sae, latents), ablate(direction)                 remove latents or a direction
     patch(value)                                            put another prompt's activation in place
     logit_lens(model, params, tokens)                       what every layer already predicts
@@ -66,8 +68,17 @@ if TYPE_CHECKING:
     )
     from mergelab.abliteration import abliterate
     from mergelab.activations import capture
+    from mergelab.checkpoints import push
     from mergelab.decoding import generate_text as generate
-    from mergelab.interp import ablate, logit_lens, patch, steer, steering_vector
+    from mergelab.interp import (
+        ablate,
+        load_steering,
+        logit_lens,
+        patch,
+        save_steering,
+        steer,
+        steering_vector,
+    )
     from mergelab.merging import Recipe, extract_lora, load_recipe, merge, plan_merge, soup
     from mergelab.models import Model, load_model, model_from_config, save_model
     from mergelab.sae import SAE, evaluate_sae, load_sae, save_sae, train_sae
@@ -96,6 +107,7 @@ __all__ = [
     "load_model",
     "load_recipe",
     "load_sae",
+    "load_steering",
     "load_tokenizer",
     "logit_lens",
     "make_mesh",
@@ -107,11 +119,13 @@ __all__ = [
     "patch",
     "plan_merge",
     "processes",
+    "push",
     "quickstart",
     "report",
     "sae",
     "save_model",
     "save_sae",
+    "save_steering",
     "sharding",
     "soup",
     "steer",

@@ -1,4 +1,4 @@
-"""What differs between operating systems: cores this process may use, file locks, exchange of two paths."""
+"""What differs between operating systems: usable cores, file locks, positions in files, exchange of paths."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["exchange", "try_lock", "usable_cores"]
+__all__ = ["exchange", "read_at", "reserve", "try_lock", "usable_cores", "write_at", "writing_fault"]
 
 _CURRENT_FOLDER = -100 if sys.platform == "linux" else -2  # AT_FDCWD
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
@@ -21,6 +21,10 @@ _HELD_ELSEWHERE = {errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK, errno.EDEADLK}
 
 _LOCKED_BYTE = 2**30
 """Where Windows locks: far behind the content, since a byte locked there cannot be read by others."""
+
+
+_MOST_AT_ONCE = 2**30
+"""Bytes of one read or write: macOS refuses 2 GiB and more in one call."""
 
 
 def usable_cores() -> int:
@@ -76,6 +80,60 @@ def _lock_on_windows(fd: int) -> None:
         msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # pyright: ignore[reportAttributeAccessIssue]
     finally:
         os.lseek(fd, place, os.SEEK_SET)
+
+
+def writing_fault() -> str | None:
+    """Why this system cannot write models, in a sentence with its cure; None where it can."""
+    if hasattr(os, "pwrite"):
+        return None
+    return (
+        "models, features and reports are written from several threads at once, for which this system "
+        f"({sys.platform}) has no os.pwrite; run mergelab under WSL (wsl --install)"
+    )
+
+
+def read_at(file: int, out: memoryview, offset: int) -> int:
+    """Reads bytes from `offset` on into `out`; may read fewer than fit.
+
+    Where the system cannot read at a position, the file's own position is moved: such a file is
+    for one thread.
+
+    Raises:
+        OSError: the disk fails.
+    """
+    out = out[:_MOST_AT_ONCE]
+    if hasattr(os, "preadv"):
+        return os.preadv(file, [out], offset)
+    if hasattr(os, "pread"):
+        data = os.pread(file, len(out), offset)
+    else:
+        os.lseek(file, offset, os.SEEK_SET)
+        data = os.read(file, len(out))
+    out[: len(data)] = data
+    return len(data)
+
+
+def write_at(file: int, data: memoryview | bytes, offset: int) -> None:
+    """Writes all bytes of `data` from `offset` on; the file's own position stays, so threads may share it.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    rest = memoryview(data)
+    while len(rest):
+        count = os.pwrite(file, rest[:_MOST_AT_ONCE], offset)
+        rest, offset = rest[count:], offset + count
+
+
+def reserve(file: int, size: int) -> None:
+    """Gives a file its size and, where the system can, its blocks, so that a full disk shows now.
+
+    Raises:
+        OSError: the disk is too small or fails.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    os.ftruncate(file, size)
 
 
 def exchange(a: Path, b: Path) -> bool:

@@ -7,6 +7,7 @@ shard a model otherwise, pass other rules: `{**DEFAULT_RULES, "embed": None}`.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -15,9 +16,18 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mergelab.accelerators import idle_accelerator
 from mergelab.errors import MeshError, did_you_mean
 
-__all__ = ["DEFAULT_RULES", "Rules", "make_mesh", "named_sharding", "partition_spec", "put"]
+__all__ = [
+    "DEFAULT_RULES",
+    "Rules",
+    "describe_devices",
+    "make_mesh",
+    "named_sharding",
+    "partition_spec",
+    "put",
+]
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -34,6 +44,17 @@ DEFAULT_RULES: Rules = MappingProxyType(
     }
 )
 """Logical axis -> mesh axes, for meshes of `data` (batches), `fsdp` (both), `tensor` (weights)."""
+
+
+def describe_devices() -> str:
+    """The devices that jax found, such as `8 x TPU v5 lite`.
+
+    Warns:
+        UserWarning: this machine has an accelerator that the installed jax cannot use; says what cures it.
+    """
+    if jax.default_backend() == "cpu" and (sentence := idle_accelerator()):
+        warnings.warn(sentence, stacklevel=2)
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:

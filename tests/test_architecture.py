@@ -233,7 +233,7 @@ def test_third_party_imports_are_declared() -> None:
     import tomllib
 
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = [project["optional-dependencies"][name] for name in ("hub", "tensorboard", "wandb")]
+    extras = [project["optional-dependencies"][name] for name in ("remote", "tensorboard", "wandb")]
     requirements = [*project["dependencies"], *(line for extra in extras for line in extra)]
     declared = {re.split(r"[<>=\[;]", r)[0].replace("-", "_").lower() for r in requirements}
     distribution = {"yaml": "pyyaml", "orbax": "orbax_checkpoint"}

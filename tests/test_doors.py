@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -263,7 +264,7 @@ def test_a_merge_on_eight_devices_is_saved(folder: Path, tmp_path: Path) -> None
     alone = ml.load_model(folder)[1]
     expected = merge([shifted(alone, 1)], base=alone)
     again = ml.load_model(tmp_path / "merged")[1]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), again, expected)
+    chex.assert_trees_all_close(again, expected, rtol=1e-7, atol=1e-6)
     assert ml.load_tokenizer(tmp_path / "merged").encode("w3") == [3]
 
 
@@ -306,10 +307,10 @@ def test_a_soup_is_the_mean_of_trees_or_of_folders(
     other = shifted(params, 4)
     mean = jax.tree.map(lambda a, b: (a + b) / 2, params, other)
     soup = ml.soup([params, other])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), soup, mean)
+    chex.assert_trees_all_close(soup, mean, rtol=1e-7, atol=1e-6)
     ml.save_model(model, other, tmp_path / "other", tokenizer=folder)
     written = ml.soup([folder, tmp_path / "other"], tmp_path / "soup")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ml.load_model(written)[1], mean)
+    chex.assert_trees_all_close(ml.load_model(written)[1], mean, rtol=1e-7, atol=1e-6)
     last = ml.soup([folder, tmp_path / "other"], last=1)
     np.testing.assert_allclose(last["model.embed_tokens.weight"], other["embed"]["embedding"], atol=1e-7)
     with pytest.raises(ml.errors.RecipeError, match="give folders"):

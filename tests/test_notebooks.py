@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
@@ -11,6 +14,9 @@ from nbclient.exceptions import CellExecutionError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(REPOSITORY.glob("colab/*.ipynb"))
+SLUG = (
+    "OWNER/REPOSITORY"  # a placeholder, see colab/README.md: `sed` puts the true one into notebooks and here
+)
 # What each prints once its point is made.
 PRINTED = {
     "merging.ipynb": "memory against disk:",
@@ -24,6 +30,7 @@ PRINTED = {
 def execute(notebook: nbformat.NotebookNode, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs all cells in a kernel of this interpreter; returns what they printed."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the models of the quickstart, on any machine
     NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     ).execute()
@@ -40,6 +47,70 @@ def test_the_notebook_is_stored_without_outputs_and_can_be_compiled(path: Path) 
         plain = "\n".join("pass" if line.startswith(("%", "!")) else line for line in source.splitlines())
         compile(plain, path.name, "exec")
     assert cells and path.name in PRINTED
+
+
+def code(path: Path, number: int) -> str:
+    """The code cell of a notebook with that number."""
+    cells = nbformat.read(path, as_version=4).cells
+    return [cell.source for cell in cells if cell.cell_type == "code"][number]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
+def test_the_notebook_begins_as_all_do(path: Path) -> None:
+    """A badge, the same installation and parameters, and full float32, which the claims need on a TPU."""
+    first = nbformat.read(path, as_version=4).cells[0].source
+    place = f"https://colab.research.google.com/github/{SLUG}/blob/main/colab/{path.name}"
+    assert f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({place})" in first
+    assert "fits: yes, " in first
+    install, imports, parameters = (code(path, number) for number in range(3))
+    assert install == code(NOTEBOOKS[0], 0) and SLUG in install
+    assert parameters == code(NOTEBOOKS[0], 2) and "example_models(" in path.read_text("utf-8")
+    assert 'jax.config.update("jax_default_matmul_precision", "highest")' in imports
+    assert "describe_devices()" in imports
+
+
+class Pip:
+    """Stands for `subprocess.run`: what pip was asked for, and an answer."""
+
+    def __init__(self, returncode: int) -> None:
+        self.calls: list[list[str]] = []
+        self.returncode = returncode
+
+    def __call__(self, command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        self.calls.append(command)
+        return subprocess.CompletedProcess(command, self.returncode, "ERROR: ResolutionImpossible")
+
+
+@pytest.mark.parametrize(("missing", "returncode"), [(True, 0), (True, 1), (False, 0)])
+def test_the_installation_leaves_the_runtimes_jax_alone(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    missing: bool,
+    returncode: int,
+) -> None:
+    pip = Pip(returncode)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", pip)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n: None if missing and n == "mergelab" else find(n)
+    )
+    source = compile(code(NOTEBOOKS[0], 0), "install", "exec")
+    if returncode:  # what pip says is shown, and the notebook stops
+        with pytest.raises(SystemExit, match="mergelab is not installed"):
+            exec(source, {})
+        assert "ResolutionImpossible" in capsys.readouterr().out
+    else:
+        exec(source, {})
+    assert len(pip.calls) == missing
+    if missing:
+        (command,) = pip.calls
+        assert command[1:5] == ["-m", "pip", "install", "-q"]
+        assert command[5:] == ["-c", "runtime.txt", f"git+https://github.com/{SLUG}"]
+        kept = (tmp_path / "runtime.txt").read_text().splitlines()
+        assert {f"jax=={version('jax')}", f"jaxlib=={version('jaxlib')}"} <= {*kept}
+        assert not any(line.startswith(("mergelab", "numpy", "flax")) for line in kept)
 
 
 @pytest.mark.slow

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from mergelab import platform
-from mergelab.platform import exchange, try_lock, usable_cores
+from mergelab.checkpoints.output_target import check_target
+from mergelab.errors import OutputError
+from mergelab.platform import exchange, read_at, reserve, try_lock, usable_cores, write_at
 
 
 def _open(path: Path) -> int:
@@ -134,11 +136,58 @@ def test_a_system_without_exchange_says_so(tmp_path: Path, monkeypatch: pytest.M
     assert not exchange(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.parametrize("missing", [(), ("preadv",), ("preadv", "pread")], ids=["all", "macOS", "Windows"])
+def test_bytes_are_read_at_a_position(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...]
+) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    file = _open(tmp_path / "file")
+    for name in missing:
+        monkeypatch.delattr(os, name)
+    found = bytearray(8)
+    assert read_at(file, memoryview(found), 90) == 8 and found == bytes(range(90, 98))
+    assert read_at(file, memoryview(found), 96) == 4 and found[:4] == bytes(range(96, 100))
+    assert read_at(file, memoryview(found), 100) == 0
+    os.close(file)
+
+
+def test_no_call_reads_or_writes_more_than_macos_takes_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "_MOST_AT_ONCE", 3)
+    file = _open(tmp_path / "file")
+    reserve(file, 12)
+    counts: list[int] = []
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda *call: counts.append(pwrite(*call)) or counts[-1])
+    write_at(file, b"12345678", 2)
+    assert counts == [3, 3, 2] and (tmp_path / "file").read_bytes() == b"\0\x0012345678\0\0"
+    assert read_at(file, memoryview(bytearray(8)), 2) == 3
+    os.close(file)
+
+
+def test_space_is_reserved_where_the_system_can_and_the_size_set_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    file = _open(tmp_path / "file")
+    reserve(file, 5000)
+    assert os.fstat(file).st_size == 5000
+    os.close(file)
+
+
+def test_what_cannot_write_says_so_before_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_target(tmp_path / "out")
+    monkeypatch.delattr(os, "pwrite")
+    with pytest.raises(OutputError, match=r"out: .* has no os.pwrite; run mergelab under WSL"):
+        check_target(tmp_path / "out")
+
+
 _ELSEWHERE = """
 import importlib, json, os, pkgutil, sys
 from pathlib import Path
 
-del os.sched_getaffinity, os.posix_fallocate
+del os.sched_getaffinity, os.posix_fallocate, os.posix_fadvise, os.preadv, os.pwritev
 sys.modules["fcntl"] = None
 import mergelab
 
@@ -161,7 +210,7 @@ for seed, name in enumerate("ab"):
     save_model(model, model.init(seed), folder / name)
 entries = [{"model": str(folder / name), "parameters": {"weight": 0.5}} for name in "ab"]
 recipe = json.dumps({"merge_method": "linear", "dtype": "float32", "models": entries})
-mergelab.merge(mergelab.parse_recipe(recipe), folder / "merged")
+mergelab.merge(mergelab.merging.parse_recipe(recipe), folder / "merged")
 embedding = [np.asarray(load_model(folder / name)[1]["embed"]["embedding"]) for name in ("a", "b", "merged")]
 np.testing.assert_allclose(embedding[2], (embedding[0] + embedding[1]) / 2, rtol=1e-6)
 print("merged", os.environ["JAX_PLATFORMS"])
@@ -179,8 +228,56 @@ def test_models_load_and_merge_without_affinities_locks_and_preallocation(tmp_pa
     assert run.stdout == "merged cpu\n", run.stderr
 
 
+_ON_WINDOWS = """
+import importlib, os, pkgutil, sys
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+missing = ("sched_getaffinity", "posix_fallocate", "posix_fadvise", "pread", "preadv", "pwrite", "pwritev")
+missing += ("register_at_fork", "fork", "getuid", "geteuid", "sysconf", "statvfs", "O_NONBLOCK", "O_NOFOLLOW")
+for name in missing:
+    delattr(os, name)
+sys.modules["fcntl"] = sys.modules["resource"] = sys.modules["termios"] = None
+import mergelab as ml
+
+for module in pkgutil.walk_packages(ml.__path__, "mergelab."):
+    if module.name != "mergelab.__main__":
+        importlib.import_module(module.name)
+
+folder = Path(sys.argv[1])
+safetensors.numpy.save_file({"w": np.arange(6, dtype=np.float32)}, folder / "a.safetensors")
+tensor = ml.checkpoints.open_checkpoint(folder / "a.safetensors").tensors["w"]
+assert ml.checkpoints.read_whole(tensor).tolist() == [0, 1, 2, 3, 4, 5]
+ones, zeros = np.ones(2, np.float32), np.zeros(2, np.float32)
+merged = ml.operators.linear(weight=[1.0, 1.0])([{"w": ones}, {"w": zeros}])
+assert merged["w"].tolist() == [0.5, 0.5]
+recipe = "merge_method: linear\\nmodels: [{model: a.safetensors, parameters: {weight: 1}}]"
+try:
+    ml.merge(ml.merging.parse_recipe(recipe), folder / "out")
+except ml.errors.OutputError as error:
+    print(error)
+print(sorted(path.name for path in folder.iterdir()))
+"""
+
+
+@pytest.mark.slow
+def test_what_windows_lacks_is_said_and_the_rest_works(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", _ON_WINDOWS, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    said, left = run.stdout.splitlines() or [run.stderr, ""]
+    assert "no os.pwrite; run mergelab under WSL" in said, run.stderr
+    assert left == "['a.safetensors']"
+
+
 def test_only_one_file_asks_the_operating_system(repository: Path) -> None:
-    asked = {"fcntl", "msvcrt", "sched_getaffinity", "renameat2"}
+    asked = {"fcntl", "msvcrt", "sched_getaffinity", "renameat2", "posix_", "os.pread", "os.pwrite"}
     found = {
         path.relative_to(repository).as_posix()
         for path in (repository / "mergelab").rglob("*.py")

@@ -25,9 +25,9 @@ class LayerKernel:
 
     Attributes:
         peak: the weight at the center.
-        center: in layers, not necessarily whole.
+        center: layer of the largest weight, a real number of layers, not necessarily whole.
         edge: the weight at the distance `reach`.
-        reach: in layers.
+        reach: distance from the center at which the weight ends, in layers.
     """
 
     peak: Float[Array, ""] | float
@@ -110,8 +110,8 @@ class Space:
         """The space of the directions found at one position.
 
         Args:
-            directions: of all layers.
-            position: from the prompt's end, -1 being its last token.
+            directions: candidate directions of all layers.
+            position: place counted from the prompt's end, -1 being its last token.
             max_share: the largest share that is removed; above 1 a part of the direction is turned round.
 
         Raises:

@@ -41,7 +41,7 @@ class Candidate:
     """One direction and what it does, on prompts that were not used to find it.
 
     Attributes:
-        position: from the prompt's end, -1 being its last token.
+        position: place counted from the prompt's end, -1 being its last token.
         layer: the block before which it was found.
         refusal: mean refusal score of harmful prompts when it is removed everywhere; less is better.
         induced: mean refusal score of harmless prompts when it is added at its layer.

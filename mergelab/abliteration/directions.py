@@ -84,7 +84,7 @@ def find_directions(
         params: its parameters, on any mesh.
         harmful: prompts with the property.
         harmless: prompts without it.
-        positions: at how many of the last tokens to look (`post_instruction_tokens`).
+        positions: number of last tokens to look at (`post_instruction_tokens`).
         batch: prompts in one forward pass.
         winsorize: clip each activation vector to this quantile of its own magnitudes before averaging, such
             as 0.995: a few enormous coordinates (as Gemma has) would else decide every direction.

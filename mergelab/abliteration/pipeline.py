@@ -1,4 +1,4 @@
-"""From a model folder and two sets of prompts to an edited folder with a report: all of `abliterate`."""
+"""A model folder and two sets of prompts turned into an edited folder with a report: all of `abliterate`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ from mergelab.abliteration.report import Report
 from mergelab.abliteration.trial_search import SearchResult, Trial, search_ablation
 from mergelab.abliteration.write import write_abliterated
 from mergelab.checkpoints import FolderCheckpoint, open_checkpoint
+from mergelab.checkpoints.model_card import card_facts
 from mergelab.checkpoints.output_target import recorded_identity
 from mergelab.checkpoints.publish import WorkFolder
+from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.errors import MergelabError
 from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params
@@ -83,6 +85,7 @@ class AbliterationSettings:
     seed: int = 0
 
 
+@writes_anywhere()
 def abliterate(
     source: str | Path,
     out: str | Path,
@@ -105,7 +108,7 @@ def abliterate(
     from the source's files.
 
     Args:
-        source: Hugging Face folder of a decoder, with its tokenizer.
+        source: Hugging Face folder of a decoder, with its tokenizer; a model on the hub, or a URL.
         out: Folder to write; `abliteration.json` and `README.md` in it hold the report.
         harmful: Instructions that the model refuses, at least 5.
         harmless: Instructions that it answers, as alike as possible otherwise.
@@ -233,6 +236,7 @@ def _measure(
         phrases=settings.phrases,
         before=before,
         after=after,
+        facts=card_facts([checkpoint.path]),
     )
     return model, report
 
@@ -309,7 +313,7 @@ def _write(
     resume: bool,
     tell: Progress,
 ) -> None:
-    total = sum(file.file.size for file in checkpoint.files)
+    total = checkpoint.model_bytes
     written = 0
 
     def advance(count: int) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import yaml
 
 from mergelab.abliteration.ablation import Ablation
 from mergelab.abliteration.behavior import Behavior
 from mergelab.abliteration.direction_selection import DirectionSelection
 from mergelab.abliteration.removal import KeepNorms
 from mergelab.abliteration.trial_search import SearchResult, Trial
+from mergelab.checkpoints.model_card import CardFacts, front_matter
 from mergelab.version import __version__
 
 __all__ = ["Report"]
@@ -55,6 +55,7 @@ class Report:
         phrases: what counted as a refusal.
         before: the unedited model, on the prompts left for measuring.
         after: the edited one, on the same.
+        facts: what the card says to the hub.
     """
 
     model: str
@@ -67,6 +68,7 @@ class Report:
     phrases: Sequence[str]
     before: Behavior
     after: Behavior
+    facts: CardFacts = field(default_factory=CardFacts)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -100,16 +102,9 @@ class Report:
 
     def card(self, name: str) -> str:
         """The model card: what was done, what was measured before and after, what it does not mean."""
-        front = {
-            "library_name": "transformers",
-            "tags": ["mergelab", "abliteration"],
-            "base_model": [self.model],
-        }
         chosen, counts = self.selection.chosen, self.prompts
         lines = [
-            "---",
-            yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
-            "---",
+            *front_matter("transformers", ["mergelab", "abliteration"], self.facts),
             "",
             f"# {name}",
             "",

@@ -177,7 +177,7 @@ class Trial:
     """One point of the space and its figures, on prompts that were not used to find directions.
 
     Attributes:
-        parameters: by name, as `Space` describes them.
+        parameters: values by name, as `Space` describes them.
         refusal: mean probability that the first token of an answer to a harmful prompt is a refusal token.
         kl: mean KL in nats of the first token of harmless answers, from the unedited model's.
         loss: cross-entropy on the text, nats per token; None without a text.
@@ -271,7 +271,7 @@ def search_ablation(
         harmless: the same.
         refusal_ids: tokens that begin a refusal.
         trials: random points, `start` counted.
-        rounds: of moves along coordinates, each with two trials for every coordinate.
+        rounds: number of rounds of moves along coordinates, each with two trials for every coordinate.
         kl_weight: how much a nat of KL counts against a refusal.
         loss_weight: how much a nat of loss on the text does.
         start: the first point; the plain removal everywhere (`Space.plain()`) if None.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,13 @@ import numpy as np
 from mergelab.abliteration.ablation import Ablation
 from mergelab.abliteration.removal import KeepNorms, Removed, check_ablation, writer_terms
 from mergelab.checkpoints import FolderCheckpoint, TensorSource, is_float, read_whole
-from mergelab.checkpoints.model_files import donor_files
+from mergelab.checkpoints.companion_files import donor_files
+from mergelab.checkpoints.companions import read_companion
 from mergelab.checkpoints.publish import WorkFolder
-from mergelab.checkpoints.text_file import read_bytes
 from mergelab.errors import CheckpointError, did_you_mean
 from mergelab.merging.engine.job import Job
 from mergelab.merging.engine.output_folder import write_model
+from mergelab.merging.plan.output_config import set_dtype
 from mergelab.models.model import Model
 from mergelab.models.residual_stream import ResidualWriter, writers
 from mergelab.models.save import SHARD_BYTES
@@ -43,8 +45,9 @@ def write_abliterated(
     """Copies a model folder with the directions taken out of all tensors that write to the residual stream.
 
     Other tensors, the configuration and the tokenizer are copied to the byte; edited tensors keep their
-    dtype. A run of the merge engine: memory is bounded by a few blocks of a tensor, not by a tensor or the
-    model.
+    dtype. Of a quantized model, quantized tensors are written in float32, and the configuration says nothing
+    of a quantization. A run of the merge engine: memory is bounded by a few blocks of a tensor, not by a
+    tensor or the model.
 
     Args:
         model: Decoder, as `load_model` describes the checkpoint.
@@ -65,7 +68,7 @@ def write_abliterated(
         The folder.
 
     Raises:
-        CheckpointError: a tensor is missing, of another shape, or quantized.
+        CheckpointError: a tensor is missing, or of another shape.
         NonFiniteError: a tensor that is edited holds NaN or infinity.
         MergelabError: the model is an encoder, or the ablation does not fit it.
         OutputError: the folder cannot be written.
@@ -76,7 +79,7 @@ def write_abliterated(
         Job(name, tensor.shape, tensor.dtype, (removed.get(name, tensor),))
         for name, tensor in checkpoint.tensors.items()
     ]
-    content = {"config.json": read_bytes(checkpoint.path / "config.json")}
+    content = {"config.json": _config(checkpoint, jobs)}
     content |= donor_files(checkpoint.path, None) | dict(files or {})
     identities = {
         "the model": checkpoint.fingerprint(),
@@ -99,6 +102,14 @@ def write_abliterated(
         progress=progress,
     )
     return written.out
+
+
+def _config(checkpoint: FolderCheckpoint, jobs: Iterable[Job]) -> bytes:
+    if not checkpoint.is_quantized:
+        return read_companion(checkpoint.path, "config.json")
+    config = dict(checkpoint.config)
+    set_dtype(config, jobs)
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _removals(

@@ -172,7 +172,7 @@ def map_pieces(function: Callable[[Any], Any], rows: Any, size: int) -> Any:
     time for a shorter one.
 
     Args:
-        function: from one row of every array to arrays.
+        function: map from one row of every array to arrays.
         rows: a pytree of arrays `[n, ...]`, n at least 1.
         size: rows computed at a time.
     """

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from mergelab.activations.batches import batches, filled_batches, stack_prompts
+from mergelab.checkpoints.locations import local_path
 from mergelab.checkpoints.text_file import MAX_PROSE, read_text
 from mergelab.errors import NonFiniteError, SAEError, SiteError
 from mergelab.models.load import load_model
@@ -95,8 +96,8 @@ def capture(
         edit: edits to run them with.
 
     Returns:
-        By site, in forward order, `[batch, length, width]`, with zeros at padding; sites with heads and
-        attention patterns keep their own axes. For one position `[batch, width]`.
+        Activations by site, in forward order, `[batch, length, width]`, with zeros at padding; sites with
+        heads and attention patterns keep their own axes. For one position `[batch, width]`.
 
     Raises:
         SiteError: the model has no such site, a site has no axis of tokens to take a position of, a prompt
@@ -136,7 +137,7 @@ def check_prompts(model: Model, tokens: Any, mask: Any = None) -> tuple[np.ndarr
 
     Args:
         model: what will read them.
-        tokens: as `stack_prompts` takes them.
+        tokens: prompts in any form that `stack_prompts` takes.
         mask: True for real tokens.
 
     Raises:
@@ -331,8 +332,8 @@ def cut_contexts(
     """Documents joined and cut: int32 `[contexts, length]`, without the rest.
 
     Args:
-        documents: of numbers, such as token ids.
-        length: of a context, its frame included.
+        documents: sequences of numbers, such as token ids.
+        length: tokens per context, its frame included.
         separator: follows each document; None for none.
         frame: begins and ends each context; None for none.
 
@@ -363,12 +364,12 @@ def open_model_activations(
     """Activations of a model's folder on text files.
 
     Args:
-        model: a Hugging Face folder with its tokenizer.
+        model: a Hugging Face folder with its tokenizer, a model on the hub, or a URL.
         sites: names, such as `blocks.8.resid_post`.
         texts: UTF-8 files.
-        length: of a context, in tokens; if None the default, or as many as the model has positions.
+        length: tokens per context; if None the default, or as many as the model has positions.
         default: what a context has that nobody asked for.
-        dtype: of the weights; the stored one if None.
+        dtype: dtype of the weights; the stored one if None.
         mesh: devices to spread the model over.
 
     Raises:
@@ -377,12 +378,13 @@ def open_model_activations(
         SiteError: the model has no such site.
         CheckpointError: the model cannot be read.
     """
+    model = local_path(model)
     read = []
     for path in map(Path, texts):
         read.append(read_text(path, MAX_PROSE, error=SAEError, errors="replace"))
     loaded, params = load_model(model, mesh=mesh, dtype=dtype)
-    tokens = contexts_of_texts(Path(model), read, window_length(loaded, length, default))
-    check_tokens(loaded, tokens, place=str(Path(model) / "tokenizer.json"))
+    tokens = contexts_of_texts(model, read, window_length(loaded, length, default))
+    check_tokens(loaded, tokens, place=str(model / "tokenizer.json"))
     framed = load_tokenizer(model).frame is not None
     found = ModelActivations(loaded, params, tokens, tuple(sites), framed=framed)
     _ = found.widths  # names of sites are checked here, before anything is computed

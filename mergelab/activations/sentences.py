@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mergelab.checkpoints.json_data import read_json, read_json_object
+from mergelab.checkpoints.locations import local_path
 from mergelab.checkpoints.model_files import open_tokenizer_file
 from mergelab.errors import CheckpointError, quoted
 from mergelab.models.load import load_model
@@ -119,15 +120,15 @@ def load_sentence_encoder(
     Without `modules.json` vectors are means and not normalized.
 
     Args:
-        path: the folder.
-        mesh: as in `load_model`.
-        dtype: as in `load_model`.
+        path: the folder, a model on the Hugging Face hub, or a URL.
+        mesh: same as in `load_model`.
+        dtype: same as in `load_model`.
 
     Raises:
         CheckpointError: a file is missing or damaged, the model is not an encoder, or a module of the folder
             is of a kind that is not implemented.
     """
-    folder = Path(path)
+    folder = local_path(path)
     pooling, normalize = _modules(folder)
     file = folder / "tokenizer.json"
     if not file.is_file():

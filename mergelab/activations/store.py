@@ -23,11 +23,14 @@ from mergelab.activations.capture import ModelActivations
 from mergelab.checkpoints import TensorSource, open_safetensors
 from mergelab.checkpoints.folder import weights_sha256
 from mergelab.checkpoints.json_data import parse_json_object, read_json
+from mergelab.checkpoints.locations import is_url, location_text
 from mergelab.checkpoints.manifest import Entry, file_fault, write_whole
 from mergelab.checkpoints.new_files import check_new_folder, write_tensors
 from mergelab.checkpoints.npy_files import NpyFile, open_npy
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.publish import WorkFolder, sync_path
+from mergelab.checkpoints.remote import fetch_files
+from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.errors import CheckpointError, NonFiniteError, OutputError
 
 __all__ = ["ActivationFiles", "find_activation_files", "open_activation_files", "quantized", "write_store"]
@@ -136,6 +139,9 @@ def find_activation_files(patterns: str | Path | Sequence[str | Path]) -> list[P
     """
     paths: list[Path] = []
     for pattern in map(str, [patterns] if isinstance(patterns, str | Path) else patterns):
+        if is_url(pattern):
+            paths += fetch_files(location_text(pattern))
+            continue
         found = sorted(glob.glob(pattern)) or ([pattern] if os.path.exists(pattern) else [])
         if not found:
             raise CheckpointError(f"{pattern}: no file matches; expected .npy or .safetensors activations")
@@ -171,6 +177,7 @@ def _open(path: Path) -> _Shard:
 _SHARD_ROWS = 65_536
 
 
+@writes_anywhere()
 def write_store(
     source: ModelActivations,
     out: Path | WorkFolder,
@@ -190,7 +197,7 @@ def write_store(
         source: the activations.
         out: a new folder; or the work folder of one, which the caller has entered and leaves.
         model: the model's folder, whose weights' digest is kept: features belong to one model.
-        rows: at most so many, in whole contexts.
+        rows: largest number of rows, in whole contexts.
         dtype: `float32`, `bfloat16`, or `int8` with a float32 scale per row.
         progress: called with rows done and rows in all.
         notice: is told what the user should know, such as a damaged shard that is written again; a Python

@@ -65,7 +65,7 @@ class ActivationStream:
     Args:
         source: the activations.
         batch_size: rows of a batch, over all processes.
-        seed: of the order.
+        seed: seed of the order.
         target: what to reconstruct, row by row, for a transcoder; by default the input itself.
         buffer_rows: rows of a group, at least; the memory of the stream over all processes is about this many
             rows.
@@ -155,7 +155,7 @@ class ActivationStream:
         return Batch(x, x if self.target is None else y.reshape(-1, y.shape[-1]), rows.reshape(-1))
 
     def _from(self, place: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Up to `wanted` rows of each of this process's lanes from a place on, as far as their group goes."""
+        """The next rows of this process's lanes, `wanted` at most, as far as their group goes."""
         epoch, place = divmod(place, int(self._starts[-1]))
         group = int(np.searchsorted(self._starts, place, side="right")) - 1
         first = place - int(self._starts[group])

@@ -5,16 +5,27 @@ from typing import TYPE_CHECKING
 from mergelab.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from mergelab.aot.chips import Chip, ChipReport, Collective, Roofline, chip_of, roofline
+    from mergelab.aot.chips import (
+        Chip,
+        ChipReport,
+        Collective,
+        Fit,
+        Roofline,
+        chip_of,
+        is_one_chip,
+        roofline,
+    )
     from mergelab.aot.compiler import compile_for_topology
 
 __all__ = [
     "Chip",
     "ChipReport",
     "Collective",
+    "Fit",
     "Roofline",
     "chip_of",
     "compile_for_topology",
+    "is_one_chip",
     "roofline",
 ]
 

@@ -6,7 +6,17 @@ from dataclasses import dataclass
 
 from mergelab.errors import MeshError
 
-__all__ = ["Chip", "ChipReport", "Collective", "Roofline", "chip_of", "roofline"]
+__all__ = [
+    "Chip",
+    "ChipReport",
+    "Collective",
+    "Fit",
+    "Roofline",
+    "chip_of",
+    "is_one_chip",
+    "roofline",
+    "slice_name",
+]
 
 
 @dataclass(frozen=True)
@@ -22,7 +32,7 @@ class Chip:
 
     flops: float
     bandwidth: float
-    memory: float
+    memory: int
     network: float
 
 
@@ -48,6 +58,40 @@ def chip_of(topology: str) -> Chip:
             f"{topology}: the figures of {kind!r} chips are not known; known are {', '.join(_CHIPS)}."
         )
     return _CHIPS[kind]
+
+
+def slice_name(topology: str) -> str:
+    """The compiler's name of a slice: a kind of chip alone is one chip of it.
+
+    >>> slice_name("v5e"), slice_name("v5p"), slice_name("v5e:2x4")
+    ('v5e:1x1', 'v5p:1x1x1', 'v5e:2x4')
+    """
+    if ":" in topology:
+        return topology
+    return f"{topology}:1x1x1" if topology in ("v4", "v5p") else f"{topology}:1x1"
+
+
+def is_one_chip(topology: str) -> bool:
+    """Whether a slice is a single chip, over which there is nothing to divide."""
+    return {*slice_name(topology).partition(":")[2].split("x")} == {"1"}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether what is to lie on one chip at a time does.
+
+    Attributes:
+        needed: bytes.
+        memory: bytes that the chip has.
+    """
+
+    needed: int
+    memory: int
+
+    def __str__(self) -> str:
+        """Memory as vendors count it: a chip of 16 GB has 16 * 2**30 bytes."""
+        answer = "yes" if self.needed <= self.memory else "no"
+        return f"fits: {answer}, {self.needed / 2**30:.3g} of {self.memory / 2**30:g} GB"
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mergelab.aot.chips import ChipReport, Collective
+from mergelab.aot.chips import ChipReport, Collective, slice_name
 from mergelab.errors import DependencyError, MeshError
 
 __all__ = ["compile_for_topology"]
@@ -35,7 +36,7 @@ def compile_for_topology(
     Args:
         program: `module:function` of a function `(mesh, request) -> jax.stages.Lowered`; the compiler's
             process imports it.
-        topology: name of a slice, such as `v5e:4x4`, `v6e:16x16`, `v5p:4x8x8`.
+        topology: name of a slice, such as `v5e:4x4`, `v6e:16x16`, `v5p:4x8x8`; `v5e` is one chip.
         mesh: the sizes of the mesh's axes; one may be -1.
         request: what the function is given: plain data, as JSON holds it.
         timeout: seconds after which the compiler is stopped.
@@ -46,9 +47,15 @@ def compile_for_topology(
     """
     if importlib.util.find_spec("libtpu") is None:
         raise DependencyError(
-            "compiling for a TPU needs libtpu, which is not installed; install mergelab[tpu-aot]."
+            "compiling for a TPU needs libtpu, which is not installed; install mergelab[tpu-aot], "
+            f'or just that: pip install "jax[tpu]=={version("jax")}"'
         )
-    question = {"program": program, "topology": topology, "sizes": dict(mesh), "request": dict(request)}
+    question = {
+        "program": program,
+        "topology": slice_name(topology),
+        "sizes": dict(mesh),
+        "request": dict(request),
+    }
     answer = _ask(question, timeout)
     if "error" in answer:
         raise MeshError(f"{topology}: {answer['error']}")
@@ -63,6 +70,8 @@ def _ask(question: Mapping[str, Any], timeout: float) -> dict[str, Any]:
         kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
         # Plain CPU arrays, and no question to the metadata server that TPU machines have.
         settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_LOG_DIR": "disabled"}
+        # The compiler locks TPUs against other processes, also where it opens none.
+        settings["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "mergelab.aot.worker", str(answer)],

@@ -51,11 +51,29 @@ def _width(dtype: str) -> int:
     return max(1, int(bits[0]) // 8) if bits else 1
 
 
+_HOST = (2, 2, 1)
+"""Chips of a host, by which compilers divide a slice unless they are told of a smaller host."""
+
+
+def _host_bounds(topology: str) -> dict[str, tuple[int, ...]]:
+    """What a slice smaller than a host must say besides its name.
+
+    >>> _host_bounds("v5e:1x1"), _host_bounds("v5p:1x1x1"), _host_bounds("v5e:4x4"), _host_bounds("nonsense")
+    ({'chips_per_host_bounds': (1, 1, 1)}, {'chips_per_host_bounds': (1, 1, 1)}, {}, {})
+    """
+    sizes = [int(n) for n in topology.partition(":")[2].split("x") if n.isdecimal()][:3]
+    bounds = (
+        tuple(min(n, most) for n, most in zip([*sizes, 1, 1][:3], _HOST, strict=True)) if sizes else _HOST
+    )
+    return {} if bounds == _HOST else {"chips_per_host_bounds": bounds}
+
+
 def _mesh(topology: str, sizes: Mapping[str, int]) -> Any:
     from jax.experimental import mesh_utils, topologies
     from jax.sharding import AxisType, Mesh
 
-    devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    sliced = topologies.get_topology_desc(platform="tpu", topology_name=topology, **_host_bounds(topology))
+    devices = list(sliced.devices)
     known = math.prod(size for size in sizes.values() if size != -1)
     shape = {name: len(devices) // known if size == -1 else size for name, size in sizes.items()}
     if math.prod(shape.values()) != len(devices):

@@ -7,6 +7,8 @@ from mergelab.lazy import lazy_names
 if TYPE_CHECKING:
     from mergelab.checkpoints.dtypes import dtype_from_name, is_float, promote
     from mergelab.checkpoints.folder import FolderCheckpoint, open_checkpoint, weights_sha256
+    from mergelab.checkpoints.hub_push import push
+    from mergelab.checkpoints.locations import local_path
     from mergelab.checkpoints.lora import LoraCheckpoint, with_lora
     from mergelab.checkpoints.lora_tensor import read_whole
     from mergelab.checkpoints.peft import LoraConfig, read_lora_config
@@ -27,11 +29,13 @@ __all__ = [
     "TensorSpec",
     "dtype_from_name",
     "is_float",
+    "local_path",
     "open_checkpoint",
     "open_pickled",
     "open_safetensors",
     "plan_shards",
     "promote",
+    "push",
     "read_lora_config",
     "read_whole",
     "weights_sha256",

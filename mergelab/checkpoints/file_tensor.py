@@ -13,6 +13,7 @@ import numpy as np
 from mergelab.checkpoints.source import TensorSource
 from mergelab.checkpoints.text_file import POINTER_BYTES, refuse_pointer
 from mergelab.errors import CheckpointError
+from mergelab.platform import read_at
 
 __all__ = ["FileTensor", "StridedTensor", "WeightFile", "check_piece", "read_runs"]
 
@@ -35,7 +36,7 @@ class WeightFile:
         """Notes the identity of the file at `path`.
 
         Raises:
-            CheckpointError: it does not exist, is no regular file, cannot be read, or is a Git LFS pointer.
+            CheckpointError: it is missing, not a regular file, unreadable, or a Git LFS pointer.
         """
         try:
             status = path.stat()
@@ -150,7 +151,7 @@ def read_runs(source: TensorSource, starts: Sequence[int] | np.ndarray, out: np.
     width = source.dtype.itemsize
     rows = out.view(np.uint8)
     try:
-        file = os.open(source.file.path, os.O_RDONLY)
+        file = os.open(source.file.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
             for start, row in zip(starts[1:], rows[1:], strict=True):
                 _read_fully(file, source, source.offset + int(start) * width, row.data)
@@ -165,7 +166,7 @@ def read_runs(source: TensorSource, starts: Sequence[int] | np.ndarray, out: np.
 
 def _read_fully(file: int, source: FileTensor, offset: int, out: memoryview) -> None:
     while len(out):
-        count = os.preadv(file, [out], offset)
+        count = read_at(file, out, offset)
         if not count:
             raise CheckpointError(
                 f"{source.file.path}: the file became shorter while tensor {source.name!r} was read; "

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from mergelab.checkpoints.gguf.model_file import SUFFIX, GgufFile, is_gguf, open_gguf
 from mergelab.checkpoints.json_data import read_json_object, read_optional_json
+from mergelab.checkpoints.locations import local_path
 from mergelab.checkpoints.model_files import check_file_name
+from mergelab.checkpoints.quantized.box_source import BoxSource
+from mergelab.checkpoints.quantized.detect import dequantized, split_config
 from mergelab.checkpoints.safetensors_file import SafetensorsFile, open_safetensors
 from mergelab.checkpoints.source import TensorSource
 from mergelab.checkpoints.torch_reader import PickledFile, open_pickled
@@ -24,13 +29,17 @@ __all__ = ["FolderCheckpoint", "bounded_digest", "open_checkpoint", "stat_sha256
 
 
 def weights_sha256(folder: str | Path) -> str:
-    """SHA-256 over the weight files of a folder, their names and contents, in the order of names.
+    """SHA-256 over the weight files of a folder or a GGUF file, their names and contents, in the order of
+    names.
 
     Raises:
         CheckpointError: there are none, or one cannot be read.
     """
-    folder = Path(folder)
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    folder = local_path(folder)
+    if is_gguf(folder):
+        files = [part.file.path for part in open_gguf(folder).files]
+    else:
+        files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files:
         raise CheckpointError(f"{folder}: holds no weight files; expected *.safetensors")
     total = hashlib.sha256()
@@ -103,16 +112,28 @@ class FolderCheckpoint:
     """A model folder (or one weight file and the folder it lies in); holds no weights.
 
     Attributes:
-        path: the folder of config and tokenizer files.
-        config: `config.json` as plain data; empty if there is none.
-        tensors: tensor sources by name, in file order.
+        path: the folder of config and tokenizer files, or the GGUF file that has them in it.
+        config: `config.json` as plain data, less what it says of a quantization; empty if there is none.
+        tensors: tensor sources by name, in file order; quantized ones as they are dequantized.
         files: the weight files, in order.
+        quantization: what `config.json` or a file of its own says of a quantization; empty if nothing.
     """
 
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorSource]
-    files: tuple[SafetensorsFile | PickledFile, ...]
+    files: tuple[SafetensorsFile | PickledFile | GgufFile, ...]
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether config or files are of a quantized model, so that those of a dequantized copy differ."""
+        return bool(self.quantization) or any(isinstance(t, BoxSource) for t in self.tensors.values())
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of all tensors as they are read; more than the files have where these are quantized."""
+        return sum(math.prod(t.shape) * t.dtype.itemsize for t in self.tensors.values())
 
     def fingerprint(self) -> str:
         """Returns a SHA-256 hex digest of headers, file sizes and config; reads no weights."""
@@ -120,6 +141,8 @@ class FolderCheckpoint:
             "config": self.config,
             "files": [[file.file.path.name, file.file.size, file.header_sha256] for file in self.files],
         }
+        if self.quantization:
+            parts["quantization"] = self.quantization
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def sha256_files(self) -> dict[str, str]:
@@ -138,23 +161,37 @@ class FolderCheckpoint:
         return digests
 
 
-def open_checkpoint(path: Path | str) -> FolderCheckpoint:
-    """Opens a model folder or a single weight file, reading headers and config only.
+def open_checkpoint(path: Path | str, *, as_stored: bool = False) -> FolderCheckpoint:
+    """Opens a model folder or a single weight file, reading headers and config, and no weights.
+
+    Quantized weights are float32 tensors that are computed as they are read (`checkpoints/quantized/`).
+
+    A model on the Hugging Face hub (`org/name[@revision][:subfolder]`) or at a URL is fetched first. A GGUF
+    file is a model of its own: config and tokenizer come from its metadata, its tensors have their Hugging
+    Face names, and quantized ones are dequantized to float32 as they are read.
 
     A folder is searched for `model.safetensors`, `model.safetensors.index.json`, any one `*.safetensors`,
     then `pytorch_model.bin`, `pytorch_model.bin.index.json`, any one `*.bin`, `*.pt` or `*.pth`.
 
+    Args:
+        path: Folder or file.
+        as_stored: Whether to leave quantized weights the codes and scales that the files hold.
+
     Raises:
-        CheckpointError: nothing there, several candidates, or any file malformed or inconsistent.
+        CheckpointError: nothing there, several candidates, any file malformed or inconsistent, or weights
+            that are quantized in a way that cannot be read.
     """
-    path = Path(path)
+    path = local_path(path)
     try:
-        return _open(path)
+        return _open(path, as_stored)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error}); check its permissions") from error
 
 
-def _open(path: Path) -> FolderCheckpoint:
+def _open(path: Path, as_stored: bool) -> FolderCheckpoint:
+    if is_gguf(path):
+        model = open_gguf(path)
+        return FolderCheckpoint(path, model.config, model.tensors, model.files)
     if path.is_file():
         folder, files, index = path.parent, [path], None
     elif path.is_dir():
@@ -176,7 +213,11 @@ def _open(path: Path) -> FolderCheckpoint:
     if index is not None:
         _check_index(index, opened)
         _check_none_is_left_out(index, [file.name for file in files])
-    return FolderCheckpoint(folder, config, tensors, opened)
+    if as_stored:
+        return FolderCheckpoint(folder, config, tensors, opened)
+    split = split_config(config, folder)
+    model = dequantized(tensors, split, str(path))
+    return FolderCheckpoint(folder, split.model, model, opened, split.quantization)
 
 
 def _open_file(path: Path) -> SafetensorsFile | PickledFile:
@@ -185,8 +226,8 @@ def _open_file(path: Path) -> SafetensorsFile | PickledFile:
     if path.suffix in PICKLED:
         return open_pickled(path)
     raise CheckpointError(
-        f"{path} is not a weight file by its name; expected .safetensors, {', '.join(PICKLED)} or a model "
-        "folder"
+        f"{path} is not a weight file by its name; expected .safetensors, {SUFFIX}, {', '.join(PICKLED)} or "
+        "a model folder"
     )
 
 
@@ -218,6 +259,11 @@ def _find_weights(folder: Path) -> tuple[list[Path], Path | None]:
                 f"{folder} has {len(candidates)} weight files ({', '.join(candidates[:4])}, ...) but no "
                 f"{standard}.index.json to say how they belong together; add the index or name one file"
             )
+    if ggufs := [name for name in names if name.endswith(SUFFIX)]:
+        raise CheckpointError(
+            f"{folder} has no weights but GGUF files, each a model of its own; name one, such as "
+            f"{folder / ggufs[0]}"
+        )
     if "adapter_config.json" in names:
         raise CheckpointError(f"{folder} is a LoRA adapter, not a model; write the model as base+adapter")
     raise CheckpointError(

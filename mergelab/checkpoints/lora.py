@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mergelab.checkpoints.folder import FolderCheckpoint, open_checkpoint
+from mergelab.checkpoints.locations import local_path
 from mergelab.checkpoints.lora_merge import LoraMerge
 from mergelab.checkpoints.peft import LoraConfig, read_lora_config
-from mergelab.checkpoints.source import TensorSource
+from mergelab.checkpoints.source import Checkpoint, TensorSource
 from mergelab.checkpoints.text_file import read_bytes
 from mergelab.checkpoints.tied_head import untied_config
 from mergelab.errors import CheckpointError
@@ -19,7 +21,11 @@ from mergelab.errors import CheckpointError
 __all__ = ["AdapterParts", "LoraCheckpoint", "sort_adapter", "with_lora"]
 
 
-_PARTS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_B.bias")
+_MAGNITUDE = "lora_magnitude_vector"
+_PARTS = (
+    "lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_B.bias", _MAGNITUDE,
+)  # fmt: skip
+_TOKENS = re.compile(r"(.*?)(\.token_adapter)?\.trainable_tokens_delta(\.default)?")
 _COPY = (".modules_to_save.default.", ".modules_to_save.")
 _REPLACED = ".original_module."
 
@@ -30,11 +36,13 @@ class AdapterParts:
 
     Attributes:
         modules: low-rank parts of each module, by their own names.
+        tokens: values of the trained rows of each embedding.
         whole: tensors that replace the base's, by name.
         saved: the modules of `whole` that PEFT trains as copies of their own (`modules_to_save`).
     """
 
     modules: dict[str, dict[str, TensorSource]] = field(default_factory=dict)
+    tokens: dict[str, TensorSource] = field(default_factory=dict)
     whole: dict[str, TensorSource] = field(default_factory=dict)
     saved: set[str] = field(default_factory=set)
 
@@ -46,7 +54,7 @@ def sort_adapter(tensors: Mapping[str, TensorSource], config: LoraConfig, folder
     copy, under its plain name with the same values, and as it was before training. The copy counts.
 
     Raises:
-        CheckpointError: a tensor of a variant other than plain LoRA, or two that say the same.
+        CheckpointError: a tensor of a variant that is not known, or two that say the same.
     """
     found = AdapterParts()
     copies: dict[str, TensorSource] = {}
@@ -54,13 +62,21 @@ def sort_adapter(tensors: Mapping[str, TensorSource], config: LoraConfig, folder
         name = full.removeprefix("base_model.model.")
         module, _, part = name.partition(".lora_")
         part = f"lora_{part.replace('.default', '', 1)}"
+        part = _MAGNITUDE if part == f"{_MAGNITUDE}.weight" else part
+        tokens = _TOKENS.fullmatch(name)
         infix = next((each for each in _COPY if each in name), None)
         if part in _PARTS:
+            if part == _MAGNITUDE and not config.use_dora:
+                raise CheckpointError(
+                    f"{folder}: tensor {full!r} is of a DoRA adapter, but use_dora is not true in "
+                    "adapter_config.json; correct it"
+                )
             place, key = found.modules.setdefault(module, {}), part
+        elif tokens is not None:
+            place, key = found.tokens, tokens[1]
         elif ".lora_" in name or "trainable_tokens" in name:
-            variant = "DoRA" if "magnitude" in name else "not plain LoRA"
             raise CheckpointError(
-                f"{folder}: tensor {full!r} is of a variant that cannot be merged here ({variant}); "
+                f"{folder}: tensor {full!r} is of a variant that cannot be merged here (not plain LoRA); "
                 "merge the adapter with PEFT and use the resulting model"
             )
         elif _REPLACED in name:
@@ -71,7 +87,7 @@ def sort_adapter(tensors: Mapping[str, TensorSource], config: LoraConfig, folder
             place, key = found.whole, name.replace(".base_layer.", ".", 1)
         if key in place:
             raise CheckpointError(
-                f"{folder}: tensor {full!r} says the same as another one; save the adapter again"
+                f"{folder}: tensor {full!r} says the same as another one; keep the copy that was trained"
             )
         place[key] = source
     found.whole.update(copies)
@@ -100,14 +116,16 @@ class LoraCheckpoint:
         tensors: those of the merged model.
         untied: whether the head is a tensor of its own in it, though the base's is its embedding.
         warnings: what PEFT would warn about, one sentence each.
+        decomposes: whether reading a few values of a tensor decomposes all of it.
     """
 
-    base: FolderCheckpoint | LoraCheckpoint
+    base: Checkpoint
     adapter: FolderCheckpoint
     adapter_config_sha256: str
     tensors: Mapping[str, TensorSource]
     untied: bool = False
     warnings: tuple[str, ...] = ()
+    decomposes: bool = False
 
     @property
     def path(self) -> Path:
@@ -120,16 +138,25 @@ class LoraCheckpoint:
 
     def fingerprint(self) -> str:
         """Returns a SHA-256 hex digest of the base's and the adapter's; reads no weights."""
-        parts = (self.base.fingerprint(), self.adapter.fingerprint(), self.adapter_config_sha256)
+        own = getattr(self.base, "fingerprint", None)
+        if own is None:
+            raise CheckpointError(
+                f"{self.path} is the result of a merge to come, which has no fingerprint yet"
+            )
+        parts = (own(), self.adapter.fingerprint(), self.adapter_config_sha256)
         return hashlib.sha256("+".join(parts).encode()).hexdigest()
 
 
-def with_lora(checkpoint: FolderCheckpoint | LoraCheckpoint, adapter_path: Path | str) -> LoraCheckpoint:
+def with_lora(checkpoint: Checkpoint, adapter_path: Path | str) -> LoraCheckpoint:
     """Returns `checkpoint` with a PEFT LoRA adapter merged into it, computed piece by piece when read.
 
     Every tensor of the adapter is used exactly once. A square `Conv1D` weight cannot be told from a linear
     one by its shape; there the model's type decides or, where it is not known, `fan_in_fan_out` of the
     adapter's config.
+
+    DoRA scales each output's weights; an adapter that began with PiSSA or OLoRA is added to the base less
+    what they took out of it, as PEFT takes it out when it loads the adapter; trained tokens are rows of the
+    embedding; factors of `target_parameters` are added expert by expert.
 
     A head tied to the embedding is treated as PEFT's merge treats it: updates of either are added to the
     matrix they share, but where one of them is in `modules_to_save` they part, and the config of the result
@@ -140,10 +167,10 @@ def with_lora(checkpoint: FolderCheckpoint | LoraCheckpoint, adapter_path: Path 
         adapter_path: folder with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`).
 
     Raises:
-        CheckpointError: a missing file, a variant other than plain LoRA, a module the model does not have, or
+        CheckpointError: a missing file, a variant that is not known, a module the model does not have, or
             shapes and ranks that do not fit.
     """
-    folder = Path(adapter_path)
+    folder = local_path(adapter_path)
     config_path = folder / "adapter_config.json"
     if not config_path.is_file():
         raise CheckpointError(f"{folder} has no adapter_config.json; name the folder of a PEFT adapter")
@@ -156,7 +183,10 @@ def with_lora(checkpoint: FolderCheckpoint | LoraCheckpoint, adapter_path: Path 
     merge = LoraMerge.of(checkpoint, config, folder, parts.saved)
     # Whole tensors first: a low-rank update applies on top of a replaced weight.
     merge.replace(parts.whole)
+    merge.set_tokens(parts.tokens)
     merge.update(parts.modules)
     untied = merge.finish()
     digest = hashlib.sha256(read_bytes(config_path)).hexdigest()
-    return LoraCheckpoint(checkpoint, adapter, digest, merge.tensors, untied, tuple(merge.warnings))
+    decomposes = config.start is not None or getattr(checkpoint, "decomposes", False)
+    warnings = tuple(merge.warnings)
+    return LoraCheckpoint(checkpoint, adapter, digest, merge.tensors, untied, warnings, decomposes)

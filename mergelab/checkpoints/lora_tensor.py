@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,10 @@ class CastTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.source.shape
+
+    def over(self, change: Callable[[TensorSource], TensorSource]) -> CastTensor:
+        """The same of another source."""
+        return replace(self, source=change(self.source))
 
     def read_into(self, start: int, out: np.ndarray) -> None:
         """Fills `out` with flat elements `[start, start + out.size)`; errors are those of the source."""
@@ -130,6 +134,16 @@ class LowRankTensor:
     def dtype(self) -> np.dtype[Any]:
         return self.weight.dtype
 
+    def over(self, change: Callable[[TensorSource], TensorSource]) -> LowRankTensor:
+        """The same update of another weight."""
+        (left, left_turned), (right, right_turned) = self.left, self.right
+        return replace(
+            self,
+            weight=change(self.weight),
+            left=(change(left), left_turned),
+            right=(change(right), right_turned),
+        )
+
     def _read_factors(self) -> tuple[np.ndarray, np.ndarray]:
         left, right = (
             np.ascontiguousarray(factor.T if transposed else factor)
@@ -186,6 +200,10 @@ class BiasedTensor:
     @property
     def dtype(self) -> np.dtype[Any]:
         return self.weight.dtype
+
+    def over(self, change: Callable[[TensorSource], TensorSource]) -> BiasedTensor:
+        """The same addend of another bias."""
+        return replace(self, weight=change(self.weight))
 
     def read_into(self, start: int, out: np.ndarray) -> None:
         """Fills `out` with flat elements `[start, start + out.size)`; errors as in `LowRankTensor`."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+import re
+import shutil
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING
 
-from mergelab.checkpoints.text_file import MAX_TABLE, read_bytes, read_text
+from mergelab.checkpoints.companions import read_companion
+from mergelab.checkpoints.text_file import MAX_TABLE
 from mergelab.errors import CheckpointError, shortened
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["check_file_name", "donor_files", "open_tokenizer_file", "tokenizer_names"]
+__all__ = ["check_file_name", "is_model_folder", "open_tokenizer_file", "put_file"]
 
 
+_FOLDER = re.compile(r"\d{1,3}_\w{1,60}|additional_chat_templates", re.ASCII)
 _FORBIDDEN = frozenset('/\\:*?"<>|')
 _DEVICES = frozenset(
     ["CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10))]
@@ -51,14 +53,17 @@ def check_file_name(name: object, place: str) -> str:
 def open_tokenizer_file(path: Path) -> Tokenizer:
     """Returns the tokenizer that a `tokenizer.json` describes, as the tokenizers package makes it.
 
+    Args:
+        path: the file, in the folder of a model or "in" a GGUF file.
+
     Raises:
         CheckpointError: the file is not a regular file of at most 256 MiB, or not a tokenizer.
     """
     from tokenizers import Tokenizer
 
-    text = read_text(path, MAX_TABLE)
+    raw = read_companion(path.parent, path.name, MAX_TABLE)
     try:
-        return Tokenizer.from_str(text)
+        return Tokenizer.from_str(raw.decode("utf-8-sig"))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the package raises bare Exception, and panics past it
@@ -68,40 +73,33 @@ def open_tokenizer_file(path: Path) -> Tokenizer:
         ) from error
 
 
-_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tekken.json",
-)
-_TEMPLATES = ("chat_template.jinja", "chat_template.json")
-_OTHER = (
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "image_processor_config.json",
-    "video_preprocessor_config.json",
-)
+def is_model_folder(name: str) -> bool:
+    """Whether a folder in a model's is of a kind that models have: a module's, or that of more templates."""
+    return _FOLDER.fullmatch(name) is not None
 
 
-def tokenizer_names() -> tuple[str, ...]:
-    """The names under which tokenizers are stored."""
-    return _TOKENIZER
+def put_file(folder: Path, name: str, content: bytes | Path) -> None:
+    """Writes a file of a model folder: bytes, or a copy of a file.
 
+    Args:
+        folder: the model's.
+        name: one file name, or one in a folder that models have, with a slash: `1_Pooling/config.json`.
+        content: what is in it, or where.
 
-def donor_files(folder: Path, merged_tokenizer: Mapping[str, bytes] | None) -> dict[str, bytes]:
-    """File contents by name: the donor's, its tokenizer replaced by a merged one where there is one.
+    Args:
+        folder: the donor's folder or GGUF file.
+        merged_tokenizer: the files of a merged tokenizer, or None.
 
     Raises:
-        CheckpointError: a file is a Git LFS pointer.
+        CheckpointError: `name` is not such a name.
+        OSError: it cannot be written.
     """
-    names = (*_TEMPLATES, *_OTHER) if merged_tokenizer is not None else (*_TOKENIZER, *_TEMPLATES, *_OTHER)
-    found = {name: read_bytes(folder / name, MAX_TABLE) for name in names if os.path.lexists(folder / name)}
-    return {**found, **(merged_tokenizer or {})}
+    inner, slash, file = name.partition("/")
+    if not slash or not is_model_folder(inner):
+        inner, file = "", name
+    target = folder / inner / check_file_name(file, "the output")
+    target.parent.mkdir(exist_ok=True)
+    if isinstance(content, Path):
+        shutil.copyfile(content, target)
+    else:
+        target.write_bytes(content)

@@ -14,7 +14,7 @@ from typing import Self
 
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.errors import CheckpointError, OutputError
-from mergelab.platform import try_lock
+from mergelab.platform import read_at, try_lock, write_at, writing_fault
 
 __all__ = [
     "MARKER",
@@ -48,8 +48,11 @@ def check_target(out: Path, inputs: Iterable[Path | str] = (), *, folder: bool =
 
     Raises:
         OutputError: the output is the root, a link, of the other kind, or has too long a name; it is or
-            contains an input or the working directory; or it lies inside an input.
+            contains an input or the working directory; or it lies inside an input; or this system (Windows)
+            cannot write as models are written.
     """
+    if fault := writing_fault():
+        raise OutputError(f"{out}: {fault}")
     out = Path(os.path.abspath(out))
     kind, other = ("folder", "file") if folder else ("file", "folder")
     if not out.name:
@@ -196,7 +199,8 @@ class OutputLock:
         """The note that this run, or one that was killed, has left in the lock file."""
         assert self._file is not None
         try:
-            note = json.loads(os.pread(self._file, _LARGEST_NOTE, 0))
+            data = bytearray(_LARGEST_NOTE)
+            note = json.loads(data[: read_at(self._file, memoryview(data), 0)])
             return Publication(str(note["identity"]), int(note["inode"]))
         except (ValueError, KeyError, TypeError, RecursionError):
             return None
@@ -207,7 +211,7 @@ class OutputLock:
         os.ftruncate(self._file, 0)
         if publication is not None:
             note = {"identity": publication.identity, "inode": publication.inode}
-            os.pwrite(self._file, json.dumps(note).encode(), 0)
+            write_at(self._file, json.dumps(note).encode(), 0)
             os.fsync(self._file)
 
     def release(self, *, keep_note: bool = False) -> None:

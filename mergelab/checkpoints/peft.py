@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.name_pattern import compile_pattern, matches_name
@@ -24,10 +25,14 @@ _HARMLESS = frozenset((
     "megatron_config", "megatron_core", "modules_to_save", "peft_type", "peft_version",
     "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type", "velora_config",
 ))  # fmt: skip
-_READ = frozenset(["r", "lora_alpha", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"])
+_READ = frozenset((
+    "r", "lora_alpha", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "use_dora",
+    "trainable_token_indices", "target_parameters",
+))  # fmt: skip
 _LARGEST = 1e9
 _KEEPS_BASE = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
-"""`init_lora_weights` under which training starts from the unchanged base; pissa and others alter it."""
+"""`init_lora_weights` under which training starts from the unchanged base."""
+_PISSA = re.compile(r"pissa(_niter_\d+)?")
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,11 @@ class LoraConfig:
         modules_to_save: ends of the names of modules that PEFT trains as copies of their own.
         target_modules: ends of the names of modules with factors; None where a pattern chooses them.
         ensure_weight_tying: whether the copies of a tied embedding and head are one.
+        use_dora: whether each output's weights are scaled to a magnitude of its own (DoRA).
+        start: what the base is altered by when training starts, or None.
+        token_indices: rows of embeddings that are trained, by the ends of their modules' names; the empty end
+            is the input embedding's.
+        target_parameters: ends of the names of parameters with factors that are not a module's `weight`.
     """
 
     r: int
@@ -53,6 +63,16 @@ class LoraConfig:
     modules_to_save: tuple[str, ...] = ()
     target_modules: tuple[str, ...] | None = None
     ensure_weight_tying: bool = False
+    use_dora: bool = False
+    start: Literal["pissa", "olora"] | None = None
+    token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    target_parameters: tuple[str, ...] = ()
+
+    def tokens_of(self, module: str) -> tuple[int, ...] | None:
+        """The rows that are trained of a module; None if it has none."""
+        ends = (end for end in self.token_indices if end in ("", module) or module.endswith(f".{end}"))
+        end = next(ends, None)
+        return None if end is None else self.token_indices[end]
 
     def is_saved(self, module: str) -> bool:
         """Whether PEFT keeps a copy of its own of a module, instead of loading into the base's."""
@@ -85,8 +105,8 @@ def read_lora_config(path: Path) -> LoraConfig:
     """Reads `adapter_config.json`.
 
     Raises:
-        CheckpointError: not a LoRA adapter, a wrong type, or an option (DoRA, QALoRA, aLoRA, ...) whose
-            effect is not `W + scale * B @ A`.
+        CheckpointError: not a LoRA adapter, a wrong type, or an option (QALoRA, aLoRA, ...) whose effect is
+            none of those known here.
     """
     data = read_json_object(path)
     if data.get("peft_type") != "LORA":
@@ -100,8 +120,8 @@ def read_lora_config(path: Path) -> LoraConfig:
                 f"{path}: {key} = {_shown(value)} changes the weights in a way that is not W + scale*B@A; "
                 "merge the adapter with PEFT and use the resulting model"
             )
-    start = data.get("init_lora_weights")
-    if start not in _KEEPS_BASE:
+    start, kind = data.get("init_lora_weights"), _start(data.get("init_lora_weights"))
+    if kind is None and start not in _KEEPS_BASE:
         raise CheckpointError(
             f"{path}: init_lora_weights = {_shown(start)} trains against an altered base; convert the "
             "adapter when saving it with PEFT (path_initial_model_for_weight_conversion)"
@@ -118,10 +138,35 @@ def read_lora_config(path: Path) -> LoraConfig:
         if isinstance(data.get("target_modules"), str)
         else _names(data, "target_modules", path) or None,
         ensure_weight_tying=bool(data.get("ensure_weight_tying")),
+        use_dora=bool(data.get("use_dora")),
+        start=kind,
+        token_indices=_token_indices(data.get("trainable_token_indices"), path),
+        target_parameters=_names(data, "target_parameters", path),
     )
     if min([config.r, *config.rank_pattern.values()]) < 1:
         raise CheckpointError(f"{path}: a rank is below 1; the adapter holds nothing to merge")
     return config
+
+
+def _start(value: object) -> Literal["pissa", "olora"] | None:
+    if not isinstance(value, str):
+        return None
+    if value.lower() == "olora":
+        return "olora"
+    return "pissa" if _PISSA.fullmatch(value) else None
+
+
+def _token_indices(value: object, path: Path) -> dict[str, tuple[int, ...]]:
+    """Rows by module; a list alone is for the input embedding, whatever its name."""
+    by_module: dict[str, Any] = value if isinstance(value, dict) else {"": value} if value else {}
+    for rows in by_module.values():
+        whole = isinstance(rows, list) and all(type(row) is int and 0 <= row < 2**31 for row in rows)
+        if not whole:
+            raise CheckpointError(
+                f"{path}: trainable_token_indices holds {_shown(rows)} where a list of token ids was "
+                "expected; correct it"
+            )
+    return {module: tuple(rows) for module, rows in by_module.items()}
 
 
 def _number(data: dict[str, Any], key: str, path: Path, default: int) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,11 +14,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mergelab.checkpoints.model_files import check_file_name
+from mergelab.checkpoints.model_files import put_file
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.shard_plan import ShardPlan
 from mergelab.errors import OutputError
+from mergelab.platform import reserve, write_at
 from mergelab.processes import together
 
 __all__ = ["SharedWriter"]
@@ -90,9 +90,7 @@ class SharedWriter:
             with open(self._work.path / shard.file, "wb") as file:
                 file.write(shard.head)
                 file.flush()
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, shard.size)
-                file.truncate(shard.size)
+                reserve(file.fileno(), shard.size)
 
     def write_runs(self, name: str, starts: Sequence[int] | np.ndarray, rows: np.ndarray) -> None:
         """Writes row `i` of `rows` to the flat elements of a tensor from `starts[i]` on.
@@ -110,10 +108,7 @@ class SharedWriter:
             raise ValueError(f"tensor {name!r} is written as contiguous {place.spec.dtype}, not {rows.dtype}")
         with self._disk_errors():
             for start, row in zip(starts, rows.view(np.uint8), strict=True):
-                data, offset = row.data, place.offset + int(start) * rows.itemsize
-                while len(data):
-                    count = os.pwrite(self._files[place.shard], data, offset)
-                    data, offset = data[count:], offset + count
+                write_at(self._files[place.shard], row.data, place.offset + int(start) * rows.itemsize)
         with self._lock:
             self._written += rows.nbytes
 
@@ -146,12 +141,9 @@ class SharedWriter:
     def _complete(self, files: Mapping[str, bytes | Path]) -> None:
         weights = {shard.file for shard in self.plan.shards}
         for name, content in files.items():
-            if check_file_name(name, "the output") in weights:
+            if name in weights:
                 raise OutputError(f"the file {name!r} would replace the weights; choose another name.")
-            if isinstance(content, Path):
-                shutil.copyfile(content, self._work.path / name)
-            else:
-                (self._work.path / name).write_bytes(content)
+            put_file(self._work.path, name, content)
         if self.plan.index is not None:
             (self._work.path / "model.safetensors.index.json").write_bytes(self.plan.index)
         self._work.publish(self._identity)

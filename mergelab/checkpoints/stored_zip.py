@@ -12,17 +12,10 @@ from mergelab.errors import CheckpointError
 __all__ = ["data_offset", "list_zip", "stored_entries"]
 
 _MAX_DIRECTORY = 16_000_000  # bytes: some 200,000 entries
-_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # pickled magic number of torch < 1.6
 
 
 def stored_entries(file: WeightFile) -> dict[str, tuple[int, int]]:
     """Returns (offset, size) of every entry of the zip, all of them stored uncompressed inside the file."""
-    head = file.read(0, min(file.size, len(_LEGACY)), "its first bytes")
-    if head == _LEGACY:
-        raise CheckpointError(
-            f"{file.path} is in torch's legacy format (before 1.6); re-save it once with torch: "
-            "torch.save(torch.load(path, weights_only=True), path)"
-        )
     listed = list_zip(file, "torch zip")
     entries: dict[str, tuple[int, int]] = {}
     for info in listed:

@@ -115,7 +115,7 @@ def read_text(
 
 
 def _read(file: int, count: int) -> bytes:
-    """At most `count` bytes: a single read returns as few as it likes."""
+    """The next bytes, `count` at most: a single read returns as few as it likes."""
     parts: list[bytes] = []
     while count > 0 and (part := os.read(file, min(count, 2**24))):
         parts.append(part)

@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class _Interpreter:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
 
-    def run(self, data: bytes) -> Any:
+    def run(self, data: bytes | BinaryIO) -> Any:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if count > _MAX_OPCODES:
                 raise _Malformed(f"more than {_MAX_OPCODES} opcodes")
@@ -169,12 +169,16 @@ def _set_items(target: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
 
 
 def read_pickle(
-    data: bytes, *, allowed: Mapping[str, object], persistent: Callable[[object], object], place: str
+    data: bytes | BinaryIO,
+    *,
+    allowed: Mapping[str, object],
+    persistent: Callable[[object], object],
+    place: str,
 ) -> Any:
     """Returns what a pickle describes, built of plain data and the stand-ins in `allowed`.
 
     Args:
-        data: the pickle.
+        data: the pickle, or a stream that is read to the pickle's end.
         allowed: stand-ins by full global name, e.g. `"collections.OrderedDict"`; a `Builder` may be called,
             anything else is only a value.
         persistent: turns a persistent id (inert data) into a value; raises CheckpointError for a bad one.

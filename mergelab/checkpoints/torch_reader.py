@@ -1,7 +1,8 @@
 """Torch checkpoints (`.bin`, `.pt`, `.pth`) without torch: tensors read straight from the zip's stored bytes.
 
 Since torch 1.6 such a file is an uncompressed zip: `<root>/data.pkl` describes the tensors and
-`<root>/data/<key>` holds each storage. The pickle is read as inert data (`pickle_data`); nothing in it runs.
+`<root>/data/<key>` holds each storage; before, it was what `torch_legacy` reads. The pickle is read as inert
+data (`torch_pickle`); nothing in it runs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from mergelab.checkpoints.dtypes import SAFETENSORS
 from mergelab.checkpoints.file_tensor import FileTensor, StridedTensor, WeightFile
 from mergelab.checkpoints.source import TensorSource
 from mergelab.checkpoints.stored_zip import stored_entries
+from mergelab.checkpoints.torch_legacy import is_legacy, read_legacy
 from mergelab.checkpoints.torch_pickle import Builder, read_pickle
 from mergelab.errors import CheckpointError
 
@@ -90,10 +92,36 @@ def open_pickled(path: Path | str, *, values: bool = False) -> PickledFile:
         values: allows numbers, words and mappings of them beside the tensors, and returns them.
 
     Raises:
-        CheckpointError: not a torch zip file, a legacy or compressed one, a forbidden global or opcode, a
+        CheckpointError: not a torch file, a compressed zip, a forbidden global or opcode, a
             storage that is missing or too small, or no state dict in it.
     """
     file = WeightFile.open(Path(path))
+    allowed = _allowed(str(path))
+    if is_legacy(file):
+        prefix = ""
+        pickle, entries = read_legacy(file, allowed, _width)
+    else:
+        prefix, pickle, entries = _zipped(file)
+
+    def persistent(identity: object) -> _Storage:
+        return _find_storage(identity, prefix, entries, str(path))
+
+    found = read_pickle(pickle, allowed=allowed, persistent=persistent, place=str(path))
+    plain = _take_plain(found) if values and isinstance(found, dict) else {}
+    state = _state_dict(found, str(path))
+    _check_expanded(state, str(path))
+    tensors = {name: _source(name, tensor, file) for name, tensor in state.items()}
+    return PickledFile(file, tensors, hashlib.sha256(pickle).hexdigest(), plain)
+
+
+def _width(kind: object) -> int:
+    """Bytes of an element of a storage."""
+    return kind.dtype.itemsize if isinstance(kind, _StorageType) and kind.dtype is not None else 1
+
+
+def _zipped(file: WeightFile) -> tuple[str, bytes, dict[str, tuple[int, int]]]:
+    """The names of storages but for their keys, the pickle, and `(offset, size)` of every entry of a zip."""
+    path = file.path
     entries = stored_entries(file)
     roots = [name.removesuffix("/data.pkl") for name in entries if name.endswith("/data.pkl")]
     if len(roots) != 1 or f"{roots[0]}/constants.pkl" in entries:
@@ -114,22 +142,16 @@ def open_pickled(path: Path | str, *, values: bool = False) -> PickledFile:
             raise CheckpointError(
                 f"{path} has byte order {order!r}; save it again on a little-endian machine"
             )
-    pickle = file.read(offset, length, "data.pkl")
-
-    def persistent(identity: object) -> _Storage:
-        return _find_storage(identity, f"{root}/data/", entries, str(path))
-
-    found = read_pickle(pickle, allowed=_allowed(str(path)), persistent=persistent, place=str(path))
-    plain = _take_plain(found) if values and isinstance(found, dict) else {}
-    state = _state_dict(found, str(path))
-    _check_expanded(state, str(path))
-    tensors = {name: _source(name, tensor, file) for name, tensor in state.items()}
-    return PickledFile(file, tensors, hashlib.sha256(pickle).hexdigest(), plain)
+    return f"{root}/data/", file.read(offset, length, "data.pkl"), entries
 
 
 def _find_storage(
     identity: object, prefix: str, entries: Mapping[str, tuple[int, int]], place: str
 ) -> _Storage:
+    view: object = None
+    if isinstance(identity, tuple) and len(identity) == 6:  # the legacy format's
+        *identity, view = identity
+        identity = tuple(identity)
     if (
         not isinstance(identity, tuple)
         or len(identity) != 5
@@ -150,7 +172,19 @@ def _find_storage(
         raise CheckpointError(
             f"{place}: storage {key!r} has {size} bytes where {expected} were expected; save it again"
         )
-    return _Storage(kind.dtype, offset, size)
+    return (
+        _Storage(kind.dtype, offset, size) if view is None else _view(view, kind.dtype, offset, size, place)
+    )
+
+
+def _view(view: object, dtype: np.dtype[Any] | None, offset: int, size: int, place: str) -> _Storage:
+    """The part of a storage that `(key, first element, elements)` names."""
+    width = dtype.itemsize if dtype else 1
+    if isinstance(view, tuple) and len(view) == 3 and type(view[1]) is type(view[2]) is int:
+        start, count = view[1] * width, view[2] * width
+        if 0 <= start <= start + count <= size:
+            return _Storage(dtype, offset + start, count)
+    raise CheckpointError(f"{place} has a storage that is no part of another one; save it again")
 
 
 def _allowed(place: str) -> dict[str, object]:

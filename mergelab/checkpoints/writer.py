@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -31,11 +30,12 @@ from mergelab.checkpoints.journal import (
     tensor_digest,
 )
 from mergelab.checkpoints.json_data import read_json_object
-from mergelab.checkpoints.model_files import check_file_name
+from mergelab.checkpoints.model_files import put_file
 from mergelab.checkpoints.output_target import MARKER, disk_errors, recorded_identity
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.shard_plan import ShardPlan
 from mergelab.errors import CheckpointError, OutputError
+from mergelab.platform import read_at, reserve, write_at
 from mergelab.version import __version__
 
 __all__ = ["CheckpointWriter", "check_digests", "identity_digest"]
@@ -163,8 +163,8 @@ class CheckpointWriter:
             file = os.open(self._work.path / shard.file, os.O_RDWR | os.O_CREAT, 0o666)
             self._fds.append(file)
             if os.fstat(file).st_size != shard.size:
-                _allocate(file, shard.size)
-            _write_all(file, memoryview(shard.head), 0)
+                reserve(file, shard.size)
+            write_at(file, shard.head, 0)
         return self._verify(journal, pieces or [])
 
     def _verify(self, journal: Journal, pieces: list[WrittenPiece]) -> frozenset[str]:
@@ -197,7 +197,9 @@ class CheckpointWriter:
 
     def _read(self, name: str, offset: int, count: int) -> bytes:
         place = self.plan.places[name]
-        return os.pread(self._fds[place.shard], count, place.offset + offset)
+        data = bytearray(count)
+        found = read_at(self._fds[place.shard], memoryview(data), place.offset + offset)
+        return bytes(data[:found])
 
     @property
     def finished(self) -> bool:
@@ -224,7 +226,7 @@ class CheckpointWriter:
         offset = start * array.itemsize
         leaves = digest_leaves(data, offset)
         with disk_errors(self.out, _THEN), self._writing() as files:
-            _write_all(files[place.shard], data, place.offset + offset)
+            write_at(files[place.shard], data, place.offset + offset)
             with self._lock:
                 if self._broken or self._journal is None:
                     raise OutputError(f"{self.out}: an earlier write failed; run again with --resume")
@@ -268,18 +270,14 @@ class CheckpointWriter:
 
         Raises:
             OutputError: the disk is full or fails, or the file cannot be read.
-            CheckpointError: `name` is not one plain file name, or is that of a weight file.
+            CheckpointError: `name` is not of a file in the folder or in one in it, or is that of the weights.
         """
-        check_file_name(name, "the output")
         if self._finished:
             return
         if name in {shard.file for shard in self.plan.shards} or name == "model.safetensors.index.json":
             raise CheckpointError(f"the output file {name!r} would replace the weights; choose another name")
         with disk_errors(self.out, _THEN):
-            if isinstance(content, Path):
-                shutil.copyfile(content, self._work.path / name)
-            else:
-                (self._work.path / name).write_bytes(content)
+            put_file(self._work.path, name, content)
 
     def commit(self, *, durable: bool = True) -> Path:
         """Gives the complete checkpoint its final name and returns that folder.
@@ -347,16 +345,3 @@ class CheckpointWriter:
             self.abandon()
         else:
             self._close()
-
-
-def _write_all(file: int, data: memoryview, offset: int) -> None:
-    while len(data):
-        count = os.pwrite(file, data, offset)
-        data, offset = data[count:], offset + count
-
-
-def _allocate(file: int, size: int) -> None:
-    """Reserves the blocks of a file, so that a full disk shows now and not in the middle of the merge."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file, 0, size)
-    os.ftruncate(file, size)

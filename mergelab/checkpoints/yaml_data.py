@@ -48,11 +48,13 @@ class Document:
         data: mappings with string keys, lists and scalars.
         line: its first line (1-based).
         lines: the line of each field and list item.
+        repeated: the fields that are written more than once, with the line of the one before each.
     """
 
     data: Any
     line: int
     lines: dict[FieldPath, int] = field(default_factory=dict)
+    repeated: list[tuple[FieldPath, int]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -184,12 +186,13 @@ class _Converter:
         self.source, self.error, self.strict_keys = source, error, strict_keys
         self.faults: list[str] = []
         self.lines: dict[FieldPath, int] = {}
+        self.repeated: list[tuple[FieldPath, int]] = []
 
     def document(self, node: _Node) -> Document:
         data = self.convert(node, ())
         if self.faults:
             raise self.error(self.faults)
-        return Document(data, node.line, {(): node.line, **self.lines})
+        return Document(data, node.line, {(): node.line, **self.lines}, self.repeated)
 
     def convert(self, node: _Node, path: FieldPath) -> Any:
         if node.kind == "scalar":
@@ -215,6 +218,8 @@ class _Converter:
                 message = f"duplicate key, first set on line {seen[key]}: remove one of the two"
                 self.fault(key_node, (*path, key), message)
                 continue
+            if key in seen:
+                self.repeated.append(((*path, key), seen[key]))
             self.check_text(key_node, path)
             seen[key] = key_node.line
             if key == "<<" and key_node.plain:

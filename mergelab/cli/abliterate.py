@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mergelab.cli.numbers import ANY_NUMBER, Number, Seed, WholeNumber
-from mergelab.cli.options import MESH
+from mergelab.cli.options import MESH, PUSH, check_push_option, push_output
 from mergelab.cli.output import StageBar, print_result
 
 __all__ = ["command"]
@@ -93,6 +93,7 @@ __all__ = ["command"]
 @click.option("--mesh", type=MESH, metavar="AXES", help="Mesh to spread the model over, as in tensor=4.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")
 @click.option("--resume", is_flag=True, help="Go on with an output that was interrupted.")
+@PUSH
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
     model: Path,
@@ -105,6 +106,7 @@ def command(
     dtype: str | None,
     overwrite: bool,
     resume: bool,
+    push_to: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -121,7 +123,9 @@ def command(
       mergelab abliterate model --harmful a.txt --harmless b.txt --out edited --text prose.txt --trials 64
       mergelab abliterate model --harmful a.txt --harmless b.txt --out edited --refusal "Das kann ich nicht"
     """
+    check_push_option(push_to, out)
     from mergelab.abliteration import AbliterationSettings, Filters, abliterate, read_prompts
+    from mergelab.checkpoints.companion_files import companion_warnings, donor_files
     from mergelab.sharding import make_mesh
 
     filters = Filters(*(options.pop(name) for name in ("max_kl", "min_induced", "max_depth")))
@@ -152,4 +156,7 @@ def command(
             [f"direction before block {chosen.layer}, token {chosen.position}", *report.table(), str(out)]
         )
 
+    for warning in companion_warnings(model, donor_files(model, None)):
+        click.echo(f"warning: {warning}", err=True)
     print_result(report.to_json, lines, as_json=as_json, indent=None)
+    push_output(out, push_to)

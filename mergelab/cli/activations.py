@@ -66,10 +66,14 @@ def command(
     """
     from mergelab.activations.capture import open_model_activations
     from mergelab.activations.store import write_store
+    from mergelab.checkpoints.locations import local_path
     from mergelab.checkpoints.publish import WorkFolder
+    from mergelab.checkpoints.remote_output import local_output, shown
 
+    model = local_path(model)
     with (
-        WorkFolder(out, inputs=[model, *texts]) as work,
+        local_output(out) as folder,
+        WorkFolder(folder, inputs=[model, *texts]) as work,
         count_bar("row", quiet=as_json) as bar,
     ):
         source = open_model_activations(model, sites, texts, length=context)
@@ -85,8 +89,8 @@ def command(
             source, work, model=model, rows=tokens, dtype=dtype, progress=progress, notice=notice
         )
     print_result(
-        lambda: {"path": str(out), "rows": rows, "sites": list(sites)},
-        lambda: f"{rows:,} rows of {', '.join(sites)}\n{out}",
+        lambda: {"path": shown(out), "rows": rows, "sites": list(sites)},
+        lambda: f"{rows:,} rows of {', '.join(sites)}\n{shown(out)}",
         as_json=as_json,
         indent=None,
     )

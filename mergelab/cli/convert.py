@@ -19,12 +19,16 @@ __all__ = ["command"]
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--to",
-    type=click.Choice(["huggingface", "orbax"]),
+    type=click.Choice(["huggingface", "orbax", "gguf"]),
     default="huggingface",
     show_default=True,
     help="Format to write.",
 )
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Stored dtype.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32", "q8_0"]),
+    help="Stored dtype; q8_0, of GGUF files alone, has 8 bits and a scale for every 32 weights.",
+)
 @click.option("--shard-size", type=SIZE, default="5GB", show_default=True, help="Size of one weight file.")
 @click.option("--mesh", type=MESH, metavar="AXES", help="Mesh to spread the model over on the way: fsdp=8.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")
@@ -41,8 +45,9 @@ def command(
 ) -> None:
     """Write the model in SOURCE to the folder OUT in another format, dtype or file size.
 
-    SOURCE is a Hugging Face or an Orbax folder; either can be written. Tokenizer and other small
-    files come along. Whatever is not asked to change keeps its bytes.
+    SOURCE is a Hugging Face or an Orbax folder, or a GGUF file; each can be written (--to gguf makes OUT a
+    file, with config and tokenizer in it). Tokenizer and other small files come along. Whatever is not
+    asked to change keeps its bytes; quantized weights are stored as float32.
 
     \b
     Examples:
@@ -50,34 +55,71 @@ def command(
       mergelab convert model parts --shard-size 1GB
       mergelab convert model model.orbax --to orbax --mesh fsdp=8
       mergelab convert model.orbax model --to huggingface
+      mergelab convert model model.gguf --to gguf --dtype q8_0
+      mergelab convert model.gguf model
     """
     started = time.perf_counter()
+    if to == "gguf":
+        if mesh is not None:
+            raise click.UsageError("--to gguf streams from disk to disk and takes no --mesh")
+        nbytes = _to_gguf(source, out, dtype, overwrite)
+        _report(out, to, nbytes, time.perf_counter() - started, as_json)
+        return
+    if dtype == "q8_0":
+        raise click.UsageError("--dtype q8_0 is a type of GGUF files: add --to gguf, or choose another dtype")
     import jax
 
+    from mergelab.checkpoints.companion_files import companion_warnings, donor_files
     from mergelab.checkpoints.folder import stat_sha256
-    from mergelab.checkpoints.model_files import donor_files
+    from mergelab.checkpoints.gguf.model_file import is_gguf
+    from mergelab.checkpoints.locations import local_path
     from mergelab.checkpoints.publish import WorkFolder
+    from mergelab.checkpoints.remote_output import local_output
     from mergelab.checkpoints.writer import identity_digest
     from mergelab.models.orbax import save_orbax
     from mergelab.models.save import save_model
 
-    with WorkFolder(out, inputs=[source], overwrite=overwrite) as work:
+    source = local_path(source)
+    with (
+        local_output(out, overwrite=overwrite) as folder,
+        WorkFolder(folder, inputs=[source], overwrite=overwrite) as work,
+    ):
         settings = {"to": to, "dtype": str(dtype), "shard_size": str(shard_size), "mesh": str(mesh)}
         identity = identity_digest({"source": stat_sha256(source), **settings})
         done = work.finished(identity)
         if not done:
             work.prepare()
         model, params = load_either(source, mesh, dtype)
-        files: dict[str, Any] = donor_files(source, None) if source.is_dir() else {}
+        files: dict[str, Any] = donor_files(source, None) if source.is_dir() or is_gguf(source) else {}
         if done:
             pass
         elif to == "orbax":
             save_orbax(model, params, work, files=files, identity=identity)
         else:
             save_model(model, params, work, files=files, shard_bytes=shard_size, identity=identity)
-    seconds = time.perf_counter() - started
+    for warning in companion_warnings(source, files) if source.is_dir() else ():
+        click.echo(f"warning: {warning}", err=True)
     nbytes = sum(array.nbytes for array in jax.tree.leaves(params))
+    _report(out, to, nbytes, time.perf_counter() - started, as_json)
+
+
+def _to_gguf(source: Path, out: Path, dtype: Any, overwrite: bool) -> int:
+    """Writes a GGUF file; returns the bytes of its tensors."""
+    from mergelab.checkpoints.folder import open_checkpoint
+    from mergelab.checkpoints.gguf.write import write_gguf
+    from mergelab.models.orbax import is_orbax_model
+
+    if is_orbax_model(source):
+        raise click.UsageError(
+            f"{source} is an Orbax folder; convert it with --to huggingface first, and that folder to GGUF"
+        )
+    return write_gguf(open_checkpoint(source), out, dtype=dtype, overwrite=overwrite)
+
+
+def _report(out: Path, to: str, nbytes: int, seconds: float, as_json: bool) -> None:
+    from mergelab.checkpoints.remote_output import shown
+
     if as_json:
-        click.echo(json.dumps({"out": str(out), "form": to, "bytes": nbytes, "seconds": seconds}))
+        click.echo(json.dumps({"out": shown(out), "form": to, "bytes": nbytes, "seconds": seconds}))
     else:
-        click.echo(f"{out}: {readable(nbytes)} of parameters in {to} form, in {seconds:.1f} s")
+        click.echo(f"{shown(out)}: {readable(nbytes)} of parameters in {to} form, in {seconds:.1f} s")

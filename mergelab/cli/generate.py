@@ -105,13 +105,16 @@ def command(
     if options["greedy"] and (given := [name for name in drawing if options[name] is not None]):
         raise click.UsageError(f"--greedy does not sample: omit --{given[0].replace('_', '-')}")
 
+    from mergelab.checkpoints.companions import has_companion
+    from mergelab.checkpoints.locations import local_path
     from mergelab.cli.conversation import hint
     from mergelab.cli.options import configure_jax
     from mergelab.text.tokenizer import load_tokenizer
 
     configure_jax()
+    path = local_path(path)
     texts = prompt is not None or chat
-    tokenizer = load_tokenizer(path) if texts or (path / "tokenizer.json").is_file() else None
+    tokenizer = load_tokenizer(path) if texts or has_companion(path, "tokenizer.json") else None
     if options["stops"] and tokenizer is None:
         raise click.UsageError(f"--stop needs a tokenizer to read what was generated; {path} has none")
     if chat:
@@ -124,7 +127,7 @@ def command(
     ids = token_ids if tokenizer is None or prompt is None else tokenizer.encode(prompt)
     if not ids:
         raise click.UsageError("the prompt is empty: it has no tokens to continue; give a text")
-    if (path / "config.json").is_file():  # before any weight is read
+    if has_companion(path, "config.json"):  # before any weight is read
         _check_prompt(path, ids, new, from_text=prompt is not None)
     model, params = load_either(path, options["mesh"], options["dtype"])
     settings: dict[str, Any] = {"max_new_tokens": new, "sampler": _sampler(options), "key": options["seed"]}
@@ -249,10 +252,10 @@ def _end_ids(tokenizer: Tokenizer | None, model: Model, path: Path) -> tuple[int
     """The tokens that end a text, from the tokenizer's folder or, without one, from the configs."""
     if tokenizer is not None:
         return tokenizer.end_ids
-    from mergelab.checkpoints.json_data import read_optional_json
+    from mergelab.checkpoints.companions import companion_json
     from mergelab.text.tokenizer import token_ids
 
-    declared = read_optional_json(path / "generation_config.json").get("eos_token_id")
+    declared = companion_json(path, "generation_config.json").get("eos_token_id")
     declared = model.hf_config.get("eos_token_id") if declared is None else declared
     if declared is None:
         return ()

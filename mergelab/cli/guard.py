@@ -90,7 +90,7 @@ class Guard:
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
 
     def leave(self) -> None:
-        """From here on there is nothing to clean up: a signal ends the process where it is."""
+        """The end of what needs cleaning up: a signal ends the process where it is."""
         self._leaving = True
 
     def end(self, status: int) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -12,12 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergelab.aot.chips import Fit, chip_of, is_one_chip
 from mergelab.cli.numbers import WholeNumber
 from mergelab.cli.options import MESH, readable
+from mergelab.errors import MeshError
 
 if TYPE_CHECKING:
+    from mergelab.checkpoints import TensorSource
     from mergelab.models.footprint import Inventory
     from mergelab.models.model import Model
+    from mergelab.sae.training.config import TrainConfig
 
 __all__ = ["command"]
 
@@ -30,7 +35,13 @@ _DTYPES = ("bfloat16", "float16", "float32")
     "--mesh", type=MESH, metavar="AXES", help="Mesh whose memory per device to show: data=2,tensor=8."
 )
 @click.option(
-    "--topology", metavar="NAME", help="TPU slice to compile for, which you need not have: v5e:4x4."
+    "--topology", metavar="NAME", help="TPU slice to compile for, which you need not have: v5e:4x4, v5e."
+)
+@click.option(
+    "--sae",
+    type=click.Path(path_type=Path),
+    metavar="CONFIG",
+    help="Training of an SAE that is to fit on the chips of --topology with the model.",
 )
 @click.option("--dtype", type=click.Choice(_DTYPES), help="Dtype on the devices (default: as stored).")
 @click.option("--batch", type=WholeNumber(1), default=None, help="Number of sequences over the whole mesh.")
@@ -42,6 +53,7 @@ def command(
     path: Path,
     mesh: dict[str, int] | None,
     topology: str | None,
+    sae: Path | None,
     dtype: str | None,
     batch: int | None,
     length: int | None,
@@ -53,7 +65,8 @@ def command(
 
     With --mesh, the bytes each device would hold; with --length, of a key-value cache too. With --topology,
     the forward pass is compiled for that TPU slice (extra: tpu-aot): bytes, floating-point operations and
-    exchanges of each chip. No weights are read and no accelerator is needed.
+    exchanges of each chip, and whether it fits; with --sae, beside the training step of an SAE. No weights
+    are read and no accelerator is needed.
 
     \b
     Examples:
@@ -61,20 +74,28 @@ def command(
       mergelab inspect model --sites
       mergelab inspect model --mesh data=1,tensor=8 --dtype bfloat16 --batch 4 --length 4096
       mergelab inspect model --topology v5e:4x4 --mesh data=2,tensor=8
+      mergelab inspect model --topology v5e --sae sae.yaml
     """
+    from mergelab.checkpoints.locations import location_text
     from mergelab.errors import CheckpointError
     from mergelab.models.footprint import take_inventory
 
     inventory = take_inventory(path)
     if (mesh or topology) and (inventory.model is None or inventory.faults):
         raise CheckpointError(inventory.faults[0])
+    if sae and not topology:
+        raise click.UsageError("say with --topology on which chips the SAE is to fit: v5e is one of them")
+    if topology and mesh is None and is_one_chip(topology):
+        mesh = {"data": 1}
     if topology and mesh is None:
         raise click.UsageError("say with --mesh how the chips of the topology share the work: tensor=16")
     report = _describe(inventory)
+    if not path.exists():
+        report["path"] = location_text(path)
     if mesh is not None and topology is None and inventory.model is not None:
         report["footprint"] = _footprint(inventory, mesh, dtype, batch or 1, length or 0)
     if mesh is not None and topology is not None and inventory.model is not None:
-        report["compiled"] = _compile(inventory.model, topology, mesh, dtype, batch, length)
+        report["compiled"] = _compile(inventory.model, topology, mesh, dtype, batch, length, sae)
     click.echo(json.dumps(report, indent=2) if as_json else _text(report, tensors, sites))
 
 
@@ -92,9 +113,18 @@ def _describe(inventory: Inventory) -> dict[str, Any]:
         "dtypes": {str(kind): size for kind, size in inventory.dtypes.items()},
         "files": [file.file.path.name for file in checkpoint.files],
         "config": {} if model is None else _plain(_config(model.config)),
-        "tensors": {name: {"dtype": str(t.dtype), "shape": list(t.shape)} for name, t in found},
+        "tensors": {
+            name: {"dtype": str(t.dtype), "shape": list(t.shape), **_stored_form(t)} for name, t in found
+        },
         "sites": {} if model is None else {name: list(shape) for name, shape in model.sites().items()},
     }
+
+
+def _stored_form(tensor: TensorSource) -> dict[str, str]:
+    """How a tensor is quantized, in words; nothing where it is not."""
+    from mergelab.checkpoints.quantized import BoxSource
+
+    return {"stored": tensor.form} if isinstance(tensor, BoxSource) else {}
 
 
 def _config(config: Any) -> dict[str, Any]:
@@ -166,22 +196,50 @@ def _compile(
     dtype: str | None,
     batch: int | None,
     length: int | None,
+    sae: Path | None,
 ) -> dict[str, Any]:
     from mergelab.models.footprint import compile_forward
 
+    settings = None if sae is None else _training(sae, model)
+    if settings is not None:  # the pass that fills one batch of the training
+        length = length or settings.data.context
+        batch = batch or -(-settings.train.batch_size // length)
     pass_ = {
         "batch": batch or mesh.get("data", 1) * mesh.get("fsdp", 1),
         "length": length or min(2048, model.config.max_length),
         "dtype": dtype or "bfloat16",
     }
     report = compile_forward(model, topology, mesh, **pass_)
-    return {
+    found = {
         "topology": topology,
         "mesh": mesh,
         **pass_,
         **dataclasses.asdict(report),
         "peak": report.peak,
     }
+    # Weights and the training's state stay; the pass and the step take their turns with the rest.
+    needed, passing = report.arguments, report.peak - report.arguments
+    if settings is not None:
+        from mergelab.sae.training.aot import plan_step
+
+        plan = plan_step(settings, topology, settings.mesh or {"data": 1, "latents": report.chips})
+        needed += plan.report.arguments
+        passing = max(passing, plan.report.peak - plan.report.arguments)
+        found["sae"] = {"parameters": plan.parameters, "peak": plan.report.peak}
+    with contextlib.suppress(MeshError):  # a chip whose memory is not known here
+        fit = Fit(needed + passing, chip_of(topology).memory)
+        found["fit"] = {"needed": fit.needed, "memory": fit.memory, "sentence": str(fit)}
+    return found
+
+
+def _training(config: Path, model: Model) -> TrainConfig:
+    """A training's configuration; the width of its activations is the model's where it names none."""
+    from mergelab.sae.training.config import load_config
+
+    settings = load_config(config)
+    if settings.sae.d_in is not None:
+        return settings
+    return load_config(config, [f"sae.d_in={model.config.d_model}"])
 
 
 def _text(report: Mapping[str, Any], tensors: bool, sites: bool) -> str:
@@ -202,10 +260,10 @@ def _text(report: Mapping[str, Any], tensors: bool, sites: bool) -> str:
     lines += [f"{'fault':<10} {fault}" for fault in report["faults"]]
     if tensors:
         lines += ["", "tensors"] + [
-            f"  {name}  {tensor['dtype']} {tensor['shape']}" for name, tensor in report["tensors"].items()
+            f"  {name}  {_in_words(tensor)}" for name, tensor in report["tensors"].items()
         ]
     else:
-        kinds_of = {name: f"{t['dtype']} {t['shape']}" for name, t in report["tensors"].items()}
+        kinds_of = {name: _in_words(tensor) for name, tensor in report["tensors"].items()}
         lines += ["", "tensors", *_grouped(kinds_of)]
     if sites:
         shapes = {name: f"[{', '.join(map(str, shape))}]" for name, shape in report["sites"].items()}
@@ -215,6 +273,11 @@ def _text(report: Mapping[str, Any], tensors: bool, sites: bool) -> str:
     if "compiled" in report:
         lines += ["", *_compiled_lines(report["compiled"])]
     return "\n".join(lines)
+
+
+def _in_words(tensor: Mapping[str, Any]) -> str:
+    stored = f", stored as {tensor['stored']}" if "stored" in tensor else ""
+    return f"{tensor['dtype']} {tensor['shape']}{stored}"
 
 
 def _grouped(described: Mapping[str, str]) -> Iterable[str]:
@@ -255,6 +318,10 @@ def _compiled_lines(found: Mapping[str, Any]) -> list[str]:
         f"  together    {readable(found['peak'])}",
         f"  operations  {found['flops']:.3g} floating-point",
     ]
+    if sae := found.get("sae"):
+        lines.append(f"  SAE step    {readable(sae['peak'])} with {sae['parameters']:,} parameters")
     for exchange in found["collectives"]:
         lines.append(f"  {exchange['kind']:<18} {exchange['count']} x, {readable(exchange['nbytes'])} in all")
+    what = "model, SAE and batch" if "sae" in found else "model and batch"
+    lines += [f"{fit['sentence']} ({what})"] if (fit := found.get("fit")) else []
     return [*lines, f"compiled in {found['seconds']:.1f} s; memory and exchanges, not speed"]

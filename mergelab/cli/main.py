@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from mergelab.accelerators import idle_accelerator
 from mergelab.cli.failures import ClosedPipe, Failure, Interrupted, Stopped, failure_of
 from mergelab.cli.guard import guarded
 from mergelab.errors import did_you_mean
@@ -82,6 +83,9 @@ class CommandTable(click.Group):
             raise failure_of(error, subject, output) from error
 
 
+_READS_ONLY = {"inspect", "operators", "convert"}
+"""Commands that compute nothing, and so do without an accelerator."""
+
 _RESOLVED = "mergelab.resolved"  # key of `Context.meta`: the command, its name and its arguments
 
 
@@ -114,8 +118,13 @@ def flush_output() -> None:
     "2 refused (said in a sentence), 70 a bug in mergelab, 130 interrupted, 143 terminated.",
 )
 @click.version_option(__version__, prog_name="mergelab", message="%(prog)s %(version)s")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Merge language models, train and evaluate sparse autoencoders, and edit models, in JAX."""
+    name, _, arguments = ctx.meta[_RESOLVED]
+    asks = {"-h", "--help"} & {*arguments}
+    if name not in _READS_ONLY and not asks and (sentence := idle_accelerator()):
+        click.echo(f"warning: {sentence}", err=True)
 
 
 def main() -> None:
@@ -166,5 +175,8 @@ def _quiet_libraries() -> None:
     """Drops what libraries print of an error that they raise too, in threads and event loops of their own."""
     for name in ("absl", "asyncio", "concurrent.futures"):
         logging.getLogger(name).addFilter(lambda record: False)
+    # The line about an idle accelerator says it with the cure.
+    said = "may be present on this machine"
+    logging.getLogger("jax._src.xla_bridge").addFilter(lambda record: said not in record.getMessage())
     threading.excepthook = lambda arguments: None
     sys.unraisablehook = lambda unraisable: None

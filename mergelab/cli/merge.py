@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergelab.cli.numbers import Seed, WholeNumber
-from mergelab.cli.options import SIZE, readable
+from mergelab.cli.options import PUSH, SIZE, check_push_option, push_output, readable
 from mergelab.cli.output import byte_bar, print_result
 
 if TYPE_CHECKING:
@@ -51,9 +51,16 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
     help="Merge models of different model_type, and tensors that only some models have.",
 )
 @click.option("--sha256", is_flag=True, help="Also write SHA256SUMS of the weight files.")
+@PUSH
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the result as JSON.")
 def command(
-    recipe: Path, out: Path | None, dry_run: bool, as_json: bool, memory: int, **options: Any
+    recipe: Path,
+    out: Path | None,
+    dry_run: bool,
+    push_to: str | None,
+    as_json: bool,
+    memory: int,
+    **options: Any,
 ) -> None:
     """Merge checkpoints as RECIPE says, a YAML file in mergekit's format.
 
@@ -66,6 +73,7 @@ def command(
       mergelab merge ties.yaml --dry-run
       mergelab merge dare.yaml --out merged --seed 7 --dtype bfloat16 --shard-size 2GB
       mergelab merge big.yaml --out merged --memory 500MB --resume
+      mergelab merge ties.yaml --out merged --push org/merged
     """
     started = time.perf_counter()
     planning = {
@@ -77,6 +85,7 @@ def command(
     }
     if out is None and not dry_run:
         raise click.UsageError("name the folder to write with --out DIR, or look at the plan with --dry-run")
+    check_push_option(None if dry_run else push_to, out)
     from mergelab.cli.options import configure_jax
     from mergelab.merging.plan.planner import plan_merge
 
@@ -91,6 +100,7 @@ def command(
     for warning in warnings:
         click.echo(f"warning: {warning}", err=True)
 
+    from mergelab.checkpoints.locations import location_text
     from mergelab.merging.run_merge import merge
 
     total = sum(p.bytes_out for p in (*plan.stages.values(), plan))
@@ -110,7 +120,7 @@ def command(
 
     def report() -> dict[str, Any]:
         return {
-            "out": str(merged.out),
+            "out": location_text(merged.out),
             "seconds": seconds,
             "seconds_streaming": merged.seconds_streaming,
             "tensors": len(merged.plan.jobs),
@@ -123,8 +133,9 @@ def command(
         }
 
     size = readable(merged.plan.bytes_out)
-    text = f"{merged.out}: {len(merged.plan.jobs)} tensors, {size}, in {seconds:.1f} s"
+    text = f"{location_text(merged.out)}: {len(merged.plan.jobs)} tensors, {size}, in {seconds:.1f} s"
     print_result(report, lambda: text, as_json=as_json)
+    push_output(out, push_to)
 
 
 def _text(plan: Plan, summary: dict[str, Any]) -> str:

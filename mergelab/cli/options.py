@@ -15,7 +15,18 @@ from mergelab.errors import quoted
 if TYPE_CHECKING:
     from mergelab.sae.sae import SAE
 
-__all__ = ["MESH", "SIZE", "configure_jax", "load_either", "open_sae", "read_model", "readable"]
+__all__ = [
+    "MESH",
+    "PUSH",
+    "SIZE",
+    "check_push_option",
+    "configure_jax",
+    "load_either",
+    "open_sae",
+    "push_output",
+    "read_model",
+    "readable",
+]
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -83,20 +94,46 @@ class _Mesh(click.ParamType):
 MESH = _Mesh()
 
 
+PUSH = click.option(
+    "--push",
+    "push_to",
+    metavar="ORG/NAME",
+    help="Repository on the Hugging Face hub to upload the finished output to.",
+)
+
+
+def check_push_option(push_to: str | None, out: Path | None) -> None:
+    """Refuses, before any work, a push that cannot succeed."""
+    if push_to is not None:
+        from mergelab.checkpoints.hub_push import check_push
+        from mergelab.checkpoints.locations import is_url
+
+        if out is not None and is_url(out):
+            raise click.UsageError("--push uploads from this machine: give a local folder with --out")
+        check_push(push_to)
+
+
+def push_output(out: Path, push_to: str | None) -> None:
+    """Uploads a finished output where that was asked for, and says on stderr where it is."""
+    if push_to is not None:
+        from mergelab.checkpoints.hub_push import push
+
+        click.echo(f"pushed to {push(out, push_to)}", err=True)
+
+
 def read_model(path: Path) -> Any:
     """The model that a folder's `config.json` describes, in either form, without its parameters.
 
     Raises:
         CheckpointError: there is none, or it is of no supported family.
     """
-    from mergelab.checkpoints.json_data import read_json_object
+    from mergelab.checkpoints.companions import companion_json, has_companion
     from mergelab.errors import CheckpointError
     from mergelab.models.families import model_from_config
 
-    file = path / "config.json"
-    if not file.is_file():
+    if not has_companion(path, "config.json"):
         raise CheckpointError(f"{path} has no config.json; name the folder of a model")
-    return model_from_config(read_json_object(file), str(file))
+    return model_from_config(companion_json(path, "config.json"), str(path / "config.json"))
 
 
 def load_either(
@@ -127,9 +164,11 @@ def open_sae(path: Path) -> SAE:
     Raises:
         CheckpointError: there is none, or the run has not finished.
     """
+    from mergelab.checkpoints.locations import local_path
     from mergelab.errors import CheckpointError
     from mergelab.sae.formats import load_sae
 
+    path = local_path(path, "sae")
     if (path / "final").is_dir():
         return _as_trained(load_sae(path / "final"), path / "config.yaml")
     if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():

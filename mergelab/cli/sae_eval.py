@@ -41,12 +41,12 @@ class MetricsOption(click.Option):
     "--target-data",
     multiple=True,
     metavar="FILES",
-    help="With --data: targets of a transcoder for the same tokens (default: those beside them in a "
+    help="Targets of a transcoder (with --data) for the same tokens (default: those beside them in a "
     "folder of mergelab activations).",
 )
-@click.option("--rows", type=WholeNumber(1), help="With --data: maximum number of rows (default: all).")
+@click.option("--rows", type=WholeNumber(1), help="Maximum number of rows (with --data) (default: all).")
 @click.option(
-    "--batch", type=WholeNumber(1), default=4096, show_default=True, help="With --data: rows per batch."
+    "--batch", type=WholeNumber(1), default=4096, show_default=True, help="Rows per batch (with --data)."
 )
 @click.option("--model", type=click.Path(path_type=Path), help="Folder of the SAE's model.")
 @click.option(
@@ -241,7 +241,7 @@ def _unlike(saes: Sequence[SAE]) -> list[str]:
 
 
 def _sites_of(sources: Sequence[Path], saes: Sequence[SAE]) -> dict[str, Any]:
-    """By source, what the SAE was judged as."""
+    """What the SAE was judged as, by source."""
     return {
         str(source): {
             "reads": one.config.reads,
@@ -277,6 +277,7 @@ def _on_text(
     from tqdm import tqdm
 
     from mergelab.checkpoints.folder import weights_sha256
+    from mergelab.checkpoints.locations import local_path
     from mergelab.cli.options import open_sae
     from mergelab.sae.evaluation.controls import CONTROLS
     from mergelab.sae.evaluation.metric import Evidence, Options
@@ -292,7 +293,7 @@ def _on_text(
     from mergelab.sharding import make_mesh
     from mergelab.text.tokenizer import load_tokenizer
 
-    model, texts, length = options["model"], options["texts"], options["context"]
+    model, texts, length = local_path(options["model"]), options["texts"], options["context"]
     mesh = None if options["mesh"] is None else make_mesh(options["mesh"])
     opened = [open_sae(source) for source in sources]
     opened = [at_sites(one, options["site"], options["target_site"]) for one in opened]

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from mergelab.cli.options import PUSH, check_push_option, push_output
+
 __all__ = ["command"]
 
 _FORMATS = ["saelens", "sparsify", "openai", "dictionary_learning", "gemma-scope", "mergelab"]
@@ -21,7 +23,10 @@ _FORMATS = ["saelens", "sparsify", "openai", "dictionary_learning", "gemma-scope
 )
 @click.option("--site", help="Site it reads, if it does not say so: blocks.8.resid_post.")
 @click.option("--target-site", help="Site a transcoder writes, if it does not say so.")
-def command(source: Path, format: str, out: Path, site: str | None, target_site: str | None) -> None:
+@PUSH
+def command(
+    source: Path, format: str, out: Path, site: str | None, target_site: str | None, push_to: str | None
+) -> None:
     """Write the SAE in SOURCE for another library.
 
     SOURCE is a run's folder, its `final`, or an SAE of any format that can be read. What a format has
@@ -34,11 +39,17 @@ def command(source: Path, format: str, out: Path, site: str | None, target_site:
       mergelab sae export run-saelens --format mergelab --out back
       mergelab sae export old --format saelens --out new --target-site blocks.3.mlp.out
     """
+    check_push_option(push_to, out)
+    from mergelab.checkpoints.locations import local_path
+    from mergelab.checkpoints.remote_output import local_output, shown
     from mergelab.cli.options import open_sae
     from mergelab.sae.formats import reserve, save_sae
     from mergelab.sae.sae import at_sites
 
-    with reserve(out, format, inputs=[source]) as place:
+    with (
+        local_output(out) as folder,
+        reserve(folder, format, inputs=[local_path(source, "sae")]) as place,
+    ):
         sae = at_sites(open_sae(source), site, target_site)
         save_sae(sae, place, format)
     if not sae.target_known:
@@ -47,4 +58,5 @@ def command(source: Path, format: str, out: Path, site: str | None, target_site:
             "transcoder, name its target (--target-site).",
             err=True,
         )
-    click.echo(str(out))
+    click.echo(shown(out))
+    push_output(out, push_to)

@@ -89,6 +89,7 @@ def command(
     from tqdm import tqdm
 
     from mergelab.checkpoints.folder import stat_sha256
+    from mergelab.checkpoints.locations import local_path
     from mergelab.checkpoints.new_files import Content, NewFiles
     from mergelab.cli.options import open_sae
     from mergelab.report.pages import render_features
@@ -104,6 +105,9 @@ def command(
     from mergelab.sharding import make_mesh
     from mergelab.text.tokenizer import load_tokenizer
 
+    title, model_name, model_text = source.name, model.name, str(model)
+    source, model = local_path(source, "sae"), local_path(model)
+    wider = None if wider is None else local_path(wider, "sae")
     inputs = [source, model, *texts, *([] if wider is None else [wider])]
     options = (site, target_site, context, latents, examples, explain, any_model)
     with NewFiles(
@@ -139,18 +143,18 @@ def command(
         if explain:
             gallery = explain_gallery(gallery, sae, subject, count=explain, mask_token=tokenizer.mask_id)
         facts = {
-            "model": str(model),
+            "model": model_text,
             "site": gallery.site,
             **_written(sae),
             "latents": f"{len(gallery.latents):,} of {sae.n_latents:,}",
             "text": f"{gallery.survey.rows:,} tokens",
         }
-        page = render_features(page_data(gallery, words), title=f"Features of {source.name}", facts=facts)
+        page = render_features(page_data(gallery, words), title=f"Features of {title}", facts=facts)
         contents: dict[Path | str, Content] = {out: page.encode()}
         if neuronpedia is not None:
             layer = int(gallery.site.split(".")[1]) if gallery.site.startswith("blocks.") else 0
             batch = neuronpedia_batch(
-                gallery, sae, tokenizer.piece, model_id=model.name, sae_id=source.name, layer=layer
+                gallery, sae, tokenizer.piece, model_id=model_name, sae_id=title, layer=layer
             )
             contents[neuronpedia] = json.dumps(batch, ensure_ascii=False).encode()
         files.publish(contents)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mergelab.aot.chips import Fit
 from mergelab.cli.numbers import WholeNumber
 from mergelab.cli.options import MESH, readable
 
@@ -19,7 +20,9 @@ __all__ = ["command"]
 
 @click.command("plan")
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--topology", required=True, metavar="NAME", help="TPU slice: v5e:4x4, v5p:4x8x8, v6e:16x16.")
+@click.option(
+    "--topology", required=True, metavar="NAME", help="TPU slice: v5e:4x4, v5p:4x8x8; v5e is one chip."
+)
 @click.option("--mesh", type=MESH, help="Mesh in place of CONFIG's: data=1,latents=256.")
 @click.option(
     "--set",
@@ -41,7 +44,7 @@ def command(
     """Compile the training step of CONFIG for a TPU slice you do not need to have.
 
     Shows the bytes each chip needs, what the chips exchange, the operations of a step, and a lower bound of
-    its time. Needs the TPU compiler, pip install 'mergelab[tpu-aot]', but no TPU and no data.
+    its time. Needs the TPU compiler, pip install 'jax[tpu]', but no TPU and no data.
 
     \b
     Examples:
@@ -82,6 +85,7 @@ def _text(plan: StepPlan, batch_size: int) -> str:
     return "\n".join(
         [
             *lines,
+            str(Fit(report.peak, plan.chip.memory)),
             f"roofline: no step can take less than {1000 * bound.seconds:.3g} ms ({slowest}), "
             f"{batch_size / bound.seconds:,.0f} tokens a second at most; a bound, not a measurement",
             f"compiled in {report.seconds:.1f} s",

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from mergelab.checkpoints.locations import location_text
+from mergelab.cli.options import PUSH, check_push_option, push_output
 from mergelab.cli.output import count_bar
 
 __all__ = ["command"]
@@ -25,8 +27,16 @@ __all__ = ["command"]
     help="Setting that overrides CONFIG; repeatable.",
 )
 @click.option("--resume", is_flag=True, help="Resume a run that was interrupted.")
+@PUSH
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(config: Path, out: Path, overrides: tuple[str, ...], resume: bool, as_json: bool) -> None:
+def command(
+    config: Path,
+    out: Path,
+    overrides: tuple[str, ...],
+    resume: bool,
+    push_to: str | None,
+    as_json: bool,
+) -> None:
     """Train a sparse autoencoder from the YAML file CONFIG.
 
     OUT/final gets the SAE (cfg.json, sae.safetensors), OUT/metrics.jsonl the metrics,
@@ -39,6 +49,7 @@ def command(config: Path, out: Path, overrides: tuple[str, ...], resume: bool, a
       mergelab sae train sae.yaml --out run --set train.lr=1e-3 --set sae.k=64
       mergelab sae train sae.yaml --out run --resume
     """
+    check_push_option(push_to, out)
     from mergelab.sae.training import train
 
     with count_bar("step", quiet=as_json) as bar:
@@ -59,8 +70,14 @@ def command(config: Path, out: Path, overrides: tuple[str, ...], resume: bool, a
             click.echo(f"warning: {message}", err=True)
 
         result = train(config, out, resume=resume, overrides=overrides, progress=progress, notice=notice)
+    path = location_text(result.path)
+    push_output(result.path, push_to)
     if as_json:
-        said: dict[str, Any] = {"path": str(result.path), "steps": result.steps, "metrics": result.metrics}
+        said: dict[str, Any] = {
+            "path": path,
+            "steps": result.steps,
+            "metrics": result.metrics,
+        }
         click.echo(json.dumps(said))
         return
     if result.resumed:
@@ -68,5 +85,5 @@ def command(config: Path, out: Path, overrides: tuple[str, ...], resume: bool, a
     last = result.metrics
     click.echo(
         f"nmse {last['nmse']:.4f}  L0 {last['l0']:.1f}  dead {last['dead_fraction']:.2%}  "
-        f"{last['tokens']:,.0f} tokens at {last['tokens_per_second']:,.0f} a second\n{result.path}"
+        f"{last['tokens']:,.0f} tokens at {last['tokens_per_second']:,.0f} a second\n{path}"
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergelab.cli.numbers import Number, WholeNumber
-from mergelab.cli.options import SIZE
+from mergelab.cli.options import PUSH, SIZE, check_push_option, push_output
 from mergelab.cli.output import byte_bar, print_result
 
 if TYPE_CHECKING:
@@ -77,8 +77,16 @@ _ENGINE = ("memory", "threads", "allow_nonfinite", "dtype", "overwrite")  # pass
 @click.option("--threads", type=WholeNumber(1), help="Number of threads that read, compute and write.")
 @click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinity in the inputs.")
 @click.option("--overwrite", is_flag=True, help="Replace the output and discard an interrupted greedy soup.")
+@PUSH
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(checkpoints: tuple[str, ...], out: Path, method: str, as_json: bool, **options: Any) -> None:
+def command(
+    checkpoints: tuple[str, ...],
+    out: Path,
+    method: str,
+    push_to: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Average fine-tuned checkpoints of one model, streamed: all, the last few, or those that help.
 
     \b
@@ -109,6 +117,7 @@ def command(checkpoints: tuple[str, ...], out: Path, method: str, as_json: bool,
             raise RecipeError(
                 f"--{name.replace('_', '-')} has no effect with --method {method}; leave it out."
             )
+    check_push_option(push_to, out)
     from mergelab.cli.options import configure_jax
 
     configure_jax(merging=method != "greedy")  # whose evaluations run models, in children of this process too
@@ -118,6 +127,7 @@ def command(checkpoints: tuple[str, ...], out: Path, method: str, as_json: bool,
         make = _greedy if method == "greedy" else partial(_average, method=method)
         result, text = make(checkpoints, out, given=given, engine={**engine, "progress": bar.update})
     print_result(lambda: result, lambda: text, as_json=as_json)
+    push_output(out, push_to)
 
 
 def _average(

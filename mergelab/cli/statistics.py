@@ -65,11 +65,15 @@ def command(
     from mergelab.activations.capture import open_model_activations
     from mergelab.activations.statistics import write_statistics
     from mergelab.checkpoints.folder import stat_sha256
+    from mergelab.checkpoints.locations import local_path
     from mergelab.checkpoints.publish import WorkFolder
+    from mergelab.checkpoints.remote_output import local_output, shown
 
+    model = local_path(model)
     inputs = [model, *texts]
     with (
-        WorkFolder(out, inputs=inputs, overwrite=overwrite) as work,
+        local_output(out, overwrite=overwrite) as folder,
+        WorkFolder(folder, inputs=inputs, overwrite=overwrite) as work,
         tqdm(unit="context", disable=as_json or None, dynamic_ncols=True) as bar,
     ):
         options = (stat_sha256(*inputs), kind, context, tokens)
@@ -95,7 +99,7 @@ def command(
             progress=progress,
         )
     if as_json:
-        facts = {"path": str(out), "kind": kind, "tensors": count, "tokens": contexts.size}
+        facts = {"path": shown(out), "kind": kind, "tensors": count, "tokens": contexts.size}
         click.echo(json.dumps(facts))
     else:
-        click.echo(f"{kind} of {count:,} tensors on {contexts.size:,} tokens\n{out}")
+        click.echo(f"{kind} of {count:,} tensors on {contexts.size:,} tokens\n{shown(out)}")

@@ -70,9 +70,9 @@ def complete(
         key: a seed or a key, folded with the prompt's index; or one key per prompt.
         stop_strings: strings that end a text.
         end_ids: tokens that end a text; by default `tokenizer.end_ids`.
-        edit: as in `generate`.
-        add_special_tokens: as in `Tokenizer.encode`; False for rendered chat templates.
-        on_text: is called with each piece of the text as soon as it is certain; for one prompt.
+        edit: same as in `generate`.
+        add_special_tokens: same as in `Tokenizer.encode`; False for rendered chat templates.
+        on_text: function that is called with each piece of the text as soon as it is certain; for one prompt.
 
     Raises:
         DecodingError: as `generate`; for an empty stop string; and for `on_text` with several prompts.

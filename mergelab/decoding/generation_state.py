@@ -17,6 +17,7 @@ from mergelab.decoding.stop import Stop
 from mergelab.models.blockwise import Blockwise, runs_by_block
 from mergelab.models.cache import Cache
 from mergelab.models.model import Model, Params
+from mergelab.models.residual_stream import require_decoder
 from mergelab.models.sites import TokenPlaces
 
 __all__ = ["GenerationState", "last_token", "read_again", "start", "step_places"]
@@ -90,7 +91,12 @@ def start(
         log_probs: whether log-probabilities of generated tokens are kept.
         capture: names of sites to keep of every row's last step.
         width: number of columns, those on the right, that edits count as the prompts'; all by default.
+
+    Raises:
+        SiteError: the model was saved without a head of next tokens.
     """
+    if model.causal:  # `new_cache` refuses the others
+        require_decoder(model)
     columns = jnp.asarray(tokens.shape[1] if width is None else width, jnp.int32)
     options = {"capacity": capacity, "log_probs": log_probs, "capture": capture}
     begun = _start if runs_by_block(model, params) else _start_at_once
@@ -185,7 +191,7 @@ def _read(
 
 @partial(jax.jit, static_argnames="prompt")
 def _places(mask: Bool[Array, "batch length"], width: Int[Array, ""], *, prompt: int) -> TokenPlaces:
-    """Of a whole text so far.
+    """Places of a whole text so far.
 
     Args:
         mask: True for real tokens.
@@ -199,7 +205,7 @@ def _places(mask: Bool[Array, "batch length"], width: Int[Array, ""], *, prompt:
 
 @jax.jit
 def step_places(progress: GenerationState) -> TokenPlaces:
-    """Of the token that each row reads in its next step."""
+    """Places of the token that each row reads in its next step."""
     real = jnp.ones((progress.last.shape[0], 1), jnp.bool_)
     column = jnp.full(real.shape, progress.width - 1 + progress.steps, jnp.int32)
     return TokenPlaces(

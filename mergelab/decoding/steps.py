@@ -78,7 +78,7 @@ class Steps:
     def advance(
         self, progress: GenerationState, until: Int[Array, ""] | int, *, keep: bool = False
     ) -> GenerationState:
-        """As the function `advance`.
+        """The function `advance` with its programs at hand.
 
         Args:
             progress: rows as they stand.

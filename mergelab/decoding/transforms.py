@@ -135,7 +135,7 @@ class TopKFilter:
     """Keeps the `k` largest logits (Fan et al., arXiv:1805.04833), and what ties with the last of them.
 
     Attributes:
-        k: at least 1, static; a `k` above the vocabulary's size keeps everything.
+        k: number of tokens to keep, at least 1, static; a `k` above the vocabulary's size keeps everything.
     """
 
     k: int = field(metadata={"static": True})
@@ -156,7 +156,8 @@ class TopPFilter:
     The likeliest token is always kept.
 
     Attributes:
-        p: in (0, 1]; a scalar, or float `[batch]` with one value per row. 1 keeps every possible token.
+        p: probability mass to keep, in (0, 1]; a scalar, or float `[batch]` with one value per row. 1 keeps
+            every possible token.
     """
 
     p: ArrayLike
@@ -179,7 +180,8 @@ class MinPFilter:
     """Keeps tokens at least `p` times as likely as the likeliest one (Nguyen et al., arXiv:2407.01082).
 
     Attributes:
-        p: in [0, 1]; a scalar, or float `[batch]` with one value per row. 0 keeps everything.
+        p: smallest probability relative to the largest, in [0, 1]; a scalar, or float `[batch]` with one
+            value per row. 0 keeps everything.
     """
 
     p: ArrayLike

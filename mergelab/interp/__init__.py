@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mergelab.interp.patching import PatchGrid, attribution_patching, patch_grid
     from mergelab.interp.probes import Probe, fit_linear, fit_logistic, fit_ridge
     from mergelab.interp.steering import SteeringVector, add_vector, latent_direction, steering_vector
+    from mergelab.interp.steering_files import load_steering, save_steering
     from mergelab.interp.value_vectors import ValueVectors, tokens_of_values, value_search
     from mergelab.interp.vectors import mean_difference, mean_norm, principal_difference, project_out, unit
 
@@ -74,6 +75,7 @@ __all__ = [
     "head_weights",
     "indirect_effects",
     "latent_direction",
+    "load_steering",
     "logit_difference",
     "logit_lens",
     "mean_difference",
@@ -87,6 +89,7 @@ __all__ = [
     "project_out",
     "read_lens",
     "repeated_tokens",
+    "save_steering",
     "scale",
     "similar_latents",
     "splice",

@@ -220,7 +220,7 @@ def head_scores(
         TokenError: `first` is none of its tokens.
     """
     c = model.config
-    if not model.family.architecture.causal or 2 * half + (first is not None) > c.max_length or half < 2:
+    if not model.predicts or 2 * half + (first is not None) > c.max_length or half < 2:
         raise SiteError(
             f"{half} tokens that come twice do not fit a {model.family.model_type!r} model with "
             f"{c.max_length} positions; take a decoder, and halves of 2 tokens or more that fit it."

@@ -101,8 +101,8 @@ def patch(value: Float[Array, "batch length ..."] | ArrayLike, *, where: Tokens 
     `mergelab.interp.patch_grid` tries every site and token in one compiled program.
 
     Args:
-        value: of the site's shape `[batch, length, ...]`, or one that broadcasts to it. In a generation its
-            length is that of the prompts, and new tokens stay as they are.
+        value: array of the site's shape `[batch, length, ...]`, or one that broadcasts to it. In a generation
+            its length is that of the prompts, and new tokens stay as they are.
         where: tokens to change: bool `[batch, length]`, "prompt" or "generated"; all by default. In a
             generation a mask is one of the prompts' columns, and leaves new tokens as they are.
 

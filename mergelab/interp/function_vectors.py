@@ -51,7 +51,7 @@ def function_vector(
     top: int = 10,
     batch: int = 16,
 ) -> FunctionVector:
-    """From prompts that show a task and prompts that do not.
+    """A function vector from prompts that show a task and prompts that do not.
 
     Args:
         model: a decoder without norms on what attention adds.
@@ -108,7 +108,7 @@ def indirect_effects(
     batch: int = 16,
     heads_at_once: int = 8,
 ) -> np.ndarray:
-    """By how much the answer's probability rises when one head has its mean: `[layers, heads]`, float32.
+    """The rise of the answer's probability when one head has its mean: `[layers, heads]`, float32.
 
     Args:
         model: model that `function_vector` takes.

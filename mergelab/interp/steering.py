@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
@@ -31,10 +31,14 @@ class SteeringVector:
     Attributes:
         vector: float32 `[width]`, of any length.
         norm: mean length of the activations it was made from.
+        site: name of the site, where it is known.
+        model_type: family of the model that it was made for, where it is known.
     """
 
     vector: Float[Array, " width"]
     norm: Float[Array, ""]
+    site: str = field(default="", metadata={"static": True})
+    model_type: str = field(default="", metadata={"static": True})
 
     def edit(self, strength: Any, *, where: Tokens = None) -> Edit:
         """Adds the direction at length `strength * norm`; a negative strength steers away.
@@ -66,7 +70,7 @@ def steering_vector(
     method: Literal["mean", "pca"] = "mean",
     batch: int = 32,
 ) -> SteeringVector:
-    """From what a site holds on two sets of prompts.
+    """A steering vector from what a site holds on two sets of prompts.
 
     Args:
         model: the model.
@@ -94,7 +98,7 @@ def steering_vector(
         held = capture(model, params, tokens, site, mask=real, position=position, batch=batch)[site]
         read.append(jnp.asarray(held if position is not None else held[real]))
     vector = (mean_difference if method == "mean" else principal_difference)(read[0], read[1])
-    return SteeringVector(vector, mean_norm(jnp.concatenate(read)))
+    return SteeringVector(vector, mean_norm(jnp.concatenate(read)), site, model.family.model_type)
 
 
 def latent_direction(sae: SAE, latent: int, activations: Any) -> SteeringVector:

@@ -90,7 +90,7 @@ def in_columns(
 
     Args:
         values: one or many per prompt; one length stands for all.
-        shape: of the activation, `[batch, length, ...]`.
+        shape: shape of the activation, `[batch, length, ...]`.
         columns: columns of the pass's tokens; None where it is over the prompts themselves.
 
     Returns:

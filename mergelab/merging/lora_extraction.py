@@ -8,7 +8,7 @@ import math
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -25,13 +25,16 @@ from mergelab.checkpoints import (
     read_whole,
 )
 from mergelab.checkpoints.folder import bounded_digest
+from mergelab.checkpoints.hub import hub_origin
 from mergelab.checkpoints.json_data import read_json_object
+from mergelab.checkpoints.model_card import card_facts, portable_name, short_card
 from mergelab.checkpoints.output_target import MARKER, disk_errors, recorded_identity
 from mergelab.checkpoints.peft import adapter_config
 from mergelab.checkpoints.publish import WorkFolder
-from mergelab.checkpoints.tied_head import conv1d_layers, find_tied_head
+from mergelab.checkpoints.remote_output import writes_anywhere
+from mergelab.checkpoints.tied_head import conv1d_layers, find_tied_head, is_token_matrix
 from mergelab.checkpoints.writer import check_digests, identity_digest
-from mergelab.errors import CheckpointError, NonFiniteError, did_you_mean
+from mergelab.errors import CheckpointError, NonFiniteError, OperatorError, did_you_mean
 from mergelab.merging.engine.job import Job
 from mergelab.merging.engine.output_folder import write_model
 from mergelab.merging.head_extraction import (
@@ -49,6 +52,8 @@ __all__ = ["ExtractedLora", "extract_lora"]
 
 _PREFIX = "base_model.model."
 _STEM = "adapter_model"
+_VLLM_RANK = 512
+"""The largest value of vLLM's --max-lora-rank."""
 # The excepted ones are linear layers.
 _EMBEDDING = re.compile(r"(?!embed_out$|embedding_hidden_mapping_in$)(embed\w*|\w*_embed\w*|w[tp]e|shared)")
 
@@ -60,10 +65,12 @@ class ExtractedLora:
     Attributes:
         out: the adapter's folder.
         ranks: the rank of every module that has factors.
-        errors: by module, the norm of what the factors miss over the norm of the whole change.
+        errors: relative error of each module, the norm of what the factors miss over the norm of the whole
+            change.
         whole: modules stored whole, because their change has no low-rank form (norms, embeddings).
         skipped: modules that changed but are not in the adapter.
         nbytes: size of the weight file.
+        lost: losses, for each module of `skipped`, its fraction of the squared norm of the whole change.
     """
 
     out: Path
@@ -72,8 +79,10 @@ class ExtractedLora:
     whole: tuple[str, ...]
     skipped: tuple[str, ...]
     nbytes: int
+    lost: Mapping[str, float] = field(default_factory=dict)
 
 
+@writes_anywhere()
 def extract_lora(
     finetuned: Path | str,
     base: Path | str,
@@ -85,6 +94,7 @@ def extract_lora(
     targets: Sequence[str] = ("*",),
     embeddings: Literal["whole", "low_rank", "skip"] = "whole",
     dtype: str = "float32",
+    runtime: Literal["peft", "vllm"] = "peft",
     seed: int = 0,
     overwrite: bool = False,
     resume: bool = False,
@@ -106,6 +116,9 @@ def extract_lora(
         targets: Globs over module names (`*.self_attn.*`): only these may enter the adapter.
         embeddings: Whether changed embeddings are stored whole, as `lora_embedding` factors, or omitted.
         dtype: Stored dtype of the factors.
+        runtime: Program that is to apply the adapter. vLLM takes factors of linear layers alone, all of one
+            rank of at most 512: other changes (norms, biases, embeddings, heads) are omitted, and `lost` says
+            how much they are; smaller factors are filled up with zeros.
         seed: Seed of the randomized SVD.
         overwrite: Whether a non-empty `out` that mergelab wrote may be replaced.
         resume: Whether to go on with an interrupted run of the same models and settings.
@@ -114,14 +127,20 @@ def extract_lora(
     Raises:
         CheckpointError: the models' tensors differ in names, shapes or kind, or there is nothing to extract.
         NonFiniteError: a difference is NaN or infinite.
-        OperatorError: `rank` or `energy` is missing or out of its range.
+        OperatorError: `rank` or `energy` is missing or out of its range, or the runtime does not take what is
+            asked for.
         OutputError: the folder cannot be written.
     """
     setting = FactorSetting(rank, energy, randomized, seed, dtype_from_name(dtype))
     setting.check()
+    if runtime == "vllm":
+        if embeddings == "low_rank":
+            raise OperatorError("vLLM takes no factors of embeddings: omit embeddings='low_rank'.")
+        _check_vllm_rank(rank or 1)
+        embeddings = "skip"
     models = open_checkpoint(finetuned), open_checkpoint(base)
     identity = {
-        "settings": f"{setting} {tuple(targets)} {embeddings}",
+        "settings": f"{setting} {tuple(targets)} {embeddings}" + (" vllm" if runtime == "vllm" else ""),
         "models": _digest(*models),
     }
     with WorkFolder(out, inputs=[finetuned, base], overwrite=overwrite) as work:
@@ -133,7 +152,17 @@ def extract_lora(
             return _recorded(Path(out))
         work.prepare()
         return _extract(
-            *models, finetuned, base, work, identity, setting, targets, embeddings, resume, progress
+            *models,
+            finetuned,
+            base,
+            work,
+            identity,
+            setting,
+            targets,
+            embeddings,
+            resume,
+            progress,
+            linear_only=runtime == "vllm",
         )
 
 
@@ -167,6 +196,8 @@ def _extract(
     embeddings: str,
     resume: bool,
     progress: Callable[[int], object],
+    *,
+    linear_only: bool = False,
 ) -> ExtractedLora:
     modules = _modules(tuned_model, base_model)
     conv1d = conv1d_layers(base_model.config)
@@ -180,8 +211,11 @@ def _extract(
     whole: list[str] = []
     skipped: list[str] = []
     biases = False
+    norms: dict[str, float] = {}  # squared, of what changed
     for module, parts in modules.items():
-        changed = {part for part, (tuned, old) in parts.items() if _differ(tuned, old)}
+        changes = {part: _change(tuned, old) for part, (tuned, old) in parts.items()}
+        changed = {part for part, square in changes.items() if square}
+        norms[module] = sum(changes.values())
         last = module.rpartition(".")[2]
         embedding = _EMBEDDING.fullmatch(last) is not None
         split = (
@@ -192,6 +226,8 @@ def _extract(
         chosen = any(fnmatchcase(module, glob) for glob in targets) and not (
             embedding and embeddings == "skip"
         )
+        if linear_only:
+            chosen = chosen and split and not is_token_matrix(f"{module}.weight")
         later = {"weight"} if chosen and split else set()  # told when its factors are found
         progress(sum(tensor_bytes(old) for part, (_, old) in parts.items() if part not in later))
         if not changed:
@@ -210,6 +246,12 @@ def _extract(
             tuned, old = parts["weight"]
             found = Factors(module, tuned, old, embedding or last in conv1d, setting, alone, progress)
             factors[module] = found
+            if linear_only:
+                if "bias" in changed:
+                    norms[f"{module}.bias"] = changes["bias"]
+                    norms[module] -= changes["bias"]
+                    skipped.append(f"{module}.bias")
+                continue
             names = (
                 ("lora_embedding_B", "lora_embedding_A") if embedding else ("lora_B.weight", "lora_A.weight")
             )
@@ -226,8 +268,9 @@ def _extract(
         parts = head.tensors(
             whole=embedding in whole, factors=embedding in factors, skipped=embedding in skipped
         )
-        if parts and not any(fnmatchcase(head.module, glob) for glob in targets):
+        if parts and (linear_only or not any(fnmatchcase(head.module, glob) for glob in targets)):
             skipped.append(head.module)
+            norms[head.module] = _change(head.weight, head.base_weight)
         elif parts:
             whole.append(head.module)
             stem = f"{_PREFIX}{full[head.module]}"
@@ -239,16 +282,27 @@ def _extract(
             "there is no adapter to extract"
         )
     ranks = {module: int(found.rank or 0) for module, found in factors.items()}
+    origin = hub_origin(base_model.path)
+    if linear_only:
+        widest = max(ranks.values())
+        _check_vllm_rank(widest)
+        ranks = dict.fromkeys(ranks, widest)
+        for module, found in factors.items():
+            jobs += found.jobs(f"{_PREFIX}{full[module]}", ("lora_B.weight", "lora_A.weight"), widest)
+    total = math.fsum(norms.values()) or 1.0
+    lost = {module: norms.get(module, 0.0) / total for module in skipped}
     config = adapter_config(
         {full[name]: rank for name, rank in ranks.items()},
         [full[name] for name in whole],
         [full[name] for name in modules],
-        base=str(base),
+        base=str(base) if origin is None else origin.repo,
         model_config=base_model.config,
         fan_in_fan_out=bool(conv1d),
         with_biases=biases,
         keeps_tie=keeps_tie,
     )
+    if origin is not None:
+        config["revision"] = origin.revision
     extracted: dict[str, Any] = {}
 
     def files(digests: Mapping[str, str]) -> dict[str, bytes]:
@@ -263,13 +317,38 @@ def _extract(
             whole=tuple(whole),
             skipped=tuple(skipped),
             nbytes=weights.stat().st_size,
+            lost=lost,
         )
         facts = {"mergelab": __version__, "identity": identity_digest(identity), "tensors": dict(digests)}
-        return {"adapter_config.json": _text(config), MARKER: _text({**facts, "extracted": extracted})}
+        return {
+            "adapter_config.json": _text(config),
+            MARKER: _text({**facts, "extracted": extracted}),
+            "README.md": _card(work.out.name, finetuned, base, base_model, ranks),
+        }
 
     whole_file = 1 + sum(job.bytes_out for job in jobs)  # PEFT reads adapters of one file
     write_model(work, jobs, {}, identity, files, shard_bytes=whole_file, stem=_STEM, resume=resume)
     return ExtractedLora(out=work.out, **extracted)
+
+
+def _card(
+    name: str, finetuned: Path | str, base: Path | str, model: FolderCheckpoint, ranks: Mapping[str, int]
+) -> bytes:
+    """The content of the adapter's `README.md`."""
+    span = " to ".join(str(rank) for rank in sorted({min(ranks.values()), max(ranks.values())}))
+    said = (
+        f"LoRA adapter of rank {span} for {len(ranks)} modules of `{portable_name(base)}`, extracted with "
+        f"mergelab {__version__} from `{portable_name(finetuned)}` by truncated singular value decomposition "
+        "of the difference of the weights."
+    )
+    return short_card(name, "peft", ["mergelab", "lora"], card_facts([model.path]), [said])
+
+
+def _check_vllm_rank(rank: int) -> None:
+    if rank > _VLLM_RANK:
+        raise OperatorError(
+            f"the rank is {rank}, and vLLM takes at most {_VLLM_RANK}: give a rank, or a lower energy."
+        )
 
 
 def _copy(name: str, tensor: TensorSource) -> Job:
@@ -310,10 +389,10 @@ def _modules(tuned: Checkpoint, base: Checkpoint) -> dict[str, dict[str, tuple[T
     return modules
 
 
-def _differ(tuned: TensorSource, base: TensorSource) -> bool:
-    """Whether a tensor changed, as seen in float32; reads both, some megabytes at a time."""
+def _change(tuned: TensorSource, base: TensorSource) -> float:
+    """The squared norm of a change, as seen in float32; reads both tensors, some megabytes at a time."""
     numbers = is_float(base.dtype) and is_float(tuned.dtype)
-    differ, odd = False, 0
+    differ, odd, square = False, 0, 0.0
     for new, old in paired_pieces(tuned, base):
         if not numbers:
             differ |= not np.array_equal(new, old)
@@ -321,6 +400,7 @@ def _differ(tuned: TensorSource, base: TensorSource) -> bool:
         delta = new.astype(np.float32) - old.astype(np.float32)
         odd += int(np.count_nonzero(~np.isfinite(delta)))
         differ |= bool(delta.any())
+        square += float(np.sum(np.square(delta, dtype=np.float64)))
     if differ and not numbers:
         raise CheckpointError(
             f"tensor {base.name!r} is {base.dtype} and differs between the models; an adapter changes "
@@ -331,7 +411,7 @@ def _differ(tuned: TensorSource, base: TensorSource) -> bool:
             f"tensor {base.name!r}: {odd} of {math.prod(base.shape)} differences are NaN or infinite; repair "
             "the model"
         )
-    return differ
+    return square
 
 
 def _whole_module(module: str, parts: Mapping[str, object]) -> str:

@@ -132,13 +132,14 @@ class Factors:
         self.error = _missed(self.delta(), b, a)
         self.found(tensor_bytes(self.base))
 
-    def jobs(self, stem: str, names: tuple[str, str]) -> list[Job]:
-        """Jobs that write `B` and `A` under the names that PEFT gives them."""
+    def jobs(self, stem: str, names: tuple[str, str], rank: int | None = None) -> list[Job]:
+        """Jobs that write `B` and `A` as PEFT names them, with zeros up to a larger `rank`."""
         assert self.rank is not None
         rows, columns = self.base.shape[::-1] if self.transposed else self.base.shape
+        wide = self.rank if rank is None else rank
         sources = [
-            _Factor(f"{stem}.{names[0]}", (rows, self.rank), self, "B"),
-            _Factor(f"{stem}.{names[1]}", (self.rank, columns), self, "A"),
+            _Factor(f"{stem}.{names[0]}", (rows, wide), self, "B"),
+            _Factor(f"{stem}.{names[1]}", (wide, columns), self, "A"),
         ]
         self.names = tuple(source.name for source in sources)
         return [Job(source.name, source.shape, source.dtype, (source,)) for source in sources]
@@ -159,7 +160,9 @@ class _Factor:
 
     def read_into(self, start: int, out: np.ndarray) -> None:
         """Fills `out` with flat elements `[start, start + out.size)`."""
-        flat = np.ascontiguousarray(self.factors.take(self.side)).reshape(-1)
+        found = self.factors.take(self.side)
+        found = np.pad(found, [(0, want - have) for want, have in zip(self.shape, found.shape, strict=True)])
+        flat = np.ascontiguousarray(found).reshape(-1)
         out[:] = flat[start : start + out.size]
         if start + out.size == flat.size:
             self.factors.forget(self.side)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mergelab.checkpoints.model_card import card_facts, front_matter
 from mergelab.merging.plan.planner import Plan
-from mergelab.merging.recipe.model_refs import parse_model_ref
 from mergelab.merging.recipe.recipe_file import recipe_yaml
 from mergelab.version import __version__
 
@@ -50,11 +49,7 @@ def model_card(
     recipe = plan.recipe
     plans = (*stages, plan)
     stage_names = {stage.recipe.name for stage in stages}
-    front = {
-        "library_name": "transformers",
-        "tags": ["mergelab", "merge", recipe.merge_method],
-        "base_model": _base_models(plans, stage_names),
-    }
+    facts = card_facts(_input_folders(plans, stage_names), plan.config)
     summary = (
         f"Merged with mergelab {__version__}: {recipe.merge_method} of {len(plan.models)} models, "
         f"{len(plan.jobs)} tensors, {plan.bytes_out:,} bytes, seed {plan.seed}."
@@ -66,9 +61,7 @@ def model_card(
         if model.name not in stage_names
     ]
     lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
-        "---",
+        *front_matter("transformers", ["mergelab", "mergekit", "merge", recipe.merge_method], facts),
         "",
         f"# {name}",
         "",
@@ -96,10 +89,10 @@ def model_card(
     return "\n".join(lines)
 
 
-def _base_models(plans: Sequence[Plan], stage_names: set[str | None]) -> list[str]:
-    """The models' paths, without adapters and revisions, each once."""
-    names = [parse_model_ref(model.name).path for plan in plans for model in plan.models]
-    return list(dict.fromkeys(name for name in names if name not in stage_names))
+def _input_folders(plans: Sequence[Plan], stage_names: set[str | None]) -> list[Path]:
+    """The models' folders, each once; without adapters, and results of the plans themselves."""
+    models = [model for plan in plans for model in plan.models if model.name not in stage_names]
+    return list(dict.fromkeys(model.paths[0] for model in models if model.paths))
 
 
 def _cell(revision: str | None) -> str:

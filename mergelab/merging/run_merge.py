@@ -9,6 +9,7 @@ from typing import Any
 
 from mergelab.checkpoints.output_target import MARKER, recorded_identity
 from mergelab.checkpoints.publish import WorkFolder, publish_file
+from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.checkpoints.writer import check_digests
 from mergelab.errors import RecipeError
 from mergelab.merging.engine.output_folder import SHA256SUMS, sha256_sums, write_model
@@ -91,6 +92,7 @@ class Merged:
     sha256: Mapping[str, str] = field(default_factory=dict)
 
 
+@writes_anywhere()
 def merge(
     recipe: Recipe | Plan | str | Path,
     out: str | Path,

@@ -40,7 +40,8 @@ Edits = dict[str, tuple[Partial, ...]]
 def runs_by_block(model: Model, *trees: Any) -> bool:
     """Whether `Blockwise` is for these arguments: a usual decoder, and arrays on one CPU device."""
     leaves = jax.tree.leaves(trees)
-    if model.family.architecture is not DECODER or any(isinstance(leaf, Tracer) for leaf in leaves):
+    usual = model.family.architecture is DECODER and model.predicts
+    if not usual or any(isinstance(leaf, Tracer) for leaf in leaves):
         return False
     arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
     devices = {device for leaf in arrays for device in leaf.devices()}
@@ -193,7 +194,7 @@ _Masks = tuple[Bool[Array, "batch length"] | None, Bool[Array, "batch slots"], I
 
 @lru_cache(maxsize=128)
 def _entrance(config: DecoderConfig, capture: tuple[str, ...]) -> Callable[..., Any]:
-    """From tokens to what enters the first block, their positions, and mask and length of the grown cache."""
+    """The program before the blocks: what enters the first, positions, the grown cache's mask and length."""
 
     @partial(jax.jit, static_argnames="even")
     def run(
@@ -212,7 +213,7 @@ def _entrance(config: DecoderConfig, capture: tuple[str, ...]) -> Callable[..., 
 
 @lru_cache(maxsize=256)
 def _block(spec: AnyBlock, capture: tuple[str, ...], layer: int | None) -> Callable[..., Any]:
-    """From the stream before a block to that after it, the block's keys and values, and captured sites."""
+    """The program of a block: the stream after it, its keys and values, and captured sites."""
 
     @partial(jax.jit, static_argnames="even", donate_argnames=("key", "value"))
     def run(
@@ -241,7 +242,7 @@ def _block(spec: AnyBlock, capture: tuple[str, ...], layer: int | None) -> Calla
 
 @lru_cache(maxsize=128)
 def _exit(config: DecoderConfig, capture: tuple[str, ...]) -> Callable[..., Any]:
-    """From the stream after the last block to logits, its normalized form, and captured sites."""
+    """The program after the blocks: logits, the normalized stream, and captured sites."""
     names = ("final_norm.scale", "unembed.input", "logits")
 
     @jax.jit

@@ -30,7 +30,7 @@ class Cache:
     position is its number of real slots.
 
     Attributes:
-        keys, values: per layer, `[batch, slots, kv_heads, head_dim]`.
+        keys, values: arrays of each layer, `[batch, slots, kv_heads, head_dim]`.
         mask: `[batch, slots]` bool, True where a slot holds a real token.
         length: number of filled slots of each row, int32 `[batch]`.
         even: whether all rows are known to be equally long (static): they are written in one piece.
@@ -96,7 +96,7 @@ def new_cache(
     """An empty cache.
 
     Args:
-        kept: per layer, heads and width of keys, and of values.
+        kept: shapes of each layer, heads and width of keys, and of values.
         batch: number of rows.
         slots: number of tokens that a row can hold.
         dtype: dtype of keys and values.

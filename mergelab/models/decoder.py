@@ -38,6 +38,8 @@ class DecoderConfig:
         embed_scale: what embeddings are multiplied with.
         logit_cap: soft cap of the logits, or None.
         tied: whether the logits use the embedding matrix.
+        causal: whether tokens see only earlier ones; False for models of embeddings (EmbeddingGemma).
+        head: whether there are logits; False for weights saved without a head, or with one of another kind.
     """
 
     vocab_size: int
@@ -49,6 +51,8 @@ class DecoderConfig:
     embed_scale: float = 1.0
     logit_cap: float | None = None
     tied: bool = False
+    causal: bool = True
+    head: bool = True
 
     @property
     def n_layers(self) -> int:
@@ -126,7 +130,7 @@ class Decoder(nn.Module):
         c = self.config
         embed, x = _enter(c, tokens, positions, tap)
 
-        shared = Pass(positions, mask, cache, tap)
+        shared = Pass(positions, mask, cache, tap, causal=c.causal)
         seen: list[KeysValues] = []
         for i, spec in enumerate(c.blocks):
             if tap.done:
@@ -141,7 +145,7 @@ class Decoder(nn.Module):
         if tap.done:
             return None, None, cache
         x = _normalize(c, x, tap)
-        if tap.done:
+        if tap.done or not c.head:
             return None, x, cache
         return _unembed(c, embed, x, tap), x, cache
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from mergelab.aot import ChipReport, compile_for_topology
-from mergelab.checkpoints import FolderCheckpoint, open_checkpoint
+from mergelab.checkpoints import FolderCheckpoint, TensorSource, open_checkpoint
+from mergelab.checkpoints.headers import headers_only
+from mergelab.checkpoints.quantized import BoxSource
 from mergelab.errors import CheckpointError, MeshError, first_faults
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model
@@ -46,27 +48,46 @@ class Inventory:
 
     @property
     def dtypes(self) -> Mapping[np.dtype[Any], int]:
-        """Bytes stored in each dtype, most first."""
-        found: Counter[np.dtype[Any]] = Counter()
-        for tensor in self.checkpoint.tensors.values():
-            found[tensor.dtype] += math.prod(tensor.shape) * tensor.dtype.itemsize
-        return dict(found.most_common())
+        """Bytes stored in each dtype, most first; those of codes and scales for a quantized tensor."""
+        tensors = self.checkpoint.tensors.values()
+        return _bytes_by_dtype(
+            part for t in tensors for part in (t.parts if isinstance(t, BoxSource) else (t,))
+        )
 
     def dtype_of(self, leaf: Leaf) -> np.dtype[Any]:
-        """The dtype that a leaf is stored in; that of most bytes for a leaf no tensor stores."""
-        tensor = self.checkpoint.tensors.get(leaf.hf_names[0])
-        return next(iter(self.dtypes)) if tensor is None else tensor.dtype
+        """The dtype that a leaf is read in; that of most bytes for a leaf no tensor stores."""
+        tensors = self.checkpoint.tensors
+        tensor = tensors.get(leaf.hf_names[0])
+        return next(iter(_bytes_by_dtype(tensors.values()))) if tensor is None else tensor.dtype
+
+
+def _bytes_by_dtype(tensors: Iterable[TensorSource]) -> dict[np.dtype[Any], int]:
+    found: Counter[np.dtype[Any]] = Counter()
+    for tensor in tensors:
+        found[tensor.dtype] += math.prod(tensor.shape) * tensor.dtype.itemsize
+    return dict(found.most_common())
 
 
 def take_inventory(path: Path | str) -> Inventory:
     """Opens a model folder or weight file, reading headers and config only.
 
-    A model whose family is unknown still has an inventory of tensors.
+    Of a model on the Hugging Face hub or at a URL no more than these is fetched. A model whose family is
+    unknown still has an inventory of tensors, and so has one that is quantized in a way that cannot be read:
+    its tensors are those that the files hold.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
     """
-    checkpoint = open_checkpoint(path)
+    with headers_only(path) as seen:
+        try:
+            checkpoint = open_checkpoint(seen)
+        except CheckpointError as error:
+            # What is wrong with the files themselves is raised again.
+            return Inventory(open_checkpoint(seen, as_stored=True), None, error.faults)
+        return _inventory(checkpoint)
+
+
+def _inventory(checkpoint: FolderCheckpoint) -> Inventory:
     if not checkpoint.config:
         return Inventory(checkpoint, None, (f"{checkpoint.path} has no config.json: its family is unknown.",))
     try:

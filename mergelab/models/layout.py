@@ -65,7 +65,8 @@ class Layout:
         stored_shape: the shape of the HF tensor.
         view: the shape it is seen in, for example its rows split into heads, parts and places in a head.
         window: the part of the view that belongs to the parameter.
-        axes: for each axis of the parameter, the axes of the view that it runs over, the last one fastest.
+        axes: one entry for each axis of the parameter, the axes of the view that it runs over, the last one
+            fastest.
     """
 
     stored_shape: tuple[int, ...]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from mergelab.checkpoints.dtypes import dtype_from_name, is_float
 from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.checkpoints.source import Checkpoint, TensorSource
-from mergelab.errors import CheckpointError, did_you_mean
+from mergelab.errors import CheckpointError, did_you_mean, first_faults
 from mergelab.models.families import model_from_config
 from mergelab.models.layout import Box, normalize, whole
 from mergelab.models.model import Model, Params
@@ -39,7 +40,9 @@ def load_model(
     that spans processes, every process of the mesh must make this call.
 
     Args:
-        path: a model folder or weight file, or a checkpoint that is open already (`with_lora(...)`).
+        path: a model folder or weight file; a model on the Hugging Face hub, written
+            `org/name[@revision][:subfolder]`; a URL such as `gs://bucket/model`; or a checkpoint that is open
+            already (`with_lora(...)`).
         mesh: where the weights go (`mergelab.sharding.make_mesh`); JAX's default device if None.
         dtype: the parameters' dtype; the stored one if None.
         rules: logical axis -> mesh axes; `DEFAULT_RULES` if None.
@@ -55,10 +58,29 @@ def load_model(
         place = str(checkpoint.path)
         model = model_from_config(checkpoint.config, str(checkpoint.path / "config.json"))
         model = model.for_tensors(checkpoint.tensors)
+        _note_what_is_left_out(model, checkpoint.tensors, place)
     params = load_params(
         checkpoint.tensors, model.table(), place, unused=model.is_unused, mesh=mesh, dtype=dtype, rules=rules
     )
     return model, params
+
+
+def _note_what_is_left_out(model: Model, names: Iterable[str], place: str) -> None:
+    """Warns of heads and towers that the files hold and the model does not; buffers are nobody's loss."""
+    kinds = {name: model.why_unused(name) for name in names}
+    heads = [name for name, why in kinds.items() if why == "head"]
+    towers = [name for name, why in kinds.items() if why == "tower"]
+    if heads:
+        warnings.warn(
+            f"{place} holds another head, which is not loaded: {', '.join(first_faults(heads))}.",
+            stacklevel=3,
+        )
+    if towers:
+        warnings.warn(
+            f"{place} holds {len(towers):,} tensors of other towers, such as {towers[0]!r}; only the text "
+            f"tower is loaded, as {model.family.model_type!r}.",
+            stacklevel=3,
+        )
 
 
 def load_params(

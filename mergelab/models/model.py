@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Int
 from mergelab.errors import CheckpointError, MergelabError
 from mergelab.models.cache import ArrayLeaf, Cache, new_cache
 from mergelab.models.derived import Derived, derive_blocks
+from mergelab.models.saved_names import Spelling, is_buffer, is_other_head, spelling_of
 from mergelab.models.sites import Edit, Shape, Tap, TokenPlaces
 from mergelab.models.table import Leaf, Row, build_table
 from mergelab.models.token_checks import (
@@ -52,12 +53,13 @@ class Family:
     """One family of models.
 
     Attributes:
-        model_type: as `config.json` spells it.
+        model_type: model type in `config.json`'s spelling.
         architecture: the module it runs on.
         read: `(config, place) -> configuration`; raises `CheckpointError` for what it cannot compute.
         rows: the table that maps parameters to HF tensors, for one configuration.
         prefix: what HF puts before tensor names in models with a head, and omits without one.
-        unused: glob patterns of tensors that files may hold and that the model does not need.
+        unused: glob patterns of tensors that files may hold and that the model does not need, beside the
+            buffers and heads of `saved_names`.
         adapt: `(configuration, tensor names) -> configuration`, where files of one config differ.
     """
 
@@ -140,13 +142,15 @@ class Model:
         family: the family's declaration.
         config: its `DecoderConfig` or `EncoderConfig`.
         hf_config: the `config.json` it was read from.
-        prefixed: whether HF tensor names carry the family's prefix.
+        spelling: how a file spells the names of tensors; that of the family's table if None.
+        tower: whether the files may hold other towers beside this model, as those of a wrapper do.
     """
 
     family: Family
     config: Any
     hf_config: Mapping[str, Any] = field(compare=False, repr=False)
-    prefixed: bool = True
+    spelling: Spelling | None = None
+    tower: bool = False
 
     def __repr__(self) -> str:
         # One line: a configuration describes every layer.
@@ -166,7 +170,17 @@ class Model:
     @cached_property
     def _hash(self) -> int:
         # Every call of a compiled function looks its model up, and a configuration describes every layer.
-        return hash((self.family, self.config, self.prefixed))
+        return hash((self.family, self.config, self.spelling))
+
+    @property
+    def causal(self) -> bool:
+        """Whether tokens see only earlier ones: false of encoders, and of decoders that make embeddings."""
+        return self.family.architecture.causal and getattr(self.config, "causal", True)
+
+    @property
+    def predicts(self) -> bool:
+        """Whether there are logits of next tokens: of causal models whose weights hold that head."""
+        return self.causal and getattr(self.config, "head", True)
 
     def table(self) -> tuple[Leaf, ...]:
         """Every parameter: its path, shape and logical axes, and the HF tensors that store it."""
@@ -175,14 +189,14 @@ class Model:
     @cached_property
     def _table(self) -> tuple[Leaf, ...]:
         rows = list(self.family.rows(self.config))
-        if not self.prefixed:
-            rows = [row._replace(hf_name=row.hf_name.removeprefix(self.family.prefix)) for row in rows]
+        if self.spelling is not None:
+            rows = [row._replace(hf_name=self.spelling.in_file(row.hf_name)) for row in rows]
         return build_table(
             rows, self.family.architecture.derived(self.config).parameters, self.config.n_layers
         )
 
     def for_tensors(self, names: Collection[str]) -> Model:
-        """The same model with the table that fits a file: without a head, HF omits the prefix.
+        """The same model with the table that fits a file: as it spells names, without a head it lacks.
 
         Raises:
             CheckpointError: the configuration has more layers than there are tensors.
@@ -195,13 +209,58 @@ class Model:
                 f"the model's config.json has {layers:,} layers{each}, but its weights hold only "
                 f"{len(names):,} tensors; use the config.json that belongs to them."
             )
-        prefix = self.family.prefix
-        prefixed = not prefix or any(name.startswith(prefix) for name in names)
-        return replace(self, config=self.family.adapt(self.config, names), prefixed=prefixed)
+        rows = {row.path: row.hf_name for row in self.family.rows(self.config)}
+        embedding = rows.get("embed.embedding", "")
+        spelling = spelling_of(names, rows.values(), self.family.prefix, embedding)
+        config = self.family.adapt(self.config, names)
+        head = rows.get("unembed.kernel")
+        if head is not None and not config.tied and spelling.in_file(head) not in names:
+            bare = spelling.is_bare and embedding.removeprefix(self.family.prefix) in names
+            other = any(is_other_head(reading) for name in names for reading in spelling.readings(name))
+            if bare or other or not self._claims_a_head():
+                config = replace(config, head=False)
+        return replace(self, config=config, spelling=None if spelling.is_standard else spelling)
+
+    @cached_property
+    def _stored(self) -> frozenset[str]:
+        return frozenset(name for leaf in self._table for name in leaf.hf_names)
+
+    def _claims_a_head(self) -> bool:
+        """Whether the config says that the weights were saved with a head of next tokens, or does not say."""
+        classes = self.hf_config.get("architectures")
+        if not isinstance(classes, list) or not classes:
+            return True
+        heads = ("CausalLM", "LMHeadModel", "ConditionalGeneration")
+        return any(str(name).endswith(head) for name in classes for head in heads)
+
+    def standard(self) -> Model:
+        """The same model with the names that its family writes; those of the base class stay as they are."""
+        if self.spelling is None or self.spelling == Spelling(self.family.prefix):
+            return self
+        bare = self.spelling.is_bare and not self.tower
+        return replace(self, spelling=Spelling(self.family.prefix) if bare else None)
 
     def is_unused(self, hf_name: str) -> bool:
-        """Whether files may hold this tensor though the model does not need it (buffers, tied copies)."""
-        return any(fnmatch.fnmatchcase(hf_name, pattern) for pattern in self.family.unused)
+        """Whether files may hold this tensor though the model does not need it.
+
+        Buffers, tied copies of the embedding, other heads, and the other towers of a wrapper.
+        """
+        return self.why_unused(hf_name) is not None
+
+    def why_unused(self, hf_name: str) -> Literal["buffer", "head", "tower"] | None:
+        """What a tensor is that files may hold and the model does not need; None for any other."""
+        if hf_name in self._stored:
+            return None
+        spelling = self.spelling or Spelling(self.family.prefix, self.family.prefix)
+        readings = (*spelling.readings(hf_name), hf_name)
+        if any(fnmatch.fnmatchcase(name, pattern) for name in readings for pattern in self.family.unused):
+            return "buffer"
+        if any(is_buffer(name) for name in readings):
+            return "buffer"
+        if any(is_other_head(name) for name in readings):
+            return "head"
+        inside = hf_name.startswith(spelling.lead) if spelling.lead else True
+        return "tower" if self.tower and not inside else None
 
     def sites(self) -> Mapping[str, Shape]:
         """Name and symbolic shape of every site, in the order of the forward pass.
@@ -263,10 +322,10 @@ class Model:
                 or more tokens than learned positions.
             MergelabError: a cache is given to an encoder, or token types to a decoder.
         """
-        causal = self.family.architecture.causal
-        if cache is not None and not causal:
+        decoder = self.family.architecture.causal
+        if cache is not None and not self.causal:
             raise self._no_cache()
-        if token_types is not None and causal:
+        if token_types is not None and decoder:
             raise MergelabError(f"a {self.family.model_type!r} model has no token types; omit them.")
         check_token_array(tokens)
         self._check(tokens, positions, mask, cache, token_types)
@@ -276,7 +335,7 @@ class Model:
         if edit and places is None:
             places = token_places(positions, mask, cache)
         tap = Tap(self._sites, capture, edit, to_the_end=logits or cache is not None, places=places)
-        extra: dict[str, Any] = {} if causal else {"token_types": token_types}
+        extra: dict[str, Any] = {} if decoder else {"token_types": token_types}
         module = self.family.architecture.module(self.config)
         found: Any = module.apply({"params": params}, tokens, positions, mask, cache, tap, **extra)
         out, hidden, cache = found
@@ -325,9 +384,9 @@ class Model:
         """An empty cache with `max_length` slots a row (padding takes slots too).
 
         Raises:
-            MergelabError: the model is an encoder.
+            MergelabError: the model sees all tokens at once.
         """
-        if not self.family.architecture.causal:
+        if not self.causal:
             raise self._no_cache()
         c = self.config
         return new_cache([block.kept for block in c.blocks], batch, max_length, dtype)

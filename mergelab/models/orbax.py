@@ -17,10 +17,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mergelab.checkpoints.json_data import read_json_object
-from mergelab.checkpoints.model_files import check_file_name
+from mergelab.checkpoints.locations import local_path
+from mergelab.checkpoints.model_files import put_file
 from mergelab.checkpoints.orbax_calls import quiet_orbax
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.publish import WorkFolder
+from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.errors import CheckpointError, OutputError
 from mergelab.models.families import model_from_config
 from mergelab.models.load import check_dtype
@@ -184,6 +186,7 @@ def is_orbax_model(path: str | Path) -> bool:
     return is_tree(Path(path) / _PARAMS)
 
 
+@writes_anywhere("path")
 def save_orbax(
     model: Model,
     params: Params,
@@ -211,7 +214,10 @@ def save_orbax(
     distributed = jax.process_count() > 1 and any(not a.is_fully_addressable for a in jax.tree.leaves(params))
     first = not distributed or jax.process_index() == 0
     work = path if isinstance(path, WorkFolder) else WorkFolder(path, overwrite=overwrite)
-    data = {"config.json": dict(model.hf_config), _TENSORS: {"names": [*stored_shapes(model.table())]}}
+    data = {
+        "config.json": dict(model.hf_config),
+        _TENSORS: {"names": [*stored_shapes(model.standard().table())]},
+    }
     texts = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in data.items()}
     with contextlib.ExitStack() as held:
         with together("preparing the output", distributed=distributed):
@@ -237,18 +243,14 @@ def save_orbax(
 def _add(work: WorkFolder, files: Mapping[str, bytes | Path]) -> None:
     with disk_errors(work.out):
         for name, content in files.items():
-            target = work.path / check_file_name(name, "the output")
-            if isinstance(content, Path):
-                shutil.copyfile(content, target)
-            else:
-                target.write_bytes(content)
+            put_file(work.path, name, content)
 
 
 def load_orbax(
     path: str | Path, *, mesh: Mesh | None = None, dtype: Any = None, rules: Rules | None = None
 ) -> tuple[Model, Params]:
     """Loads what `save_orbax` wrote, onto any mesh; arguments and errors are those of `load_model`."""
-    folder = Path(path)
+    folder = local_path(path)
     distributed = mesh is not None and span_processes(mesh.devices.flat)
     with together("opening the model", distributed=distributed):
         if not is_orbax_model(folder):

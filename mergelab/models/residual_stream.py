@@ -121,8 +121,14 @@ def require_decoder(model: Model) -> None:
     """Checks that a model has a residual stream that is read into the logits of next tokens.
 
     Raises:
-        SiteError: it is an encoder: its norms stand on the stream itself, and nothing reads tokens off it.
+        SiteError: it is an encoder: its norms stand on the stream itself, and nothing reads tokens off it; or
+            it was saved without a head.
     """
+    if model.family.architecture.causal and not getattr(model.config, "head", True):
+        raise SiteError(
+            f"the weights of this {model.family.model_type!r} model were saved without a head of next "
+            "tokens; take a model that has one."
+        )
     if not model.family.architecture.causal:
         raise SiteError(
             f"a {model.family.model_type!r} model is an encoder: norms stand on its stream, and it predicts "

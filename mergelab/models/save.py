@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergelab.checkpoints.buffers import aligned_empty
-from mergelab.checkpoints.model_files import donor_files
+from mergelab.checkpoints.companion_files import donor_files
 from mergelab.checkpoints.publish import WorkFolder
+from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.checkpoints.shard_plan import TensorSpec, plan_shards
 from mergelab.checkpoints.shared_writer import SharedWriter
 from mergelab.errors import CheckpointError, OutputError
@@ -76,6 +78,7 @@ SHARD_BYTES = 5_000_000_000
 _BLOCK = 4 << 20
 
 
+@writes_anywhere("path")
 def save_model(
     model: Model,
     params: Mapping[str, Any],
@@ -111,12 +114,13 @@ def save_model(
         CheckpointError: the folder to copy the tokenizer from has none.
         MeshError: that happened in another process.
     """
-    config = _with_dtype(model.hf_config, params, model.table())
+    table = model.standard().table()
+    config = _with_dtype(model.hf_config, params, table)
     text = (json.dumps(config, indent=2) + "\n").encode()
     files = {"config.json": text, **_tokenizer_files(tokenizer), **(files or {})}
     return save_params(
         params,
-        model.table(),
+        table,
         path,
         files=files,
         shard_bytes=shard_bytes,
@@ -199,10 +203,12 @@ def _specs(arrays: Mapping[Leaf, Any]) -> list[TensorSpec]:
 def _with_dtype(
     config: Mapping[str, Any], params: Mapping[str, Any], table: Sequence[Leaf]
 ) -> dict[str, Any]:
-    """The config with its dtype field set to the parameters' type, if they have one in common."""
-    kinds = {str(array.dtype) for array in _arrays(params, table).values()}
+    """The config with its dtype field set to the type of most bytes of the parameters."""
+    sizes: Counter[str] = Counter()
+    for array in _arrays(params, table).values():
+        sizes[str(array.dtype)] += array.nbytes
     field = "dtype" if "dtype" in config else "torch_dtype"
-    return dict(config) | ({field: kinds.pop()} if len(kinds) == 1 else {})
+    return dict(config) | ({field: max(sizes, key=lambda kind: sizes[kind])} if sizes else {})
 
 
 def _write(arrays: Mapping[Leaf, Any], writer: SharedWriter, distributed: bool) -> None:

@@ -51,7 +51,7 @@ class Reading:
     """Slices of one leaf that are being read.
 
     Attributes:
-        arrays: for each box asked for, the memory its elements go to: 64-byte aligned, and in the order of
+        arrays: memory for each box asked for, where its elements go to: 64-byte aligned, and in the order of
             the file, so that a transposed leaf is a transposed view.
         tasks: done when the arrays are filled.
     """

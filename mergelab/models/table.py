@@ -56,7 +56,7 @@ class FusedHeads:
         part: which part the leaf is.
         parts: number of parts (query, key, value: 3).
         heads: number of heads.
-        transposed: as in `Fused`.
+        transposed: same as in `Fused`.
     """
 
     part: int
@@ -265,8 +265,8 @@ class Row(NamedTuple):
     Attributes:
         path: the leaf's path, joined by dots; `{i}` stands for the number of the block.
         hf_name: the HF tensor's name, with the same `{i}`; `{e}` for the number of the expert.
-        transform: as in `Leaf`.
-        reads: as in `Leaf`, with the same `{i}`; that of the shared layers by default.
+        transform: same as in `Leaf`.
+        reads: same as in `Leaf`, with the same `{i}`; that of the shared layers by default.
     """
 
     path: str

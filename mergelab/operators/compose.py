@@ -12,6 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from mergelab.compat import enable_x64
 from mergelab.errors import OperatorError, did_you_mean
 from mergelab.operators.algebra import (
     Formula,
@@ -306,7 +307,7 @@ def _take(leaves: list[_Leaf], part: int, measure: int, declared: Measure, trace
     """Takes one measure of every tensor and files the result with each."""
 
     def block(leaf: _Leaf) -> Any:
-        with jax.enable_x64(not traced and isinstance(declared, Sum)):
+        with enable_x64(not traced and isinstance(declared, Sum)):
             return measure_block(
                 leaf.merge, leaf.values, leaf.base, leaf.region, leaf.results(), part=part, measure=measure
             )
@@ -320,13 +321,13 @@ def _take(leaves: list[_Leaf], part: int, measure: int, declared: Measure, trace
     elif isinstance(declared, Sum) and declared.needed is not None:
         for leaf in leaves:
             needed = not traced and declared.needed(leaf.merge.parts[part], tuple(leaf.known[part]))
-            with jax.enable_x64(not traced):
+            with enable_x64(not traced):
                 leaf.known[part].append(
                     finish_measure(leaf.merge, block(leaf), part=part, measure=measure) if needed else None
                 )
     elif isinstance(declared, Sum):
         totals = [block(leaf) for leaf in leaves]
-        with jax.enable_x64(not traced):
+        with enable_x64(not traced):
             if declared.scope == "tree" and totals:
                 pooled = jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *totals)
                 totals = [pooled] * len(leaves)
@@ -395,7 +396,7 @@ def _merged(leaf: _Leaf, dtype: Any, traced: bool) -> jax.Array:
     inputs = leaf.values if leaf.base is None else (*leaf.values, leaf.base)
     out_dtype = jnp.dtype(dtype) if dtype is not None else _promoted([v.dtype for v in inputs])
     entire = leaf.merge.grain == "tensor"
-    with jax.enable_x64(entire and not traced):
+    with enable_x64(entire and not traced):
         out = merge_block(leaf.merge, leaf.values, leaf.base, leaf.region, leaf.results(), dtype=out_dtype)
     if (entire or leaf.region.statistics is not None) and not traced:
         # What is computed from gathered matrices, or from statistics sharded otherwise, has the inputs'.

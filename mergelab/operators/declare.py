@@ -84,6 +84,9 @@ Absent = Literal["refuse", "copy", "omit"]
 """What becomes of a tensor that the base lacks where differences from it are wanted: an error, a copy of the
 only model's that has it, or nothing: the output lacks it too."""
 
+Clips = Literal["neither", "low", "high", "both"]
+"""The bounds beyond which a recipe's value is taken for the bound itself."""
+
 Shares = Literal["normalize", "always", "elected"]
 """When models enter by their share of all weights: if `normalize` is set, always, or, if it is set, by their
 share of the weights that won an election (which then cannot exceed 1)."""
@@ -96,10 +99,15 @@ class PerModel:
 
 @dataclass(frozen=True)
 class Range:
-    """Annotation mark: the closed interval a value must lie in."""
+    """Annotation mark: the closed interval a value must lie in.
+
+    A recipe may go beyond a bound that `clips` names, where mergekit's arithmetic makes of it what it makes
+    of the bound.
+    """
 
     low: float = float("-inf")
     high: float = float("inf")
+    clips: Clips = "neither"
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,7 @@ class HyperParameter:
         per_model: True if it has one value per non-base model, False if it is shared.
         type: `float`, `int`, `bool` or `str`: what a recipe value must be.
         choices: the valid values of a `str`, else empty.
+        clips: the bounds beyond which a recipe's value is taken for the bound itself.
         default: the default value, or `REQUIRED`.
         low, high: the closed range of valid values.
         optional: True if `None` is a valid value.
@@ -126,10 +135,17 @@ class HyperParameter:
     high: float
     optional: bool
     choices: tuple[str, ...] = ()
+    clips: Clips = "neither"
 
     @property
     def required(self) -> bool:
         return self.default is REQUIRED
+
+    def clipped(self, value: float) -> float:
+        """The value, or the bound beyond which it lies if that clips."""
+        if value < self.low and self.clips in ("low", "both"):
+            return self.low
+        return self.high if value > self.high and self.clips in ("high", "both") else value
 
 
 @dataclass(frozen=True)
@@ -268,6 +284,7 @@ def _parameter(keyword: str, hint: Any, default: Any) -> HyperParameter:
         high=bounds.high,
         optional=optional,
         choices=choices,
+        clips=bounds.clips,
     )
 
 

@@ -128,7 +128,7 @@ def rank_for_energy(singular: Float[np.ndarray, " rank"], energy: float, total: 
         total: its squared Frobenius norm.
 
     Returns:
-        At least 1; `singular.size` where even all of them hold less.
+        Rank, at least 1; `singular.size` where even all of them hold less.
 
     Raises:
         OperatorError: `energy` is out of its range.

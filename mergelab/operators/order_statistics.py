@@ -143,7 +143,7 @@ _PIECE = 2**16
 
 
 class RowQuestion(NamedTuple):
-    """For each element: is `mine` above the key at `place` of its row, counted from the smallest?
+    """A mask: is `mine` above the key at `place` of its row, counted from the smallest?
 
     Attributes:
         keys: uint32 `[*block]`, what the rows (along the last axis) are ordered by.

@@ -107,7 +107,7 @@ class MaskTails(Stage):
         return (Rank(_magnitudes, MaskTails.kept),)
 
     def kept(self, known: Known, size: int, models: int) -> Sequence[Sequence[Any]]:
-        """Per model: how many entries remain above the lower tail, and how many of those are outliers."""
+        """Counts for each model: entries that remain above the lower tail, and outliers among them."""
         return [self._band(of_model(self.density, i), of_model(self.gamma, i), size) for i in range(models)]
 
     def _band(self, density: Any, gamma: Any, size: int) -> tuple[Any, Any]:

@@ -33,7 +33,7 @@ def statistic_fault(
         kind: what is taken.
         shape: the tensor's shape.
         found: the statistic's shape.
-        declared: as in `reading_axis`.
+        declared: same as in `reading_axis`.
     """
     if kind == "fisher":
         if found == shape:

@@ -7,6 +7,7 @@ from mergelab.lazy import lazy_names
 if TYPE_CHECKING:
     from mergelab.quickstart.autoencoder import Features, find_features, train_autoencoder
     from mergelab.quickstart.corpus import Corpus, TextDocument, gather
+    from mergelab.quickstart.example_models import example_models
     from mergelab.quickstart.experiment import run
     from mergelab.quickstart.family import (
         TrainedFamily,
@@ -31,6 +32,7 @@ __all__ = [
     "TrainSettings",
     "TrainedFamily",
     "bits_per_byte",
+    "example_models",
     "find_features",
     "gather",
     "next_token_loss",

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mergelab.activations.batches import filled_batches
+from mergelab.checkpoints.model_card import CardFacts, short_card
 from mergelab.quickstart import small_llama
 from mergelab.quickstart.corpus import DOMAINS, Corpus, TextDocument
 from mergelab.quickstart.presets import QuickstartSettings
@@ -191,7 +192,7 @@ class TrainedFamily:
                 on_step(step, steps.steps)
 
         params, losses = train_lm(self._apply, params, batches, steps, on_step=report)
-        small_llama.save(params, self.settings.model, path, files)
+        small_llama.save(params, self.settings.model, path, {**files, "README.md": self._card(name, start)})
         return {"first_loss": round(float(losses[0]), 4), "last_loss": round(float(losses[-20:].mean()), 4)}
 
     def evaluate(self, folder: Path) -> dict[str, float]:
@@ -212,6 +213,17 @@ class TrainedFamily:
             "seed": str(self.seed),
             "versions": f"mergelab {__version__}, jax {jax.__version__}",
         }
+
+    def _card(self, name: str, start: Path | None) -> bytes:
+        """The content of a model's `README.md`."""
+        facts = self.facts()
+        trained = "from scratch on all of it" if start is None else f"from `base` on its {name} alone"
+        said = (
+            f"{facts['model']}, trained with mergelab {__version__} {trained}. Text that comes with Python "
+            f"({facts['training text']}), seed {self.seed}. It shows how merges behave, nothing else."
+        )
+        known = CardFacts(pipeline_tag="text-generation")
+        return short_card(name, "transformers", ["mergelab", "mergelab-quickstart"], known, [said])
 
     def _bits(self, params: dict[str, Any], documents: Sequence[TextDocument]) -> float:
         num_bytes = sum(document.num_bytes for document in documents)

@@ -19,8 +19,9 @@ class ModelScore:
         name: the model's folder name.
         kind: what it is.
         bits: bits per byte by domain, lower is better.
-        retained: by domain, `(base - model) / (base - specialist)`: 1 is as good as that domain's
-            specialist, 0 as good as the base, negative is worse; None where the specialist gained nothing.
+        retained: fraction kept of each domain, `(base - model) / (base - specialist)`: 1 is as good as that
+            domain's specialist, 0 as good as the base, negative is worse; None where the specialist gained
+            nothing.
     """
 
     name: str

@@ -356,7 +356,7 @@ class SAE(metaclass=_Named):
     def decode_sparse(
         self, values: Float[Array, "*tokens k"], indices: Int[Array, "*tokens k"]
     ) -> Float[Array, "*tokens d_out"]:
-        """Like `decode`, from pairs."""
+        """The reconstruction that `decode` gives, from pairs."""
         shape, k = values.shape[:-1], values.shape[-1]
         written = sum_of_rows(values.reshape(-1, k), indices.reshape(-1, k), self.W_dec)
         return (written + self.b_dec[None, :]).reshape(*shape, self.d_out)

@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from mergelab.checkpoints.json_data import read_optional_json
-from mergelab.checkpoints.model_files import donor_files, open_tokenizer_file
+from mergelab.checkpoints.companion_files import donor_files
+from mergelab.checkpoints.companions import companion_json, has_companion
+from mergelab.checkpoints.gguf.model_file import is_gguf
+from mergelab.checkpoints.locations import local_path
+from mergelab.checkpoints.model_files import open_tokenizer_file
 from mergelab.checkpoints.text_file import read_text
 from mergelab.errors import CheckpointError, MergelabError, quoted
 
@@ -85,7 +88,7 @@ class Tokenizer:
         return f" {text}" if raw.startswith("▁") and not text.startswith(" ") else text
 
     def shown_piece(self, token: int) -> str:
-        """As `piece`, with bytes that are not a character by themselves spelled out, such as `<0xE2>`."""
+        """The text of `piece`, with bytes that are not a character on their own spelled out: `<0xE2>`."""
         text = self.piece(token)
         raw = self.backend.id_to_token(token) or ""
         if "\ufffd" not in text or not all(sign in _BYTES for sign in raw):
@@ -118,7 +121,7 @@ class Tokenizer:
         Raises:
             CheckpointError: a file of the folder is a Git LFS pointer.
         """
-        if (self.folder / "tokenizer.json").is_file():
+        if has_companion(self.folder, "tokenizer.json"):
             return donor_files(self.folder, None)
         config: dict[str, Any] = dict(self.special)
         if self.chat_templates:
@@ -177,15 +180,19 @@ class Tokenizer:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Reads the tokenizer of a model folder: `tokenizer.json` and the small files beside it.
 
+    Of a model on the Hugging Face hub (`org/name[@revision][:subfolder]`) or at a URL only these are fetched.
+    A GGUF file has all of these in its metadata.
+
     Raises:
         CheckpointError: there is no `tokenizer.json`, or one of the files is malformed.
     """
-    folder = Path(folder)
+    folder = local_path(folder, "tokenizer")
     path = folder / "tokenizer.json"
-    if not os.path.isdir(folder):
-        kind = "is not a folder" if os.path.exists(folder) else "does not exist"
-        raise CheckpointError(f"{folder} {kind}; name the folder of a model.")
-    if not os.path.isfile(path):
+    if not os.path.exists(folder):
+        raise CheckpointError(f"{folder} does not exist; name the folder of a model.")
+    if not is_gguf(folder) and not os.path.isdir(folder):
+        raise CheckpointError(f"{folder} is not a folder; name the folder of a model.")
+    if not has_companion(folder, "tokenizer.json"):
         raise CheckpointError(
             f"{folder} has no tokenizer.json; copy the tokenizer files of the model it was made from, or "
             "give token ids in place of text."
@@ -194,9 +201,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     # What a file remembers of its last use for padding would change the ids of a text with its neighbors.
     backend.no_padding()
     backend.no_truncation()
-    config = _json(folder / "tokenizer_config.json")
+    config = companion_json(folder, "tokenizer_config.json")
     _add_missing_tokens(backend, config, str(folder / "tokenizer_config.json"))
-    special = _special_tokens({**_json(folder / "special_tokens_map.json"), **config})
+    special = _special_tokens({**companion_json(folder, "special_tokens_map.json"), **config})
     return Tokenizer(backend, special, _end_ids(folder, backend, special), _chat_templates(folder), folder)
 
 
@@ -233,11 +240,11 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _end_ids(folder: Path, backend: tokenizers.Tokenizer, special: Mapping[str, str]) -> tuple[int, ...]:
-    declared = _json(folder / "generation_config.json").get("eos_token_id")
+    declared = companion_json(folder, "generation_config.json").get("eos_token_id")
     if declared is None and "eos_token" in special:
         declared = backend.token_to_id(special["eos_token"])
     if declared is None:
-        declared = _json(folder / "config.json").get("eos_token_id")
+        declared = companion_json(folder, "config.json").get("eos_token_id")
     if declared is None:
         return ()
     return token_ids(declared, f"{folder}: eos_token_id")
@@ -260,7 +267,7 @@ def _chat_templates(folder: Path) -> dict[str, str]:
     """Chat templates by name; files of their own win over `tokenizer_config.json`."""
     templates: dict[str, str] = {}
     for name in ("tokenizer_config.json", "chat_template.json"):
-        declared = _json(folder / name).get("chat_template")
+        declared = companion_json(folder, name).get("chat_template")
         if isinstance(declared, str):
             templates["default"] = declared
         elif isinstance(declared, list):
@@ -270,7 +277,3 @@ def _chat_templates(folder: Path) -> dict[str, str]:
     if (folder / "chat_template.jinja").is_file():
         named["default"] = folder / "chat_template.jinja"
     return templates | {name: read_text(path) for name, path in named.items()}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return read_optional_json(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mergelab.aot import ChipReport, Collective, chip_of, roofline
+from mergelab.aot import ChipReport, Collective, Fit, chip_of, is_one_chip, roofline
 from mergelab.errors import MeshError
 
 
@@ -31,3 +31,25 @@ def test_the_slowest_part_bounds_a_run() -> None:
 def test_an_unknown_chip_is_named_with_the_known_ones() -> None:
     with pytest.raises(MeshError, match=r"v9z.*v4, v5e, v5p, v6e"):
         chip_of("v9z:2x2")
+
+
+def test_memory_is_counted_as_vendors_do() -> None:
+    memory = chip_of("v5e").memory
+    assert str(Fit(2**30 + 2**29, memory)) == "fits: yes, 1.5 of 16 GB"
+    assert str(Fit(memory, memory)) == "fits: yes, 16 of 16 GB"
+    assert str(Fit(memory + 2**30, memory)) == "fits: no, 17 of 16 GB"
+
+
+@pytest.mark.parametrize(
+    ("topology", "one"),
+    [
+        ("v5e", True),
+        ("v5p", True),
+        ("v5e:1x1", True),
+        ("v5e:1x2", False),
+        ("v5p:1x1x4", False),
+        ("v6e:16x16", False),
+    ],
+)
+def test_one_chip_is_told_from_slices(topology: str, one: bool) -> None:
+    assert is_one_chip(topology) is one

@@ -5,6 +5,7 @@ The oracle tests build the same cases anew and compare; the other tests read wha
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from pathlib import Path
@@ -59,10 +60,33 @@ def lora_cases() -> dict[str, dict[str, Any]]:
         },
         "lora_bias": {"r": 2, "target_modules": ["q_proj"], "lora_bias": True},
         "bfloat16": {"r": 2, "target_modules": ["q_proj"], "dtype": "bfloat16"},
+        "dora": {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "up"], "use_dora": True},
+        "dora_columns": {"r": 2, "target_modules": ["c_attn"], "use_dora": True, "fan_in_fan_out": True},
+        "dora_embedding": {"r": 2, "target_modules": ["embed"], "use_dora": True, "use_rslora": True},
+        "pissa": {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "up"], "init_lora_weights": "pissa"},
+        "pissa_columns": {
+            "r": 2,
+            "target_modules": ["c_attn"],
+            "init_lora_weights": "pissa",
+            "fan_in_fan_out": True,
+        },
+        "pissa_dora": {"r": 2, "target_modules": ["up"], "init_lora_weights": "pissa", "use_dora": True},
+        "olora": {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "up"], "init_lora_weights": "olora"},
+        "tokens": {
+            "r": 2,
+            "target_modules": ["q_proj"],
+            "trainable_token_indices": {"embed": [7, 0, 3], "head": [2]},
+        },
+        "experts": {
+            "r": 2,
+            "lora_alpha": 3,
+            "target_modules": ["q_proj"],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        },
     }
 
 
-def lora_model(dtype: str) -> Any:
+def lora_model(dtype: str, *, experts: bool = False) -> Any:
     """A small module with every kind of layer a plain adapter may change."""
     import torch
     from transformers.pytorch_utils import Conv1D
@@ -74,12 +98,20 @@ def lora_model(dtype: str) -> Any:
             self.up = torch.nn.Linear(6, 10, bias=False)
             self.c_attn = Conv1D(18, 6)
 
+    class Experts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj = torch.nn.Parameter(torch.randn(3, 8, 6))
+            self.down_proj = torch.nn.Parameter(torch.randn(3, 6, 4))
+
     class Model(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.embed = torch.nn.Embedding(11, 6)
             self.layers = torch.nn.ModuleList([Layer(), Layer()])
             self.head = torch.nn.Linear(6, 11, bias=False)
+            if experts:
+                self.layers[0].experts = Experts()
 
     torch.manual_seed(0)
     return Model().to(getattr(torch, dtype))
@@ -92,18 +124,21 @@ def make_lora(case: str, folder: Path) -> None:
     from safetensors.torch import save_file
 
     options = dict(lora_cases()[case])
-    model = lora_model(options.pop("dtype", "float32"))
+    model = lora_model(options.pop("dtype", "float32"), experts=case == "experts")
     folder.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), folder / "model.safetensors")
-    adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
+    # Saved from one copy and merged into another: some variants alter the base they begin with.
+    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**options))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in adapted.named_parameters():
-        if "lora_" in name or "modules_to_save" in name or (name.endswith("bias") and "bias" in options):
+        trained = any(word in name for word in ("lora_", "modules_to_save", "trainable_tokens_delta"))
+        if trained or (name.endswith("bias") and "bias" in options):
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
             parameter.data = noise * 0.5
     adapted.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
     (folder / "adapter" / "README.md").unlink(missing_ok=True)
-    merged = adapted.merge_and_unload().state_dict()
+    loaded = peft.PeftModel.from_pretrained(model, str(folder / "adapter"))
+    merged = loaded.merge_and_unload().state_dict()
     save_file({name: tensor.contiguous() for name, tensor in merged.items()}, folder / "merged.safetensors")
 
 
@@ -120,6 +155,9 @@ TIED_OPTIONS: dict[str, dict[str, Any]] = {
     "factors and a copied head": {"target_modules": ["Q", "E"], "modules_to_save": ["H"]},
     "factors and a copied embedding": {"target_modules": ["Q", "H"], "modules_to_save": ["E"]},
     "resized": {"target_modules": ["Q"], "modules_to_save": ["E"]},
+    "trained tokens": {"target_modules": ["Q"], "trainable_token_indices": (2, 0)},
+    "magnitudes on the head": {"target_modules": ["Q", "H"], "use_dora": True},
+    "begun as pissa on the head": {"target_modules": ["Q", "H"], "init_lora_weights": "pissa"},
 }
 """Arguments of `peft.LoraConfig` for a model with a tied head; Q, E, H stand for the family's names."""
 TIED_NAMES = {
@@ -145,6 +183,7 @@ def tied_case(kind: str, case: str, folder: Path) -> dict[str, Any]:
     names = TIED_NAMES[kind]
     given = TIED_OPTIONS[case]
     options = {k: [names[n] for n in v] if isinstance(v, list) else v for k, v in given.items()}
+    options = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder / "base")
@@ -166,6 +205,7 @@ def tied_case(kind: str, case: str, folder: Path) -> dict[str, Any]:
     merged = peft.PeftModel.from_pretrained(again, folder / "adapter").merge_and_unload()
     saved = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     kept = ("r", "lora_alpha", "modules_to_save", "ensure_weight_tying", "fan_in_fan_out")
+    kept += tuple(key for key in ("trainable_token_indices", "use_dora", "init_lora_weights") if key in given)
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
     marks = (names["E"], names["H"])
     return {
@@ -186,6 +226,7 @@ def main() -> None:
     expected = {}
     for name, case in torch_cases().items():
         torch.save(case, DATA / name)
+        torch.save(case, DATA / f"legacy_{name}", _use_new_zipfile_serialization=False)
         tensors = case.get("state_dict", case)
         expected[name] = {
             key: {"shape": list(t.shape), "hex": t.contiguous().view(torch.uint8).numpy().tobytes().hex()}
@@ -193,7 +234,6 @@ def main() -> None:
             else {"shape": list(t.shape), "hex": t.numpy().tobytes().hex()}
             for key, t in ((k, v.detach()) for k, v in tensors.items())
         }
-    torch.save({"w": torch.ones(2)}, DATA / "legacy.pt", _use_new_zipfile_serialization=False)
     (DATA / "torch_expected.json").write_text(json.dumps(expected, indent=1) + "\n")
     for case in lora_cases():
         make_lora(case, DATA / "lora" / case)

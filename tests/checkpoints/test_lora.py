@@ -83,8 +83,22 @@ def test_golden_adapter_by_its_definition(goldens: Path) -> None:
     assert merged.fingerprint() != base.fingerprint()
 
 
-@pytest.mark.parametrize("case", ["linear", "conv1d", "embedding", "bfloat16", "lora_bias"])
-@pytest.mark.parametrize("size", [1, 7, 31])
+PIECES = [
+    "linear",
+    "conv1d",
+    "embedding",
+    "bfloat16",
+    "lora_bias",
+    "dora",
+    "dora_columns",
+    "pissa",
+    "tokens",
+    "experts",
+]
+
+
+@pytest.mark.parametrize("case", PIECES)
+@pytest.mark.parametrize("size", [7, 31])
 def test_pieces_equal_the_whole(case: str, size: int) -> None:
     for source in with_lora(open_checkpoint(DATA / case), DATA / case / "adapter").tensors.values():
         whole = read_whole(source).ravel()
@@ -141,14 +155,21 @@ def edit_tensors(folder: Path, **changes: np.ndarray | None) -> None:
     ("changes", "message"),
     [
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
-        ({"use_dora": True}, "use_dora = True changes the weights"),
+        ({"use_dora": True}, "lora_B.weight where .* and lora_magnitude_vector were expected"),
         ({"use_qalora": True}, "use_qalora"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"target_parameters": ["x"]}, "target_parameters"),
+        (
+            {"trainable_token_indices": [1]},
+            "trainable_token_indices, but the adapter holds no trained tokens",
+        ),
+        ({"trainable_token_indices": {"embed": [1.5]}}, "where a list of token ids was expected"),
+        ({"trainable_token_indices": {"embed": [-1]}}, "where a list of token ids was expected"),
+        ({"target_parameters": ["x"]}, "target_parameters names 'x', which the model does not store"),
         ({"some_new_option": 1}, "some_new_option = 1"),
-        ({"init_lora_weights": "pissa"}, "'pissa' trains against an altered base"),
+        ({"init_lora_weights": "corda"}, "'corda' trains against an altered base"),
+        ({"init_lora_weights": "loftq"}, "'loftq' trains against an altered base"),
+        ({"init_lora_weights": "pissa_niter_"}, "'pissa_niter_' trains against an altered base"),
         ({"r": "4"}, "r is '4' where a number was expected"),
         ({"r": 0}, "rank is below 1"),
         ({"r": 3}, r"factors \(2, 6\) and .* its config gives rank 3"),
@@ -175,7 +196,7 @@ M = "base_model.model."
     [
         ({M + "layers.0.up.lora_magnitude_vector": np.ones(10, np.float32)}, "DoRA"),
         ({M + "layers.0.up.lora_mixing": np.ones(10, np.float32)}, "not plain LoRA"),
-        ({M + "embed.token_adapter.trainable_tokens_delta": np.ones(3, np.float32)}, "cannot be merged"),
+        ({M + "embed.token_adapter.trainable_tokens_delta": np.ones(3, np.float32)}, "gives it no rows of"),
         ({M + "layers.0.up.lora_B.weight": None}, "module 'layers.0.up' has lora_A.weight where"),
         (
             {
@@ -241,3 +262,95 @@ def test_integer_weights_are_refused(case: Path) -> None:
     safetensors.numpy.save_file(tensors, case / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"'layers\.0\.up\.weight' is stored as int8; dequantize"):
         with_lora(open_checkpoint(case / "model.safetensors"), case / "adapter")
+
+
+WRAPPED = {
+    "language_model.model.layers.0.self_attn.q_proj": "model.language_model.layers.0.self_attn.q_proj",
+    "model.language_model.layers.0.self_attn.q_proj": "language_model.model.layers.0.self_attn.q_proj",
+    "model.layers.0.self_attn.q_proj": "model.language_model.layers.0.self_attn.q_proj",
+    "model.language_model.layers.0.self_attn.v_proj": "model.layers.0.self_attn.v_proj",
+}
+"""Modules of a language model in a wrapper, as one version of transformers calls them and as another does."""
+
+
+@pytest.mark.parametrize("stored", WRAPPED)
+def test_a_language_model_is_found_in_any_wrapper(stored: str, tmp_path: Path) -> None:
+    tower = "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight"
+    model = {f"{stored}.weight": np.zeros((2, 2), np.float32), tower: np.zeros((2, 2), np.float32)}
+    safetensors.numpy.save_file(model, tmp_path / "model.safetensors")
+    factors = {"lora_A.weight": np.ones((1, 2), np.float32), "lora_B.weight": np.ones((2, 1), np.float32)}
+    names = (WRAPPED[stored], f"model.{tower.removesuffix('.weight')}")
+    adapter = {f"{M}{name}.{part}": value for name in names for part, value in factors.items()}
+    safetensors.numpy.save_file(adapter, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
+    found = with_lora(open_checkpoint(tmp_path / "model.safetensors"), tmp_path).tensors
+    assert [read_whole(tensor).tolist() for tensor in found.values()] == [[[1, 1], [1, 1]]] * 2
+
+
+def test_what_pissa_takes_out_is_warned_of() -> None:
+    for case, warned in (("pissa", True), ("olora", True), ("linear", False)):
+        found = with_lora(open_checkpoint(DATA / case), DATA / case / "adapter").warnings
+        assert any("takes a part of each weight out of the base" in warning for warning in found) == warned
+
+
+def test_an_altered_base_makes_a_difference() -> None:
+    """The control: the same adapter, had it begun plainly."""
+    base = open_checkpoint(DATA / "pissa")
+    adapter = open_checkpoint(DATA / "pissa" / "adapter" / "adapter_model.safetensors")
+    stem, name = f"{M}layers.0.up", "layers.0.up.weight"
+    a, b = (read_whole(adapter.tensors[f"{stem}.lora_{part}.weight"]) for part in "AB")
+    plain = read_whole(base.tensors[name]) + 2 * b @ a
+    merged = read_whole(open_checkpoint(DATA / "pissa" / "merged.safetensors").tensors[name])
+    assert np.abs(plain - merged).max() > 0.1
+
+
+@pytest.mark.parametrize("case", ["dora", "pissa", "tokens", "experts", "lora_bias"])
+def test_an_adapter_may_be_put_on_a_model_that_is_not_there_yet(case: str) -> None:
+    """Every view of a tensor follows it to another one: the result of a merge, once it has run."""
+    merged = with_lora(open_checkpoint(DATA / case), DATA / case / "adapter").tensors
+    expected = open_checkpoint(DATA / case / "merged.safetensors").tensors
+    seen: list[str] = []
+
+    def change(tensor: Any) -> Any:
+        over = getattr(tensor, "over", None)
+        if over is None:
+            seen.append(tensor.name)
+            return tensor
+        return over(change)
+
+    for name, tensor in merged.items():
+        again = read_whole(change(tensor))
+        np.testing.assert_allclose(again, read_whole(expected[name]), rtol=0, atol=5e-7)
+        assert name in seen
+
+
+def test_factors_of_experts_that_fit_no_parameter_are_refused(tmp_path: Path) -> None:
+    shutil.copytree(DATA / "experts", tmp_path / "experts")
+    edit_tensors(tmp_path / "experts", **{f"{M}layers.0.experts.lora_B.weight": np.ones((7, 6), np.float32)})
+    with pytest.raises(CheckpointError, match=r"factors of 'layers.0.experts' fit none of the model's"):
+        with_lora(open_checkpoint(tmp_path / "experts"), tmp_path / "experts" / "adapter")
+
+
+def test_tokens_beyond_the_vocabulary_say_that_it_was_resized(tmp_path: Path) -> None:
+    shutil.copytree(DATA / "tokens", tmp_path / "tokens")
+    edit_config(tmp_path / "tokens", trainable_token_indices={"embed": [7, 0, 30], "head": [2]})
+    with pytest.raises(CheckpointError, match=r"token 30 was trained, but .* has 11 rows: the vocabulary"):
+        with_lora(open_checkpoint(tmp_path / "tokens"), tmp_path / "tokens" / "adapter")
+    edit_config(tmp_path / "tokens", trainable_token_indices={"embed": [7], "head": [2]})
+    with pytest.raises(CheckpointError, match=r"trainable_token_indices gives it 1 rows of"):
+        with_lora(open_checkpoint(tmp_path / "tokens"), tmp_path / "tokens" / "adapter")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_square_experts_are_told_by_the_models_type(transposed: bool, tmp_path: Path) -> None:
+    weight = np.zeros((2, 2, 2), np.float32)
+    safetensors.numpy.save_file({"mlp.experts.gate_up_proj": weight}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt_oss" if transposed else "mixtral"}))
+    a, b = np.array([[1, 2], [3, 4]], np.float32), np.array([[1, 0], [0, 1]], np.float32)
+    adapter = {f"{M}mlp.experts.lora_A.weight": a, f"{M}mlp.experts.lora_B.weight": b}
+    safetensors.numpy.save_file(adapter, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_parameters": ["experts.gate_up_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (found,) = with_lora(open_checkpoint(tmp_path / "model.safetensors"), tmp_path).tensors.values()
+    expected = np.stack([np.outer(b[:, e], a[e]) for e in range(2)])
+    assert np.array_equal(read_whole(found), expected.transpose(0, 2, 1) if transposed else expected)

@@ -47,6 +47,26 @@ def test_the_part_left_out_is_a_warning(arguments: list[str]) -> None:
     assert result.stderr == "warning: 1 changed modules were left out: layers.0.up\n"
 
 
+def test_an_adapter_for_vllm_says_what_is_lost_and_how_to_serve_it(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    for name, value in (("base", 0), ("tuned", 1)):
+        path = tmp_path / name / "model.safetensors"
+        norm = {"norm.weight": np.full(10, value, np.float32)}
+        safetensors.numpy.save_file(safetensors.numpy.load_file(path) | norm, path)
+    result = CliRunner().invoke(cli, [*arguments, "--rank", "9", "--for", "vllm"])
+    assert result.exit_code == 0, result.output
+    assert "--enable-lora --max-lora-rank 16" in result.stdout.splitlines()[-1]
+    assert (
+        "1 changed modules were left out, since vLLM takes factors of linear layers alone: " in result.stderr
+    )
+    assert "norm (" in result.stderr and "%)" in result.stderr
+    report = json.loads(
+        CliRunner().invoke(cli, [*arguments, "--rank", "9", "--for", "vllm", "--overwrite", "--json"]).stdout
+    )
+    assert report["skipped"] == ["norm"] and 0 < report["lost"]["norm"] < 0.1
+
+
 @pytest.mark.parametrize(
     ("extra", "message"), [([], "--rank or --energy"), (["--rank", "0"], "0 is not in the range")]
 )

@@ -10,8 +10,11 @@ import pytest
 import safetensors.numpy
 from click.testing import CliRunner
 
+from mergelab.aot import ChipReport
 from mergelab.cli.main import cli
+from mergelab.models import footprint
 from mergelab.models.families import model_from_config
+from mergelab.sae.training import aot
 
 CONFIG = {
     "model_type": "llama",
@@ -85,3 +88,50 @@ def test_a_topology_needs_a_mesh(folder: Path) -> None:
     result = CliRunner().invoke(cli, ["inspect", str(folder), "--topology", "v5e:4x4"])
     assert result.exit_code == 2
     assert "say with --mesh" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("step", "sentence"),
+    [
+        (None, "fits: yes, 3 of 16 GB (model and batch)"),
+        (
+            4,
+            "fits: yes, 10 of 16 GB (model, SAE and batch)",
+        ),  # 1 + 4 stay, the step's 5 are more than the pass's 2
+        (11, "fits: no, 17 of 16 GB (model, SAE and batch)"),
+    ],
+)
+def test_one_chip_is_said_to_hold_model_sae_and_batch_or_not(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, step: int | None, sentence: str
+) -> None:
+    """What the compiler reports is made up here; tests of the extra ask the compiler."""
+    asked = {}
+
+    def compiled(
+        program: str, topology: str, mesh: object, request: dict[str, object], **_: object
+    ) -> ChipReport:
+        asked[program.partition(":")[2]] = topology, mesh, request
+        gib = 2**30
+        sizes = (1 * gib, gib, 0, gib) if "forward" in program else ((step or 0) * gib, 2 * gib, gib, 4 * gib)
+        return ChipReport(1, "TPU v5 lite", *sizes, 1e9, 1e9, (), 0.1)
+
+    for module in (footprint, aot):
+        monkeypatch.setattr(module, "compile_for_topology", compiled)
+    (folder / "sae.yaml").write_text(
+        "sae: {n_latents: 32, k: 2}\n"
+        "data: {kind: model, model: m, site: blocks.0.resid_post, text: t, context: 16}\n"
+        "train: {batch_size: 60, tokens: 600, seed: 0}\n"
+    )
+    arguments = [] if step is None else ["--sae", folder / "sae.yaml"]
+    assert sentence in run(folder, "--topology", "v5e", *arguments).splitlines()
+    found = json.loads(run(folder, "--topology", "v5e", "--json", *arguments))["compiled"]
+    assert found["fit"]["memory"] == 16 * 2**30 and found["mesh"] == {"data": 1}
+    if step is not None:
+        assert (found["batch"], found["length"]) == (4, 16)
+        assert asked["lower_step"][:2] == ("v5e", {"data": 1, "latents": 1})
+        assert asked["lower_step"][2]["variant"]["d_in"] == 16
+
+
+def test_an_sae_is_placed_on_chips_that_are_named(folder: Path) -> None:
+    result = CliRunner().invoke(cli, ["inspect", str(folder), "--sae", "sae.yaml"])
+    assert result.exit_code == 2 and "say with --topology" in result.stderr

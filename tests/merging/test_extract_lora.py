@@ -373,3 +373,90 @@ def test_peft_loads_and_merges_the_same(kind: str, embeddings: Any, tmp_path: Pa
     assert any(not np.array_equal(ours[name], read_whole(tuned[name])) for name in ours)
     for name, weight in ours.items():
         np.testing.assert_allclose(merged[name].numpy(), weight, rtol=0, atol=1e-6, err_msg=name)
+
+
+def vllm_adapter(tmp_path: Path, **options: Any) -> tuple[Any, dict[str, Any], dict[str, tuple[int, ...]]]:
+    """An adapter for vLLM: what was said of it, its config, and the shapes of its tensors."""
+    found = extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", runtime="vllm", **options)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    tensors = open_checkpoint(tmp_path / "out" / "adapter_model.safetensors").tensors
+    return found, config, {name: tensor.shape for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("options", [{"rank": 3}, {"rank": 20}, {"energy": 0.8}])
+def test_vllm_takes_the_adapter(
+    options: dict[str, Any], tmp_path: Path, tuned: dict[str, np.ndarray]
+) -> None:
+    """What `vllm/lora/peft_helper.py` and `vllm/lora/utils.py` check: one rank, no more than factors."""
+    found, config, shapes = vllm_adapter(tmp_path, **options)
+    assert config["modules_to_save"] is None and config["bias"] == "none" and not config.get("use_dora")
+    assert config["rank_pattern"] == config["alpha_pattern"] == {} and config["lora_alpha"] == config["r"]
+    assert config["r"] == max(found.ranks.values()) <= 512
+    for name, shape in shapes.items():
+        assert name.endswith((".lora_A.weight", ".lora_B.weight"))
+        assert "embed" not in name and "lm_head" not in name
+        assert (shape[0] if "lora_A" in name else shape[1]) == config["r"]
+    named = {name.rpartition(".")[2] for name in config["target_modules"]}
+    assert {name.split(".")[-3] for name in shapes} == named == {"q_proj", "up_proj"}
+
+
+def test_what_vllm_does_not_take_is_measured(
+    tmp_path: Path, base: dict[str, np.ndarray], tuned: dict[str, np.ndarray]
+) -> None:
+    found, _, _ = vllm_adapter(tmp_path, rank=12)
+    squares = {name: float(np.sum(np.square(tuned[name] - base[name], dtype=np.float64))) for name in base}
+    total = sum(squares.values())
+    expected = {
+        "model.embed_tokens": squares["model.embed_tokens.weight"],
+        "model.layers.0.self_attn.q_proj.bias": squares["model.layers.0.self_attn.q_proj.bias"],
+        "model.layers.0.input_layernorm": squares["model.layers.0.input_layernorm.weight"],
+        "model.layers.1.self_attn.q_proj.bias": squares["model.layers.1.self_attn.q_proj.bias"],
+        "lm_head": squares["lm_head.weight"],
+    }
+    assert found.whole == () and set(found.skipped) == set(found.lost) == set(expected)
+    for module, square in expected.items():
+        assert found.lost[module] == pytest.approx(square / total, rel=1e-6)
+    # At full rank the linear layers are the fine-tuned ones, and all else is the base's.
+    for name, value in restored(tmp_path / "base", tmp_path / "out").items():
+        linear = name.endswith("proj.weight")
+        np.testing.assert_allclose(value, (tuned if linear else base)[name], rtol=0, atol=2e-6)
+
+
+def test_a_tied_head_is_lost_with_its_embedding_or_by_itself(tmp_path: Path) -> None:
+    tied = LLAMA | {"tie_word_embeddings": True}
+    tensors = {name: draw(shape) for name, shape in SHAPES.items() if name != "lm_head.weight"}
+    write(tmp_path / "base", tensors, tied)
+    changed = {name: value + 0.1 * draw(value.shape) for name, value in tensors.items()}
+    write(tmp_path / "tuned", changed, tied)
+    assert "lm_head" not in vllm_adapter(tmp_path, rank=2)[0].lost
+    head = {"lm_head.weight": draw((31, 12))}
+    write(tmp_path / "parted", changed | head, LLAMA | {"tie_word_embeddings": False})
+    found = extract_lora(tmp_path / "parted", tmp_path / "base", tmp_path / "b", rank=2, runtime="vllm")
+    assert found.lost["lm_head"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 513}, "the rank is 513, and vLLM takes at most 512"),
+        ({"rank": 2, "embeddings": "low_rank"}, "vLLM takes no factors of embeddings"),
+    ],
+)
+def test_what_vllm_cannot_take_is_refused(
+    options: dict[str, Any], message: str, tmp_path: Path, tuned: dict[str, np.ndarray]
+) -> None:
+    with pytest.raises(OperatorError, match=message):
+        vllm_adapter(tmp_path, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_extraction_for_another_runtime_is_not_taken_for_this_one(
+    tmp_path: Path, tuned: dict[str, np.ndarray]
+) -> None:
+    extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", rank=2, embeddings="skip")
+    with pytest.raises(OutputError):
+        vllm_adapter(tmp_path, rank=2, resume=True)
+    assert (
+        vllm_adapter(tmp_path, rank=2, overwrite=True)[0].lost
+        == vllm_adapter(tmp_path, rank=2, resume=True)[0].lost
+    )

@@ -22,6 +22,9 @@ from mergelab.models.load import load_model
 from mergelab.models.table import stored_shapes
 from tests.models.tiny_models import CONFIGS
 
+# A field that nothing is known of is a warning.
+pytestmark = pytest.mark.filterwarnings("ignore:.*unknown here")
+
 ODD: list[Any] = [
     *(None, "x", [1], {"a": 1}, True, 0, -1, 1.5, 10**9, 10**299, float("nan"), 1e300, 1e-300),
 ]

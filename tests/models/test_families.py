@@ -131,15 +131,14 @@ def test_buffers_of_old_files_are_known(name: str, tensor: str, unused: bool) ->
         ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu'.*'silu'"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "type 'dynamic'.*'yarn'"),
         ("llama", {"rope_scaling": {"type": "linear"}}, "'linear' lack 'factor'"),
-        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, "field 'beta'"),
-        ("llama", {"attention_biases": True}, r"did you mean 'attention_bias'\?"),
         ("llama", {"head_dim": 5}, "rotates 5 of 5 components"),
         (
             "phi3",
             {"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [1]}},
             "1 numbers",
         ),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention = True"),
+        ("llama", {"pruned_heads": {"0": [1]}}, "pruned_heads"),
         ("gpt2", {"activation_function": "mish"}, "activation_function = 'mish'"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
         ("gemma3", {"layer_types": ["full_attention"]}, "1 layer_types for 2 layers"),
@@ -159,6 +158,30 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(
 def test_fields_of_training_and_storage_change_nothing() -> None:
     extra = {"attention_dropout": 0.1, "torch_dtype": "bfloat16", "use_cache": False, "eos_token_id": [1, 2]}
     assert model_from_config(CONFIGS["qwen3"] | extra) == model_from_config(CONFIGS["qwen3"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_biases": True}, r"field 'attention_biases' \(did you mean 'attention_bias'\?\)"),
+        ({"nonsense": 1, "other": None}, "fields 'nonsense', 'other', unknown here: they are ignored"),
+        ({"rope_scaling": {"type": "linear", "factor": 1.0, "beta": 1}}, "fields unknown here: 'beta'"),
+        ({"sliding_window": 4096}, "'sliding_window'"),
+    ],
+)
+def test_what_nothing_is_known_of_is_ignored_with_a_warning(changes: dict[str, Any], message: str) -> None:
+    with pytest.warns(UserWarning, match=message):
+        found = model_from_config(CONFIGS["llama"] | changes)
+    if "rope_scaling" not in changes:
+        assert found == model_from_config(CONFIGS["llama"])
+
+
+def test_all_that_is_wrong_with_a_config_is_said_at_once() -> None:
+    wrong = {"hidden_act": "gelu", "rms_norm_eps": 0, "rope_scaling": {"type": "dynamic"}, "vocab_size": None}
+    with pytest.raises(CheckpointError) as error:
+        model_from_config(CONFIGS["llama"] | wrong)
+    for name in ("hidden_act", "rms_norm_eps", "dynamic", "vocab_size"):
+        assert sum(name in fault for fault in error.value.faults) == 1
 
 
 def test_old_and_new_spellings_of_positions_agree() -> None:

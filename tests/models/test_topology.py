@@ -43,6 +43,13 @@ def test_tensor_parallelism_divides_memory_and_adds_reductions() -> None:
 
 
 @pytest.mark.extra  # tpu-aot
+@pytest.mark.parametrize("topology", ["v5e", "v6e:1x1"])
+def test_a_single_chip_has_a_name(topology: str) -> None:
+    report = compile_forward(model_from_config(CONFIG), topology, {"data": 1}, batch=1, length=16)
+    assert report.chips == 1 and report.collectives == ()
+
+
+@pytest.mark.extra  # tpu-aot
 @pytest.mark.parametrize(
     ("topology", "mesh", "changes", "message"),
     [

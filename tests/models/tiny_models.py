@@ -80,6 +80,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "bos_token_id": 1,
         "eos_token_id": 2,
     },
+    "gpt2, scores by layer": {
+        "model_type": "gpt2",
+        "vocab_size": 61,
+        "n_embd": 24,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 32,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "scale_attn_weights": False,
+        "scale_attn_by_inverse_layer_idx": True,
+        "reorder_and_upcast_attn": True,
+    },
     "gpt_neox": sizes(model_type="gpt_neox", hidden_size=32, rotary_pct=0.5, num_key_value_heads=None),
     "gpt_neox, sequential": sizes(
         model_type="gpt_neox",
@@ -93,6 +106,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral": sizes(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, rope_theta=1e4),
     "qwen2": sizes(
         model_type="qwen2", use_sliding_window=True, sliding_window=3, max_window_layers=1, rope_theta=1e6
+    ),
+    "qwen2, both directions": sizes(
+        model_type="qwen2",
+        is_causal=False,
+        use_sliding_window=True,
+        sliding_window=3,
+        max_window_layers=1,
+        rope_theta=1e6,
     ),
     "qwen3": sizes(model_type="qwen3", head_dim=8, tie_word_embeddings=True),
     "gemma2": sizes(
@@ -113,12 +134,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
         rope_local_base_freq=100.0,
         rope_scaling={"rope_type": "linear", "factor": 8.0},
     ),
+    "gemma3, both directions": sizes(
+        model_type="gemma3_text",
+        head_dim=8,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+        use_bidirectional_attention=True,
+    ),
     "phi3": sizes(model_type="phi3", sliding_window=4),
     "phi3, longrope": sizes(
         model_type="phi3",
         # Rows longer than this use the long factors; the batch below has shorter and longer ones.
         original_max_position_embeddings=8,
         rope_scaling={"type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [3.0, 5.0, 9.0]},
+    ),
+    "phi3, partly rotated": sizes(
+        model_type="phi3", num_attention_heads=3, num_key_value_heads=3, partial_rotary_factor=0.5
     ),
     "bert": sizes(model_type="bert", num_key_value_heads=None, type_vocab_size=2),
 }

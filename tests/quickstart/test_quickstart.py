@@ -21,11 +21,13 @@ from mergelab.quickstart.corpus import DOMAINS
 from mergelab.quickstart.experiment import copy_recipe, recipe_folder
 from mergelab.quickstart.family import checkpoint_steps
 from mergelab.quickstart.presets import ALL_RECIPES, PRESETS
+from tests.hub_server import card_errors
 
 MODEL_FILES = {
     "config.json",
     "generation_config.json",
     "model.safetensors",
+    "README.md",
     "tokenizer.json",
     "tokenizer_config.json",
 }
@@ -52,6 +54,13 @@ def test_every_output_is_there(done: SimpleNamespace) -> None:
         assert {path.name for path in folder.iterdir()} >= MODEL_FILES
     for name in ("results.json", "figure.png", "figure.svg", "report.html"):
         assert (done.out / name).stat().st_size > 1000
+
+
+def test_cards_are_accepted_by_the_hub_and_files_name_no_place_of_this_machine(done: SimpleNamespace) -> None:
+    cards = [*(done.out / "models").rglob("README.md"), *(done.out / "merges").rglob("README.md")]
+    for card in [*cards, done.out / "sae" / "final" / "README.md"]:
+        assert card_errors(card.read_text()) == []
+    assert str(done.out) not in (done.out / "sae" / "final" / "cfg.json").read_text()
 
 
 def test_the_table_holds_the_numbers_and_the_verdict(done: SimpleNamespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import repeat
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +47,10 @@ def test_the_start_is_left_untouched_and_every_step_reported() -> None:
     params = start()
     steps: list[int] = []
     window = np.arange(1, 8, dtype=np.int32)[None]
-    train_lm(bigram, params, repeat(window), SETTINGS, on_step=lambda step, params: steps.append(step))
+    trained, _ = train_lm(
+        bigram, params, repeat(window), SETTINGS, on_step=lambda step, params: steps.append(step)
+    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(trained, start())
     assert steps == list(range(1, SETTINGS.steps + 1))
     np.testing.assert_array_equal(params["table"], start()["table"])
 

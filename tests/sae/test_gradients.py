@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mergelab.compat import enable_x64
 from mergelab.sae import activation_functions
 from mergelab.sae.kernels.codes import top_k_codes
 from mergelab.sae.kernels.collectives import ONE_DEVICE, Shards
@@ -49,7 +50,7 @@ def _double(tree: Any) -> Any:
 
 
 def _reference(loss: Any, params: Any) -> tuple[float, dict[str, np.ndarray]]:
-    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
+    with enable_x64(True), jax.numpy_rank_promotion("allow"):
         value, grads = jax.value_and_grad(loss)(_double(params))
         return float(value), {name: np.asarray(grad) for name, grad in grads.items()}
 
@@ -92,7 +93,7 @@ def test_top_k_gradients(kind: str, pairs: bool, monkeypatch: pytest.MonkeyPatch
         y, ks = x, {K: 1.0} if kind == "topk" else {K: 1.0, 4 * K: 1 / 8}
     params = _params(variant)
     (value, outcome), grads = jax.value_and_grad(variant.loss, has_aux=True)(params, x, y, _context())
-    with jax.enable_x64(True):
+    with enable_x64(True):
         loss = _top_k_loss(_double(x), _double(y), ks, center=kind != "transcoder", skip=kind == "transcoder")
     wanted_value, wanted = _reference(loss, params)
     np.testing.assert_allclose(value, wanted_value, rtol=1e-5)
@@ -124,7 +125,7 @@ def test_aux_k_gradients(dead_share: float) -> None:
     if not dead.any():
         assert float(value) == 0 and not any(np.asarray(g).any() for g in grads.values())
         return
-    with jax.enable_x64(True):
+    with enable_x64(True):
         xs, es = _double(x), _double(error)
 
         def loss(p: Any) -> Any:
@@ -146,7 +147,7 @@ def test_penalized_gradients(options: dict[str, Any]) -> None:
     variant = make_variant(kind, d_in=D, n_latents=N, **options)
     params, x = _params(variant), _batch()
     value, grads = jax.value_and_grad(lambda p: variant.loss(p, x, x, _context())[0])(params)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         xs = _double(x)
         still = jax.lax.stop_gradient
 

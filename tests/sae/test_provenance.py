@@ -14,7 +14,7 @@ from mergelab.activations.store import write_store
 from mergelab.checkpoints.folder import weights_sha256
 from mergelab.errors import CheckpointError
 from mergelab.sae.training.config import DataSection
-from mergelab.sae.training.data import host_metadata, store_facts
+from mergelab.sae.training.data import host_metadata, portable_data, store_facts
 from tests.models.tiny_models import tiny, write
 
 SITE = "blocks.0.resid_post"
@@ -22,7 +22,7 @@ SITE = "blocks.0.resid_post"
 
 def test_a_store_and_its_model_say_the_same(tmp_path: Path) -> None:
     folder = write(tmp_path / "model", "bert")
-    wanted = {"site": SITE, "model": str(folder), "model_hash": weights_sha256(folder), "context": 8}
+    wanted = {"site": SITE, "model": "model", "model_hash": weights_sha256(folder), "context": 8}
     direct = DataSection(kind="model", model=str(folder), site=SITE, text="text.txt", context=8)
     assert host_metadata(direct) == wanted
     longer = direct.model_copy(update={"context": 64 + 1})
@@ -56,3 +56,11 @@ def test_what_cannot_be_known_is_not_made_up(tmp_path: Path) -> None:
     assert host_metadata(DataSection(kind="toy")) == {}
     with pytest.raises(CheckpointError, match="no weight files"):
         host_metadata(DataSection(kind="model", model=str(tmp_path), site=SITE, text="text.txt"))
+
+
+def test_what_an_sae_says_of_its_data_holds_no_places_of_this_machine(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", "bert")
+    said = {"kind": "model", "model": str(folder), "text": [str(tmp_path / "a.txt"), "b/c.txt"]}
+    assert portable_data(said) == {"kind": "model", "model": "model", "text": ["a.txt", "b/c.txt"]}
+    stored = {"kind": "files", "path": f"{tmp_path}/acts/*.npy", "target_path": "memory://bucket/*.npy"}
+    assert portable_data(stored) == stored | {"path": "*.npy"}

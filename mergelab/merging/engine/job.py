@@ -27,7 +27,7 @@ class Job:
         base: the base model's tensor, or None where the merge uses none.
         merge: the operator with this tensor's resolved hyper-parameters; None copies `sources[0]`
             (non-float tensors, and tensors that only one model has).
-        model_names: for messages: the name of the model behind each of `sources`, then the base's.
+        model_names: names for messages: the one of the model behind each of `sources`, then the base's.
         statistics: one statistic of the tensor per model (a Gram matrix, a Fisher); empty where the merge
             takes none, or some model has none of this tensor.
         reads: the axis along which the tensor's inputs lie, where its statistics need to know.

@@ -12,6 +12,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from mergelab.compat import enable_x64
 from mergelab.errors import CheckpointError
 from mergelab.merging.engine.blocks import (
     Buffers,
@@ -143,7 +144,7 @@ class TensorRun:
         with self._inputs(block) as inputs:
             known = self._known(inputs, block)
             wide = isinstance(self.merge.parts[part].measures()[measure], Sum)
-            with jax.enable_x64(wide):
+            with enable_x64(wide):
                 result = measure_block(
                     self.merge,
                     inputs.values,
@@ -179,7 +180,7 @@ class TensorRun:
 
     def finish_sum(self, part: int, measure: int, total: Any) -> None:
         """Files what a part makes of a `Sum`'s totals."""
-        with jax.enable_x64(True):
+        with enable_x64(True):
             finished = finish_measure(self.merge, total, part=part, measure=measure)
             self.known[part].append(jax.tree.map(np.asarray, finished))
 
@@ -274,7 +275,7 @@ class TensorRun:
         dtype = self.job.dtype if self.job.dtype in _DEVICE_DTYPES else np.dtype(np.float32)
         with self._inputs(block) as inputs:
             known = self._known(inputs, block)
-            with jax.enable_x64(self._entire):
+            with enable_x64(self._entire):
                 out = merge_block(
                     self.merge, inputs.values, inputs.base, self._region(block, inputs), known, dtype=dtype
                 )

@@ -1,4 +1,4 @@
-"""What forbids merging a set of models before a weight is read: incomplete, packed, or of another kind."""
+"""What forbids merging a set of models before a weight is read: incomplete, or of another kind."""
 
 from __future__ import annotations
 
@@ -9,29 +9,14 @@ from typing import Any
 
 from mergelab.checkpoints import Checkpoint
 from mergelab.merging.plan.output_tensors import OutputPlace
-from mergelab.merging.structure.architecture import HEADS, Structure, layer_counts
+from mergelab.merging.structure.architecture import HEADS, OTHER_TOWERS, Structure, layer_counts
 from mergelab.merging.vocabulary.embedding_rows import is_output_embedding
+from mergelab.models.saved_names import is_buffer
 
-__all__ = ["absent", "incomplete", "is_buffer", "mixed", "packed"]
+__all__ = ["absent", "incomplete", "mixed"]
 
 _NUMBER = re.compile(r"\.(\d{1,9})\.")
-_OTHER_TOWERS = ("vision", "visual", "image", "audio", "speech")
 _SHARES_LAYERS = ("num_hidden_groups",)  # ALBERT applies one stored layer many times
-_PACKED = (
-    ".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB",
-    "_proj_blocks",
-)  # fmt: skip
-"""Names of what GPTQ, AWQ, compressed-tensors, block-wise float8, bitsandbytes and MXFP4 store."""
-
-_BUFFERS = re.compile(
-    r"(.*\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(bias|masked_bias)|attention\.(bias|masked_bias)"
-    r"|embeddings\.position_ids|position_ids)"
-)
-
-
-def is_buffer(name: str) -> bool:
-    """Whether a tensor is a constant that transformers makes itself and older checkpoints happen to hold."""
-    return _BUFFERS.fullmatch(name) is not None
 
 
 def incomplete(models: Mapping[str, Checkpoint]) -> list[str]:
@@ -44,7 +29,7 @@ def _missing_blocks(model: str, names: Iterable[str], config: Mapping[str, Any])
     counts = {
         count
         for path, key, count in layer_counts(config)
-        if count > 0 and not any(word in part for part in (*path, key) for word in _OTHER_TOWERS)
+        if count > 0 and not any(word in part for part in (*path, key) for word in OTHER_TOWERS)
     }
     if not counts or any(key in config for key in _SHARES_LAYERS):
         return None
@@ -94,23 +79,18 @@ def _kinds(config: Mapping[str, Any]) -> set[str]:
     types = [part.get("model_type") for part in parts if isinstance(part, Mapping)]
     if not isinstance(config.get("model_type"), str):
         return set()
-    return {kind.removesuffix("_text") for kind in types if isinstance(kind, str)}
+    found = {kind for kind in types if isinstance(kind, str)}
+    if len(parts) > 1 or any(word in key for key in config for word in OTHER_TOWERS):
+        from mergelab.models.families.wrappers import text_family  # takes seconds, and few merges need it
+
+        found |= {family for family in (text_family(config),) if family is not None}
+    return {kind.removesuffix("_text") for kind in found}
 
 
-def packed(models: Mapping[str, Checkpoint]) -> list[str]:
-    """One sentence per model whose weights are quantized: codes and scales are not numbers to average."""
-    sentences = []
-    for name, model in models.items():
-        if (first := next((tensor for tensor in model.tensors if tensor.endswith(_PACKED)), None)) is None:
-            continue
-        quantization = model.config.get("quantization_config")
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        by = f" by {method}" if isinstance(method, str) else ""
-        sentences.append(
-            f"model {name!r} is quantized{by} (it has {first!r}), and packed weights cannot be merged; "
-            "dequantize it first, or take the model it was made from"
-        )
-    return sentences
+def _towers(config: Mapping[str, Any]) -> tuple[object, ...]:
+    """The model type, and the parts of a config that speak of towers of their own."""
+    parts = sorted(key for key, value in config.items() if isinstance(value, Mapping) and "_config" in key)
+    return config.get("model_type"), *(part for part in parts if part != "quantization_config")
 
 
 def absent(
@@ -124,8 +104,7 @@ def absent(
     Not counted: buffers, heads (they may be tied, or belong to another task), and modules that a model of
     another `model_type` than the donor's has none of, such as the vision tower in a language model.
     """
-    kind = configs[donor].get("model_type")
-    others = {name for name, config in configs.items() if config.get("model_type") != kind}
+    others = {name for name, config in configs.items() if _towers(config) != _towers(configs[donor])}
     sentences = []
     for owners, places in lacking.items():
         bare = [models[name] for name in owners] if others.issuperset(owners) else []

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from mergelab.checkpoints import Checkpoint
 from mergelab.checkpoints.folder import bounded_digest
+from mergelab.checkpoints.locations import is_url
+from mergelab.checkpoints.remote import fetch_files
 from mergelab.checkpoints.safetensors_file import SafetensorsFile, open_safetensors
 from mergelab.checkpoints.source import TensorSource
 from mergelab.errors import CheckpointError, MergelabError, quoted
@@ -104,6 +106,8 @@ def _open(
 
 def _files(text: str, folders: list[Path]) -> list[SafetensorsFile]:
     """The safetensors files of the first folder (or the first file) called `text`."""
+    if is_url(text):
+        return [open_safetensors(file) for file in fetch_files(f"{text.rstrip('/')}/*.safetensors")]
     for folder in folders:
         try:
             path = folder / Path(text).expanduser()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -15,14 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from mergelab.checkpoints import Checkpoint, FolderCheckpoint, open_checkpoint, with_lora
+from mergelab.checkpoints import Checkpoint, FolderCheckpoint, LoraCheckpoint, open_checkpoint, with_lora
+from mergelab.checkpoints.hub import HubPlace, fetch_from_hub, hub_origin, parse_hub_place
+from mergelab.checkpoints.locations import exists, is_url, local_path
+from mergelab.checkpoints.model_files import put_file
 from mergelab.checkpoints.source import TensorSource
-from mergelab.errors import CheckpointError, DependencyError, MergelabError, did_you_mean, quoted, shortened
+from mergelab.errors import CheckpointError, DependencyError, MergelabError, did_you_mean, quoted
 from mergelab.merging.engine.job import Job
 from mergelab.merging.recipe.faults import FieldPath, Origin, raise_faults
 from mergelab.merging.recipe.model_refs import ModelRef, parse_model_ref
 
-__all__ = ["FoundModel", "PlannedCheckpoint", "PlannedTensor", "find_models", "with_results"]
+__all__ = [
+    "FoundModel",
+    "PlannedCheckpoint",
+    "PlannedTensor",
+    "find_models",
+    "is_planned",
+    "with_results",
+]
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class PlannedCheckpoint:
         """Writes a plan's small files to `folder`, which must not exist; the jobs name its tensors."""
         folder.mkdir(parents=True)
         for name, content in files.items():
-            (folder / name).write_bytes(content)
+            put_file(folder, name, content)
         (folder / "config.json").write_text(json.dumps(config))
         tensors = {job.name: PlannedTensor(stage, job.name, job.shape, job.dtype) for job in jobs}
         return cls(folder, config, tensors, identity)
@@ -94,10 +102,15 @@ def with_results(source: TensorSource, results: Mapping[str, Mapping[str, Tensor
     return source if over is None else over(lambda inner: with_results(inner, results))
 
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+def is_planned(checkpoint: Checkpoint) -> bool:
+    """Whether a model is the result of a merge that has not run, or an adapter on one."""
+    while isinstance(checkpoint, LoraCheckpoint):
+        checkpoint = checkpoint.base
+    return isinstance(checkpoint, PlannedCheckpoint)
+
+
 _SAMPLE = 1024
 _SAMPLES = 4
-_HUB_FILES = ["*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -152,7 +165,7 @@ def find_models(
 
 def _open(text: str, folders: list[Path], stages: Mapping[str, Checkpoint]) -> FoundModel:
     reference = parse_model_ref(text)
-    if any(_exists(folder / text) for folder in folders):
+    if any(exists(folder / text) for folder in folders):
         reference = ModelRef(text)  # a folder whose own name holds '@' or '+'
     paths: list[Path] = []
     if reference.path in stages:
@@ -164,11 +177,6 @@ def _open(text: str, folders: list[Path], stages: Mapping[str, Checkpoint]) -> F
     fingerprint = _fingerprint(checkpoint)
     if reference.adapter is not None:
         adapter, _ = _locate(reference.adapter, reference.adapter_revision, folders, [])
-        if not isinstance(checkpoint, FolderCheckpoint):
-            raise CheckpointError(
-                f"adapter {quoted(reference.adapter)} needs a finished model: run {quoted(reference.path)} "
-                "by itself"
-            )
         checkpoint = with_lora(checkpoint, adapter)
         paths.append(adapter)
         parts = [fingerprint, *(_digest(p) for p in sorted(adapter.glob("adapter_*")) if p.is_file())]
@@ -186,6 +194,8 @@ def _fingerprint(checkpoint: Checkpoint) -> str:
     if isinstance(checkpoint, PlannedCheckpoint):
         return checkpoint.identity
     digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
+    if isinstance(checkpoint, FolderCheckpoint) and checkpoint.quantization:
+        digest.update(json.dumps(checkpoint.quantization, sort_keys=True).encode())
     for name, tensor in checkpoint.tensors.items():
         digest.update(f"{name} {tensor.dtype} {tensor.shape} ".encode())
         size = math.prod(tensor.shape)
@@ -201,34 +211,22 @@ def _locate(
     path: str, revision: str | None, folders: list[Path], stages: list[str]
 ) -> tuple[Path, str | None]:
     """The local path of a model or adapter, and the hub commit it is of."""
+    if is_url(path):
+        return local_path(path), None
     try:
         expanded = Path(path).expanduser()
     except RuntimeError:  # "~name" of somebody whom this machine does not know
         expanded = Path(path)
     for folder in folders:
-        if _exists(folder / expanded):
+        if exists(folder / expanded):
             return folder / expanded, None
-    if _HUB_ID.fullmatch(path):
-        return _snapshot(path, revision, folders)
+    # A subfolder may stand behind the revision, which recipes write as one text.
+    text = path if revision is None else f"{path}@{revision}"
+    if (place := parse_hub_place(text)) is not None:
+        return _fetched(place, text, folders)
     siblings = [name for folder in folders for name in _names_beside(folder / expanded)]
     near = did_you_mean(expanded.name, siblings) or did_you_mean(path, stages)
     raise CheckpointError(f"model {quoted(path, 200)} does not exist{near}: looked in {_places(folders)}")
-
-
-def _exists(path: Path) -> bool:
-    """Whether something is there; what can be no file's name (too long, not text) is not.
-
-    Raises:
-        CheckpointError: the system does not say.
-    """
-    try:
-        return path.exists()
-    except ValueError:
-        return False
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            return False
-        raise CheckpointError(f"{shortened(str(path), 200)} cannot be looked up ({error.strerror})") from None
 
 
 def _names_beside(path: Path) -> list[str]:
@@ -244,20 +242,12 @@ def _places(folders: list[Path]) -> str:
     return " and ".join(f"{name} ({folder})" for name, folder in pairs)
 
 
-def _snapshot(path: str, revision: str | None, folders: list[Path]) -> tuple[Path, str | None]:
+def _fetched(place: HubPlace, text: str, folders: list[Path]) -> tuple[Path, str | None]:
     try:
-        from huggingface_hub import snapshot_download  # type: ignore[import-not-found]
-    except ImportError:
+        folder = fetch_from_hub(place)
+    except CheckpointError as error:
         raise CheckpointError(
-            f"model {quoted(path)} is not a folder (looked in {_places(folders)}); to fetch it from the "
-            "Hugging Face hub, install mergelab[hub], or download it yourself and give its path"
+            f"model {quoted(text)} is not a folder (looked in {_places(folders)}), and {error}"
         ) from None
-    try:
-        folder = Path(snapshot_download(path, revision=revision, allow_patterns=_HUB_FILES))
-    except Exception as error:  # the hub client raises many unrelated types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"model {quoted(path)} is not a folder (looked in {_places(folders)}) and the hub did not give "
-            f"it: {shortened(reason, 300)}"
-        ) from None
-    return folder, folder.name
+    origin = hub_origin(folder)
+    return folder, None if origin is None else origin.revision

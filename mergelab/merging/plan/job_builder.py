@@ -12,7 +12,6 @@ from mergelab.checkpoints import Checkpoint, is_float, promote
 from mergelab.checkpoints.source import TensorSource
 from mergelab.errors import CheckpointError, MergelabError, OperatorError
 from mergelab.merging.engine.job import Job
-from mergelab.merging.plan.compatibility import is_buffer
 from mergelab.merging.plan.found_statistics import FoundStatistics, Owner
 from mergelab.merging.plan.output_tensors import OutputPlace
 from mergelab.merging.plan.suspicions import FactorsSeen
@@ -20,6 +19,7 @@ from mergelab.merging.recipe.scopes import ScopedSlice, ScopedSource, resolve
 from mergelab.merging.structure.layer_parts import LayerParts, MovedLayers, with_moved_parts
 from mergelab.merging.vocabulary import VocabularyPlan
 from mergelab.merging.vocabulary.embedding_rows import RowSource, input_embedding, is_token_tensor
+from mergelab.models.saved_names import is_buffer
 from mergelab.operators import WeightedSum, chain
 from mergelab.operators.compose import Merge
 from mergelab.operators.declare import Operator
@@ -47,6 +47,16 @@ class Ingredients:
     inputs: tuple[tuple[ScopedSource, TensorSource], ...]
     base: TensorSource | None
     statistics: tuple[tuple[TensorSource, int | None], ...] = ()
+
+    @property
+    def everyone(self) -> tuple[TensorSource, ...]:
+        """The tensors of the inputs, then that of the base."""
+        return (*(tensor for _, tensor in self.inputs), *([] if self.base is None else [self.base]))
+
+
+def _is_constant(found: Ingredients) -> bool:
+    """Whether these are buffers, which transformers makes itself and some checkpoints happen to hold."""
+    return any(is_buffer(tensor.name, len(tensor.shape)) for tensor in found.everyone)
 
 
 def find_tensor(checkpoint: Checkpoint, name: str) -> TensorSource | None:
@@ -123,6 +133,7 @@ class JobBuilder:
         lacking: output tensors by the models that lack them.
         rejected: tensor names by the reason their operator gives for refusing its parameters.
         skipped: tensors that are not made at all.
+        buffers: constants that some models hold and some lack, which are not made either.
         factors: how strongly models enter, where that is worth a warning.
         settings: the hyper-parameters of each job, in order; part of a plan's identity.
     """
@@ -138,6 +149,7 @@ class JobBuilder:
     lacking: dict[tuple[str, ...], list[OutputPlace]] = field(default_factory=dict)
     rejected: dict[str, list[str]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
+    buffers: list[str] = field(default_factory=list)
     factors: FactorsSeen = field(default_factory=FactorsSeen)
     settings: list[str] = field(default_factory=list)
     _merges: dict[str, Merge] = field(default_factory=dict)
@@ -145,9 +157,14 @@ class JobBuilder:
     def build(self, place: OutputPlace) -> Job | None:
         """The job for a place, or None if there is none (a fault or a skipped tensor, then on record)."""
         try:
+            if place.copied is not None:
+                return self._alone(place, place.copied)
             found = self._find(place)
+            if len(found.everyone) < len(place.piece.sources) and _is_constant(found):
+                self.buffers.append(place.name)
+                return None
             kind, tensors = outcome(self.operator, place.piece, found)
-            if kind == "skip" or (kind == "fault" and is_buffer(place.name)):
+            if kind == "skip":
                 self.skipped.append(place.name)
                 return None
             if kind == "fault":
@@ -160,6 +177,15 @@ class JobBuilder:
         except MergelabError as error:
             self.faults.append(str(error))
             return None
+
+    def _alone(self, place: OutputPlace, model: str) -> Job | None:
+        """The copy of a tensor of a module that no other model has."""
+        names = {source.model: name for source, name in zip(place.piece.sources, place.names, strict=True)}
+        tensor = self.models[model].tensors.get(names[model])
+        if tensor is None:
+            return None
+        source = next(source for source in place.piece.sources if source.model == model)
+        return self._copy(place, Ingredients(((source, tensor),), None), tensor)
 
     def _find(self, place: OutputPlace) -> Ingredients:
         present: list[TensorSource | None] = []
@@ -181,7 +207,8 @@ class JobBuilder:
             present.append(tensor)
             beside.append(self._statistic(source, place.names[i], tensor))
         lacking = tuple(s.model for s, t in zip(place.piece.sources, present, strict=True) if t is None)
-        if lacking:
+        shapes = [tensor.shape for tensor in present if tensor is not None]
+        if lacking and not (shapes and is_buffer(place.name, len(shapes[0]))):
             self.lacking.setdefault(lacking, []).append(place)
         if self.truncate_rows and is_token_tensor(place.name):
             rows = min(tensor.shape[0] for tensor in present if tensor is not None)

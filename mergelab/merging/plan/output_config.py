@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from mergelab.checkpoints import Checkpoint, TensorSource
 from mergelab.checkpoints.tied_head import is_tied, untied_config
+from mergelab.errors import CheckpointError
 from mergelab.merging.engine.job import Job
+from mergelab.merging.plan.output_tensors import OutputPlace
 from mergelab.merging.recipe.faults import raise_faults
 from mergelab.merging.structure.architecture import Stack, Structure, layer_counts
 from mergelab.merging.structure.moved_layers import Tower, move_layers, unlike_sources
-from mergelab.merging.vocabulary.embedding_rows import is_output_embedding, is_token_tensor
+from mergelab.merging.vocabulary.embedding_rows import input_embedding, is_output_embedding, is_token_tensor
 
-__all__ = ["config_differences", "output_config"]
+__all__ = ["config_differences", "output_config", "set_dtype", "tied_heads"]
+
+_SAMPLE, _SAMPLES = 1 << 14, 16
 
 _COMPARED = (
     "model_type",
@@ -70,8 +78,8 @@ def output_config(
         layers: (model, block) that each output block comes from, per module with blocks.
         jobs: the output tensors, for the dtype and the vocabulary size.
         updates: keys to set last, such as those of a merged vocabulary.
-        sources: per module with blocks, every (model, block) that each output block is merged from; by
-            default that in `layers` alone.
+        sources: origins, per module with blocks: every (model, block) that each output block is merged from;
+            by default that in `layers` alone.
         architectures: every model's; by default the others have as many blocks as the donor.
 
     Raises:
@@ -92,7 +100,7 @@ def output_config(
             faults += found
             warnings += doubts
     raise_faults(faults)
-    _set_dtype(config, jobs)
+    set_dtype(config, jobs)
     for key, value in {**_rows(config, jobs), **updates}.items():
         _set_everywhere(config, key, value)
     warnings += _untie(config, configs, jobs)
@@ -163,7 +171,8 @@ def _at(config: Any, path: tuple[str, ...]) -> Any:
     return config
 
 
-def _set_dtype(config: dict[str, Any], jobs: tuple[Job, ...]) -> None:
+def set_dtype(config: dict[str, Any], jobs: Iterable[Job]) -> None:
+    """Sets a config's dtype to that of most bytes of weights."""
     weights: dict[str, int] = {}
     for job in jobs:
         if job.dtype.kind in "fV":
@@ -189,6 +198,46 @@ def _set_everywhere(config: dict[str, Any], key: str, value: Any) -> None:
     holders = [part for part in parts if isinstance(part, dict) and key in part] or [config]
     for part in holders:
         part[key] = value
+
+
+def tied_heads(places: Iterable[OutputPlace], models: Mapping[str, Checkpoint]) -> set[str]:
+    """Names of heads that are the embedding in every model, though some models store them, too.
+
+    A head that only some of the tied models store would be merged apart from the embedding it is equal to.
+    """
+    if not all(is_tied(model.config, model.tensors) for model in models.values()):
+        return set()
+    found: set[str] = set()
+    for place in places:
+        if not (is_output_embedding(place.name) and place.name.endswith(".weight")):
+            continue
+        pairs = [
+            (models[source.model].tensors.get(name), input_embedding(models[source.model]))
+            for source, name in zip(place.piece.sources, place.names, strict=True)
+        ]
+        stored = [(head, embedding) for head, embedding in pairs if head is not None]
+        if len(stored) < len(pairs) and all(e is not None and _alike(head, e) for head, e in stored):
+            found.add(place.name)
+    return found
+
+
+def _alike(head: TensorSource, embedding: TensorSource) -> bool:
+    """Whether two tensors have equal values in places all over them."""
+    if head.shape != embedding.shape or head.dtype != embedding.dtype:
+        return False
+    size = math.prod(head.shape)
+    count = min(size, _SAMPLE)
+    starts = {number * (size - count) // (_SAMPLES - 1) for number in range(_SAMPLES)}
+    for start in starts:
+        left, right = np.empty(count, head.dtype), np.empty(count, head.dtype)
+        try:
+            head.read_into(start, left)
+            embedding.read_into(start, right)
+        except CheckpointError:  # of a merge that has not run
+            return False
+        if left.tobytes() != right.tobytes():
+            return False
+    return True
 
 
 def _untie(

@@ -27,6 +27,7 @@ class OutputPlace:
         names: what it is called in each of `piece.sources`; the model may lack it.
         t: the layer coordinate at which gradients are read; 0 outside the blocks.
         module: the module it belongs to.
+        copied: the one model whose tensor it is, where the others lack the whole module.
     """
 
     name: str
@@ -34,6 +35,7 @@ class OutputPlace:
     names: tuple[str, ...]
     t: float
     module: str = "default"
+    copied: str | None = None
 
 
 @dataclass
@@ -132,7 +134,17 @@ def _lay_out_module(
             f"tensors before the first block come from the first slice ({_listed(first)}), those after the "
             f"last block from the last slice ({_listed(last)})"
         )
-    layout.places += [replace(place, module=name) for place in places]
+    alone = {id(piece): _alone(piece, models, name) for piece in slices}
+    layout.places += [replace(place, module=name, copied=alone[id(place.piece)]) for place in places]
+
+
+def _alone(piece: ScopedSlice, models: Mapping[str, Structure], name: str) -> str | None:
+    """The model whose module is copied: the only one that has it, or the first where the base lacks it."""
+    owners = [source.model for source in piece.sources if name in models[source.model].modules]
+    if len(owners) == len(piece.sources) or not owners:
+        return None
+    without_base = piece.base is not None and piece.base.model not in owners
+    return owners[0] if len(set(owners)) == 1 or without_base else None
 
 
 def _listed(piece: ScopedSlice) -> str:

@@ -13,14 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from mergelab.checkpoints import Checkpoint, LoraCheckpoint, dtype_from_name, open_checkpoint
-from mergelab.checkpoints.model_files import donor_files
+from mergelab.checkpoints.companion_files import companion_warnings, donor_files, license_differences
 from mergelab.checkpoints.writer import identity_digest
 from mergelab.merging.engine.job import Job
-from mergelab.merging.plan.compatibility import absent, incomplete, mixed, packed
+from mergelab.merging.plan.compatibility import absent, incomplete, mixed
 from mergelab.merging.plan.found_statistics import FoundStatistics, find_statistics
-from mergelab.merging.plan.input_models import FoundModel, PlannedCheckpoint, find_models, with_results
+from mergelab.merging.plan.input_models import (
+    FoundModel,
+    PlannedCheckpoint,
+    find_models,
+    is_planned,
+    with_results,
+)
 from mergelab.merging.plan.job_builder import JobBuilder
-from mergelab.merging.plan.output_config import config_differences, output_config
+from mergelab.merging.plan.output_config import config_differences, output_config, tied_heads
 from mergelab.merging.plan.output_tensors import OutputLayout, OutputPlace, lay_out
 from mergelab.merging.plan.suspicions import odd_relations
 from mergelab.merging.recipe.faults import raise_faults
@@ -29,6 +35,7 @@ from mergelab.merging.recipe.schema import Recipe
 from mergelab.merging.recipe.scopes import recipe_faults, recipe_warnings, scoped_parts
 from mergelab.merging.structure.architecture import Structure, infer_architecture
 from mergelab.merging.structure.layer_parts import MovedLayers
+from mergelab.merging.structure.towers import align_towers, called, widest
 from mergelab.merging.vocabulary import (
     VocabularyPlan,
     chat_template_files,
@@ -65,8 +72,12 @@ def _kinds(architecture: Structure) -> set[str]:
     return found
 
 
-def absences(lacking: Mapping[tuple[str, ...], Sequence[OutputPlace]], skipped: Sequence[str]) -> list[str]:
-    """One sentence per group of models that lack the same tensors, and one for tensors not made at all."""
+def absences(
+    lacking: Mapping[tuple[str, ...], Sequence[OutputPlace]],
+    skipped: Sequence[str],
+    buffers: Sequence[str] = (),
+) -> list[str]:
+    """One sentence per group of models that lack the same tensors, and one for those not made at all."""
     found = []
     for models, places in lacking.items():
         names = [place.name for place in places if place.name not in skipped]
@@ -81,6 +92,11 @@ def absences(lacking: Mapping[tuple[str, ...], Sequence[OutputPlace]], skipped: 
         found.append(
             f"{len(skipped)} tensor(s) are left out because the base model lacks them: "
             + ", ".join([*skipped[:5], *(["..."] if len(skipped) > 5 else [])])
+        )
+    if buffers:
+        found.append(
+            f"{len(buffers)} buffer(s) that some models lack are left out, since they are made from "
+            f"config.json: {', '.join([*buffers[:5], *(['...'] if len(buffers) > 5 else [])])}"
         )
     return found
 
@@ -283,12 +299,14 @@ def _plan(
     merged = {name: found[name] for name in recipe.model_texts()}
     checkpoints = {name: model.checkpoint for name, model in merged.items()}
     donor = recipe.base_model if recipe.base_model is not None else next(iter(merged))
+    wanted = [name for _, name, _ in recipe.parts() if name is not None]
     shapes = {name: infer_architecture(c.tensors, c.config) for name, c in checkpoints.items()}
+    shapes, matched = align_towers({n: called(shape, wanted) for n, shape in shapes.items()}, donor)
+    donor = widest(shapes, donor)
     configs = {name: checkpoint.config for name, checkpoint in checkpoints.items()}
     raise_faults(
         [
             *incomplete(checkpoints),
-            *([] if operator.copies_unless is not None else packed(checkpoints)),
             *([] if allow_mixed_architectures else mixed(configs, donor)),
             *strangers(shapes, donor),
         ]
@@ -308,11 +326,15 @@ def _plan(
         _moved_layers(layout, shapes, donor),
         statistics,
     )
-    jobs = tuple(job for job in map(builder.build, layout.places) if job is not None)
+    shared_heads = tied_heads(layout.places, checkpoints)
+    places = [place for place in layout.places if place.name not in shared_heads]
+    jobs = tuple(job for job in map(builder.build, places) if job is not None)
     lacking = [] if allow_mixed_architectures else absent(builder.lacking, shapes, configs, donor)
     raise_faults([*lacking, *shortened(builder.faults, builder.rejected)])
+    # A model that is a weight file alone says nothing of itself; another one of its architecture does.
+    described = donor if configs[donor] else next((name for name, own in configs.items() if own), donor)
     config, notes = output_config(
-        configs,
+        {**configs, donor: configs[described]},
         donor,
         shapes[donor],
         layout.layers,
@@ -321,22 +343,28 @@ def _plan(
         sources=layout.sources,
         architectures=shapes,
     )
-    unread = [name for name, c in checkpoints.items() if isinstance(c, PlannedCheckpoint)]
+    if described != donor:
+        notes.append(f"model {donor!r} has no config.json: the output's is made of that of {described!r}")
+    # A look at a few values is not worth a decomposition of every matrix.
+    unread = [n for n, c in checkpoints.items() if is_planned(c) or getattr(c, "decomposes", False)]
     warnings = [
+        *origin.notes,
         *(origin.sentence(*warning) for warning in recipe_warnings(recipe)),
+        *matched,
         *builder.factors.sentences(),
         *odd_relations(jobs, recipe.base_model, unread),
         *layout.warnings,
-        *absences(builder.lacking, builder.skipped),
+        *absences(builder.lacking, builder.skipped, builder.buffers),
         *config_differences(configs, donor),
         *(note for c in checkpoints.values() if isinstance(c, LoraCheckpoint) for note in c.warnings),
         *warnings,
         *notes,
     ]
+    keeper = checkpoints[described] if vocabulary is None else found[vocabulary.donor].checkpoint
+    files = donor_files(keeper.path, None if vocabulary is None else vocabulary.files)
+    warnings += companion_warnings(keeper.path, files)
     if vocabulary is None:
-        files = donor_files(checkpoints[donor].path, None)
-    else:
-        files = donor_files(found[vocabulary.donor].checkpoint.path, vocabulary.files)
+        warnings += license_differences({name: c.path for name, c in checkpoints.items()}, donor)
     if recipe.chat_template is not None:
         files |= chat_template_files(recipe.chat_template, checkpoints, recipe.base_model, files)
     beside = {" with statistics ".join(owner): each for owner, each in statistics.items()}

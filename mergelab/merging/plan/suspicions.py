@@ -37,7 +37,8 @@ class FactorsSeen:
     """How strongly each model enters, collected job by job.
 
     Attributes:
-        found: by model and parameter: the largest factor beyond the limit, and the tensors it is for.
+        found: findings for each model and parameter, the largest factor beyond the limit, and the tensors it
+            is for.
     """
 
     found: dict[tuple[str, str], tuple[float, list[str]]] = field(default_factory=dict)

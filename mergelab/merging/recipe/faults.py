@@ -25,11 +25,13 @@ class Origin:
         source: the file's name for messages, or None for a recipe built in Python.
         path: the file, or None.
         lines: the 1-based line of each field.
+        notes: how the recipe is read where it is not quite one, a sentence each, for a plan's warnings.
     """
 
     source: str | None = field(default=None, compare=False)
     path: Path | None = field(default=None, compare=False)
     lines: Mapping[FieldPath, int] = field(default_factory=dict, compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def folder(self) -> Path | None:

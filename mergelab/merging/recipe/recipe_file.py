@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 from mergelab.checkpoints.text_file import read_text
 from mergelab.checkpoints.yaml_data import Document, parse_yaml
 from mergelab.errors import MAX_FAULTS, RecipeError, did_you_mean, quoted, shortened
+from mergelab.merging.recipe.dialect import Reading, read_as_mergekit
 from mergelab.merging.recipe.faults import FieldPath, LocatedError, Origin, raise_faults
 from mergelab.merging.recipe.model_refs import parse_model_ref
 from mergelab.merging.recipe.schema import Recipe
@@ -33,10 +35,12 @@ __all__ = [
 def parse_documents(text: str, source: str = "recipe") -> list[Document]:
     """Parses every document of a recipe; see `mergelab.checkpoints.yaml_data.parse_yaml`.
 
+    Of two equal keys the later counts; `Document.repeated` names them.
+
     Raises:
         RecipeError: faulty YAML; every sentence begins with `source` and a line.
     """
-    return parse_yaml(text, source, RecipeError)
+    return parse_yaml(text, source, RecipeError, strict_keys=False)
 
 
 def used_stages(recipe: Recipe, names: Mapping[str, Recipe]) -> tuple[str, ...]:
@@ -48,8 +52,8 @@ def used_stages(recipe: Recipe, names: Mapping[str, Recipe]) -> tuple[str, ...]:
 def link_recipes(recipes: Sequence[Recipe]) -> Recipe:
     """Makes one recipe of a file's documents.
 
-    The result is the only document no other one refers to, or the last; the others become its `merges`, in
-    the order they have to run.
+    The result is the only document no other one refers to, else the only one without a name, else the last;
+    those it builds on become its `merges`, in the order they have to run. The rest is not made, with a note.
 
     Raises:
         RecipeError: documents without a name, with the same name, unused, or leading in a circle.
@@ -58,8 +62,9 @@ def link_recipes(recipes: Sequence[Recipe]) -> Recipe:
         return recipes[0]
     named: dict[str, Recipe] = {}
     faults: list[str] = []
+    without = [recipe for recipe in recipes if recipe.name is None]
     for recipe in recipes:
-        if recipe.name is None and recipe is not recipes[-1]:
+        if recipe.name is None and recipe is not without[-1]:
             faults.append(
                 recipe.origin.sentence((), "this document needs a 'name' for others to refer to it by")
             )
@@ -71,17 +76,19 @@ def link_recipes(recipes: Sequence[Recipe]) -> Recipe:
     raise_faults(faults)
     referred = {name for recipe in recipes for name in used_stages(recipe, named)}
     free = [recipe for recipe in recipes if recipe.name not in referred]
-    result = free[0] if len(free) == 1 else recipes[-1]
+    nameless = [recipe for recipe in free if recipe.name is None]
+    result = free[0] if len(free) == 1 else nameless[0] if len(nameless) == 1 else recipes[-1]
     order = stage_order(result, named)
-    used, texts = set(order), [*result.model_texts()]
+    used, texts, unused = set(order), [*result.model_texts()], list[str]()
     for recipe in recipes:
         if recipe is not result and recipe.name not in used:
-            near = did_you_mean(recipe.name or "", texts) if len(faults) <= MAX_FAULTS else ""
-            message = f"no document uses {quoted(recipe.name)}{near}: refer to it or remove it"
-            faults.append(recipe.origin.sentence(("name",), message))
-    raise_faults(faults)
+            near = did_you_mean(recipe.name or "", texts) if len(unused) <= MAX_FAULTS else ""
+            message = f"no document uses {quoted(recipe.name)}{near}, so it is not made: run it by itself"
+            unused.append(recipe.origin.sentence(("name",), message))
     linked = result.model_copy(update={"merges": tuple(named[name] for name in order)})
-    object.__setattr__(linked, "_origin", result.origin)
+    more = [f"and {len(unused) - MAX_FAULTS} more documents are not made"] if len(unused) > MAX_FAULTS else []
+    notes = (*result.origin.notes, *unused[:MAX_FAULTS], *more)
+    object.__setattr__(linked, "_origin", replace(result.origin, notes=notes))
     return linked
 
 
@@ -156,10 +163,13 @@ def parse_recipe(text: str, source: str = "recipe", path: Path | None = None) ->
 def _read(document: Document, origin: Origin) -> tuple[Recipe | None, list[str]]:
     """One document and its faults; faulty fields are left out so that the rest is checked too."""
     data: Any = copy.deepcopy(document.data)
+    reading = read_as_mergekit(data)
+    data = reading.data
     if not isinstance(data, dict):
         return None, [origin.sentence((), f"expected a mapping with 'merge_method', found {quoted(data)}")]
     located: list[tuple[FieldPath, str]] = []
     repaired: list[FieldPath] = []
+    origin = replace(origin, notes=_notes(document, reading, origin))
     while True:
         try:
             recipe = Recipe(**data)
@@ -169,14 +179,28 @@ def _read(document: Document, origin: Origin) -> tuple[Recipe | None, list[str]]
             paths = [path for path, _ in error.located]
         # Each round checks the recipe anew, and more faults than these are not shown.
         if len(located) > MAX_FAULTS or not all([_repair(data, path) for path in paths]):
-            return None, _in_line_order(located, origin)
+            return None, _in_line_order([*located, *reading.misspelled], origin)
         repaired += paths
     object.__setattr__(recipe, "_origin", origin)
     for path, message in recipe_faults(recipe):
         consequence = any(path[: len(fixed)] == fixed for fixed in repaired)
         if not consequence and _NO_MODEL not in message:
             located.append((path, message))
+    if located:  # a key that is nearly right is why another one is missing
+        located += reading.misspelled
     return recipe, _in_line_order(located, origin)
+
+
+def _notes(document: Document, reading: Reading, origin: Origin) -> tuple[str, ...]:
+    """What is read otherwise than it is written, by lines; beyond `MAX_FAULTS` only their number."""
+    notes = list(dict.fromkeys(reading.notes))
+    for path, line in document.repeated:
+        last = origin.line(path)
+        notes.append((path, f"is written twice: line {last} counts, and line {line} does not"))
+    sentences = _in_line_order(notes, origin)
+    rest = len(sentences) - MAX_FAULTS
+    more = [f"{origin.source}: {rest} more places are read otherwise than they are written"]
+    return (*sentences[:MAX_FAULTS], *(more if rest > 0 else ()))
 
 
 def _in_line_order(located: list[tuple[FieldPath, str]], origin: Origin) -> list[str]:

@@ -51,8 +51,8 @@ def _checked_range(value: tuple[int, int]) -> tuple[int, int]:
     start, stop = value
     if max(abs(start), abs(stop)) > 2**31:
         raise ValueError(f"layer range {quoted(list(value))} is beyond every model")
-    if start < 0 or stop <= start:
-        raise ValueError(f"layer range [{start}, {stop}] is empty or negative: [a, b] is layers a to b - 1")
+    if start < 0 or stop < start:
+        raise ValueError(f"layer range [{start}, {stop}] is negative: [a, b] is layers a to b - 1")
     return value
 
 

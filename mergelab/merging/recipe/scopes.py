@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os.path
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from mergelab.errors import RecipeError, did_you_mean, quoted, shortened
@@ -210,7 +212,7 @@ def convert(parameter: HyperParameter, value: Scalar) -> Any:
         raise RecipeError(
             f"parameter {parameter.name!r} must be whole, but a gradient gives {value!r}: write one value"
         )
-    return parameter.type(value)
+    return parameter.type(value if isinstance(value, bool | str) else parameter.clipped(value))
 
 
 def value_fault(parameter: HyperParameter, value: Scalar) -> str | None:
@@ -227,7 +229,7 @@ def value_fault(parameter: HyperParameter, value: Scalar) -> str | None:
         return f"expected {_expected(parameter)}, found {quoted(value)}"
     if parameter.type is int and value != int(value):
         return f"expected {_expected(parameter)}, found {quoted(value)}"
-    if not parameter.low <= float(value) <= parameter.high:
+    if not parameter.low <= parameter.clipped(float(value)) <= parameter.high:
         return f"{quoted(value)} is out of range: expected {_expected(parameter)}"
     return None
 
@@ -263,23 +265,37 @@ def recipe_faults(recipe: Recipe) -> list[Located]:
     for path, scope in _scopes(recipe):
         found += _value_faults(operator, path, scope)
     for slices in scoped_parts(recipe, operator).values():
+        if not any(map(_takes_layers, slices)):
+            found.append((slices[0].path, "no slice takes a layer: [a, b] is layers a to b - 1"))
         for piece in slices:
             found += _slice_faults(operator, piece)
     return found
 
 
+def _takes_layers(piece: ScopedSlice) -> bool:
+    return any(s.layer_range is None or s.layer_range[0] < s.layer_range[1] for s in piece.sources)
+
+
 def recipe_warnings(recipe: Recipe) -> list[Located]:
     """`(path, message)` of what is accepted and has no effect where it stands."""
     operator = OPERATORS[recipe.merge_method]
-    found: list[Located] = []
+    found: list[Located] = [*_unread_names(operator, recipe), *_clipped(operator, recipe)]
     for slices in scoped_parts(recipe, operator).values():
         for piece in slices:
             for source in piece.sources:
                 found += _unread(operator, piece, source)
+                found += _other_spelling(operator, piece, source)
     for path, _, part in recipe.parts():
         for i, piece in enumerate(part.slices or ()):
             if piece.residual_weight is not None:
                 found.append(((*path, "slices", i, "residual_weight"), "has no effect"))
+            if piece.sources[0].layer_range[0] == piece.sources[0].layer_range[1]:
+                found.append(
+                    (
+                        (*path, "slices", i),
+                        "takes no layers; first or last it still gives the tensors before or after them",
+                    )
+                )
     return found
 
 
@@ -300,13 +316,61 @@ def _value_faults(operator: Operator, path: FieldPath, scope: Scope) -> Iterator
     for name, setting in scope.items():
         parameter = operator.parameter(name)
         if parameter is None:
-            if name not in IGNORED:
+            if name not in IGNORED and name not in _known_names():
                 names = [p.name for p in operator.parameters]
                 near = did_you_mean(name, names) or f" (it has {', '.join(names) or 'none'})"
                 yield (*path, name), f"unknown parameter of {operator.name!r}{near}"
             continue
         messages = (value_fault(parameter, value) for value in setting.scalars())
         yield from (((*path, name), message) for message in dict.fromkeys(messages) if message)
+
+
+@cache
+def _known_names() -> frozenset[str]:
+    """The parameters of all operators."""
+    return frozenset(p.name for operator in OPERATORS.values() for p in operator.parameters)
+
+
+def _unread_names(operator: Operator, recipe: Recipe) -> Iterator[Located]:
+    """Parameters that other operators read, each at the first of its places."""
+    places: dict[str, list[FieldPath]] = {}
+    for path, scope in _scopes(recipe):
+        for name in scope:
+            if operator.parameter(name) is None and name not in IGNORED and name in _known_names():
+                places.setdefault(name, []).append((*path, name))
+    has = ", ".join(p.name for p in operator.parameters) or "none"
+    for where in places.values():
+        count = len(where) - 1
+        more = f", nor in {count} other place{'s' if count > 1 else ''}" if count else ""
+        yield where[0], f"has no effect{more}: {operator.name!r} has no such parameter (it has {has})"
+
+
+def _clipped(operator: Operator, recipe: Recipe) -> Iterator[Located]:
+    """Values beyond a bound that are taken for the bound."""
+    for path, scope in _scopes(recipe):
+        for name, setting in scope.items():
+            parameter = operator.parameter(name)
+            if parameter is None or parameter.clips == "neither":
+                continue
+            for value in dict.fromkeys(setting.scalars()):
+                if isinstance(value, bool | str | None) or parameter.clipped(value) == value:
+                    continue
+                bound, expected = parameter.clipped(value), _expected(parameter)
+                yield (*path, name), f"{quoted(value)} counts as {bound:g}: {expected} was expected"
+
+
+def _same_folder(one: str, other: str) -> bool:
+    return one != other and os.path.normpath(one) == os.path.normpath(other)
+
+
+def _other_spelling(operator: Operator, piece: ScopedSlice, source: ScopedSource) -> Iterator[Located]:
+    base = piece.base
+    if base is not None and source is not base and _same_folder(source.model, base.model):
+        yield (
+            source.path,
+            f"model {quoted(source.model)} is the base model {quoted(base.model)} in another spelling, and "
+            "counts as another model: write both alike",
+        )
 
 
 def _slice_faults(operator: Operator, piece: ScopedSlice) -> Iterator[Located]:
@@ -335,7 +399,15 @@ def _slice_faults(operator: Operator, piece: ScopedSlice) -> Iterator[Located]:
         wanted = str(few) if few == many else f"at least {few}" if many is None else f"{few} to {many}"
         besides = " besides the base model" if operator.base != "as_input" else ""
         listed = f" ({shortened(', '.join(names[:20]), 400)})" if names else ""
-        yield piece.path, f"{operator.name!r} takes {wanted} model(s){besides}, found {len(names)}{listed}"
+        base = None if piece.base is None else piece.base.model
+        twin = next((name for name in names if base is not None and _same_folder(name, base)), None)
+        hint = (
+            "" if twin is None else f": {quoted(twin)} is the base model {quoted(base)}, so write both alike"
+        )
+        yield (
+            piece.path,
+            f"{operator.name!r} takes {wanted} model(s){besides}, found {len(names)}{listed}{hint}",
+        )
     yield from _statistics_faults(operator, piece)
     for parameter in operator.parameters:
         if not parameter.required or any(parameter.name in scope for scope in piece.shared):

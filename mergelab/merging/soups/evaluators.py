@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mergelab.activations.losses import summed_loss
+from mergelab.checkpoints.companions import has_companion
 from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.checkpoints.json_data import parse_json
 from mergelab.checkpoints.model_files import open_tokenizer_file
@@ -145,7 +146,7 @@ class TextLoss:
         text = self._read()
         tokens = _tokenize(folder, text)
         model, params = load_model(folder, dtype=np.float32)
-        if not model.family.architecture.causal:
+        if not model.predicts:
             raise CheckpointError(
                 f"{folder} holds a {model.family.model_type!r} model, which predicts no next token; score it "
                 "with a command of your own."
@@ -166,7 +167,7 @@ class TextLoss:
 
 def _tokenize(folder: Path, text: str) -> list[int]:
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not has_companion(folder, path.name):
         raise CheckpointError(
             f"{folder} has no tokenizer.json; the loss on a text needs the model's tokenizer."
         )

@@ -13,7 +13,9 @@ from typing import Any
 
 from jaxtyping import Array, PyTree
 
+from mergelab.checkpoints.hub import hub_origin
 from mergelab.checkpoints.json_data import read_json_object
+from mergelab.checkpoints.locations import local_path, location_text
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import CheckpointError, OperatorError, OutputError, RecipeError
@@ -52,7 +54,7 @@ def soup(
         out: the folder to write, for folders: they are then streamed, and memory does not grow with the
             models. Without it the average is returned as a tree, of folders by tensor name.
         last: how many of the last candidates to average; all by default.
-        options: with `out`, further options of `mergelab.merge` (`dtype`, `memory`, `overwrite`, ...).
+        options: further options, with `out`, of `mergelab.merge` (`dtype`, `memory`, `overwrite`, ...).
 
     Returns:
         The mean tree, in the dtypes of the first; or the path `out`.
@@ -91,17 +93,23 @@ def soup_recipe(weights: Mapping[Path, float], dtype: str | None = None) -> Reci
     Raises:
         RecipeError: a path that a recipe cannot name.
     """
-    for path in weights:
-        if odd := next((c for c in "@+" if c in str(path)), None):
-            raise RecipeError(
-                f"{path} has {odd!r} in its name, which recipes read as a revision or an adapter; "
-                "rename the folder or pass a link to it."
-            )
     models = tuple(
-        InputModel.model_validate({"model": str(path), "parameters": {"weight": weight}})
+        InputModel.model_validate({"model": _reference(path), "parameters": {"weight": weight}})
         for path, weight in weights.items()
     )
     return Recipe(merge_method="linear", models=models, out_dtype=dtype, parameters={"normalize": True})
+
+
+def _reference(path: Path) -> str:
+    """How a recipe names a checkpoint: what was fetched from the hub by its id and commit."""
+    if (origin := hub_origin(path)) is not None:
+        return str(origin)
+    if odd := next((c for c in "@+" if c in str(path)), None):
+        raise RecipeError(
+            f"{path} has {odd!r} in its name, which recipes read as a revision or an adapter; "
+            "rename the folder or pass a link to it."
+        )
+    return str(path)
 
 
 def average_checkpoints(
@@ -135,19 +143,25 @@ def average_checkpoints(
 def candidate_names(checkpoints: Sequence[StrPath]) -> dict[str, Path]:
     """Returns checkpoints by name: their folders' names, or their paths as given where those are not unique.
 
+    Checkpoints on the Hugging Face hub or at URLs are fetched, and called as they are given.
+
     Raises:
         RecipeError: there are none, or one is given twice.
     """
-    paths = [Path(checkpoint) for checkpoint in checkpoints]
-    if not paths:
+    if not checkpoints:
         raise RecipeError("A soup needs at least one checkpoint; none was given.")
+    given = [location_text(checkpoint) for checkpoint in checkpoints]
+    paths = [local_path(text) for text in given]
     real = [path.resolve() for path in paths]
     for i, path in enumerate(real):
         if path in real[:i]:
             raise RecipeError(f"Checkpoint {paths[i]} is given twice; give each checkpoint once.")
-    names = [path.name for path in real]
+    names = [
+        place.resolve().name if Path(text) == place else text
+        for place, text in zip(paths, given, strict=True)
+    ]
     unique = len(set(names)) == len(names)
-    return {name if unique else str(path): path for name, path in zip(names, paths, strict=True)}
+    return {name if unique else text: path for name, text, path in zip(names, given, paths, strict=True)}
 
 
 def by_step(checkpoints: Sequence[StrPath]) -> list[Path]:

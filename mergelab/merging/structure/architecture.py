@@ -12,6 +12,7 @@ from mergelab.merging.vocabulary.embedding_rows import is_token_tensor
 __all__ = [
     "HEADS",
     "LAYER_COUNT_KEYS",
+    "OTHER_TOWERS",
     "Module",
     "Stack",
     "Structure",
@@ -34,6 +35,7 @@ LAYER_COUNT_KEYS = (
 """The names under which Hugging Face configs keep the number of blocks."""
 
 _NUMBER = re.compile(r"\.(\d+)\.")
+OTHER_TOWERS = ("vision", "visual", "image", "audio", "speech")
 HEADS = ("lm_head", "embed_out", "output", "score", "classifier", "cls", "qa_outputs", "pooler")
 _WRAPPERS = frozenset({"model", "transformer", "base_model", "backbone", "net"})
 
@@ -94,7 +96,7 @@ def infer_architecture(names: Iterable[str], config: Mapping[str, Any]) -> Struc
     (so that a two-layer projector is not a tower). Numbers further inside a name (experts) are its block's.
     """
     names = tuple(names)
-    stacks = _stacks(names, {count for _, _, count in layer_counts(config)})
+    stacks = _stacks(names, {count for _, _, count in layer_counts(config)}, _omits_text_layers(config))
     labels = _module_names([stack.prefix for stack in stacks])
     inside = {
         f"{stack.prefix}{i}.{suffix}"
@@ -118,18 +120,36 @@ def infer_architecture(names: Iterable[str], config: Mapping[str, Any]) -> Struc
 def counterpart(name: str, here: Structure, there: Structure) -> str:
     """What another model calls a tensor that stands outside the blocks.
 
-    The same name, unless one model wraps the other (`transformer.h.` against `h.`): then the wrapper's prefix
-    is added or removed where that gives a name the other model has.
+    The same name, unless the blocks of a tower that both have stand in another place (`transformer.h.`
+    against `h.`, `language_model.model.layers.` against `model.layers.`): then what differs before the blocks
+    is exchanged where that gives a name the other model has. A head stands beside, or above, its tower.
     """
-    if name in there.names or here.main.stack is None or there.main.stack is None:
+    if name in there.names:
         return name
-    ours, theirs = here.main.stack.prefix, there.main.stack.prefix
-    renamed = name
-    if theirs.endswith(ours):
-        renamed = theirs[: len(theirs) - len(ours)] + name
-    elif ours.endswith(theirs):
-        renamed = name.removeprefix(ours[: len(ours) - len(theirs)])
-    return renamed if renamed in there.names else name
+    moved = False
+    for label, module in here.modules.items():
+        other = there.modules.get(label)
+        if module.stack is None or other is None or other.stack is None:
+            continue
+        ours, theirs = _without_common_end(module.stack.prefix, other.stack.prefix)
+        moved |= ours != theirs
+        renamed = theirs + name.removeprefix(ours)
+        if name.startswith(ours) and renamed in there.names:
+            return renamed
+    head = ".".join(name.split(".")[-2:])
+    if moved and head.split(".")[0] in HEADS:
+        found = [other for other in there.names if other == head or other.endswith(f".{head}")]
+        return found[0] if len(found) == 1 else name
+    return name
+
+
+def _without_common_end(one: str, other: str) -> tuple[str, str]:
+    """Two dotted prefixes without the components in which they both end."""
+    left, right = one.rstrip(".").split("."), other.rstrip(".").split(".")
+    while left and right and left[-1] == right[-1]:
+        left.pop()
+        right.pop()
+    return "".join(f"{part}." for part in left), "".join(f"{part}." for part in right)
 
 
 def layer_counts(
@@ -143,7 +163,14 @@ def layer_counts(
             yield from layer_counts(value, (*path, key))
 
 
-def _stacks(names: tuple[str, ...], counts: set[int]) -> list[Stack]:
+def _omits_text_layers(config: Mapping[str, Any]) -> bool:
+    """Whether a wrapper leaves the layers of its text tower to the default of a class (LLaVA 1.5)."""
+    text = config.get("text_config")
+    return isinstance(text, Mapping) and not any(True for _ in layer_counts(text))
+
+
+def _stacks(names: tuple[str, ...], counts: set[int], text: bool) -> list[Stack]:
+    """The stacks; `text` says that the largest one outside other towers is one too, stated or not."""
     blocks: dict[str, dict[int, list[str]]] = {}
     for name in names:
         if match := _NUMBER.search(name):
@@ -152,6 +179,10 @@ def _stacks(names: tuple[str, ...], counts: set[int]) -> list[Stack]:
     whole = {prefix: found for prefix, found in blocks.items() if sorted(found) == list(range(len(found)))}
     stated = {prefix: found for prefix, found in whole.items() if len(found) in counts}
     chosen = stated or whole
+    if stated and text:
+        rest = {p: found for p, found in whole.items() if not any(word in p for word in OTHER_TOWERS)}
+        largest = max(rest, key=lambda prefix: sum(map(len, rest[prefix].values())), default=None)
+        chosen = {p: found for p, found in whole.items() if p in stated or p == largest}
     if not stated and counts and whole:
         longest = max(whole, key=lambda prefix: sum(map(len, whole[prefix].values())))
         chosen = {longest: whole[longest]}

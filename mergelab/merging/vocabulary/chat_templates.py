@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mergelab.checkpoints.json_data import parse_json_object, read_optional_json
+from mergelab.checkpoints.companions import companion_json
+from mergelab.checkpoints.json_data import parse_json_object
 from mergelab.checkpoints.source import Checkpoint
 from mergelab.checkpoints.text_file import read_text
 from mergelab.errors import RecipeError, did_you_mean, quoted
@@ -144,7 +145,7 @@ def read_chat_template(folder: Path) -> str | None:
     if os.path.lexists(folder / "chat_template.jinja"):
         return read_text(folder / "chat_template.jinja")
     for name in ("chat_template.json", "tokenizer_config.json"):
-        template = read_optional_json(folder / name).get("chat_template")
+        template = companion_json(folder, name).get("chat_template")
         if isinstance(template, list):
             named = [entry for entry in template if isinstance(entry, dict)]
             template = next((e.get("template") for e in named if e.get("name") == "default"), None)
@@ -165,8 +166,7 @@ def _tokenizer_config(
     if files is not None:
         raw = files.get("tokenizer_config.json")
         return {} if raw is None else parse_json_object(raw, "tokenizer_config.json")
-    path = models[base or next(iter(models))].path / "tokenizer_config.json"
-    return read_optional_json(path)
+    return companion_json(models[base or next(iter(models))].path, "tokenizer_config.json")
 
 
 def _check_jinja(template: str) -> None:

@@ -131,8 +131,8 @@ class RowSource:
         Args:
             own: the model's tensor, `[own rows, *row shape]`.
             rows: its layout.
-            others: for each other model named in `rows.elsewhere`, its tensor of the same row shape, or None
-                where its rows count as zeros (a bias it does not have).
+            others: tensors for each other model named in `rows.elsewhere`, its tensor of the same row shape,
+                or None where its rows count as zeros (a bias it does not have).
         """
         self._own = own
         self._rows = rows

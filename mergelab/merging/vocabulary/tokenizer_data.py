@@ -9,9 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mergelab.checkpoints.json_data import read_json_object, read_optional_json
+from mergelab.checkpoints.companions import companion_json, has_companion, read_companion
 from mergelab.checkpoints.source import Checkpoint
-from mergelab.checkpoints.text_file import MAX_TABLE, read_bytes
+from mergelab.checkpoints.text_file import MAX_TABLE
 from mergelab.errors import CheckpointError, quoted, shortened
 
 __all__ = ["TOKENIZER_FILES", "TokenizerData", "added_token", "read_tokenizer", "vocabulary_differences"]
@@ -65,8 +65,8 @@ class TokenizerData:
 
     def files(self) -> dict[str, bytes]:
         """The tokenizer's files by name, as they are."""
-        paths = (self.folder / name for name in TOKENIZER_FILES)
-        return {path.name: read_bytes(path, MAX_TABLE) for path in paths if path.is_file()}
+        names = [name for name in TOKENIZER_FILES if has_companion(self.folder, name)]
+        return {name: read_companion(self.folder, name, MAX_TABLE) for name in names}
 
 
 def read_tokenizer(name: str, folder: Path) -> TokenizerData:
@@ -76,9 +76,9 @@ def read_tokenizer(name: str, folder: Path) -> TokenizerData:
         CheckpointError: there is no `tokenizer.json`, or it is not one.
     """
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not has_companion(folder, path.name):
         raise CheckpointError(_missing(name, folder))
-    data = read_json_object(path, MAX_TABLE)
+    data = companion_json(folder, path.name, MAX_TABLE)
     model = data.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(vocab, dict | list):
@@ -114,11 +114,10 @@ def _token_id(value: Any) -> int:
 def _only_in_config(folder: Path, known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Added tokens that `tokenizer_config.json` or `added_tokens.json` has and `tokenizer.json` lacks."""
     found: dict[str, dict[str, Any]] = {}
-    config = folder / "tokenizer_config.json"
-    decoder = read_optional_json(config).get("added_tokens_decoder") or {}
+    decoder = companion_json(folder, "tokenizer_config.json").get("added_tokens_decoder") or {}
     for number, definition in decoder.items():
         found[str(definition["content"])] = added_token(int(number), **definition)
-    for token, number in read_optional_json(folder / "added_tokens.json").items():
+    for token, number in companion_json(folder, "added_tokens.json").items():
         found.setdefault(token, added_token(int(number), token))
     return {token: definition for token, definition in found.items() if token not in known}
 
@@ -147,7 +146,7 @@ def added_token(
 
 
 def _missing(name: str, folder: Path) -> str:
-    vocabulary = next((f for f in TOKENIZER_FILES[6:] if (folder / f).is_file()), None)
+    vocabulary = next((f for f in TOKENIZER_FILES[6:] if has_companion(folder, f)), None)
     if vocabulary:
         return (
             f"model {name!r} has {vocabulary} but no tokenizer.json in {folder}; convert it once with "
@@ -170,7 +169,7 @@ def vocabulary_differences(models: Mapping[str, Checkpoint], base: str | None) -
     vocabularies = {
         name: read_tokenizer(name, checkpoint.path).vocabulary
         for name, checkpoint in models.items()
-        if (checkpoint.path / "tokenizer.json").is_file()
+        if has_companion(checkpoint.path, "tokenizer.json")
     }
     first = base if base in vocabularies else next(iter(vocabularies), None)
     if first is None:

@@ -1,4 +1,4 @@
-"""From a recipe's `tokenizer:` section to the merged vocabulary and every model's rows in its order."""
+"""The merged vocabulary of a recipe's `tokenizer:` section, and every model's rows in its order."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class VocabularyPlan:
         files: the tokenizer files to write, by name.
         config_updates: keys of `config.json` to set: `vocab_size`, and `*_token_id` where they move.
         warnings: one sentence each.
-        rows: by model: where the rows of its re-ordered embedding come from.
+        rows: places, for each model, where the rows of its re-ordered embedding come from.
         models: the checkpoints rows are read from.
     """
 

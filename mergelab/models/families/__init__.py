@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mergelab.errors import CheckpointError, did_you_mean, quoted
+from mergelab.errors import CheckpointError, quoted
 from mergelab.models.families.bert import BERT
 from mergelab.models.families.gemma import GEMMA2, GEMMA3_TEXT
 from mergelab.models.families.gpt2 import GPT2
 from mergelab.models.families.gpt_neox import GPT_NEOX
 from mergelab.models.families.llama import LLAMA
 from mergelab.models.families.mistral import MISTRAL, MIXTRAL
+from mergelab.models.families.nearest import nearest
 from mergelab.models.families.phi3 import PHI3
 from mergelab.models.families.qwen import QWEN2, QWEN3
+from mergelab.models.families.wrappers import WRAPPERS, text_config
 from mergelab.models.model import Family, Model
 
 __all__ = ["FAMILIES", "model_from_config"]
@@ -34,22 +36,27 @@ FAMILIES: dict[str, Family] = {
 
 
 def model_from_config(config: Mapping[str, Any], place: str = "config.json") -> Model:
-    """The model that a parsed `config.json` describes.
+    """The model that a parsed `config.json` describes; of one that also sees or hears, its text tower.
+
+    A field that nothing is known of is ignored, as transformers does, with a warning that names it.
 
     Args:
         config: the parsed file.
         place: its path, for messages.
 
     Raises:
-        CheckpointError: the model type is missing or unknown, or a field is missing, unknown, or has a value
-            that the family does not implement.
+        CheckpointError: the model type is missing or unknown, or fields are missing or have values that the
+            family does not implement; the error names all of them.
     """
+    tower = text_config(config, place)
+    if tower is not None:
+        config, place = tower
     kind = config.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
-        near = did_you_mean(kind, FAMILIES) if isinstance(kind, str) else ""
+        near = nearest(kind, {*FAMILIES, *WRAPPERS}) if isinstance(kind, str) else ""
         raise CheckpointError(
-            f"{place} has model_type {quoted(kind)}{near}, but the supported ones are "
-            f"{', '.join(FAMILIES)}; docs/models.md shows how to add a family."
+            f"{place} has model_type {quoted(kind)}{near}, but the supported ones are {', '.join(FAMILIES)}, "
+            f"and the text towers of {', '.join(WRAPPERS)}; docs/models.md shows how to add a family."
         )
-    return Model(family, family.read(config, place), dict(config))
+    return Model(family, family.read(config, place), dict(config), tower=tower is not None)

@@ -43,6 +43,17 @@ BERT_ROWS = (
 )
 
 
+# Fields of the first BERT files, whose converter kept what the TensorFlow models said of their pooler.
+BERT_INERT = (
+    "directionality",
+    "pooler_fc_size",
+    "pooler_num_attention_heads",
+    "pooler_num_fc_layers",
+    "pooler_size_per_head",
+    "pooler_type",
+)
+
+
 def read_bert(config: Mapping[str, Any], place: str) -> EncoderConfig:
     """Reads a `config.json`; raises `CheckpointError` for what this family does not implement."""
     fields = read_fields(
@@ -63,6 +74,7 @@ def read_bert(config: Mapping[str, Any], place: str) -> EncoderConfig:
             "is_decoder": (False,),
             "add_cross_attention": (False,),
         },
+        inert=BERT_INERT,
     )
     head_width(fields["hidden_size"], fields["num_attention_heads"], place)
     return EncoderConfig(
@@ -88,6 +100,6 @@ BERT = Family(
     read_bert,
     lambda _: BERT_ROWS,
     prefix="bert.",
-    unused=("*embeddings.position_ids", "cls.*"),  # a buffer of old files; the masked-language-model head
+    unused=("cls.*",),  # the masked-language-model head, which every file of the first BERTs holds
     adapt=_with_pooler,
 )

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mergelab.errors import CheckpointError, did_you_mean, quoted
+from mergelab.errors import CheckpointError, did_you_mean, first_faults, quoted
 from mergelab.models.decoder import DecoderConfig
-from mergelab.models.families.rotary_config import ROTARY_FIELDS, read_rotary
+from mergelab.models.families.known_fields import (
+    FIXED,
+    LISTS,
+    MAPPINGS,
+    MAX_LAYERS,
+    NULLABLE,
+    NUMBERS,
+    SIZES,
+    SWITCHES,
+    is_inert,
+)
+from mergelab.models.families.rotary_config import ROTARY_FIELDS, read_rotary, rotary_faults
 from mergelab.models.layers.attention import AttentionSpec
 from mergelab.models.layers.block import BlockSpec
 from mergelab.models.layers.mlp import Experts, MLPSpec
@@ -19,124 +31,6 @@ from mergelab.models.layers.rotary import Rotary
 __all__ = ["head_width", "layer_types_of", "layered", "read_fields", "read_usual_fields", "usual_decoder"]
 
 
-MAX_LAYERS = 10_000
-"""Layers a config may claim; what its weights hold is compared once they are open (`Model.for_tensors`)."""
-
-_MAX = 2**31 - 1
-SIZES: Mapping[str, tuple[int, int]] = {
-    **dict.fromkeys(("num_hidden_layers", "n_layer"), (1, MAX_LAYERS)),
-    **dict.fromkeys(("num_local_experts", "num_experts_per_tok"), (1, 2**16)),
-    "max_window_layers": (0, _MAX),
-    **dict.fromkeys(
-        (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-            "original_max_position_embeddings",
-            "sliding_window",
-            "sliding_window_pattern",
-            "_sliding_window_pattern",
-            "type_vocab_size",
-            "n_embd",
-            "n_head",
-            "n_inner",
-            "n_positions",
-            "n_ctx",
-        ),
-        (1, _MAX),
-    ),
-}
-"""Whole numbers, with the least and the largest they may be."""
-
-NUMBERS = frozenset(
-    {
-        "attn_logit_softcapping",
-        "final_logit_softcapping",
-        "layer_norm_eps",
-        "layer_norm_epsilon",
-        "partial_rotary_factor",
-        "query_pre_attn_scalar",
-        "rms_norm_eps",
-        "rope_local_base_freq",
-        "rope_theta",
-        "rotary_emb_base",
-        "rotary_pct",
-    }
-)
-SWITCHES = frozenset(
-    {
-        "attention_bias",
-        "mlp_bias",
-        "tie_word_embeddings",
-        "use_parallel_residual",
-        "use_sliding_window",
-    }
-)
-MAPPINGS = frozenset({"rope_parameters", "rope_scaling"})
-LISTS = frozenset({"layer_types"})
-NULLABLE = frozenset(
-    {
-        "attn_logit_softcapping",
-        "final_logit_softcapping",
-        "head_dim",
-        "num_key_value_heads",
-        "sliding_window",
-        "sliding_window_pattern",
-        "tie_word_embeddings",
-    }
-)
-"""Fields that transformers writes as null though their default is something else."""
-
-# Fields that say nothing about a forward pass at inference: token ids (of text), dropouts and the like (of
-# training), the names of other heads' labels, and how `transformers` stores or runs a model.
-INERT = frozenset(
-    {
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "_name_or_path",
-        "_num_labels",
-        "architectures",
-        "attention_dropout",
-        "attention_probs_dropout_prob",
-        "attn_pdrop",
-        "auto_map",
-        "bos_token_id",
-        "cache_implementation",
-        "classifier_dropout",
-        "dtype",
-        "embd_pdrop",
-        "eos_token_id",
-        "gradient_checkpointing",
-        "hidden_dropout",
-        "hidden_dropout_prob",
-        "id2label",
-        "initializer_range",
-        "is_llama_config",
-        "label2id",
-        "output_router_logits",
-        "pad_token_id",
-        "pretraining_tp",
-        "resid_pdrop",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-        "summary_activation",
-        "summary_first_dropout",
-        "summary_proj_to_labels",
-        "summary_type",
-        "summary_use_proj",
-        "task_specific_params",
-        "torch_dtype",
-        "transformers.js_config",
-        "transformers_version",
-        "use_cache",
-    }
-)
-
-
 def read_fields(
     config: Mapping[str, Any],
     place: str,
@@ -144,39 +38,62 @@ def read_fields(
     required: Sequence[str],
     optional: Mapping[str, Any],
     fixed: Mapping[str, Sequence[Any]],
+    inert: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The fields that a family reads, with its defaults, once nothing in the config is beyond it.
+    """The fields that a family reads, with its defaults, once nothing in the config is known to be beyond it.
+
+    A field that neither the family nor `known_fields` knows is ignored, as transformers does, with a warning.
 
     Args:
         config: the parsed `config.json`.
         place: its path, for messages.
         required: fields that must be there.
         optional: fields that may be there, and what they are if not.
-        fixed: fields that may be there with one of the given values only.
+        fixed: fields that may be there with one of the given values only: others change the forward pass.
+        inert: fields of this family that say nothing of a forward pass, beside those of `known_fields`.
 
     Raises:
-        CheckpointError: a required field is missing, a field is unknown, or a fixed one has another value.
+        CheckpointError: required fields are missing, or fields have values that are not of their kind or that
+            the family does not implement; the error names all of them.
     """
-    for name in required:
-        if config.get(name) is None:
-            raise CheckpointError(f"{place} lacks the field {name!r}; a model of this family needs it.")
-    _check_values({n: config[n] for n in (*required, *optional) if n in config}, place, optional)
-    known = {*required, *optional, *fixed, *INERT, "model_type"}
-    for name, value in config.items():
-        if name not in known:
-            raise CheckpointError(
-                f"{place} has the field {quoted(name)} = {quoted(value)}, which this model family does not "
-                f"implement{did_you_mean(name, known)}; remove it if it has no effect on the model."
-            )
-        if name in fixed and value not in fixed[name]:
-            raise CheckpointError(
-                f"{place} has {name} = {quoted(value)}, but this model family implements only "
-                f"{' or '.join(repr(v) for v in fixed[name])}; the model cannot be run here."
-            )
+    fixed = {**{name: values for name, values in FIXED.items() if name not in optional}, **fixed}
+    faults = [
+        f"{place} lacks the field {name!r}; a model of this family needs it."
+        for name in required
+        if config.get(name) is None
+    ]
+    given = {name: config[name] for name in required if config.get(name) is not None}
+    given |= {name: config[name] for name in optional if name in config}
+    faults += _wrong_values(given, place, optional)
+    faults += [
+        f"{place} has {name} = {quoted(config[name])}, but this model family implements only "
+        f"{' or '.join(repr(value) for value in values)}; the model cannot be run here."
+        for name, values in fixed.items()
+        if name in config and config[name] not in values
+    ]
+    if ROTARY_FIELDS.keys() <= optional.keys():
+        faults += rotary_faults(config, place)
+    if faults:
+        raise CheckpointError(faults)
+    known = {*required, *optional, *fixed, *inert, "model_type"}
+    _warn_of([n for n, value in config.items() if n not in known and not is_inert(n, value)], known, place)
     found = {name: config[name] for name in required} | {
         name: config.get(name, default) for name, default in optional.items()
     }
     return {name: _as_kind(name, value) for name, value in found.items()}
+
+
+def _warn_of(unknown: Sequence[str], known: Collection[str], place: str) -> None:
+    """One warning that names all fields that nothing is known of."""
+    if not unknown:
+        return
+    names = first_faults(f"{quoted(name)}{did_you_mean(name, known)}" for name in unknown)
+    what = "the field" if len(unknown) == 1 else "the fields"
+    it = "it is" if len(unknown) == 1 else "they are"
+    warnings.warn(
+        f"{place} has {what} {', '.join(names)}, unknown here: {it} ignored, as transformers does.",
+        stacklevel=3,
+    )
 
 
 def _as_kind(name: str, value: Any) -> Any:
@@ -186,12 +103,9 @@ def _as_kind(name: str, value: Any) -> Any:
     return float(value) if name in NUMBERS and value is not None else value
 
 
-def _check_values(given: Mapping[str, Any], place: str, optional: Mapping[str, Any]) -> None:
-    """Checks each value against the kind of its field, before anything is computed or made from it.
-
-    Raises:
-        CheckpointError: one has another type or is beyond its bounds.
-    """
+def _wrong_values(given: Mapping[str, Any], place: str, optional: Mapping[str, Any]) -> list[str]:
+    """One sentence for each value that is not of the kind of its field."""
+    faults = []
     for name, value in given.items():
         if value is None and (name in NULLABLE or optional.get(name, 0) is None):
             continue
@@ -210,9 +124,8 @@ def _check_values(given: Mapping[str, Any], place: str, optional: Mapping[str, A
         else:
             fits, expected = isinstance(value, str), "a word"
         if not fits:
-            raise CheckpointError(
-                f"{place} has {name} = {quoted(value)}, but expected {expected}; correct it."
-            )
+            faults.append(f"{place} has {name} = {quoted(value)}, but expected {expected}; correct it.")
+    return faults
 
 
 def _is_positive(value: Any) -> bool:
@@ -270,6 +183,7 @@ _OPTIONAL: Mapping[str, Any] = {
     "head_dim": None,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
+    "is_causal": True,
     **ROTARY_FIELDS,
 }
 
@@ -279,6 +193,7 @@ def read_usual_fields(
     place: str,
     optional: Mapping[str, Any],
     fixed: Mapping[str, Sequence[Any]],
+    inert: Collection[str] = (),
 ) -> dict[str, Any]:
     """The usual fields and a family's own; the arguments are those of `read_fields`.
 
@@ -287,12 +202,14 @@ def read_usual_fields(
         place: its path, for messages.
         optional: fields of the family, or other defaults of the usual ones; `max_position_embeddings` among
             them.
-        fixed: as in `read_fields`.
+        fixed: same as in `read_fields`.
+        inert: same as in `read_fields`.
 
     Raises:
         CheckpointError: as `read_fields`.
     """
-    found = read_fields(config, place, required=_REQUIRED, optional={**_OPTIONAL, **optional}, fixed=fixed)
+    optional = {**_OPTIONAL, **optional}
+    found = read_fields(config, place, required=_REQUIRED, optional=optional, fixed=fixed, inert=inert)
     width, heads = found["hidden_size"], found["num_attention_heads"]
     return {**found, "head_dim": found["head_dim"] or head_width(width, heads, place)}
 
@@ -312,7 +229,7 @@ def usual_decoder(
     """The decoder that the usual fields describe: blocks alike but for rotation and window.
 
     Args:
-        fields: from `read_usual_fields`.
+        fields: result of `read_usual_fields`.
         place: the config's path, for messages.
         theta: base of the rotary frequencies where the config names none.
         rotary: rotation of each layer; by default the one that the config names.
@@ -352,6 +269,7 @@ def usual_decoder(
         "blocks": layered(spec, rotations, windows or (None,) * layers),
         "norm": spec.norm,
         "tied": fields["tie_word_embeddings"],
+        "causal": fields["is_causal"],
     }
     return DecoderConfig(**outside | different)
 

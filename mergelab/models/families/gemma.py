@@ -7,7 +7,7 @@ from typing import Any
 
 from mergelab.models.decoder import DECODER, DecoderConfig
 from mergelab.models.families.config_fields import layer_types_of, read_usual_fields, usual_decoder
-from mergelab.models.families.llama import LLAMA_LINEAR, LLAMA_UNUSED, llama_rows
+from mergelab.models.families.llama import LLAMA_FILES, LLAMA_LINEAR, llama_rows
 from mergelab.models.families.rotary_config import read_rotary, rotary_from
 from mergelab.models.layers.mlp import MLPSpec
 from mergelab.models.layers.norms import NormKind
@@ -36,11 +36,9 @@ _OPTIONAL: Mapping[str, Any] = {
     "sliding_window": 4096,
     "layer_types": None,
 }
-_FIXED: Mapping[str, Any] = {
-    "hidden_activation": ("gelu_pytorch_tanh",),
-    "hidden_act": ("gelu_pytorch_tanh",),
-    "use_bidirectional_attention": (None, False),
-}
+# The first files have a `hidden_act` of `gelu`; transformers reads `hidden_activation`, the tanh form, alone.
+_FIXED: Mapping[str, Any] = {"hidden_activation": ("gelu_pytorch_tanh", None)}
+_INERT = ("hidden_act", "sliding_window_size")
 
 
 def read_gemma2(config: Mapping[str, Any], place: str) -> DecoderConfig:
@@ -51,7 +49,8 @@ def read_gemma2(config: Mapping[str, Any], place: str) -> DecoderConfig:
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
     }
-    fields = read_usual_fields(config, place, optional, _FIXED)
+    fixed = {**_FIXED, "use_bidirectional_attention": (None, False)}
+    fields = read_usual_fields(config, place, optional, fixed, _INERT)
     return _decoder(fields, place, _windows(fields, place, every=2))
 
 
@@ -65,8 +64,13 @@ def read_gemma3(config: Mapping[str, Any], place: str) -> DecoderConfig:
         "rope_local_base_freq": 10000.0,
         "sliding_window_pattern": 6,
         "_sliding_window_pattern": None,
+        "use_bidirectional_attention": False,
     }
-    fields = read_usual_fields(config, place, optional, _FIXED)
+    fields = read_usual_fields(config, place, optional, _FIXED, _INERT)
+    if fields["use_bidirectional_attention"]:
+        # EmbeddingGemma: a window of so many tokens in all, the token itself in its middle.
+        window = fields["sliding_window"]
+        fields |= {"is_causal": False, "sliding_window": None if window is None else window // 2}
     every = fields["_sliding_window_pattern"] or fields["sliding_window_pattern"] or 6
     windows = _windows(fields, place, every)
     full, sliding = _rotaries(fields, place)
@@ -123,5 +127,5 @@ def _decoder(
     )
 
 
-GEMMA2 = Family("gemma2", DECODER, read_gemma2, lambda _: GEMMA_ROWS, unused=LLAMA_UNUSED)
-GEMMA3_TEXT = Family("gemma3_text", DECODER, read_gemma3, lambda _: GEMMA_ROWS, unused=LLAMA_UNUSED)
+GEMMA2 = Family("gemma2", DECODER, read_gemma2, lambda _: GEMMA_ROWS, **LLAMA_FILES)
+GEMMA3_TEXT = Family("gemma3_text", DECODER, read_gemma3, lambda _: GEMMA_ROWS, **LLAMA_FILES)

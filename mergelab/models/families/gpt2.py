@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mergelab.models.decoder import DECODER, DecoderConfig
@@ -58,29 +59,36 @@ def read_gpt2(config: Mapping[str, Any], place: str) -> DecoderConfig:
             "activation_function": "gelu_new",
             "tie_word_embeddings": True,
             "n_ctx": None,
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "is_causal": True,
         },
-        fixed={
-            "activation_function": tuple(ACTIVATIONS),
-            "scale_attn_weights": (True,),
-            "scale_attn_by_inverse_layer_idx": (False,),
-            "reorder_and_upcast_attn": (False, True),  # another order of the same operations
-            "add_cross_attention": (False,),
-        },
+        fixed={"activation_function": tuple(ACTIVATIONS), "add_cross_attention": (False,)},
+        # The third computes the same in another order; the other two are of the first GPT-2 files.
+        inert=("n_special", "predict_special_tokens", "reorder_and_upcast_attn"),
     )
     width, layers, heads = fields["n_embd"], fields["n_layer"], fields["n_head"]
     head_dim = head_width(width, heads, place)
-    attention = AttentionSpec(heads, heads, head_dim, head_dim**-0.5, qkv_bias=True, out_bias=True)
+    scale = head_dim**-0.5 if fields["scale_attn_weights"] else 1.0
+    attention = AttentionSpec(heads, heads, head_dim, scale, qkv_bias=True, out_bias=True)
     hidden, activation = fields["n_inner"] or 4 * width, fields["activation_function"]
     mlp = MLPSpec(hidden, activation, gated=False, bias=True)
     norm = NormKind("layer", fields["layer_norm_epsilon"])
+    blocks = (BlockSpec(attention, mlp, norm),) * layers
+    if fields["scale_attn_by_inverse_layer_idx"]:  # Mistral's GPT-2 models (stanford-crfm)
+        blocks = tuple(
+            replace(block, attention=replace(attention, scale=scale / (i + 1)))
+            for i, block in enumerate(blocks)
+        )
     return DecoderConfig(
         vocab_size=fields["vocab_size"],
         d_model=width,
         max_length=fields["n_positions"],
-        blocks=(BlockSpec(attention, mlp, norm),) * layers,
+        blocks=blocks,
         norm=norm,
         learned_positions=True,
         tied=fields["tie_word_embeddings"],
+        causal=fields["is_causal"],
     )
 
 
@@ -90,5 +98,5 @@ GPT2 = Family(
     read_gpt2,
     gpt2_rows,
     prefix="transformer.",
-    unused=("*.attn.bias", "*.attn.masked_bias", "lm_head.weight"),  # causal masks; the tied copy
+    unused=("lm_head.weight",),  # the tied copy
 )

@@ -65,9 +65,10 @@ def read_gpt_neox(config: Mapping[str, Any], place: str) -> DecoderConfig:
             "attention_bias": True,
             "rotary_pct": 0.25,
             "rotary_emb_base": 10000.0,
+            "is_causal": True,
             **ROTARY_FIELDS,
         },
-        fixed={"hidden_act": tuple(ACTIVATIONS), "is_decoder": (False, True)},
+        fixed={"hidden_act": tuple(ACTIVATIONS)},
     )
     width, layers, heads = fields["hidden_size"], fields["num_hidden_layers"], fields["num_attention_heads"]
     length, head_dim = fields["max_position_embeddings"], head_width(width, heads, place)
@@ -90,6 +91,7 @@ def read_gpt_neox(config: Mapping[str, Any], place: str) -> DecoderConfig:
         blocks=(BlockSpec(attention, mlp, norm, placement),) * layers,
         norm=norm,
         tied=fields["tie_word_embeddings"],
+        causal=fields["is_causal"],
     )
 
 
@@ -98,6 +100,6 @@ GPT_NEOX = Family(
     DECODER,
     read_gpt_neox,
     gpt_neox_rows,
-    # Causal masks and rotary frequencies of old files; the copy of the embedding in tied models.
-    unused=("*.attention.bias", "*.attention.masked_bias", "*.rotary_emb.inv_freq", "embed_out.weight"),
+    prefix="gpt_neox.",
+    unused=("embed_out.weight",),  # the tied copy
 )

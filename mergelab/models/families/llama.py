@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 from mergelab.models.decoder import DECODER, DecoderConfig
 from mergelab.models.families.config_fields import read_usual_fields, usual_decoder
@@ -11,7 +11,7 @@ from mergelab.models.layers.mlp import MLPSpec
 from mergelab.models.model import Family
 from mergelab.models.table import Row, linear_rows
 
-__all__ = ["LLAMA", "LLAMA_LINEAR", "LLAMA_NORMS", "LLAMA_ROWS", "LLAMA_UNUSED", "llama_rows"]
+__all__ = ["LLAMA", "LLAMA_FILES", "LLAMA_LINEAR", "LLAMA_NORMS", "LLAMA_ROWS", "llama_rows"]
 
 # Our linear layers to HF's, within a block.
 LLAMA_LINEAR = {
@@ -41,19 +41,25 @@ LLAMA_NORMS = (
 )
 LLAMA_ROWS = llama_rows(*LLAMA_NORMS, *linear_rows("blocks_{i}", "model.layers.{i}", LLAMA_LINEAR))
 
-# The rotary frequencies that old files hold, and the copy of the embedding that some tied models store.
-LLAMA_UNUSED = ("*.rotary_emb.inv_freq", "lm_head.weight")
+
+class _Files(TypedDict):
+    prefix: str
+    unused: tuple[str, ...]
+
+
+# What files hold beside the table: the head of tied models is a copy of the embedding.
+LLAMA_FILES: _Files = {"prefix": "model.", "unused": ("lm_head.weight",)}
 
 
 def read_llama(config: Mapping[str, Any], place: str) -> DecoderConfig:
     """Reads a `config.json`; raises `CheckpointError` for what this family does not implement."""
     optional = {"max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False}
     fields = read_usual_fields(
-        config, place, optional, {"hidden_act": ("silu",), "rope_interleaved": (False,)}
+        config, place, optional, {"hidden_act": ("silu", "swish"), "rope_interleaved": (False, None)}
     )
     bias = fields["attention_bias"]
     mlp = MLPSpec(fields["intermediate_size"], bias=fields["mlp_bias"])
     return usual_decoder(fields, place, attention={"qkv_bias": bias, "out_bias": bias}, mlp=mlp)
 
 
-LLAMA = Family("llama", DECODER, read_llama, lambda _: LLAMA_ROWS, unused=LLAMA_UNUSED)
+LLAMA = Family("llama", DECODER, read_llama, lambda _: LLAMA_ROWS, **LLAMA_FILES)

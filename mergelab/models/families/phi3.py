@@ -7,7 +7,7 @@ from typing import Any
 
 from mergelab.models.decoder import DECODER, DecoderConfig
 from mergelab.models.families.config_fields import read_usual_fields, usual_decoder
-from mergelab.models.families.llama import LLAMA_NORMS, LLAMA_UNUSED, llama_rows
+from mergelab.models.families.llama import LLAMA_FILES, LLAMA_NORMS, llama_rows
 from mergelab.models.model import Family
 from mergelab.models.table import Fused, Row
 
@@ -53,9 +53,9 @@ def read_phi3(config: Mapping[str, Any], place: str) -> DecoderConfig:
         "rms_norm_eps": 1e-5,
         "sliding_window": None,
     }
-    fixed = {"hidden_act": ("silu",), "attention_bias": (False,)}
+    fixed = {"hidden_act": ("silu", "swish")}
     fields = read_usual_fields(config, place, optional, fixed)
     return usual_decoder(fields, place, windows=(fields["sliding_window"],) * fields["num_hidden_layers"])
 
 
-PHI3 = Family("phi3", DECODER, read_phi3, phi3_rows, unused=LLAMA_UNUSED)
+PHI3 = Family("phi3", DECODER, read_phi3, phi3_rows, **LLAMA_FILES)

@@ -7,7 +7,7 @@ from typing import Any
 
 from mergelab.models.decoder import DECODER, DecoderConfig
 from mergelab.models.families.config_fields import layer_types_of, read_usual_fields, usual_decoder
-from mergelab.models.families.llama import LLAMA_ROWS, LLAMA_UNUSED
+from mergelab.models.families.llama import LLAMA_FILES, LLAMA_ROWS
 from mergelab.models.layers.norms import NormKind
 from mergelab.models.model import Family
 from mergelab.models.table import Row
@@ -31,14 +31,14 @@ _OPTIONAL: Mapping[str, Any] = {
 
 def read_qwen2(config: Mapping[str, Any], place: str) -> DecoderConfig:
     """Reads a `config.json`; raises `CheckpointError` for what this family does not implement."""
-    fields = read_usual_fields(config, place, _OPTIONAL, {"hidden_act": ("silu",)})
+    fields = read_usual_fields(config, place, _OPTIONAL, {"hidden_act": ("silu", "swish")})
     return usual_decoder(fields, place, windows=_windows(fields, place), attention={"qkv_bias": True})
 
 
 def read_qwen3(config: Mapping[str, Any], place: str) -> DecoderConfig:
     """Reads a `config.json`; raises `CheckpointError` for what this family does not implement."""
     optional = {**_OPTIONAL, "attention_bias": False, "head_dim": 128}
-    fields = read_usual_fields(config, place, optional, {"hidden_act": ("silu",)})
+    fields = read_usual_fields(config, place, optional, {"hidden_act": ("silu", "swish")})
     return usual_decoder(
         fields,
         place,
@@ -61,5 +61,5 @@ def _windows(fields: Mapping[str, Any], place: str) -> tuple[int | None, ...]:
     return layer_types_of(fields["layer_types"], default, window, place)
 
 
-QWEN2 = Family("qwen2", DECODER, read_qwen2, lambda _: LLAMA_ROWS, unused=LLAMA_UNUSED)
-QWEN3 = Family("qwen3", DECODER, read_qwen3, lambda _: QWEN3_ROWS, unused=LLAMA_UNUSED)
+QWEN2 = Family("qwen2", DECODER, read_qwen2, lambda _: LLAMA_ROWS, **LLAMA_FILES)
+QWEN3 = Family("qwen3", DECODER, read_qwen3, lambda _: QWEN3_ROWS, **LLAMA_FILES)

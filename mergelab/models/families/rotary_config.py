@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mergelab.errors import CheckpointError, did_you_mean, quoted
@@ -16,7 +17,7 @@ from mergelab.models.layers.rotary import (
     YarnScaling,
 )
 
-__all__ = ["ROTARY_FIELDS", "read_rotary", "rotary_from"]
+__all__ = ["ROTARY_FIELDS", "read_rotary", "rotary_faults", "rotary_from"]
 
 # The fields of `config.json` that `read_rotary` reads.
 ROTARY_FIELDS: Mapping[str, Any] = {
@@ -53,7 +54,11 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("short_factor", "long_factor", "original_max_position_embeddings"),
         ("factor", "attention_factor"),
     ),
+    # Positions of images in three directions, which are equal for text (Qwen2-VL, arXiv:2409.12191).
+    "mrope": ((), ("mrope_section", "mrope_interleaved", "factor")),
 }
+_TYPES = {"su": "longrope"}
+_NESTED = ("full_attention", "sliding_attention")
 
 
 def read_rotary(
@@ -69,38 +74,74 @@ def read_rotary(
         theta: the base where the config names none.
 
     Raises:
-        CheckpointError: the scaling is of an unknown type, or its fields are missing, unknown or malformed.
+        CheckpointError: the scaling is of an unknown type, or its fields are missing or malformed.
     """
+    return rotary_from(_parameters(fields), place, head_dim=head_dim, max_length=max_length, theta=theta)
+
+
+def _parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """One set of rope parameters from wherever a config names them."""
     parameters = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
     for name in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
         if fields.get(name) is not None:
             parameters.setdefault(name, fields[name])
-    return rotary_from(parameters, place, head_dim=head_dim, max_length=max_length, theta=theta)
+    return parameters
+
+
+def rotary_faults(config: Mapping[str, Any], place: str) -> list[str]:
+    """One sentence for each fault of a config's rope parameters that can be told without its sizes."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        return []  # said of the field itself
+    if any(name in given for name in _NESTED):
+        sets = [given.get(name) or {} for name in _NESTED]
+    else:
+        sets = [_parameters(config)]
+    return list(dict.fromkeys(fault for one in sets for fault in _faults(one, place)))
+
+
+def _faults(parameters: Any, place: str) -> list[str]:
+    """The faults of one set of rope parameters: its type, the fields that lack, values of another kind."""
+    if not isinstance(parameters, Mapping):
+        return [f"{place} has rotary positions {quoted(parameters)}, but expected an object."]
+    faults = list(_wrong_values(parameters, place))
+    kind = _kind(parameters)
+    if not isinstance(kind, str):
+        return [*faults, f"{place} has rotary positions of type {quoted(kind)}, but expected a word."]
+    if kind not in _FIELDS:
+        return [
+            *faults,
+            f"{place} has rotary positions of type {quoted(kind)}{did_you_mean(kind, _FIELDS)}, but only "
+            f"{', '.join(map(repr, _FIELDS))} are implemented; the model cannot be run here.",
+        ]
+    faults += [
+        f"{place}: rotary positions of type {kind!r} lack {name!r}; add it."
+        for name in _FIELDS[kind][0]
+        if name != "original_max_position_embeddings" and parameters.get(name) is None
+    ]
+    return faults
+
+
+def _kind(parameters: Mapping[str, Any]) -> Any:
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    return _TYPES.get(kind, kind) if isinstance(kind, str) else kind
 
 
 def rotary_from(
     parameters: Mapping[str, Any], place: str, *, head_dim: int, max_length: int, theta: float
 ) -> Rotary:
-    """The rotation that one SAE of rope parameters describes; else as `read_rotary`."""
-    if not isinstance(parameters, Mapping):
-        raise CheckpointError(f"{place} has rotary positions {quoted(parameters)}, but expected an object.")
-    given = dict(parameters)
-    _check_rope(given, place)
+    """The rotation that one set of rope parameters describes; else as `read_rotary`."""
+    faults = _faults(parameters, place)
+    if faults:
+        raise CheckpointError(faults)
+    kind, given = _kind(parameters), dict(parameters)
+    for name in ("rope_type", "type"):
+        given.pop(name, None)
     base = float(given.pop("rope_theta", None) or theta)
     dim = int(head_dim * float(given.pop("partial_rotary_factor", None) or 1.0))
-    kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
-    given.pop("type", None)
-    if not isinstance(kind, str):
-        raise CheckpointError(f"{place} has rotary positions of type {quoted(kind)}, but expected a word.")
-    kind = {"su": "longrope"}.get(kind, kind)
     if dim % 2 or not 0 < dim <= head_dim:
         raise CheckpointError(
             f"{place} rotates {dim} of {head_dim} components of a head; the number must be even and positive."
-        )
-    if kind not in _FIELDS:
-        raise CheckpointError(
-            f"{place} has rotary positions of type {quoted(kind)}{did_you_mean(kind, _FIELDS)}, but only "
-            f"{', '.join(map(repr, _FIELDS))} are implemented; the model cannot be run here."
         )
     required, optional = _FIELDS[kind]
     if kind == "yarn" and base <= 1:
@@ -111,28 +152,27 @@ def rotary_from(
         given.pop("original_max_position_embeddings", None)
     elif kind != "longrope":
         given.setdefault("original_max_position_embeddings", max_length)
-    for name in required:
-        if given.get(name) is None:
-            raise CheckpointError(f"{place}: rotary positions of type {kind!r} lack {name!r}; add it.")
+    if "original_max_position_embeddings" in required and not given.get("original_max_position_embeddings"):
+        raise CheckpointError(
+            f"{place}: rotary positions of type {kind!r} lack 'original_max_position_embeddings'; add it."
+        )
     unknown = [name for name in given if name not in (*required, *optional)]
     if unknown:
-        raise CheckpointError(
-            f"{place}: rotary positions of type {kind!r} have the field {quoted(unknown[0])}"
-            f"{did_you_mean(unknown[0], (*required, *optional))}, which is not implemented; remove it if it "
-            "has no effect."
+        names = ", ".join(
+            f"{quoted(name)}{did_you_mean(name, (*required, *optional))}" for name in unknown[:20]
+        )
+        warnings.warn(
+            f"{place}: rotary positions of type {kind!r} have fields unknown here: {names}; they are "
+            "ignored, as transformers does.",
+            stacklevel=3,
         )
     return Rotary(base, dim, _scaling(kind, given, place, dim, max_length))
 
 
-def _check_rope(given: Mapping[str, Any], place: str) -> None:
-    """Checks that what is computed with is a positive number (of ordinary size), or a list of such.
-
-    Raises:
-        CheckpointError: one is not.
-    """
-    words = ("rope_type", "type", "truncate")
+def _wrong_values(given: Mapping[str, Any], place: str) -> Iterator[str]:
+    """What is computed with must be a positive number (of ordinary size), or a list of such."""
     for name, value in given.items():
-        if value is None or name in words:
+        if value is None:
             continue
         if name in ("short_factor", "long_factor"):
             fits = isinstance(value, list) and all(map(_is_factor, value))
@@ -144,9 +184,9 @@ def _check_rope(given: Mapping[str, Any], place: str) -> None:
         elif name in _NUMBERS:
             fits, expected = _is_factor(value), "a number above 0"
         else:
-            continue  # refused by its name
+            continue  # words, or nothing is known of it
         if not fits:
-            raise CheckpointError(
+            yield (
                 f"{place}: rotary positions have {name} = {quoted(value)}, but expected {expected}; "
                 "correct it."
             )

@@ -41,13 +41,14 @@ def visible_keys(
         keys: number of key slots, from 0.
         real: False for padding; None if there is none (then `rows` is 1, else it is the batch).
         causal: whether a query sees only its own slot and earlier ones.
-        window: if given, a query sees only the last `window` slots, its own among them.
+        window: if given, a query sees only the last `window` slots, its own among them; where it also sees
+            later ones, those up to `window` slots away on either side.
     """
     slots = jnp.arange(keys, dtype=queries.dtype)
     distance = queries[..., None] - (slots[None] if queries.ndim == 1 else slots[None, None])
     seen = distance >= 0 if causal else jnp.ones(distance.shape, jnp.bool_)
     if window is not None:
-        seen &= distance < window
+        seen &= distance < window if causal else jnp.abs(distance) <= window
     seen = seen[None] if seen.ndim == 2 else seen
     return seen if real is None else seen & real[:, None]
 

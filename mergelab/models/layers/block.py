@@ -34,6 +34,7 @@ class Pass:
         mask: False for padding; None if there is none.
         cache: earlier tokens, or None.
         tap: what to do at the sites.
+        causal: whether tokens see only earlier ones.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class Pass:
         mask: Bool[Array, "batch length"] | None,
         cache: Cache | None,
         tap: Tap,
+        causal: bool = True,
     ) -> None:
-        self.cache, self.tap, self._positions = cache, tap, positions
+        self.cache, self.tap, self._positions, self._causal = cache, tap, positions, causal
         length = positions.shape[1]
         steps = jnp.arange(length, dtype=jnp.int32)
         self._queries = steps
@@ -57,9 +59,11 @@ class Pass:
         self._rotations: dict[Rotary, Rotation] = {}
 
     def visible(self, window: int | None = None) -> Bool[Array, "rows length key"]:
-        """True where a token may look at a key: at itself and earlier ones, within the window."""
+        """True where a token may look at a key: at itself and earlier ones (or all), within the window."""
         if window not in self._visible:
-            self._visible[window] = visible_keys(self._queries, self._keys, self.real, window=window)
+            self._visible[window] = visible_keys(
+                self._queries, self._keys, self.real, self._causal, window=window
+            )
         return self._visible[window]
 
     def rotation(self, rotary: Rotary | None) -> Rotation | None:
@@ -129,7 +133,7 @@ class BlockSpec:
 
     def outline(self) -> BlockSpec:
         """See `AnyBlock`."""
-        return replace(self, attention=replace(self.attention, window=None, rotary=None))
+        return replace(self, attention=replace(self.attention, window=None, rotary=None, scale=1.0, cap=None))
 
     def module(self, layer: int, gain: float, name: str) -> Block:
         """See `AnyBlock`."""

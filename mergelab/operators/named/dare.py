@@ -16,6 +16,7 @@ __all__ = ["dare_linear", "dare_ties", "della", "della_linear"]
 
 
 RescaleBy = Literal["l1", "density"]
+Probability = Annotated[float, PerModel(), Range(0.0, float("inf"))]
 _REFERENCE = "Yu et al., 'Language Models are Super Mario' (DARE), arXiv 2311.03099"
 
 
@@ -37,7 +38,7 @@ def _dare(
 @operator(base="required", min_models=0, reference=_REFERENCE)
 def dare_linear(
     weight: Annotated[Any, PerModel()],
-    density: Density = 1.0,
+    density: Probability = 1.0,
     normalize: bool = False,
     rescale: bool = True,
     lambda_: float = 1.0,
@@ -55,7 +56,7 @@ def dare_linear(
 @operator(base="required", min_models=0, reference=_REFERENCE, shares="elected")
 def dare_ties(
     weight: Annotated[Any, PerModel()],
-    density: Density = 1.0,
+    density: Probability = 1.0,
     normalize: bool = False,
     rescale: bool = True,
     lambda_: float = 1.0,

@@ -63,7 +63,7 @@ class OverlapPlus(Reduction):
     def counts(
         self, xs: Arrays, base: Any, region: Region, known: Known
     ) -> list[tuple[jax.Array, jax.Array]]:
-        """Per model: shared and unique changed entries."""
+        """Counts, for each model, of shared and unique changed entries."""
         changed, count = _changed(tuple(jax.lax.stop_gradient(x) for x in xs), self.epsilon)
         return [(region.total(c & (count > 1)), region.total(c & (count == 1))) for c in changed]
 

@@ -41,7 +41,7 @@ class RegressionMean(Reduction):
         return dataclasses.replace(self, whole=tensor.statistics, reads=reads)
 
     def workspace(self, shape: tuple[int, ...], models: int) -> int:
-        """In float64: a Gram matrix at a time, their sum and its factor, and five matrices of the shape."""
+        """Bytes in float64 of a Gram matrix, the sum and its factor, and five matrices of the shape."""
         return 8 * (4 * shape[self.reads] ** 2 + 5 * shape[0] * shape[1])
 
     def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> jax.Array:

@@ -102,7 +102,7 @@ class EnergyMean(Reduction):
 
 
 @operator(base="required", min_models=0, reference="Wan et al., 'FuseChat' (SCE), arXiv 2408.07990")
-def sce(int8_mask: bool = False, select_topk: Annotated[float, Range(0.0, 1.0)] = 1.0) -> Merge:
+def sce(int8_mask: bool = False, select_topk: Annotated[float, Range(0.0, 1.0, clips="both")] = 1.0) -> Merge:
     """Select (by variance), calculate (energy weights), erase (minority signs).
 
     `int8_mask` is accepted for compatibility and changes nothing.

@@ -315,6 +315,8 @@ class Karcher(GramReduction):
 
 
 @operator(base="as_input", reference="mergekit 0.1.5, method karcher")
-def karcher(max_iter: Annotated[int, Range(0)] = 10, tol: Annotated[float, Range(0.0)] = 1e-5) -> Merge:
+def karcher(
+    max_iter: Annotated[int, Range(0, clips="low")] = 10, tol: Annotated[float, Range(0.0)] = 1e-5
+) -> Merge:
     """The Karcher mean: the point of the sphere with the least mean squared angle to all models."""
     return Merge((), Karcher(max_iter, tol), deltas=False)

@@ -13,7 +13,7 @@ from mergelab.operators.stages import Ballot, ElectSign, MaskTails, RescaleL1, T
 __all__ = ["Density", "breadcrumbs", "breadcrumbs_ties", "task_arithmetic", "task_vector_merge", "ties"]
 
 
-Density = Annotated[float, PerModel(), Range(0.0, float("inf"))]
+Density = Annotated[float, PerModel(), Range(0.0, float("inf"), clips="low")]
 
 
 def task_vector_merge(
@@ -104,7 +104,7 @@ def ties(
     )
 
 
-Gamma = Annotated[float, PerModel(), Range(0.0, 1.0)]
+Gamma = Annotated[float, PerModel(), Range(0.0, 1.0, clips="high")]
 _REFERENCE = "Davari and Belilovsky, 'Model Breadcrumbs', arXiv 2312.06795"
 
 

@@ -133,7 +133,7 @@ def compute_equivalent(steps: np.ndarray, losses: np.ndarray, loss: float) -> fl
         loss: loss of the model with the SAE spliced in.
 
     Returns:
-        From 0 to 1, as a fraction of the last step; 1 where the loss is at least as good as the curve's best,
+        Fraction from 0 to 1 of the last step; 1 where the loss is at least as good as the curve's best,
         NaN where it is above its first.
 
     Raises:

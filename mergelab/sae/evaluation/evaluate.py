@@ -65,12 +65,12 @@ def evaluate_sae(
         tokenizer: tokenizer of the model.
         text: texts the SAE was not trained on: strings, or `Path`s of UTF-8 files (with a model's folder
             only those).
-        targets: with activations, `[rows, d_out]` that a transcoder reconstructs.
+        targets: rows beside the activations, `[rows, d_out]` that a transcoder reconstructs.
         site: site that the SAE reads, such as `blocks.8.resid_post`; by default the one it says.
         target_site: site that a transcoder writes; by default the one it says.
         length: tokens in a context; by default that of the SAE's training, or 64.
-        options: with a model, fields of `mergelab.sae.evaluation.Options` (`metrics`, `seed`, ...) and
-            resources of `Evidence` (`labels`, `curve`, ...).
+        options: further settings where there is a model, fields of `mergelab.sae.evaluation.Options`
+            (`metrics`, `seed`, ...) and resources of `Evidence` (`labels`, `curve`, ...).
 
     Raises:
         SAEError: the SAE does not fit the activations or the model, its site is not known, or the text is

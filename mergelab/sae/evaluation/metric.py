@@ -80,7 +80,7 @@ class Evidence:
         return {task: label[start:] for task, label in (self.resources.get("labels") or {}).items()}
 
     def __contains__(self, name: str) -> bool:
-        causal = self.source.model.family.architecture.causal
+        causal = self.source.model.predicts
         if name in ("logits", "encoder"):
             return causal == (name == "logits")
         return self.resources.get(name) is not None

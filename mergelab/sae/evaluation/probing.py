@@ -138,7 +138,7 @@ class _Probes(NamedTuple):
         return w, (self.h_ww * self.g_b - self.h_wb * self.g_w) / determinant
 
     def decrement(self) -> Array:
-        """About twice what the loss can still fall."""
+        """Twice what the loss can still fall, about."""
         w, b = self.step()
         return w * self.g_w + b * self.g_b
 

@@ -52,7 +52,7 @@ class RecoveryPoint:
 
     Attributes:
         k: latents kept per token, or None for a threshold.
-        threshold: above which latents are kept, or None for a k.
+        threshold: value above which latents are kept, or None for a k.
         l0: latents active in an average row.
         nmse: normalized mean squared error.
         explained_variance: 1 - variance of the error over that of the activations.
@@ -77,7 +77,7 @@ def progressive_recovery(
     """Reconstruction at other sparsities than the trained one (arXiv 2406.04093, section 5.3).
 
     Args:
-        sae: as trained.
+        sae: SAE as trained.
         x: `[rows, d]`, float32.
         ks: latents per token to keep, each tried alone.
         thresholds: thresholds to keep latents above, each tried alone.
@@ -131,7 +131,7 @@ def recall_against_sparsity(
     """Recall of known features as more latents are kept; each feature is matched to one latent.
 
     Args:
-        sae: as trained.
+        sae: SAE as trained.
         x: `[rows, d]`, float32.
         features: `[n_features, d]`, their directions.
         present: `[rows, n_features]`, bool: which are on.

@@ -113,7 +113,7 @@ class Totals:
 
     @classmethod
     def zero(cls, first: Any, n_latents: int) -> Totals:
-        """Before any row; `first [rows, d]` is the first batch of targets, whose mean is the origin."""
+        """Empty sums; `first [rows, d]` is the first batch of targets, whose mean is the origin."""
         origin = np.asarray(first, np.float64).mean(axis=0)
         none, active = np.zeros(len(origin)), np.zeros(n_latents, np.int64)
         return cls(origin, 0, none, 0.0, none, 0.0, 0.0, 0.0, 0, 0.0, 0.0, active)

@@ -181,11 +181,11 @@ def control_scorecard(
     Args:
         kind: one of `CONTROLS`.
         sae: SAE that is compared; the control has as many latents.
-        evidence: as for `scorecard`; the model's own loss curve is left out.
-        options: as for `scorecard`.
+        evidence: same as for `scorecard`; the model's own loss curve is left out.
+        options: same as for `scorecard`.
         k: the control's active latents per token.
         steps: number of training steps of the control.
-        memory: as for `scorecard`; if all is in it, no control is made.
+        memory: same as for `scorecard`; if all is in it, no control is made.
 
     Raises:
         SAEError: as `scorecard` and `control_sae`.

@@ -105,8 +105,8 @@ def elastic_net(
     Args:
         x: what to code.
         atoms: directions, of any lengths.
-        l1: at least 0.
-        l2: at least 0.
+        l1: weight of the L1 penalty, at least 0.
+        l2: weight of the L2 penalty, at least 0.
         nonnegative: whether codes below 0 are forbidden, as for most autoencoders.
         accelerate: FISTA; False for ISTA.
         steps: maximum number of steps.
@@ -270,7 +270,7 @@ def _iht(x: Array, atoms: Array, k: int, nonnegative: bool, steps: int, at_once:
 
 
 def _largest_eigenvalue(atoms: Array) -> Array:
-    """Of `A A^T`, from the smaller Gram matrix; a hair more, so that steps are never too long."""
+    """The largest eigenvalue of `A A^T` and a hair more, so that steps are never too long."""
     small = atoms if atoms.shape[0] < atoms.shape[1] else atoms.T
     return jnp.linalg.eigvalsh(_dot(small, small.T))[-1] * 1.0001
 

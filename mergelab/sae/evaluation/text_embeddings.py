@@ -74,7 +74,7 @@ def evaluate_embeddings(
     """
     target = check_target(sae, source)
     tokens = source.tokens[:contexts]
-    if source.model.family.architecture.causal:
+    if source.model.predicts:
         raise SAEError(
             f"a {source.model.family.model_type!r} model makes no embeddings of texts, but predicts next "
             "tokens; ask for the metric 'downstream'."
@@ -118,7 +118,7 @@ def _embeddings(
     sites: tuple[str, str],
     pooling: Pooling,
 ) -> Array:
-    """Of length 1, `[3, batch, width]`: as it is, spliced, at the mean; `sites` are read and written."""
+    """Unit embeddings `[3, batch, width]`: as it is, spliced, at the mean; `sites` are read and written."""
     read, site = sites
 
     def middle(x: Array) -> Array:
@@ -143,7 +143,7 @@ def rank_agreement(one: np.ndarray, other: np.ndarray) -> float:
         other: the same texts, `[texts, width]`, of length 1.
 
     Returns:
-        From -1 to 1; NaN where all cosines of a set are equal.
+        Correlation from -1 to 1; NaN where all cosines of a set are equal.
     """
     pairs = np.triu_indices(len(one), 1)
     a, b = (_ranks(_similarities(part)[pairs]) for part in (one, other))

@@ -113,7 +113,7 @@ def make_gallery(
 
         happened = activity(again(), chosen, peak, length)
     seen = Survey(source.tokens.size, density, peak, strongest.examples())
-    causal = source.model.family.architecture.causal
+    causal = source.model.predicts
     reaches = causal and len(chosen) > 0 and writes_stream(sae, source)
     effects = logit_effects(sae, source, chosen) if reaches else None
     return Gallery(source.sites[0], seen, happened, effects)
@@ -226,7 +226,7 @@ def neuronpedia_batch(
         gallery: what to write.
         sae: the gallery's.
         words: the text of a token.
-        model_id: as Neuronpedia knows the model.
+        model_id: Neuronpedia's name of the model.
         sae_id: name of the SAE there.
         layer: the site's block.
     """

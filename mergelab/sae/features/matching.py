@@ -33,7 +33,7 @@ _PIECE = 1024
 
 @dataclass(frozen=True)
 class FeatureMatch:
-    """For each latent of the first SAE, its match in the second.
+    """The match in the second SAE of each latent of the first.
 
     Attributes:
         latent: `[n]`, int64; -1 where one-to-one matching left none over.

@@ -87,7 +87,7 @@ class _Case:
         return [replace(self, stop=stop) for stop in range(first, self.high + 1)]
 
     def places(self) -> list[int]:
-        """Of the tokens that may be part of the pattern."""
+        """The tokens that may belong to the pattern."""
         return sorted({*range(self.start, self.stop), self.at})
 
     def masked(self, place: int, mask_token: int) -> _Case:
@@ -161,7 +161,7 @@ def _shortest(
     whole: Sequence[float],
     ask: Callable[[Sequence[Sequence[_Case]]], list[np.ndarray]],
 ) -> list[_Case]:
-    """Of each group the first that keeps enough of the whole example's activation, as its last does."""
+    """The first of each group that keeps enough of the whole example's activation, as its last does."""
     found = [group[-1] for group in groups]
     pending, begin, end = list(range(len(groups))), 0, 4
     while pending:  # most need few tokens: the long ones are asked for the rest only
@@ -193,7 +193,7 @@ def explain(
         examples: examples by latent, such as `survey` finds.
         mask_token: token that takes the place of another to see what it does, such as `Tokenizer.mask_id`.
     """
-    causal = source.model.family.architecture.causal
+    causal = source.model.causal
     activation = partial(_activations, sae, source)
     return find_patterns(examples, activation, mask_token=mask_token, causal=causal, framed=source.framed)
 

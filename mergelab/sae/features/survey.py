@@ -183,7 +183,7 @@ class StrongestContexts:
                 self._floor[place] = heap[0][0]
 
     def examples(self) -> dict[int, list[Example]]:
-        """By latent, its contexts, the largest activation first."""
+        """The contexts of each latent, the largest activation first."""
         return {
             latent: [
                 self._example(*item[1:]) for item in sorted(heap, key=lambda item: item[:2], reverse=True)

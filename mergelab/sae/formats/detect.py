@@ -9,8 +9,10 @@ from typing import Any, cast
 
 from jax.sharding import Mesh
 
+from mergelab.checkpoints.locations import local_path
 from mergelab.checkpoints.new_files import NewFiles
 from mergelab.checkpoints.publish import WorkFolder
+from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.errors import CheckpointError, SAEError, did_you_mean
 from mergelab.sae.formats.dictionary_learning import read_dictionary_learning, write_dictionary_learning
 from mergelab.sae.formats.gemma_scope import read_gemma_scope, read_gemma_scope_2, write_gemma_scope
@@ -100,7 +102,7 @@ def load_sae(path: str | Path, format: str | None = None, *, mesh: Mesh | None =
 
     Args:
         path: folder of the SAE, or of the training run that made it (its `final` is read); a file for formats
-            that are one.
+            that are one; a place on the Hugging Face hub, `org/name[@revision][:subfolder]`; or a URL.
         format: a name of `FORMATS`; found out from the files if omitted.
         mesh: splits the latents over its axis `latents`; of this library's own files each process then reads
             only what its devices hold. JAX's default device if None.
@@ -109,7 +111,7 @@ def load_sae(path: str | Path, format: str | None = None, *, mesh: Mesh | None =
         CheckpointError: there is nothing there, nothing of a known format, or an unfinished run.
         SAEError: there is no such format.
     """
-    path = Path(path)
+    path = local_path(path, "sae")
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
     if format is None and (path / "final").is_dir():
@@ -139,6 +141,7 @@ def _recognized(path: Path) -> FileFormat:
     )
 
 
+@writes_anywhere("path")
 def save_sae(
     sae: SAE,
     path: str | Path | WorkFolder | NewFiles,
@@ -155,7 +158,7 @@ def save_sae(
         sae: SAE to write.
         path: a new folder, or a new file for formats that are one; or the locked place of one (`reserve`).
         format: a name of `FORMATS`.
-        overwrite: of this library's own files: replace a folder that mergelab wrote.
+        overwrite: permission, for this library's own files, to replace a folder that mergelab wrote.
 
     Raises:
         SAEError: there is no such format, or it cannot express this SAE.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mergelab.aot import Chip, ChipReport, Roofline, chip_of, compile_for_topology, roofline
+from mergelab.aot import Chip, ChipReport, Roofline, chip_of, compile_for_topology, is_one_chip, roofline
 from mergelab.errors import SAEError
 from mergelab.sae.training.config import TrainConfig, TrainingRecipe
 from mergelab.sae.training.initialize import fresh_state, sample_shapes
@@ -75,6 +75,8 @@ def plan_step(
     if config.sae.d_in is None:
         raise SAEError("sae.d_in is missing: no data is opened to take it from; add it.")
     mesh = mesh or config.mesh
+    if mesh is None and is_one_chip(topology):
+        mesh = {"data": 1, "latents": 1}
     if mesh is None:
         raise SAEError("mesh is missing: say how the chips share the work, such as {data: 1, latents: 256}.")
     variant = config.sae.build(config.sae.d_in, d_out)

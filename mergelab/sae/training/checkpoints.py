@@ -14,13 +14,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
 
 from mergelab.checkpoints.json_data import read_json
 from mergelab.checkpoints.manifest import first_fault, write_manifest
 from mergelab.checkpoints.orbax_calls import call_orbax, orbax_reason
 from mergelab.checkpoints.publish import sync_path
+from mergelab.checkpoints.remote_output import mirror
 from mergelab.errors import CheckpointError, MergelabError, OutputError
 from mergelab.processes import Terminated, agree, together
 from mergelab.sae.training.state import TrainState
@@ -150,6 +149,9 @@ class Checkpoints:
         folder = self.folder / str(step)
 
         def read() -> Any:
+            import orbax.checkpoint as ocp
+            from etils import epath
+
             with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
                 found = handler.restore(epath.Path(folder / _STATE), args=ocp.args.StandardRestore(shapes))
                 return jax.block_until_ready(found)
@@ -256,6 +258,7 @@ class Checkpoints:
         for found in steps:  # those of later steps were passed over
             if found not in kept:
                 _remove(self.folder / str(found))
+        mirror(self.folder.parent)
 
     @contextlib.contextmanager
     def _sentence(self, step: int | None) -> Iterator[None]:
@@ -282,6 +285,9 @@ class Checkpoints:
 
 def _write_state(work: Path, tree: Mapping[str, Any], *, finalize: bool = True) -> None:
     def write() -> None:
+        import orbax.checkpoint as ocp
+        from etils import epath
+
         with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
             folder = epath.Path(work / _STATE)
             handler.save(folder, args=ocp.args.StandardSave(dict(tree)))
@@ -293,6 +299,9 @@ def _write_state(work: Path, tree: Mapping[str, Any], *, finalize: bool = True) 
 
 def _finalize(work: Path) -> None:
     def finalize() -> None:
+        import orbax.checkpoint as ocp
+        from etils import epath
+
         with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
             handler.finalize(epath.Path(work / _STATE))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ from mergelab.activations import ActivationSource, open_activation_files
 from mergelab.activations.capture import DEFAULT_CONTEXT, open_model_activations
 from mergelab.checkpoints.folder import open_checkpoint, weights_sha256
 from mergelab.checkpoints.json_data import read_json_object
+from mergelab.checkpoints.locations import is_url, location_text
+from mergelab.checkpoints.model_card import portable_name
+from mergelab.checkpoints.remote import fetch_files
 from mergelab.errors import CheckpointError, SAEError, did_you_mean, shortened
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model
@@ -20,7 +23,7 @@ from mergelab.sae.training.config import DataSection
 from mergelab.sae.training.memory import machine_memory, readable_bytes
 from mergelab.sae.variants.options import checked_options
 
-__all__ = ["host_metadata", "open_data", "store_facts"]
+__all__ = ["host_metadata", "open_data", "portable_data", "store_facts"]
 
 
 def host_metadata(data: DataSection) -> dict[str, Any]:
@@ -37,7 +40,8 @@ def host_metadata(data: DataSection) -> dict[str, Any]:
     """
     if data.kind == "model" and data.model is not None:
         target = {} if data.target_site is None else {"target_site": data.target_site}
-        found = {"site": data.site, **target, "model": data.model, "model_hash": weights_sha256(data.model)}
+        name, digest = portable_name(data.model), weights_sha256(data.model)
+        found = {"site": data.site, **target, "model": name, "model_hash": digest}
         # A default context beyond the model's positions is cut where the data is opened.
         return found | {"context": min(data.context, _read_model(data.model).config.max_length)}
     if data.kind == "files" and data.path is not None:
@@ -59,7 +63,13 @@ def store_facts(patterns: str | Sequence[str]) -> dict[str, Any]:
         CheckpointError: the file beside a store's is damaged.
     """
     given = [patterns] if isinstance(patterns, str) else patterns
-    files = sorted(Path(file) for pattern in given for file in glob.glob(pattern))
+    files = sorted(
+        file
+        for pattern in given
+        for file in (
+            fetch_files(location_text(pattern)) if is_url(pattern) else map(Path, glob.glob(pattern))
+        )
+    )
     sites = {file.name.rpartition("-")[0] for file in files}
     stores = {file.parent / "store.json" for file in files}
     if len(sites) != 1 or len(stores) != 1 or not (store := stores.pop()).is_file():
@@ -74,10 +84,28 @@ def store_facts(patterns: str | Sequence[str]) -> dict[str, Any]:
             f"{store} does not map sites to widths and name a model and its model_sha256, as `mergelab "
             "activations` writes it; collect the activations again."
         )
-    found = {"site": site, "model": model, "model_hash": digest}
+    found = {"site": site, "model": portable_name(Path(model).absolute()), "model_hash": digest}
     if isinstance(facts.get("context"), int):
         found["context"] = facts["context"]
     return found if site in widths else {}
+
+
+def portable_data(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's section `data` for the files of an SAE, which others read: names, no places here."""
+    found = dict(section)
+    if isinstance(found.get("model"), str):
+        found["model"] = portable_name(found["model"])
+    for key in ("text", "path", "target_path"):
+        given = found.get(key)
+        if isinstance(given, str):
+            found[key] = _last_part(given)
+        elif isinstance(given, list):
+            found[key] = [_last_part(one) for one in given]
+    return found
+
+
+def _last_part(place: str) -> str:
+    return Path(place).name if Path(place).is_absolute() else place
 
 
 def _read_model(folder: str) -> Model:

@@ -1,4 +1,4 @@
-"""From the state of a training to the SAE it has found, ready for raw activations.
+"""The SAE that a training has found, ready for raw activations, from its state.
 
 Training sees `(x - mean) * scale`. That is folded in exactly: codes are given the unit of the raw input
 (divided by the input's scale, which every activation here commutes with), so decoder rows keep their norm for

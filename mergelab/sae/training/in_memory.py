@@ -14,22 +14,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
-from mergelab.activations import ActivationStream, Batch, Prefetch
+from mergelab.activations import Prefetch
 from mergelab.errors import NonFiniteError, SAEError
 from mergelab.sae.formats.detect import save_sae
 from mergelab.sae.sae import SAE
 from mergelab.sae.training.config import TrainConfig, TrainSection, load_config
-from mergelab.sae.training.memory import check_memory
-from mergelab.sae.training.state import batch_part, place_batch
+from mergelab.sae.training.start import start_training
 from mergelab.sae.training.step import make_step
-from mergelab.sae.training.trainer import (
-    DIVERGED,
-    Progress,
-    check_batch,
-    finish_training,
-    start_training,
-    train,
-)
+from mergelab.sae.training.trainer import DIVERGED, Progress, finish_training, train
 from mergelab.sharding import make_mesh
 
 __all__ = ["train_sae"]
@@ -164,32 +156,12 @@ def _train(
     mesh: Mesh | None,
     progress: Progress | None,
 ) -> SAE:
-    recipe = settings.train.build()
-    variant = settings.sae.build(source.d_in, None if target is None else target.d_in)
-    check_batch(recipe, mesh)
-    check_memory(variant, recipe, mesh, min(settings.data.buffer_rows, source.rows))
-    part, parts = batch_part(mesh)
-    stream = ActivationStream(
-        source,
-        recipe.batch_size,
-        seed=settings.train.seed,
-        target=target,
-        buffer_rows=settings.data.buffer_rows,
-        process=part,
-        processes=parts,
-    )
-
-    def prepare(batch: Batch) -> tuple[Array, Array]:
-        def put(rows: np.ndarray) -> Array:
-            return jnp.asarray(rows) if mesh is None else place_batch(rows, mesh)
-
-        x = put(batch.input)
-        return x, x if batch.target is batch.input else put(batch.target)
-
-    state = start_training(variant, recipe, settings, stream, mesh)
+    start = start_training(settings, source, target, mesh)
+    variant, recipe = start.variant, start.recipe
+    state = start.state()
     step = make_step(variant, recipe, mesh)
     summary: dict[str, float] = {}
-    with Prefetch(stream, prepare) as batches:
+    with Prefetch(start.stream, start.place) as batches:
         for number in range(1, recipe.steps + 1):
             state, metrics = step(state, *next(batches))
             if number % _LOG_EVERY == 0 or number == recipe.steps:

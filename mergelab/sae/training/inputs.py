@@ -9,6 +9,7 @@ from typing import Any
 
 from mergelab.activations import ActivationFiles, ActivationSource, find_activation_files
 from mergelab.checkpoints.folder import bounded_digest
+from mergelab.checkpoints.locations import local_path
 from mergelab.checkpoints.manifest import Entry
 from mergelab.errors import CheckpointError, SAEError
 from mergelab.sae.training.config import DataSection
@@ -29,7 +30,7 @@ def input_paths(data: DataSection) -> list[Path]:
             paths += find_activation_files(pattern)
     if data.kind == "model":
         if data.model is not None:
-            paths.append(Path(data.model))
+            paths.append(local_path(data.model))
         if data.text is not None:
             paths += [Path(text) for text in ([data.text] if isinstance(data.text, str) else data.text)]
     return paths

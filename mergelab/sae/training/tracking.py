@@ -125,7 +125,8 @@ def _package(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise DependencyError(
-            f"log_to names {extra}, whose package {module} is not installed; install mergelab[{extra}]."
+            f"log_to names {extra}, whose package {module} is not installed; install mergelab[{extra}], or "
+            f"just that: pip install {module}"
         ) from error
 
 

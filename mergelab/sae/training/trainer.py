@@ -14,30 +14,29 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mergelab.activations import ActivationStream, Batch, Prefetch, Trace
+from mergelab.activations import Prefetch, Trace
+from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.errors import CheckpointError, SAEError
 from mergelab.processes import Terminated, preempted, together
 from mergelab.sae.formats import load_sae, save_sae
 from mergelab.sae.sae import SAE, SAEConfig, sae_shardings
 from mergelab.sae.training.checkpoints import Checkpoints
 from mergelab.sae.training.config import TrainConfig, TrainingRecipe, load_config
-from mergelab.sae.training.data import host_metadata, open_data
+from mergelab.sae.training.data import host_metadata, open_data, portable_data
 from mergelab.sae.training.finish import finished_sae, transcodes
 from mergelab.sae.training.folder import RunFolder
-from mergelab.sae.training.initialize import SAMPLE_ROWS, initialize
 from mergelab.sae.training.inputs import read_once
-from mergelab.sae.training.memory import check_memory
-from mergelab.sae.training.state import TrainState, batch_part, place_batch
+from mergelab.sae.training.start import Start, start_training
+from mergelab.sae.training.state import TrainState
 from mergelab.sae.training.step import Metrics, Step, make_step
 from mergelab.sae.training.tracking import Logger, MetricsFile, open_loggers
 from mergelab.sae.variants import Variant
 from mergelab.sharding import make_mesh
 
-__all__ = ["Progress", "Result", "Termination", "check_batch", "finish_training", "start_training", "train"]
+__all__ = ["Progress", "Result", "Termination", "finish_training", "train"]
 
 
 class Termination:
@@ -112,6 +111,7 @@ class Result:
     resumed: bool = False
 
 
+@writes_anywhere()
 def train(
     config: TrainConfig | Mapping[str, Any] | str | Path,
     out: str | Path,
@@ -168,22 +168,10 @@ def _train(
     progress: Progress | None,
     notice: Callable[[str], None],
 ) -> Result:
-    recipe = settings.train.build()
-    source, target = open_data(settings.data, recipe.tokens)
-    variant = settings.sae.build(source.d_in, None if target is None else target.d_in)
+    source, target = open_data(settings.data, settings.train.build().tokens)
     mesh = None if settings.mesh is None else make_mesh(settings.mesh)
-    check_batch(recipe, mesh)
-    check_memory(variant, recipe, mesh, min(settings.data.buffer_rows, source.rows))
-    part, parts = batch_part(mesh)
-    stream = ActivationStream(
-        source,
-        recipe.batch_size,
-        seed=settings.train.seed,
-        target=target,
-        buffer_rows=settings.data.buffer_rows,
-        process=part,
-        processes=parts,
-    )
+    start = start_training(settings, source, target, mesh)
+    variant, recipe = start.variant, start.recipe
     distributed = jax.process_count() > 1
     with together("reading the data", distributed=distributed):
         folder.check_inputs()
@@ -195,7 +183,7 @@ def _train(
     known = {**host, **settings.metadata}
     # Sites that contradict the data are an error now, not after the training.
     SAEConfig("relu", sites=variant.sites, transcoder=transcodes(variant, known), metadata=known)
-    state = start_training(variant, recipe, settings, stream, mesh)
+    state = start.state()
     step = make_step(variant, recipe, mesh)
     with together("writing the run's folder", distributed=distributed):
         folder.claim()
@@ -203,16 +191,17 @@ def _train(
         done = _done(checkpoints, folder, notice) if folder.begun else None
         if done is not None:
             state, place = checkpoints.restore(done, state, recipe.batch_size)
-            stream.restore(place)
-        run = _Run(settings, recipe, step, checkpoints, out, progress)
+            start.stream.restore(place)
+        run = _Run(start, step, checkpoints, out, progress)
         try:
-            state, trace = run.steps(state, done or 0, stream, mesh)
+            state, trace = run.steps(state, done or 0)
         except CheckpointError:
             if checkpoints.latest() is None:  # the data is bad, and nothing would be lost
                 folder.disclaim()
             raise
     summary = {name: run.last[name] for name in _SUMMARY if name in run.last}
     told = settings.model_dump(mode="json", include={"sae", "data", "train"}, exclude_defaults=True)
+    told = {**told, "data": portable_data(told.get("data", {}))}
     metadata = {**known, "variant": variant.name, "training": summary, "settings": told}
     sae = finish_training(variant, recipe, state, metadata, mesh)
     save_sae(sae, out / "final", overwrite=folder.begun)
@@ -233,76 +222,30 @@ def _done(checkpoints: Checkpoints, folder: RunFolder, notice: Callable[[str], N
     return found.step
 
 
-def check_batch(recipe: TrainingRecipe, mesh: Mesh | None) -> None:
-    parts = 1 if mesh is None else mesh.shape.get("data", 1)
-    if recipe.batch_size % parts:
-        raise SAEError(
-            f"train.batch_size is {recipe.batch_size}, which {parts} devices cannot share; change one."
-        )
-
-
-def start_training(
-    variant: Variant,
-    recipe: TrainingRecipe,
-    settings: TrainConfig,
-    stream: ActivationStream,
-    mesh: Mesh | None,
-) -> TrainState:
-    """The state before the first step, from a sample drawn like a batch; the same in every process."""
-    rows = min(stream.source.rows, SAMPLE_ROWS)
-    sample = next(
-        ActivationStream(
-            stream.source,
-            rows,
-            seed=settings.train.seed + 2**31,  # not the order of the training itself
-            target=stream.target,
-            buffer_rows=settings.data.buffer_rows,
-        )
-    )
-    key = jax.random.key(settings.train.seed)
-    target = None if variant.d_out is None else sample.target
-    return initialize(variant, recipe, key, sample.input, target, mesh=mesh)
-
-
 class _Run:
     """The loop: steps, lines of metrics one logged step late, checkpoints, and the guard."""
 
     def __init__(
-        self,
-        settings: TrainConfig,
-        recipe: TrainingRecipe,
-        step: Step,
-        checkpoints: Checkpoints,
-        out: Path,
-        progress: Progress | None,
+        self, start: Start, step: Step, checkpoints: Checkpoints, out: Path, progress: Progress | None
     ) -> None:
-        self.recipe, self.step, self.checkpoints = recipe, step, checkpoints
-        self.every, self.log_every = settings.checkpoint.every, settings.checkpoint.log_every
-        self.settings, self.out, self.progress = settings, out, progress
+        self.start, self.recipe, self.step, self.checkpoints = start, start.recipe, step, checkpoints
+        self.every, self.log_every = start.settings.checkpoint.every, start.settings.checkpoint.log_every
+        self.out, self.progress = out, progress
         self.last: dict[str, float] = {}
         self._loggers: list[Logger] = []
         self._file: MetricsFile | None = None
         self._began = (0.0, 0)
 
-    def steps(
-        self, state: TrainState, done: int, stream: ActivationStream, mesh: Mesh | None
-    ) -> tuple[TrainState, Trace]:
-        def prepare(batch: Batch) -> tuple[Any, Any]:
-            def put(rows: np.ndarray) -> Any:
-                return jnp.asarray(rows) if mesh is None else place_batch(rows, mesh)
-
-            x = put(batch.input)
-            return x, x if batch.target is batch.input else put(batch.target)
-
+    def steps(self, state: TrainState, done: int) -> tuple[TrainState, Trace]:
         if jax.process_index() == 0:
-            config = self.settings.model_dump(mode="json")
+            config = self.start.settings.model_dump(mode="json")
             self._file = MetricsFile(self.out / "metrics.jsonl", done)
             self._loggers = [self._file]
-            self._loggers = [*open_loggers(self.settings.log_to, self.out, config, done), self._file]
+            self._loggers = [*open_loggers(self.start.settings.log_to, self.out, config, done), self._file]
         waiting: tuple[int, Metrics] | None = None
         self._began = (time.perf_counter(), done)
         try:
-            with Prefetch(stream, prepare) as batches, Termination() as termination:
+            with Prefetch(self.start.stream, self.start.place) as batches, Termination() as termination:
                 for number in range(done + 1, self.recipe.steps + 1):
                     x, y = next(batches)
                     state, metrics = self.step(state, x, y)

@@ -82,8 +82,8 @@ def update(
     Args:
         variant: the SAE's hyper-parameters.
         recipe: the training's.
-        state: before the step.
-        grads: like its parameters.
+        state: state before the step.
+        grads: gradients, a pytree like its parameters.
         shards: the mesh axes.
         boosted: `[n]`, bool: latents whose bias is raised, whatever their gradients.
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mergelab.compat import enable_x64
 from mergelab.errors import OperatorError
 from mergelab.merging.soups import (
     ExponentialAverage,
@@ -34,7 +35,7 @@ def mean(items: list[dict], leaf: str) -> np.ndarray:
 
 @given(count=st.integers(1, 20), seed=st.integers(0, 1000))
 def test_the_running_average_is_the_mean(count: int, seed: int) -> None:
-    with jax.enable_x64(True):
+    with enable_x64(True):
         items = trees(count, seed, np.float64)
         soup = uniform_soup(items)
         assert soup["w"].dtype == np.float64

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mergelab import operators as ops
+from mergelab.compat import enable_x64
 from mergelab.merging.engine.blocks import blocks_of
 from mergelab.operators.algebra import measure_block
 from mergelab.operators.measures import Sum
@@ -66,7 +67,7 @@ def test_padding_adds_nothing_to_a_sum(case: str) -> None:
         if not isinstance(declared, Sum) or known[part] or any(known[:part]):
             known[part].append(None)  # what builds on other measures is judged by the streamed merge above
             continue
-        with jax.enable_x64(True):
+        with enable_x64(True):
             totals = measure_block(
                 merge,
                 (jax.numpy.asarray(zeros),) * count,

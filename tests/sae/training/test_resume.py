@@ -207,7 +207,7 @@ def test_nothing_is_claimed_until_the_data_has_been_read(
     assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
     # The same where the bad row is met on the way: there was no checkpoint yet that would be lost.
     monkeypatch.setattr("mergelab.sae.training.trainer.read_once", lambda *_: None)
-    monkeypatch.setattr("mergelab.sae.training.trainer.SAMPLE_ROWS", 64)
+    monkeypatch.setattr("mergelab.sae.training.start.SAMPLE_ROWS", 64)
     with pytest.raises(NonFiniteError, match="row 400"):
         train({**config, "data": {**config["data"], "buffer_rows": 1}}, tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]

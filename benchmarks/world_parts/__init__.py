@@ -1,0 +1,1 @@
+"""The sections of `benchmarks/world.py`, one file each."""

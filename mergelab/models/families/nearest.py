@@ -1,0 +1,94 @@
+"""Model types that are not supported: the family that each is nearest to in truth, and what sets it apart.
+
+Names mislead: Gemma 1 is spelled like Gemma 2 and computes like Llama, and `qwen3_moe` differs from `qwen3`
+by its experts alone. Facts are those of the modeling files of transformers 5.24.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from mergelab.errors import did_you_mean
+
+__all__ = ["NEAREST", "nearest"]
+
+NEAREST: Mapping[str, tuple[str, str]] = {
+    # Encoders.
+    "albert": ("bert", "its layers share their weights"),
+    "camembert": ("bert", "its positions start after the padding id"),
+    "deberta": ("bert", "its attention also reads relative positions"),
+    "deberta-v2": ("bert", "its attention also reads relative positions"),
+    "distilbert": ("bert", "it has no segments and other names"),
+    "electra": ("bert", "its embeddings may be narrower than its layers"),
+    "modernbert": ("bert", "its positions are rotated, its norms come first and its layers are gated"),
+    "mpnet": ("bert", "its attention adds a bias by relative position"),
+    "neobert": ("bert", "its positions are rotated, its norms come first and its layers are gated"),
+    "nomic_bert": ("bert", "its positions are rotated and its layers are gated"),
+    "roberta": ("bert", "its positions start after the padding id"),
+    "xlm-roberta": ("bert", "its positions start after the padding id"),
+    # Like GPT-2.
+    "bloom": ("gpt2", "its attention adds a bias by distance in place of positions"),
+    "gpt_bigcode": ("gpt2", "its heads share one key and value"),
+    "gpt_neo": ("gpt2", "every other layer sees a window, and scores are not scaled"),
+    "mpt": ("gpt2", "its attention adds a bias by distance in place of positions"),
+    "opt": ("gpt2", "its positions start at 2 and its activation is ReLU"),
+    "xglm": ("gpt2", "its positions are sines"),
+    # Like GPT-NeoX.
+    "codegen": ("gpt_neox", "it rotates neighboring components and its projections are fused otherwise"),
+    "falcon": ("gpt_neox", "its heads share keys and values and its projections are fused otherwise"),
+    "gptj": ("gpt_neox", "it rotates neighboring components and has one norm a block"),
+    "persimmon": ("gpt_neox", "it normalizes queries and keys"),
+    "phi": ("gpt_neox", "it has one norm a block"),
+    # Like Llama.
+    "arcee": ("llama", "its layers are not gated and square their activation"),
+    "cohere": ("llama", "its blocks are parallel, its norms center and its logits are scaled"),
+    "cohere2": ("llama", "its blocks are parallel, its norms center and its logits are scaled"),
+    "exaone4": ("llama", "it normalizes queries, keys and what layers add"),
+    "glm": ("llama", "it rotates neighboring components of half a head"),
+    "glm4": ("llama", "it rotates neighboring components and normalizes what layers add"),
+    "granite": ("llama", "it multiplies embeddings, scores, layers and logits by constants of its config"),
+    "internlm2": ("llama", "its projections are fused"),
+    "llama4_text": ("llama", "it has experts and layers without rotation"),
+    "nemotron": ("llama", "its norms center and its layers square their activation"),
+    "olmo": ("llama", "its norms have no scale"),
+    "olmo2": ("llama", "it normalizes queries, keys and what layers add"),
+    "olmo3": ("llama", "it normalizes queries, keys and what layers add"),
+    "smollm3": ("llama", "every fourth layer is not rotated"),
+    "stablelm": ("llama", "its norms center and it rotates a quarter of a head"),
+    # Like Mistral.
+    "ministral": ("mistral", "its windows differ by layer"),
+    "starcoder2": ("mistral", "its norms center and its layers are not gated"),
+    # With experts.
+    "dbrx": ("mixtral", "its norms center and its projections are fused"),
+    "deepseek_v2": ("mixtral", "its keys and values are compressed and some experts see every token"),
+    "deepseek_v3": ("mixtral", "its keys and values are compressed and some experts see every token"),
+    "glm4_moe": ("mixtral", "it rotates half a head and some experts see every token"),
+    "gpt_oss": ("mixtral", "its attention has sinks and its experts have biases"),
+    "granitemoe": (
+        "mixtral",
+        "it multiplies embeddings, scores, layers and logits by constants of its config",
+    ),
+    "olmoe": ("mixtral", "it normalizes queries and keys"),
+    "phimoe": ("mixtral", "its norms center and it chooses experts otherwise"),
+    "qwen2_moe": ("qwen2", "its feed-forward layers are experts, one of which sees every token"),
+    "qwen3_moe": ("qwen3", "its feed-forward layers are experts"),
+    "qwen3_next": ("qwen3", "three layers of four are recurrent"),
+    # Like Gemma.
+    "gemma": ("llama", "it scales embeddings, stores norms less 1, and its activation is GELU"),
+    "gemma3n_text": ("gemma3_text", "it keeps several streams and embeddings per layer"),
+    "gemma4_text": ("gemma3_text", "heads differ by layer"),
+    "vaultgemma": ("gemma2", "it does not normalize what layers add"),
+}
+"""By `model_type`: the nearest family, and in what it differs from that."""
+
+
+def nearest(kind: str, families: Collection[str]) -> str:
+    """Half a sentence on the nearest family, `""` where none is known to be near.
+
+    A near name is offered only where it may be a slip of the pen.
+    """
+    if kind in NEAREST:
+        family, difference = NEAREST[kind]
+        return f" (nearest to {family!r}, but {difference})"
+    slip = did_you_mean(kind, families)
+    return slip if any(abs(len(kind) - len(name)) < 2 and f"{name!r}" in slip for name in families) else ""

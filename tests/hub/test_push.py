@@ -1,0 +1,204 @@
+"""Pushing to the hub, through the real client: what arrives, what is refused early, what is resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner
+
+import mergelab as ml
+from mergelab.checkpoints import open_checkpoint
+from mergelab.checkpoints.hub_push import check_push
+from mergelab.cli.main import cli
+from mergelab.errors import OutputError
+from tests.hub_server import HubServer, card_errors
+
+# The client's own, of how it uploads.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+@pytest.fixture
+def writer(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
+    """The server, and a token that may write."""
+    monkeypatch.setenv("HF_TOKEN", "hf_write")
+    return hub
+
+
+def front(card: bytes) -> dict[str, object]:
+    return yaml.safe_load(card.decode().split("---\n")[1])
+
+
+def test_a_folder_arrives_in_one_commit_and_is_read_back(
+    writer: HubServer, models: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(models / "llama-ft1", tmp_path / "out")
+    (tmp_path / "out" / ".hidden").write_text("stays here")
+    url = ml.push(tmp_path / "out", "org/new", private=True)
+    there = writer.repositories["org/new"]
+    assert url == f"{writer.url}/org/new/commit/{there.refs['main']}" and there.private
+    here = {p.name: p.read_bytes() for p in (models / "llama-ft1").iterdir()}
+    assert there.files.keys() - here.keys() == {"README.md"} and not here.keys() - there.files.keys()
+    assert all(there.files[name] == content for name, content in here.items())
+    assert card_errors(there.files["README.md"].decode()) == []
+    assert open_checkpoint("org/new").fingerprint() == open_checkpoint(models / "llama-ft1").fingerprint()
+    # Again, with other shards: those of before are gone, and the card of before stays.
+    card, commits = there.files["README.md"], len(there.commits)
+    ml.push(models / "llama-ft2", "org/new")
+    assert "model-00001-of-00003.safetensors" not in there.files and there.files["README.md"] == card
+    assert open_checkpoint("org/new").fingerprint() == open_checkpoint(models / "llama-ft2").fingerprint()
+    assert len(there.commits) == commits + 1
+
+
+def test_an_interrupted_push_is_repeated(writer: HubServer, models: Path) -> None:
+    writer.broken_uploads = 1
+    with pytest.raises(OutputError, match=r"is complete, but pushing it .* the hub refuses .* out of order"):
+        ml.push(models / "llama-ft1", "org/new")
+    there = writer.repositories["org/new"]
+    assert not there.files, "nothing is seen of a push that has not finished"
+    kept = len(writer.blobs)
+    writer.asked.clear()
+    ml.push(models / "llama-ft1", "org/new")
+    large = sum(file.stat().st_size > 1000 for file in (models / "llama-ft1").iterdir())
+    uploads = sum(line.startswith("PUT /lfs/") for line in writer.asked)
+    assert uploads == large - kept < large, "what had arrived is not uploaded again"
+    assert open_checkpoint("org/new").tensors
+
+
+def test_what_cannot_succeed_is_refused_before_any_work(
+    hub: HubServer, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no-org", "org/na me", "../x/y", "org/name@v1", "org/name:sub"):
+        with pytest.raises(OutputError, match="is not the name of a hub repository"):
+            check_push(name)
+    with pytest.raises(OutputError, match="needs a token of the hub"):
+        check_push("org/new")
+    monkeypatch.setenv("HF_TOKEN", "hf_read")
+    with pytest.raises(OutputError, match="may only read"):
+        check_push("org/new")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(OutputError, match=r"pushing to org/new is not possible: the hub refuses"):
+        check_push("org/new")
+    recipe = f"merge_method: linear\nmodels: [{{model: {models / 'llama-ft2'}, parameters: {{weight: 1}}}}]\n"
+    (tmp_path / "r.yaml").write_text(recipe)
+    done = CliRunner().invoke(cli, ["merge", "r.yaml", "--out", "out", "--push", "org/new"])
+    assert done.exit_code == 2 and "the hub refuses" in done.output and not (tmp_path / "out").exists()
+    assert not hub.repositories
+
+
+def test_a_card_that_the_hub_refuses_is_named(writer: HubServer, models: Path, tmp_path: Path) -> None:
+    (tmp_path / "v.npy").write_bytes(b"x")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "README.md").write_text("---\nbase_model: [../base]\n---\n# x\n")
+    with pytest.raises(OutputError, match=r"the hub refuses the card .*base_model\[0\].* correct README.md"):
+        ml.push(out, "org/x")
+    with pytest.raises(OutputError, match="does not exist"):
+        ml.push(tmp_path / "nothing", "org/x")
+
+
+def test_a_file_is_pushed_with_a_card(writer: HubServer, tmp_path: Path) -> None:
+    np.save(tmp_path / "vector.npy", np.arange(4))
+    ml.push(tmp_path / "vector.npy", "org/vector")
+    files = writer.repositories["org/vector"].files
+    assert files["vector.npy"] == (tmp_path / "vector.npy").read_bytes()
+    assert card_errors(files["README.md"].decode()) == []
+
+
+CARD = "---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\n---\n# tiny\n"
+
+
+def test_merges_say_to_the_hub_what_they_are_made_of(writer: HubServer, models: Path, tmp_path: Path) -> None:
+    import shutil
+
+    for name in ("llama-ft2", "llama-ft3"):
+        shutil.copytree(models / name, tmp_path / name)
+        (tmp_path / name / "README.md").write_text(CARD)
+    writer.add("org/two", tmp_path / "llama-ft2")
+    writer.add("org/three", tmp_path / "llama-ft3")
+    lines = [f"- {{model: {name}, parameters: {{weight: 1}}}}" for name in ("org/two@main", "org/three")]
+    (tmp_path / "r.yaml").write_text("\n".join(["merge_method: linear", "models:", *lines]))
+    done = CliRunner().invoke(cli, ["merge", "r.yaml", "--out", "out", "--push", "org/merged"])
+    assert done.exit_code == 0, done.output
+    files = writer.repositories["org/merged"].files
+    assert card_errors(files["README.md"].decode()) == []
+    said = front(files["README.md"])
+    assert said == {
+        "library_name": "transformers",
+        "tags": ["mergelab", "mergekit", "merge", "linear"],
+        "base_model": ["org/two", "org/three"],
+        "license": "other",
+        "license_name": "tiny",
+        "license_link": "LICENSE",
+        "pipeline_tag": "text-generation",
+    }
+    assert open_checkpoint("org/merged").fingerprint() == open_checkpoint(tmp_path / "out").fingerprint()
+
+
+def test_inputs_that_disagree_give_no_license_and_paths_no_base(models: Path, tmp_path: Path) -> None:
+    from mergelab.checkpoints.model_card import card_facts, portable_name
+
+    for name, text in (("a", "license: mit"), ("b", "license: apache-2.0"), ("c", ""), ("d", "[broken")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text(f"---\n{text}\n---\n")
+    license_of = lambda *names: card_facts([tmp_path / name for name in names]).license  # noqa: E731
+    assert license_of("a") == license_of("a", "a") == {"license": "mit"}
+    assert license_of("a", "b") == license_of("a", "c") == license_of("d") == license_of() == {}
+    assert card_facts([tmp_path / "a"]).base_models == ()
+    assert portable_name(tmp_path / "a") == "a" and portable_name("gs://bucket/m") == "gs://bucket/m"
+
+
+def test_an_adapter_is_pushed_with_its_base(writer: HubServer, models: Path, tmp_path: Path) -> None:
+    import json
+
+    commit = writer.add("org/base", models / "llama-base")
+    command = [
+        "extract-lora",
+        str(models / "llama-ft2"),
+        "--base",
+        "org/base",
+        "--rank",
+        "2",
+        "--target",
+        "*.q_proj",
+        "--out",
+        "adapter",
+    ]
+    done = CliRunner().invoke(cli, [*command, "--push", "org/adapter"])
+    assert done.exit_code == 0, done.output
+    files = writer.repositories["org/adapter"].files
+    assert front(files["README.md"])["base_model"] == ["org/base"]
+    assert front(files["README.md"])["library_name"] == "peft"
+    config = json.loads(files["adapter_config.json"])
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", commit)
+    assert card_errors(files["README.md"].decode()) == []
+
+
+def test_an_autoencoder_comes_back_from_the_hub(writer: HubServer, tmp_path: Path) -> None:
+    from mergelab.sae.sae import SAE, SAEConfig
+
+    draw = np.random.default_rng(0).standard_normal
+    arrays = {"W_enc": draw((4, 8)), "b_enc": draw(8), "W_dec": draw((8, 4)), "b_dec": draw(4)}
+    told = {"site": "blocks.1.resid_post", "model": "org/base"}
+    sae = SAE(
+        **{name: value.astype(np.float32) for name, value in arrays.items()},
+        config=SAEConfig(activation="relu", metadata=told),
+    )
+    ml.save_sae(sae, tmp_path / "run" / "final")
+    ml.push(tmp_path / "run", "org/sae")
+    files = writer.repositories["org/sae"].files
+    assert {"cfg.json", "sae.safetensors", "README.md"} <= files.keys()
+    assert front(files["README.md"])["base_model"] == ["org/base"]
+    assert card_errors(files["README.md"].decode()) == []
+    back = ml.load_sae("org/sae")
+    assert np.array_equal(back.W_dec, sae.W_dec) and back.config.metadata["site"] == told["site"]
+
+
+def test_the_server_refuses_what_the_hub_refuses() -> None:
+    """The negative control of the checks above."""
+    assert card_errors("---\nbase_model: [/home/me/base]\n---\n")
+    assert card_errors("---\nlicense: other\n---\n") and card_errors("---\nlicense: MIT License\n---\n")

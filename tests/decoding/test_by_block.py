@@ -1,4 +1,4 @@
-"""Generation block by block: the same texts as the whole program, kinds of layers, edits, and bfloat16."""
+"""One program per kind of block gives what the whole program gives, and deep models compile no longer."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_compiling_does_not_grow_with_depth(caplog: pytest.LogCaptureFixture) ->
         return sum("Finished XLA compilation of jit(run)" in record.message for record in caplog.records)
 
     # Entrance and two kinds of blocks, for the prompt and for one token; and the exit.
-    assert compiled(2) == compiled(6) == 7
+    assert compiled(2) == compiled(4) == 7
 
 
 @pytest.mark.parametrize("shape", [(61, 24), (1100, 130)])

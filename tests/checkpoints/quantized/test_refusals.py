@@ -193,6 +193,7 @@ def test_parts_that_lack_or_misfit_are_named(
     [
         ({"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
         ({"quant_method": "auto-round", "packing_format": "auto_round"}, "Auto-Round as 'auto_round'"),
+        ({"quant_method": "awq", "version": "gemv_fast"}, "by AWQ as version 'gemv_fast'"),
     ],
 )
 def test_packings_of_gptq_that_are_not_known_are_refused(

@@ -14,7 +14,7 @@ __all__ = ["Need", "wanted_files"]
 Need = Literal["model", "tokenizer", "sae"]
 """What a place is asked for: all of a model, its tokenizer and config alone, or a sparse autoencoder."""
 
-_SMALL = (".json", ".txt", ".jinja", ".yaml", ".yml", ".tiktoken", ".model")
+_SMALL = (".json", ".txt", ".jinja", ".yaml", ".yml", ".tiktoken", ".model", ".spm")
 _PAPERS = re.compile(r"(README|LICENSE|LICENCE|NOTICE|USE_POLICY)[\w.-]*", re.IGNORECASE)
 # Folders beside the weights that belong to the model: chat templates, and modules of sentence-transformers.
 _BESIDE = re.compile(r"(additional_chat_templates|[0-9]+_\w+)/[^/]+")

@@ -227,11 +227,8 @@ def _architecture(metadata: Mapping[str, Any], path: Path) -> Architecture:
             f"{path} is a model of the architecture {quoted(name)}{near}, but GGUF files are read of "
             f"{', '.join(ARCHITECTURES)}; use the Hugging Face folder of the model"
         )
-    choices: Sequence[Architecture] = ARCHITECTURES[name]
-    experts = metadata.get(f"{name}.expert_count", 0)
-    if experts and len(choices) > 1:
-        return choices[-1]
-    return choices[0]
+    choices = ARCHITECTURES[name]
+    return choices[-1 if metadata.get(f"{name}.expert_count") else 0]
 
 
 def _strangers(

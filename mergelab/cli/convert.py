@@ -92,7 +92,8 @@ def command(
         if not done:
             work.prepare()
         plain = to == "huggingface" and mesh is None and _is_foreign(source)
-        model, params = (None, {}) if plain else load_either(source, mesh, dtype)
+        loaded: tuple[Any, Any] = (None, {}) if plain else load_either(source, mesh, dtype)
+        model, params = loaded
         files: dict[str, Any] = donor_files(source, None) if source.is_dir() or is_gguf(source) else {}
         nbytes = sum(array.nbytes for array in jax.tree.leaves(params))
         checkpoint = None

@@ -16,6 +16,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array
 
+from mergelab.models.cache import ArrayLeaf
 from mergelab.models.sites import Shape, Tap
 from mergelab.models.table import Parameter, Parameters
 
@@ -56,8 +57,11 @@ def param(
     initial: Callable[..., Array],
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],
-) -> Array:
-    """`module.param(name, initial, shape)`, with the logical name of each axis (None: never split)."""
+) -> ArrayLeaf:
+    """`module.param(name, initial, shape)`, with the logical name of each axis (None: never split).
+
+    A kernel or a table may be given as `mergelab.models.layers.bfloat16_bits.Bits` of that shape.
+    """
     if module.is_mutable_collection(_AXES):
         module.put_variable(_AXES, name, axes)
         initial = _no_values

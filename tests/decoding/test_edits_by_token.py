@@ -63,13 +63,6 @@ def generated(edit: Edit, **options: Any) -> list[list[int]]:
     return generate(model, params, tokens, mask, max_new_tokens=NEW, edit={SITE: edit}, **options).rows()
 
 
-@pytest.fixture(params=["by block", "in one program"], autouse=True)
-def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "in one program":
-        for module in (generation_state, steps):
-            monkeypatch.setattr(module, "runs_by_block", lambda *trees: False)
-
-
 def test_tokens_are_told_apart_by_their_kind() -> None:
     everywhere = generated(steer(DIRECTION))
     for where, expected in (
@@ -104,6 +97,17 @@ def test_a_patch_takes_the_place_of_the_prompt_alone() -> None:
         return patch(padded, where=first(count))
 
     assert generated(patch(value)) == whole_texts(of_text) != generated(lambda x: x)
+
+
+def test_the_whole_program_tells_tokens_apart_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(x: jax.Array, positions: jax.Array, columns: jax.Array, generated: jax.Array) -> jax.Array:
+        chosen = generated | (columns == 4) | (positions == 1)
+        return x + jnp.where(chosen[..., None], jnp.asarray(DIRECTION)[None, None], 0.0)
+
+    by_block = generated(asked)
+    for module in (generation_state, steps):
+        monkeypatch.setattr(module, "runs_by_block", lambda *trees: False)
+    assert generated(asked) == by_block != generated(steer(DIRECTION, where="generated"))
 
 
 def test_an_edit_asks_for_positions_and_mask() -> None:

@@ -12,7 +12,7 @@ from mergelab.errors import CheckpointError
 from mergelab.quickstart import example_models as face
 from mergelab.quickstart.experiment import run
 
-MODULE = sys.modules["mergelab.quickstart.example_models"]
+MODULE = sys.modules["mergelab.quickstart.models_at_hand"]
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Times the forward pass and generation of random Llamas: mergelab and transformers, side by side.
 
     python -m benchmarks.forward --work DIR [--publish]
+    python -m benchmarks.forward --work DIR --only --folder SmolLM2=path/to/SmolLM2 --dtype bfloat16 --batch 1
 
 The programs take turns, each in a process of its own, so that a machine that slows down slows both; the table
 gives medians. Both must generate the same tokens. `--publish` writes the table into benchmarks/README.md.
@@ -61,6 +62,21 @@ def build_model(folder: Path, shape: Mapping[str, int]) -> int:
     return sum(leaf.size for leaf in model.table())
 
 
+def count_parameters(folder: Path) -> int:
+    """Parameters of a model folder, by its configuration."""
+    from mergelab.models.families import model_from_config
+
+    model = model_from_config(json.loads((folder / "config.json").read_text()))
+    return sum(leaf.size for leaf in model.table())
+
+
+def _named_folder(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not equals or not Path(folder, "config.json").is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER of a model")
+    return name, Path(folder)
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the benchmark as the command line asks; returns what it measured."""
     options = _parse(arguments)
@@ -78,9 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         },
         "models": {},
     }
-    for name in options.only:
-        folder = options.work.resolve() / name
-        parameters = build_model(folder, MODELS[name])
+    folders = {name: options.work.resolve() / name for name in options.only}
+    sizes_of = {name: build_model(folder, MODELS[name]) for name, folder in folders.items()}
+    for name, folder in options.folder:
+        folders[name], sizes_of[name] = folder.resolve(), count_parameters(folder)
+    for name, folder in folders.items():
+        parameters = sizes_of[name]
         runs: dict[str, list[dict[str, Any]]] = {program: [] for program in PROGRAMS}
         for turn in range(options.repeats):
             for program in PROGRAMS:
@@ -146,7 +165,11 @@ def render(results: Mapping[str, Any]) -> str:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.forward")
     parser.add_argument("--work", type=Path, required=True, help="folder for models (0.4 GB, kept)")
-    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
+    parser.add_argument("--only", nargs="*", choices=MODELS, default=list(MODELS), metavar="MODEL")
+    parser.add_argument(
+        "--folder", action="append", type=_named_folder, default=[], metavar="NAME=FOLDER",
+        help="one more model, a real one; repeatable",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)

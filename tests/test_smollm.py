@@ -14,7 +14,7 @@ import mergelab as ml
 from mergelab.checkpoints import open_checkpoint, read_whole
 from mergelab.cli.main import cli
 from mergelab.decoding import complete, greedy
-from mergelab.text import chat_text
+from mergelab.text import chat_ids, chat_text, turn_end_ids
 from tests.smollm import smollm_file
 
 QUESTION = [{"role": "user", "content": "What is the capital of Japan?"}]
@@ -55,6 +55,52 @@ def test_it_answers(loaded: tuple[ml.Model, Any, ml.Tokenizer]) -> None:
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     (found,) = complete(model, params, tokenizer, [ids], max_new_tokens=12, sampler=greedy())
     assert found.text == ANSWER and found.stop == "token"
+
+
+CHATS = [
+    QUESTION,
+    [
+        {"role": "system", "content": "Answer in French."},
+        {"role": "user", "content": "Name three colors."},
+    ],
+    [
+        {"role": "user", "content": "My name is Anna."},
+        {"role": "assistant", "content": "Hello Anna!"},
+        {"role": "user", "content": "What is my name?"},
+    ],
+]
+# What transformers 5.24 answers, greedily in float32.
+ANSWERS = [ANSWER, "Ceux et céros, cérémonies et amis.", "Hello Anna!"]
+
+
+@pytest.mark.extra
+def test_chats_are_answered(loaded: tuple[ml.Model, Any, ml.Tokenizer]) -> None:
+    assert ml.generate(*loaded, CHATS, max_new_tokens=40) == ANSWERS
+
+
+@pytest.mark.oracle
+def test_chats_are_answered_as_transformers_does(
+    loaded: tuple[ml.Model, Any, ml.Tokenizer], theirs: tuple[Any, Any]
+) -> None:
+    model, params, tokenizer = loaded
+    their_model, their_tokenizer = theirs
+    for messages in CHATS:
+        given = their_tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        expected = their_model.generate(**given, do_sample=False, max_new_tokens=40)[0].tolist()
+        ids = chat_ids(tokenizer, messages)
+        (found,) = complete(
+            model, params, tokenizer, [ids], max_new_tokens=40, end_ids=turn_end_ids(tokenizer)
+        )
+        assert [*ids, *found.token_ids] == expected
+
+
+@pytest.mark.extra
+def test_the_command_prints_the_answer_alone(path: Path) -> None:
+    arguments = ["generate", str(path), "--chat", "--prompt", "What is the capital of Japan?", "--greedy"]
+    found = CliRunner().invoke(cli, arguments)
+    assert (found.stdout, found.stderr, found.exit_code) == (ANSWER + "\n", "", 0)
 
 
 @pytest.mark.extra

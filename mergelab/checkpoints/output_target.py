@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,7 @@ def check_target(out: Path, inputs: Iterable[Path | str] = (), *, folder: bool =
     if fault := writing_fault():
         raise OutputError(f"{out}: {fault}")
     out = Path(os.path.abspath(out))
+    _refuse_url(out)
     kind, other = ("folder", "file") if folder else ("file", "folder")
     if not out.name:
         raise OutputError(f"{out} is the root of the file system; choose a {kind} inside it")
@@ -71,6 +73,17 @@ def check_target(out: Path, inputs: Iterable[Path | str] = (), *, folder: bool =
         if out.exists() and out.is_dir() != folder:
             raise OutputError(f"{out} is a {other}; choose a {kind}")
         _check_inputs(out, inputs, folder)
+
+
+def _refuse_url(out: Path) -> None:
+    """Refuses what was a URL before it became a path: it would end in a folder here that is called `gs:`."""
+    for number, part in enumerate(out.parts):
+        if re.fullmatch(r"[a-z][a-z0-9+.-]+:", part) and not Path(*out.parts[: number + 1]).exists():
+            url = f"{part}//{'/'.join(out.parts[number + 1 :])}"
+            raise OutputError(
+                f"{url} is a URL, but this output is only written to folders of this machine; choose one, "
+                "and copy it there afterwards"
+            )
 
 
 def _check_inputs(out: Path, inputs: Iterable[Path | str], folder: bool) -> None:

@@ -61,8 +61,8 @@ def command(
     \b
     Examples:
       mergelab activations model --site blocks.8.resid_post --text corpus.txt --out acts
-      mergelab activations model --site blocks.2.mlp.pre --site blocks.2.mlp.out --text a.txt --out acts
-      --dtype int8
+      mergelab activations model --site blocks.2.mlp.pre --site blocks.2.mlp.out --text a.txt --out acts \\
+          --dtype int8
     """
     from mergelab.activations.capture import open_model_activations
     from mergelab.activations.store import write_store

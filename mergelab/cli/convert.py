@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mergelab.cli.options import MESH, SIZE, load_either, readable
+from mergelab.cli.options import MESH, SIZE, load_either, read_model, readable
 
 __all__ = ["command"]
 
@@ -70,13 +71,14 @@ def command(
     import jax
 
     from mergelab.checkpoints.companion_files import companion_warnings, donor_files
-    from mergelab.checkpoints.folder import stat_sha256
+    from mergelab.checkpoints.folder import open_checkpoint, stat_sha256
     from mergelab.checkpoints.gguf.model_file import is_gguf
     from mergelab.checkpoints.locations import local_path
     from mergelab.checkpoints.publish import WorkFolder
     from mergelab.checkpoints.remote_output import local_output
     from mergelab.checkpoints.writer import identity_digest
     from mergelab.models.orbax import save_orbax
+    from mergelab.models.plain_tensors import rewrite_tensors
     from mergelab.models.save import save_model
 
     source = local_path(source)
@@ -89,26 +91,53 @@ def command(
         done = work.finished(identity)
         if not done:
             work.prepare()
-        model, params = load_either(source, mesh, dtype)
+        plain = to == "huggingface" and mesh is None and _is_foreign(source)
+        model, params = (None, {}) if plain else load_either(source, mesh, dtype)
         files: dict[str, Any] = donor_files(source, None) if source.is_dir() or is_gguf(source) else {}
+        nbytes = sum(array.nbytes for array in jax.tree.leaves(params))
+        checkpoint = None
+        if plain:
+            checkpoint = open_checkpoint(folder if done else source)
+            nbytes = sum(math.prod(t.shape) * t.dtype.itemsize for t in checkpoint.tensors.values())
         if done:
             pass
+        elif checkpoint is not None:
+            nbytes = rewrite_tensors(
+                checkpoint, work, dtype=dtype, files=files, shard_bytes=shard_size, identity=identity
+            )
         elif to == "orbax":
             save_orbax(model, params, work, files=files, identity=identity)
         else:
             save_model(model, params, work, files=files, shard_bytes=shard_size, identity=identity)
     for warning in companion_warnings(source, files) if source.is_dir() else ():
         click.echo(f"warning: {warning}", err=True)
-    nbytes = sum(array.nbytes for array in jax.tree.leaves(params))
     _report(out, to, nbytes, time.perf_counter() - started, as_json)
+
+
+def _is_foreign(source: Path) -> bool:
+    """Whether this is a folder of no supported model, whose tensors can be rewritten all the same."""
+    from mergelab.errors import CheckpointError
+    from mergelab.models.orbax import is_orbax_model
+
+    if is_orbax_model(source) or not (source / "config.json").is_file():
+        return False
+    try:
+        read_model(source)
+    except CheckpointError:
+        return True
+    return False
 
 
 def _to_gguf(source: Path, out: Path, dtype: Any, overwrite: bool) -> int:
     """Writes a GGUF file; returns the bytes of its tensors."""
     from mergelab.checkpoints.folder import open_checkpoint
     from mergelab.checkpoints.gguf.write import write_gguf
+    from mergelab.checkpoints.locations import is_url, local_path
     from mergelab.models.orbax import is_orbax_model
 
+    if is_url(out):
+        raise click.UsageError(f"{out}: a GGUF file is written to this machine; name a file of its own")
+    source = local_path(source)
     if is_orbax_model(source):
         raise click.UsageError(
             f"{source} is an Orbax folder; convert it with --to huggingface first, and that folder to GGUF"

@@ -157,6 +157,7 @@ def _chat(
         ChatTemplateError: the model's template refuses the messages.
         DecodingError: question and answer are more tokens than the model has positions.
     """
+    from mergelab.checkpoints.companions import has_companion
     from mergelab.cli.conversation import Chat
     from mergelab.text.chat import chat_ids, turn_end_ids
 
@@ -168,7 +169,7 @@ def _chat(
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     ids = chat_ids(tokenizer, messages)  # before any weight is read
-    if (path / "config.json").is_file():
+    if has_companion(path, "config.json"):
         _check_prompt(path, ids, max_new_tokens or 1, from_text=True)
     model, params = load_either(path, options["mesh"], options["dtype"])
     chat = Chat(

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -180,3 +181,13 @@ def _quiet_libraries() -> None:
     logging.getLogger("jax._src.xla_bridge").addFilter(lambda record: said not in record.getMessage())
     threading.excepthook = lambda arguments: None
     sys.unraisablehook = lambda unraisable: None
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        # What mergelab itself warns of is one line, as in the reports of commands.
+        if category is UserWarning:
+            click.echo(f"warning: {message}", err=True)
+        else:
+            usual(message, category, *place)
+
+    warnings.showwarning = show

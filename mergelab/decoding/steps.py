@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +128,7 @@ class Steps:
             out = self._forward(tokens, cache, places=places)
             assert out.logits is not None and out.cache is not None
             # What is not used does not pass through the program, which would copy it.
-            rest = replace(progress, cache=_NO_CACHE, prompt=_NO_PROMPT)
+            rest = replace(progress, cache=_NO_CACHE, prompt=_NOTHING)
             grown = _grown_alone(
                 self._model, rest, out.logits, out.captured, self._sampler, self._keys, self._stop
             )
@@ -136,8 +137,8 @@ class Steps:
         return replace(progress, cache=cache)
 
 
-_NO_CACHE = Cache((), (), np.zeros((0, 0), bool), np.zeros(0, np.int32))
-_NO_PROMPT = np.zeros((0, 0), np.int32)
+_NOTHING: Any = np.zeros((0, 0), np.int32)
+_NO_CACHE = Cache((), (), _NOTHING, _NOTHING)
 
 
 @jax.jit

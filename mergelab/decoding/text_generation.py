@@ -150,4 +150,5 @@ def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
     """Whether this is one prompt, and not a sequence of them."""
     if isinstance(prompts, str) or is_conversation(prompts):
         return True
-    return len(prompts) > 0 and not isinstance(prompts[0], str) and np.ndim(prompts[0]) == 0
+    first: Any = prompts[0] if len(prompts) else None
+    return len(prompts) > 0 and not isinstance(first, str) and np.ndim(first) == 0

@@ -323,7 +323,7 @@ def _extract(
         return {
             "adapter_config.json": _text(config),
             MARKER: _text({**facts, "extracted": extracted}),
-            "README.md": _card(work.out.name, finetuned, base, base_model, ranks),
+            "README.md": _card(finetuned, base, base_model, ranks),
         }
 
     whole_file = 1 + sum(job.bytes_out for job in jobs)  # PEFT reads adapters of one file
@@ -332,16 +332,19 @@ def _extract(
 
 
 def _card(
-    name: str, finetuned: Path | str, base: Path | str, model: FolderCheckpoint, ranks: Mapping[str, int]
+    finetuned: Path | str, base: Path | str, model: FolderCheckpoint, ranks: Mapping[str, int]
 ) -> bytes:
-    """The content of the adapter's `README.md`."""
+    """The content of the adapter's `README.md`; it does not depend on the folder's name."""
     span = " to ".join(str(rank) for rank in sorted({min(ranks.values()), max(ranks.values())}))
+    name = portable_name(base)
     said = (
-        f"LoRA adapter of rank {span} for {len(ranks)} modules of `{portable_name(base)}`, extracted with "
-        f"mergelab {__version__} from `{portable_name(finetuned)}` by truncated singular value decomposition "
-        "of the difference of the weights."
+        f"LoRA adapter of rank {span} for {len(ranks)} modules of `{name}`, extracted with mergelab "
+        f"{__version__} from `{portable_name(finetuned)}` by truncated singular value decomposition of the "
+        "difference of the weights."
     )
-    return short_card(name, "peft", ["mergelab", "lora"], card_facts([model.path]), [said])
+    return short_card(
+        f"LoRA adapter for {name}", "peft", ["mergelab", "lora"], card_facts([model.path]), [said]
+    )
 
 
 def _check_vllm_rank(rank: int) -> None:

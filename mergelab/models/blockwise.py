@@ -233,7 +233,8 @@ def _block(spec: AnyBlock, capture: tuple[str, ...], layer: int | None) -> Calla
         tap = _InBlock(layer or 0, capture, edits, places)
         # The gain is that of initial weights.
         module = spec.module(0, 1.0, "block")
-        x, (key, value) = module.apply({"params": params}, x, Pass(positions, mask, cache, tap))
+        found: Any = module.apply({"params": params}, x, Pass(positions, mask, cache, tap))
+        x, (key, value) = found
         return x, key, value, {name.split(".", 2)[2]: kept for name, kept in tap.captured.items()}
 
     return run

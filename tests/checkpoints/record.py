@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def lora_cases() -> dict[str, dict[str, Any]]:
             "fan_in_fan_out": True,
         },
         "pissa_dora": {"r": 2, "target_modules": ["up"], "init_lora_weights": "pissa", "use_dora": True},
+        "pissa_converted": {"r": 2, "target_modules": ["up"], "init_lora_weights": "pissa"},
         "olora": {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "up"], "init_lora_weights": "olora"},
         "tokens": {
             "r": 2,
@@ -129,13 +131,20 @@ def make_lora(case: str, folder: Path) -> None:
     save_file(model.state_dict(), folder / "model.safetensors")
     # Saved from one copy and merged into another: some variants alter the base they begin with.
     adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**options))
+    convert: dict[str, Any] = {}
+    if case == "pissa_converted":  # to a plain adapter of twice the rank, for the unaltered base
+        adapted.peft_config["default"].init_lora_weights = True
+        adapted.save_pretrained(str(folder / "start"))
+        adapted.peft_config["default"].init_lora_weights = "pissa"
+        convert = {"path_initial_model_for_weight_conversion": str(folder / "start")}
     generator = torch.Generator().manual_seed(1)
     for name, parameter in adapted.named_parameters():
         trained = any(word in name for word in ("lora_", "modules_to_save", "trainable_tokens_delta"))
         if trained or (name.endswith("bias") and "bias" in options):
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
             parameter.data = noise * 0.5
-    adapted.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+    adapted.save_pretrained(str(folder / "adapter"), save_embedding_layers=False, **convert)
+    shutil.rmtree(folder / "start", ignore_errors=True)
     (folder / "adapter" / "README.md").unlink(missing_ok=True)
     loaded = peft.PeftModel.from_pretrained(model, str(folder / "adapter"))
     merged = loaded.merge_and_unload().state_dict()

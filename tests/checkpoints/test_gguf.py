@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from mergelab.checkpoints import open_checkpoint, read_whole
 from mergelab.checkpoints.gguf.tensors import KINDS
 from mergelab.checkpoints.gguf.write import write_gguf
 from mergelab.cli.main import cli
-from mergelab.errors import CheckpointError, NonFiniteError, OutputError
+from mergelab.errors import CheckpointError, DependencyError, NonFiniteError, OutputError
 from tests.checkpoints.gguf_blocks import decode
 
 ROWS, WIDTH = 6, 512
@@ -114,6 +115,25 @@ def test_plain_tensors_keep_their_type_and_bytes(dtype: Any, tmp_path: Path) -> 
     found = read_whole(opened.tensors["model.layers.0.mlp.up_proj.weight"])
     assert found.dtype == dtype and found.tobytes() == values.tobytes()
     assert opened.config["torch_dtype"] == str(np.dtype(dtype))
+
+
+def test_quantized_tensors_without_the_package_name_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    types = gguf.GGMLQuantizationType
+    path = write(
+        tmp_path / "m.gguf",
+        LLAMA,
+        {
+            "blk.0.ffn_up.weight": (blocks("Q8_0", ROWS, WIDTH), types.Q8_0),
+            "blk.0.ffn_gate.weight": (np.ones((ROWS, WIDTH), np.float32), types.F32),
+        },
+    )
+    monkeypatch.setitem(sys.modules, "gguf.quants", None)
+    tensors = open_checkpoint(path).tensors
+    assert (read_whole(tensors["model.layers.0.mlp.gate_proj.weight"]) == 1).all()
+    with pytest.raises(DependencyError, match=r"pip install 'mergelab\[gguf\]'"):
+        read_whole(tensors["model.layers.0.mlp.up_proj.weight"])
 
 
 def test_unknown_types_are_refused_all_by_name(tmp_path: Path) -> None:
@@ -429,6 +449,21 @@ def test_commands_take_gguf_files_as_models(folders: Callable[[str], Path], tmp_
     found = ml.load_model(tmp_path / "merged")[1]["embed"]["embedding"]
     wanted = ml.load_model(model)[1]["embed"]["embedding"]
     np.testing.assert_allclose(found, np.asarray(wanted) * 1.5, rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["s3://bucket/m.gguf", "--to", "gguf"], "a GGUF file is written to this machine"),
+        (["m.gguf", "--to", "gguf", "--mesh", "data=1"], "takes no --mesh"),
+        (["out", "--dtype", "q8_0"], "add --to gguf"),
+    ],
+)
+def test_what_convert_cannot_do_with_gguf_is_said(
+    arguments: list[str], words: str, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(cli, ["convert", str(folders("qwen2")), *arguments])
+    assert result.exit_code == 2 and words in result.output
 
 
 def test_quantized_weights_become_float32_and_others_stay(

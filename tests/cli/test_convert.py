@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors.numpy import save_file
 
 from mergelab.checkpoints import open_checkpoint, read_whole
 from mergelab.cli.main import cli
@@ -70,6 +71,22 @@ def test_dtype_and_files(source: Path, tmp_path: Path) -> None:
     assert report["bytes"] == sum(array.nbytes for array in after.values())
     for name, array in before.items():
         assert np.array_equal(after[name], array.astype(ml_dtypes.bfloat16))
+
+
+def test_a_model_of_no_supported_family_keeps_its_tensors(tmp_path: Path) -> None:
+    source = tmp_path / "foreign"
+    source.mkdir()
+    tensors = {"a.weight": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4), "ids": np.arange(5)}
+    save_file(tensors, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps({"model_type": "rwkv9", "torch_dtype": "float32"}))
+    convert(source, tmp_path / "half", "--dtype", "bfloat16")
+    after = weights(tmp_path / "half")
+    assert np.array_equal(after["a.weight"], tensors["a.weight"].astype(ml_dtypes.bfloat16))
+    assert np.array_equal(after["ids"], tensors["ids"]) and after["ids"].dtype == np.int64
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert config == {"model_type": "rwkv9", "torch_dtype": "bfloat16"}
+    refused = CliRunner().invoke(cli, ["convert", str(source), str(tmp_path / "orbax"), "--to", "orbax"])
+    assert refused.exit_code == 2 and "rwkv9" in refused.stderr
 
 
 def test_outputs_are_not_replaced_unasked(source: Path, tmp_path: Path) -> None:

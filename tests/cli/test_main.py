@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 
 import click
 import pytest
 from click.testing import CliRunner
 
 import mergelab
-from mergelab.cli.main import SECTIONS, CommandTable, cli
+from mergelab.cli.main import SECTIONS, CommandTable, cli, run
 from mergelab.errors import OutputError, RecipeError
 
 COMMANDS = [name for names in SECTIONS.values() for name in names]
@@ -55,6 +56,20 @@ def test_help_reads_like_a_table_of_contents() -> None:
     lines = [line.split() for line in result.output.splitlines()]
     for name in COMMANDS:
         assert any(line[:1] == [name] and len(line) > 3 for line in lines), f"{name} has no line in the help"
+
+
+def test_a_warning_of_the_library_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @click.command()
+    def command() -> None:
+        warnings.warn("config.json has a field unknown here", stacklevel=1)
+
+    monkeypatch.setattr(CommandTable, "get_command", lambda self, ctx, name: command)
+    with warnings.catch_warnings():  # which also puts back how warnings are shown
+        warnings.simplefilter("always")
+        assert run(["inspect"]) == 0
+    assert capsys.readouterr().err == "warning: config.json has a field unknown here\n"
 
 
 def test_version() -> None:

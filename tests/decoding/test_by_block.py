@@ -1,4 +1,4 @@
-"""Generation block by block: the same texts as the whole program, kinds of layers, edits, and bfloat16."""
+"""One program per kind of block gives what the whole program gives, and deep models compile no longer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mergelab.decoding import generate, generation_state, pad_prompts, steps
+from mergelab.models import blockwise
 from mergelab.models.blockwise import Blockwise, runs_by_block
 from mergelab.models.families import model_from_config
 from mergelab.models.layers.bfloat16_bits import Bits, as_bits
@@ -76,7 +77,7 @@ def test_compiling_does_not_grow_with_depth(caplog: pytest.LogCaptureFixture) ->
         return sum("Finished XLA compilation of jit(run)" in record.message for record in caplog.records)
 
     # Entrance and two kinds of blocks, for the prompt and for one token; and the exit.
-    assert compiled(2) == compiled(6) == 7
+    assert compiled(2) == compiled(4) == 7
 
 
 @pytest.mark.parametrize("shape", [(61, 24), (1100, 130)])
@@ -107,18 +108,23 @@ def test_bits_share_the_memory_of_their_matrix() -> None:
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "gpt2"])
-def test_bfloat16_is_as_near_to_float32_as_the_whole_program(kind: str) -> None:
+def test_bfloat16_is_multiplied_as_exactly_as_by_xla(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, params = tiny(kind)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), half)
     tokens, mask = jnp.asarray(TOKENS), jnp.asarray(MASK)
-    whole = jax.jit(lambda p, c: model.apply(p, tokens, mask=mask, cache=c).logits)
-    exact = np.asarray(whole(wide, model.new_cache(3, 10)))[MASK]
-    usual = np.asarray(whole(half, model.new_cache(3, 10, jnp.bfloat16)))[MASK]
-    found = Blockwise(model, half)(tokens, model.new_cache(3, 10, jnp.bfloat16), mask=mask)
-    assert found.logits is not None and found.logits.dtype == jnp.float32
-    error = np.abs(np.asarray(found.logits)[MASK] - exact).mean()
-    assert 0 < error < 1.25 * np.abs(usual - exact).mean()
+
+    def logits(params: Any, dtype: Any) -> np.ndarray:
+        found = Blockwise(model, params)(tokens, model.new_cache(3, 10, dtype), mask=mask).logits
+        assert found is not None and found.dtype == jnp.float32
+        return np.asarray(found)[MASK]
+
+    exact, found = logits(wide, jnp.float32), logits(half, jnp.bfloat16)
+    monkeypatch.setattr(blockwise, "as_bits", lambda params: params)
+    usual = logits(half, jnp.bfloat16)
+    # Both round what each product gives; sums in another order may round to a neighbor.
+    assert 0 < np.abs(found - exact).mean() < 1.1 * np.abs(usual - exact).mean()
+    assert np.abs(found - usual).mean() < 0.3 * np.abs(usual - exact).mean()
 
 
 def longrope() -> tuple[Any, Any]:

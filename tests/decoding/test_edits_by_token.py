@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from mergelab.decoding import generate, generation_state, pad_prompts, steps
 from mergelab.errors import SiteError
 from mergelab.interp import ablate, patch, steer
 from mergelab.interp.latent_edits import add
+from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit
 from tests.decoding.tiny import tiny
 from tests.interp.saes import random_sae
@@ -24,32 +26,41 @@ NEW = 6
 DIRECTION = 3 * np.sin(np.arange(24)).astype(np.float32)
 
 
-def whole_texts(edit_of: Callable[[np.ndarray, int], Edit]) -> list[list[int]]:
-    """Greedy search without a cache: each prompt by itself, its edit made for every length of the text.
+LENGTH = 12  # of the longest prompt with its new tokens
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(model: Model, params: Params, tokens: jax.Array, mask: jax.Array, edit: Edit) -> jax.Array:
+    return model.apply(params, tokens, mask=mask, edit={SITE: edit}).logits
+
+
+def whole_texts(edit_of: Callable[[int], Edit]) -> list[list[int]]:
+    """Greedy search without a cache: each prompt by itself, all columns of the text to come edited at once.
 
     Args:
-        edit_of: from the tokens of one prompt and the length of its text so far to the edit.
+        edit_of: from the number of a prompt's tokens to the edit of its `LENGTH` columns.
     """
     model, params = tiny("llama")
     found = []
     for prompt in PROMPTS:
-        text = list(prompt)
+        text, edit = list(prompt), edit_of(len(prompt))
         for _ in range(NEW):
-            edit = edit_of(np.asarray(prompt), len(text))
-            out = model.apply(params, jnp.asarray([text], jnp.int32), edit={SITE: edit})
-            text.append(int(jnp.argmax(out.logits[0, -1])))  # type: ignore[index]
+            tokens = jnp.asarray([text + [0] * (LENGTH - len(text))], jnp.int32)
+            logits = _logits(model, params, tokens, jnp.asarray(first(len(text))), edit)
+            text.append(int(jnp.argmax(logits[0, len(text) - 1])))
         found.append(text[len(prompt) :])
     return found
+
+
+def first(count: int) -> np.ndarray:
+    """A mask of the first columns."""
+    return np.arange(LENGTH)[None] < count
 
 
 def generated(edit: Edit, **options: Any) -> list[list[int]]:
     model, params = tiny("llama")
     tokens, mask = pad_prompts(PROMPTS)
     return generate(model, params, tokens, mask, max_new_tokens=NEW, edit={SITE: edit}, **options).rows()
-
-
-def upto(count: int, length: int) -> np.ndarray:
-    return np.arange(length)[None] < count
 
 
 @pytest.fixture(params=["by block", "in one program"], autouse=True)
@@ -62,8 +73,8 @@ def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_tokens_are_told_apart_by_their_kind() -> None:
     everywhere = generated(steer(DIRECTION))
     for where, expected in (
-        ("prompt", whole_texts(lambda p, n: steer(DIRECTION, where=upto(len(p), n)))),
-        ("generated", whole_texts(lambda p, n: steer(DIRECTION, where=~upto(len(p), n)))),
+        ("prompt", whole_texts(lambda n: steer(DIRECTION, where=first(n)))),
+        ("generated", whole_texts(lambda n: steer(DIRECTION, where=~first(n)))),
     ):
         found = generated(steer(DIRECTION, where=where))  # type: ignore[arg-type]
         assert found == expected != everywhere
@@ -73,21 +84,13 @@ def test_a_mask_is_one_of_the_prompts_columns() -> None:
     # The last token of the first prompt, and the second of the other, which is padded with three columns.
     where = np.zeros((2, 6), bool)
     where[0, 5] = where[1, 4] = True
-    chosen = {6: upto(6, 6) & ~upto(5, 6), 3: upto(2, 3) & ~upto(1, 3)}
-
-    def of_text(prompt: np.ndarray, length: int) -> np.ndarray:
-        return np.pad(chosen[len(prompt)], ((0, 0), (0, length - len(prompt))))
-
-    assert generated(steer(DIRECTION, where=where)) == whole_texts(
-        lambda p, n: steer(DIRECTION, where=of_text(p, n))
-    )
-    assert generated(ablate(DIRECTION, where=where)) == whole_texts(
-        lambda p, n: ablate(DIRECTION, where=of_text(p, n))
-    )
-    sae = random_sae(24)
-    assert generated(add(sae, [3], 40.0, where=where)) == whole_texts(
-        lambda p, n: add(sae, [3], 40.0, where=of_text(p, n))
-    )
+    chosen = {6: first(6) & ~first(5), 3: first(2) & ~first(1)}
+    for edit_at in (
+        lambda where: steer(DIRECTION, where=where),
+        lambda where: ablate(DIRECTION, where=where),
+        lambda where: add(random_sae(24), [3], 40.0, where=where),
+    ):
+        assert generated(edit_at(where)) == whole_texts(lambda n, edit_at=edit_at: edit_at(chosen[n]))
     twice = generated(steer(DIRECTION, where=where), samples=2)
     assert twice[::2] == twice[1::2] == generated(steer(DIRECTION, where=where))
 
@@ -95,12 +98,12 @@ def test_a_mask_is_one_of_the_prompts_columns() -> None:
 def test_a_patch_takes_the_place_of_the_prompt_alone() -> None:
     value = np.random.default_rng(0).normal(size=(2, 6, 24)).astype(np.float32)
 
-    def of_text(prompt: np.ndarray, length: int) -> Edit:
-        row = value[[0]] if len(prompt) == 6 else value[[1], 3:]
-        padded = np.pad(row, ((0, 0), (0, length - len(prompt)), (0, 0)))
-        return patch(padded, where=upto(len(prompt), length))
+    def of_text(count: int) -> Edit:
+        row = value[[0]] if count == 6 else value[[1], 3:]
+        padded = np.pad(row, ((0, 0), (0, LENGTH - count), (0, 0)))
+        return patch(padded, where=first(count))
 
-    assert generated(patch(value)) == whole_texts(of_text)
+    assert generated(patch(value)) == whole_texts(of_text) != generated(lambda x: x)
 
 
 def test_an_edit_asks_for_positions_and_mask() -> None:
@@ -108,7 +111,7 @@ def test_an_edit_asks_for_positions_and_mask() -> None:
         chosen = (positions % 2 == 0) & mask
         return x + jnp.where(chosen[..., None], jnp.asarray(DIRECTION)[None, None], 0.0)
 
-    every_other = whole_texts(lambda p, n: steer(DIRECTION, where=np.arange(n)[None] % 2 == 0))
+    every_other = whole_texts(lambda n: steer(DIRECTION, where=np.arange(LENGTH)[None] % 2 == 0))
     assert generated(even) == every_other != generated(steer(DIRECTION))
 
 

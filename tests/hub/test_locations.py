@@ -231,6 +231,17 @@ def test_a_training_run_is_mirrored_and_taken_up_from_there(store: Store, tmp_pa
     mirror(tmp_path)  # a folder that is nowhere else
 
 
+def test_what_cannot_go_there_says_so_and_makes_no_folder_of_that_name(
+    store: Store, tmp_path: Path, models: Path
+) -> None:
+    command = ["soup", str(models / "llama-ft2"), "--method", "running", "--out", "memory://bucket/average"]
+    done = CliRunner().invoke(cli, command)
+    assert done.exit_code == 2 and "memory://bucket/average is a URL" in done.output
+    with pytest.raises(OutputError, match="push a local folder"):
+        ml.push("memory://bucket/average", "org/name")
+    assert not list(tmp_path.glob("memory*"))
+
+
 def test_every_kind_of_path_is_a_place(store: Store, models: Path) -> None:
     from etils import epath
 

@@ -75,9 +75,10 @@ PRE_TOKENIZERS: dict[str, dict[str, Any]] = {name: kind for names, kind in _KIND
 """The `pre_tokenizer` of `tokenizer.json` by the name in `tokenizer.ggml.pre`."""
 
 WHOLE_WORDS_FIRST = frozenset(
-    ["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "lfm2", "tekken"]
+    ["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"]
 )
-"""Vocabularies whose words are taken whole before any merge (`ignore_merges`)."""
+"""Vocabularies whose words are taken whole before any merge (`ignore_merges`); texts of theirs begin with the
+token that begins texts where a file does not say (`add_bos`)."""
 
 
 def pre_tokenizer(name: str) -> dict[str, Any] | None:

@@ -26,6 +26,7 @@ HF_JSON = "tokenizer.huggingface.json"
 ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator", "mask": "mask"}
 _GEMMA = ("gemma", "gemma2", "gemma3")
 _SPACE = "▁"
+_LONGEST = 256  # signs of a token that merges make; SentencePiece makes none above 16
 _USUAL_PRE = {"gpt2": "gpt-2", "gptneox": "gpt-2", "qwen2": "qwen2", "qwen3": "qwen2"}
 
 
@@ -84,7 +85,7 @@ def _byte_level(
         "ignore_merges": name in WHOLE_WORDS_FIRST,
         "byte_fallback": False,
     }
-    begins = metadata.get("tokenizer.ggml.add_bos_token", name in WHOLE_WORDS_FIRST - {"falcon3"})
+    begins = metadata.get("tokenizer.ggml.add_bos_token", name in WHOLE_WORDS_FIRST)
     return {
         "version": "1.0",
         "truncation": None,
@@ -179,7 +180,7 @@ def _merges_of(
     """All ways to make a token of two others, the best scores first, as SentencePiece tries them."""
     found: list[tuple[float, int, int, int, str, str]] = []
     for token, number in vocabulary.items():
-        if types[number] not in (NORMAL, USER_DEFINED, UNUSED):
+        if types[number] not in (NORMAL, USER_DEFINED, UNUSED) or len(token) > _LONGEST:
             continue
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]

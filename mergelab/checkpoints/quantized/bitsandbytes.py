@@ -84,7 +84,7 @@ def _find_int8(findings: Findings, stem: str, name: str) -> None:
     return findings.give(source, weight.name, *form)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FlatBlocks(BoxSource):
     """Four-bit codes of flat elements, a block of which has one maximum.
 

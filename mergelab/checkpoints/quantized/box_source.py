@@ -21,7 +21,7 @@ _PAGE = 4096
 _WINDOW = 4 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BoxSource(ABC):
     """A `TensorSource` in float32 that is computed; its last two axes are rows and columns.
 
@@ -78,7 +78,7 @@ class BoxSource(ABC):
             done += height * length
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Transposed(BoxSource):
     """Another box source with its last two axes exchanged."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -54,14 +55,20 @@ FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6
 """Values of E2M1, the 4-bit float of the OCP microscaling formats, by code."""
 
 
+@cache
 def byte_table(dtype: np.dtype[Any]) -> np.ndarray:
     """Value of each byte of a one-byte type, float32 `[256, 1]`."""
-    return np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)[:, None]
+    table = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)[:, None]
+    table.flags.writeable = False  # all tensors of the type share it
+    return table
 
 
+@cache
 def fp4_pairs() -> np.ndarray:
     """Values of the two E2M1 numbers of each byte, the lower bits first, float32 `[256, 2]`."""
-    return _digits(FP4, 4)
+    table = _digits(FP4, 4)
+    table.flags.writeable = False
+    return table
 
 
 def meanings(table: np.ndarray, stored: np.ndarray) -> np.ndarray:
@@ -82,7 +89,7 @@ def _digits(values: np.ndarray, bits: int) -> np.ndarray:
     return values[(np.arange(256)[:, None] >> shifts) & (2**bits - 1)].astype(np.float32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bytes:
     """Bytes, each of which means one number or several in a row.
 
@@ -106,7 +113,7 @@ class Bytes:
         return values[:, skipped : skipped + len(columns)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedBits:
     """Codes of 1 to 8 bits that fill 32-bit words from their lowest bit on, running on into the next word.
 

@@ -33,6 +33,7 @@ _INT32 = np.dtype(np.int32)
 _BITS = (2, 3, 4, 8)
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Place within its word of each of eight codes."""
+_AWQ_OTHERS = ("gemv", "gemv_fast", "marlin")
 _GPTQ = {"gptq": 1, "gptq_v2": 0}
 """What is added to stored zero points, by `checkpoint_format`."""
 _AUTO_ROUND = ("auto-round", "intel/auto-round")
@@ -51,6 +52,9 @@ def find_gptq_and_awq(findings: Findings) -> None:
         ]
         if lacking:
             findings.fault(name, f"has no {' and no '.join(map(repr, lacking))}; {COPY}", *used)
+            continue
+        if (version := findings.settings.packing) in _AWQ_OTHERS:
+            findings.fault(name, f"was packed by AWQ as version {version!r}; export it as 'gemm'", *used)
             continue
         zeros, scales = findings.tensors[f"{stem}qzeros"], findings.tensors[f"{stem}scales"]
         kinds = all(each.dtype == _INT32 for each in (codes, zeros)) and is_float(scales.dtype)

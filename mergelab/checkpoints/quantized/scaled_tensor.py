@@ -96,7 +96,7 @@ class Blocks:
         return along, found - along.start
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScaledTensor(BoxSource):
     """`(code - zero) * scale`, computed in float32 in this order.
 

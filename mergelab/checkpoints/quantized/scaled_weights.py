@@ -25,11 +25,12 @@ FLOAT8 = frozenset(dtype for dtype in FLOATS if dtype.itemsize == 1)
 _INT8, _UINT8 = np.dtype(np.int8), np.dtype(np.uint8)
 _CODES = FLOAT8 | {_INT8, _UINT8}
 _SCALES = frozenset(FLOATS) | {SAFETENSORS["F8_E8M0"], _UINT8}
-_E4M3 = SAFETENSORS["F8_E4M3"]
+_EXPONENTS = (SAFETENSORS["F8_E8M0"], _UINT8)
 
 ACTIVATIONS = (
     "input_scale", "input_scale_inv", "activation_scale", "input_zero_point", "input_global_scale",
     "input_observer.min_val", "input_observer.max_val", "output_scale", "output_zero_point", "qscale_act",
+    "scale_input",
 )  # fmt: skip
 """Last names of what a quantized module stores to quantize its inputs and outputs."""
 
@@ -41,8 +42,8 @@ def find_scaled_weights(findings: Findings) -> None:
             continue
         stem = name.removesuffix("weight")
         beside = [f"{name}_scale_inv", f"{name}_scale"]
-        if stem != name and stem.endswith("."):  # DeepSeek-V4's and Mistral's names
-            beside += [f"{stem}scale", f"{stem}qscale_weight"]
+        if stem != name and stem.endswith("."):  # DeepSeek-V4's, Mistral's and ComfyUI's names
+            beside += [f"{stem}scale", f"{stem}qscale_weight", f"{stem}scale_weight"]
         scale = next((each for each in beside if each in findings.tensors), None)
         # Bytes with one scale may be codes of two bits (BitNet): NVFP4 is known by its second scale.
         if scale is None or (tensor.dtype == _UINT8 and f"{name}_scale_2" not in findings.tensors):
@@ -56,8 +57,13 @@ def _find_one(findings: Findings, name: str, tensor: TensorSource, scale_name: s
     each = 2 if pairs else 1
     shape = (*tensor.shape[:-1], tensor.shape[-1] * each)
     used = _beside(findings, name)
-    if scale.dtype not in _SCALES:
-        findings.fault(scale_name, f"is {described(scale)}, which are no scales; {COPY}", name, *used)
+    if scale.dtype not in _SCALES or (tensor.dtype == _INT8 and pairs and scale.dtype not in _EXPONENTS):
+        findings.fault(
+            scale_name,
+            f"is {described(scale)}, which are no scales of {tensor.dtype} codes; {COPY}",
+            name,
+            *used,
+        )
         return
     blocks = scale_blocks(findings, scale, shape)
     if blocks is None:

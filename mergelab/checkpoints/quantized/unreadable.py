@@ -66,12 +66,16 @@ def name_the_rest(findings: Findings, quantized: bool) -> None:
             f"{findings.place} is quantized by {kind} (it has {names[0]!r}{more}), which cannot be read; "
             "dequantize it with the library that made it, or take the model it was made from"
         )
+    scaled = {name.rpartition(".")[0] for name in rest if "scale" in name.rpartition(".")[2]}
     for name, tensor in rest.items():
         if name in findings.used:
             continue
         if name.endswith(_PARTS) or (quantized and name.endswith(_LIKELY_PARTS)):
             findings.fault(name, f"is {described(tensor)} and belongs to no weight; {COPY}")
-        elif quantized and name.endswith(("weight", "_proj")) and _holds_codes(tensor):
+        elif name.endswith(("weight", "_proj")) and (
+            (quantized and _holds_codes(tensor))
+            or (tensor.dtype in FLOAT8 and name.rpartition(".")[0] in scaled)
+        ):
             method = f" (quant_method {findings.settings.method!r})" if findings.settings.method else ""
             findings.fault(
                 name,

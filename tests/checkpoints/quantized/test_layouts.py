@@ -74,6 +74,7 @@ def test_the_smallest_block_size_that_fits_is_not_taken_for_the_stated_one(tmp_p
         ("weight_scale", np.linspace(0.1, 1, 6, dtype=np.float16)[:, None]),
         ("scale", np.full((1, 1), 3.0, np.float32)),
         ("qscale_weight", np.full((), 0.5, ml_dtypes.bfloat16)),
+        ("scale_weight", np.full((), 0.5, np.float32)),
     ],
 )
 def test_scales_of_a_tensor_or_of_rows_under_every_name(

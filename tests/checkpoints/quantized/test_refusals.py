@@ -82,6 +82,19 @@ def test_float8_without_any_scale_is_a_plain_type(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+def test_float8_beside_a_scale_of_an_unknown_name_is_no_plain_type(tmp_path: Path) -> None:
+    write(tmp_path, {"q.weight": np.ones((2, 2), E4M3), "q.my_scale": np.ones(1, np.float32)})
+    with pytest.raises(CheckpointError, match=r"'q\.weight' is float8_e4m3fn .* without a scale"):
+        open_checkpoint(tmp_path)
+
+
+def test_int8_beside_numbers_called_scale_may_be_anything(tmp_path: Path) -> None:
+    for name in ("q.scale", "q.weight_scale_inv"):
+        write(tmp_path, {"q.weight": np.ones((2, 32), np.int8), name: np.ones((2, 2), np.float32)})
+        with pytest.raises(CheckpointError, match="no scales of int8 codes"):
+            open_checkpoint(tmp_path)
+
+
 def drop(name: str) -> Callable[[Tensors], None]:
     return lambda tensors: tensors.__delitem__(name)
 
@@ -180,6 +193,7 @@ def test_parts_that_lack_or_misfit_are_named(
     [
         ({"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
         ({"quant_method": "auto-round", "packing_format": "auto_round"}, "Auto-Round as 'auto_round'"),
+        ({"quant_method": "awq", "version": "gemv_fast"}, "by AWQ as version 'gemv_fast'"),
     ],
 )
 def test_packings_of_gptq_that_are_not_known_are_refused(

@@ -7,7 +7,6 @@ from mergelab.lazy import lazy_names
 if TYPE_CHECKING:
     from mergelab.quickstart.autoencoder import Features, find_features, train_autoencoder
     from mergelab.quickstart.corpus import Corpus, TextDocument, gather
-    from mergelab.quickstart.example_models import example_models
     from mergelab.quickstart.experiment import run
     from mergelab.quickstart.family import (
         TrainedFamily,
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
         train_bpe,
         train_tokenizer,
     )
+    from mergelab.quickstart.models_at_hand import example_models
     from mergelab.quickstart.presets import PRESETS, AutoencoderSettings, QuickstartSettings
     from mergelab.quickstart.results import ModelScore, Results, score_models
     from mergelab.quickstart.train import TrainSettings, next_token_loss, train_lm

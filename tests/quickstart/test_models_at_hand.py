@@ -7,23 +7,24 @@ from pathlib import Path
 
 import pytest
 
+import mergelab.checkpoints.hub as hub
 from mergelab.errors import CheckpointError
 from mergelab.quickstart import example_models as face
 from mergelab.quickstart.experiment import run
 
-MODULE = sys.modules["mergelab.quickstart.example_models"]
+MODULE = sys.modules["mergelab.quickstart.models_at_hand"]
 
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is said; nothing is downloaded or trained."""
 
-    def no_hub(name: str) -> Path:
-        raise OSError("offline\nand more")
+    def no_hub(place: object, need: object = None) -> Path:
+        raise CheckpointError("offline")
 
-    monkeypatch.setattr(MODULE, "_from_hub", no_hub)
+    monkeypatch.setattr(hub, "fetch_from_hub", no_hub)
     monkeypatch.setattr(MODULE, "run", lambda folder, settings: None)
-    monkeypatch.setattr(MODULE, "_PACKAGE", "no_such_package")
+    monkeypatch.setattr(MODULE, "_PACKAGE", "no-such-package")
     return []
 
 
@@ -33,29 +34,33 @@ def test_folders_that_exist_are_taken(tmp_path: Path, said: list[str]) -> None:
 
 
 def test_the_hub_is_asked_for_all_or_none(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
-    monkeypatch.setattr(MODULE, "_from_hub", lambda name: Path("cache") / name)
+    monkeypatch.setattr(hub, "fetch_from_hub", lambda place, need: Path("cache") / place.repo)
     assert face("org/a", "org/b", say=said.append) == (Path("cache/org/a"), Path("cache/org/b"))
-    assert said == ["models of the hub: org/a, org/b"]
+    assert said == ["models: org/a, org/b"]
 
 
 def test_without_a_hub_the_quickstart_has_some(said: list[str]) -> None:
     found = face("org/a", "org/b", folder="there", otherwise=("base", "code"), say=said.append)
     assert found == (Path("there/models/base"), Path("there/models/code"))
-    assert said == ["models of the quickstart: base, code, since the hub did not give it (offline)"]
+    assert (
+        said[0].startswith("models of the quickstart: base, code (org/a does not exist")
+        and "offline" in said[0]
+    )
 
 
 def test_the_package_comes_before_the_quickstart_if_its_file_can_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
-    package = tmp_path / "a_package_with_a_model"
-    package.mkdir()
-    (package / "__init__.py").write_text("raise ImportError('nothing of it is imported')")
-    (package / "Model.gguf").touch()
+    records = tmp_path / "a_model-1.dist-info"
+    records.mkdir()
+    (records / "METADATA").write_text("Metadata-Version: 2.1\nName: a-model\nVersion: 1\n")
+    (records / "RECORD").write_text("a_model/__init__.py,,\na_model/Model.gguf,,\n")
+    file = tmp_path / "a_model" / "Model.gguf"
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(MODULE, "_PACKAGE", package.name)
+    monkeypatch.setattr(MODULE, "_PACKAGE", "a-model")
     opened: list[Path] = []
     monkeypatch.setattr(MODULE, "open_checkpoint", opened.append)
-    assert face("org/a", say=said.append) == (package / "Model.gguf",) == tuple(opened)
+    assert face("org/a", say=said.append) == (file,) == tuple(opened)
     assert face("org/a", "org/b", otherwise=("base", "code"), say=said.append)[1].name == "code"
 
     def unread(path: Path) -> None:

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING
 
-from mergelab.checkpoints.companions import read_companion
 from mergelab.checkpoints.text_file import MAX_TABLE
 from mergelab.errors import CheckpointError, shortened
 
@@ -60,6 +59,8 @@ def open_tokenizer_file(path: Path) -> Tokenizer:
         CheckpointError: the file is not a regular file of at most 256 MiB, or not a tokenizer.
     """
     from tokenizers import Tokenizer
+
+    from mergelab.checkpoints.companions import read_companion  # `--help` checks names, and reads no files
 
     raw = read_companion(path.parent, path.name, MAX_TABLE)
     try:

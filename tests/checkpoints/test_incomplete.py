@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from mergelab.checkpoints import open_checkpoint
+from mergelab.checkpoints.companion_files import donor_files
 from mergelab.checkpoints.json_data import read_json_object
-from mergelab.checkpoints.model_files import donor_files
 from mergelab.errors import CheckpointError
 from mergelab.text.tokenizer import load_tokenizer
 

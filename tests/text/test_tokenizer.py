@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -97,8 +98,10 @@ def test_faulty_folders_and_settings_are_refused(folder: Path, tmp_path: Path) -
         tokenizer.encode_batch(TEXTS, max_length=1)
     with pytest.raises(MergelabError, match="no texts"):
         tokenizer.encode_batch([])
-    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
+    with pytest.raises(CheckpointError, match=r"nowhere does not exist"):
         load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
+        load_tokenizer(Path(tempfile.mkdtemp(dir=tmp_path)))
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is not"):
         load_tokenizer(folder)

@@ -153,7 +153,12 @@ def command(
     def lines() -> str:
         chosen = report.selection.chosen
         return "\n".join(
-            [f"direction before block {chosen.layer}, token {chosen.position}", *report.table(), str(out)]
+            [
+                f"direction before block {chosen.layer}, token {chosen.position}",
+                *report.table(),
+                *report.findings(),
+                str(out),
+            ]
         )
 
     for warning in companion_warnings(model, donor_files(model, None)):

@@ -61,7 +61,11 @@ def test_the_command_writes_an_edited_folder_and_says_what_it_measured(
     assert report["prompts"] == {"found": [24, 24], "chosen": [8, 8], "measured": [8, 8]}
     assert report == json.loads((tmp_path / "edited" / "abliteration.json").read_text())
     card = (tmp_path / "edited" / "README.md").read_text()
-    assert "| harmful prompts refused (answers with a refusal phrase) | 100.0% |" in card
+    row = "| harmful prompts refused (answers with a refusal phrase) | "
+    assert row + "100.0% (8 of 8; 95 % interval 67.6 to 100.0 %) |" in card
+    assert report["counts"]["harmful_refusals"]["before"]["count"] == 8
+    assert all(f"- {sentence}\n" in card for sentence in report["findings"])
+    assert "Refusals of harmful prompts fell from 8 to " in card
     assert "What this means, and what it does not" in card
     model, params = load_model(tmp_path / "edited")
     tokens, answers = prompts(128, 50, True)

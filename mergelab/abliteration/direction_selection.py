@@ -15,7 +15,7 @@ from mergelab.abliteration.behavior import check_refusal_ids, first_token_scores
 from mergelab.abliteration.directions import Directions
 from mergelab.abliteration.prompts import Prompts
 from mergelab.abliteration.removal import ablate, induce
-from mergelab.errors import EvaluationError, MergelabError
+from mergelab.errors import MergelabError, SearchError
 from mergelab.models.model import Model, Params
 
 __all__ = ["Candidate", "DirectionSelection", "Filters", "select_direction"]
@@ -116,7 +116,7 @@ def select_direction(
         progress: called with the number of candidates done and of all.
 
     Raises:
-        EvaluationError: no candidate passes; the message says what the best ones failed.
+        SearchError: no candidate passes; the message says how many failed what, and `trace` holds them all.
         MergelabError: the directions are not of this model, or there are no such tokens.
 
     Reference: Arditi et al. 2024, arXiv:2406.11717, section 2.3 and appendix C.
@@ -146,7 +146,16 @@ def select_direction(
             progress(done, len(tried))
     passing = [candidate for candidate in trace if candidate.rejected is None]
     if not passing:
-        raise EvaluationError(_none_passes(trace, filters))
+        raise SearchError(
+            _none_passes(trace, filters),
+            {
+                "refusal_before": float(refused.mean()),
+                "harmless_before": float(answered.mean()),
+                "filters": asdict(filters),
+                "failed": _failed(trace, filters),
+                "trace": [asdict(candidate) for candidate in trace],
+            },
+        )
     chosen = min(passing, key=lambda candidate: candidate.refusal)
     place = chosen.position + positions, chosen.layer
     return DirectionSelection(
@@ -191,9 +200,27 @@ def _none_passes(trace: Sequence[Candidate], filters: Filters) -> str:
             f"no direction lies before {filters.max_depth:g} of the layers with two different means; give "
             "other prompts, more positions, or a larger depth."
         )
-    best = min(trace, key=lambda candidate: candidate.refusal)
+    # What destroys a model ends its refusals too: the one to name is the one that a filter nearly let by.
+    gentle = [candidate for candidate in trace if candidate.kl <= filters.max_kl]
+    if gentle:
+        best = max(gentle, key=lambda candidate: np.nan_to_num(candidate.induced, nan=-np.inf))
+    else:
+        best = min(trace, key=lambda candidate: np.nan_to_num(candidate.kl, nan=np.inf))
+    failed = _failed(trace, filters)
+    counts = [f"{count} have {what}" for what, count in failed.items() if count]
+    several = "; some for more than one reason" if sum(failed.values()) > len(trace) else ""
     return (
-        f"none of {len(trace)} directions passes the filters; the one that ends refusals best (position "
-        f"{best.position}, layer {best.layer}, refusal score {best.refusal:.3g}) was rejected: "
-        f"{best.rejected}; give more or purer prompts, or other filters."
+        f"none of {len(trace)} directions passes the filters ({', '.join(counts)}{several}); "
+        f"the nearest (position {best.position}, layer {best.layer}, refusal score {best.refusal:.3g}, KL "
+        f"{best.kl:.3g}) was rejected: {best.rejected}; give more or purer prompts, or other filters."
     )
+
+
+def _failed(trace: Sequence[Candidate], filters: Filters) -> dict[str, int]:
+    """How many candidates fail each filter; one may fail several."""
+    figures = np.array([(c.refusal, c.induced, c.kl) for c in trace]).reshape(-1, 3)
+    return {
+        f"a KL above {filters.max_kl:g}": int((figures[:, 2] > filters.max_kl).sum()),
+        f"an induced refusal below {filters.min_induced:g}": int((figures[:, 1] < filters.min_induced).sum()),
+        "a figure that is not finite": int((~np.isfinite(figures).all(axis=1)).sum()),
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from mergelab.abliteration.ablation import Ablation, Space
 from mergelab.abliteration.behavior import (
     REFUSAL_PHRASES,
     check_refusal_ids,
+    first_token_scores,
     measure_behavior,
     refusal_tokens,
     text_windows,
@@ -29,9 +31,9 @@ from mergelab.abliteration.write import write_abliterated
 from mergelab.checkpoints import FolderCheckpoint, open_checkpoint
 from mergelab.checkpoints.model_card import card_facts
 from mergelab.checkpoints.output_target import recorded_identity
-from mergelab.checkpoints.publish import WorkFolder
+from mergelab.checkpoints.publish import WorkFolder, publish_file
 from mergelab.checkpoints.remote_output import writes_anywhere
-from mergelab.errors import MergelabError
+from mergelab.errors import EvaluationError, MergelabError, OutputError, SearchError
 from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import require_decoder
@@ -68,6 +70,8 @@ class AbliterationSettings:
         text_length: Tokens in a window of the text whose loss is measured; 256, or as many as the model has
             positions, if None.
         seed: Seed of the prompts' order and the trials.
+        anyway: Whether directions are searched for although harmful prompts score no higher than harmless
+            ones, so that the model does not seem to refuse.
     """
 
     phrases: Sequence[str] = REFUSAL_PHRASES
@@ -83,6 +87,7 @@ class AbliterationSettings:
     batch: int = 16
     text_length: int | None = None
     seed: int = 0
+    anyway: bool = False
 
 
 @writes_anywhere()
@@ -127,7 +132,9 @@ def abliterate(
 
     Raises:
         MergelabError: prompts are too few, the model is an encoder, or a setting has no meaning.
-        EvaluationError: no direction passes the filters; nothing is written.
+        EvaluationError: harmful prompts score no higher than harmless ones: the model does not refuse them.
+        SearchError: no direction or no trial passes the filters. No model is written; what was tried is, as
+            JSON beside `out`, in the file that the message names.
         CheckpointError: the model cannot be read.
         OutputError: the folder cannot be written.
     """
@@ -142,9 +149,26 @@ def abliterate(
         if not work.published and not (resume and recorded_identity(work.out)):
             work.prepare()
         checkpoint = open_checkpoint(source)
-        model, report = _measure(checkpoint, source, harmful, harmless, settings, text, mesh, dtype, progress)
+        try:
+            model, report = _measure(
+                checkpoint, source, harmful, harmless, settings, text, mesh, dtype, progress
+            )
+        except SearchError as error:
+            raise _with_trace(error, work.out, [source, *inputs]) from None
         _write(model, checkpoint, work, report, resume, progress or _silent)
     return report
+
+
+def _with_trace(error: SearchError, out: Path, inputs: Iterable[str | Path]) -> SearchError:
+    """The error, naming the file beside the output that now holds all that was tried."""
+    path = out.with_name(f"{out.name}.trace.json")
+    content = json.dumps({"error": str(error), **error.trace}, indent=2) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        publish_file(path, content.encode(), inputs=inputs)
+    except (OSError, OutputError):  # the search's own failure is what must be told
+        return error
+    return SearchError(f"{str(error).removesuffix('.')}; all that was tried is in {path}.", error.trace)
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -177,6 +201,8 @@ def _measure(
     tell = progress or _silent
 
     tell("finding directions", 0, 1)
+    if not settings.anyway:
+        _check_refusing(model, params, tokenizer, bad.find, good.find, ids, settings.batch)
     directions = find_directions(
         model,
         params,
@@ -272,6 +298,37 @@ def _windows(model: Model, tokenizer: Tokenizer, text: str, length: int | None) 
     return text_windows(tokens, separator, window_length(model, length, 256, place="text_length"))
 
 
+def _check_refusing(
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    harmful: Prompts,
+    harmless: Prompts,
+    ids: np.ndarray,
+    batch: int,
+) -> None:
+    """Two passes that spare the hundreds of a search for what is not there.
+
+    Raises:
+        EvaluationError: harmful prompts score no higher than harmless ones.
+    """
+    (refused, _, first), (answered, _, other) = (
+        first_token_scores(model, params, prompts, ids, batch=batch) for prompts in (harmful, harmless)
+    )
+    if refused.mean() > answered.mean():
+        return
+    begins = np.unique(np.concatenate([logits.argmax(axis=-1) for logits in (first, other)]))
+    shared = ""
+    if len(begins) == 1:
+        shared = f" (all answers begin with {tokenizer.shown_piece(int(begins[0]))!r})"
+    raise EvaluationError(
+        f"the model does not seem to refuse: the mean refusal score of {len(harmful)} harmful prompts is "
+        f"{refused.mean():.3g}, no higher than {answered.mean():.3g} of {len(harmless)} harmless ones, and "
+        f"{(refused > 0).sum()} and {(answered > 0).sum()} of them begin with a refusal{shared}; give "
+        "prompts that it refuses or the phrases its refusals begin with, or search all the same (--anyway)."
+    )
+
+
 def _search(
     model: Model,
     params: Params,
@@ -301,7 +358,11 @@ def _search(
         seed=settings.seed,
         progress=lambda done, total: tell("searching", done, total),
     )
-    trial = search.best(settings.filters.max_kl)
+    try:
+        trial = search.best(settings.filters.max_kl)
+    except SearchError as error:
+        error.trace["selection"] = selection.to_json()
+        raise
     return search, trial, space.ablation(jnp.asarray(list(trial.parameters.values()), jnp.float32))
 
 

@@ -113,8 +113,8 @@ class Report:
             "",
             f"# {name}",
             "",
-            f"`{portable_name(self.model)}`, edited with mergelab {__version__}: a direction was taken out of "
-            "the matrices that write to the residual stream (abliteration; Arditi et al. 2024, "
+            f"`{portable_name(self.model)}`, edited with mergelab {__version__}: a direction was taken out "
+            "of the matrices that write to the residual stream (abliteration; Arditi et al. 2024, "
             "arXiv:2406.11717).",
             "",
             "## Measured before and after",

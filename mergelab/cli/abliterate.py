@@ -91,6 +91,12 @@ __all__ = ["command"]
     help="Dtype to measure in; weights are written as stored.",
 )
 @click.option("--mesh", type=MESH, metavar="AXES", help="Mesh to spread the model over, as in tensor=4.")
+@click.option(
+    "--anyway",
+    is_flag=True,
+    help="Search although harmful prompts score no higher than harmless ones, so that the model does not "
+    "seem to refuse.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")
 @click.option("--resume", is_flag=True, help="Go on with an output that was interrupted.")
 @PUSH

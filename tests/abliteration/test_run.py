@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from mergelab.abliteration.prompts import (
     read_prompts,
 )
 from mergelab.cli.main import cli
-from mergelab.errors import EvaluationError, MergelabError
+from mergelab.errors import EvaluationError, MergelabError, SearchError
 from mergelab.models.load import load_model
 from mergelab.text.tokenizer import load_tokenizer
 from tests.abliteration.planted import REFUSE, Planted, prompts, text_of, write_folder
@@ -109,11 +110,34 @@ def test_a_search_chooses_what_is_written(folder: Path, tmp_path: Path) -> None:
 
 def test_nothing_is_written_where_no_direction_passes(folder: Path, tmp_path: Path) -> None:
     settings = AbliterationSettings(phrases=("Refused",), filters=Filters(min_induced=99.0), batch=8)
-    with pytest.raises(EvaluationError, match="passes the filters"):
+    where = re.escape(str(tmp_path / "out.trace.json"))
+    with pytest.raises(SearchError, match=f"passes the filters.*all that was tried is in {where}") as caught:
         abliterate(folder / "model", tmp_path / "out", texts(True), texts(False), settings=settings)
+    trace = json.loads((tmp_path / "out.trace.json").read_text())
+    tried = len(trace["trace"])
+    assert f"none of {tried} directions" in str(caught.value)
+    assert trace["failed"]["an induced refusal below 99"] == tried
+    assert f"{tried} have an induced refusal below 99" in str(caught.value)
+    (tmp_path / "out.trace.json").unlink()
     with pytest.raises(MergelabError, match="4 harmful prompts; give at least 5"):
         abliterate(folder / "model", tmp_path / "out", texts(True)[:4], texts(False))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_does_not_refuse_is_told_before_the_search(folder: Path, tmp_path: Path) -> None:
+    settings = AbliterationSettings(phrases=("Refused",), filters=Filters(max_depth=1.0), batch=8)
+    told: list[str] = []
+    with pytest.raises(EvaluationError, match=r"does not seem to refuse: .* 24 harmful prompts") as caught:
+        abliterate(
+            folder / "model",
+            tmp_path / "out",
+            texts(False),  # what it answers, as if it were harmful
+            texts(True),
+            settings=settings,
+            progress=lambda what, done, total: told.append(what),
+        )
+    assert "and 0 and 24 of them begin with a refusal;" in str(caught.value)
+    assert set(told) == {"finding directions"} and not list(tmp_path.iterdir())
 
 
 def test_prompts_come_in_the_models_chat_format(folder: Path, tmp_path: Path) -> None:

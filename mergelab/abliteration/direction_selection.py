@@ -29,11 +29,30 @@ class Filters:
         max_kl: the most its removal may change the first token of harmless answers, in nats on average.
         min_induced: the least refusal score, in log-odds, of harmless prompts to which it is added.
         max_depth: only layers below this share of all; later ones lie too near to the output tokens.
+        layers: the first and the last layer to look at, both counted, in place of `max_depth`; None for no
+            such bounds.
     """
 
     max_kl: float = 0.1
     min_induced: float = 0.0
     max_depth: float = 0.8
+    layers: tuple[int, int] | None = None
+
+    def candidates(self, layers: int) -> range:
+        """The layers of a model of so many whose directions may be chosen.
+
+        Raises:
+            MergelabError: the range of layers does not lie within the model.
+        """
+        if self.layers is None:
+            return range(sum(layer < self.max_depth * layers for layer in range(layers)))
+        first, last = self.layers
+        if not 0 <= first <= last < layers:
+            raise MergelabError(
+                f"layers {first}-{last} were asked for, but the model has layers 0-{layers - 1}; give a "
+                "first and a last one among these."
+            )
+        return range(first, last + 1)
 
 
 @dataclass(frozen=True)
@@ -102,7 +121,7 @@ def select_direction(
     """The direction with the least refusal score among those that pass the filters.
 
     Three passes for each candidate, all of one compiled program: removed on harmful prompts, removed
-    on harmless ones, and added on harmless ones. Nothing is computed for layers beyond the depth filter.
+    on harmless ones, and added on harmless ones. Nothing is computed for layers that the filters exclude.
 
     Args:
         model: a decoder.
@@ -117,7 +136,7 @@ def select_direction(
 
     Raises:
         SearchError: no candidate passes; the message says how many failed what, and `trace` holds them all.
-        MergelabError: the directions are not of this model, or there are no such tokens.
+        MergelabError: the directions are not of this model, it lacks the layers, or there are no such tokens.
 
     Reference: Arditi et al. 2024, arXiv:2406.11717, section 2.3 and appendix C.
     """
@@ -130,11 +149,11 @@ def select_direction(
             f"{model.config.n_layers} of width {model.config.d_model}; find them with this model."
         )
     score = partial(_score, model, params, ids, batch)
+    looked = filters.candidates(layers)
     refused, _, _ = score(harmful)
     answered, _, before = score(harmless)
     unit, raw, valid = directions.unit, directions.raw, directions.valid
-    depth = sum(layer < filters.max_depth * layers for layer in range(layers))
-    tried = [(p, layer) for p in range(positions) for layer in range(depth) if valid[p, layer]]
+    tried = [(p, layer) for p in range(positions) for layer in looked if valid[p, layer]]
     trace = []
     for done, (p, layer) in enumerate(tried, 1):
         refusal, _, _ = score(harmful, removed=unit[p, layer])
@@ -196,9 +215,12 @@ def _rejected(refusal: float, induced: float, kl: float, filters: Filters) -> st
 
 def _none_passes(trace: Sequence[Candidate], filters: Filters) -> str:
     if not trace:
+        where = f"before {filters.max_depth:g} of the layers"
+        if filters.layers is not None:
+            where = f"in layers {filters.layers[0]}-{filters.layers[1]}"
         return (
-            f"no direction lies before {filters.max_depth:g} of the layers with two different means; give "
-            "other prompts, more positions, or a larger depth."
+            f"no direction lies {where} with two different means; give other prompts, more positions, or "
+            "more layers."
         )
     # What destroys a model ends its refusals too: the one to name is the one that a filter nearly let by.
     gentle = [candidate for candidate in trace if candidate.kl <= filters.max_kl]

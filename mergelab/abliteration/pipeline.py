@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,8 @@ class AbliterationSettings:
         text_length: Tokens in a window of the text whose loss is measured; 256, or as many as the model has
             positions, if None.
         seed: Seed of the prompts' order and the trials.
+        response_prefix: Text that every answer begins with, such as `<think>` of a reasoning model; scores
+            and answers are of what follows it.
         anyway: Whether directions are searched for although harmful prompts score no higher than harmless
             ones, so that the model does not seem to refuse.
     """
@@ -87,6 +89,7 @@ class AbliterationSettings:
     batch: int = 16
     text_length: int | None = None
     seed: int = 0
+    response_prefix: str = ""
     anyway: bool = False
 
 
@@ -190,12 +193,21 @@ def _measure(
     tokenizer = load_tokenizer(source)
     model, params = load_model(checkpoint, mesh=mesh, dtype=dtype)
     require_decoder(model)
+    settings.filters.candidates(model.config.n_layers)
     ids = check_refusal_ids(model, refusal_tokens(tokenizer, settings.phrases))
     sets = [
-        _within(model, encode_prompts(tokenizer, texts, system=settings.system), f"{source}, {name} prompts")
+        _within(
+            model,
+            encode_prompts(
+                tokenizer, texts, system=settings.system, response_prefix=settings.response_prefix
+            ),
+            f"{source}, {name} prompts",
+        )
         for name, texts in (("harmful", harmful), ("harmless", harmless))
     ]
-    positions = settings.positions or post_instruction_tokens(tokenizer, *sets)
+    positions = settings.positions or post_instruction_tokens(
+        tokenizer, *sets, response_prefix=settings.response_prefix
+    )
     bad, good = (_Parts.of(prompts.shuffled(settings.seed)) for prompts in sets)
     windows = None if text is None else _windows(model, tokenizer, text, settings.text_length)
     tell = progress or _silent
@@ -263,6 +275,7 @@ def _measure(
         before=before,
         after=after,
         facts=card_facts([checkpoint.path]),
+        response_prefix=settings.response_prefix,
     )
     return model, report
 
@@ -320,7 +333,8 @@ def _check_refusing(
     begins = np.unique(np.concatenate([logits.argmax(axis=-1) for logits in (first, other)]))
     shared = ""
     if len(begins) == 1:
-        shared = f" (all answers begin with {tokenizer.shown_piece(int(begins[0]))!r})"
+        piece = tokenizer.shown_piece(int(begins[0]))
+        shared = f" (all answers begin with {piece!r}, which --response-prefix looks past)"
     raise EvaluationError(
         f"the model does not seem to refuse: the mean refusal score of {len(harmful)} harmful prompts is "
         f"{refused.mean():.3g}, no higher than {answered.mean():.3g} of {len(harmless)} harmless ones, and "
@@ -342,6 +356,8 @@ def _search(
     tell: Progress,
 ) -> tuple[SearchResult, Trial, Ablation]:
     space = Space.of(directions, selection.chosen.position)
+    if settings.filters.layers is not None:
+        space = _within_layers(space, *settings.filters.layers)
     search = search_ablation(
         model,
         params,
@@ -364,6 +380,14 @@ def _search(
         error.trace["selection"] = selection.to_json()
         raise
     return search, trial, space.ablation(jnp.asarray(list(trial.parameters.values()), jnp.float32))
+
+
+def _within_layers(space: Space, first: int, last: int) -> Space:
+    """The space whose direction comes from the given layers, and not from each block's own."""
+    low, high = space.low.copy(), space.high.copy()
+    source, own = space.names.index("source"), space.names.index("own")
+    low[source], high[source], high[own] = max(low[source], first), last, 0.0
+    return replace(space, low=low, high=high)
 
 
 def _write(

@@ -59,6 +59,7 @@ class Report:
         before: the unedited model, on the prompts left for measuring.
         after: the edited one, on the same.
         facts: what the card says to the hub.
+        response_prefix: text after which answers were measured.
     """
 
     model: str
@@ -72,6 +73,7 @@ class Report:
     before: Behavior
     after: Behavior
     facts: CardFacts = field(default_factory=CardFacts)
+    response_prefix: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -84,6 +86,7 @@ class Report:
             "model": self.model,
             "prompts": {name: list(counts) for name, counts in self.prompts.items()},
             "refusal_phrases": list(self.phrases),
+            "response_prefix": self.response_prefix,
             "before": self._figures(self.before),
             "after": self._figures(self.after),
             "counts": self._counts(),
@@ -133,6 +136,11 @@ class Report:
             f"among {len(self.selection.trace)} candidates on {counts['chosen'][0]} and "
             f"{counts['chosen'][1]} other prompts.",
             *([] if self.trial is None else [self._searched(self.trial)]),
+            *(
+                [f"- Every prompt ended with {self.response_prefix!r}, as answers begin."]
+                if self.response_prefix
+                else []
+            ),
             f"- Norms kept: {self.keep_norms or 'none'}.",
             "- Every candidate's figures, and the weights of each layer: `abliteration.json`.",
             "",

@@ -140,6 +140,43 @@ def test_a_model_that_does_not_refuse_is_told_before_the_search(folder: Path, tm
     assert set(told) == {"finding directions"} and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("2-9", "layers 2-9 were asked for, but the model has layers 0-3"),
+        ("3-1", "'3-1' is not a range of layers"),
+        ("last", "'last' is not a range of layers"),
+        ("-1", "'-1' is not a range of layers"),
+    ],
+)
+def test_layers_that_a_model_lacks_are_refused(
+    folder: Path, tmp_path: Path, layers: str, message: str
+) -> None:
+    result = command(folder, tmp_path / "out", f"--layers={layers}")
+    assert result.exit_code == 2 and message in result.stderr and not list(tmp_path.iterdir())
+
+
+def test_candidates_come_from_the_layers_asked_for(folder: Path, tmp_path: Path) -> None:
+    settings = AbliterationSettings(
+        phrases=("Refused",), filters=Filters(layers=(1, 2), max_kl=9), trials=5, rounds=1, batch=8
+    )
+    report = abliterate(folder / "model", tmp_path / "out", texts(True), texts(False), settings=settings)
+    assert {candidate.layer for candidate in report.selection.trace} == {1, 2}
+    assert report.search is not None
+    points = [trial.parameters for trial in report.search.trials]
+    assert all(1 <= point["source"] <= 2 and point["own"] == 0 for point in points)
+
+
+def test_a_prefix_of_answers_ends_every_prompt(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder / "model")
+    plain = encode_prompts(tokenizer, texts(True))
+    longer = encode_prompts(tokenizer, texts(True), response_prefix=" Never .\n")
+    np.testing.assert_array_equal(longer.tokens[:, :-2], plain.tokens)
+    assert tokenizer.decode(longer.tokens[0, -2:].tolist()) == "Never ."
+    assert post_instruction_tokens(tokenizer, longer) == 1
+    assert post_instruction_tokens(tokenizer, longer, response_prefix=" Never .\n") == 4
+
+
 def test_prompts_come_in_the_models_chat_format(folder: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(folder / "model")
     tokens, _ = prompts(40, 41, True)

@@ -23,6 +23,7 @@ __all__ = [
     "OutputError",
     "RecipeError",
     "SAEError",
+    "SearchError",
     "SiteError",
     "TokenError",
     "did_you_mean",
@@ -81,6 +82,19 @@ class OutputError(MergelabError):
 
 class EvaluationError(MergelabError):
     """An evaluator failed or returned something that is not the declared metrics."""
+
+
+class SearchError(EvaluationError):
+    """A search that found nothing to choose.
+
+    Args:
+        message: what it looked for, and how far it came.
+        trace: everything that was tried, as plain data.
+    """
+
+    def __init__(self, message: str, trace: Mapping[str, object] | None = None) -> None:
+        super().__init__(message)
+        self.trace: dict[str, object] = dict(trace or {})
 
 
 class SAEError(MergelabError, ValueError):

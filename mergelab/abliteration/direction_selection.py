@@ -15,7 +15,7 @@ from mergelab.abliteration.behavior import check_refusal_ids, first_token_scores
 from mergelab.abliteration.directions import Directions
 from mergelab.abliteration.prompts import Prompts
 from mergelab.abliteration.removal import ablate, induce
-from mergelab.errors import EvaluationError, MergelabError
+from mergelab.errors import MergelabError, SearchError
 from mergelab.models.model import Model, Params
 
 __all__ = ["Candidate", "DirectionSelection", "Filters", "select_direction"]
@@ -29,11 +29,30 @@ class Filters:
         max_kl: the most its removal may change the first token of harmless answers, in nats on average.
         min_induced: the least refusal score, in log-odds, of harmless prompts to which it is added.
         max_depth: only layers below this share of all; later ones lie too near to the output tokens.
+        layers: the first and the last layer to look at, both counted, in place of `max_depth`; None for no
+            such bounds.
     """
 
     max_kl: float = 0.1
     min_induced: float = 0.0
     max_depth: float = 0.8
+    layers: tuple[int, int] | None = None
+
+    def candidates(self, layers: int) -> range:
+        """The layers of a model of so many whose directions may be chosen.
+
+        Raises:
+            MergelabError: the range of layers does not lie within the model.
+        """
+        if self.layers is None:
+            return range(sum(layer < self.max_depth * layers for layer in range(layers)))
+        first, last = self.layers
+        if not 0 <= first <= last < layers:
+            raise MergelabError(
+                f"layers {first}-{last} were asked for, but the model has layers 0-{layers - 1}; give a "
+                "first and a last one among these."
+            )
+        return range(first, last + 1)
 
 
 @dataclass(frozen=True)
@@ -102,7 +121,7 @@ def select_direction(
     """The direction with the least refusal score among those that pass the filters.
 
     Three passes for each candidate, all of one compiled program: removed on harmful prompts, removed
-    on harmless ones, and added on harmless ones. Nothing is computed for layers beyond the depth filter.
+    on harmless ones, and added on harmless ones. Nothing is computed for layers that the filters exclude.
 
     Args:
         model: a decoder.
@@ -116,8 +135,8 @@ def select_direction(
         progress: called with the number of candidates done and of all.
 
     Raises:
-        EvaluationError: no candidate passes; the message says what the best ones failed.
-        MergelabError: the directions are not of this model, or there are no such tokens.
+        SearchError: no candidate passes; the message says how many failed what, and `trace` holds them all.
+        MergelabError: the directions are not of this model, it lacks the layers, or there are no such tokens.
 
     Reference: Arditi et al. 2024, arXiv:2406.11717, section 2.3 and appendix C.
     """
@@ -130,11 +149,11 @@ def select_direction(
             f"{model.config.n_layers} of width {model.config.d_model}; find them with this model."
         )
     score = partial(_score, model, params, ids, batch)
+    looked = filters.candidates(layers)
     refused, _, _ = score(harmful)
     answered, _, before = score(harmless)
     unit, raw, valid = directions.unit, directions.raw, directions.valid
-    depth = sum(layer < filters.max_depth * layers for layer in range(layers))
-    tried = [(p, layer) for p in range(positions) for layer in range(depth) if valid[p, layer]]
+    tried = [(p, layer) for p in range(positions) for layer in looked if valid[p, layer]]
     trace = []
     for done, (p, layer) in enumerate(tried, 1):
         refusal, _, _ = score(harmful, removed=unit[p, layer])
@@ -146,7 +165,16 @@ def select_direction(
             progress(done, len(tried))
     passing = [candidate for candidate in trace if candidate.rejected is None]
     if not passing:
-        raise EvaluationError(_none_passes(trace, filters))
+        raise SearchError(
+            _none_passes(trace, filters),
+            {
+                "refusal_before": float(refused.mean()),
+                "harmless_before": float(answered.mean()),
+                "filters": asdict(filters),
+                "failed": _failed(trace, filters),
+                "trace": [asdict(candidate) for candidate in trace],
+            },
+        )
     chosen = min(passing, key=lambda candidate: candidate.refusal)
     place = chosen.position + positions, chosen.layer
     return DirectionSelection(
@@ -187,13 +215,34 @@ def _rejected(refusal: float, induced: float, kl: float, filters: Filters) -> st
 
 def _none_passes(trace: Sequence[Candidate], filters: Filters) -> str:
     if not trace:
+        where = f"before {filters.max_depth:g} of the layers"
+        if filters.layers is not None:
+            where = f"in layers {filters.layers[0]}-{filters.layers[1]}"
         return (
-            f"no direction lies before {filters.max_depth:g} of the layers with two different means; give "
-            "other prompts, more positions, or a larger depth."
+            f"no direction lies {where} with two different means; give other prompts, more positions, or "
+            "more layers."
         )
-    best = min(trace, key=lambda candidate: candidate.refusal)
+    # What destroys a model ends its refusals too: the one to name is the one that a filter nearly let by.
+    gentle = [candidate for candidate in trace if candidate.kl <= filters.max_kl]
+    if gentle:
+        best = max(gentle, key=lambda candidate: np.nan_to_num(candidate.induced, nan=-np.inf))
+    else:
+        best = min(trace, key=lambda candidate: np.nan_to_num(candidate.kl, nan=np.inf))
+    failed = _failed(trace, filters)
+    counts = [f"{count} have {what}" for what, count in failed.items() if count]
+    several = "; some for more than one reason" if sum(failed.values()) > len(trace) else ""
     return (
-        f"none of {len(trace)} directions passes the filters; the one that ends refusals best (position "
-        f"{best.position}, layer {best.layer}, refusal score {best.refusal:.3g}) was rejected: "
-        f"{best.rejected}; give more or purer prompts, or other filters."
+        f"none of {len(trace)} directions passes the filters ({', '.join(counts)}{several}); "
+        f"the nearest (position {best.position}, layer {best.layer}, refusal score {best.refusal:.3g}, KL "
+        f"{best.kl:.3g}) was rejected: {best.rejected}; give more or purer prompts, or other filters."
     )
+
+
+def _failed(trace: Sequence[Candidate], filters: Filters) -> dict[str, int]:
+    """How many candidates fail each filter; one may fail several."""
+    figures = np.array([(c.refusal, c.induced, c.kl) for c in trace]).reshape(-1, 3)
+    return {
+        f"a KL above {filters.max_kl:g}": int((figures[:, 2] > filters.max_kl).sum()),
+        f"an induced refusal below {filters.min_induced:g}": int((figures[:, 1] < filters.min_induced).sum()),
+        "a figure that is not finite": int((~np.isfinite(figures).all(axis=1)).sum()),
+    }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mergelab.abliteration.ablation import Ablation, Space
 from mergelab.abliteration.behavior import (
     REFUSAL_PHRASES,
     check_refusal_ids,
+    first_token_scores,
     measure_behavior,
     refusal_tokens,
     text_windows,
@@ -29,9 +31,9 @@ from mergelab.abliteration.write import write_abliterated
 from mergelab.checkpoints import FolderCheckpoint, open_checkpoint
 from mergelab.checkpoints.model_card import card_facts
 from mergelab.checkpoints.output_target import recorded_identity
-from mergelab.checkpoints.publish import WorkFolder
+from mergelab.checkpoints.publish import WorkFolder, publish_file
 from mergelab.checkpoints.remote_output import writes_anywhere
-from mergelab.errors import MergelabError
+from mergelab.errors import EvaluationError, MergelabError, OutputError, SearchError
 from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import require_decoder
@@ -68,6 +70,10 @@ class AbliterationSettings:
         text_length: Tokens in a window of the text whose loss is measured; 256, or as many as the model has
             positions, if None.
         seed: Seed of the prompts' order and the trials.
+        response_prefix: Text that every answer begins with, such as `<think>` of a reasoning model; scores
+            and answers are of what follows it.
+        anyway: Whether directions are searched for although harmful prompts score no higher than harmless
+            ones, so that the model does not seem to refuse.
     """
 
     phrases: Sequence[str] = REFUSAL_PHRASES
@@ -83,6 +89,8 @@ class AbliterationSettings:
     batch: int = 16
     text_length: int | None = None
     seed: int = 0
+    response_prefix: str = ""
+    anyway: bool = False
 
 
 @writes_anywhere()
@@ -127,7 +135,9 @@ def abliterate(
 
     Raises:
         MergelabError: prompts are too few, the model is an encoder, or a setting has no meaning.
-        EvaluationError: no direction passes the filters; nothing is written.
+        EvaluationError: harmful prompts score no higher than harmless ones: the model does not refuse them.
+        SearchError: no direction or no trial passes the filters. No model is written; what was tried is, as
+            JSON beside `out`, in the file that the message names.
         CheckpointError: the model cannot be read.
         OutputError: the folder cannot be written.
     """
@@ -142,9 +152,26 @@ def abliterate(
         if not work.published and not (resume and recorded_identity(work.out)):
             work.prepare()
         checkpoint = open_checkpoint(source)
-        model, report = _measure(checkpoint, source, harmful, harmless, settings, text, mesh, dtype, progress)
+        try:
+            model, report = _measure(
+                checkpoint, source, harmful, harmless, settings, text, mesh, dtype, progress
+            )
+        except SearchError as error:
+            raise _with_trace(error, work.out, [source, *inputs]) from None
         _write(model, checkpoint, work, report, resume, progress or _silent)
     return report
+
+
+def _with_trace(error: SearchError, out: Path, inputs: Iterable[str | Path]) -> SearchError:
+    """The error, naming the file beside the output that now holds all that was tried."""
+    path = out.with_name(f"{out.name}.trace.json")
+    content = json.dumps({"error": str(error), **error.trace}, indent=2) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        publish_file(path, content.encode(), inputs=inputs)
+    except (OSError, OutputError):  # the search's own failure is what must be told
+        return error
+    return SearchError(f"{str(error).removesuffix('.')}; all that was tried is in {path}.", error.trace)
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -166,17 +193,28 @@ def _measure(
     tokenizer = load_tokenizer(source)
     model, params = load_model(checkpoint, mesh=mesh, dtype=dtype)
     require_decoder(model)
+    settings.filters.candidates(model.config.n_layers)
     ids = check_refusal_ids(model, refusal_tokens(tokenizer, settings.phrases))
     sets = [
-        _within(model, encode_prompts(tokenizer, texts, system=settings.system), f"{source}, {name} prompts")
+        _within(
+            model,
+            encode_prompts(
+                tokenizer, texts, system=settings.system, response_prefix=settings.response_prefix
+            ),
+            f"{source}, {name} prompts",
+        )
         for name, texts in (("harmful", harmful), ("harmless", harmless))
     ]
-    positions = settings.positions or post_instruction_tokens(tokenizer, *sets)
+    positions = settings.positions or post_instruction_tokens(
+        tokenizer, *sets, response_prefix=settings.response_prefix
+    )
     bad, good = (_Parts.of(prompts.shuffled(settings.seed)) for prompts in sets)
     windows = None if text is None else _windows(model, tokenizer, text, settings.text_length)
     tell = progress or _silent
 
     tell("finding directions", 0, 1)
+    if not settings.anyway:
+        _check_refusing(model, params, tokenizer, bad.find, good.find, ids, settings.batch)
     directions = find_directions(
         model,
         params,
@@ -237,6 +275,7 @@ def _measure(
         before=before,
         after=after,
         facts=card_facts([checkpoint.path]),
+        response_prefix=settings.response_prefix,
     )
     return model, report
 
@@ -272,6 +311,38 @@ def _windows(model: Model, tokenizer: Tokenizer, text: str, length: int | None) 
     return text_windows(tokens, separator, window_length(model, length, 256, place="text_length"))
 
 
+def _check_refusing(
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    harmful: Prompts,
+    harmless: Prompts,
+    ids: np.ndarray,
+    batch: int,
+) -> None:
+    """Two passes that spare the hundreds of a search for what is not there.
+
+    Raises:
+        EvaluationError: harmful prompts score no higher than harmless ones.
+    """
+    (refused, _, first), (answered, _, other) = (
+        first_token_scores(model, params, prompts, ids, batch=batch) for prompts in (harmful, harmless)
+    )
+    if refused.mean() > answered.mean():
+        return
+    begins = np.unique(np.concatenate([logits.argmax(axis=-1) for logits in (first, other)]))
+    shared = ""
+    if len(begins) == 1:
+        piece = tokenizer.shown_piece(int(begins[0]))
+        shared = f" (all answers begin with {piece!r}, which --response-prefix looks past)"
+    raise EvaluationError(
+        f"the model does not seem to refuse: the mean refusal score of {len(harmful)} harmful prompts is "
+        f"{refused.mean():.3g}, no higher than {answered.mean():.3g} of {len(harmless)} harmless ones, and "
+        f"{(refused > 0).sum()} and {(answered > 0).sum()} of them begin with a refusal{shared}; give "
+        "prompts that it refuses or the phrases its refusals begin with, or search all the same (--anyway)."
+    )
+
+
 def _search(
     model: Model,
     params: Params,
@@ -285,6 +356,8 @@ def _search(
     tell: Progress,
 ) -> tuple[SearchResult, Trial, Ablation]:
     space = Space.of(directions, selection.chosen.position)
+    if settings.filters.layers is not None:
+        space = _within_layers(space, *settings.filters.layers)
     search = search_ablation(
         model,
         params,
@@ -301,8 +374,20 @@ def _search(
         seed=settings.seed,
         progress=lambda done, total: tell("searching", done, total),
     )
-    trial = search.best(settings.filters.max_kl)
+    try:
+        trial = search.best(settings.filters.max_kl)
+    except SearchError as error:
+        error.trace["selection"] = selection.to_json()
+        raise
     return search, trial, space.ablation(jnp.asarray(list(trial.parameters.values()), jnp.float32))
+
+
+def _within_layers(space: Space, first: int, last: int) -> Space:
+    """The space whose direction comes from the given layers, and not from each block's own."""
+    low, high = space.low.copy(), space.high.copy()
+    source, own = space.names.index("source"), space.names.index("own")
+    low[source], high[source], high[own] = max(low[source], first), last, 0.0
+    return replace(space, low=low, high=high)
 
 
 def _write(

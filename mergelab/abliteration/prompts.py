@@ -127,13 +127,21 @@ def _from_json(path: Path, number: int, line: str) -> str:
     return found
 
 
-def encode_prompts(tokenizer: Tokenizer, texts: str | Sequence[str], *, system: str | None = None) -> Prompts:
+def encode_prompts(
+    tokenizer: Tokenizer,
+    texts: str | Sequence[str],
+    *,
+    system: str | None = None,
+    response_prefix: str = "",
+) -> Prompts:
     """Prompts as the user's turns of the model's chat template; as plain text where it has none.
 
     Args:
         tokenizer: the model's.
         texts: the instructions, or one.
         system: a system turn before each, for templates.
+        response_prefix: text that every answer of the model begins with, such as `<think>`, so that the next
+            token is the first that differs.
 
     Raises:
         ChatTemplateError: the template refuses the turns.
@@ -146,13 +154,14 @@ def encode_prompts(tokenizer: Tokenizer, texts: str | Sequence[str], *, system: 
                 f"{tokenizer.folder} has no chat template, so that a system prompt has no place; leave it "
                 "away."
             )
-        return Prompts.of([tokenizer.encode(text) for text in texts], tokenizer.pad_id)
+        return Prompts.of([tokenizer.encode(text + response_prefix) for text in texts], tokenizer.pad_id)
     first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     chats = [chat_text(tokenizer, [*first, {"role": "user", "content": text}]) for text in texts]
-    return Prompts.of([tokenizer.encode(chat, add_special_tokens=False) for chat in chats], tokenizer.pad_id)
+    rows = [tokenizer.encode(chat + response_prefix, add_special_tokens=False) for chat in chats]
+    return Prompts.of(rows, tokenizer.pad_id)
 
 
-def post_instruction_tokens(tokenizer: Tokenizer, *sets: Prompts) -> int:
+def post_instruction_tokens(tokenizer: Tokenizer, *sets: Prompts, response_prefix: str = "") -> int:
     """How many tokens every prompt ends with alike: what the template puts after the instruction, at least 1.
 
     At those tokens a model has read the whole instruction, and nothing else differs.
@@ -160,8 +169,9 @@ def post_instruction_tokens(tokenizer: Tokenizer, *sets: Prompts) -> int:
     Args:
         tokenizer: the model's.
         *sets: prompts that must agree in those tokens, besides two that have nothing else in common.
+        response_prefix: text that those prompts end with, as in `encode_prompts`.
     """
-    sets = (encode_prompts(tokenizer, _PROBES), *sets)
+    sets = (encode_prompts(tokenizer, _PROBES, response_prefix=response_prefix), *sets)
     shortest = min(prompts.shortest for prompts in sets)
     endings = np.concatenate([prompts.tokens[:, -shortest:] for prompts in sets])[:, ::-1]
     alike = (endings == endings[:1]).all(axis=0)

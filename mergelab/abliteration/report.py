@@ -12,22 +12,23 @@ import numpy as np
 from mergelab.abliteration.ablation import Ablation
 from mergelab.abliteration.behavior import Behavior
 from mergelab.abliteration.direction_selection import DirectionSelection
+from mergelab.abliteration.findings import Count, findings
 from mergelab.abliteration.removal import KeepNorms
 from mergelab.abliteration.trial_search import SearchResult, Trial
-from mergelab.checkpoints.model_card import CardFacts, front_matter
+from mergelab.checkpoints.model_card import CardFacts, front_matter, portable_name
 from mergelab.version import __version__
 
 __all__ = ["Report"]
 
 _CAUTION = """\
-The edit removes one direction of the residual stream, along which this model told prompts that it refuses
-from prompts that it answers. It removes the first step of refusing, not what the model knows: nothing was
-learnt and nothing unlearnt. It is not a measure of what remains: prompts unlike the ones above may still be
-refused, warnings inside answers stay, and what else shared the direction is changed with it. The figures are
-of the first tokens of answers and of phrases, not of whether an answer is right, useful or dangerous.
+The edit removes directions of the residual stream along which this model told the harmful prompts from the
+harmless ones. What the model knows is what it knew: nothing was learnt and nothing unlearnt. The figures are
+not a measure of what remains: prompts unlike the measured ones may be refused or answered otherwise, warnings
+inside answers stay, and what else shared the direction is changed with it. They are of the first tokens of
+answers and of phrases, not of whether an answer is right, useful or dangerous.
 
-The model no longer declines what it was trained to decline. It is made for studying what safety training does
-to weights, and for testing defenses that do not rest on refusals alone; it is not made to be deployed.
+The model is made for studying what safety training does to weights, and for testing defenses that do not rest
+on refusals alone; it is not made to be deployed.
 """
 _ROWS = {
     "harmful_refusals": "harmful prompts refused (answers with a refusal phrase)",
@@ -38,6 +39,8 @@ _ROWS = {
     "loss": "cross-entropy on the text (nats per token)",
     "perplexity": "perplexity on the text",
 }
+_KINDS = ("harmful_refusals", "harmless_refusals")
+"""Rates of refusal, in the order in which the two sets of prompts are given."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Report:
         before: the unedited model, on the prompts left for measuring.
         after: the edited one, on the same.
         facts: what the card says to the hub.
+        response_prefix: text after which answers were measured.
     """
 
     model: str
@@ -69,6 +73,7 @@ class Report:
     before: Behavior
     after: Behavior
     facts: CardFacts = field(default_factory=CardFacts)
+    response_prefix: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -81,8 +86,11 @@ class Report:
             "model": self.model,
             "prompts": {name: list(counts) for name, counts in self.prompts.items()},
             "refusal_phrases": list(self.phrases),
+            "response_prefix": self.response_prefix,
             "before": self._figures(self.before),
             "after": self._figures(self.after),
+            "counts": self._counts(),
+            "findings": self.findings(),
             "weights": {**weights, "keep_norms": self.keep_norms},
             "selection": self.selection.to_json(),
         }
@@ -108,8 +116,9 @@ class Report:
             "",
             f"# {name}",
             "",
-            f"`{self.model}`, edited with mergelab {__version__}: a direction was taken out of the matrices "
-            "that write to the residual stream (abliteration; Arditi et al. 2024, arXiv:2406.11717).",
+            f"`{portable_name(self.model)}`, edited with mergelab {__version__}: a direction was taken out "
+            "of the matrices that write to the residual stream (abliteration; Arditi et al. 2024, "
+            "arXiv:2406.11717).",
             "",
             "## Measured before and after",
             "",
@@ -118,6 +127,8 @@ class Report:
             "",
             *self.table(),
             "",
+            *(f"- {sentence}" for sentence in self.findings()),
+            "",
             "## What was done",
             "",
             f"- Direction: difference of means over {counts['found'][0]} harmful and {counts['found'][1]} "
@@ -125,6 +136,11 @@ class Report:
             f"among {len(self.selection.trace)} candidates on {counts['chosen'][0]} and "
             f"{counts['chosen'][1]} other prompts.",
             *([] if self.trial is None else [self._searched(self.trial)]),
+            *(
+                [f"- Every prompt ended with {self.response_prefix!r}, as answers begin."]
+                if self.response_prefix
+                else []
+            ),
             f"- Norms kept: {self.keep_norms or 'none'}.",
             "- Every candidate's figures, and the weights of each layer: `abliteration.json`.",
             "",
@@ -140,8 +156,29 @@ class Report:
         lines = ["| | before | after |", "| --- | --- | --- |"]
         for name, label in _ROWS.items():
             if before[name] is not None:
-                lines.append(f"| {label} | {_cell(name, before[name])} | {_cell(name, after[name])} |")
+                cells = [self._cell(name, figures[name]) for figures in (before, after)]
+                lines.append(f"| {label} | {cells[0]} | {cells[1]} |")
         return lines
+
+    def findings(self) -> list[str]:
+        """What the figures before and after show, in sentences."""
+        return findings(self.before, self.after, *self.prompts["measured"])
+
+    def _cell(self, name: str, value: float) -> str:
+        return str(self._count(name, value)) if name in _KINDS else f"{value:.4g}"
+
+    def _count(self, name: str, rate: float) -> Count:
+        return Count.of(rate, self.prompts["measured"][_KINDS.index(name)])
+
+    def _counts(self) -> dict[str, Any]:
+        """Refused prompts before and after, with 95 % intervals of the rates; nothing without answers."""
+        found: dict[str, Any] = {}
+        for name in _KINDS:
+            for when, figures in (("before", self.before), ("after", self.after)):
+                if (rate := getattr(figures, name)) is not None:
+                    count = self._count(name, rate)
+                    found.setdefault(name, {})[when] = {**asdict(count), "interval": list(count.interval)}
+        return found
 
     def _searched(self, trial: Trial) -> str:
         assert self.search is not None
@@ -151,7 +188,3 @@ class Report:
     @staticmethod
     def _figures(behavior: Behavior) -> dict[str, Any]:
         return asdict(behavior) | {"perplexity": behavior.perplexity}
-
-
-def _cell(name: str, value: float) -> str:
-    return f"{value:.1%}" if name.endswith("refusals") else f"{value:.4g}"

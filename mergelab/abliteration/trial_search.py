@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from mergelab.abliteration.behavior import (
 from mergelab.abliteration.prompts import Prompts
 from mergelab.abliteration.removal import KeepNorms, ablate, abliterate_params
 from mergelab.activations.losses import kl_divergence
-from mergelab.errors import MergelabError
+from mergelab.errors import MergelabError, SearchError
 from mergelab.models.model import Model, Params
 from mergelab.text.packing import EvaluationWindows
 
@@ -212,14 +212,19 @@ class SearchResult:
         """The trial that refuses least among those of at most `max_kl`.
 
         Raises:
-            MergelabError: none moves harmless answers so little.
+            SearchError: none moves harmless answers so little; `trace` holds them all.
         """
         passing = [trial for trial in self.trials if trial.kl <= max_kl]
         if not passing:
             least = min(trial.kl for trial in self.trials)
-            raise MergelabError(
-                f"no trial has a KL of at most {max_kl:g} (the least is {least:.3g}); search longer, or "
-                "allow more."
+            raise SearchError(
+                f"no trial has a KL of at most {max_kl:g} (the least of {len(self.trials)} is {least:.3g}); "
+                "search longer, or allow more.",
+                {
+                    "max_kl": max_kl,
+                    "baseline": asdict(self.baseline),
+                    "trials": list(map(asdict, self.trials)),
+                },
             )
         return min(passing, key=lambda trial: (trial.refusal, trial.kl))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,30 @@ import click
 from mergelab.cli.numbers import ANY_NUMBER, Number, Seed, WholeNumber
 from mergelab.cli.options import MESH, PUSH, check_push_option, push_output
 from mergelab.cli.output import StageBar, print_result
+from mergelab.errors import quoted
 
 __all__ = ["command"]
+
+
+class _Layers(click.ParamType):
+    name = "layers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"\s*([0-9]{1,6})\s*(?:-\s*([0-9]{1,6})\s*)?", value)
+        if match is None or int(match[1]) > int(match[2] or match[1]):
+            self.fail(
+                f"{quoted(value)} is not a range of layers; write the first and the last one, such as 12-18",
+                param,
+                ctx,
+            )
+        return int(match[1]), int(match[2] or match[1])
+
+
+LAYERS = _Layers()
 
 
 @click.command("abliterate")
@@ -70,6 +93,18 @@ __all__ = ["command"]
     help="Fraction of the layers to look at, from the first.",
 )
 @click.option(
+    "--layers",
+    type=LAYERS,
+    metavar="FIRST-LAST",
+    help="Layers to look at in place of --max-depth, the first being 0: 12-18.",
+)
+@click.option(
+    "--response-prefix",
+    default="",
+    metavar="TEXT",
+    help=r"Text that every answer begins with, such as '<think>\n', to be looked past; \n ends a line.",
+)
+@click.option(
     "--keep-norms", type=click.Choice(["written", "coordinate"]), help="Norms that edited matrices keep."
 )
 @click.option(
@@ -91,6 +126,12 @@ __all__ = ["command"]
     help="Dtype to measure in; weights are written as stored.",
 )
 @click.option("--mesh", type=MESH, metavar="AXES", help="Mesh to spread the model over, as in tensor=4.")
+@click.option(
+    "--anyway",
+    is_flag=True,
+    help="Search although harmful prompts score no higher than harmless ones, so that the model does not "
+    "seem to refuse.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")
 @click.option("--resume", is_flag=True, help="Go on with an output that was interrupted.")
 @PUSH
@@ -128,7 +169,8 @@ def command(
     from mergelab.checkpoints.companion_files import companion_warnings, donor_files
     from mergelab.sharding import make_mesh
 
-    filters = Filters(*(options.pop(name) for name in ("max_kl", "min_induced", "max_depth")))
+    filters = Filters(*(options.pop(name) for name in ("max_kl", "min_induced", "max_depth", "layers")))
+    options["response_prefix"] = options["response_prefix"].replace("\\n", "\n")
     if phrases:
         options["phrases"] = phrases
     from mergelab.checkpoints.text_file import MAX_PROSE, read_text
@@ -153,7 +195,12 @@ def command(
     def lines() -> str:
         chosen = report.selection.chosen
         return "\n".join(
-            [f"direction before block {chosen.layer}, token {chosen.position}", *report.table(), str(out)]
+            [
+                f"direction before block {chosen.layer}, token {chosen.position}",
+                *report.table(),
+                *report.findings(),
+                str(out),
+            ]
         )
 
     for warning in companion_warnings(model, donor_files(model, None)):

@@ -46,6 +46,18 @@ _DTYPES = ("bfloat16", "float16", "float32")
 @click.option("--dtype", type=click.Choice(_DTYPES), help="Dtype on the devices (default: as stored).")
 @click.option("--batch", type=WholeNumber(1), default=None, help="Number of sequences over the whole mesh.")
 @click.option("--length", type=WholeNumber(1), help="Tokens in a sequence, for the cache or the pass.")
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Text whose tokens to count, in place of the tensors: bytes in each, numbers, whitespace, bytes.",
+)
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    metavar="MODEL",
+    help="Second model, whose tokens of --text are shown side by side.",
+)
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--sites", is_flag=True, help="List the named sites with their shapes.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
@@ -57,6 +69,8 @@ def command(
     dtype: str | None,
     batch: int | None,
     length: int | None,
+    text: Path | None,
+    against: Path | None,
     tensors: bool,
     sites: bool,
     as_json: bool,
@@ -65,8 +79,8 @@ def command(
 
     With --mesh, the bytes each device would hold; with --length, of a key-value cache too. With --topology,
     the forward pass is compiled for that TPU slice (extra: tpu-aot): bytes, floating-point operations and
-    exchanges of each chip, and whether it fits; with --sae, beside the training step of an SAE. No weights
-    are read and no accelerator is needed.
+    exchanges of each chip, and whether it fits; with --sae, beside the training step of an SAE. With --text,
+    how the model's tokenizer cuts a text. No weights are read and no accelerator is needed.
 
     \b
     Examples:
@@ -75,7 +89,17 @@ def command(
       mergelab inspect model --mesh data=1,tensor=8 --dtype bfloat16 --batch 4 --length 4096
       mergelab inspect model --topology v5e:4x4 --mesh data=2,tensor=8
       mergelab inspect model --topology v5e --sae sae.yaml
+      mergelab inspect model --text prose.txt --against other
     """
+    if text is not None:
+        if mesh or topology or sae or tensors or sites:
+            raise click.UsageError("--text looks at the tokenizer alone; ask for the rest in another call")
+        from mergelab.cli.inspect_text import show_segmentations
+
+        show_segmentations(text, [path] if against is None else [path, against], as_json=as_json)
+        return
+    if against is not None:
+        raise click.UsageError("--against compares the tokens of a text; give one with --text")
     from mergelab.checkpoints.locations import location_text
     from mergelab.errors import CheckpointError
     from mergelab.models.footprint import take_inventory

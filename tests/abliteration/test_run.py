@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from mergelab.abliteration.prompts import (
     read_prompts,
 )
 from mergelab.cli.main import cli
-from mergelab.errors import EvaluationError, MergelabError
+from mergelab.errors import EvaluationError, MergelabError, SearchError
 from mergelab.models.load import load_model
 from mergelab.text.tokenizer import load_tokenizer
 from tests.abliteration.planted import REFUSE, Planted, prompts, text_of, write_folder
@@ -61,7 +62,11 @@ def test_the_command_writes_an_edited_folder_and_says_what_it_measured(
     assert report["prompts"] == {"found": [24, 24], "chosen": [8, 8], "measured": [8, 8]}
     assert report == json.loads((tmp_path / "edited" / "abliteration.json").read_text())
     card = (tmp_path / "edited" / "README.md").read_text()
-    assert "| harmful prompts refused (answers with a refusal phrase) | 100.0% |" in card
+    row = "| harmful prompts refused (answers with a refusal phrase) | "
+    assert row + "100.0% (8 of 8; 95 % interval 67.6 to 100.0 %) |" in card
+    assert report["counts"]["harmful_refusals"]["before"]["count"] == 8
+    assert all(f"- {sentence}\n" in card for sentence in report["findings"])
+    assert "Refusals of harmful prompts fell from 8 to " in card
     assert "What this means, and what it does not" in card
     model, params = load_model(tmp_path / "edited")
     tokens, answers = prompts(128, 50, True)
@@ -105,11 +110,71 @@ def test_a_search_chooses_what_is_written(folder: Path, tmp_path: Path) -> None:
 
 def test_nothing_is_written_where_no_direction_passes(folder: Path, tmp_path: Path) -> None:
     settings = AbliterationSettings(phrases=("Refused",), filters=Filters(min_induced=99.0), batch=8)
-    with pytest.raises(EvaluationError, match="passes the filters"):
+    where = re.escape(str(tmp_path / "out.trace.json"))
+    with pytest.raises(SearchError, match=f"passes the filters.*all that was tried is in {where}") as caught:
         abliterate(folder / "model", tmp_path / "out", texts(True), texts(False), settings=settings)
+    trace = json.loads((tmp_path / "out.trace.json").read_text())
+    tried = len(trace["trace"])
+    assert f"none of {tried} directions" in str(caught.value)
+    assert trace["failed"]["an induced refusal below 99"] == tried
+    assert f"{tried} have an induced refusal below 99" in str(caught.value)
+    (tmp_path / "out.trace.json").unlink()
     with pytest.raises(MergelabError, match="4 harmful prompts; give at least 5"):
         abliterate(folder / "model", tmp_path / "out", texts(True)[:4], texts(False))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_does_not_refuse_is_told_before_the_search(folder: Path, tmp_path: Path) -> None:
+    settings = AbliterationSettings(phrases=("Refused",), filters=Filters(max_depth=1.0), batch=8)
+    told: list[str] = []
+    with pytest.raises(EvaluationError, match=r"does not seem to refuse: .* 24 harmful prompts") as caught:
+        abliterate(
+            folder / "model",
+            tmp_path / "out",
+            texts(False),  # what it answers, as if it were harmful
+            texts(True),
+            settings=settings,
+            progress=lambda what, done, total: told.append(what),
+        )
+    assert "and 0 and 24 of them begin with a refusal;" in str(caught.value)
+    assert set(told) == {"finding directions"} and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("2-9", "layers 2-9 were asked for, but the model has layers 0-3"),
+        ("3-1", "'3-1' is not a range of layers"),
+        ("last", "'last' is not a range of layers"),
+        ("-1", "'-1' is not a range of layers"),
+    ],
+)
+def test_layers_that_a_model_lacks_are_refused(
+    folder: Path, tmp_path: Path, layers: str, message: str
+) -> None:
+    result = command(folder, tmp_path / "out", f"--layers={layers}")
+    assert result.exit_code == 2 and message in result.stderr and not list(tmp_path.iterdir())
+
+
+def test_candidates_come_from_the_layers_asked_for(folder: Path, tmp_path: Path) -> None:
+    settings = AbliterationSettings(
+        phrases=("Refused",), filters=Filters(layers=(1, 2), max_kl=9), trials=5, rounds=1, batch=8
+    )
+    report = abliterate(folder / "model", tmp_path / "out", texts(True), texts(False), settings=settings)
+    assert {candidate.layer for candidate in report.selection.trace} == {1, 2}
+    assert report.search is not None
+    points = [trial.parameters for trial in report.search.trials]
+    assert all(1 <= point["source"] <= 2 and point["own"] == 0 for point in points)
+
+
+def test_a_prefix_of_answers_ends_every_prompt(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder / "model")
+    plain = encode_prompts(tokenizer, texts(True))
+    longer = encode_prompts(tokenizer, texts(True), response_prefix=" Never .\n")
+    np.testing.assert_array_equal(longer.tokens[:, :-2], plain.tokens)
+    assert tokenizer.decode(longer.tokens[0, -2:].tolist()) == "Never ."
+    assert post_instruction_tokens(tokenizer, longer) == 1
+    assert post_instruction_tokens(tokenizer, longer, response_prefix=" Never .\n") == 4
 
 
 def test_prompts_come_in_the_models_chat_format(folder: Path, tmp_path: Path) -> None:

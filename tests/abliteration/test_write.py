@@ -133,7 +133,7 @@ def test_an_interrupted_write_is_resumed_and_never_shows(tmp_path: Path) -> None
 
     def fail(count: int) -> None:
         seen.append(count)
-        if len(seen) >= 8:
+        if len(seen) >= 2:  # the writers are a few tensors ahead of what is told
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

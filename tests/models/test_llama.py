@@ -149,8 +149,6 @@ def test_the_future_does_not_reach_the_past() -> None:
         ({"mlp_bias": True}, "biases.*load_model"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'.*'silu'"),
         ({"model_type": "mistral"}, "model_type = 'mistral'"),
-        ({"sliding_window": 128}, "sliding_window"),
-        ({"num_heads": 4}, "num_heads"),
         ({"hidden_size": "absent"}, "lacks the field 'hidden_size'"),
         ({"hidden_size": 48}, r"embed_tokens.*\[61, 24\].*\[61, 48\]"),
         ({"num_hidden_layers": 3}, r"lacks the tensor 'model.layers.2.input_layernorm.weight'"),
@@ -162,6 +160,12 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         small_llama.load(write(tmp_path, SMALL, **changes))
+
+
+@pytest.mark.parametrize("field", ["sliding_window", "num_heads"])
+def test_a_field_that_means_nothing_here_is_named_in_a_warning(field: str, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=f"'{field}'.*unknown here"):
+        small_llama.load(write(tmp_path, SMALL, **{field: 4}))
 
 
 def test_newer_configs_keep_theta_in_rope_parameters(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def _spelled(tokenizer: Tokenizer, ids: Sequence[int], parts: set[int]) -> dict[
 
 
 def _cut(pieces: Sequence[str]) -> str:
-    """In words, how a number is cut."""
+    """Words for how a number is cut."""
     if "".join(pieces) != _NUMBER:
         return "not kept"
     sizes = [len(piece) for piece in pieces]

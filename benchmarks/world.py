@@ -24,8 +24,7 @@ from benchmarks.world_parts.section import Section
 SECTIONS = {
     "configs": "Configs accepted",
     "formats": "Formats read",
-    "runtimes": "Runtimes passed",
-    "smollm": "SmolLM2-135M-Instruct beside other libraries",
+    "smollm": "SmolLM2-135M-Instruct beside transformers",
 }
 """Title by section, in the order of the page; `benchmarks/world_parts/NAME.py` has its `measure(work)`."""
 

@@ -43,7 +43,7 @@ def test_a_gram_is_the_mean_over_real_tokens_of_what_the_matrix_reads(name: str)
 def test_sums_keep_what_additions_round_off() -> None:
     model, params = tiny("llama")
     contexts = np.tile(WHOLE, (40, 1))
-    few, many = gram(model, params, WHOLE, batch=5), gram(model, params, contexts, batch=1)
+    few, many = (gram(model, params, tokens, batch=1) for tokens in (WHOLE, contexts))
     for one, other in zip(jax.tree.leaves(few.tree), jax.tree.leaves(many.tree), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=4e-7 * np.abs(one).max())
 

@@ -56,6 +56,8 @@ def test_the_package_comes_before_the_quickstart_if_its_file_can_be_read(
     (records / "METADATA").write_text("Metadata-Version: 2.1\nName: a-model\nVersion: 1\n")
     (records / "RECORD").write_text("a_model/__init__.py,,\na_model/Model.gguf,,\n")
     file = tmp_path / "a_model" / "Model.gguf"
+    file.parent.mkdir()
+    file.touch()
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(MODULE, "_PACKAGE", "a-model")
     opened: list[Path] = []

@@ -60,7 +60,8 @@ CASES = {
     "convert to orbax": Case("convert a out --to orbax"),
     "adapter": Case("extract-lora b --base a --rank 2 --out out", "--resume"),
     "abliterate": Case(
-        "abliterate a --harmful bad.txt --harmless good.txt --out out --anyway --max-kl 1e9 --min-induced=-1e9",
+        "abliterate a --harmful bad.txt --harmless good.txt --out out --anyway"
+        " --max-kl 1e9 --min-induced=-1e9",
         "--resume",
     ),
     "activations": Case("activations a --site blocks.0.resid_post --text t.txt --context 16 --out out"),

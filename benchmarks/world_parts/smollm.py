@@ -6,6 +6,7 @@ speed drifts slows both.
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import time
 from collections.abc import Callable
@@ -58,9 +59,8 @@ def _ours(dtype: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
 
 
 def _theirs(dtype: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    import torch
-    import transformers
-
+    torch: Any = importlib.import_module("torch")
+    transformers: Any = importlib.import_module("transformers")
     path = smollm_file()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=getattr(torch, dtype)
@@ -86,7 +86,8 @@ def _theirs(dtype: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
 
 def _paired(mine: Callable[[], Any], other: Callable[[], Any]) -> tuple[str, str, str]:
     """Median seconds of both, and the median of their ratios turn by turn."""
-    mine(), other()
+    for warm_up in (mine, other):
+        warm_up()
     pairs = [(_seconds(mine), _seconds(other)) for _ in range(TURNS)]
     a, b = (statistics.median(times) for times in zip(*pairs, strict=True))
     return f"{a:.2f}", f"{b:.2f}", f"{statistics.median(x / y for x, y in pairs):.2f}"

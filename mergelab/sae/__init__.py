@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from mergelab.sae import evaluation, features, formats, training, variants
     from mergelab.sae.activation_functions import is_active
     from mergelab.sae.evaluation.evaluate import evaluate_sae
+    from mergelab.sae.features.latents_over_prompts import latent_table
     from mergelab.sae.formats.detect import FORMATS, load_sae, save_sae
     from mergelab.sae.sae import SAE, Crosscoder, SAEConfig, Transcoder, at_sites
     from mergelab.sae.subject_model import check_subject_model, open_subject_model
@@ -36,6 +37,7 @@ __all__ = [
     "features",
     "formats",
     "is_active",
+    "latent_table",
     "load_config",
     "load_sae",
     "make_variant",

@@ -30,6 +30,7 @@ from mergelab.sae.evaluation.settings import differences, settings_of
 from mergelab.sae.evaluation.sparse_coding import METRIC as AMORTIZATION_GAP
 from mergelab.sae.evaluation.sparsity import METRIC as SPARSITY
 from mergelab.sae.evaluation.text_embeddings import METRIC as EMBEDDINGS
+from mergelab.sae.evaluation.training_curve import LossCurve
 from mergelab.sae.sae import SAE
 from mergelab.sae.splice import anonymous
 from mergelab.sae.subject_model import check_reads, check_target
@@ -181,7 +182,7 @@ def control_scorecard(
     Args:
         kind: one of `CONTROLS`.
         sae: SAE that is compared; the control has as many latents.
-        evidence: same as for `scorecard`; the model's own loss curve is left out.
+        evidence: same as for `scorecard`; a random model has no loss curve.
         options: same as for `scorecard`.
         k: the control's active latents per token.
         steps: number of training steps of the control.
@@ -196,9 +197,10 @@ def control_scorecard(
     target = None if sae.is_autoencoder else check_target(sae, source)
     if memory is not None and all(name in memory for name in names):
         return _joined([memory[name] for name in names], {"control": kind})
+    resources = dict(evidence.resources)
     if kind == "random model":
         source = random_model(source, seed)
-    resources = {name: value for name, value in evidence.resources.items() if name != "curve"}
+        resources.pop("curve", None)  # of another model's training
     evidence = Evidence(source, resources)
     control = control_sae(
         kind, evidence.fit, n_latents=sae.n_latents, k=k, steps=steps, seed=seed, target_site=target
@@ -250,7 +252,9 @@ def evaluation_key(
     known = {"labels", "curve", "mask_token"}
     other = {name: value for name, value in evidence.resources.items() if name not in known}
     more = (() if numbers == Options() else (numbers,)) + ((other,) if other else ())
-    facts = (weights, options.seed, evidence.get("curve"), *settings, *more)
+    curve = evidence.get("curve")
+    curve = curve.identity() if isinstance(curve, LossCurve) else curve
+    facts = (weights, options.seed, curve, *settings, *more)
     total = hashlib.sha256(repr((source.sites, source.framed, source.tokens.shape, config, facts)).encode())
     labels: Mapping[str, np.ndarray] = evidence.get("labels", {})
     for name, array in {"tokens": source.tokens, **labels, **sae.as_numpy()}.items():

@@ -101,8 +101,8 @@ def scorecard(
     """Runs evaluations.
 
     What must be fitted (explanations) is fitted on the first half of the contexts; every figure is of the
-    second half. A metric that nobody asked for by name and that is not available is a row that says why, its
-    value NaN.
+    second half. A metric that is not available for the SAE, its model or the text is a row that says why, its
+    value NaN; the others run all the same.
 
     Args:
         sae: SAE that reads the first of the source's sites, and reconstructs it or, as a transcoder, another.
@@ -114,8 +114,8 @@ def scorecard(
         progress: function of the name of each metric, called before it runs.
 
     Raises:
-        SAEError: a metric is unknown, one that was asked for is not available for this model and text, or the
-            SAE does not fit.
+        SAEError: a metric is unknown, none of those that were asked for is available for this model and text,
+            or the SAE does not fit.
     """
     evidence = _evidence(evidence)
     check_reads(sae, evidence.source)
@@ -125,18 +125,22 @@ def scorecard(
     evidence.judge  # noqa: B018 - a text too short to be halved is refused before any work
     memory = {} if memory is None else memory
     lacking: dict[str, Scorecard] = {}
+    faults: list[str] = []
     for name in names:
         progress(name)
         if name not in memory:
             started = time.perf_counter()
             try:
+                if needs := METRICS[name].lacking(evidence):
+                    raise SAEError(f"the metric {name!r} needs {needs}, which is not available here; omit it.")
                 scores = METRICS[name].scores(sae, evidence, options)
             except SAEError as error:
-                if options.metrics is not None:
-                    raise
                 lacking[name] = Scorecard({name: Score(float("nan"), "", f"not available: {error}")})
+                faults.append(str(error))
                 continue
             memory[name] = Scorecard(scores, {name: time.perf_counter() - started})
+    if faults and len(faults) == len(names):
+        raise SAEError(faults)
     return _joined([lacking.get(name) or memory[name] for name in names], settings)
 
 
@@ -151,7 +155,7 @@ def _joined(cards: Sequence[Scorecard], settings: Mapping[str, Any]) -> Scorecar
 
 
 def _asked(evidence: Evidence, options: Options) -> tuple[str, ...]:
-    """The metrics to run, each known and possible."""
+    """The metrics to run, each known."""
     if options.metrics is None:
         return applicable_metrics(evidence)
     for name in options.metrics:
@@ -159,8 +163,6 @@ def _asked(evidence: Evidence, options: Options) -> tuple[str, ...]:
             raise SAEError(
                 f"there is no metric {name!r}{did_you_mean(name, METRICS)}; known: {', '.join(METRICS)}."
             )
-        if needs := METRICS[name].lacking(evidence):
-            raise SAEError(f"the metric {name!r} needs {needs}, which is not available here; omit it.")
     return tuple(options.metrics)
 
 

@@ -27,8 +27,8 @@ class Gated(Variant):
     fixed, which trains the gate.
 
     Attributes:
-        l1: the penalty's coefficient, for inputs of unit variance per coordinate. The default recovers toys of 5 and
-            6 features a token (`mergelab.sae.toy`); at a quarter of it no feature is found.
+        l1: the penalty's coefficient, for inputs of unit variance per coordinate. The default recovers
+            toys of 5 and 6 features a token (`mergelab.sae.toy`); a quarter of it finds no feature.
         l1_warmup: fraction of the training over which it rises from 0.
     """
 

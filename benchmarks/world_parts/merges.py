@@ -67,12 +67,12 @@ def measure(place: Place) -> Section:
     cases["dare_ties, density 1"] = undropped
     rows = [_row(name, case, place, programs) for name, case in cases.items()]
     note = (
-        "SmolLM2-135M-Instruct in float32 and three siblings of it, which are not trained: its weights plus "
-        f"seeded normal noise of {NOISE:.0%} of each tensor's root mean square. This shows mechanics and speed "
-        "on a real checkpoint, not quality. Whole processes, start-up included, medians of "
-        f"{place.turns} turns in one run. The difference is the largest of any weight between the two outputs, "
-        "then as a fraction of the merge's largest change to the base; methods that draw at random are not "
-        "compared."
+        "SmolLM2-135M-Instruct in float32 and three siblings of it, which are not trained: its weights "
+        f"plus seeded normal noise of {NOISE:.0%} of each tensor's root mean square. This shows mechanics "
+        "and speed on a real checkpoint, not quality. Whole processes, start-up included, medians of "
+        f"{place.turns} turns in one run. The difference is the largest of any weight between the two "
+        "outputs, then as a fraction of the merge's largest change to the base; methods that draw at random "
+        "are not compared."
     )
     head = ("merge", "mergelab s", "mergekit s", "mergekit / mergelab", "largest difference", "of the change")
     return Section(note, head, rows)

@@ -1,4 +1,4 @@
-"""Virtual environments that sections run other programs in: made once, and found again."""
+"""Virtual environments that sections run other programs in: made once, and found again by the next run."""
 
 from __future__ import annotations
 
@@ -43,6 +43,10 @@ def make(folder: Path, python: str, installs: Sequence[Sequence[str]]) -> Path:
     Raises:
         RuntimeError: pip failed; the message holds the end of what it wrote.
     """
+    stamp = folder / "installed.json"
+    wanted = json.dumps([list(packages) for packages in installs])
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return folder / "bin"
     if not (folder / "bin" / "python").exists():
         subprocess.run([python, "-m", "venv", str(folder)], check=True)
     for packages in installs:
@@ -50,6 +54,7 @@ def make(folder: Path, python: str, installs: Sequence[Sequence[str]]) -> Path:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"pip install {' '.join(packages)}:\n{done.stderr[-3000:]}")
+    stamp.write_text(wanted)
     return folder / "bin"
 
 

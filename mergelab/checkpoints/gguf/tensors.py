@@ -138,6 +138,18 @@ class GgufTensor:
         """Float32 for quantized elements; that of the file for others."""
         return KINDS[self.stored.kind].dtype
 
+    @property
+    def form(self) -> str | None:
+        """Stored format, such as `Q4_1`; None where the elements are not quantized."""
+        kind = KINDS[self.stored.kind]
+        return None if kind.elements == 1 else kind.name
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the file that hold its elements."""
+        kind = KINDS[self.stored.kind]
+        return math.prod(self.shape) * kind.nbytes // kind.elements
+
     def read_into(self, start: int, out: np.ndarray) -> None:
         """Fills `out` (1-D, contiguous, of `self.dtype`) with flat elements `[start, start + out.size)`.
 

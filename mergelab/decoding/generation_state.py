@@ -31,6 +31,7 @@ __all__ = [
     "start",
     "step_places",
     "token_axes",
+    "unread",
 ]
 
 
@@ -128,12 +129,7 @@ def _start(
     log_probs: bool,
     capture: tuple[str, ...],
 ) -> GenerationState:
-    batch, length = tokens.shape
-    dtype = params["embed"]["embedding"].dtype
-    new = _empty(
-        tokens, mask, width, stop, pad_id, vocab=model.config.vocab_size, capacity=capacity, log_probs=log_probs
-    )
-    new = replace(new, cache=model.new_cache(batch, length - 1 + capacity, dtype))
+    new = unread(model, params, tokens, mask, width, stop, pad_id, capacity=capacity, log_probs=log_probs)
     if tokens.shape[1] > 1:
         before, real = _but_last(tokens), _but_last(mask)
         places = _places(real, width, prompt=tokens.shape[1]) if edit else None
@@ -143,6 +139,26 @@ def _start(
 
 
 _start_at_once = jax.jit(_start, static_argnames=("model", "capacity", "log_probs", "capture"))
+
+
+def unread(
+    model: Model,
+    params: Params,
+    tokens: Array,
+    mask: Array,
+    width: Any,
+    stop: Stop,
+    pad_id: int | Array = 0,
+    *,
+    capacity: int,
+    log_probs: bool = False,
+) -> GenerationState:
+    """The state before anything is read, with an empty cache; arguments are those of `start`."""
+    batch, length = tokens.shape
+    dtype = params["embed"]["embedding"].dtype
+    sizes = {"vocab": model.config.vocab_size, "capacity": capacity}
+    new = _empty(tokens, mask, width, stop, pad_id, **sizes, log_probs=log_probs)
+    return replace(new, cache=model.new_cache(batch, length - 1 + capacity, dtype))
 
 
 @partial(jax.jit, static_argnames=("vocab", "capacity", "log_probs"))
@@ -157,7 +173,7 @@ def _empty(
     capacity: int,
     log_probs: bool,
 ) -> GenerationState:
-    """The state before anything is read, without a cache: one program for models of every depth."""
+    """What `unread` makes but for the cache: one program for models of every depth."""
     batch = tokens.shape[0]
     rows = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[:, None], tokens.shape)
     ids = jnp.where(mask, tokens, vocab)  # padding falls outside, and is dropped

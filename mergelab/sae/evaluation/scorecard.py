@@ -251,9 +251,12 @@ def evaluation_key(
     other = {name: value for name, value in evidence.resources.items() if name not in known}
     more = (() if numbers == Options() else (numbers,)) + ((other,) if other else ())
     facts = (weights, options.seed, evidence.get("curve"), *settings, *more)
-    total = hashlib.sha256(repr((source.sites, source.framed, source.tokens.shape, config, facts)).encode())
+    rule = (source.rule, source.special_ids)
+    shown = repr((source.sites, source.framed, source.tokens.shape, rule, config, facts))
+    total = hashlib.sha256(shown.encode())
     labels: Mapping[str, np.ndarray] = evidence.get("labels", {})
-    for name, array in {"tokens": source.tokens, **labels, **sae.as_numpy()}.items():
+    counted = {} if source.counted is None else {"counted": source.counted}
+    for name, array in {"tokens": source.tokens, **counted, **labels, **sae.as_numpy()}.items():
         total.update(name.encode())
         total.update(np.ascontiguousarray(array).view(np.uint8).data)
     return total.hexdigest()

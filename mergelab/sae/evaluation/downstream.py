@@ -12,13 +12,21 @@ import numpy as np
 from jax import Array
 
 from mergelab.activations.capture import ModelActivations
+from mergelab.activations.left_out import count_left_out
 from mergelab.activations.losses import kl_of_log_probabilities
 from mergelab.models.model import Model
 from mergelab.models.residual_stream import require_decoder
 from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
-from mergelab.sae.evaluation.training_curve import LossCurve, compute_equivalent
+from mergelab.sae.evaluation.training_curve import LossCurve, compute_equivalent, predicted_tokens
 from mergelab.sae.sae import SAE
-from mergelab.sae.splice import mean_activation, splice_from, token_batches
+from mergelab.sae.splice import (
+    kept_in_pass,
+    limits_of,
+    mean_activation,
+    place_batches,
+    splice_from,
+    token_batches,
+)
 from mergelab.sae.subject_model import check_target
 
 __all__ = ["Downstream", "evaluate_downstream"]
@@ -28,13 +36,16 @@ __all__ = ["Downstream", "evaluate_downstream"]
 class Downstream:
     """Losses of one model on one text, in nats per predicted token.
 
+    The site is replaced at the tokens that count by the source's rule; the others stay as they are.
+
     Attributes:
-        tokens: predicted tokens; the first of each context is none.
+        tokens: predicted tokens; the first of each context is none, nor is padding.
         ce: cross-entropy of the model as it is.
         ce_spliced: the same with the site that the SAE writes replaced by its reconstruction.
         ce_zero: the same with the site replaced by zero.
         ce_mean: the same with the site replaced by its mean over the text.
         kl: `KL(as it is || spliced)` of the next-token distributions.
+        ce_everywhere: `ce_spliced` with every token replaced; None where every token counts.
     """
 
     tokens: int
@@ -43,6 +54,7 @@ class Downstream:
     ce_zero: float
     ce_mean: float
     kl: float
+    ce_everywhere: float | None = None
 
     @property
     def delta_ce(self) -> float:
@@ -79,44 +91,73 @@ def evaluate_downstream(sae: SAE, source: ModelActivations, *, contexts: int | N
     require_decoder(source.model)
     mean = jnp.asarray(mean_activation(source, contexts, target), jnp.float32)
     sites = (source.sites[0], target)
-    tokens = source.tokens[:contexts]
-    total = np.zeros(5)
-    for batch, real in token_batches(tokens, source.batch):
-        found = np.asarray(
-            _losses(source.params, sae, mean, batch, model=source.model, sites=sites),
-            np.float64,
-        )
+    tokens, limits = source.tokens[:contexts], limits_of(source)
+    weights = predicted_tokens(source)[:contexts]
+    predicted = int(weights.sum())
+    if not predicted:
+        raise SAEError("the text has no token that follows another, so none is predicted; give other text.")
+    # The model runs once more where some tokens are left out: with every token replaced.
+    some = not source.by_place.all() or count_left_out(source, contexts).kept < tokens.size
+    total = np.zeros(6 if some else 5)
+    passes = zip(
+        token_batches(tokens, source.batch),
+        token_batches(weights, source.batch),
+        place_batches(source, contexts),
+        strict=True,
+    )
+    for (batch, real), (weight, _), by_place in passes:
+        given = (sae, mean, limits, batch, weight, by_place)
+        how: dict[str, Any] = {"model": source.model, "sites": sites, "deciding": source.sites}
+        found = np.asarray(_losses(source.params, *given, **how, everywhere=some), np.float64)
         total += found[:, :real].sum(axis=1)
-    predicted = len(tokens) * (tokens.shape[1] - 1)
     return Downstream(predicted, *(float(value) for value in total / predicted))
 
 
-@partial(jax.jit, static_argnames=("model", "sites"))
+@partial(jax.jit, static_argnames=("model", "sites", "deciding", "everywhere"))
 def _losses(
-    params: Any, sae: SAE, mean: Array, tokens: Array, *, model: Model, sites: tuple[str, str]
+    params: Any,
+    sae: SAE,
+    mean: Array,
+    limits: Array,
+    tokens: Array,
+    weight: Array,
+    by_place: Array,
+    *,
+    model: Model,
+    sites: tuple[str, str],
+    deciding: tuple[str, ...],
+    everywhere: bool,
 ) -> Array:
-    """Sums over each context, `[5, batch]`, in the order of the fields of `Downstream`.
+    """Sums over each context, `[5 or 6, batch]`, in the order of the fields of `Downstream`.
 
-    `sites` are what the SAE reads and what it writes.
+    `sites` are what the SAE reads and what it writes, `deciding` those whose norms decide which tokens count.
     """
     read, site = sites
+    weight = weight.astype(jnp.float32)
 
-    def log_probabilities(edit: Any) -> tuple[Array, Array]:
-        out = model.apply(params, tokens, edit=edit, capture=[read])
+    def log_probabilities(edit: Any) -> tuple[Array, Any]:
+        out = model.apply(params, tokens, edit=edit, capture=list(dict.fromkeys((read, *deciding))))
         assert out.logits is not None
-        return jax.nn.log_softmax(out.logits[:, :-1]), out.captured[read]
+        return jax.nn.log_softmax(out.logits[:, :-1]), out.captured
 
-    def middle(x: Array) -> Array:
-        return jnp.broadcast_to(mean[None, None].astype(x.dtype), x.shape)
+    plain, captured = log_probabilities(None)
+    x, kept = captured[read], kept_in_pass(captured, deciding, limits, by_place)
+
+    def zero(y: Array) -> Array:
+        return jnp.where(kept[..., None], jnp.zeros_like(y), y)
+
+    def middle(y: Array) -> Array:
+        return jnp.where(kept[..., None], jnp.broadcast_to(mean[None, None].astype(y.dtype), y.shape), y)
 
     def cross_entropy(logp: Array) -> Array:
-        return -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0].sum(axis=1)
+        there = -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
+        return (there * weight).sum(axis=1)
 
-    plain, x = log_probabilities(None)
-    edits = ({site: splice_from(sae, x)}, {site: jnp.zeros_like}, {site: middle})
-    found = [plain, *(log_probabilities(edit)[0] for edit in edits)]
-    kl = kl_of_log_probabilities(found[0], found[1]).sum(axis=1)
-    return jnp.stack([*(cross_entropy(logp) for logp in found), kl])
+    edits = [splice_from(sae, x, kept), zero, middle, *([splice_from(sae, x)] if everywhere else [])]
+    found = [plain, *(log_probabilities({site: edit})[0] for edit in edits)]
+    kl = (kl_of_log_probabilities(found[0], found[1]) * weight).sum(axis=1)
+    losses = [cross_entropy(logp) for logp in found]
+    return jnp.stack([*losses[:4], kl, *losses[4:]])
 
 
 def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
@@ -125,6 +166,9 @@ def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
     yield "kl", found.kl, "from the model's own next-token distribution; 0 is lossless"
     yield "recovered_zero", found.recovered_zero, "1 lossless, 0 as bad as zero ablation"
     yield "recovered_mean", found.recovered_mean, "1 lossless, 0 as bad as mean ablation"
+    if found.ce_everywhere is not None:
+        every = found.ce_everywhere - found.ce
+        yield "delta_ce_all", every, "delta_ce with tokens that do not count replaced too"
     if "curve" in evidence:
         curve = evidence.get("curve")
         steps, losses = curve.around(found.ce_spliced) if isinstance(curve, LossCurve) else curve
@@ -140,6 +184,7 @@ METRIC = Metric(
         "kl": "nats / token",
         "recovered_zero": "",
         "recovered_mean": "",
+        "delta_ce_all": "nats / token",
         "compute_equivalent": "",
     },
     measure=_scores,

@@ -132,7 +132,9 @@ def scorecard(
             started = time.perf_counter()
             try:
                 if needs := METRICS[name].lacking(evidence):
-                    raise SAEError(f"the metric {name!r} needs {needs}, which is not available here; omit it.")
+                    raise SAEError(
+                        f"the metric {name!r} needs {needs}, which is not available here; omit it."
+                    )
                 scores = METRICS[name].scores(sae, evidence, options)
             except SAEError as error:
                 lacking[name] = Scorecard({name: Score(float("nan"), "", f"not available: {error}")})
@@ -257,9 +259,12 @@ def evaluation_key(
     curve = evidence.get("curve")
     curve = curve.identity() if isinstance(curve, LossCurve) else curve
     facts = (weights, options.seed, curve, *settings, *more)
-    total = hashlib.sha256(repr((source.sites, source.framed, source.tokens.shape, config, facts)).encode())
+    rule = (source.rule, source.special_ids)
+    shown = repr((source.sites, source.framed, source.tokens.shape, rule, config, facts))
+    total = hashlib.sha256(shown.encode())
     labels: Mapping[str, np.ndarray] = evidence.get("labels", {})
-    for name, array in {"tokens": source.tokens, **labels, **sae.as_numpy()}.items():
+    counted = {} if source.counted is None else {"counted": source.counted}
+    for name, array in {"tokens": source.tokens, **counted, **labels, **sae.as_numpy()}.items():
         total.update(name.encode())
         total.update(np.ascontiguousarray(array).view(np.uint8).data)
     return total.hexdigest()

@@ -21,7 +21,14 @@ from mergelab.models.model import Model
 from mergelab.models.residual_stream import require_decoder
 from mergelab.sae.splice import token_batches
 
-__all__ = ["LossCurve", "checkpoint_folders", "compute_equivalent", "loss_curve", "open_loss_curve"]
+__all__ = [
+    "LossCurve",
+    "checkpoint_folders",
+    "compute_equivalent",
+    "loss_curve",
+    "open_loss_curve",
+    "predicted_tokens",
+]
 
 _COARSE = 9  # checkpoints that are always measured, evenly spread over the logarithm of the step
 
@@ -152,10 +159,14 @@ class LossCurve:
         model, params = load_model(path, mesh=self.mesh)
         if model != source.model:
             raise SAEError(f"{path}: holds a model of another shape than the SAE's; give its checkpoints.")
-        for tokens, real in token_batches(source.tokens, source.batch):
-            found = np.asarray(_losses(params, tokens, model=source.model), np.float64)
-            total += float(found[:real].sum())
-        return total / (len(source.tokens) * (source.tokens.shape[1] - 1))
+        weights = predicted_tokens(source)
+        passes = zip(
+            token_batches(source.tokens, source.batch), token_batches(weights, source.batch), strict=True
+        )
+        for (tokens, real), (weight, _) in passes:
+            found = _losses(params, tokens, weight, model=source.model)
+            total += float(np.asarray(found, np.float64)[:real].sum())
+        return total / int(weights.sum())
 
 
 def open_loss_curve(folder: Path, source: ModelActivations, *, mesh: Any = None) -> LossCurve:
@@ -191,10 +202,18 @@ def loss_curve(folder: Path, source: ModelActivations, *, mesh: Any = None) -> t
     return open_loss_curve(folder, source, mesh=mesh).whole()
 
 
+def predicted_tokens(source: ModelActivations) -> np.ndarray:
+    """Which tokens but the first follow text and are text themselves: int32 `[contexts, length - 1]`."""
+    if source.counted is None:
+        return np.ones((len(source.tokens), source.tokens.shape[1] - 1), np.int32)
+    return (source.counted[:, :-1] & source.counted[:, 1:]).astype(np.int32)
+
+
 @partial(jax.jit, static_argnames="model")
-def _losses(params: Any, tokens: Array, *, model: Model) -> Array:
+def _losses(params: Any, tokens: Array, weight: Array, *, model: Model) -> Array:
     """Sums over each context, `[batch]`."""
     out = model.apply(params, tokens).logits
     assert out is not None
     logp = jax.nn.log_softmax(out[:, :-1])
-    return -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0].sum(axis=1)
+    there = -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
+    return (there * weight.astype(jnp.float32)).sum(axis=1)

@@ -14,6 +14,7 @@ from jax import Array
 from mergelab.activations.capture import ModelActivations
 from mergelab.activations.left_out import count_left_out
 from mergelab.activations.losses import kl_of_log_probabilities
+from mergelab.errors import SAEError
 from mergelab.models.model import Model
 from mergelab.models.residual_stream import require_decoder
 from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores

@@ -100,14 +100,15 @@ def command(
         page_data,
     )
     from mergelab.sae.features.matching import hierarchy
+    from mergelab.sae.formats import sae_path
     from mergelab.sae.sae import at_sites
     from mergelab.sae.subject_model import check_subject_model, open_subject_model
     from mergelab.sharding import make_mesh
     from mergelab.text.tokenizer import load_tokenizer
 
     title, model_name, model_text = source.name, model.name, str(model)
-    source, model = local_path(source, "sae"), local_path(model)
-    wider = None if wider is None else local_path(wider, "sae")
+    source, model = sae_path(source), local_path(model)
+    wider = None if wider is None else sae_path(wider)
     inputs = [source, model, *texts, *([] if wider is None else [wider])]
     options = (site, target_site, context, latents, examples, explain, any_model)
     with NewFiles(

@@ -9,18 +9,22 @@ from typing import Any, cast
 
 from jax.sharding import Mesh
 
-from mergelab.checkpoints.locations import local_path
 from mergelab.checkpoints.new_files import NewFiles
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.errors import CheckpointError, SAEError, did_you_mean
+from mergelab.sae.formats.circuit_tracer import is_circuit_tracer, read_circuit_tracer
+from mergelab.sae.formats.cross_layer import is_cross_layer, is_layer, read_layer
 from mergelab.sae.formats.dictionary_learning import read_dictionary_learning, write_dictionary_learning
 from mergelab.sae.formats.gemma_scope import read_gemma_scope, read_gemma_scope_2, write_gemma_scope
+from mergelab.sae.formats.llama_scope import is_llama_scope, read_llama_scope
 from mergelab.sae.formats.openai import read_openai, write_openai
 from mergelab.sae.formats.own import FORMAT, read_own, write_own
+from mergelab.sae.formats.releases import as_released, sae_path
 from mergelab.sae.formats.saelens import WEIGHTS, read_saelens, write_saelens
 from mergelab.sae.formats.shared import refuse
 from mergelab.sae.formats.sparsify import read_sparsify, write_sparsify
+from mergelab.sae.formats.torch_files import is_torch_release, read_torch_release
 from mergelab.sae.sae import SAE, place_sae
 
 __all__ = ["FORMATS", "FileFormat", "load_sae", "reserve", "save_sae"]
@@ -46,11 +50,14 @@ class FileFormat:
 
 
 def _no_writer(sae: SAE, path: Any) -> None:
-    raise SAEError("SAEs of Gemma Scope 2 can be read, not written; export to 'gemma-scope'.")
+    raise SAEError("SAEs of this format can be read, not written; export to 'saelens' or 'gemma-scope'.")
 
 
 FORMATS: Mapping[str, FileFormat] = {
     "mergelab": FileFormat(read_own, write_own, lambda p: _says(p, FORMAT), "cfg.json of this library"),
+    "llama-scope": FileFormat(
+        read_llama_scope, _no_writer, is_llama_scope, "hyperparams.json and checkpoints/final.safetensors"
+    ),
     "saelens": FileFormat(
         read_saelens, write_saelens, lambda p: (p / WEIGHTS).is_file(), f"cfg.json and {WEIGHTS}"
     ),
@@ -65,6 +72,15 @@ FORMATS: Mapping[str, FileFormat] = {
         write_dictionary_learning,
         lambda p: (p / "ae.pt").is_file(),
         "ae.pt and config.json",
+    ),
+    "torch-release": FileFormat(
+        read_torch_release, _no_writer, is_torch_release, "a .pt or .pth file of Qwen-Scope or Goodfire"
+    ),
+    "circuit-tracer": FileFormat(
+        read_circuit_tracer, _no_writer, is_circuit_tracer, "a file layer_0.safetensors of a transcoder"
+    ),
+    "cross-layer": FileFormat(
+        read_layer, _no_writer, is_layer, "one layer's W_enc_0.safetensors or params_layer_0.safetensors"
     ),
     "openai": FileFormat(
         read_openai,
@@ -97,12 +113,16 @@ def _says(path: Path, words: str) -> bool:
         return words.encode() in file.read(4096)
 
 
-def load_sae(path: str | Path, format: str | None = None, *, mesh: Mesh | None = None) -> SAE:
+def load_sae(
+    path: str | Path, sae_id: str | None = None, *, format: str | None = None, mesh: Mesh | None = None
+) -> SAE:
     """Reads a finished SAE.
 
     Args:
         path: folder of the SAE, or of the training run that made it (its `final` is read); a file for formats
-            that are one; a place on the Hugging Face hub, `org/name[@revision][:subfolder]`; or a URL.
+            that are one; a place on the Hugging Face hub, `org/name[@revision][:subfolder]`; a URL; or the
+            name of a published release (`mergelab.sae.formats.sae_releases`), also as `release:id`.
+        sae_id: name of the SAE in the release; of any other place, the folder or file in it.
         format: a name of `FORMATS`; found out from the files if omitted.
         mesh: splits the latents over its axis `latents`; of this library's own files each process then reads
             only what its devices hold. JAX's default device if None.
@@ -110,8 +130,11 @@ def load_sae(path: str | Path, format: str | None = None, *, mesh: Mesh | None =
     Raises:
         CheckpointError: there is nothing there, nothing of a known format, or an unfinished run.
         SAEError: there is no such format.
+
+    Example:
+        >>> load_sae("gpt2-small-res-jb", "blocks.8.hook_resid_pre")                    # doctest: +SKIP
     """
-    path = local_path(path, "sae")
+    path = sae_path(path, sae_id)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
     if format is None and (path / "final").is_dir():
@@ -123,6 +146,7 @@ def load_sae(path: str | Path, format: str | None = None, *, mesh: Mesh | None =
         found = kind.read(path)
     except SAEError as error:  # of the SAE, which does not know where it comes from
         raise CheckpointError(f"{path}: {error}") from error
+    found = as_released(found, path)
     return found if mesh is None else place_sae(found, mesh)
 
 
@@ -134,6 +158,11 @@ def _recognized(path: Path) -> FileFormat:
         raise CheckpointError(
             f"{path}: the training run has not finished, so it has no final/; go on with mergelab sae train "
             "--resume"
+        )
+    if is_cross_layer(path):
+        raise CheckpointError(
+            f"{path}: holds a transcoder across layers; open it with "
+            "mergelab.sae.load_cross_layer_transcoder, or name the file of one layer"
         )
     wanted = "; ".join(f"{name}: {kind.looks_for}" for name, kind in FORMATS.items())
     raise CheckpointError(

@@ -9,17 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from mergelab.checkpoints import TensorSource, open_pickled
+from mergelab.checkpoints import TensorSource
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.torch_pickle import write_pickled
 from mergelab.errors import CheckpointError
+from mergelab.sae.formats.file_format import FileFormat, Found, Signature, open_weights
 from mergelab.sae.formats.hook_names import said_or, site_of, submodule_of
 from mergelab.sae.formats.own import write_folder
-from mergelab.sae.formats.settings import FormatSettings, number_in
+from mergelab.sae.formats.settings import number_in
 from mergelab.sae.formats.shared import arrays_of, check_sizes, refuse, subtracting_b_dec, transposed
 from mergelab.sae.sae import SAE, SAEConfig
 
-__all__ = ["read_dictionary_learning", "write_dictionary_learning"]
+__all__ = ["DICTIONARY_LEARNING"]
 
 _TOP_K = "AutoEncoderTopK"
 _BATCH = ("BatchTopKSAE", "MatryoshkaBatchTopKSAE")
@@ -29,22 +30,22 @@ _AXES = {
 }  # fmt: skip
 
 
-def read_dictionary_learning(path: Path) -> SAE:
+def read_dictionary_learning(files: Found) -> SAE:
     """Reads a folder with `ae.pt` and `config.json`.
 
     Raises:
         CheckpointError: a file is missing, or the class of the SAE is not supported.
     """
-    config = FormatSettings.read(path / "config.json")
+    config, file, settings_file = files.told, files.weights, files.settings
     trainer = config.inner("trainer")
     kind = trainer.values.get("dict_class")
-    tensors = open_pickled(path / "ae.pt").tensors
+    tensors = open_weights(file).tensors
     told = _sites(config.values)
     check_sizes(
-        path / "ae.pt",
+        file,
         {name: tensor.shape for name, tensor in tensors.items()},
         {name: _AXES[name] for name in tensors if name in _AXES},
-        path / "config.json",
+        settings_file,
         {
             "d": ("activation_dim", trainer.values.get("activation_dim")),
             "n": ("dict_size", trainer.values.get("dict_size")),
@@ -52,19 +53,19 @@ def read_dictionary_learning(path: Path) -> SAE:
     )
     if kind == "JumpReluAutoEncoder":
         wanted = {"W_enc": True, "W_dec": True, "b_enc": True, "b_dec": True, "threshold": True}
-        found = arrays_of(tensors, wanted, path / "ae.pt")
+        found = arrays_of(tensors, wanted, file)
         return SAE(**found, config=SAEConfig("jump_relu", **told)).checked()
     if not isinstance(kind, str) or kind not in (_TOP_K, *_BATCH):
         raise CheckpointError(
-            f"{path / 'config.json'}: trainer.dict_class {kind!r} is not supported; "
+            f"{settings_file}: trainer.dict_class {kind!r} is not supported; "
             f"{_TOP_K}, {', '.join(_BATCH)} and JumpReluAutoEncoder are"
         )
     if kind == "MatryoshkaBatchTopKSAE":
         wanted = {"W_enc": True, "W_dec": True, "b_enc": True, "b_dec": True}
-        found = arrays_of(tensors, wanted, path / "ae.pt")
+        found = arrays_of(tensors, wanted, file)
     else:
         wanted = {"encoder.weight": True, "encoder.bias": True, "decoder.weight": True, "b_dec": True}
-        raw = arrays_of(tensors, wanted, path / "ae.pt")
+        raw = arrays_of(tensors, wanted, file)
         found = {
             "W_enc": raw["encoder.weight"].T,
             "b_enc": raw["encoder.bias"],
@@ -73,11 +74,11 @@ def read_dictionary_learning(path: Path) -> SAE:
         }
     n = found["b_enc"].shape[0]
     if kind == _TOP_K:
-        k = _k_in(path / "ae.pt", tensors["k"]) if "k" in tensors else trainer.whole("k")
+        k = _k_in(file, tensors["k"]) if "k" in tensors else trainer.whole("k")
         return SAE(**found, config=SAEConfig("topk", k, subtract_b_dec=True, **told)).checked()
     if "threshold" not in tensors:
-        raise CheckpointError(f"{path / 'ae.pt'}: has no threshold, which a batch-top-k SAE needs")
-    threshold = np.full(n, number_in(path / "ae.pt", "threshold", tensors["threshold"]), np.float32)
+        raise CheckpointError(f"{file}: has no threshold, which a batch-top-k SAE needs")
+    threshold = np.full(n, number_in(file, "threshold", tensors["threshold"]), np.float32)
     settings = SAEConfig("batch_topk", trainer.whole("k"), subtract_b_dec=True, **told)
     return SAE(**found, threshold=found["b_enc"] * 0 + threshold, config=settings).checked()
 
@@ -158,3 +159,14 @@ def _named(config: SAEConfig) -> dict[str, Any]:
         "lm_name": config.metadata.get("lm_name", config.metadata.get("model")),
     }
     return {key: value for key, value in found.items() if value is not None}
+
+
+DICTIONARY_LEARNING = FileFormat(
+    name="dictionary_learning",
+    read=read_dictionary_learning,
+    signatures=(Signature(settings=("trainer.dict_class",)),),
+    weights="ae.pt",
+    settings="config.json",
+    looks_for="ae.pt and config.json",
+    write=write_dictionary_learning,
+)

@@ -10,16 +10,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mergelab.checkpoints import open_safetensors
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import CheckpointError
+from mergelab.sae.formats.file_format import FileFormat, Found, Signature, open_weights
 from mergelab.sae.formats.hook_names import hook_of, said_or, site_of
 from mergelab.sae.formats.own import write_folder
-from mergelab.sae.formats.settings import FormatSettings
 from mergelab.sae.formats.shared import arrays_of, check_sizes, not_subtracting_b_dec, refuse
 from mergelab.sae.sae import SAE, SAEConfig
 
-__all__ = ["WEIGHTS", "read_saelens", "write_saelens"]
+__all__ = ["SAELENS"]
 
 WEIGHTS = "sae_weights.safetensors"
 
@@ -38,19 +37,19 @@ _OF_THE_MODEL = (
 _NORMALIZATIONS = {"none": "none", "layer_norm": "layer_norm"}
 
 
-def read_saelens(path: Path) -> SAE:
+def read_saelens(files: Found) -> SAE:
     """Reads a folder of SAELens.
 
     Raises:
         CheckpointError: a file is missing, or of an architecture or normalization that is not supported.
     """
-    settings = FormatSettings.read(path / "cfg.json")
+    settings, file, cfg_file = files.told, files.weights, files.settings
     cfg: dict[str, Any] = dict(settings.values)
     architecture = settings.word("architecture", _ACTIVATIONS, "standard")
     normalization = cfg.get("normalize_activations", "none")
     if not isinstance(normalization, str) or normalization not in _NORMALIZATIONS:
         raise CheckpointError(
-            f"{path / 'cfg.json'}: normalize_activations {normalization!r} needs data not in the file; "
+            f"{cfg_file}: normalize_activations {normalization!r} needs data not in the file; "
             "fold it in SAELens first (fold_activation_norm_scaling_factor)"
         )
     gated = architecture == "gated"
@@ -58,15 +57,15 @@ def read_saelens(path: Path) -> SAE:
     wanted |= {name: gated for name in ("b_gate", "r_mag", "b_mag")}
     maps = "transcoder" in architecture
     wanted |= {"threshold": _ACTIVATIONS[architecture] == "jump_relu", "W_skip": "skip" in architecture}
-    tensors = open_safetensors(path / WEIGHTS).tensors
+    tensors = open_weights(file).tensors
     check_sizes(
-        path / WEIGHTS,
+        file,
         {name: tensor.shape for name, tensor in tensors.items()},
         _axes("d_out" if maps else "d_in"),
-        path / "cfg.json",
+        cfg_file,
         {name: (name, cfg.get(name)) for name in ("d_in", "d_sae", *(["d_out"] if maps else []))},
     )
-    found = arrays_of(tensors, wanted, path / WEIGHTS)
+    found = arrays_of(tensors, wanted, file)
     config = SAEConfig(
         activation=_ACTIVATIONS[architecture],
         k=settings.whole("k") if architecture == "topk" else None,
@@ -200,3 +199,14 @@ def _training(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(metadata.get("context"), int):
         found["context_size"] = metadata["context"]
     return found
+
+
+SAELENS = FileFormat(
+    name="saelens",
+    read=read_saelens,
+    signatures=(Signature(("W_enc", "W_dec"), ("d_in", "d_sae")),),
+    weights=WEIGHTS,
+    settings="cfg.json",
+    looks_for=f"cfg.json and {WEIGHTS}",
+    write=write_saelens,
+)

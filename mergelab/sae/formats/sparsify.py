@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mergelab.checkpoints import open_safetensors
 from mergelab.checkpoints.publish import WorkFolder
+from mergelab.sae.formats.file_format import FileFormat, Found, Signature, open_weights
 from mergelab.sae.formats.hook_names import module_of, said_or, site_of
 from mergelab.sae.formats.own import write_folder
-from mergelab.sae.formats.settings import FormatSettings
 from mergelab.sae.formats.shared import (
     arrays_of,
     check_sizes,
@@ -23,33 +22,33 @@ from mergelab.sae.formats.shared import (
 )
 from mergelab.sae.sae import SAE, SAEConfig
 
-__all__ = ["read_sparsify", "write_sparsify"]
+__all__ = ["SPARSIFY"]
 
 _CFG, _WEIGHTS = "cfg.json", "sae.safetensors"
 
 
-def read_sparsify(path: Path) -> SAE:
+def read_sparsify(files: Found) -> SAE:
     """Reads a folder of sparsify.
 
     Raises:
         CheckpointError: a file is missing, or the activation is not top-k.
     """
-    settings = FormatSettings.read(path / _CFG)
+    settings, file = files.told, files.weights
     settings.word("activation", ("topk",), "topk")
     cfg = settings.values
     wanted = {"encoder.weight": True, "encoder.bias": True, "W_dec": True, "b_dec": True, "W_skip": False}
-    tensors = open_safetensors(path / _WEIGHTS).tensors
+    tensors = open_weights(file).tensors
     check_sizes(
-        path / _WEIGHTS,
+        file,
         {name: tensor.shape for name, tensor in tensors.items()},
         {
             "encoder.weight": ("n", "d"), "encoder.bias": ("n",), "W_dec": ("n", "d"), "b_dec": ("d",),
             "W_skip": ("d", "d"),
         },
-        path / _CFG,
+        files.settings,
         {"d": ("d_in", cfg.get("d_in")), "n": ("num_latents", cfg.get("num_latents") or None)},
     )  # fmt: skip
-    found = arrays_of(tensors, wanted, path / _WEIGHTS)
+    found = arrays_of(tensors, wanted, file)
     return SAE(
         W_enc=found["encoder.weight"].T,
         b_enc=found["encoder.bias"],
@@ -60,7 +59,7 @@ def read_sparsify(path: Path) -> SAE:
             "topk",
             settings.whole("k", 32),
             subtract_b_dec=not settings.flag("transcode", False),
-            **_sites(path, cfg),
+            **_sites(files.folder, cfg),
         ),
     ).checked()
 
@@ -143,3 +142,14 @@ def _named(sae: SAE) -> dict[str, str]:
     if sae.is_autoencoder:
         del names["target_site"]
     return {key: name for key, name in names.items() if name is not None}
+
+
+SPARSIFY = FileFormat(
+    name="sparsify",
+    read=read_sparsify,
+    signatures=(Signature(("encoder.weight", "encoder.bias", "W_dec", "b_dec"), ("d_in",)),),
+    weights=_WEIGHTS,
+    settings=_CFG,
+    looks_for="cfg.json and sae.safetensors",
+    write=write_sparsify,
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -83,6 +84,29 @@ def test_a_release_in_saelens_files_keeps_what_its_table_says(hub: HubServer, tm
     )
     assert done.exit_code == 0, done.output
     np.testing.assert_array_equal(ml.load_sae("own").W_dec, sae.W_dec)
+
+
+def test_a_release_says_what_its_files_do_not(hub: HubServer, tmp_path: Path) -> None:
+    for repo, folder, normalization in (
+        ("JoshEngels/Mistral-7B-Residual-Stream-SAEs", "mistral_7b_layer_8", "none"),
+        (
+            "tommmcgrath/gpt2-small-mlp-out-saes",
+            "sae_group_gpt2_blocks.0.hook_mlp_out_24576:v1",
+            "expected_average_only_in",
+        ),
+    ):
+        place = tmp_path / repo / folder
+        shutil.copytree(FORMATS / "recorded" / "saelens_standard", place)
+        said = json.loads((place / "cfg.json").read_text())
+        (place / "cfg.json").write_text(json.dumps({**said, "normalize_activations": normalization}))
+        hub.add(repo, tmp_path / repo)
+    plain = ml.load_sae(FORMATS / "recorded" / "saelens_standard")
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((5, plain.d_in)), jnp.float32)
+    mistral = ml.load_sae("mistral-7b-res-wg", "blocks.8.hook_resid_pre")
+    scale = np.sqrt(plain.d_in) / np.linalg.norm(x, axis=1, keepdims=True)
+    np.testing.assert_allclose(mistral(x), plain(x * scale) / scale, atol=2e-5)
+    gpt2 = ml.load_sae("gpt2-small-mlp-tm", "blocks.0.hook_mlp_out")
+    np.testing.assert_allclose(gpt2(x), plain(x * 1.0493173) / 1.0493173, atol=2e-5)
 
 
 def test_whole_repositories_of_layers_are_asked_about_before_anything_is_fetched(

@@ -9,17 +9,18 @@ Source: `circuit_tracer/transcoder/single_layer_transcoder.py` of circuit-tracer
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from mergelab.checkpoints import open_safetensors
 from mergelab.errors import CheckpointError
 from mergelab.sae.formats.cross_layer import tracer_settings
+from mergelab.sae.formats.file_format import FileFormat, Files, Found, Signature, open_weights
 from mergelab.sae.formats.hook_names import site_of
 from mergelab.sae.formats.shared import arrays_of, check_sizes
 from mergelab.sae.sae import SAE, SAEConfig
 
-__all__ = ["is_circuit_tracer", "read_circuit_tracer"]
+__all__ = ["CIRCUIT_TRACER"]
 
 _THRESHOLD = "activation_function.threshold"
 _AXES = {
@@ -29,24 +30,27 @@ _AXES = {
 _LAYER = re.compile(r"layer_(\d{1,4})\.safetensors")
 
 
-def is_circuit_tracer(path: Path) -> bool:
-    """Whether a safetensors file holds such tensors."""
-    if not path.is_file() or path.suffix != ".safetensors":
-        return False
-    tensors = open_safetensors(path).tensors
-    if not set(tensors) >= {"W_enc", "W_dec", "b_enc", "b_dec"}:
-        return False
-    latents_first = tensors["W_enc"].shape[:1]
-    return latents_first in (tensors["W_dec"].shape[:1], tensors["b_enc"].shape[:1])
+class _CircuitTracer(FileFormat):
+    """The format, which names of tensors alone do not tell from SAELens'."""
+
+    def find(self, files: Files, reserved: Collection[str] = ()) -> Found | None:
+        found = super().find(files, reserved)
+        if found is None:
+            return None
+        tensors = open_weights(found.weights).tensors
+        latents_first = tensors["W_enc"].shape[:1]
+        fits = latents_first in (tensors["W_dec"].shape[:1], tensors["b_enc"].shape[:1])
+        return found if fits else None
 
 
-def read_circuit_tracer(path: Path) -> SAE:
+def read_circuit_tracer(files: Found) -> SAE:
     """Reads the file.
 
     Raises:
         CheckpointError: a tensor is missing, or they do not fit together.
     """
-    tensors = open_safetensors(path).tensors
+    path = files.weights
+    tensors = open_weights(path).tensors
     if "log_thresholds" in tensors:
         raise CheckpointError(
             f"{path}: log_thresholds are of a training that has not finished; export it first"
@@ -81,3 +85,13 @@ def _sites(path: Path) -> dict[str, Any]:
             names[side] = None if site is None else (site,)
     known = names["reads"] is not None and names["writes"] is not None
     return {**names, "transcoder": None if known else True, "metadata": metadata}
+
+
+CIRCUIT_TRACER = _CircuitTracer(
+    name="circuit-tracer",
+    read=read_circuit_tracer,
+    signatures=(Signature(("W_enc", "W_dec", "b_enc", "b_dec"), without=("threshold",)),),
+    weights="layer_0.safetensors",
+    settings=None,
+    looks_for="a file layer_0.safetensors of a transcoder",
+)

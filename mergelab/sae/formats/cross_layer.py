@@ -8,7 +8,7 @@ circuit-tracer keeps two files a layer, `W_enc_{i}.safetensors` (encoder `[n, d]
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,13 @@ from mergelab.checkpoints.text_file import read_text
 from mergelab.checkpoints.yaml_data import parse_yaml
 from mergelab.errors import CheckpointError
 from mergelab.sae.cross_layer import CrossLayerTranscoder, LayerWeights
+from mergelab.sae.formats.file_format import FileFormat, Files, Found
 from mergelab.sae.formats.hook_names import site_of
 from mergelab.sae.formats.releases import sae_path
 from mergelab.sae.formats.shared import check_finite
 from mergelab.sae.sae import SAE
 
-__all__ = [
-    "is_cross_layer", "is_layer", "load_cross_layer_transcoder", "read_cross_layer", "read_layer",
-    "tracer_settings",
-]  # fmt: skip
+__all__ = ["CROSS_LAYER", "load_cross_layer_transcoder", "tracer_settings"]
 
 _ENCODER = re.compile(r"W_enc_(\d{1,4})\.safetensors")
 _PARAMS = re.compile(r"params_layer_(\d{1,4})\.safetensors")
@@ -61,9 +59,19 @@ def is_cross_layer(path: Path) -> bool:
     return any((path / name).is_file() for name in ("W_enc_0.safetensors", "params_layer_0.safetensors"))
 
 
-def is_layer(path: Path) -> bool:
-    """Whether a file is one layer's."""
-    return path.is_file() and (_ENCODER.fullmatch(path.name) or _PARAMS.fullmatch(path.name)) is not None
+class _CrossLayer(FileFormat):
+    """The files of one layer, read as an SAE; where there are all layers, another function opens them."""
+
+    def find(self, files: Files, reserved: Collection[str] = ()) -> Found | None:
+        path = files.path
+        if path.is_dir() and is_cross_layer(path):
+            raise CheckpointError(
+                f"{path}: holds a transcoder across layers; open it with "
+                "mergelab.sae.load_cross_layer_transcoder, or name the file of one layer"
+            )
+        if path.is_file() and (_ENCODER.fullmatch(path.name) or _PARAMS.fullmatch(path.name)):
+            return Found(path, path.with_name("config.json"))
+        return None
 
 
 def read_cross_layer(path: Path) -> CrossLayerTranscoder:
@@ -87,7 +95,7 @@ def read_cross_layer(path: Path) -> CrossLayerTranscoder:
     return CrossLayerTranscoder(tuple(layers), reads, writes, metadata)
 
 
-def read_layer(file: Path) -> SAE:
+def read_layer(files: Found) -> SAE:
     """One layer's file as a transcoder that writes the sum over all layers.
 
     `CrossLayerTranscoder.transcoder` says what that sum means.
@@ -95,6 +103,7 @@ def read_layer(file: Path) -> SAE:
     Raises:
         CheckpointError: the decoder's file is missing, or tensors do not fit together.
     """
+    file = files.weights
     match = _ENCODER.fullmatch(file.name) or _PARAMS.fullmatch(file.name)
     number = 0 if match is None else int(match[1])
     tracer = match is not None and match.re is _ENCODER
@@ -205,3 +214,13 @@ def _sites(
             tuple(f"blocks.{i}.mlp.out" for i in range(layers)),
         )
     return None, None
+
+
+CROSS_LAYER = _CrossLayer(
+    name="cross-layer",
+    read=read_layer,
+    signatures=(),
+    weights="params_layer_0.safetensors",
+    settings=None,
+    looks_for="one layer's W_enc_0.safetensors or params_layer_0.safetensors",
+)

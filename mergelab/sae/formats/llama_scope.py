@@ -10,49 +10,47 @@ Source: He et al. 2024, arXiv:2410.20526; `Language-Model-SAEs` of OpenMOSS; `ll
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from mergelab.checkpoints import open_safetensors
 from mergelab.errors import CheckpointError
+from mergelab.sae.formats.file_format import FileFormat, Files, Found, Signature, open_weights
 from mergelab.sae.formats.hook_names import site_of
-from mergelab.sae.formats.releases import released_at
 from mergelab.sae.formats.settings import FormatSettings
 from mergelab.sae.formats.shared import arrays_of, check_sizes
 from mergelab.sae.sae import SAE, SAEConfig
 
-__all__ = ["is_llama_scope", "read_llama_scope"]
+__all__ = ["LLAMA_SCOPE"]
 
 _AXES = {
     "encoder.weight": ("n", "d"), "encoder.bias": ("n",), "decoder.weight": ("out", "n"),
     "decoder.bias": ("out",), "log_jumprelu_threshold": ("n",),
 }  # fmt: skip
-_R1 = "sae_weights.safetensors"
+_WEIGHTS = Path("checkpoints", "final.safetensors")
 
 
-def is_llama_scope(path: Path) -> bool:
-    """Whether a folder is of Llama Scope, or of its R1 distillation."""
-    if (path / "hyperparams.json").is_file():
-        return True
-    weights = path / _R1
-    if not weights.is_file() or not (path / "config.json").is_file():
-        return False
-    return "encoder.weight" in open_safetensors(weights).tensors
+class _LlamaScope(FileFormat):
+    """The format, whose weights stand in a folder below the settings."""
+
+    def find(self, files: Files, reserved: Collection[str] = ()) -> Found | None:
+        settings, weights = files.path / "hyperparams.json", files.path / _WEIGHTS
+        if settings.is_file() and weights.is_file():
+            return Found(weights, settings)
+        return super().find(files, reserved)
 
 
-def read_llama_scope(path: Path) -> SAE:
+def read_llama_scope(files: Found) -> SAE:
     """Reads a folder of either.
 
     Raises:
         CheckpointError: a file or a norm is missing, or tensors do not fit together.
     """
-    first = (path / "hyperparams.json").is_file()
-    settings = FormatSettings.read(path / ("hyperparams.json" if first else "config.json"))
-    weights = path / "checkpoints" / "final.safetensors" if first else path / _R1
-    tensors = open_safetensors(weights).tensors
+    settings, weights = files.told, files.weights
+    first = settings.path.name == "hyperparams.json"
+    tensors = open_weights(weights).tensors
     said = settings.values
     check_sizes(
         weights,
@@ -64,11 +62,11 @@ def read_llama_scope(path: Path) -> SAE:
     wanted = {name: name != "log_jumprelu_threshold" or not first for name in _AXES}
     found = arrays_of(tensors, wanted, weights)
     n, width = found["encoder.weight"].shape
-    scale, scale_out = _scales(settings, path, width)
+    scale, scale_out = _scales(settings, width)
     W_dec = found["decoder.weight"].T
     if first:
         settings.word("act_fn", ("jumprelu",), "jumprelu")
-        threshold = jnp.full(n, _number(settings, "jump_relu_threshold") * scale_out, jnp.float32)
+        threshold = jnp.full(n, settings.positive("jump_relu_threshold") * scale_out, jnp.float32)
         if settings.flag("sparsity_include_decoder_norm", True):
             threshold = threshold / jnp.maximum(jnp.linalg.norm(W_dec, axis=1), 1e-30)
     else:
@@ -87,37 +85,22 @@ def read_llama_scope(path: Path) -> SAE:
     ).checked()
 
 
-def _scales(settings: FormatSettings, path: Path, width: int) -> tuple[float, float]:
+def _scales(settings: FormatSettings, width: int) -> tuple[float, float]:
     """`s_in` and `s_out`: of the file, or of the table of releases."""
     norms = settings.values.get("dataset_average_activation_norm")
     if isinstance(norms, Mapping):
         inner = settings.inner("dataset_average_activation_norm")
-        mean_in = _number(inner, "in")
+        mean_in = inner.positive("in")
         return math.sqrt(width) / mean_in, math.sqrt(width) / (
-            _number(inner, "out") if "out" in inner.values else mean_in
+            inner.positive("out") if "out" in inner.values else mean_in
         )
-    released = released_at(path)
-    if released is None or released.scale is None:
+    if "norm_scaling_factor" not in settings.values:
         raise CheckpointError(
             f"{settings.path}: dataset_average_activation_norm is missing, so the scale of the activations "
             "is not known; load the SAE by its release (llama_scope_r1_distill) or by its name on the hub"
         )
-    return released.scale, released.scale
-
-
-def _number(settings: FormatSettings, key: str) -> float:
-    value = settings.values.get(key)
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or value <= 0
-    ):
-        raise CheckpointError(
-            f"{settings.path}: {settings.within}{key} is {value!r}, but a number above 0 was expected; get "
-            "the file again"
-        )
-    return float(value)
+    scale = settings.positive("norm_scaling_factor")
+    return scale, scale
 
 
 def _sites(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,3 +119,16 @@ def _sites(said: Mapping[str, Any]) -> dict[str, Any]:
         "transcoder": None if known else transcoder,
         "metadata": hooks if transcoder else {key: hooks[key] for key in ("hook_name",) if key in hooks},
     }
+
+
+LLAMA_SCOPE = _LlamaScope(
+    name="llama-scope",
+    read=read_llama_scope,
+    signatures=(
+        Signature(tuple(_AXES), settings=("d_model",)),
+        Signature(("encoder.weight", "decoder.weight"), settings=("jump_relu_threshold", "d_sae")),
+    ),
+    weights=_WEIGHTS.name,
+    settings="hyperparams.json",
+    looks_for="hyperparams.json and checkpoints/final.safetensors",
+)

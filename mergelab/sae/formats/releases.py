@@ -14,20 +14,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mergelab.checkpoints.hub import HubPlace, hub_origin, parse_hub_place
+from mergelab.checkpoints.hub import HubPlace, fetch_from_hub, hub_origin, parse_hub_place
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.locations import exists, is_url, local_path
 from mergelab.errors import CheckpointError, did_you_mean, quoted
 from mergelab.sae.sae import SAE
 
-__all__ = ["ReleasedSAE", "as_released", "find_release", "released_at", "sae_path", "sae_releases"]
+__all__ = [
+    "ReleasedSAE", "as_released", "find_release", "overrides_at", "released_at", "sae_path", "sae_releases",
+]  # fmt: skip
 
 _TABLE = Path(__file__).with_name("releases.json")
-_UNREAD = {
-    "temporal": "reads several tokens at once by attention, which no SAE here does",
-    "constant_norm_rescale": "gives every token one norm before it reads it (constant_norm_rescale), which "
-    "no SAE here does",
-}
+_TEMPORAL = "temporal"
+"""Kind of SAEs that read several tokens at once."""
 
 
 @dataclass(frozen=True)
@@ -159,10 +158,23 @@ def sae_path(place: str | os.PathLike[str], sae_id: str | None = None) -> Path:
             raise CheckpointError(f"{text}: there is no such file, folder or release{near}")
         return Path(place)
     found = find_release(release if colon and sae_id is None else text, sae_id or rest or None)
-    why = _UNREAD.get(found.kind) or _UNREAD.get(found.says.get("normalize_activations", ""))
-    if why is not None:
-        raise CheckpointError(f"{found.release}, {found.id}: {why}; take another SAE")
-    return local_path(str(found.place), "sae")
+    if found.kind == _TEMPORAL:
+        raise CheckpointError(
+            f"{found.release}, {found.id}: reads several tokens at once by attention, which no SAE here "
+            "does; take another SAE"
+        )
+    try:
+        return fetch_from_hub(found.place, "sae")
+    except CheckpointError as error:
+        raise CheckpointError(f"{found.release}, {found.id}: {error}") from None
+
+
+def overrides_at(path: Path) -> dict[str, Any]:
+    """What the table of releases says beyond the files of an SAE in the hub's cache, by SAELens' names."""
+    released = released_at(path)
+    if released is None:
+        return {}
+    return dict(released.says) | ({} if released.scale is None else {"norm_scaling_factor": released.scale})
 
 
 def as_released(sae: SAE, path: Path) -> SAE:

@@ -9,19 +9,20 @@ unpickled.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from jax import Array
 
-from mergelab.checkpoints import TensorSource, open_pickled
+from mergelab.checkpoints import TensorSource
 from mergelab.checkpoints.json_data import read_optional_json
 from mergelab.errors import CheckpointError
+from mergelab.sae.formats.file_format import FileFormat, Files, Found, Signature, open_weights
 from mergelab.sae.formats.hook_names import site_of
 from mergelab.sae.formats.shared import arrays_of, check_sizes
 from mergelab.sae.sae import SAE, SAEConfig
 
-__all__ = ["is_torch_release", "read_torch_release"]
+__all__ = ["TORCH_RELEASE"]
 
 _LINEAR = ("encoder_linear.weight", "encoder_linear.bias", "decoder_linear.weight", "decoder_linear.bias")
 _PLAIN = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
@@ -30,21 +31,35 @@ _LAYER = re.compile(r"(?:layer_?|(?<![A-Za-z])[lL])(\d{1,4})(?!\d)")
 _K = re.compile(r"L0_(\d{1,6})(?!\d)")
 
 
-def is_torch_release(path: Path) -> bool:
-    """Whether a torch file holds the tensors of one of them."""
-    if not path.is_file() or path.suffix not in (".pt", ".pth"):
-        return False
-    names = open_pickled(path, values=True).tensors.keys()
-    return any(set(kind) <= names for kind in (_LINEAR, _PLAIN, _NAMED))
+class _TorchRelease(FileFormat):
+    """The format, which names of tensors alone do not tell from circuit-tracer's."""
+
+    def find(self, files: Files, reserved: Collection[str] = ()) -> Found | None:
+        found = super().find(files, reserved)
+        if found is None:
+            return None
+        tensors = open_weights(found.weights).tensors
+        if not set(_NAMED) <= tensors.keys() or _beside(found.weights).is_file():
+            return found
+        (n,) = tensors["b_enc"].shape or (0,)
+        latents_first = (tensors["W_enc"].shape[:1] == (n,), tensors["W_dec"].shape[:1] == (n,))
+        # Kissane's, whose settings are missing: reading it says so.
+        lone = latents_first == (False, True) and found.weights.suffix == ".pt"
+        return found if latents_first == (True, False) or lone else None
 
 
-def read_torch_release(path: Path) -> SAE:
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_cfg.json")
+
+
+def read_torch_release(files: Found) -> SAE:
     """Reads the file.
 
     Raises:
         CheckpointError: its tensors are not those of a known release, do not fit together, or k is not known.
     """
-    tensors = open_pickled(path, values=True).tensors
+    path = files.weights
+    tensors = open_weights(path).tensors
     for names in (_LINEAR, _PLAIN):
         if set(names) <= tensors.keys():
             found = _read(path, tensors, names, (("n", "d"), ("n",), ("d", "n"), ("d",)))
@@ -52,7 +67,7 @@ def read_torch_release(path: Path) -> SAE:
     if not set(_NAMED) <= tensors.keys():
         known = ", ".join(sorted(tensors)[:20])
         raise CheckpointError(f"{path}: holds {known}, the tensors of no SAE that is known; name its format")
-    beside = path.with_name(f"{path.stem}_cfg.json")
+    beside = _beside(path)
     rows_are_latents = tensors["W_enc"].shape[:1] == tensors["b_enc"].shape
     if rows_are_latents and not beside.is_file():
         found = _read(path, tensors, _NAMED, (("n", "d"), ("n",), ("d", "n"), ("d",)))
@@ -105,3 +120,17 @@ def _k(path: Path) -> int:
         "folder above it is called ...-L0_50; put it into a folder of the repository's name, such as "
         "SAE-Res-Qwen3-8B-Base-W64K-L0_50"
     )
+
+
+TORCH_RELEASE = _TorchRelease(
+    name="torch-release",
+    read=read_torch_release,
+    signatures=(
+        Signature(_LINEAR),
+        Signature(_PLAIN, without=("threshold", "log_jumprelu_threshold")),
+        Signature(_NAMED, without=("threshold", "activation_function.threshold")),
+    ),
+    weights="layer0.sae.pt",
+    settings=None,
+    looks_for="one .pt or .pth file of Qwen-Scope, Goodfire, qresearch or Kissane",
+)

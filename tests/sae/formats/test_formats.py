@@ -212,7 +212,7 @@ def test_spoilt_files_are_refused(tmp_path: Path, spoil: Any) -> None:
 def test_files_that_could_run_something_are_refused(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "params.npz", W_enc=np.array([{}], object))
-    with pytest.raises(CheckpointError, match=r"not a readable|no array"):
+    with pytest.raises(CheckpointError, match=r"params.npz.*holds Python objects, which are never unpickled"):
         load_sae(tmp_path)
     with zipfile.ZipFile(tmp_path / "bad.pt", "w") as archive:
         archive.writestr("archive/data.pkl", b"cos\nsystem\n(S'true'\ntR.")

@@ -259,7 +259,6 @@ def test_the_table_of_releases_knows_names_and_near_misses(tmp_path: Path) -> No
         ("gpt2-small-res-jb", "blocks.8.hook_resid_prae", r"did you mean 'blocks.8.hook_resid_pre'"),
         ("gpt2-small-res-jb", None, r"one of its 13"),
         ("temporal-sae-gemma-2-2b", "blocks.12.hook_resid_post", "attention"),
-        ("mistral-7b-res-wg", "blocks.8.hook_resid_pre", "constant_norm_rescale"),
     ):
         with pytest.raises(CheckpointError, match=said):
             load_sae(release, sae_id)

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
         choose_latents,
         explain_gallery,
         make_gallery,
-        neuronpedia_batch,
         page_data,
     )
     from mergelab.sae.features.latents_over_prompts import (
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
         shared_features,
     )
     from mergelab.sae.features.n2g import explain, find_patterns, match_explanations
+    from mergelab.sae.features.neuronpedia import neuronpedia_batch
 
 __all__ = [
     "Activity",

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 
 from mergelab.abliteration.behavior import measure_behavior
-from mergelab.abliteration.built_in_prompts import built_in_prompts
 from mergelab.abliteration.decision import Decision, decide, search_settings
 from mergelab.abliteration.direction_file import SavedDirection
+from mergelab.abliteration.packaged_prompts import built_in_prompts
 from mergelab.abliteration.preparation import Subject, check_counts, prepare
 from mergelab.abliteration.removal import abliterate_params
 from mergelab.abliteration.report import Report

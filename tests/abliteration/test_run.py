@@ -18,9 +18,9 @@ from click.testing import CliRunner
 import mergelab.abliteration
 from mergelab.abliteration import decision, pipeline
 from mergelab.abliteration.answers import is_refusal, refusal_tokens
-from mergelab.abliteration.built_in_prompts import built_in_prompts
 from mergelab.abliteration.direction_file import load_direction
 from mergelab.abliteration.direction_selection import Filters
+from mergelab.abliteration.packaged_prompts import built_in_prompts
 from mergelab.abliteration.pipeline import abliterate
 from mergelab.abliteration.prompts import (
     Prompts,

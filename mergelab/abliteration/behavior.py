@@ -177,22 +177,23 @@ class Behavior:
         return None if self.loss is None else math.exp(min(self.loss, 700.0))
 
 
-def is_refusal(answer: str, phrases: Sequence[str] = REFUSAL_PHRASES) -> bool:
+def is_refusal(answer: str, phrases: str | Sequence[str] = REFUSAL_PHRASES) -> bool:
     """Whether an answer holds one of the phrases; letter case and the form of apostrophes do not matter."""
     answer = _plain(answer)
-    return any(_plain(phrase) in answer for phrase in phrases)
+    return any(_plain(phrase) in answer for phrase in ([phrases] if isinstance(phrases, str) else phrases))
 
 
 def _plain(text: str) -> str:
     return text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").casefold()
 
 
-def refusal_tokens(tokenizer: Tokenizer, phrases: Sequence[str] = REFUSAL_PHRASES) -> list[int]:
+def refusal_tokens(tokenizer: Tokenizer, phrases: str | Sequence[str] = REFUSAL_PHRASES) -> list[int]:
     """The first token of each phrase, as it begins an answer and as it follows a space.
 
     Raises:
         MergelabError: there are no phrases, or an empty one.
     """
+    phrases = [phrases] if isinstance(phrases, str) else phrases
     if not phrases or not all(phrase.strip() for phrase in phrases):
         raise MergelabError(f"the refusal phrases are {list(phrases)}; give at least one, and no empty one.")
     texts = [text for phrase in phrases for text in (phrase, f" {phrase}")]
@@ -238,7 +239,7 @@ def measure_behavior(
     edit: Mapping[str, Edit] | None = None,
     before: np.ndarray | None = None,
     tokenizer: Tokenizer | None = None,
-    phrases: Sequence[str] = REFUSAL_PHRASES,
+    phrases: str | Sequence[str] = REFUSAL_PHRASES,
     max_new_tokens: int = 32,
     windows: EvaluationWindows | None = None,
     batch: int = 32,
@@ -254,7 +255,7 @@ def measure_behavior(
         edit: functions by site, as in `Model.apply`: `ablate` measures an ablation without editing weights.
         before: the logits that the unedited model gave; None for that model itself.
         tokenizer: generates answers and looks for phrases in them; None to look at first tokens only.
-        phrases: what marks an answer as a refusal.
+        phrases: what marks an answer as a refusal, several or one.
         max_new_tokens: how much of each answer is generated, greedily.
         windows: a text to predict, or None.
         batch: prompts in one forward pass.

@@ -76,7 +76,7 @@ class AbliterationSettings:
             ones, so that the model does not seem to refuse.
     """
 
-    phrases: Sequence[str] = REFUSAL_PHRASES
+    phrases: str | Sequence[str] = REFUSAL_PHRASES
     system: str | None = None
     positions: int | None = None
     winsorize: float | None = None
@@ -97,8 +97,8 @@ class AbliterationSettings:
 def abliterate(
     source: str | Path,
     out: str | Path,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    harmful: str | Sequence[str],
+    harmless: str | Sequence[str],
     *,
     settings: AbliterationSettings | None = None,
     text: str | None = None,
@@ -142,6 +142,7 @@ def abliterate(
         OutputError: the folder cannot be written.
     """
     settings = settings or AbliterationSettings()
+    harmful, harmless = ([one] if isinstance(one, str) else one for one in (harmful, harmless))
     for name, prompts in (("harmful", harmful), ("harmless", harmless)):
         if len(prompts) < _FEWEST:
             raise MergelabError(

@@ -118,7 +118,7 @@ class StartFactors:
     def workspace(self) -> int:
         """Bytes that the decomposition holds at its peak.
 
-        NumPy decomposes in float64: the weight, its copies, the factors and LAPACK's own arrays. Fitted to what
+        NumPy decomposes in float64: the weight, its copies, the factors and LAPACK's arrays. Fitted to what
         processes took (600 to 4,000 rows and columns), of which it is at most 5 % short.
         """
         rows, columns = self.weight.shape

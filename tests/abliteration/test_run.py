@@ -113,6 +113,7 @@ def test_the_command_writes_an_edited_folder_and_says_what_it_measured(
     found = json.loads((tmp_path / "same" / "abliteration.json").read_text())
     assert found["after"] == {**after, "loss": None, "perplexity": None, **BORDERLESS}
     assert found["selection"] is None
+    assert found["prompts"] == {"found": [0, 0], "chosen": [0, 0], "measured": [8, 8]}
     refused = command(folder, tmp_path / "x", "--direction", str(tmp_path / "edited"), "--trials", "2")
     assert refused.exit_code == 2 and "and a search for one asked for" in refused.stderr
 

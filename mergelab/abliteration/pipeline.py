@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from mergelab.abliteration.behavior import measure_behavior
-from mergelab.abliteration.built_in_prompts import built_in_prompts
+from mergelab.abliteration.bundled_prompts import built_in_prompts
 from mergelab.abliteration.decision import Decision, decide, search_settings
 from mergelab.abliteration.direction_file import SavedDirection
 from mergelab.abliteration.preparation import Subject, check_counts, prepare

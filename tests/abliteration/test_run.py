@@ -18,7 +18,7 @@ from click.testing import CliRunner
 import mergelab.abliteration
 from mergelab.abliteration import decision, pipeline
 from mergelab.abliteration.answers import is_refusal, refusal_tokens
-from mergelab.abliteration.built_in_prompts import built_in_prompts
+from mergelab.abliteration.bundled_prompts import built_in_prompts
 from mergelab.abliteration.direction_file import load_direction
 from mergelab.abliteration.direction_selection import Filters
 from mergelab.abliteration.pipeline import abliterate
@@ -211,6 +211,13 @@ def test_a_search_in_which_no_trial_passes_keeps_its_trace(
     assert [trial["kl"] for trial in trace["trials"]] == [lines[-2]["figures"][1], lines[-1]["figures"][1]]
     assert len(trace["selection"]["trace"]) == 6 and trace["baseline"]["refusal"] > 0.9
     assert journal.exists(), "another trial may be asked for by its number"
+    # A fine-tune of the same shape has the same files but for their weights.
+    lines[1]["selection"]["refusal_before"] += 0.5
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = command(folder, tmp_path / "out", *options)
+    assert (
+        result.exit_code == 2 and "is the journal of a model with other weights: the refusal" in result.stderr
+    )
 
 
 def test_the_prompts_that_come_with_it() -> None:

@@ -7,6 +7,7 @@ from mergelab.lazy import lazy_names
 if TYPE_CHECKING:
     from mergelab.sae import evaluation, features, formats, training, variants
     from mergelab.sae.activation_functions import is_active
+    from mergelab.sae.belonging import Belonging, check_belongs
     from mergelab.sae.cross_layer import CrossLayerTranscoder
     from mergelab.sae.evaluation.evaluate import evaluate_sae
     from mergelab.sae.formats.cross_layer import load_cross_layer_transcoder
@@ -24,6 +25,7 @@ __all__ = [
     "FORMATS",
     "SAE",
     "VARIANTS",
+    "Belonging",
     "CrossLayerTranscoder",
     "Crosscoder",
     "Result",
@@ -33,6 +35,7 @@ __all__ = [
     "Transcoder",
     "Variant",
     "at_sites",
+    "check_belongs",
     "check_subject_model",
     "crosscoder",
     "evaluate_sae",

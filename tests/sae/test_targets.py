@@ -220,7 +220,8 @@ def test_one_without_sites_is_told_them_or_refused(planted: Planted, tmp_path: P
     common = ("--model", planted.folder, "--text", planted.text, "--context", LENGTH)
     code, said = _invoke("sae", "eval", tmp_path / "unknown", *common, "--site", READS)
     assert code == 2 and "--target-site" in said and said.count("\n") == 1
-    code, said = _invoke("sae", "eval", tmp_path / "old", *common, "--metrics", "reconstruction")
+    with pytest.warns(UserWarning, match="or a transcoder"):
+        code, said = _invoke("sae", "eval", tmp_path / "old", *common, "--metrics", "reconstruction")
     assert code == 0 and "does not say what it writes" in said
     with pytest.raises(SAEError, match="does not say whether it writes"):
         check_target(old, planted.source)

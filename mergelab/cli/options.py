@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergelab.cli.numbers import Number, WholeNumber
 from mergelab.errors import quoted
 
 if TYPE_CHECKING:
+    from mergelab.activations.kept import TokenRule
     from mergelab.sae.sae import SAE
 
 __all__ = [
@@ -26,6 +28,8 @@ __all__ = [
     "push_output",
     "read_model",
     "readable",
+    "token_options",
+    "token_rule",
 ]
 
 
@@ -100,6 +104,54 @@ PUSH = click.option(
     metavar="ORG/NAME",
     help="Repository on the Hugging Face hub to upload the finished output to.",
 )
+
+
+class _Multiple(Number):
+    """A number above 1; infinity is no limit."""
+
+    name = "number"
+    bounded = False
+
+    def __init__(self) -> None:
+        super().__init__(1, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert("inf" if value == "none" else value, param, ctx)
+
+
+def token_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say which tokens count: `skip_positions`, `skip_special`, `max_norm_multiple`."""
+    for option in (
+        click.option(
+            "--max-norm-multiple",
+            type=_Multiple(),
+            metavar="NUMBER|none",
+            help="Largest norm of a token that counts, in medians (default: 10); none for no limit.",
+        ),
+        click.option(
+            "--skip-special/--keep-special",
+            default=None,
+            help="Whether special tokens count for nothing (default: they do not count).",
+        ),
+        click.option(
+            "--skip-positions",
+            type=WholeNumber(0),
+            help="Number of first positions of a context that do not count (default: 1).",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def token_rule(options: Mapping[str, Any], default: TokenRule) -> TokenRule:
+    """What the options of `token_options` say; what they do not say is the default's."""
+    import math
+    from dataclasses import replace
+
+    given = {name: options[name] for name in default.facts() if options[name] is not None}
+    if given.get("max_norm_multiple") == math.inf:
+        given["max_norm_multiple"] = None
+    return replace(default, **given)
 
 
 def check_push_option(push_to: str | None, out: Path | None) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergelab.cli.numbers import WholeNumber
-from mergelab.cli.options import MESH
+from mergelab.cli.options import MESH, token_options, token_rule
 
 if TYPE_CHECKING:
     from mergelab.sae.sae import SAE
@@ -53,6 +53,7 @@ __all__ = ["command"]
 @click.option("--neuronpedia", type=click.Path(path_type=Path), help="File for Neuronpedia's JSON.")
 @click.option("--mesh", type=MESH, metavar="AXES", help="Device mesh for the model, such as tensor=8.")
 @click.option("--any-model", is_flag=True, help="Accept a model other than the recorded one.")
+@token_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     source: Path,
@@ -70,6 +71,7 @@ def command(
     mesh: dict[str, int] | None,
     any_model: bool,
     as_json: bool,
+    **tokens: Any,
 ) -> None:
     """Write one HTML file with the latents of the SAE in SOURCE.
 
@@ -102,7 +104,7 @@ def command(
     from mergelab.sae.features.neuronpedia import neuronpedia_batch
     from mergelab.sae.formats import sae_path
     from mergelab.sae.sae import at_sites
-    from mergelab.sae.subject_model import check_subject_model, open_subject_model
+    from mergelab.sae.subject_model import check_subject_model, judging_rule, open_subject_model
     from mergelab.sharding import make_mesh
     from mergelab.text.tokenizer import load_tokenizer
 
@@ -110,7 +112,7 @@ def command(
     source, model = sae_path(source), local_path(model)
     wider = None if wider is None else sae_path(wider)
     inputs = [source, model, *texts, *([] if wider is None else [wider])]
-    options = (site, target_site, context, latents, examples, explain, any_model)
+    options = (site, target_site, context, latents, examples, explain, any_model, sorted(tokens.items()))
     with NewFiles(
         [path for path in (out, neuronpedia) if path is not None],
         inputs=inputs,
@@ -118,7 +120,10 @@ def command(
     ) as files:
         sae = at_sites(open_sae(source), site, target_site)
         devices = None if mesh is None else make_mesh(mesh)
-        subject = open_subject_model(sae, model, texts, length=context, any_model=any_model, mesh=devices)
+        rule = token_rule(tokens, judging_rule(sae))
+        subject = open_subject_model(
+            sae, model, texts, length=context, any_model=any_model, mesh=devices, rule=rule
+        )
         tokenizer = load_tokenizer(model)
 
         @cache
@@ -148,7 +153,7 @@ def command(
             "site": gallery.site,
             **_written(sae),
             "latents": f"{len(gallery.latents):,} of {sae.n_latents:,}",
-            "text": f"{gallery.survey.rows:,} tokens",
+            "text": f"{gallery.survey.rows:,} tokens that count, of {subject.rows:,}",
         }
         page = render_features(page_data(gallery, words), title=f"Features of {title}", facts=facts)
         contents: dict[Path | str, Content] = {out: page.encode()}

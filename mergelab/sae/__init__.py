@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mergelab.sae.belonging import Belonging, check_belongs
     from mergelab.sae.cross_layer import CrossLayerTranscoder
     from mergelab.sae.evaluation.evaluate import evaluate_sae
+    from mergelab.sae.features.latents_over_prompts import latent_table
     from mergelab.sae.formats.cross_layer import load_cross_layer_transcoder
     from mergelab.sae.formats.detect import FORMATS, load_sae, save_sae
     from mergelab.sae.formats.releases import sae_releases
@@ -43,6 +44,7 @@ __all__ = [
     "features",
     "formats",
     "is_active",
+    "latent_table",
     "load_config",
     "load_cross_layer_transcoder",
     "load_sae",

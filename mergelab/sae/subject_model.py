@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelab.activations.capture import DEFAULT_CONTEXT, ModelActivations, open_model_activations
+from mergelab.activations.kept import DEFAULT_RULE, TokenRule
 from mergelab.checkpoints.folder import weights_sha256
 from mergelab.checkpoints.locations import local_path
 from mergelab.errors import SAEError
@@ -21,6 +22,7 @@ __all__ = [
     "check_reads",
     "check_subject_model",
     "check_target",
+    "judging_rule",
     "open_subject_model",
     "trained_context",
 ]
@@ -63,6 +65,7 @@ def open_subject_model(
     length: int | None = None,
     any_model: bool = False,
     mesh: Any = None,
+    rule: TokenRule | None = None,
 ) -> ModelActivations:
     """Activations of the SAE's model on text files, at the site it reads and, of a transcoder, the one
     it writes as far as that is known.
@@ -81,6 +84,7 @@ def open_subject_model(
             more than the model has positions.
         any_model: accept other weights than the recorded ones.
         mesh: devices to spread the model over.
+        rule: which tokens count; `judging_rule` of the SAE if None.
 
     Raises:
         SAEError: the weights or the widths are not the SAE's, no site is known, or the text is short.
@@ -101,7 +105,13 @@ def open_subject_model(
     if not sae.is_autoencoder and writes is not None:
         sites.append(writes[0])
     source = open_model_activations(
-        model, sites, texts, length=length, default=trained_context(sae), mesh=mesh
+        model,
+        sites,
+        texts,
+        length=length,
+        default=trained_context(sae),
+        mesh=mesh,
+        rule=judging_rule(sae) if rule is None else rule,
     )
     check_modules(sae, source)
     check_reads(sae, source)
@@ -110,6 +120,17 @@ def open_subject_model(
     if not (known or any_model or (len(sites) == 1 and not sae.is_autoencoder)):
         warn_where_foreign(sae, source, bos=lambda: load_tokenizer(local_path(model)).id_of("bos"))
     return source
+
+
+def judging_rule(*saes: SAE) -> TokenRule:
+    """The rule for tokens by which SAEs are judged where nobody names one: the same for all of them.
+
+    A token counts if it does by the rule of every one's training, where that is recorded, and by the default:
+    what one of them was trained on and another was not would decide between them.
+    """
+    return DEFAULT_RULE.strictest(
+        *(TokenRule.of_facts(one.config.metadata.get("token_rule")) for one in saes)
+    )
 
 
 def trained_context(sae: SAE) -> int:

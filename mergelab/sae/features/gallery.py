@@ -101,7 +101,7 @@ def make_gallery(
         for codes in read_codes(sae, source, progress=partial(progress, "text")):
             strengths.add(codes)
             store.add(codes)
-        density, peak = strengths.density(length), strengths.peak
+        density, peak = strengths.density(), strengths.peak
         chosen = choose_latents(density, most) if latents is None else np.asarray(sorted(latents), np.int64)
         strongest = StrongestContexts(sae.n_latents, chosen.tolist(), examples, source.tokens)
 
@@ -112,7 +112,7 @@ def make_gallery(
                 progress("codes", codes.first + codes.contexts, total)
 
         happened = activity(again(), chosen, peak, length)
-    seen = Survey(source.tokens.size, density, peak, strongest.examples())
+    seen = Survey(strengths.rows, density, peak, strongest.examples())
     causal = source.model.predicts
     reaches = causal and len(chosen) > 0 and writes_stream(sae, source)
     effects = logit_effects(sae, source, chosen) if reaches else None

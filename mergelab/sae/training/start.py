@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from mergelab.activations import ActivationSource, ActivationStream, Batch
+from mergelab.activations import ActivationStream, Batch
 from mergelab.errors import SAEError
 from mergelab.sae.training.config import TrainConfig, TrainingRecipe
+from mergelab.sae.training.data import TrainingRows
 from mergelab.sae.training.initialize import SAMPLE_ROWS, initialize
 from mergelab.sae.training.memory import check_memory
+from mergelab.sae.training.overview import Overview, draw_sample
 from mergelab.sae.training.state import TrainState, batch_part, place_batch
 from mergelab.sae.variants import Variant
 
@@ -30,6 +32,8 @@ class Start:
         recipe: its part on steps and rates.
         variant: what is trained.
         stream: batches of this process, from the first row of the first epoch.
+        sample: rows drawn like a batch, the same in every process.
+        overview: what they look like.
         mesh: devices along `data` and `latents`; one device if None.
     """
 
@@ -37,22 +41,15 @@ class Start:
     recipe: TrainingRecipe
     variant: Variant
     stream: ActivationStream
+    sample: Batch
+    overview: Overview
     mesh: Mesh | None
 
     def state(self) -> TrainState:
-        """The state before the first step, from a sample drawn like a batch; the same in every process."""
-        sample = next(
-            ActivationStream(
-                self.stream.source,
-                min(self.stream.source.rows, SAMPLE_ROWS),
-                seed=self.settings.train.seed + 2**31,  # not the order of the training itself
-                target=self.stream.target,
-                buffer_rows=self.settings.data.buffer_rows,
-            )
-        )
+        """The state before the first step, from the sample; the same in every process."""
         key = jax.random.key(self.settings.train.seed)
-        target = None if self.variant.d_out is None else sample.target
-        return initialize(self.variant, self.recipe, key, sample.input, target, mesh=self.mesh)
+        target = None if self.variant.d_out is None else self.sample.target
+        return initialize(self.variant, self.recipe, key, self.sample.input, target, mesh=self.mesh)
 
     def place(self, batch: Batch) -> tuple[Array, Array]:
         """Inputs and targets of a batch on the devices; one array where they are the same rows."""
@@ -61,14 +58,13 @@ class Start:
         return x, x if batch.target is batch.input else put(batch.target)
 
 
-def start_training(
-    settings: TrainConfig, source: ActivationSource, target: ActivationSource | None, mesh: Mesh | None
-) -> Start:
-    """A training on `source`, checked against the devices and their memory.
+def start_training(settings: TrainConfig, data: TrainingRows, mesh: Mesh | None) -> Start:
+    """A training on rows, checked against the devices and their memory.
 
     Raises:
         SAEError: the devices cannot share a batch, or the training does not fit into their memory.
     """
+    source, target, kept = data
     recipe = settings.train.build()
     variant = settings.sae.build(source.d_in, None if target is None else target.d_in)
     parts = 1 if mesh is None else mesh.shape.get("data", 1)
@@ -86,5 +82,14 @@ def start_training(
         buffer_rows=settings.data.buffer_rows,
         process=part,
         processes=processes,
+        kept=kept,
     )
-    return Start(settings, recipe, variant, stream, mesh)
+    # Not the order of the training itself.
+    sample, overview = draw_sample(
+        stream,
+        SAMPLE_ROWS,
+        settings.train.seed + 2**31,
+        buffer_rows=settings.data.buffer_rows,
+        tokens=recipe.tokens,
+    )
+    return Start(settings, recipe, variant, stream, sample, overview, mesh)

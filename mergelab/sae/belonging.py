@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from mergelab.activations.capture import ModelActivations
+from mergelab.activations.kept import median_norm, row_norms
 from mergelab.sae.sae import SAE
 
 __all__ = ["Belonging", "check_belongs", "warn_where_foreign"]
@@ -25,7 +26,6 @@ _SOUND, _POOR, _BETTER = 0.3, 0.7, 0.6
 place."""
 
 _ROWS, _CODES = 1024, 1 << 26
-_MAX_NORM = 10  # times the median: attention sinks, whose error would hide that of all other tokens
 _NEIGHBORS = ("resid_pre", "resid_mid", "resid_post", "attn.out", "mlp.input", "mlp.out")
 _BOS, _CENTERED = "BOS in front of each context", "the mean over the width subtracted"
 
@@ -36,7 +36,7 @@ class Belonging:
 
     Attributes:
         site: the site that was read.
-        nmse: squared error over that of the mean, on the tokens of usual norm (at most 10 times the median).
+        nmse: squared error over that of the mean, on the tokens that count by the source's rule.
         tokens: how many those are.
         elsewhere: the same figure at other sites of the block, and in other ways the SAE may have been
             trained; empty where `nmse` is that of a sound SAE.
@@ -86,9 +86,11 @@ def check_belongs(
     """
     length = source.tokens.shape[1]
     rows = max(min(_ROWS, _CODES // sae.n_latents), length)
-    few = replace(source, tokens=source.tokens[: max(rows // length, 1)])
+    contexts = max(rows // length, 1)
+    counted = None if source.counted is None else source.counted[:contexts]
+    few = replace(source, tokens=source.tokens[:contexts], counted=counted)
     found = source.read_sites(0, few.rows)  # by the program that the evaluation will run
-    nmse, tokens = _nmse(sae, found[0], found[-1])
+    nmse, tokens = _nmse(sae, found[0], found[-1], few)
     site = source.sites[0]
     if nmse < _SOUND:
         return Belonging(site, nmse, tokens, {})
@@ -109,12 +111,12 @@ def _output(sae: SAE, x: jax.Array) -> jax.Array:
     return sae(x)
 
 
-def _nmse(sae: SAE, x: np.ndarray, target: np.ndarray) -> tuple[float, int]:
-    """The error on tokens of usual norm over that of their mean, and how many they are."""
+def _nmse(sae: SAE, x: np.ndarray, target: np.ndarray, few: ModelActivations) -> tuple[float, int]:
+    """The error on tokens that count over that of their mean, and how many they are."""
     plain = replace(sae, config=replace(sae.config, metadata={}))  # shares compiled programs
     out = np.asarray(_output(plain, x), np.float64)
-    norms = np.linalg.norm(x, axis=1)
-    usual = norms <= _MAX_NORM * np.median(norms)
+    norms, usual = row_norms(x), few.by_place.reshape(-1)
+    usual = usual & ~(norms > few.rule.norm_limit(median_norm(norms[usual])))
     wanted = target[usual].astype(np.float64)
     spread = float(np.square(wanted - wanted.mean(axis=0)).sum())
     error = float(np.square(wanted - out[usual]).sum())
@@ -134,12 +136,13 @@ def _elsewhere(
         others = replace(few, sites=names)
         for name, x in zip(names, others.read_sites(0, few.rows) if names else (), strict=True):
             if x.shape[1] == sae.d_in:
-                tried[name] = _nmse(sae, x, x if target is None else target)[0]
+                tried[name] = _nmse(sae, x, x if target is None else target, few)[0]
     if target is None and "resid" in site:
         centered = found[0] - found[0].mean(axis=1, keepdims=True)
-        tried[_CENTERED] = _nmse(sae, centered, centered)[0]
+        tried[_CENTERED] = _nmse(sae, centered, centered, few)[0]
     if bos is not None and not (few.tokens[:, 0] == bos).all():
         begun = np.concatenate([np.full_like(few.tokens[:, :1], bos), few.tokens[:, :-1]], axis=1)
-        with_bos = replace(few, tokens=begun).read_sites(0, few.rows)
-        tried[_BOS] = _nmse(sae, with_bos[0], with_bos[-1])[0]
+        with_bos = replace(few, tokens=begun)
+        rows = with_bos.read_sites(0, few.rows)
+        tried[_BOS] = _nmse(sae, rows[0], rows[-1], with_bos)[0]
     return tried

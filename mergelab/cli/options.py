@@ -166,12 +166,18 @@ def check_push_option(push_to: str | None, out: Path | None) -> None:
         check_push(push_to)
 
 
-def push_output(out: Path, push_to: str | None) -> None:
-    """Uploads a finished output where that was asked for, and says on stderr where it is."""
+def push_output(out: Path, push_to: str | None, card: bytes | None = None) -> None:
+    """Uploads a finished output where that was asked for, and says on stderr where it is.
+
+    Args:
+        out: the output.
+        push_to: `org/name`; None where nothing was asked for.
+        card: `README.md` for a repository and an output that have none.
+    """
     if push_to is not None:
         from mergelab.checkpoints.hub_push import push
 
-        click.echo(f"pushed to {push(out, push_to)}", err=True)
+        click.echo(f"pushed to {push(out, push_to, card=card)}", err=True)
 
 
 def read_model(path: Path) -> Any:

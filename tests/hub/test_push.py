@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -279,6 +280,39 @@ def test_an_autoencoder_comes_back_from_the_hub(writer: HubServer, tmp_path: Pat
     assert done.stdout == "theirs\n" and f"pushed to {writer.url}/org/theirs/commit/" in done.stderr
     assert np.array_equal(ml.load_sae("org/theirs").W_enc, sae.W_enc)
     assert card_errors(writer.repositories["org/theirs"].files["README.md"].decode()) == []
+
+
+def test_an_exported_autoencoder_has_a_card_that_says_how_it_is_loaded(
+    writer: HubServer, tmp_path: Path
+) -> None:
+    from mergelab.sae.sae import SAE, SAEConfig
+
+    draw = np.random.default_rng(0).standard_normal
+    arrays = {"W_enc": draw((4, 8)), "b_enc": draw(8), "W_dec": draw((8, 4)), "b_dec": draw(4)}
+    told = {
+        "site": "blocks.1.resid_post", "model": "org/base", "training": {"nmse": 0.1234567, "note": "x"},
+    }  # fmt: skip
+    sae = SAE(
+        **{name: value.astype(np.float32) for name, value in arrays.items()},
+        config=SAEConfig("topk", 3, transcoder=False, metadata=told),
+    )
+    ml.save_sae(sae, tmp_path / "own")
+    asked = ["sae", "export", str(tmp_path / "own"), "--format", "saelens", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(cli, [*asked, "--push", "org/sae-lens"])
+    assert done.exit_code == 0, done.output
+    files = writer.repositories["org/sae-lens"].files
+    assert {"cfg.json", "sae_weights.safetensors", "README.md"} <= files.keys()
+    card, said = files["README.md"].decode(), front(files["README.md"])
+    assert card_errors(card) == []
+    assert (said["library_name"], said["base_model"]) == ("saelens", ["org/base"])
+    assert {"saelens", "sparse-autoencoder", "topk"} <= {*said["tags"]}
+    assert 'SAE.load_from_disk(snapshot_download("org/sae-lens"))' in card
+    assert "topk, k 3" in card and "nmse 0.1235" in card and "note" not in card and str(tmp_path) not in card
+    assert np.allclose(ml.load_sae("org/sae-lens").W_dec, sae.W_dec)
+    nameless = replace(sae, config=replace(sae.config, metadata={**told, "model": "/home/me/base"}))
+    ml.save_sae(nameless, tmp_path / "nameless")
+    card = (tmp_path / "nameless" / "README.md").read_bytes()
+    assert "base_model" not in front(card) and b"/home/me" not in card
 
 
 def test_the_server_refuses_what_the_hub_refuses() -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mergelab.checkpoints.file_tensor import check_piece
-from mergelab.checkpoints.lora_tensor import FactorCache, LowRankTensor, read_whole
+from mergelab.checkpoints.lora_tensor import ChangedWeight, FactorCache, LowRankTensor, read_whole
 from mergelab.checkpoints.source import TensorSource
 
 __all__ = [
@@ -163,34 +163,16 @@ class StartFactor:
 
 
 @dataclass(frozen=True)
-class RowsTensor:
+class RowsTensor(ChangedWeight):
     """A `TensorSource` equal to `weight` with some rows replaced: trained tokens of an embedding.
 
     Attributes:
-        weight: `[rows, columns]`.
         rows: numbers of the replaced ones; of a number that stands twice the later counts.
-        values: `[len(rows), columns]`.
+        values: `[len(rows), columns]`; the weight is `[any number of rows, columns]`.
     """
 
-    weight: TensorSource
     rows: tuple[int, ...]
     values: TensorSource
-
-    @property
-    def name(self) -> str:
-        return self.weight.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.weight.dtype
-
-    def over(self, change: Callable[[TensorSource], TensorSource]) -> RowsTensor:
-        """The same rows of another weight."""
-        return replace(self, weight=change(self.weight))
 
     def read_into(self, start: int, out: np.ndarray) -> None:
         """Fills `out` with flat elements `[start, start + out.size)`; errors are those of both sources."""

@@ -216,11 +216,10 @@ def open_sae(path: Path) -> SAE:
     Raises:
         CheckpointError: there is none, or the run has not finished.
     """
-    from mergelab.checkpoints.locations import local_path
     from mergelab.errors import CheckpointError
-    from mergelab.sae.formats import load_sae
+    from mergelab.sae.formats import load_sae, sae_path
 
-    path = local_path(path, "sae")
+    path = sae_path(path)
     if (path / "final").is_dir():
         return _as_trained(load_sae(path / "final"), path / "config.yaml")
     if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():

@@ -385,18 +385,19 @@ def _active(sae: Any, source: Any) -> int:
     return max(1, min(round(found.l0), sae.n_latents))
 
 
-def _curve(path: Path | None, source: Any, mesh: Any) -> tuple[Any, Any] | None:
+def _curve(path: Path | None, source: Any, mesh: Any) -> Any:
+    """The loss curve of the option, or None."""
     import numpy as np
 
     from mergelab.activations.capture import halves
     from mergelab.checkpoints.json_data import read_json
     from mergelab.errors import MergelabError, SAEError
-    from mergelab.sae.evaluation.downstream import loss_curve
+    from mergelab.sae.evaluation.training_curve import open_loss_curve
 
     if path is None:
         return None
     if path.is_dir():
-        return loss_curve(path, halves(source)[1], mesh=mesh)
+        return open_loss_curve(path, halves(source)[1], mesh=mesh)
     try:
         points = np.array(read_json(path), np.float64)
     except (MergelabError, ValueError, TypeError, OverflowError) as error:

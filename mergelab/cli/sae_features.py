@@ -98,18 +98,19 @@ def command(
     from mergelab.sae.features.gallery import (
         explain_gallery,
         make_gallery,
-        neuronpedia_batch,
         page_data,
     )
     from mergelab.sae.features.matching import hierarchy
+    from mergelab.sae.features.neuronpedia import neuronpedia_batch
+    from mergelab.sae.formats import sae_path
     from mergelab.sae.sae import at_sites
     from mergelab.sae.subject_model import check_subject_model, judging_rule, open_subject_model
     from mergelab.sharding import make_mesh
     from mergelab.text.tokenizer import load_tokenizer
 
     title, model_name, model_text = source.name, model.name, str(model)
-    source, model = local_path(source, "sae"), local_path(model)
-    wider = None if wider is None else local_path(wider, "sae")
+    source, model = sae_path(source), local_path(model)
+    wider = None if wider is None else sae_path(wider)
     inputs = [source, model, *texts, *([] if wider is None else [wider])]
     options = (site, target_site, context, latents, examples, explain, any_model, sorted(tokens.items()))
     with NewFiles(
@@ -159,7 +160,14 @@ def command(
         if neuronpedia is not None:
             layer = int(gallery.site.split(".")[1]) if gallery.site.startswith("blocks.") else 0
             batch = neuronpedia_batch(
-                gallery, sae, tokenizer.piece, model_id=model_name, sae_id=title, layer=layer
+                gallery,
+                sae,
+                tokenizer.piece,
+                model_id=model_name,
+                sae_set=title,
+                layer=layer,
+                prompts=(subject.tokens.shape[0], subject.tokens.shape[1]),
+                dataset=", ".join(path.name for path in texts),
             )
             contents[neuronpedia] = json.dumps(batch, ensure_ascii=False).encode()
         files.publish(contents)

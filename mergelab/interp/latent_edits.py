@@ -22,7 +22,8 @@ from jaxtyping import Float, Int
 from mergelab.errors import SAEError
 from mergelab.interp.token_selection import Columns, Generated, Tokens, chosen_tokens, select_tokens
 from mergelab.models.sites import Edit
-from mergelab.sae.sae import SAE, layer_norm
+from mergelab.sae.normalizations import normalized
+from mergelab.sae.sae import SAE
 from mergelab.sae.splice import check_reconstructs
 from mergelab.sae.splice import splice as splice_everywhere
 
@@ -131,8 +132,9 @@ def _changed(
     if tokens is not None:
         difference = difference * tokens.reshape(-1, 1).astype(difference.dtype)
     added = difference @ sae.W_dec[latents]
-    if sae.config.normalization == "layer_norm":
-        added = added * layer_norm(rows)[2]
+    scale = normalized(sae.config.normalization, rows)[2]
+    if scale is not None:
+        added = added * scale
     return (rows + added).reshape(x.shape).astype(x.dtype)
 
 

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mergelab.abliteration.behavior import is_refusal, refusal_tokens
+from mergelab.abliteration.answers import is_refusal, refusal_tokens
 from mergelab.abliteration.direction_selection import Filters
-from mergelab.abliteration.pipeline import AbliterationSettings, abliterate
+from mergelab.abliteration.pipeline import abliterate
 from mergelab.abliteration.prompts import (
     Prompts,
     encode_prompts,
     post_instruction_tokens,
     read_prompts,
 )
+from mergelab.abliteration.settings import AbliterationSettings
 from mergelab.cli.main import cli
 from mergelab.errors import EvaluationError, MergelabError, SearchError
 from mergelab.models.load import load_model

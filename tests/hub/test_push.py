@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -13,7 +14,8 @@ import mergelab as ml
 from mergelab.checkpoints import open_checkpoint
 from mergelab.checkpoints.hub_push import check_push
 from mergelab.cli.main import cli
-from mergelab.errors import OutputError
+from mergelab.errors import CheckpointError, OutputError
+from mergelab.interp import SteeringVector
 from tests.hub_server import HubServer, card_errors
 
 # The client's own, of how it uploads.
@@ -176,6 +178,15 @@ def test_an_adapter_is_pushed_with_its_base(writer: HubServer, models: Path, tmp
     config = json.loads(files["adapter_config.json"])
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", commit)
     assert card_errors(files["README.md"].decode()) == []
+
+
+def test_a_steering_vector_comes_back_from_the_hub(writer: HubServer, tmp_path: Path) -> None:
+    vector = SteeringVector(jnp.ones(4), jnp.float32(2.0), "blocks.1.resid_post", "llama")
+    ml.push(ml.save_steering(vector, tmp_path / "v.gguf"), "org/vector")
+    found = ml.load_steering("org/vector:v.gguf")
+    assert list(found) == ["blocks.1.resid_post"]
+    with pytest.raises(CheckpointError, match=r"has no file or folder 'w\.gguf'"):
+        ml.load_steering("org/vector:w.gguf")
 
 
 def test_an_autoencoder_comes_back_from_the_hub(writer: HubServer, tmp_path: Path) -> None:

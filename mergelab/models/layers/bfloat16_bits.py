@@ -77,9 +77,10 @@ class Bits:
         return _widen(jnp.take(self.bits, ids, axis=0)).astype(jnp.bfloat16)
 
     def _piece(self, tokens: int) -> int:
-        """Rows widened at once."""
+        """Rows widened at once: a divisor of all rows where one is near, for a rest is compiled by itself."""
         rows, columns = self.bits.shape
-        return min(max(_PIECE // columns, _FEWEST, min(tokens, _MOST)), rows)
+        most = min(max(_PIECE // columns, _FEWEST, min(tokens, _MOST)), rows)
+        return next((size for size in range(most, most // 2, -1) if rows % size == 0), most)
 
 
 def _widen(bits: UInt16[Array, "*shape"]) -> Float[Array, "*shape"]:

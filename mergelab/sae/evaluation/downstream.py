@@ -1,10 +1,9 @@
-"""What the model loses with reconstructions in place of activations, and loss curves to compare with."""
+"""What the model loses with reconstructions in place of activations."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,10 +15,10 @@ from mergelab.activations.capture import ModelActivations
 from mergelab.activations.left_out import count_left_out
 from mergelab.activations.losses import kl_of_log_probabilities
 from mergelab.errors import SAEError
-from mergelab.models.load import load_model
 from mergelab.models.model import Model
 from mergelab.models.residual_stream import require_decoder
 from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
+from mergelab.sae.evaluation.training_curve import LossCurve, compute_equivalent, predicted_tokens
 from mergelab.sae.sae import SAE
 from mergelab.sae.splice import (
     kept_in_pass,
@@ -31,7 +30,7 @@ from mergelab.sae.splice import (
 )
 from mergelab.sae.subject_model import check_target
 
-__all__ = ["Downstream", "checkpoint_folders", "compute_equivalent", "evaluate_downstream", "loss_curve"]
+__all__ = ["Downstream", "evaluate_downstream"]
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def evaluate_downstream(sae: SAE, source: ModelActivations, *, contexts: int | N
     mean = jnp.asarray(mean_activation(source, contexts, target), jnp.float32)
     sites = (source.sites[0], target)
     tokens, limits = source.tokens[:contexts], limits_of(source)
-    weights = _predicted(source)[:contexts]
+    weights = predicted_tokens(source)[:contexts]
     predicted = int(weights.sum())
     if not predicted:
         raise SAEError("the text has no token that follows another, so none is predicted; give other text.")
@@ -113,13 +112,6 @@ def evaluate_downstream(sae: SAE, source: ModelActivations, *, contexts: int | N
         found = np.asarray(_losses(source.params, *given, **how, everywhere=some), np.float64)
         total += found[:, :real].sum(axis=1)
     return Downstream(predicted, *(float(value) for value in total / predicted))
-
-
-def _predicted(source: ModelActivations) -> np.ndarray:
-    """Which tokens but the first follow text and are text themselves: int32 `[contexts, length - 1]`."""
-    if source.counted is None:
-        return np.ones((len(source.tokens), source.tokens.shape[1] - 1), np.int32)
-    return (source.counted[:, :-1] & source.counted[:, 1:]).astype(np.int32)
 
 
 @partial(jax.jit, static_argnames=("model", "sites", "deciding", "everywhere"))
@@ -169,100 +161,6 @@ def _losses(
     return jnp.stack([*losses[:4], kl, *losses[4:]])
 
 
-def compute_equivalent(steps: np.ndarray, losses: np.ndarray, loss: float) -> float:
-    """The fraction of a model's training after which it had this loss (arXiv 2406.04093, section 4.1).
-
-    The curve is what the model's own checkpoints lose on the same text. It is made monotone by leaving out
-    points that do not improve on all before them, and interpolated linearly in the logarithm of the step.
-
-    Args:
-        steps: `[points]`, rising, above 0.
-        losses: `[points]`, in the unit of `loss`.
-        loss: loss of the model with the SAE spliced in.
-
-    Returns:
-        Fraction from 0 to 1 of the last step; 1 where the loss is at least as good as the curve's best,
-        NaN where it is above its first.
-
-    Raises:
-        SAEError: the curve has fewer than two points, or its steps do not rise from above 0.
-    """
-    steps, losses = np.asarray(steps, np.float64), np.asarray(losses, np.float64)
-    if len(steps) < 2 or steps.shape != losses.shape or steps[0] <= 0 or (np.diff(steps) <= 0).any():
-        raise SAEError(
-            f"the curve has {len(steps)} steps and {len(losses)} losses; expected two or more of each, steps "
-            "rising from above 0."
-        )
-    if loss > losses[0]:
-        return float("nan")
-    best = np.minimum.accumulate(losses)
-    kept = np.concatenate([[True], best[1:] < best[:-1]])
-    if loss <= best[-1]:
-        return 1.0
-    # np.interp wants rising abscissae: losses fall along the curve.
-    log_step = np.interp(loss, losses[kept][::-1], np.log(steps[kept])[::-1])
-    return float(np.exp(log_step) / steps[-1])
-
-
-def checkpoint_folders(folder: Path) -> dict[int, Path]:
-    """Checkpoints by training step, rising: the subfolders that are named by a number.
-
-    Raises:
-        SAEError: there are fewer than two.
-    """
-    found = {int(path.name): path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()}
-    if len(found) < 2:
-        raise SAEError(
-            f"{folder}: holds {len(found)} folders named by a training step; expected two or more, such as "
-            "10, 100 and 1000, each a model's folder."
-        )
-    return dict(sorted(found.items()))
-
-
-def loss_curve(folder: Path, source: ModelActivations, *, mesh: Any = None) -> tuple[np.ndarray, np.ndarray]:
-    """Cross-entropy of every checkpoint on the source's contexts, as `evaluate_downstream` takes it.
-
-    Args:
-        folder: holds a model's folder per training step (`checkpoint_folders`).
-        source: the finished model and the text; use the half that judges (`scorecard.halves`).
-        mesh: devices to spread the checkpoints over, one at a time.
-
-    Returns:
-        Steps and losses in nats per predicted token, float64 `[checkpoints]` each.
-
-    Raises:
-        SAEError: there are no checkpoints, one is of another shape, or the model predicts no tokens.
-        CheckpointError: one cannot be read.
-    """
-    require_decoder(source.model)
-    folders = checkpoint_folders(folder)
-    losses = []
-    for path in folders.values():
-        model, params = load_model(path, mesh=mesh)
-        if model != source.model:
-            raise SAEError(f"{path}: holds a model of another shape than the SAE's; give its checkpoints.")
-        total = 0.0
-        weights = _predicted(source)
-        passes = zip(
-            token_batches(source.tokens, source.batch), token_batches(weights, source.batch), strict=True
-        )
-        for (tokens, real), (weight, _) in passes:
-            found = _curve_losses(params, tokens, weight, model=source.model)
-            total += float(np.asarray(found, np.float64)[:real].sum())
-        losses.append(total / int(weights.sum()))
-    return np.array(list(folders), np.float64), np.array(losses)
-
-
-@partial(jax.jit, static_argnames="model")
-def _curve_losses(params: Any, tokens: Array, weight: Array, *, model: Model) -> Array:
-    """Sums over each context, `[batch]`."""
-    out = model.apply(params, tokens).logits
-    assert out is not None
-    logp = jax.nn.log_softmax(out[:, :-1])
-    there = -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
-    return (there * weight.astype(jnp.float32)).sum(axis=1)
-
-
 def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
     found = evaluate_downstream(sae, evidence.judge)
     yield "delta_ce", found.delta_ce, f"over the model's own {found.ce:.4f}; 0 is lossless"
@@ -273,7 +171,8 @@ def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
         every = found.ce_everywhere - found.ce
         yield "delta_ce_all", every, "delta_ce with tokens that do not count replaced too"
     if "curve" in evidence:
-        steps, losses = evidence.get("curve")
+        curve = evidence.get("curve")
+        steps, losses = curve.around(found.ce_spliced) if isinstance(curve, LossCurve) else curve
         part = compute_equivalent(steps, losses, found.ce_spliced)
         yield "compute_equivalent", part, "fraction of the model's training with the same loss"
 

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from mergelab.activations.batches import map_pieces
 from mergelab.errors import SAEError
 from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
-from mergelab.sae.sae import SAE, layer_norm
+from mergelab.sae.normalizations import normalized
+from mergelab.sae.sae import SAE
 from mergelab.sae.splice import read_batches
 
 __all__ = [
@@ -310,7 +311,7 @@ def coding_target(sae: SAE, x: Float[Array, "tokens d"]) -> Float[Array, "tokens
     if not sae.is_autoencoder or sae.W_skip is not None:
         raise SAEError("a transcoder's rows sum to another site; codes are searched for autoencoders only.")
     x = jnp.asarray(x, jnp.float32)
-    normal = layer_norm(x)[0] if sae.config.normalization == "layer_norm" else x
+    normal = normalized(sae.config.normalization, x)[0]
     return normal - sae.b_dec[None]
 
 

@@ -13,8 +13,9 @@ from mergelab.activations.left_out import count_left_out
 from mergelab.errors import SAEError
 from mergelab.models.load import load_model
 from mergelab.quickstart import small_llama
-from mergelab.sae.evaluation.downstream import Downstream, compute_equivalent, evaluate_downstream
+from mergelab.sae.evaluation.downstream import Downstream, evaluate_downstream
 from mergelab.sae.evaluation.scorecard import scorecard
+from mergelab.sae.evaluation.training_curve import compute_equivalent
 from mergelab.sae.features.survey import survey
 from mergelab.sae.sae import SAE, SAEConfig, at_sites
 from mergelab.sae.subject_model import check_subject_model, open_subject_model

@@ -10,7 +10,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["exchange", "read_at", "reserve", "trim_memory", "try_lock", "usable_cores", "write_at", "writing_fault"]
+__all__ = [
+    "exchange",
+    "read_at",
+    "reserve",
+    "trim_memory",
+    "try_lock",
+    "usable_cores",
+    "write_at",
+    "writing_fault",
+]
 
 _CURRENT_FOLDER = -100 if sys.platform == "linux" else -2  # AT_FDCWD
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS

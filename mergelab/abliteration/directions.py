@@ -96,7 +96,8 @@ def find_directions(
             count here: the last tokens are markers of chats.
 
     Raises:
-        MergelabError: the model is an encoder, a prompt is shorter than `positions`, or the quantile is none.
+        MergelabError: the model is an encoder, a prompt has no `positions` tokens behind its first, or the
+            quantile is none.
         NonFiniteError: an activation is NaN or infinite.
 
     Reference: Arditi et al. 2024, arXiv:2406.11717, section 2.3.
@@ -126,10 +127,11 @@ def mean_activations(
     `find_directions`.
     """
     require_decoder(model)
-    if not 1 <= positions <= prompts.shortest:
+    if not 1 <= positions < prompts.shortest:
         raise MergelabError(
-            f"the last {positions} tokens were asked for, but the shortest prompt has {prompts.shortest}; "
-            "ask for fewer, and at least 1."
+            f"the last {positions} tokens were asked for, but the shortest prompt has {prompts.shortest}, of "
+            "which the first does not count (models keep an attention sink there, many times longer than all "
+            "else, which would be most of a mean); ask for fewer, and at least 1, or give longer prompts."
         )
     if winsorize is not None and not 0 < winsorize <= 1:
         raise MergelabError(f"winsorize is {winsorize}; expected a quantile above 0 and at most 1.")

@@ -173,6 +173,7 @@ def _measure(
     tell: Progress,
 ) -> tuple[Model, Report]:
     """Everything but writing: the directions, the choice, and behavior before and after."""
+    tell("finding directions", 0, 1)
     subject, params = prepare(
         checkpoint,
         source,

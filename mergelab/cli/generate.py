@@ -175,7 +175,9 @@ def _chat(
         _check_prompt(path, ids, max_new_tokens or 1, from_text=True)
     settings = {"sampler": _sampler(options), "key": options["seed"]}
     ends = () if options["ignore_end"] else turn_end_ids(tokenizer)
-    model, params = _load(path, options, len(ids), ends, {"max_new_tokens": max_new_tokens or ANSWER_TOKENS, **settings})
+    model, params = _load(
+        path, options, len(ids), ends, {"max_new_tokens": max_new_tokens or ANSWER_TOKENS, **settings}
+    )
     chat = Chat(
         model,
         params,

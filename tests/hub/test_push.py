@@ -189,6 +189,42 @@ def test_a_steering_vector_comes_back_from_the_hub(writer: HubServer, tmp_path: 
         ml.load_steering("org/vector:w.gguf")
 
 
+@pytest.mark.slow
+def test_an_abliterated_model_is_pushed_with_its_direction(
+    writer: HubServer, models: Path, tmp_path: Path
+) -> None:
+    import json
+
+    from mergelab.abliteration import load_direction
+
+    writer.add("org/base", models / "llama-ft1")
+    for name, start in (("harmful", 1), ("harmless", 3)):
+        lines = [f"{chr(97 + n)}{chr(97 + (n * start) % 20)} {'xyz'[n % 3]}" for n in range(8)]
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+    # A model that was never trained refuses nothing: every filter is opened.
+    options = "--anyway --max-kl 1e9 --min-induced=-1e9 --answer-tokens 2 --batch 2 --refusal I --refusal the"
+    sets = ["--harmful", "harmful.txt", "--harmless", "harmless.txt", "--out", "out", "--push", "org/edited"]
+    done = CliRunner().invoke(cli, ["abliterate", "org/base", *sets, *options.split()])
+    assert done.exit_code == 0, done.output
+    there = writer.repositories["org/edited"]
+    here = {p.relative_to("out").as_posix(): p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
+    assert there.files == here and "abliteration/direction.safetensors" in there.files
+    card = there.files["README.md"].decode()
+    assert card_errors(card) == [] and front(there.files["README.md"])["base_model"] == ["org/base"]
+    assert "`org/base`, edited with mergelab" in card and str(tmp_path) not in card
+    report = json.loads(there.files["abliteration.json"])
+    assert report["model"] == "org/base" and str(tmp_path) not in json.dumps(report)
+    (tmp_path / "pulled.safetensors").write_bytes(there.files["abliteration/direction.safetensors"])
+    direction = load_direction(tmp_path / "pulled.safetensors")
+    assert direction.computed_from["model"] == "org/base"
+    assert direction.vector.site == f"blocks.{report['selection']['chosen']['layer']}.resid_pre"
+    # What servers and `transformers` take for weights is the model alone.
+    assert [name for name in there.files if name.endswith(".safetensors") and "/" not in name] == [
+        name for name in here if name.startswith("model") and name.endswith(".safetensors")
+    ]
+    assert open_checkpoint("org/edited").fingerprint() == open_checkpoint(tmp_path / "out").fingerprint()
+
+
 def test_an_autoencoder_comes_back_from_the_hub(writer: HubServer, tmp_path: Path) -> None:
     from mergelab.sae.sae import SAE, SAEConfig
 

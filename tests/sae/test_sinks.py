@@ -13,6 +13,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from mergelab.abliteration.directions import mean_activations
 from mergelab.abliteration.prompts import Prompts
@@ -20,6 +21,7 @@ from mergelab.activations.kept import DEFAULT_RULE, EVERY_TOKEN, TokenRule
 from mergelab.activations.left_out import LeftOut, count_left_out
 from mergelab.activations.store import open_activation_files, write_store
 from mergelab.activations.stored_tokens import kept_of_files
+from mergelab.cli.main import cli
 from mergelab.interp.steering import latent_direction, steering_vector
 from mergelab.sae.evaluation.downstream import evaluate_downstream
 from mergelab.sae.evaluation.evaluate import evaluate_sae
@@ -28,6 +30,7 @@ from mergelab.sae.evaluation.probing import rows_with_labels
 from mergelab.sae.evaluation.scorecard import scorecard
 from mergelab.sae.features.gallery import make_gallery
 from mergelab.sae.features.survey import survey
+from mergelab.sae.formats import save_sae
 from mergelab.sae.sae import SAE
 from mergelab.sae.subject_model import judging_rule
 from mergelab.sae.training import train_sae
@@ -102,6 +105,24 @@ def test_figures_are_those_of_the_tokens_that_count(
     on_rows = evaluate_sae(saes["all"], judged[0]).values()
     assert on_rows["reconstruction.nmse"] == pytest.approx(values["nmse"], rel=1e-4)
     assert on_rows["reconstruction.nmse_all"] == pytest.approx(values["nmse_all"], rel=1e-4)
+
+
+def test_commands_take_the_rule(rows: np.ndarray, saes: dict[str, SAE], tmp_path: Path) -> None:
+    save_sae(saes["all"], tmp_path / "sae")
+    np.save(tmp_path / "rows.npy", rows)
+
+    def judged(*options: str) -> dict[str, float]:
+        given = ["sae", "eval", str(tmp_path / "sae"), "--data", str(tmp_path / "rows.npy"), "--json"]
+        result = CliRunner().invoke(cli, [*given, *options], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.output)
+
+    found, every = judged(), judged("--max-norm-multiple", "none")
+    assert found["nmse_all"] == pytest.approx(every["nmse"]) and found["nmse"] > 20 * every["nmse"]
+    assert found["left_out"] == pytest.approx(72 / ROWS) and "left_out" not in every
+    assert (found["rows"], every["rows"], judged("--rows", "16")["rows"]) == (ROWS - 72, ROWS, 14)
+    bad = ["sae", "eval", "x", "--data", "y", "--max-norm-multiple", "0.5"]
+    assert "0.5 is not in the range x>1" in CliRunner().invoke(cli, bad).output
 
 
 def test_the_better_dictionary_is_ranked_first(saes: dict[str, SAE]) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "MESH",
     "PUSH",
     "SIZE",
+    "TEXT",
     "check_push_option",
     "configure_jax",
     "load_either",
@@ -26,6 +27,7 @@ __all__ = [
     "push_output",
     "read_model",
     "readable",
+    "text_options",
 ]
 
 
@@ -92,6 +94,48 @@ class _Mesh(click.ParamType):
 
 
 MESH = _Mesh()
+
+
+def _text_settings(command: Any) -> Any:
+    """Options on how texts become contexts of tokens; `text_options` reads them."""
+    options = (
+        click.option(
+            "--field",
+            metavar="NAME",
+            help="Field of JSON, parquet and arrow records that is read (default: text, else messages).",
+        ),
+        click.option(
+            "--bos",
+            type=click.Choice(["auto", "true", "false"]),
+            help="Token that begins texts, before each text and context (default: as in the training of an "
+            "SAE, else auto: as the tokenizer does).",
+        ),
+        click.option(
+            "--packing",
+            type=click.Choice(["packed", "documents"]),
+            help="Texts joined and cut (packed), or kept apart and padded (documents) (default: as in the "
+            "training of an SAE, else packed).",
+        ),
+        click.option(
+            "--roles",
+            type=click.Choice(["all", "assistant"]),
+            help="Tokens of conversations that count (default: as in the training of an SAE, else all).",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+TEXT = _text_settings
+
+
+def text_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `mergelab.text.corpus.TextOptions` that were given on the command line."""
+    found = {n: given[n] for n in ("field", "bos", "packing", "roles") if given.get(n) is not None}
+    if found.get("bos") in ("true", "false"):
+        found["bos"] = found["bos"] == "true"
+    return found
 
 
 PUSH = click.option(

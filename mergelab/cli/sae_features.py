@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergelab.cli.numbers import WholeNumber
-from mergelab.cli.options import MESH
+from mergelab.cli.options import MESH, TEXT, text_options
 
 if TYPE_CHECKING:
     from mergelab.sae.sae import SAE
@@ -25,9 +25,10 @@ __all__ = ["command"]
     "texts",
     multiple=True,
     required=True,
-    type=click.Path(path_type=Path),
-    help="Text file. Repeatable.",
+    metavar="PLACE",
+    help="Text: file, glob, folder or data set. Repeatable.",
 )
+@TEXT
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="New .html file.")
 @click.option("--site", help="Site the SAE reads, such as blocks.8.resid_post (default: as it says).")
 @click.option("--target-site", help="Site a transcoder writes (default: as it says).")
@@ -57,7 +58,7 @@ __all__ = ["command"]
 def command(
     source: Path,
     model: Path,
-    texts: tuple[Path, ...],
+    texts: tuple[str, ...],
     out: Path,
     site: str | None,
     target_site: str | None,
@@ -70,6 +71,7 @@ def command(
     mesh: dict[str, int] | None,
     any_model: bool,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Write one HTML file with the latents of the SAE in SOURCE.
 
@@ -103,21 +105,36 @@ def command(
     from mergelab.sae.sae import at_sites
     from mergelab.sae.subject_model import check_subject_model, open_subject_model
     from mergelab.sharding import make_mesh
+    from mergelab.text.corpus_files import corpus_files
     from mergelab.text.tokenizer import load_tokenizer
 
     title, model_name, model_text = source.name, model.name, str(model)
     source, model = local_path(source, "sae"), local_path(model)
     wider = None if wider is None else local_path(wider, "sae")
-    inputs = [source, model, *texts, *([] if wider is None else [wider])]
-    options = (site, target_site, context, latents, examples, explain, any_model)
+    files, asked = corpus_files(texts), text_options(given)
+    read = [file.path for file in files if file.path is not None]
+    inputs = [source, model, *read, *([] if wider is None else [wider])]
+    options = (
+        [file.name for file in files],
+        sorted(asked.items()),
+        site,
+        target_site,
+        context,
+        latents,
+        examples,
+        explain,
+        any_model,
+    )
     with NewFiles(
         [path for path in (out, neuronpedia) if path is not None],
         inputs=inputs,
         identity=hashlib.sha256(repr((stat_sha256(*inputs), options)).encode()).hexdigest(),
-    ) as files:
+    ) as new_files:
         sae = at_sites(open_sae(source), site, target_site)
         devices = None if mesh is None else make_mesh(mesh)
-        subject = open_subject_model(sae, model, texts, length=context, any_model=any_model, mesh=devices)
+        subject = open_subject_model(
+            sae, model, texts, length=context, any_model=any_model, mesh=devices, text=asked
+        )
         tokenizer = load_tokenizer(model)
 
         @cache
@@ -157,7 +174,7 @@ def command(
                 gallery, sae, tokenizer.piece, model_id=model_name, sae_id=title, layer=layer
             )
             contents[neuronpedia] = json.dumps(batch, ensure_ascii=False).encode()
-        files.publish(contents)
+        new_files.publish(contents)
         if as_json:
             click.echo(
                 json.dumps({"path": str(out), "latents": len(gallery.latents), "rows": gallery.survey.rows})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from mergelab.errors import SAEError
 from mergelab.models.residual_stream import norms_outputs
 from mergelab.sae.formats.hook_names import site_of
 from mergelab.sae.sae import SAE, at_sites
+from mergelab.text.corpus import TextOptions
 
 __all__ = [
     "check_modules",
@@ -20,6 +21,7 @@ __all__ = [
     "check_target",
     "open_subject_model",
     "trained_context",
+    "trained_text",
 ]
 
 
@@ -60,6 +62,7 @@ def open_subject_model(
     length: int | None = None,
     any_model: bool = False,
     mesh: Any = None,
+    text: Mapping[str, Any] | None = None,
 ) -> ModelActivations:
     """Activations of the SAE's model on text files, at the site it reads and, of a transcoder, the one
     it writes as far as that is known.
@@ -68,13 +71,14 @@ def open_subject_model(
         sae: SAE that will read them. Where it does not say its sites itself, give it to evaluations as
             `mergelab.sae.sae.at_sites(sae, site, target_site)`.
         model: a Hugging Face folder with its tokenizer.
-        texts: UTF-8 files.
+        texts: what `mergelab.text.corpus.documents` takes: files, globs, folders, data sets, URLs.
         site: site that the SAE reads, such as `blocks.8.resid_post`; the one it says if None.
         target_site: site that a transcoder writes; the one it says if None.
         length: tokens in a context; if None, what the SAE was trained with, or else 64, and never
             more than the model has positions.
         any_model: accept other weights than the recorded ones.
         mesh: devices to spread the model over.
+        text: options of `mergelab.text.corpus.TextOptions` that are other than those of the SAE's training.
 
     Raises:
         SAEError: the weights or the widths are not the SAE's, no site is known, or the text is short.
@@ -95,7 +99,13 @@ def open_subject_model(
     if not sae.is_autoencoder and writes is not None:
         sites.append(writes[0])
     source = open_model_activations(
-        model, sites, texts, length=length, default=trained_context(sae), mesh=mesh
+        model,
+        sites,
+        texts,
+        length=length,
+        default=trained_context(sae),
+        mesh=mesh,
+        text=trained_text(sae, text),
     )
     check_modules(sae, source)
     check_reads(sae, source)
@@ -112,6 +122,18 @@ def trained_context(sae: SAE) -> int:
         if isinstance(found, int) and not isinstance(found, bool) and found >= 2:
             return found
     return DEFAULT_CONTEXT
+
+
+def trained_text(sae: SAE, given: Mapping[str, Any] | None = None) -> TextOptions:
+    """How texts became contexts in the SAE's training, as far as its metadata says; what is given wins."""
+    metadata = sae.config.metadata
+    found: dict[str, Any] = {}
+    if isinstance(metadata.get("prepend_bos"), bool):
+        found["bos"] = metadata["prepend_bos"]
+    for name, known in (("packing", ("packed", "documents")), ("roles", ("all", "assistant"))):
+        if metadata.get(name) in known:
+            found[name] = metadata[name]
+    return TextOptions(**{**found, **(given or {})})
 
 
 def check_modules(sae: SAE, source: ModelActivations) -> None:

@@ -16,6 +16,7 @@ from mergelab.checkpoints.yaml_data import MAX_DEPTH, parse_yaml
 from mergelab.errors import SAEError, did_you_mean, quoted, shortened
 from mergelab.sae.variants import VARIANTS, Variant, make_variant
 from mergelab.sae.variants.options import checked_options
+from mergelab.text.corpus import TextOptions
 
 __all__ = [
     "CheckpointSection",
@@ -240,7 +241,13 @@ class DataSection(_Section):
         model: Hugging Face folder with its tokenizer, of `model`.
         site: site of `model`, such as `blocks.8.resid_post`.
         target_site: site that is written, of `model`, for a transcoder.
-        text: text file of `model`, or several.
+        text: text of `model`, or several: files, globs, folders, data sets on the hub, URLs
+            (`mergelab.text.corpus_files.corpus_files`).
+        field: field of the records that is read, of `model` (`mergelab.text.corpus.TextOptions`).
+        bos: whether a token that begins texts stands before each text and context, of `model`; `auto` does as
+            the tokenizer does.
+        packing: `packed` texts, or `documents` kept apart, of `model`.
+        roles: tokens of conversations that count, of `model`: `all`, or those of the `assistant`.
         context: number of tokens in a context, of `model`; at most the model's positions.
         toy: options of `toy`, those of `mergelab.sae.toy.ToyGroundTruth`.
         buffer_rows: number of rows that are shuffled together.
@@ -253,9 +260,22 @@ class DataSection(_Section):
     site: str | None = None
     target_site: str | None = None
     text: str | list[str] | None = None
+    field: str | None = None
+    bos: bool | Literal["auto"] = "auto"
+    packing: Literal["packed", "documents"] = "packed"
+    roles: Literal["all", "assistant"] = "all"
     context: Count = 64
     toy: dict[str, Any] = Field(default_factory=dict)
     buffer_rows: Count = 65_536
+
+    @property
+    def texts(self) -> list[str]:
+        """The places of texts, of `model`."""
+        return [] if self.text is None else [self.text] if isinstance(self.text, str) else self.text
+
+    def text_options(self, tokens: int | None = None) -> TextOptions:
+        """How texts become contexts, and of how many tokens."""
+        return TextOptions(self.field, self.bos, self.packing, self.roles, tokens)
 
 
 _OTHER_FORM = ("steps", "learning_rate")

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from mergelab.activations import ActivationSource, open_activation_files
+from mergelab.activations import ActivationSource, find_activation_files, open_activation_files
 from mergelab.activations.capture import DEFAULT_CONTEXT, open_model_activations
 from mergelab.checkpoints.folder import open_checkpoint, weights_sha256
 from mergelab.checkpoints.json_data import read_json_object
-from mergelab.checkpoints.locations import is_url, location_text
 from mergelab.checkpoints.model_card import portable_name
-from mergelab.checkpoints.remote import fetch_files
 from mergelab.errors import CheckpointError, SAEError, did_you_mean, shortened
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model
@@ -22,6 +19,8 @@ from mergelab.sae.toy import ToyGroundTruth
 from mergelab.sae.training.config import DataSection
 from mergelab.sae.training.memory import machine_memory, readable_bytes
 from mergelab.sae.variants.options import checked_options
+from mergelab.text.corpus_tokens import bos_of
+from mergelab.text.tokenizer import load_tokenizer
 
 __all__ = ["host_metadata", "open_data", "portable_data", "store_facts"]
 
@@ -42,6 +41,9 @@ def host_metadata(data: DataSection) -> dict[str, Any]:
         target = {} if data.target_site is None else {"target_site": data.target_site}
         name, digest = portable_name(data.model), weights_sha256(data.model)
         found = {"site": data.site, **target, "model": name, "model_hash": digest}
+        bos = bos_of(load_tokenizer(data.model), data.bos) is not None
+        other = {"packing": data.packing, "roles": data.roles}
+        found |= {"prepend_bos": bos} | {n: v for n, v in other.items() if v not in ("packed", "all")}
         # A default context beyond the model's positions is cut where the data is opened.
         return found | {"context": min(data.context, _read_model(data.model).config.max_length)}
     if data.kind == "files" and data.path is not None:
@@ -62,14 +64,7 @@ def store_facts(patterns: str | Sequence[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: the file beside a store's is damaged.
     """
-    given = [patterns] if isinstance(patterns, str) else patterns
-    files = sorted(
-        file
-        for pattern in given
-        for file in (
-            fetch_files(location_text(pattern)) if is_url(pattern) else map(Path, glob.glob(pattern))
-        )
-    )
+    files = find_activation_files(patterns)
     sites = {file.name.rpartition("-")[0] for file in files}
     stores = {file.parent / "store.json" for file in files}
     if len(sites) != 1 or len(stores) != 1 or not (store := stores.pop()).is_file():
@@ -87,6 +82,7 @@ def store_facts(patterns: str | Sequence[str]) -> dict[str, Any]:
     found = {"site": site, "model": portable_name(Path(model).absolute()), "model_hash": digest}
     if isinstance(facts.get("context"), int):
         found["context"] = facts["context"]
+    found |= {name: facts[name] for name in ("prepend_bos", "packing", "roles") if name in facts}
     return found if site in widths else {}
 
 
@@ -118,7 +114,8 @@ def open_data(section: DataSection, tokens: int) -> tuple[ActivationSource, Acti
 
     Args:
         section: section of a training's configuration.
-        tokens: number of rows of a generated source, if the section does not say.
+        tokens: number of rows of a generated source, if the section does not say; of a text, the number of
+            tokens after which no more is read.
 
     Raises:
         CheckpointError: files are missing or malformed.
@@ -145,10 +142,11 @@ def open_data(section: DataSection, tokens: int) -> tuple[ActivationSource, Acti
                 raise SAEError(f"data.{name} is missing: data of kind 'model' needs model, site and text.")
         assert section.model is not None and section.site is not None and section.text is not None
         sites = [section.site, *([section.target_site] if section.target_site else [])]
-        texts = [section.text] if isinstance(section.text, str) else section.text
         # A file that repeats the default asks for no more than one that leaves it out.
         length = None if section.context == DEFAULT_CONTEXT else section.context
-        found = open_model_activations(section.model, sites, texts, length=length)
+        # No more text than the training reads, but enough to shuffle.
+        text = section.text_options(max(tokens, section.buffer_rows))
+        found = open_model_activations(section.model, sites, section.texts, length=length, text=text)
         return found.at(section.site), found.at(section.target_site) if section.target_site else None
     if section.path is None:
         raise SAEError("data.path is missing: data of kind 'files' needs the files' path or glob.")

@@ -13,6 +13,7 @@ from mergelab.checkpoints.locations import local_path
 from mergelab.checkpoints.manifest import Entry
 from mergelab.errors import CheckpointError, SAEError
 from mergelab.sae.training.config import DataSection
+from mergelab.text.corpus_files import CorpusFile, corpus_files
 
 __all__ = ["changed_input", "check_same", "fingerprint", "input_paths", "read_once"]
 
@@ -31,9 +32,12 @@ def input_paths(data: DataSection) -> list[Path]:
     if data.kind == "model":
         if data.model is not None:
             paths.append(local_path(data.model))
-        if data.text is not None:
-            paths += [Path(text) for text in ([data.text] if isinstance(data.text, str) else data.text)]
+        paths += [file.path for file in _texts(data) if file.path is not None]
     return paths
+
+
+def _texts(data: DataSection) -> list[CorpusFile]:
+    return corpus_files(data.texts) if data.kind == "model" and data.texts else []
 
 
 def fingerprint(data: DataSection) -> dict[str, Any]:
@@ -49,7 +53,8 @@ def fingerprint(data: DataSection) -> dict[str, Any]:
     for path in input_paths(data):
         files += sorted(_model_files(path)) if path.is_dir() else [path]
     share = _READ_BYTES // max(len(files), 1)
-    found = {}
+    # A file of a data set on the hub is named with its commit, which is a digest of all of it.
+    found = {file.name: asdict(Entry(0, "")) for file in _texts(data) if file.path is None}
     for path in files:
         try:
             found[str(path)] = asdict(Entry(path.stat().st_size, bounded_digest(path, share)))

@@ -208,8 +208,8 @@ def _windows(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[_Window]:
 def _agreement(left: _Window, right: _Window) -> tuple[int, int] | None:
     """Numbers of one and the same token in two windows, from which on the right one is taken."""
     low, high = right.at + _OVERLAP // 8, left.end - _OVERLAP // 8
-    mine = slice(*np.searchsorted(left.starts, [low, high]))
-    other = slice(*np.searchsorted(right.starts, [low, high]))
+    mine = slice(*np.searchsorted(left.starts, [low, high]).tolist())
+    other = slice(*np.searchsorted(right.starts, [low, high]).tolist())
     count = min(mine.stop - mine.start, other.stop - other.start)
     if count <= 0:
         return None

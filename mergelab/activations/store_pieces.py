@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import monotonic
 
 import numpy as np
 
@@ -49,7 +49,7 @@ def read_in_pieces(
         for site, piece in zip(rows, values, strict=True):
             site[done - start : end - start] = piece
         done = end
-    held, since = done, time.monotonic()
+    held, since = done, monotonic()
     while done < stop:
         if done > start:
             progress(done)
@@ -57,12 +57,12 @@ def read_in_pieces(
         for site, piece in zip(rows, source.read_sites(done, end), strict=True):
             site[done - start : end - start] = piece
         done = end
-        if done < stop and time.monotonic() - since >= _KEEP_EVERY:
+        if done < stop and monotonic() - since >= _KEEP_EVERY:
             part = {
                 name: site[held - start : done - start] for name, site in zip(source.sites, rows, strict=True)
             }
             _keep(folder, held, done, part)
-            held, since = done, time.monotonic()
+            held, since = done, monotonic()
     return rows
 
 

@@ -168,7 +168,8 @@ def _field(names: Sequence[str], options: TextOptions, place: str) -> str:
         if options.field in names:
             return options.field
         raise CorpusError(
-            f"{place} has no field {options.field!r}{did_you_mean(options.field, names)}; it has: {_some(names)}"
+            f"{place} has no field {options.field!r}{did_you_mean(options.field, names)}; it has "
+            f"{_some(names)}"
         )
     wanted = (*_CHATS, _TEXT) if options.roles != "all" else (_TEXT, *_CHATS)
     for name in wanted:

@@ -1,4 +1,4 @@
-"""Contexts of a corpus: the tokens of a text in pieces are those of the whole; what counts is what was asked for."""
+"""Contexts of a corpus: pieces of a text have the tokens of the whole; what counts is what was asked for."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from mergelab.text.tokenizer import Tokenizer
 PROSE = Path(__file__).read_text("utf-8") + Path(__file__).with_name("test_chat.py").read_text("utf-8")
 HARD = PROSE[:3000] + "=" * 700 + "\n" * 300 + " " * 500 + "é😀\u0301x" * 200 + PROSE[3000:9000]
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content | trim }}{{ eos_token }}\n{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content | trim }}{{ eos_token }}\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 CHAT = [

@@ -151,7 +151,7 @@ def test_parts_are_disjoint_and_together_all(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_bytes(lines(*"hijk"))
     parts = [texts(tmp_path, part=(number, 3)) for number in range(3)]
     assert parts[0] == ["a", "d", "g", "j"]
-    assert sorted(sum(parts, [])) == list("abcdefghijk")
+    assert sorted(text for part in parts for text in part) == list("abcdefghijk")
     with pytest.raises(CorpusError, match="part 3 of 3 does not exist"):
         TextOptions(part=(3, 3))
 

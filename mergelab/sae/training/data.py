@@ -9,8 +9,10 @@ from typing import Any
 
 from mergelab.activations import ActivationSource, find_activation_files, open_activation_files
 from mergelab.activations.capture import DEFAULT_CONTEXT, open_model_activations
+from mergelab.checkpoints.companions import has_companion
 from mergelab.checkpoints.folder import open_checkpoint, weights_sha256
 from mergelab.checkpoints.json_data import read_json_object
+from mergelab.checkpoints.locations import local_path
 from mergelab.checkpoints.model_card import portable_name
 from mergelab.errors import CheckpointError, SAEError, did_you_mean, shortened
 from mergelab.models.families import model_from_config
@@ -41,9 +43,7 @@ def host_metadata(data: DataSection) -> dict[str, Any]:
         target = {} if data.target_site is None else {"target_site": data.target_site}
         name, digest = portable_name(data.model), weights_sha256(data.model)
         found = {"site": data.site, **target, "model": name, "model_hash": digest}
-        bos = bos_of(load_tokenizer(data.model), data.bos) is not None
-        other = {"packing": data.packing, "roles": data.roles}
-        found |= {"prepend_bos": bos} | {n: v for n, v in other.items() if v not in ("packed", "all")}
+        found |= _text_metadata(data)
         # A default context beyond the model's positions is cut where the data is opened.
         return found | {"context": min(data.context, _read_model(data.model).config.max_length)}
     if data.kind == "files" and data.path is not None:
@@ -53,6 +53,16 @@ def host_metadata(data: DataSection) -> dict[str, Any]:
             found["target_site"] = target["site"]
         return found
     return {}
+
+
+def _text_metadata(data: DataSection) -> dict[str, Any]:
+    """How the text becomes contexts, as `mergelab.sae.subject_model.trained_text` reads it."""
+    other = {"packing": data.packing, "roles": data.roles}
+    found: dict[str, Any] = {name: value for name, value in other.items() if value not in ("packed", "all")}
+    folder = local_path(data.model or "")
+    if has_companion(folder, "tokenizer.json"):
+        found["prepend_bos"] = bos_of(load_tokenizer(folder), data.bos) is not None
+    return found
 
 
 def store_facts(patterns: str | Sequence[str]) -> dict[str, Any]:

@@ -202,21 +202,37 @@ def load_either(
     return load(path, mesh=mesh, dtype=dtype)
 
 
-def open_sae(path: Path) -> SAE:
-    """Loads it.
+def open_sae(path: Path, step: int | None = None) -> SAE:
+    """Loads it; of a run that has not finished the newest whole checkpoint, which is said on stderr.
+
+    Args:
+        path: an SAE, or a run.
+        step: step of a checkpoint of the run.
 
     Raises:
-        CheckpointError: there is none, or the run has not finished.
+        CheckpointError: there is none.
     """
     from mergelab.checkpoints.locations import local_path
     from mergelab.errors import CheckpointError
     from mergelab.sae.formats import load_sae
 
     path = local_path(path, "sae")
-    if (path / "final").is_dir():
+    is_run = (path / "config.yaml").is_file() and (path / "checkpoints").is_dir()
+    if step is not None and not is_run:
+        raise CheckpointError(f"{path}: a step was named, but this is no run with checkpoints")
+    if step is None and (path / "final").is_dir():
         return _as_trained(load_sae(path / "final"), path / "config.yaml")
-    if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
-        raise CheckpointError(f"{path}: the run has not finished; go on with mergelab sae train --resume")
+    if is_run:
+        from mergelab.sae.training.snapshot import snapshot_sae
+
+        found = snapshot_sae(path, step)
+        if step is None:
+            click.echo(
+                f"{path}: the run has not finished; taken is its checkpoint of step {found.step:,} of "
+                f"{found.steps:,}",
+                err=True,
+            )
+        return _as_trained(found.sae, path / "config.yaml")
     return load_sae(path)
 
 

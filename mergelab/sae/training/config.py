@@ -364,6 +364,8 @@ class TrainConfig(_Section):
         mesh: devices along the axes `data` and `latents`; one device if omitted.
         log_to: loggers besides `metrics.jsonl`: `tensorboard`, `wandb`.
         metadata: kept in the finished SAE: `site`, `target_site`, `model`, ....
+        start_from: SAE from whose parameters the training starts, in any format that can be read: a folder,
+            a run's folder, a place on the hub.
     """
 
     sae: SAESection
@@ -373,6 +375,7 @@ class TrainConfig(_Section):
     mesh: dict[str, Annotated[Whole, Field(ge=-1, le=_MOST)]] | None = None
     log_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     metadata: dict[str, Any] = Field(default_factory=dict)
+    start_from: str | None = None
 
 
 def load_config(

@@ -18,13 +18,13 @@ from mergelab.errors import CheckpointError, SAEError, did_you_mean, shortened
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model
 from mergelab.sae.toy import ToyGroundTruth
-from mergelab.sae.training.config import DataSection
+from mergelab.sae.training.config import DataSection, TrainConfig
 from mergelab.sae.training.memory import machine_memory, readable_bytes
 from mergelab.sae.variants.options import checked_options
 from mergelab.text.corpus_tokens import bos_of
 from mergelab.text.tokenizer import load_tokenizer
 
-__all__ = ["host_metadata", "open_data", "portable_data", "store_facts"]
+__all__ = ["host_metadata", "open_data", "portable_data", "sae_metadata", "store_facts"]
 
 
 def host_metadata(data: DataSection) -> dict[str, Any]:
@@ -108,6 +108,26 @@ def portable_data(section: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(given, list):
             found[key] = [_last_part(one) for one in given]
     return found
+
+
+def sae_metadata(
+    settings: TrainConfig, variant: str, known: Mapping[str, Any], metrics: Mapping[str, float]
+) -> dict[str, Any]:
+    """What an SAE of a run says of itself besides how it is used.
+
+    Args:
+        settings: configuration of the run.
+        variant: name of its variant.
+        known: what is known of the activations (`host_metadata`), and what the configuration adds.
+        metrics: figures of the last step, and what else is to be told of the training.
+    """
+    names = ("nmse", "l0", "dead_fraction", "tokens", "step", "steps")
+    told = settings.model_dump(mode="json", include={"sae", "data", "train"}, exclude_defaults=True)
+    told = {**told, "data": portable_data(told.get("data", {}))}
+    if settings.start_from is not None:
+        told["start_from"] = portable_name(settings.start_from)
+    training = {name: metrics[name] for name in names if name in metrics}
+    return {**known, "variant": variant, "training": training, "settings": told}
 
 
 def _last_part(place: str) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mergelab.errors import CorpusError, MergelabError, did_you_mean, quoted
+from mergelab.checkpoints.json_data import parse_json
+from mergelab.errors import CheckpointError, CorpusError, MergelabError, did_you_mean, quoted
 from mergelab.text.corpus_files import CorpusFile, corpus_files
 from mergelab.text.text_file_pieces import data_package, file_head, text_lines, text_pieces
 
@@ -214,11 +214,9 @@ def _json_array(path: Path, options: TextOptions) -> Iterator[Any]:
 
 def _parsed(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
-    except RecursionError:
-        raise CorpusError(f"{place} is nested too deeply to be genuine") from None
-    except ValueError as error:
-        raise CorpusError(f"{place} is not valid JSON ({error}); correct it, or name the file .txt") from None
+        return parse_json(text.encode(), place)
+    except CheckpointError as error:
+        raise CorpusError(str(error)) from None
 
 
 def _parquet(path: Path, options: TextOptions) -> Iterator[Any]:

@@ -65,7 +65,7 @@ def _open(path: Path) -> IO[bytes]:
         raise CorpusError(f"{place} cannot be read ({reason})") from None
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise CorpusError(f"{place} cannot be read: it is no regular file; give one")
+        raise CorpusError(f"{place} cannot be read: it is not a regular file; give one")
     return open(number, "rb")
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import jax
@@ -16,13 +19,17 @@ from jax import Array
 
 from mergelab.activations.batches import batches, filled_batches, stack_prompts
 from mergelab.activations.kept import DEFAULT_RULE, KeptRows, TokenRule, median_norm, row_norms
+from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.checkpoints.locations import local_path
-from mergelab.checkpoints.text_file import MAX_PROSE, read_text
 from mergelab.errors import NonFiniteError, SAEError, SiteError
+from mergelab.models.families import model_from_config
 from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit, match_sites
 from mergelab.models.token_checks import check_tokens, window_length
+from mergelab.text.contexts import StoredTokens, TextContexts, text_contexts
+from mergelab.text.corpus import TextOptions, documents, documents_of_texts
+from mergelab.text.corpus_files import CorpusFile, corpus_files
 from mergelab.text.packing import pack_stream
 from mergelab.text.tokenizer import load_tokenizer
 
@@ -150,7 +157,7 @@ def check_prompts(model: Model, tokens: Any, mask: Any = None) -> tuple[np.ndarr
     tokens, real = stack_prompts(tokens, mask)
     # Passes are compiled for the width of the array, in which a row's padding has a place too.
     check_tokens(model, tokens, place="prompts")
-    return tokens.astype(np.int32), real
+    return tokens.astype(np.int32, copy=False), real
 
 
 def check_pairs(
@@ -228,6 +235,8 @@ class ModelActivations:
         rule: which tokens count. All rows can be read; trainings and evaluations take those that count.
         special_ids: ids of special tokens, which the rule may leave out.
         counted: bool `[contexts, length]`, False for tokens that never count, such as padding; None for none.
+        text: how the text became these contexts (`mergelab.text.corpus.TextOptions`); None where that is not
+            known.
     """
 
     model: Model
@@ -239,6 +248,7 @@ class ModelActivations:
     rule: TokenRule = DEFAULT_RULE
     special_ids: tuple[int, ...] = ()
     counted: np.ndarray | None = None
+    text: TextOptions | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or not self.tokens.size:
@@ -252,7 +262,9 @@ class ModelActivations:
                 f"counted is {self.counted.dtype} of shape {list(self.counted.shape)}; expected bool "
                 f"{list(self.tokens.shape)}, one value for each token."
             )
-        check_tokens(self.model, self.tokens, place="the contexts")
+        # To read all of a large file once more would keep it in memory.
+        some = self.tokens[:1] if isinstance(self.tokens, StoredTokens) else self.tokens
+        check_tokens(self.model, some, place="the contexts")
         for site in self.sites:
             shape = self.model.sites().get(site)
             if shape is not None and len(shape) != 3:
@@ -379,15 +391,13 @@ class SiteActivations:
 def contexts_of_texts(folder: Path, texts: str | Sequence[str], length: int) -> np.ndarray:
     """Texts in the tokens of a model's folder, joined and cut: int32 `[contexts, length]`, without the rest.
 
-    A token that ends texts stands between them; where the tokenizer frames texts, each context is framed.
+    A token that ends texts stands between them; where the tokenizer frames texts, each context is framed, and
+    where it begins them with a token, each context and each text begins with it.
 
     Raises:
         SAEError: the texts do not fill one context.
     """
-    tokenizer = load_tokenizer(folder)
-    texts = [texts] if isinstance(texts, str) else texts
-    documents = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    return cut_contexts(documents, length, next(iter(tokenizer.end_ids), None), tokenizer.frame)
+    return text_contexts(load_tokenizer(folder), documents_of_texts(texts), length).tokens
 
 
 def cut_contexts(
@@ -418,25 +428,27 @@ def cut_contexts(
 def open_model_activations(
     model: str | Path,
     sites: str | Sequence[str],
-    texts: str | Path | Sequence[str | Path],
+    texts: str | Path | CorpusFile | Sequence[str | Path | CorpusFile],
     *,
     length: int | None = None,
     default: int = DEFAULT_CONTEXT,
     dtype: Any = None,
     mesh: Any = None,
     rule: TokenRule = DEFAULT_RULE,
+    text: TextOptions | None = None,
 ) -> ModelActivations:
-    """Activations of a model's folder on text files.
+    """Activations of a model's folder on a corpus, which is tokenized while the weights are read.
 
     Args:
         model: a Hugging Face folder with its tokenizer, a model on the hub, or a URL.
         sites: names, such as `blocks.8.resid_post`, or one.
-        texts: UTF-8 files, or one.
+        texts: what `mergelab.text.corpus.documents` takes: files, globs, folders, data sets, URLs; or one.
         length: tokens per context; if None the default, or as many as the model has positions.
         default: what a context has that nobody asked for.
         dtype: dtype of the weights; the stored one if None.
         mesh: devices to spread the model over.
         rule: which tokens count.
+        text: how the texts become contexts, and how many are read.
 
     Raises:
         TokenError: the context is longer than the model's positions, or a token is beyond its vocabulary.
@@ -444,23 +456,45 @@ def open_model_activations(
         SiteError: the model has no such site.
         CheckpointError: the model cannot be read.
     """
-    model = local_path(model)
+    model, text = local_path(model), text or TextOptions()
     sites = [sites] if isinstance(sites, str) else sites
-    read = []
-    for path in map(Path, [texts] if isinstance(texts, str | Path) else texts):
-        read.append(read_text(path, MAX_PROSE, error=SAEError, errors="replace"))
-    loaded, params = load_model(model, mesh=mesh, dtype=dtype)
-    tokens = contexts_of_texts(model, read, window_length(loaded, length, default))
-    check_tokens(loaded, tokens, place=str(model / "tokenizer.json"))
+    texts = [texts] if isinstance(texts, str | Path | CorpusFile) else texts
+    files = [file for one in texts for file in ([one] if isinstance(one, CorpusFile) else corpus_files(one))]
+    checkpoint = open_checkpoint(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what there is to say of the configuration is said when it is loaded
+        shape = model_from_config(checkpoint.config, str(checkpoint.path / "config.json"))
+    size = window_length(shape, length, default)
+    stopped = Event()
+
+    def check(ids: np.ndarray) -> None:
+        if stopped.is_set():
+            raise CancelledError
+        check_tokens(shape, ids, place=str(model / "tokenizer.json"))
+
     tokenizer = load_tokenizer(model)
+
+    def read() -> TextContexts:
+        return text_contexts(tokenizer, documents(files, text), size, text, check=check)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="tokens") as pool:
+        made = pool.submit(read)
+        try:
+            loaded, params = load_model(checkpoint, mesh=mesh, dtype=dtype)
+            contexts = made.result()
+        except BaseException:
+            stopped.set()
+            raise
     found = ModelActivations(
         loaded,
         params,
-        tokens,
+        contexts.tokens,
         tuple(sites),
-        framed=tokenizer.frame is not None,
+        framed=contexts.framed,
         rule=rule,
         special_ids=tokenizer.special_ids,
+        counted=contexts.counted,
+        text=replace(text, bos=contexts.bos is not None),
     )
     _ = found.widths  # names of sites are checked here, before anything is computed
     return found

@@ -22,6 +22,7 @@ __all__ = [
     "MESH",
     "PUSH",
     "SIZE",
+    "TEXT",
     "check_push_option",
     "configure_jax",
     "load_either",
@@ -29,6 +30,7 @@ __all__ = [
     "push_output",
     "read_model",
     "readable",
+    "text_options",
     "token_options",
     "token_rule",
 ]
@@ -97,6 +99,48 @@ class _Mesh(click.ParamType):
 
 
 MESH = _Mesh()
+
+
+def _text_settings(command: Any) -> Any:
+    """Options on how texts become contexts of tokens; `text_options` reads them."""
+    options = (
+        click.option(
+            "--field",
+            metavar="NAME",
+            help="Field of JSON, parquet and arrow records that is read (default: text, else messages).",
+        ),
+        click.option(
+            "--bos",
+            type=click.Choice(["auto", "true", "false"]),
+            help="Token that begins texts, before each text and context (default: as in the training of an "
+            "SAE, else auto: as the tokenizer does).",
+        ),
+        click.option(
+            "--packing",
+            type=click.Choice(["packed", "documents"]),
+            help="Texts joined and cut (packed), or kept apart and padded (documents) (default: as in the "
+            "training of an SAE, else packed).",
+        ),
+        click.option(
+            "--roles",
+            type=click.Choice(["all", "assistant"]),
+            help="Tokens of conversations that count (default: as in the training of an SAE, else all).",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+TEXT = _text_settings
+
+
+def text_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `mergelab.text.corpus.TextOptions` that were given on the command line."""
+    found = {n: given[n] for n in ("field", "bos", "packing", "roles") if given.get(n) is not None}
+    if found.get("bos") in ("true", "false"):
+        found["bos"] = found["bos"] == "true"
+    return found
 
 
 PUSH = click.option(
@@ -217,20 +261,36 @@ def load_either(
     return load(path, mesh=mesh, dtype=dtype)
 
 
-def open_sae(path: Path) -> SAE:
-    """Loads it.
+def open_sae(path: Path, step: int | None = None) -> SAE:
+    """Loads it; of a run that has not finished the newest whole checkpoint, which is said on stderr.
+
+    Args:
+        path: an SAE, or a run.
+        step: step of a checkpoint of the run.
 
     Raises:
-        CheckpointError: there is none, or the run has not finished.
+        CheckpointError: there is none.
     """
     from mergelab.errors import CheckpointError
     from mergelab.sae.formats import load_sae, sae_path
 
     path = sae_path(path)
-    if (path / "final").is_dir():
+    is_run = (path / "config.yaml").is_file() and (path / "checkpoints").is_dir()
+    if step is not None and not is_run:
+        raise CheckpointError(f"{path}: a step was named, but this is not a run with checkpoints")
+    if step is None and (path / "final").is_dir():
         return _as_trained(load_sae(path / "final"), path / "config.yaml")
-    if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
-        raise CheckpointError(f"{path}: the run has not finished; go on with mergelab sae train --resume")
+    if is_run:
+        from mergelab.sae.training.snapshot import snapshot_sae
+
+        found = snapshot_sae(path, step)
+        if step is None:
+            click.echo(
+                f"{path}: the run has not finished; taken is its checkpoint of step {found.step:,} of "
+                f"{found.steps:,}",
+                err=True,
+            )
+        return _as_trained(found.sae, path / "config.yaml")
     return load_sae(path)
 
 

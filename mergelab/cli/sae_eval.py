@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergelab.cli.numbers import Seed, WholeNumber
-from mergelab.cli.options import MESH, token_options, token_rule
+from mergelab.cli.options import MESH, TEXT, text_options, token_options, token_rule
 
 if TYPE_CHECKING:
     from mergelab.activations import ActivationFiles
@@ -36,7 +36,9 @@ class MetricsOption(click.Option):
 
 @click.command("eval")
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SOURCE...")
-@click.option("--data", multiple=True, metavar="FILES", help="Glob of files with activations [tokens, d].")
+@click.option(
+    "--data", multiple=True, metavar="FILES", help="Glob or folder of files with activations [tokens, d]."
+)
 @click.option(
     "--target-data",
     multiple=True,
@@ -53,9 +55,11 @@ class MetricsOption(click.Option):
     "--text",
     "texts",
     multiple=True,
-    type=click.Path(path_type=Path),
-    help="Text file the SAE was not trained on; .py is labeled as Python. Repeatable.",
+    metavar="PLACE",
+    help="Text the SAE was not trained on: file, glob, folder or data set; .py is labeled as Python. "
+    "Repeatable.",
 )
+@TEXT
 @click.option("--site", help="Site the SAE reads, such as blocks.8.resid_post (default: as it says).")
 @click.option("--target-site", help="Site a transcoder writes (default: as it says).")
 @click.option(
@@ -219,7 +223,7 @@ def _targets(
     import glob
     from dataclasses import replace
 
-    from mergelab.activations import open_activation_files
+    from mergelab.activations import find_activation_files, open_activation_files
     from mergelab.errors import SAEError
 
     if target_data:
@@ -236,7 +240,7 @@ def _targets(
         return sae, None
     writes = sae.config.writes
     if writes is not None:
-        folders = sorted({Path(file).parent for pattern in data for file in glob.glob(pattern)})
+        folders = sorted({file.parent for file in find_activation_files(data)})
         beside = [str(folder / f"{writes[0]}-*.safetensors") for folder in folders]
         if all((folder / "store.json").is_file() for folder in folders) and all(map(glob.glob, beside)):
             return sae, open_activation_files(beside)
@@ -321,7 +325,14 @@ def _on_text(
     any_model = options["any_model"]
     rule = token_rule(options, judging_rule(*opened))
     subject = open_subject_model(
-        first, model, texts, length=length, any_model=any_model, mesh=mesh, rule=rule
+        first,
+        model,
+        texts,
+        length=length,
+        any_model=any_model,
+        mesh=mesh,
+        rule=rule,
+        text=text_options(options),
     )
     checked = [check_subject_model(one, model, any_model=any_model) for one in opened]
     for one, known in zip(opened, checked, strict=True):
@@ -330,7 +341,7 @@ def _on_text(
             warn_where_foreign(one, subject)
     asked = None if options["metrics"] is None else [name.strip() for name in options["metrics"].split(",")]
     resources = {
-        "labels": label_texts(model, texts, subject.tokens.shape[1]).labels,
+        "labels": label_texts(model, texts, subject.tokens.shape[1], subject.text).labels,
         "mask_token": load_tokenizer(model).mask_id,
         "curve": _curve(options["curve"], subject, mesh),
     }

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from mergelab.cli.numbers import WholeNumber
 from mergelab.cli.options import PUSH, check_push_option, push_output
 
 __all__ = ["command"]
@@ -23,19 +24,28 @@ _FORMATS = ["saelens", "sparsify", "openai", "dictionary_learning", "gemma-scope
 )
 @click.option("--site", help="Site it reads, if it does not say so: blocks.8.resid_post.")
 @click.option("--target-site", help="Site a transcoder writes, if it does not say so.")
+@click.option("--step", type=WholeNumber(1), help="Step of a run's checkpoint (default: its result).")
 @PUSH
 def command(
-    source: Path, format: str, out: Path, site: str | None, target_site: str | None, push_to: str | None
+    source: Path,
+    format: str,
+    out: Path,
+    site: str | None,
+    target_site: str | None,
+    step: int | None,
+    push_to: str | None,
 ) -> None:
     """Write the SAE in SOURCE for another library.
 
-    SOURCE is a run's folder, its `final`, or an SAE of any format that can be read. What a format has
-    no place for is an error, not a loss. Sites are written under the other library's names.
+    SOURCE is a run's folder, its `final`, or an SAE of any format that can be read; of a run that has not
+    finished, the newest checkpoint is taken. What a format has no place for is an error, not a loss. Sites
+    are written under the other library's names.
 
     \b
     Examples:
       mergelab sae export run --format saelens --out run-saelens
       mergelab sae export run --format openai --out run.pt
+      mergelab sae export run --step 2000 --format mergelab --out run-2000
       mergelab sae export run-saelens --format mergelab --out back
       mergelab sae export old --format saelens --out new --target-site blocks.3.mlp.out
     """
@@ -50,7 +60,7 @@ def command(
         local_output(out) as folder,
         reserve(folder, format, inputs=[sae_path(source)]) as place,
     ):
-        sae = at_sites(open_sae(source), site, target_site)
+        sae = at_sites(open_sae(source, step), site, target_site)
         save_sae(sae, place, format)
     if not sae.target_known:
         click.echo(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergelab.cli.numbers import WholeNumber
-from mergelab.cli.options import MESH, token_options, token_rule
+from mergelab.cli.options import MESH, TEXT, text_options, token_options, token_rule
 
 if TYPE_CHECKING:
     from mergelab.sae.sae import SAE
@@ -25,9 +25,10 @@ __all__ = ["command"]
     "texts",
     multiple=True,
     required=True,
-    type=click.Path(path_type=Path),
-    help="Text file. Repeatable.",
+    metavar="PLACE",
+    help="Text: file, glob, folder or data set. Repeatable.",
 )
+@TEXT
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="New .html file.")
 @click.option("--site", help="Site the SAE reads, such as blocks.8.resid_post (default: as it says).")
 @click.option("--target-site", help="Site a transcoder writes (default: as it says).")
@@ -58,7 +59,7 @@ __all__ = ["command"]
 def command(
     source: Path,
     model: Path,
-    texts: tuple[Path, ...],
+    texts: tuple[str, ...],
     out: Path,
     site: str | None,
     target_site: str | None,
@@ -71,7 +72,7 @@ def command(
     mesh: dict[str, int] | None,
     any_model: bool,
     as_json: bool,
-    **tokens: Any,
+    **given: Any,
 ) -> None:
     """Write one HTML file with the latents of the SAE in SOURCE.
 
@@ -106,23 +107,36 @@ def command(
     from mergelab.sae.sae import at_sites
     from mergelab.sae.subject_model import check_subject_model, judging_rule, open_subject_model
     from mergelab.sharding import make_mesh
+    from mergelab.text.corpus_files import corpus_files
     from mergelab.text.tokenizer import load_tokenizer
 
     title, model_name, model_text = source.name, model.name, str(model)
     source, model = sae_path(source), local_path(model)
     wider = None if wider is None else sae_path(wider)
-    inputs = [source, model, *texts, *([] if wider is None else [wider])]
-    options = (site, target_site, context, latents, examples, explain, any_model, sorted(tokens.items()))
+    files, asked = corpus_files(texts), text_options(given)
+    read = [file.path for file in files if file.path is not None]
+    inputs = [source, model, *read, *([] if wider is None else [wider])]
+    options = (
+        [file.name for file in files],
+        sorted(given.items()),
+        site,
+        target_site,
+        context,
+        latents,
+        examples,
+        explain,
+        any_model,
+    )
     with NewFiles(
         [path for path in (out, neuronpedia) if path is not None],
         inputs=inputs,
         identity=hashlib.sha256(repr((stat_sha256(*inputs), options)).encode()).hexdigest(),
-    ) as files:
+    ) as new_files:
         sae = at_sites(open_sae(source), site, target_site)
         devices = None if mesh is None else make_mesh(mesh)
-        rule = token_rule(tokens, judging_rule(sae))
+        rule = token_rule(given, judging_rule(sae))
         subject = open_subject_model(
-            sae, model, texts, length=context, any_model=any_model, mesh=devices, rule=rule
+            sae, model, texts, length=context, any_model=any_model, mesh=devices, rule=rule, text=asked
         )
         tokenizer = load_tokenizer(model)
 
@@ -170,7 +184,7 @@ def command(
                 dataset=", ".join(path.name for path in texts),
             )
             contents[neuronpedia] = json.dumps(batch, ensure_ascii=False).encode()
-        files.publish(contents)
+        new_files.publish(contents)
         if as_json:
             click.echo(
                 json.dumps({"path": str(out), "latents": len(gallery.latents), "rows": gallery.survey.rows})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from mergelab.models.residual_stream import norms_outputs
 from mergelab.sae.belonging import warn_where_foreign
 from mergelab.sae.formats.hook_names import site_of
 from mergelab.sae.sae import SAE, at_sites
+from mergelab.text.corpus import TextOptions
 from mergelab.text.tokenizer import load_tokenizer
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "judging_rule",
     "open_subject_model",
     "trained_context",
+    "trained_text",
 ]
 
 
@@ -66,6 +68,7 @@ def open_subject_model(
     any_model: bool = False,
     mesh: Any = None,
     rule: TokenRule | None = None,
+    text: Mapping[str, Any] | None = None,
 ) -> ModelActivations:
     """Activations of the SAE's model on text files, at the site it reads and, of a transcoder, the one
     it writes as far as that is known.
@@ -77,7 +80,7 @@ def open_subject_model(
         sae: SAE that will read them. Where it does not say its sites itself, give it to evaluations as
             `mergelab.sae.sae.at_sites(sae, site, target_site)`.
         model: a Hugging Face folder with its tokenizer.
-        texts: UTF-8 files, or one.
+        texts: what `mergelab.text.corpus.documents` takes: files, globs, folders, data sets, URLs; or one.
         site: site that the SAE reads, such as `blocks.8.resid_post`; the one it says if None.
         target_site: site that a transcoder writes; the one it says if None.
         length: tokens in a context; if None, what the SAE was trained with, or else 64, and never
@@ -85,6 +88,7 @@ def open_subject_model(
         any_model: accept other weights than the recorded ones.
         mesh: devices to spread the model over.
         rule: which tokens count; `judging_rule` of the SAE if None.
+        text: options of `mergelab.text.corpus.TextOptions` that are other than those of the SAE's training.
 
     Raises:
         SAEError: the weights or the widths are not the SAE's, no site is known, or the text is short.
@@ -112,6 +116,7 @@ def open_subject_model(
         default=trained_context(sae),
         mesh=mesh,
         rule=judging_rule(sae) if rule is None else rule,
+        text=trained_text(sae, text),
     )
     check_modules(sae, source)
     check_reads(sae, source)
@@ -141,6 +146,18 @@ def trained_context(sae: SAE) -> int:
         if isinstance(found, int) and not isinstance(found, bool) and found >= 2:
             return found
     return DEFAULT_CONTEXT
+
+
+def trained_text(sae: SAE, given: Mapping[str, Any] | None = None) -> TextOptions:
+    """How texts became contexts in the SAE's training, as far as its metadata says; what is given wins."""
+    metadata = sae.config.metadata
+    found: dict[str, Any] = {}
+    if isinstance(metadata.get("prepend_bos"), bool):
+        found["bos"] = metadata["prepend_bos"]
+    for name, known in (("packing", ("packed", "documents")), ("roles", ("all", "assistant"))):
+        if metadata.get(name) in known:
+            found[name] = metadata[name]
+    return TextOptions(**{**found, **(given or {})})
 
 
 def check_modules(sae: SAE, source: ModelActivations) -> None:

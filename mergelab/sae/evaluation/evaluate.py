@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Float
 
-from mergelab.activations.capture import ModelActivations, cut_contexts
+from mergelab.activations.capture import ModelActivations
 from mergelab.activations.kept import TokenRule, median_norm, row_norms
 from mergelab.activations.left_out import LeftOut
-from mergelab.checkpoints.text_file import MAX_PROSE, read_text
 from mergelab.errors import SAEError
 from mergelab.models.model import Model, Params
 from mergelab.models.token_checks import check_tokens, window_length
@@ -30,7 +30,10 @@ from mergelab.sae.subject_model import (
     judging_rule,
     open_subject_model,
     trained_context,
+    trained_text,
 )
+from mergelab.text.contexts import text_contexts
+from mergelab.text.corpus import documents, documents_of_texts
 from mergelab.text.tokenizer import Tokenizer
 
 __all__ = ["evaluate_sae"]
@@ -67,8 +70,8 @@ def evaluate_sae(
             `ModelActivations`.
         params: parameters of the model.
         tokenizer: tokenizer of the model.
-        text: texts the SAE was not trained on: strings, or `Path`s of UTF-8 files (with a model's folder
-            only those).
+        text: texts the SAE was not trained on: strings, or `Path`s of files and folders (with a model's
+            folder only those).
         targets: rows beside the activations, `[rows, d_out]` that a transcoder reconstructs.
         site: site that the SAE reads, such as `blocks.8.resid_post`; by default the one it says.
         target_site: site that a transcoder writes; by default the one it says.
@@ -184,22 +187,22 @@ def _on_model(
     sites = [sae.config.reads[0]]
     if not sae.is_autoencoder and sae.config.writes is not None:
         sites.append(sae.config.writes[0])
-    read = [
-        text if isinstance(text, str) else read_text(text, MAX_PROSE, error=SAEError, errors="replace")
-        for text in texts
-    ]
-    documents = [tokenizer.encode(text, add_special_tokens=False) for text in read]
-    width = window_length(model, length, trained_context(sae))
-    tokens = cut_contexts(documents, width, next(iter(tokenizer.end_ids), None), tokenizer.frame)
-    check_tokens(model, tokens, place="the text")
+    read = chain.from_iterable(
+        documents_of_texts(text) if isinstance(text, str) else documents(text) for text in texts
+    )
+    width, options = window_length(model, length, trained_context(sae)), trained_text(sae)
+    contexts = text_contexts(tokenizer, read, width, options)
+    check_tokens(model, contexts.tokens, place="the text")
     source = ModelActivations(
         model,
         params,
-        tokens,
+        contexts.tokens,
         tuple(sites),
-        framed=tokenizer.frame is not None,
+        framed=contexts.framed,
         rule=rule,
         special_ids=tokenizer.special_ids,
+        counted=contexts.counted,
+        text=options,
     )
     check_modules(sae, source)
     check_reads(sae, source)

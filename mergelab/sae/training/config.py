@@ -17,6 +17,7 @@ from mergelab.checkpoints.yaml_data import MAX_DEPTH, parse_yaml
 from mergelab.errors import SAEError, did_you_mean, quoted, shortened
 from mergelab.sae.variants import VARIANTS, Variant, make_variant
 from mergelab.sae.variants.options import checked_options
+from mergelab.text.corpus import TextOptions
 
 __all__ = [
     "CheckpointSection",
@@ -241,7 +242,13 @@ class DataSection(_Section):
         model: Hugging Face folder with its tokenizer, of `model`.
         site: site of `model`, such as `blocks.8.resid_post`.
         target_site: site that is written, of `model`, for a transcoder.
-        text: text file of `model`, or several.
+        text: text of `model`, or several: files, globs, folders, data sets on the hub, URLs
+            (`mergelab.text.corpus_files.corpus_files`).
+        field: field of the records that is read, of `model` (`mergelab.text.corpus.TextOptions`).
+        bos: whether a token that begins texts stands before each text and context, of `model`; `auto` does as
+            the tokenizer does.
+        packing: `packed` texts, or `documents` kept apart, of `model`.
+        roles: tokens of conversations that count, of `model`: `all`, or those of the `assistant`.
         context: number of tokens in a context, of `model`; at most the model's positions.
         toy: options of `toy`, those of `mergelab.sae.toy.ToyGroundTruth`.
         buffer_rows: number of rows that are shuffled together.
@@ -260,6 +267,10 @@ class DataSection(_Section):
     site: str | None = None
     target_site: str | None = None
     text: str | list[str] | None = None
+    field: str | None = None
+    bos: bool | Literal["auto"] = "auto"
+    packing: Literal["packed", "documents"] = "packed"
+    roles: Literal["all", "assistant"] = "all"
     context: Count = 64
     toy: dict[str, Any] = Field(default_factory=dict)
     buffer_rows: Count = 65_536
@@ -277,6 +288,15 @@ class DataSection(_Section):
         return replace(
             written or DEFAULT_RULE, **{name: value for name, value in given.items() if value != "auto"}
         )
+
+    @property
+    def texts(self) -> list[str]:
+        """The places of texts, of `model`."""
+        return [] if self.text is None else [self.text] if isinstance(self.text, str) else self.text
+
+    def text_options(self, tokens: int | None = None) -> TextOptions:
+        """How texts become contexts, and of how many tokens."""
+        return TextOptions(self.field, self.bos, self.packing, self.roles, tokens)
 
 
 _OTHER_FORM = ("steps", "learning_rate")
@@ -365,6 +385,8 @@ class TrainConfig(_Section):
         mesh: devices along the axes `data` and `latents`; one device if omitted.
         log_to: loggers besides `metrics.jsonl`: `tensorboard`, `wandb`.
         metadata: kept in the finished SAE: `site`, `target_site`, `model`, ....
+        start_from: SAE from whose parameters the training starts, in any format that can be read: a folder,
+            a run's folder, a place on the hub.
     """
 
     sae: SAESection
@@ -374,6 +396,7 @@ class TrainConfig(_Section):
     mesh: dict[str, Annotated[Whole, Field(ge=-1, le=_MOST)]] | None = None
     log_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     metadata: dict[str, Any] = Field(default_factory=dict)
+    start_from: str | None = None
 
 
 def load_config(

@@ -15,11 +15,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save
 
 from mergelab.abliteration.ablation import Ablation, unit
 from mergelab.abliteration.removal import KeepNorms
-from mergelab.checkpoints import is_float, open_safetensors, read_whole
+from mergelab.checkpoints import TensorSpec, is_float, open_safetensors, plan_shards, read_whole
 from mergelab.checkpoints.json_data import parse_json_object
 from mergelab.checkpoints.new_files import NewFiles
 from mergelab.checkpoints.publish import publish_file
@@ -83,8 +82,12 @@ class SavedDirection:
             "keep_norms": self.keep_norms or "none",
             "computed_from": json.dumps(dict(self.computed_from), ensure_ascii=False),
         }
-        # Contiguous, since the writer takes the memory as it lies.
-        return save({name: np.asarray(array, order="C") for name, array in tensors.items()}, metadata)
+        # Not safetensors' own writer: the order of its metadata differs from run to run.
+        plan = plan_shards(
+            [TensorSpec(name, array.dtype, array.shape) for name, array in tensors.items()], 2**62, metadata
+        )
+        data = {name: array.tobytes() for name, array in tensors.items()}
+        return plan.shards[0].head + b"".join(data[name] for name in plan.places)
 
 
 def save_direction(direction: SavedDirection, path: str | Path, *, overwrite: bool = False) -> Path:

@@ -43,6 +43,7 @@ def test_what_is_saved_is_read_to_the_bit(saved: SavedDirection, tmp_path: Path)
         np.testing.assert_array_equal(getattr(found.ablation, name), getattr(saved.ablation, name))
     np.testing.assert_allclose(found.vector.vector, saved.vector.vector, atol=1e-7)
     assert found.for_model(model_from_config(CONFIG)) is found.ablation
+    assert len({saved.to_bytes() for _ in range(8)}) == 1, "equal runs give equal bytes"
     with safe_open(path, "np") as file:  # as anybody's reader finds it
         assert set(file.keys()) == {"direction", "directions", "embeddings", "attention", "mlp"}
         assert json.loads(file.metadata()["computed_from"])["model"] == "org/m"

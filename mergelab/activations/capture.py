@@ -417,8 +417,8 @@ def cut_contexts(
 
 def open_model_activations(
     model: str | Path,
-    sites: Sequence[str],
-    texts: Sequence[str | Path],
+    sites: str | Sequence[str],
+    texts: str | Path | Sequence[str | Path],
     *,
     length: int | None = None,
     default: int = DEFAULT_CONTEXT,
@@ -430,8 +430,8 @@ def open_model_activations(
 
     Args:
         model: a Hugging Face folder with its tokenizer, a model on the hub, or a URL.
-        sites: names, such as `blocks.8.resid_post`.
-        texts: UTF-8 files.
+        sites: names, such as `blocks.8.resid_post`, or one.
+        texts: UTF-8 files, or one.
         length: tokens per context; if None the default, or as many as the model has positions.
         default: what a context has that nobody asked for.
         dtype: dtype of the weights; the stored one if None.
@@ -445,8 +445,9 @@ def open_model_activations(
         CheckpointError: the model cannot be read.
     """
     model = local_path(model)
+    sites = [sites] if isinstance(sites, str) else sites
     read = []
-    for path in map(Path, texts):
+    for path in map(Path, [texts] if isinstance(texts, str | Path) else texts):
         read.append(read_text(path, MAX_PROSE, error=SAEError, errors="replace"))
     loaded, params = load_model(model, mesh=mesh, dtype=dtype)
     tokens = contexts_of_texts(model, read, window_length(loaded, length, default))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergelab.cli.numbers import Number, WholeNumber
+from mergelab.cli.program_cache import program_cache
 from mergelab.errors import quoted
 
 if TYPE_CHECKING:
@@ -165,12 +166,18 @@ def check_push_option(push_to: str | None, out: Path | None) -> None:
         check_push(push_to)
 
 
-def push_output(out: Path, push_to: str | None) -> None:
-    """Uploads a finished output where that was asked for, and says on stderr where it is."""
+def push_output(out: Path, push_to: str | None, card: bytes | None = None) -> None:
+    """Uploads a finished output where that was asked for, and says on stderr where it is.
+
+    Args:
+        out: the output.
+        push_to: `org/name`; None where nothing was asked for.
+        card: `README.md` for a repository and an output that have none.
+    """
     if push_to is not None:
         from mergelab.checkpoints.hub_push import push
 
-        click.echo(f"pushed to {push(out, push_to)}", err=True)
+        click.echo(f"pushed to {push(out, push_to, card=card)}", err=True)
 
 
 def read_model(path: Path) -> Any:
@@ -250,8 +257,8 @@ def _as_trained(sae: SAE, config: Path) -> SAE:
 def configure_jax(*, merging: bool = False) -> None:
     """Sets JAX up for this process; call it before the first computation.
 
-    Compiled programs go to `$XDG_CACHE_HOME/mergelab/xla`, so that a second run does not compile them again;
-    `JAX_COMPILATION_CACHE_DIR` overrides the place.
+    Compiled programs go to `$XDG_CACHE_HOME/mergelab/xla` (`program_cache`), so that a second run does not
+    compile them again; `JAX_COMPILATION_CACHE_DIR` overrides the place, and is then left to its owner.
 
     Args:
         merging: Whether the process does nothing but stream merges. Their blocks run side by side already,
@@ -264,8 +271,7 @@ def configure_jax(*, merging: bool = False) -> None:
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mergelab" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(program_cache(jax.__version__)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if merging:

@@ -292,6 +292,7 @@ def _on_text(
     from mergelab.checkpoints.folder import weights_sha256
     from mergelab.checkpoints.locations import local_path
     from mergelab.cli.options import open_sae
+    from mergelab.sae.belonging import warn_where_foreign
     from mergelab.sae.evaluation.controls import CONTROLS
     from mergelab.sae.evaluation.metric import Evidence, Options
     from mergelab.sae.evaluation.probing_tasks import label_texts
@@ -323,8 +324,10 @@ def _on_text(
         first, model, texts, length=length, any_model=any_model, mesh=mesh, rule=rule
     )
     checked = [check_subject_model(one, model, any_model=any_model) for one in opened]
-    for one in opened:
+    for one, known in zip(opened, checked, strict=True):
         check_target(one, subject)
+        if one is not first and not known and not any_model:
+            warn_where_foreign(one, subject)
     asked = None if options["metrics"] is None else [name.strip() for name in options["metrics"].split(",")]
     resources = {
         "labels": label_texts(model, texts, subject.tokens.shape[1]).labels,

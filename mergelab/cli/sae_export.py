@@ -43,6 +43,7 @@ def command(
     from mergelab.checkpoints.remote_output import local_output, shown
     from mergelab.cli.options import open_sae
     from mergelab.sae.formats import reserve, sae_path, save_sae
+    from mergelab.sae.formats.card import sae_card
     from mergelab.sae.sae import at_sites
 
     with (
@@ -58,4 +59,4 @@ def command(
             err=True,
         )
     click.echo(shown(out))
-    push_output(out, push_to)
+    push_output(out, push_to, sae_card(sae, format, push_to))

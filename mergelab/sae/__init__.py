@@ -7,6 +7,7 @@ from mergelab.lazy import lazy_names
 if TYPE_CHECKING:
     from mergelab.sae import evaluation, features, formats, training, variants
     from mergelab.sae.activation_functions import is_active
+    from mergelab.sae.belonging import Belonging, check_belongs
     from mergelab.sae.cross_layer import CrossLayerTranscoder
     from mergelab.sae.evaluation.evaluate import evaluate_sae
     from mergelab.sae.features.latents_over_prompts import latent_table
@@ -25,6 +26,7 @@ __all__ = [
     "FORMATS",
     "SAE",
     "VARIANTS",
+    "Belonging",
     "CrossLayerTranscoder",
     "Crosscoder",
     "Result",
@@ -34,6 +36,7 @@ __all__ = [
     "Transcoder",
     "Variant",
     "at_sites",
+    "check_belongs",
     "check_subject_model",
     "crosscoder",
     "evaluate_sae",

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 import mergelab.abliteration
 from mergelab.abliteration import decision, pipeline
 from mergelab.abliteration.answers import is_refusal, refusal_tokens
-from mergelab.abliteration.built_in_prompts import built_in_prompts
+from mergelab.abliteration.bundled_prompts import built_in_prompts
 from mergelab.abliteration.direction_file import load_direction
 from mergelab.abliteration.direction_selection import Filters
 from mergelab.abliteration.pipeline import abliterate
@@ -113,6 +113,7 @@ def test_the_command_writes_an_edited_folder_and_says_what_it_measured(
     found = json.loads((tmp_path / "same" / "abliteration.json").read_text())
     assert found["after"] == {**after, "loss": None, "perplexity": None, **BORDERLESS}
     assert found["selection"] is None
+    assert found["prompts"] == {"found": [0, 0], "chosen": [0, 0], "measured": [8, 8]}
     refused = command(folder, tmp_path / "x", "--direction", str(tmp_path / "edited"), "--trials", "2")
     assert refused.exit_code == 2 and "and a search for one asked for" in refused.stderr
 
@@ -210,6 +211,13 @@ def test_a_search_in_which_no_trial_passes_keeps_its_trace(
     assert [trial["kl"] for trial in trace["trials"]] == [lines[-2]["figures"][1], lines[-1]["figures"][1]]
     assert len(trace["selection"]["trace"]) == 6 and trace["baseline"]["refusal"] > 0.9
     assert journal.exists(), "another trial may be asked for by its number"
+    # A fine-tune of the same shape has the same files but for their weights.
+    lines[1]["selection"]["refusal_before"] += 0.5
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = command(folder, tmp_path / "out", *options)
+    assert (
+        result.exit_code == 2 and "is the journal of a model with other weights: the refusal" in result.stderr
+    )
 
 
 def test_the_prompts_that_come_with_it() -> None:

@@ -118,7 +118,7 @@ def train(
     out: str | Path,
     *,
     resume: bool = False,
-    overrides: Sequence[str] = (),
+    overrides: str | Sequence[str] = (),
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
     tell: Callable[[str], None] | None = None,

@@ -152,7 +152,7 @@ def _losses(
     edits = [splice_from(sae, x, kept), zero, middle, *([splice_from(sae, x)] if everywhere else [])]
     passes = jnp.stack([captured[UNEMBEDDED], *(hidden({site: edit})[UNEMBEDDED] for edit in edits)])
     found, kl = token_losses(model, params, passes[:, :, :-1], tokens[:, 1:])
-    losses = (found * weight).sum(axis=2)
+    losses = (found * weight[None]).sum(axis=2)
     return jnp.concatenate([losses[:4], (kl * weight).sum(axis=1)[None], losses[4:]])
 
 

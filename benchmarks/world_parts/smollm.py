@@ -17,8 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import mergelab as ml
+from benchmarks.world_parts import first_token
 from benchmarks.world_parts.section import Place, Section
+from mergelab.checkpoints import open_checkpoint
 from mergelab.decoding import generate, greedy
+from mergelab.models.load import parameter_shapes
 from tests.smollm import smollm_file
 
 __all__ = ["measure"]
@@ -27,8 +30,11 @@ TOKENS, PROMPT, NEW = 256, 32, 32
 
 
 def measure(place: Place) -> Section:
-    """Rows of one pass over 256 tokens and of 32 tokens generated greedily, in float32 and bfloat16."""
-    rows = []
+    """Rows of processes up to their first token, of a pass over 256 tokens and of 32 generated greedily."""
+    path = smollm_file()
+    parameters = sum(leaf.size for leaf in parameter_shapes(open_checkpoint(path))[0].table())
+    sizes = {"float32": 4 * parameters, "bfloat16": 2 * parameters}
+    rows = first_token.rows(path, place.work, sizes, place.turns)
     for dtype in ("float32", "bfloat16"):
         ours, theirs = _ours(dtype), _theirs(dtype)
         for what, mine, other in zip(
@@ -36,9 +42,12 @@ def measure(place: Place) -> Section:
         ):
             rows.append((f"{what}, {dtype}", *_paired(mine, other, place.turns)))
     head = ("what", "mergelab", "transformers", "mergelab / transformers")
-    return Section(
-        f"Seconds, medians of {place.turns} turns in one process; batch 1, compiled before.", head, rows
+    note = (
+        f"Seconds, medians of {place.turns} turns, batch 1. First whole processes, start-up, reading and compiling "
+        "included, and the most memory of their own (without mapped files) that they held; then passes and "
+        "generations in one process, compiled before."
     )
+    return Section(note, head, rows)
 
 
 def _ids(count: int) -> np.ndarray:

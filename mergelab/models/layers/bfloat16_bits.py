@@ -47,8 +47,8 @@ class Bits:
 
     def scores(self, x: Float[Array, "tokens columns"]) -> Float[Array, "tokens rows"]:
         """`x @ matrix.T`: each row's product with `x`, rounded to the dtype of `x`."""
-        rows = self.bits.shape[0]
-        size = _piece(*self.bits.shape, x.shape[0])
+        rows, columns = self.bits.shape
+        size = _piece(rows, columns, x.shape[0])
         wide = x.astype(jnp.float32)
 
         def put(found: Array, start: Array | int, size: int) -> Array:

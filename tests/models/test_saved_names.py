@@ -23,6 +23,7 @@ from mergelab.models.model import Params
 from mergelab.models.save import save_model
 from mergelab.models.saved_names import is_buffer
 from tests.models.tiny_models import CONFIGS, MASK, TOKENS, tiny, weights
+from tests.slow import slow_except
 
 Tensors = dict[str, np.ndarray]
 
@@ -84,7 +85,7 @@ def test_a_table_follows_the_names_of_a_file(
     assert written == expected
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "phi3", "gpt_neox"])
+@pytest.mark.parametrize("kind", slow_except(["llama", "gpt_neox"], ["llama", "mistral", "phi3", "gpt_neox"]))
 def test_weights_of_the_base_class_give_hidden_states_and_no_logits(kind: str, tmp_path: Path) -> None:
     model, params = tiny(kind)
     head = {"unembed"}

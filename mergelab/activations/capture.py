@@ -214,7 +214,8 @@ class ModelActivations:
         model: the model.
         params: its parameters, on any mesh.
         tokens: int32 `[contexts, length]`, whole contexts.
-        sites: names of sites of shape `[batch, length, d]`.
+        sites: names of sites of shape `[batch, length, d]`; of those with heads, such as `blocks.3.attn.z`, a
+            row has the heads side by side.
         batch: contexts in one forward pass.
         framed: whether the first and the last token of each context are none of its text: `[CLS]`, `[SEP]`.
     """
@@ -234,7 +235,7 @@ class ModelActivations:
         check_tokens(self.model, self.tokens, place="the contexts")
         for site in self.sites:
             shape = self.model.sites().get(site)
-            if shape is not None and len(shape) != 3:
+            if shape is not None and (len(shape) < 3 or shape[:2] != _BY_TOKEN):
                 raise SAEError(
                     f"the site {site!r} has shape {list(shape)}; an SAE reads [batch, length, width]."
                 )
@@ -249,7 +250,8 @@ class ModelActivations:
     def _forward(self) -> Any:
         def run(params: Any, tokens: jax.Array) -> list[jax.Array]:
             found = self.model.apply(params, tokens, capture=self.sites, logits=False).captured
-            return [found[site].astype(jnp.float32) for site in self.sites]
+            by_token = (found[site].astype(jnp.float32) for site in self.sites)
+            return [site.reshape(*site.shape[:2], -1) for site in by_token]
 
         return jax.jit(run)
 

@@ -24,7 +24,7 @@ from mergelab.interp.token_selection import Columns, Generated, Tokens, chosen_t
 from mergelab.models.sites import Edit
 from mergelab.sae.normalizations import normalized
 from mergelab.sae.sae import SAE
-from mergelab.sae.splice import check_reconstructs, splice
+from mergelab.sae.splice import check_reconstructs, splice, token_rows
 
 __all__ = ["ablate", "add", "clamp", "edit_latents", "scale", "splice"]
 
@@ -101,7 +101,7 @@ def _changed(
     columns: Columns = None,
     generated: Generated = None,
 ) -> Array:
-    rows = _rows(x)
+    rows = token_rows(x)
     codes = sae.encode(rows)[:, latents]
     difference = change(codes, jnp.broadcast_to(amounts, codes.shape)) - codes
     tokens = chosen_tokens(where, x.shape, columns, generated)
@@ -116,10 +116,6 @@ def _changed(
 
 def _set(codes: Array, amounts: Array) -> Array:
     return amounts.astype(codes.dtype)
-
-
-def _rows(x: Array) -> Array:
-    return x.reshape(-1, x.shape[-1]).astype(jnp.float32)
 
 
 def _checked_latents(sae: SAE, latents: Any) -> Array:

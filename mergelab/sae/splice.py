@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -29,6 +30,7 @@ __all__ = [
     "splice",
     "splice_from",
     "token_batches",
+    "token_rows",
 ]
 
 
@@ -128,12 +130,17 @@ def check_reconstructs(sae: SAE) -> None:
         )
 
 
+def token_rows(x: Array) -> Array:
+    """What a site holds, token by token: float32 `[rows, d]`, where it has heads with them side by side."""
+    return x.reshape(-1, math.prod(x.shape[2:]) if x.ndim > 3 else x.shape[-1]).astype(jnp.float32)
+
+
 def _spliced(sae: SAE, x: Array) -> Array:
-    return sae(x.reshape(-1, x.shape[-1]).astype(jnp.float32)).reshape(x.shape).astype(x.dtype)
+    return sae(token_rows(x)).reshape(x.shape).astype(x.dtype)
 
 
 def _spliced_with_error(sae: SAE, x: Array) -> Array:
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    rows = token_rows(x)
     found = sae(rows)
     # (x - found) + found rounds; what is added to x here is 0, and carries the gradient of `found`.
     kept = jax.lax.stop_gradient(rows) + (found - jax.lax.stop_gradient(found))
@@ -145,12 +152,12 @@ def splice_from(sae: SAE, x: jax.Array) -> Edit:
 
     Args:
         sae: any SAE; an autoencoder writes the site of `x`.
-        x: `[batch, length, d_in]`, what the site it reads holds in the pass that is edited.
+        x: `[batch, length, d_in]` or with heads, what the site it reads holds in the pass that is edited.
 
     Returns:
-        An edit of `[batch, length, d_out]`, which keeps the dtype.
+        An edit of `[batch, length, d_out]` or with heads, which keeps the dtype.
     """
-    found = sae(x.reshape(-1, x.shape[-1]).astype(jnp.float32))
+    found = sae(token_rows(x))
     return lambda y: found.reshape(y.shape).astype(y.dtype)
 
 

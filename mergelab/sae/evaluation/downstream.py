@@ -109,7 +109,7 @@ def _losses(
         return jax.nn.log_softmax(out.logits[:, :-1]), out.captured[read]
 
     def middle(x: Array) -> Array:
-        return jnp.broadcast_to(mean[None, None].astype(x.dtype), x.shape)
+        return jnp.broadcast_to(mean.reshape(1, 1, *x.shape[2:]).astype(x.dtype), x.shape)
 
     def cross_entropy(logp: Array) -> Array:
         return -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0].sum(axis=1)

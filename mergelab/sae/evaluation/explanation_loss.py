@@ -21,7 +21,7 @@ from mergelab.sae.features.explanations import Explanation, Match, judge_explana
 from mergelab.sae.features.n2g import explain, match_explanations
 from mergelab.sae.features.survey import survey
 from mergelab.sae.sae import SAE
-from mergelab.sae.splice import token_batches
+from mergelab.sae.splice import token_batches, token_rows
 from mergelab.sae.subject_model import check_target
 
 __all__ = ["ExplanationScore", "score_explanations"]
@@ -135,7 +135,7 @@ def _losses(
         return -chosen[..., 0].sum(axis=1), out.captured[read]
 
     plain, x = loss(None)
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    rows = token_rows(x)
     every = sae.encode(rows)
     losses = [plain, loss(replaced(simulated))[0], loss(replaced(jnp.zeros_like(simulated)))[0]]
     return jnp.stack(losses), every[:, latents].reshape(simulated.shape)

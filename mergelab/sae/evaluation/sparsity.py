@@ -142,9 +142,13 @@ def _ablate(
     read, site = sites
     rows = jnp.arange(len(tokens))
     plain = model.apply(params, tokens, capture=[read])
-    x = plain.captured[read]
-    difference, weight = change(sae, x[rows, position].astype(jnp.float32), lot)
-    edit = {site: lambda value: value.at[rows, position].add(difference.astype(value.dtype))}
+    x = plain.captured[read][rows, position].astype(jnp.float32)
+    difference, weight = change(sae, x.reshape(len(rows), -1), lot)
+
+    def changed(value: Array) -> Array:
+        return value.at[rows, position].add(difference.reshape(-1, *value.shape[2:]).astype(value.dtype))
+
+    edit = {site: changed}
     ablated = model.apply(params, tokens, edit=edit)
     assert plain.logits is not None and ablated.logits is not None
     moved = ablated.logits - plain.logits

@@ -122,7 +122,7 @@ def _embeddings(
     read, site = sites
 
     def middle(x: Array) -> Array:
-        return jnp.broadcast_to(mean[None, None].astype(x.dtype), x.shape)
+        return jnp.broadcast_to(mean.reshape(1, 1, *x.shape[2:]).astype(x.dtype), x.shape)
 
     def embed(edit: Any) -> tuple[Array, Array]:
         out = model.apply(params, tokens, edit=edit, capture=[read])

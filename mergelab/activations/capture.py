@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -14,6 +15,7 @@ import numpy as np
 from jax import Array
 
 from mergelab.activations.batches import batches, filled_batches, stack_prompts
+from mergelab.activations.kept import DEFAULT_RULE, KeptRows, TokenRule, median_norm, row_norms
 from mergelab.checkpoints.locations import local_path
 from mergelab.checkpoints.text_file import MAX_PROSE, read_text
 from mergelab.errors import NonFiniteError, SAEError, SiteError
@@ -37,6 +39,7 @@ __all__ = [
     "halves",
     "open_model_activations",
     "position_columns",
+    "side_by_side",
     "stream_sites",
 ]
 
@@ -196,6 +199,17 @@ def position_columns(real: np.ndarray, position: int) -> np.ndarray:
     return np.argmax(real & (ranks == wanted[:, None]), axis=1)
 
 
+@partial(jax.jit, static_argnames=("model", "sites"))
+def _site_rows(params: Params, tokens: Array, *, model: Model, sites: tuple[str, ...]) -> list[Array]:
+    found = model.apply(params, tokens, capture=sites, logits=False).captured
+    return [side_by_side(found[site]).astype(jnp.float32) for site in sites]
+
+
+def side_by_side(x: Array) -> Array:
+    """What a site holds as one vector of each token: heads, `[batch, length, heads, d]`, side by side."""
+    return x.reshape(*x.shape[:2], -1) if x.ndim > 3 else x
+
+
 DEFAULT_CONTEXT = 64
 """Tokens in a context, where nothing says how many."""
 
@@ -218,6 +232,9 @@ class ModelActivations:
             row has the heads side by side.
         batch: contexts in one forward pass.
         framed: whether the first and the last token of each context are none of its text: `[CLS]`, `[SEP]`.
+        rule: which tokens count. All rows can be read; trainings and evaluations take those that count.
+        special_ids: ids of special tokens, which the rule may leave out.
+        counted: bool `[contexts, length]`, False for tokens that never count, such as padding; None for none.
     """
 
     model: Model
@@ -226,11 +243,21 @@ class ModelActivations:
     sites: tuple[str, ...]
     batch: int = 32
     framed: bool = False
+    rule: TokenRule = DEFAULT_RULE
+    special_ids: tuple[int, ...] = ()
+    counted: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or not self.tokens.size:
             raise SAEError(
                 f"tokens have shape {list(self.tokens.shape)}; expected whole contexts [n, length]."
+            )
+        if self.counted is not None and (
+            self.counted.shape != self.tokens.shape or self.counted.dtype != np.bool_
+        ):
+            raise SAEError(
+                f"counted is {self.counted.dtype} of shape {list(self.counted.shape)}; expected bool "
+                f"{list(self.tokens.shape)}, one value for each token."
             )
         check_tokens(self.model, self.tokens, place="the contexts")
         for site in self.sites:
@@ -246,14 +273,8 @@ class ModelActivations:
         """How many tokens there are."""
         return self.tokens.size
 
-    @cached_property
-    def _forward(self) -> Any:
-        def run(params: Any, tokens: jax.Array) -> list[jax.Array]:
-            found = self.model.apply(params, tokens, capture=self.sites, logits=False).captured
-            by_token = (found[site].astype(jnp.float32) for site in self.sites)
-            return [site.reshape(*site.shape[:2], -1) for site in by_token]
-
-        return jax.jit(run)
+    def _forward(self, params: Any, tokens: Array) -> list[Array]:
+        return _site_rows(params, tokens, model=self.model, sites=self.sites)
 
     @cached_property
     def widths(self) -> tuple[int, ...]:
@@ -286,6 +307,54 @@ class ModelActivations:
             if not np.isfinite(site).all():
                 raise NonFiniteError(f"activations of the site {name!r} are not finite; try float32 weights")
         return tuple(rows)
+
+    @cached_property
+    def by_place(self) -> np.ndarray:
+        """Tokens that count as far as their place and id decide: bool `[contexts, length]`."""
+        return self.rule.by_place(self.tokens, self.special_ids, self.counted)
+
+    @cached_property
+    def median_norms(self) -> tuple[float, ...]:
+        """The median norm of each site's rows that count by their place, in contexts spread evenly."""
+        contexts = len(self.tokens)
+        chosen = np.unique(np.linspace(0, contexts - 1, min(self.batch, contexts)).astype(int))
+        ((tokens,), count) = next(filled_batches(self.batch, self.tokens[chosen]))
+        there = self.by_place[chosen].reshape(-1)
+        found = self._forward(self.params, jnp.asarray(tokens, jnp.int32))
+        rows = [np.asarray(site)[:count].reshape(-1, site.shape[-1]) for site in found]
+        return tuple(median_norm(row_norms(site)[there]) for site in rows)
+
+    @property
+    def norm_limits(self) -> tuple[float, ...]:
+        """The largest norm at which a row of each site counts."""
+        if self.rule.max_norm_multiple is None:
+            return (math.inf,) * len(self.sites)
+        return tuple(map(self.rule.norm_limit, self.median_norms))
+
+    def kept_among(self, rows: Sequence[np.ndarray], start: int) -> np.ndarray:
+        """Which of the rows from number `start` on count, of what `read_sites` gave: bool `[rows]`."""
+        kept = self.by_place.reshape(-1)[start : start + len(rows[0])]
+        for site, limit in zip(rows, self.norm_limits, strict=True):
+            if limit < math.inf:
+                kept = kept & ~(row_norms(site) > limit)
+        return kept
+
+    def kept_rows(self, site: str, target: str | None = None) -> KeptRows:
+        """Which rows of a site, and of its target, a training counts."""
+        limits = dict(zip(self.sites, self.norm_limits, strict=True))
+        by_place = self.by_place.reshape(-1)
+        return KeptRows(
+            None if by_place.all() else lambda start, stop: by_place[start:stop],
+            limits[site],
+            math.inf if target is None else limits[target],
+            self.rule,
+            self.tokens.shape[1],
+        )
+
+    def contexts(self, chosen: slice) -> ModelActivations:
+        """The same of some of the contexts."""
+        counted = None if self.counted is None else self.counted[chosen]
+        return replace(self, tokens=self.tokens[chosen], counted=counted)
 
     def at(self, site: str) -> SiteActivations:
         """One of the sites, as a source."""
@@ -355,24 +424,26 @@ def cut_contexts(
 
 def open_model_activations(
     model: str | Path,
-    sites: Sequence[str],
-    texts: Sequence[str | Path],
+    sites: str | Sequence[str],
+    texts: str | Path | Sequence[str | Path],
     *,
     length: int | None = None,
     default: int = DEFAULT_CONTEXT,
     dtype: Any = None,
     mesh: Any = None,
+    rule: TokenRule = DEFAULT_RULE,
 ) -> ModelActivations:
     """Activations of a model's folder on text files.
 
     Args:
         model: a Hugging Face folder with its tokenizer, a model on the hub, or a URL.
-        sites: names, such as `blocks.8.resid_post`.
-        texts: UTF-8 files.
+        sites: names, such as `blocks.8.resid_post`, or one.
+        texts: UTF-8 files, or one.
         length: tokens per context; if None the default, or as many as the model has positions.
         default: what a context has that nobody asked for.
         dtype: dtype of the weights; the stored one if None.
         mesh: devices to spread the model over.
+        rule: which tokens count.
 
     Raises:
         TokenError: the context is longer than the model's positions, or a token is beyond its vocabulary.
@@ -381,14 +452,23 @@ def open_model_activations(
         CheckpointError: the model cannot be read.
     """
     model = local_path(model)
+    sites = [sites] if isinstance(sites, str) else sites
     read = []
-    for path in map(Path, texts):
+    for path in map(Path, [texts] if isinstance(texts, str | Path) else texts):
         read.append(read_text(path, MAX_PROSE, error=SAEError, errors="replace"))
     loaded, params = load_model(model, mesh=mesh, dtype=dtype)
     tokens = contexts_of_texts(model, read, window_length(loaded, length, default))
     check_tokens(loaded, tokens, place=str(model / "tokenizer.json"))
-    framed = load_tokenizer(model).frame is not None
-    found = ModelActivations(loaded, params, tokens, tuple(sites), framed=framed)
+    tokenizer = load_tokenizer(model)
+    found = ModelActivations(
+        loaded,
+        params,
+        tokens,
+        tuple(sites),
+        framed=tokenizer.frame is not None,
+        rule=rule,
+        special_ids=tokenizer.special_ids,
+    )
     _ = found.widths  # names of sites are checked here, before anything is computed
     return found
 
@@ -402,4 +482,4 @@ def halves(source: ModelActivations) -> tuple[ModelActivations, ModelActivations
     count = len(source.tokens) // 2
     if not count:
         raise SAEError("one context cannot both fit and judge; give more text.")
-    return replace(source, tokens=source.tokens[:count]), replace(source, tokens=source.tokens[count:])
+    return source.contexts(slice(count)), source.contexts(slice(count, None))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from mergelab.cli.numbers import WholeNumber
+from mergelab.cli.options import token_options, token_rule
 from mergelab.cli.output import count_bar, print_result
 
 __all__ = ["command"]
@@ -42,6 +44,7 @@ __all__ = ["command"]
     "--dtype", type=click.Choice(["float32", "bfloat16", "int8"]), default="float32", show_default=True,
     help="Stored dtype; int8 keeps a scale for each row.",
 )  # fmt: skip
+@token_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     model: Path,
@@ -52,11 +55,13 @@ def command(
     tokens: int | None,
     dtype: str,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Record the activations of MODEL on text files.
 
     OUT gets files SITE-00000.safetensors with rows [tokens, d_model], tokens.safetensors with the token of
-    each row, and store.json. `mergelab inspect MODEL` lists the sites.
+    each row, and store.json. All rows are written; store.json says which count, for trainings and evaluations
+    that read them. `mergelab inspect MODEL` lists the sites.
 
     \b
     Examples:
@@ -65,6 +70,8 @@ def command(
           --dtype int8
     """
     from mergelab.activations.capture import open_model_activations
+    from mergelab.activations.kept import DEFAULT_RULE
+    from mergelab.activations.left_out import LeftOut
     from mergelab.activations.store import write_store
     from mergelab.checkpoints.locations import local_path
     from mergelab.checkpoints.publish import WorkFolder
@@ -76,7 +83,9 @@ def command(
         WorkFolder(folder, inputs=[model, *texts]) as work,
         count_bar("row", quiet=as_json) as bar,
     ):
-        source = open_model_activations(model, sites, texts, length=context)
+        rule = token_rule(options, DEFAULT_RULE)
+        source = open_model_activations(model, sites, texts, length=context, rule=rule)
+        left_out = LeftOut()
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -86,11 +95,19 @@ def command(
             click.echo(f"warning: {message}", err=True)
 
         rows = write_store(
-            source, work, model=model, rows=tokens, dtype=dtype, progress=progress, notice=notice
+            source,
+            work,
+            model=model,
+            rows=tokens,
+            dtype=dtype,
+            progress=progress,
+            notice=notice,
+            left_out=left_out,
         )
+    uncounted = f"\n{left_out.sentence()} do not count" if left_out.kept < left_out.rows else ""
     print_result(
-        lambda: {"path": shown(out), "rows": rows, "sites": list(sites)},
-        lambda: f"{rows:,} rows of {', '.join(sites)}\n{shown(out)}",
+        lambda: {"path": shown(out), "rows": rows, "sites": list(sites), "left_out": left_out.facts()},
+        lambda: f"{rows:,} rows of {', '.join(sites)}{uncounted}\n{shown(out)}",
         as_json=as_json,
         indent=None,
     )

@@ -62,15 +62,15 @@ def command(
         _one(key, option, known.pop(key, None))
         for key, option in (("site", site), ("target_site", target_site))
     )
-    from mergelab.checkpoints.locations import local_path
     from mergelab.checkpoints.remote_output import local_output, shown
     from mergelab.cli.options import open_sae
-    from mergelab.sae.formats import reserve, save_sae
+    from mergelab.sae.formats import reserve, sae_path, save_sae
+    from mergelab.sae.formats.card import sae_card
     from mergelab.sae.sae import at_sites, with_metadata
 
     with (
         local_output(out) as folder,
-        reserve(folder, format, inputs=[local_path(source, "sae")]) as place,
+        reserve(folder, format, inputs=[sae_path(source)]) as place,
     ):
         sae = with_metadata(at_sites(open_sae(source), site, target_site), known)
         save_sae(sae, place, format)
@@ -81,7 +81,7 @@ def command(
             err=True,
         )
     click.echo(shown(out))
-    push_output(out, push_to)
+    push_output(out, push_to, sae_card(sae, format, push_to))
 
 
 def _facts(given: tuple[str, ...], format: str) -> dict[str, Any]:

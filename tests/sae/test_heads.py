@@ -15,6 +15,7 @@ from mergelab.activations import ActivationStream
 from mergelab.activations.capture import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.interp.latent_edits import ablate
+from mergelab.interp.latent_edits import splice as splice_at
 from mergelab.models import model_from_config
 from mergelab.sae.evaluation.downstream import evaluate_downstream
 from mergelab.sae.evaluation.sparsity import channel_sparsity, latent_sparsity
@@ -73,6 +74,9 @@ def test_a_splice_puts_the_heads_back(z: jax.Array) -> None:
     np.testing.assert_array_equal(splice(sae)(z), wanted)
     np.testing.assert_allclose(splice(sae, error=True)(z), z, atol=1e-6)
     assert ablate(sae, 3)(z).shape == z.shape
+    some = np.arange(20) > 4
+    edited = np.asarray(splice_at(sae, where=np.broadcast_to(some, (3, 20)))(z))
+    np.testing.assert_allclose(edited, np.where(some[None, :, None, None], wanted, z), atol=1e-6)
 
 
 def test_an_exact_dictionary_loses_nothing(source: ModelActivations) -> None:

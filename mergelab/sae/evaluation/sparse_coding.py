@@ -346,7 +346,9 @@ _CODED = 2048  # tokens of the text that codes are searched for
 
 def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
     source = evidence.judge
+    # Some more than are needed, as not all tokens count.
     contexts = -(-_CODED // source.tokens.shape[1])
+    contexts += -(-int((~source.by_place[: 2 * contexts]).sum()) // source.tokens.shape[1])
     x = jnp.asarray(np.concatenate(list(read_batches(source, contexts)))[:_CODED])
     target = coding_target(sae, x)
     active = float((sae.encode(x) != 0).sum(axis=1).mean())

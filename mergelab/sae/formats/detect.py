@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 from jax.sharding import Mesh
 
-from mergelab.checkpoints.hub import parse_hub_place
-from mergelab.checkpoints.locations import is_url, local_path, location_text
+from mergelab.checkpoints.locations import exists
 from mergelab.checkpoints.new_files import NewFiles
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.errors import CheckpointError, SAEError, did_you_mean
+from mergelab.sae.formats.circuit_tracer import CIRCUIT_TRACER
+from mergelab.sae.formats.cross_layer import CROSS_LAYER
 from mergelab.sae.formats.dictionary_learning import DICTIONARY_LEARNING
 from mergelab.sae.formats.file_format import FileFormat, Files, Found, open_weights
 from mergelab.sae.formats.gemma_scope import GEMMA_SCOPE, GEMMA_SCOPE_2
+from mergelab.sae.formats.llama_scope import LLAMA_SCOPE
 from mergelab.sae.formats.many import one_of
 from mergelab.sae.formats.openai import OPENAI
 from mergelab.sae.formats.own import OWN, read_own, write_own
+from mergelab.sae.formats.releases import as_released, overrides_at, sae_path
 from mergelab.sae.formats.saelens import SAELENS
 from mergelab.sae.formats.shared import refuse
 from mergelab.sae.formats.sparsify import SPARSIFY
+from mergelab.sae.formats.torch_files import TORCH_RELEASE
 from mergelab.sae.sae import SAE, place_sae
 
 __all__ = ["FORMATS", "FileFormat", "load_sae", "recognized", "reserve", "save_sae"]
 
 FORMATS: Mapping[str, FileFormat] = {
     kind.name: kind
-    for kind in (OWN, SAELENS, SPARSIFY, DICTIONARY_LEARNING, OPENAI, GEMMA_SCOPE, GEMMA_SCOPE_2)
-}
+    for kind in (
+        OWN, CROSS_LAYER, LLAMA_SCOPE, SAELENS, SPARSIFY, DICTIONARY_LEARNING, OPENAI, GEMMA_SCOPE,
+        GEMMA_SCOPE_2, TORCH_RELEASE, CIRCUIT_TRACER,
+    )
+}  # fmt: skip
 """Formats by name; the first whose signature a place has is the one it is read as."""
 
 
@@ -45,9 +52,10 @@ def load_sae(
 
     Args:
         path: folder of the SAE, or of the training run that made it (its `final` is read); its weights file;
-            a folder with several SAEs; a place on the Hugging Face hub, `org/name[@revision][:subfolder]`; or
-            a URL.
-        sae_id: one of several SAEs in a folder: its folder or file there, such as `layers.5`, or its site.
+            a folder with several SAEs; a place on the Hugging Face hub, `org/name[@revision][:subfolder]`; a
+            URL; or a published release (`mergelab.sae.sae_releases`), also with its SAE, `release:id`.
+        sae_id: name of the SAE in the release; of several SAEs in a folder the folder or file of one, such as
+            `layers.5`, or its site.
         format: a name of `FORMATS`; found out from the files if omitted.
         mesh: splits the latents over its axis `latents`; of this library's own files each process then reads
             only what its devices hold. JAX's default device if None.
@@ -56,8 +64,13 @@ def load_sae(
         CheckpointError: there is nothing there, nothing of a known format, several SAEs of which none is
             named, or an unfinished run.
         SAEError: there is no such format.
+
+    Example:
+        >>> load_sae("gpt2-small-res-jb", "blocks.8.hook_resid_pre")                    # doctest: +SKIP
     """
-    path, sae_id = _located(path, sae_id)
+    if not exists(Path(path)):
+        path, sae_id = sae_path(path, sae_id), None
+    path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
     wanted = None if format is None else _format(format)
@@ -67,19 +80,10 @@ def load_sae(
     if mesh is not None and kind is OWN:
         return read_own(found, mesh)
     try:
-        sae = kind.read(found)
+        sae = as_released(kind.read(replace(found, overrides=overrides_at(path))), path)
     except SAEError as error:  # of the SAE, which does not know where it comes from
         raise CheckpointError(f"{path}: {error}") from error
     return sae if mesh is None else place_sae(sae, mesh)
-
-
-def _located(place: str | Path, sae_id: str | None) -> tuple[Path, str | None]:
-    """The local path of a place, and which of the SAEs there is meant, if that is still to be looked up."""
-    if sae_id is not None and is_url(place):
-        return local_path(f"{location_text(place)}/{sae_id}", "sae"), None
-    if sae_id is not None and not Path(place).exists() and parse_hub_place(os.fspath(place)) is not None:
-        return local_path(f"{os.fspath(place)}:{sae_id}", "sae"), None
-    return local_path(place, "sae"), sae_id
 
 
 def _chosen(path: Path, sae_id: str | None, wanted: FileFormat | None) -> tuple[FileFormat, Found]:
@@ -97,7 +101,7 @@ def _chosen(path: Path, sae_id: str | None, wanted: FileFormat | None) -> tuple[
     if found is not None:
         return found
     if path.is_file():
-        open_weights(path)  # which says what is wrong with it, if it is no file of weights at all
+        open_weights(path)  # which says what is wrong with it, if it is not a file of weights at all
     known = "; ".join(f"{name}: {kind.looks_for}" for name, kind in FORMATS.items())
     held = sorted({name for names in Files(path).weights.values() for name in names})
     tensors = f"; its tensors are {', '.join(held[:8])}{', ...' if len(held) > 8 else ''}" if held else ""

@@ -153,10 +153,12 @@ class Found:
     Attributes:
         weights: file of the tensors.
         settings: file of the settings, which need not exist where a format has none.
+        overrides: settings that win over those of the file, from the table of releases.
     """
 
     weights: Path
     settings: Path
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -170,7 +172,8 @@ class Found:
         Raises:
             CheckpointError: there are none, or they are not a JSON object.
         """
-        return FormatSettings.read(self.settings)
+        told = FormatSettings.read(self.settings)
+        return FormatSettings(told.path, {**told.values, **self.overrides})
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,17 @@ def read_gemma_scope(files: Found) -> SAE:
         )
     _check_shapes(file, tensors)  # before anything is inflated
     arrays = arrays_of(tensors, dict.fromkeys(_NPZ, True), file)
+    if _of_embeddings(file):
+        # Trained on embeddings before Gemma multiplies them by the root of their width; the site is after.
+        scale = arrays["W_enc"].shape[0] ** 0.5
+        arrays["W_enc"] = arrays["W_enc"] / scale
+        arrays["W_dec"], arrays["b_dec"] = arrays["W_dec"] * scale, arrays["b_dec"] * scale
     return SAE(**arrays, config=SAEConfig("jump_relu", **_sites(file))).checked()
+
+
+def _of_embeddings(file: Path) -> bool:
+    parts = file.absolute().parent.parts[-6:]
+    return "embedding" in parts and any("gemma-scope" in part for part in parts)
 
 
 def _check_shapes(file: Path, arrays: Mapping[str, TensorSource]) -> None:
@@ -120,6 +130,10 @@ def _sites(file: Path) -> dict[str, Any]:
     elif kinds:
         transcoder = kinds[-1] == "transcoder"
         named = f"blocks.{int(layers[-1])}.{_WRITTEN[kinds[-1]]}" if layers else None
+        if _of_embeddings(file):
+            named = "embed"
+        if transcoder and layers and any("gemma-scope-2-" in part for part in parts):
+            hook = hook or f"blocks.{int(layers[-1])}.mlp.input"
         hook, target = (hook, target or named) if transcoder else (hook or named, None)
     reads, writes = site_of(hook), site_of(target)
     if reads is not None and writes is not None:

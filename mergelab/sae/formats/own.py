@@ -16,8 +16,6 @@ from jax.sharding import Mesh
 
 from mergelab.checkpoints import open_safetensors
 from mergelab.checkpoints.dtypes import is_float
-from mergelab.checkpoints.hub import parse_hub_place
-from mergelab.checkpoints.model_card import CardFacts, short_card
 from mergelab.checkpoints.new_files import check_new_folder, write_tensors
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.publish import WorkFolder
@@ -25,10 +23,10 @@ from mergelab.errors import CheckpointError, OutputError, SAEError
 from mergelab.models.load import load_params
 from mergelab.models.save import save_params
 from mergelab.models.table import Leaf
+from mergelab.sae.formats.card import sae_card
 from mergelab.sae.formats.file_format import FileFormat, Found, Signature
 from mergelab.sae.formats.shared import check_finite, check_sizes
 from mergelab.sae.sae import LATENT_AXIS, SAE, SAEConfig
-from mergelab.version import __version__
 
 __all__ = ["FORMAT", "OWN", "read_own", "write_folder", "write_own"]
 
@@ -66,7 +64,7 @@ def write_own(sae: SAE, path: Path | WorkFolder, *, overwrite: bool = False) -> 
     text = json.dumps({"format": FORMAT, **sizes, **settings}, indent=2) + "\n"
     arrays = sae.arrays()
     table = _table({name: value.shape for name, value in arrays.items()})
-    files = {_CFG: text.encode(), "README.md": _card(sae)}
+    files = {_CFG: text.encode(), "README.md": sae_card(sae)}
     if any(isinstance(array, jax.Array) and not array.is_fully_addressable for array in arrays.values()):
         save_params(arrays, table, path, files=files, shard_bytes=_WHOLE, overwrite=overwrite, stem="sae")
         return
@@ -76,22 +74,6 @@ def write_own(sae: SAE, path: Path | WorkFolder, *, overwrite: bool = False) -> 
             if not overwrite:
                 check_new_folder(work.out)
             save_params(arrays, table, work, files=files, shard_bytes=_WHOLE, stem="sae", identity=identity)
-
-
-def _card(sae: SAE) -> bytes:
-    """The content of `README.md`."""
-    said = sae.config.metadata
-    model = said.get("model")
-    bases = (model,) if isinstance(model, str) and parse_hub_place(model) is not None else ()
-    reads = f" on the site `{said['site']}`" if isinstance(said.get("site"), str) else ""
-    of = f" of `{model}`" if isinstance(model, str) else ""
-    kind = "autoencoder" if sae.is_autoencoder else "transcoder"
-    text = (
-        f"Sparse {kind} ({sae.config.activation}) of {sae.n_latents:,} latents, {sae.d_in:,} wide{reads}"
-        f"{of}, written with mergelab {__version__}. `mergelab.load_sae` reads it from here."
-    )
-    tags = ["mergelab", f"sparse-{kind}", "interpretability"]
-    return short_card(f"Sparse {kind}", "mergelab", tags, CardFacts(bases), [text])
 
 
 def _table(shapes: Mapping[str, tuple[int, ...]]) -> list[Leaf]:

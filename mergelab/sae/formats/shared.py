@@ -28,6 +28,8 @@ _MATRICES = frozenset(
         "W_skip",
         "encoder.weight",
         "decoder.weight",
+        "encoder_linear.weight",
+        "decoder_linear.weight",
         "w_enc",
         "w_dec",
         "affine_skip_connection",

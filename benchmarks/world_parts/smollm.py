@@ -43,8 +43,8 @@ def measure(place: Place) -> Section:
             rows.append((f"{what}, {dtype}", *_paired(mine, other, place.turns)))
     head = ("what", "mergelab", "transformers", "mergelab / transformers")
     note = (
-        f"Seconds, medians of {place.turns} turns, batch 1. First whole processes, start-up, reading and compiling "
-        "included, and the most memory of their own (without mapped files) that they held; then passes and "
+        f"Seconds, medians of {place.turns} turns, batch 1. First whole processes, start-up, reading and "
+        "compiling included, and the most memory of their own (without mapped files) that they held; then passes and "
         "generations in one process, compiled before."
     )
     return Section(note, head, rows)

@@ -46,6 +46,7 @@ __all__ = [
     "halves",
     "open_model_activations",
     "position_columns",
+    "side_by_side",
     "stream_sites",
 ]
 
@@ -208,7 +209,12 @@ def position_columns(real: np.ndarray, position: int) -> np.ndarray:
 @partial(jax.jit, static_argnames=("model", "sites"))
 def _site_rows(params: Params, tokens: Array, *, model: Model, sites: tuple[str, ...]) -> list[Array]:
     found = model.apply(params, tokens, capture=sites, logits=False).captured
-    return [found[site].astype(jnp.float32) for site in sites]
+    return [side_by_side(found[site]).astype(jnp.float32) for site in sites]
+
+
+def side_by_side(x: Array) -> Array:
+    """What a site holds as one vector of each token: heads, `[batch, length, heads, d]`, side by side."""
+    return x.reshape(*x.shape[:2], -1) if x.ndim > 3 else x
 
 
 DEFAULT_CONTEXT = 64
@@ -229,7 +235,8 @@ class ModelActivations:
         model: the model.
         params: its parameters, on any mesh.
         tokens: int32 `[contexts, length]`, whole contexts.
-        sites: names of sites of shape `[batch, length, d]`.
+        sites: names of sites of shape `[batch, length, d]`; of those with heads, such as `blocks.3.attn.z`, a
+            row has the heads side by side.
         batch: contexts in one forward pass.
         framed: whether the first and the last token of each context are none of its text: `[CLS]`, `[SEP]`.
         rule: which tokens count. All rows can be read; trainings and evaluations take those that count.
@@ -267,7 +274,7 @@ class ModelActivations:
         check_tokens(self.model, some, place="the contexts")
         for site in self.sites:
             shape = self.model.sites().get(site)
-            if shape is not None and len(shape) != 3:
+            if shape is not None and (len(shape) < 3 or shape[:2] != _BY_TOKEN):
                 raise SAEError(
                     f"the site {site!r} has shape {list(shape)}; an SAE reads [batch, length, width]."
                 )

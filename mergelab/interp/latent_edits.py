@@ -19,12 +19,13 @@ from jax.core import Tracer
 from jax.tree_util import Partial
 from jaxtyping import Float, Int
 
+from mergelab.activations.capture import side_by_side
 from mergelab.errors import SAEError
 from mergelab.interp.token_selection import Columns, Generated, Tokens, chosen_tokens, select_tokens
 from mergelab.models.sites import Edit
 from mergelab.sae.normalizations import normalized
 from mergelab.sae.sae import SAE
-from mergelab.sae.splice import check_reconstructs
+from mergelab.sae.splice import check_reconstructs, token_rows, where_kept
 from mergelab.sae.splice import splice as splice_everywhere
 
 __all__ = ["ablate", "add", "clamp", "edit_latents", "scale", "splice"]
@@ -86,7 +87,7 @@ def _at_tokens(
     edit: Edit, where: Any, x: Array, columns: Columns = None, generated: Generated = None
 ) -> Array:
     tokens = chosen_tokens(where, x.shape, columns, generated)
-    return edit(x) if tokens is None else jnp.where(tokens[..., None], edit(x), x)
+    return edit(x) if tokens is None else where_kept(tokens, side_by_side(edit(x)), x)
 
 
 def edit_latents(
@@ -125,7 +126,7 @@ def _changed(
     columns: Columns = None,
     generated: Generated = None,
 ) -> Array:
-    rows = _rows(x)
+    rows = token_rows(x)
     codes = sae.encode(rows)[:, latents]
     difference = change(codes, jnp.broadcast_to(amounts, codes.shape)) - codes
     tokens = chosen_tokens(where, x.shape, columns, generated)
@@ -140,10 +141,6 @@ def _changed(
 
 def _set(codes: Array, amounts: Array) -> Array:
     return amounts.astype(codes.dtype)
-
-
-def _rows(x: Array) -> Array:
-    return x.reshape(-1, x.shape[-1]).astype(jnp.float32)
 
 
 def _checked_latents(sae: SAE, latents: Any) -> Array:

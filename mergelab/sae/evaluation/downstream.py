@@ -27,6 +27,7 @@ from mergelab.sae.splice import (
     place_batches,
     splice_from,
     token_batches,
+    where_kept,
 )
 from mergelab.sae.subject_model import check_target
 
@@ -144,10 +145,10 @@ def _losses(
     x, kept = captured[read], kept_in_pass(captured, deciding, limits, by_place)
 
     def zero(y: Array) -> Array:
-        return jnp.where(kept[..., None], jnp.zeros_like(y), y)
+        return where_kept(kept, jnp.zeros((1, 1, 1), y.dtype), y)
 
     def middle(y: Array) -> Array:
-        return jnp.where(kept[..., None], jnp.broadcast_to(mean[None, None].astype(y.dtype), y.shape), y)
+        return where_kept(kept, mean[None, None], y)
 
     edits = [splice_from(sae, x, kept), zero, middle, *([splice_from(sae, x)] if everywhere else [])]
     passes = jnp.stack([captured[UNEMBEDDED], *(hidden({site: edit})[UNEMBEDDED] for edit in edits)])

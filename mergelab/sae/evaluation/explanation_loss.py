@@ -22,7 +22,7 @@ from mergelab.sae.features.explanations import Explanation, Match, judge_explana
 from mergelab.sae.features.n2g import explain, match_explanations
 from mergelab.sae.features.survey import survey
 from mergelab.sae.sae import SAE
-from mergelab.sae.splice import kept_in_pass, limits_of, place_batches, token_batches
+from mergelab.sae.splice import kept_in_pass, limits_of, place_batches, token_batches, token_rows
 from mergelab.sae.subject_model import check_target
 
 __all__ = ["ExplanationScore", "score_explanations"]
@@ -146,7 +146,7 @@ def _losses(
 
     captured = hidden(None, read, *deciding)
     x, kept = captured[read], kept_in_pass(captured, deciding, limits, by_place)
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    rows = token_rows(x)
     every = sae.encode(rows)
     edits = (replaced(simulated), replaced(jnp.zeros_like(simulated)))
     passes = jnp.stack([captured[UNEMBEDDED], *(hidden(edit)[UNEMBEDDED] for edit in edits)])

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from mergelab.abliteration.ablation import Ablation, LayerKernel, Space, unit
     from mergelab.abliteration.answers import REFUSAL_PHRASES, generate_answers, is_refusal
     from mergelab.abliteration.behavior import Behavior, first_token_scores, measure_behavior
-    from mergelab.abliteration.built_in_prompts import built_in_prompts
+    from mergelab.abliteration.bundled_prompts import built_in_prompts
     from mergelab.abliteration.direction_file import SavedDirection, load_direction, save_direction
     from mergelab.abliteration.direction_selection import DirectionSelection, Filters, select_direction
     from mergelab.abliteration.directions import Directions, find_directions

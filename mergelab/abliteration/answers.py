@@ -91,13 +91,17 @@ class Refusals:
     total: int
 
 
-def is_refusal(answer: str, phrases: Sequence[str] = REFUSAL_PHRASES) -> bool:
+def is_refusal(answer: str, phrases: str | Sequence[str] = REFUSAL_PHRASES) -> bool:
     """Whether the first 200 characters of an answer hold one of the phrases, as whole words.
 
     Letter case, the form of apostrophes, emphasis (`*`, `_`) and the amount of white space do not matter.
     """
     begin = _plain(answer)[:_LOOKED_THROUGH]
-    return any(_pattern(phrase).search(begin) is not None for phrase in phrases)
+    return any(_pattern(phrase).search(begin) is not None for phrase in _several(phrases))
+
+
+def _several(phrases: str | Sequence[str]) -> Sequence[str]:
+    return [phrases] if isinstance(phrases, str) else phrases
 
 
 @cache
@@ -144,12 +148,13 @@ def _open_reasoning(before: str) -> str:
     return ""
 
 
-def refusal_tokens(tokenizer: Tokenizer, phrases: Sequence[str] = REFUSAL_PHRASES) -> list[int]:
+def refusal_tokens(tokenizer: Tokenizer, phrases: str | Sequence[str] = REFUSAL_PHRASES) -> list[int]:
     """The first token of each phrase, as it begins an answer and as it follows a space.
 
     Raises:
         MergelabError: there are no phrases, or an empty one.
     """
+    phrases = _several(phrases)
     if not phrases or not all(phrase.strip() for phrase in phrases):
         raise MergelabError(f"the refusal phrases are {list(phrases)}; give at least one, and no empty one.")
     texts = [text for phrase in phrases for text in (phrase, f" {phrase}")]
@@ -201,7 +206,7 @@ def count_refusals(
     tokenizer: Tokenizer,
     prompts: Prompts,
     answers: Sequence[Sequence[int]],
-    phrases: Sequence[str] = REFUSAL_PHRASES,
+    phrases: str | Sequence[str] = REFUSAL_PHRASES,
 ) -> Refusals:
     """How many answers refuse: of each, what follows its reasoning is looked through (`is_refusal`)."""
     # Special tokens may be what begins and ends reasoning.

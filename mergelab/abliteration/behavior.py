@@ -202,7 +202,7 @@ def measure_behavior(
     edit: Mapping[str, Edit] | None = None,
     before: np.ndarray | None = None,
     tokenizer: Tokenizer | None = None,
-    phrases: Sequence[str] = REFUSAL_PHRASES,
+    phrases: str | Sequence[str] = REFUSAL_PHRASES,
     max_new_tokens: int = 48,
     windows: EvaluationWindows | None = None,
     batch: int = 32,
@@ -219,7 +219,7 @@ def measure_behavior(
         edit: functions by site, as in `Model.apply`: `ablate` measures an ablation without editing weights.
         before: the logits that the unedited model gave; None for that model itself.
         tokenizer: generates answers and looks for phrases in them; None to look at first tokens only.
-        phrases: what marks an answer as a refusal.
+        phrases: what marks an answer as a refusal, several or one.
         max_new_tokens: how much of each answer is generated, greedily.
         windows: a text to predict, or None.
         batch: prompts in one forward pass.

@@ -97,7 +97,6 @@ def decide(
     harmful, harmless = subject.harmful, subject.harmless
     assert harmful.find is not None and harmless.find is not None
     kept = journal() if settings.trials else None
-    tell("finding directions", 0, 1)
     directions = find_directions(
         subject.model,
         params,

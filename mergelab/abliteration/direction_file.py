@@ -84,7 +84,7 @@ class SavedDirection:
             "computed_from": json.dumps(dict(self.computed_from), ensure_ascii=False),
         }
         # Contiguous, since the writer takes the memory as it lies.
-        return save({name: np.ascontiguousarray(array) for name, array in tensors.items()}, metadata)
+        return save({name: np.asarray(array, order="C") for name, array in tensors.items()}, metadata)
 
 
 def save_direction(direction: SavedDirection, path: str | Path, *, overwrite: bool = False) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from mergelab.abliteration.behavior import measure_behavior
-from mergelab.abliteration.built_in_prompts import built_in_prompts
+from mergelab.abliteration.bundled_prompts import built_in_prompts
 from mergelab.abliteration.decision import Decision, decide, search_settings
 from mergelab.abliteration.direction_file import SavedDirection
 from mergelab.abliteration.preparation import Subject, check_counts, prepare
@@ -173,6 +173,7 @@ def _measure(
     tell: Progress,
 ) -> tuple[Model, Report]:
     """Everything but writing: the directions, the choice, and behavior before and after."""
+    tell("finding directions", 0, 1)
     subject, params = prepare(
         checkpoint,
         source,
@@ -219,7 +220,7 @@ def _measure(
     tell("measuring", 2, 2)
     report = Report(
         model=str(source),
-        prompts=_counts(subject),
+        prompts=_counts(subject, decided=direction is None),
         decision=replace(
             decision, **jax.device_get({"ablation": decision.ablation, "vector": decision.vector})
         ),
@@ -238,12 +239,15 @@ def _measure(
     return subject.model, report
 
 
-def _counts(subject: Subject) -> dict[str, list[int]]:
-    """Numbers of harmful, harmless and borderline prompts, by what they were used for."""
+def _counts(subject: Subject, *, decided: bool) -> dict[str, list[int]]:
+    """Numbers of harmful, harmless and borderline prompts, by what they were used for.
+
+    Those kept aside for a decision are used for nothing where a direction was given.
+    """
     parts = [subject.harmful, subject.harmless, *([] if subject.borderline is None else [subject.borderline])]
     return {
-        "found": [0 if part.find is None else len(part.find) for part in parts],
-        "chosen": [len(part.choose) for part in parts],
+        "found": [len(part.find) if decided and part.find is not None else 0 for part in parts],
+        "chosen": [len(part.choose) if decided else 0 for part in parts],
         "measured": [len(part.measure) for part in parts],
     }
 

@@ -75,7 +75,7 @@ class Report:
     prompts: dict[str, list[int]]
     decision: Decision
     keep_norms: KeepNorms
-    phrases: Sequence[str]
+    phrases: str | Sequence[str]
     before: Behavior
     after: Behavior
     facts: CardFacts = field(default_factory=CardFacts)
@@ -137,7 +137,7 @@ class Report:
             "model": portable_name(self.model),
             "prompts": self.prompts,
             "built_in_prompts": self.built_in_prompts,
-            "refusal_phrases": list(self.phrases),
+            "refusal_phrases": [self.phrases] if isinstance(self.phrases, str) else list(self.phrases),
             "answer_tokens": self.answer_tokens,
             "response_prefix": self.response_prefix,
             "response_prefix_found": self.prefix_found,

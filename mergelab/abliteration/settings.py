@@ -44,7 +44,7 @@ class AbliterationSettings:
             ones, so that the model does not seem to refuse.
     """
 
-    phrases: Sequence[str] = REFUSAL_PHRASES
+    phrases: str | Sequence[str] = REFUSAL_PHRASES
     system: str | None = None
     positions: int | None = None
     winsorize: float | None = None

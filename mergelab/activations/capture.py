@@ -39,6 +39,7 @@ __all__ = [
     "halves",
     "open_model_activations",
     "position_columns",
+    "side_by_side",
     "stream_sites",
 ]
 
@@ -201,7 +202,12 @@ def position_columns(real: np.ndarray, position: int) -> np.ndarray:
 @partial(jax.jit, static_argnames=("model", "sites"))
 def _site_rows(params: Params, tokens: Array, *, model: Model, sites: tuple[str, ...]) -> list[Array]:
     found = model.apply(params, tokens, capture=sites, logits=False).captured
-    return [found[site].astype(jnp.float32) for site in sites]
+    return [side_by_side(found[site]).astype(jnp.float32) for site in sites]
+
+
+def side_by_side(x: Array) -> Array:
+    """What a site holds as one vector of each token: heads, `[batch, length, heads, d]`, side by side."""
+    return x.reshape(*x.shape[:2], -1) if x.ndim > 3 else x
 
 
 DEFAULT_CONTEXT = 64
@@ -222,7 +228,8 @@ class ModelActivations:
         model: the model.
         params: its parameters, on any mesh.
         tokens: int32 `[contexts, length]`, whole contexts.
-        sites: names of sites of shape `[batch, length, d]`.
+        sites: names of sites of shape `[batch, length, d]`; of those with heads, such as `blocks.3.attn.z`, a
+            row has the heads side by side.
         batch: contexts in one forward pass.
         framed: whether the first and the last token of each context are none of its text: `[CLS]`, `[SEP]`.
         rule: which tokens count. All rows can be read; trainings and evaluations take those that count.
@@ -255,7 +262,7 @@ class ModelActivations:
         check_tokens(self.model, self.tokens, place="the contexts")
         for site in self.sites:
             shape = self.model.sites().get(site)
-            if shape is not None and len(shape) != 3:
+            if shape is not None and (len(shape) < 3 or shape[:2] != _BY_TOKEN):
                 raise SAEError(
                     f"the site {site!r} has shape {list(shape)}; an SAE reads [batch, length, width]."
                 )
@@ -417,8 +424,8 @@ def cut_contexts(
 
 def open_model_activations(
     model: str | Path,
-    sites: Sequence[str],
-    texts: Sequence[str | Path],
+    sites: str | Sequence[str],
+    texts: str | Path | Sequence[str | Path],
     *,
     length: int | None = None,
     default: int = DEFAULT_CONTEXT,
@@ -430,8 +437,8 @@ def open_model_activations(
 
     Args:
         model: a Hugging Face folder with its tokenizer, a model on the hub, or a URL.
-        sites: names, such as `blocks.8.resid_post`.
-        texts: UTF-8 files.
+        sites: names, such as `blocks.8.resid_post`, or one.
+        texts: UTF-8 files, or one.
         length: tokens per context; if None the default, or as many as the model has positions.
         default: what a context has that nobody asked for.
         dtype: dtype of the weights; the stored one if None.
@@ -445,8 +452,9 @@ def open_model_activations(
         CheckpointError: the model cannot be read.
     """
     model = local_path(model)
+    sites = [sites] if isinstance(sites, str) else sites
     read = []
-    for path in map(Path, texts):
+    for path in map(Path, [texts] if isinstance(texts, str | Path) else texts):
         read.append(read_text(path, MAX_PROSE, error=SAEError, errors="replace"))
     loaded, params = load_model(model, mesh=mesh, dtype=dtype)
     tokens = contexts_of_texts(model, read, window_length(loaded, length, default))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ def store_facts_of(file: Path) -> dict[str, Any]:
         return {}
     facts = read_json_object(path)
     sites = facts.get("sites")
-    ours = str(facts.get("format")).startswith(FORMAT) and isinstance(sites, Mapping)
-    return facts if ours and _site(file) in sites else {}
+    if not str(facts.get("format")).startswith(FORMAT) or not isinstance(sites, Mapping):
+        return {}
+    return facts if _site(file) in sites else {}
 
 
 def _site(file: Path) -> str:
@@ -86,13 +87,13 @@ def kept_of_rows(
     source: ActivationSource, rule: TokenRule, target: ActivationSource | None = None
 ) -> KeptRows:
     """Which rows count of activations of which nothing else is known: their norms alone decide."""
-    limits = [
-        math.inf
-        if one is None or rule.max_norm_multiple is None
-        else rule.norm_limit(median_norm(sampled_norms(one.rows, one.read)))
-        for one in (source, target)
-    ]
-    return KeptRows(None, *limits, rule)
+
+    def limit(of: ActivationSource | None) -> float:
+        if of is None or rule.max_norm_multiple is None:
+            return math.inf
+        return rule.norm_limit(median_norm(sampled_norms(of.rows, of.read)))
+
+    return KeptRows(None, limit(source), limit(target), rule)
 
 
 def kept_of_files(files: ActivationFiles, rule: TokenRule, target: ActivationFiles | None = None) -> KeptRows:
@@ -112,19 +113,21 @@ def kept_of_files(files: ActivationFiles, rule: TokenRule, target: ActivationFil
     tokens = _tokens_of(files)
     by_place = None
     if tokens is not None and (rule.skip_positions or rule.skip_special or _counts_some(tokens)):
-        ends = np.cumsum([part.rows for part in tokens])
+        by_place = partial(_by_place, tokens, rule)
+    limit = _limit(files, rule, by_place)
+    target_limit = math.inf if target is None else _limit(target, rule, by_place)
+    return KeptRows(by_place, limit, target_limit, rule, None if tokens is None else tokens[0].context)
 
-        def by_place(start: int, stop: int) -> np.ndarray:
-            found = []
-            for part, end in zip(tokens, ends.tolist(), strict=True):
-                first = end - part.rows
-                if start < end and stop > first:
-                    found.append(part.by_place(rule, max(start, first) - first, min(stop, end) - first))
-            return np.concatenate(found)
 
-    limits = [math.inf if one is None else _limit(one, rule, by_place) for one in (files, target)]
-    context = None if tokens is None else tokens[0].context
-    return KeptRows(by_place, limits[0], limits[1], rule, context)
+def _by_place(tokens: list[_Tokens], rule: TokenRule, start: int, stop: int) -> np.ndarray:
+    """Which rows of all files count as far as their place and id decide: bool `[stop - start]`."""
+    found, first = [], 0
+    for part in tokens:
+        end = first + part.rows
+        if start < end and stop > first:
+            found.append(part.by_place(rule, max(start, first) - first, min(stop, end) - first))
+        first = end
+    return np.concatenate(found)
 
 
 def _counts_some(tokens: list[_Tokens]) -> bool:

@@ -176,7 +176,11 @@ def _chat(
     settings = {"sampler": _sampler(options), "key": options["seed"]}
     ends = () if options["ignore_end"] else turn_end_ids(tokenizer)
     model, params = _load(
-        path, options, len(ids), ends, {"max_new_tokens": max_new_tokens or ANSWER_TOKENS, **settings}
+        path,
+        options,
+        len(ids),
+        ends,
+        {"max_new_tokens": max_new_tokens or ANSWER_TOKENS, "turns": prompt is None, **settings},
     )
     chat = Chat(
         model,

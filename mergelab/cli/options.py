@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergelab.cli.numbers import Number, WholeNumber
+from mergelab.cli.program_cache import program_cache
 from mergelab.errors import quoted
 
 if TYPE_CHECKING:
@@ -256,8 +257,8 @@ def _as_trained(sae: SAE, config: Path) -> SAE:
 def configure_jax(*, merging: bool = False) -> None:
     """Sets JAX up for this process; call it before the first computation.
 
-    Compiled programs go to `$XDG_CACHE_HOME/mergelab/xla`, so that a second run does not compile them again;
-    `JAX_COMPILATION_CACHE_DIR` overrides the place.
+    Compiled programs go to `$XDG_CACHE_HOME/mergelab/xla` (`program_cache`), so that a second run does not
+    compile them again; `JAX_COMPILATION_CACHE_DIR` overrides the place, and is then left to its owner.
 
     Args:
         merging: Whether the process does nothing but stream merges. Their blocks run side by side already,
@@ -270,8 +271,7 @@ def configure_jax(*, merging: bool = False) -> None:
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mergelab" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(program_cache(jax.__version__)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if merging:

@@ -63,7 +63,7 @@ def generate(
     pad_id: int = 0,
     samples: int = 1,
     log_probs: bool = False,
-    capture: Sequence[str] = (),
+    capture: str | Sequence[str] = (),
 ) -> Generated:
     """Continues every prompt by up to `max_new_tokens` tokens.
 
@@ -137,7 +137,7 @@ def begin(
     edit: Mapping[str, Edit] | None = None,
     pad_id: int = 0,
     log_probs: bool = False,
-    capture: Sequence[str] = (),
+    capture: str | Sequence[str] = (),
 ) -> GenerationState:
     """Checks prompts, pads them to a bucket, and reads them: the first half of `generate`.
 

@@ -28,6 +28,7 @@ __all__ = [
     "last_token",
     "on_device",
     "read_again",
+    "read_on",
     "start",
     "step_places",
     "token_axes",
@@ -152,13 +153,37 @@ def unread(
     *,
     capacity: int,
     log_probs: bool = False,
+    cache: Cache | None = None,
+    slots: int | None = None,
 ) -> GenerationState:
-    """The state before anything is read, with an empty cache; arguments are those of `start`."""
+    """The state before anything is read; arguments as of `start`.
+
+    Args:
+        model: as there, and so on.
+        params: its parameters.
+        tokens: the prompts.
+        mask: True for real tokens.
+        width: number of columns that edits count.
+        stop: rule that ends rows.
+        pad_id: what stands after a row's end.
+        capacity: largest number of tokens that may be generated.
+        log_probs: whether log-probabilities are kept.
+        cache: what was read before; an empty one if None.
+        slots: number of slots of an empty cache; as many as the tokens take if None.
+    """
     batch, length = tokens.shape
-    dtype = params["embed"]["embedding"].dtype
     sizes = {"vocab": model.config.vocab_size, "capacity": capacity}
     new = _empty(tokens, mask, width, stop, pad_id, **sizes, log_probs=log_probs)
-    return replace(new, cache=model.new_cache(batch, length - 1 + capacity, dtype))
+    if cache is None:
+        dtype = params["embed"]["embedding"].dtype
+        cache = model.new_cache(batch, length - 1 + capacity if slots is None else slots, dtype)
+    return replace(new, cache=cache)
+
+
+def read_on(model: Model, params: Params, tokens: Array, mask: Array, cache: Cache) -> Cache:
+    """The cache given, with these tokens behind those in it; its memory becomes that of the result."""
+    reading = _read if runs_by_block(model, params, cache) else _read_at_once
+    return reading(model, params, tokens, mask, cache, None, {})
 
 
 @partial(jax.jit, static_argnames=("vocab", "capacity", "log_probs"))
@@ -194,7 +219,7 @@ def _empty(
 
 NOTHING: Any = np.zeros((0, 0), np.int32)
 NO_CACHE = Cache((), (), NOTHING, NOTHING)
-"""What stands for a cache where a program takes the rest of a state: what passes through it would be copied."""
+"""What stands for a cache where a program takes the rest of a state: what passes through is copied."""
 
 
 def _but_last(columns: Array) -> Array:
@@ -216,7 +241,7 @@ def _read(
     places: TokenPlaces | None,
     edit: Mapping[str, Partial],
 ) -> Cache:
-    """The empty cache given, filled with tokens."""
+    """The cache given, with tokens behind those in it."""
     if runs_by_block(model, params, cache):
         forward = Blockwise(model, params, edit=edit)
         read = forward(tokens, cache, mask=mask, logits=False, places=places)

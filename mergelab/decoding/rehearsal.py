@@ -1,8 +1,8 @@
 """The programs of a generation, compiled beside the loading of the weights that they will run on.
 
-A program depends on shapes alone. So the first pass and the first step are run once on weights that are zeros,
-on one block of each kind, while the true weights are read: XLA compiles without Python's lock, and large zeros
-take no memory. What runs afterwards finds its programs made.
+A program depends on shapes alone. So the first pass and the first step are run once on weights that are
+zeros, on one block of each kind, while the true weights are read: XLA compiles without Python's lock, and
+large zeros take no memory. What runs afterwards finds its programs made.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from jaxtyping import Array, Key
 
 from mergelab.activations.batches import bucket_size
 from mergelab.checkpoints.buffers import aligned_zeros
-from mergelab.decoding.generation_state import on_device, start, unread
+from mergelab.decoding.generation_state import GenerationState, on_device, start, unread
+from mergelab.decoding.memory import Memory
 from mergelab.decoding.samplers import Sampler, row_keys
 from mergelab.decoding.steps import Steps
 from mergelab.decoding.stop import Stop
@@ -40,11 +41,12 @@ def rehearsing(
     sampler: Sampler,
     stop: Stop,
     key: Key[Array, "*batch"] | int = 0,
+    turns: bool = False,
 ) -> Iterator[None]:
     """Context in which weights are loaded, while threads compile what `generate` of one prompt will run.
 
-    Nothing is compiled where the model does not run by block (`mergelab.models.blockwise`). A fault here is no
-    fault of the generation, which would meet and report it itself.
+    Nothing is compiled where the model does not run by block (`mergelab.models.blockwise`). A fault here is
+    no fault of the generation, which would meet and report it itself.
 
     Args:
         model: a decoder.
@@ -54,9 +56,10 @@ def rehearsing(
         sampler: as in `generate`.
         stop: as in `generate`.
         key: as in `generate`.
+        turns: whether the prompt is the first turn of a conversation (`mergelab.decoding.Memory`).
     """
     trim_memory()  # what a tokenizer's file took
-    tasks = _tasks(model, shapes, length, max_new_tokens, sampler, stop, key)
+    tasks = _tasks(model, shapes, length, max_new_tokens, sampler, stop, key, turns)
     thread = threading.Thread(target=_run, args=[tasks], name="rehearsal")
     thread.start()
     yield
@@ -71,6 +74,7 @@ def _tasks(
     sampler: Sampler,
     stop: Stop,
     key: Key[Array, "*batch"] | int,
+    turns: bool,
 ) -> list[Callable[[], object]]:
     """The pass over the prompt, and one step."""
     if not model.predicts or not hasattr(model.config, "blocks"):
@@ -85,11 +89,17 @@ def _tasks(
     def read() -> object:
         return start(short, params, tokens, mask, capacity=capacity, stop=stop, edit={}, width=length)
 
-    def step() -> object:
-        begun = unread(short, params, tokens, mask, np.int32(length), stop, capacity=capacity)
+    def step(begun: GenerationState | None = None) -> object:
+        if begun is None:
+            begun = unread(short, params, tokens, mask, np.int32(length), stop, capacity=capacity)
         steps = Steps(short, params, sampler=sampler, keys=row_keys(key, 1), stop=stop, edit={})
         return steps.advance(begun, 1)
 
+    def turn() -> object:
+        return step(Memory().begin(short, params, [0] * length, max_new_tokens=max_new_tokens, stop=stop))
+
+    if turns:
+        return [turn]
     return [read, step] if length > 1 else [step]
 
 

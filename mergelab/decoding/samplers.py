@@ -8,8 +8,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from dataclasses import field
+from functools import partial
 
 import jax
 import jax.numpy as jnp

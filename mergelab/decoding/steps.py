@@ -30,7 +30,7 @@ from mergelab.models.blockwise import Blockwise, runs_by_block
 from mergelab.models.layers.rotary import LongRopeScaling
 from mergelab.models.model import Model, Params
 
-__all__ = ["Steps", "advance"]
+__all__ = ["Steps", "advance", "lengths_of_rotations"]
 
 
 def advance(
@@ -60,6 +60,14 @@ def advance(
     return steps.advance(progress, until, keep=True)
 
 
+def lengths_of_rotations(model: Model) -> set[int]:
+    """Lengths beyond which a text is rotated otherwise, from its first token on (LongRoPE)."""
+    blocks = getattr(model.config, "blocks", ())
+    rotaries = [getattr(getattr(block, "attention", None), "rotary", None) for block in blocks]
+    scalings = [rotary.scaling for rotary in rotaries if rotary is not None]
+    return {s.original_length for s in scalings if isinstance(s, LongRopeScaling)}
+
+
 class Steps:
     """What all steps of a generation share, made ready once; the arguments are those of `advance`."""
 
@@ -76,11 +84,7 @@ class Steps:
         self._model, self._params, self._edit = model, params, edit
         self._sampler, self._keys, self._stop = sampler, keys, stop
         self._forward: Blockwise | None = None
-        blocks = getattr(model.config, "blocks", ())
-        rotaries = [getattr(getattr(block, "attention", None), "rotary", None) for block in blocks]
-        scalings = [rotary.scaling for rotary in rotaries if rotary is not None]
-        # Texts of more tokens than these are rotated otherwise, from their first token on.
-        self._lengths = {s.original_length for s in scalings if isinstance(s, LongRopeScaling)}
+        self._lengths = lengths_of_rotations(model)
 
     def advance(
         self, progress: GenerationState, until: Int[Array, ""] | int, *, keep: bool = False

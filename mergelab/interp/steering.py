@@ -31,8 +31,8 @@ class SteeringVector:
 
     Attributes:
         vector: float32 `[width]`, of any length.
-        norm: mean length of the activations it was made from, attention sinks left out. Strengths of 0.05 to
-            0.2 steer most language models without breaking their sentences.
+        norm: mean length of the activations it was made from, attention sinks left out. A strength near 0.1
+            is where to begin on a language model.
         site: name of the site, where it is known.
         model_type: family of the model that it was made for, where it is known.
     """

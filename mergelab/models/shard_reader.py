@@ -180,7 +180,7 @@ def _convert(part: np.ndarray, place: np.ndarray, name: str) -> None:
 
 
 def _surely_finite(values: np.ndarray) -> bool:
-    """Whether all are finite, for 16-bit floats told by their bits: much faster than `isfinite` of bfloat16."""
+    """Whether 16-bit floats are all finite, told by their bits: much faster than `isfinite` of bfloat16."""
     if values.itemsize != 2 or not values.size:
         return False
     infinity = np.array(np.inf, values.dtype).view(np.uint16)

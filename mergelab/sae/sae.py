@@ -27,6 +27,7 @@ __all__ = [
     "at_sites",
     "place_sae",
     "sae_shardings",
+    "with_metadata",
 ]
 
 
@@ -303,12 +304,20 @@ class SAE(metaclass=_Named):
             )
         return _of_its_kind(self)
 
+    def _side_by_side(self, x: Array) -> Array:
+        """Activations of a site with heads, `[..., heads, d]`, as one vector of `d_in` for each token."""
+        x, reads = jnp.asarray(x), self.config.reads
+        heads = reads is not None and reads[0].endswith((".attn.q", ".attn.k", ".attn.v", ".attn.z"))
+        if heads and x.ndim > 1 and x.shape[-1] != self.d_in == x.shape[-1] * x.shape[-2]:
+            return x.reshape(*x.shape[:-2], self.d_in)
+        return x
+
     def _normalized(self, x: Array) -> tuple[Array, Array | None, Array | None]:
         return normalized(self.config.normalization, x)
 
     def pre_activations(self, x: Float[Array, "*tokens d_in"]) -> Float[Array, "*tokens n"]:
         """What the activation function is given; the gate's, for `gated`."""
-        rows, shape = _rows("activations", x, self.d_in, "d_in")
+        rows, shape = _rows("activations", self._side_by_side(x), self.d_in, "d_in")
         return self._pre_activations(rows).reshape(*shape, self.n_latents)
 
     def _pre_activations(self, x: Array) -> Array:
@@ -318,8 +327,8 @@ class SAE(metaclass=_Named):
         return x @ self.W_enc + self.b_enc[None, :]
 
     def encode(self, x: Float[Array, "*tokens d_in"]) -> Float[Array, "*tokens n"]:
-        """The codes, dense."""
-        rows, shape = _rows("activations", x, self.d_in, "d_in")
+        """The codes, dense; of a site with heads also of activations `[..., heads, d]`."""
+        rows, shape = _rows("activations", self._side_by_side(x), self.d_in, "d_in")
         return self.activation.codes(self._pre_activations(rows)).reshape(*shape, self.n_latents)
 
     def sparse_codes(
@@ -330,7 +339,7 @@ class SAE(metaclass=_Named):
         Raises:
             SAEError: the number of the SAE's active latents varies.
         """
-        rows, shape = _rows("activations", x, self.d_in, "d_in")
+        rows, shape = _rows("activations", self._side_by_side(x), self.d_in, "d_in")
         values, indices = self.activation.pairs(self._pre_activations(rows))
         return values.reshape(*shape, -1), indices.reshape(*shape, -1)
 
@@ -350,10 +359,12 @@ class SAE(metaclass=_Named):
     def reconstruct(
         self, x: Float[Array, "*tokens d_in"], codes: Float[Array, "*tokens n"]
     ) -> Float[Array, "*tokens d_out"]:
-        """What these codes make of `x`."""
-        rows, shape = _rows("activations", x, self.d_in, "d_in")
+        """What these codes make of `x`, in its shape where it is reconstructed."""
+        flat = self._side_by_side(x)
+        rows, shape = _rows("activations", flat, self.d_in, "d_in")
         out = self.decode(_rows("codes", codes, self.n_latents, "n_latents")[0])
-        return self._completed(rows, out).reshape(*shape, self.d_out)
+        whole = self._completed(rows, out).reshape(*shape, self.d_out)
+        return whole.reshape(x.shape) if self.is_autoencoder and flat.shape != x.shape else whole
 
     def _completed(self, x: Array, out: Array) -> Array:
         """What is decoded, with the skip path added and in the scale of `x`, both of them rows."""
@@ -442,6 +453,16 @@ def at_sites(sae: SAE, site: str | None = None, target_site: str | None = None) 
     metadata = {key: value for key, value in config.metadata.items() if key not in ("site", "target_site")}
     changed = replace(config, reads=reads, writes=writes, transcoder=kind, metadata=metadata)
     return _of_its_kind(replace(sae, config=changed))
+
+
+def with_metadata(sae: SAE, metadata: Mapping[str, Any]) -> SAE:
+    """The SAE with more metadata, which wins over what it says itself; sites are told by `at_sites`.
+
+    Args:
+        sae: SAE whose other metadata stays.
+        metadata: plain JSON, such as `model`, `context` and `model_hash`.
+    """
+    return replace(sae, config=replace(sae.config, metadata={**sae.config.metadata, **metadata}))
 
 
 def place_sae(sae: SAE, mesh: Mesh) -> SAE:

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax.tree_util import Partial
 
-from mergelab.activations.capture import ModelActivations
+from mergelab.activations.capture import ModelActivations, side_by_side
 from mergelab.activations.kept import short_enough
 from mergelab.errors import SAEError
 from mergelab.models.sites import Edit
@@ -34,6 +34,8 @@ __all__ = [
     "splice",
     "splice_from",
     "token_batches",
+    "token_rows",
+    "where_kept",
 ]
 
 
@@ -129,8 +131,21 @@ def kept_in_pass(
         by_place: tokens that count by their place and id, bool `[batch, length]`.
     """
     for number, site in enumerate(sites):
-        by_place = by_place & short_enough(captured[site], limits[number])
+        by_place = by_place & short_enough(side_by_side(captured[site]), limits[number])
     return by_place
+
+
+def where_kept(kept: Array, new: Array, old: Array) -> Array:
+    """`new` at tokens that count and `old` at others, in the shape and dtype of `old`.
+
+    Args:
+        kept: bool `[batch, length]`.
+        new: `[batch, length, d]`, with heads side by side, or what broadcasts to that.
+        old: `[batch, length, ...]`, what a site holds.
+    """
+    flat = side_by_side(old)
+    there = jnp.broadcast_to(new, flat.shape).astype(old.dtype)
+    return jnp.where(kept[..., None], there, flat).reshape(old.shape)
 
 
 def mean_activation(
@@ -184,12 +199,18 @@ def check_reconstructs(sae: SAE) -> None:
         )
 
 
+def token_rows(x: Array) -> Array:
+    """What a site holds, token by token: float32 `[rows, d]`, where it has heads with them side by side."""
+    flat = side_by_side(x)
+    return flat.reshape(-1, flat.shape[-1]).astype(jnp.float32)
+
+
 def _spliced(sae: SAE, x: Array) -> Array:
-    return sae(x.reshape(-1, x.shape[-1]).astype(jnp.float32)).reshape(x.shape).astype(x.dtype)
+    return sae(token_rows(x)).reshape(x.shape).astype(x.dtype)
 
 
 def _spliced_with_error(sae: SAE, x: Array) -> Array:
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    rows = token_rows(x)
     found = sae(rows)
     # (x - found) + found rounds; what is added to x here is 0, and carries the gradient of `found`.
     kept = jax.lax.stop_gradient(rows) + (found - jax.lax.stop_gradient(found))
@@ -201,16 +222,16 @@ def splice_from(sae: SAE, x: jax.Array, kept: jax.Array | None = None) -> Edit:
 
     Args:
         sae: any SAE; an autoencoder writes the site of `x`.
-        x: `[batch, length, d_in]`, what the site it reads holds in the pass that is edited.
+        x: `[batch, length, d_in]` or with heads, what the site it reads holds in the pass that is edited.
         kept: bool `[batch, length]`, the tokens that are changed; all by default.
 
     Returns:
-        An edit of `[batch, length, d_out]`, which keeps the dtype.
+        An edit of `[batch, length, d_out]` or with heads, which keeps the dtype.
     """
-    found = sae(x.reshape(-1, x.shape[-1]).astype(jnp.float32))
+    found = sae(token_rows(x))
     if kept is None:
         return lambda y: found.reshape(y.shape).astype(y.dtype)
-    return lambda y: jnp.where(kept[..., None], found.reshape(y.shape).astype(y.dtype), y)
+    return lambda y: where_kept(kept, found.reshape(*kept.shape, -1), y)
 
 
 def anonymous(sae: SAE) -> SAE:

@@ -58,7 +58,7 @@ def check_subject_model(sae: SAE, model: str | Path, *, any_model: bool = False)
 def open_subject_model(
     sae: SAE,
     model: str | Path,
-    texts: Sequence[str | Path],
+    texts: str | Path | Sequence[str | Path],
     *,
     site: str | None = None,
     target_site: str | None = None,
@@ -77,7 +77,7 @@ def open_subject_model(
         sae: SAE that will read them. Where it does not say its sites itself, give it to evaluations as
             `mergelab.sae.sae.at_sites(sae, site, target_site)`.
         model: a Hugging Face folder with its tokenizer.
-        texts: UTF-8 files.
+        texts: UTF-8 files, or one.
         site: site that the SAE reads, such as `blocks.8.resid_post`; the one it says if None.
         target_site: site that a transcoder writes; the one it says if None.
         length: tokens in a context; if None, what the SAE was trained with, or else 64, and never

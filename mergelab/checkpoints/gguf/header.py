@@ -112,7 +112,7 @@ class _Cursor:
             raise self.fault(f"has a name at byte {self.position:,} that is not UTF-8") from None
 
     def texts(self, count: int) -> list[str]:
-        """So many strings: a vocabulary has a hundred thousand, so those at hand are cut without a call each."""
+        """So many strings; a vocabulary has a hundred thousand: those at hand are cut without a call each."""
         found: list[str] = []
         while len(found) < count:
             data, at, limit = self.data, self.position, min(len(self.data), _MAX_HEADER)

@@ -1,8 +1,8 @@
 """Tensors of GGUF files as sources: blocks dequantized on read, and the layouts of llama.cpp undone.
 
-The arithmetic of quantized blocks is that of the `gguf` package, but for the simplest (`plain_blocks`). Rows of a quantized tensor are whole blocks,
-so that any run of elements is a run of blocks; what is kept in memory beside a piece is a bounded number of
-blocks.
+The arithmetic of quantized blocks is that of the `gguf` package, but for the simplest (`plain_blocks`). Rows
+of a quantized tensor are whole blocks, so that any run of elements is a run of blocks; what is kept in memory
+beside a piece is a bounded number of blocks.
 """
 
 from __future__ import annotations

@@ -171,11 +171,13 @@ class Plan:
     def memory_estimate(self, budget: int) -> int:
         """Peak memory in bytes: the runtime, and what the largest job needs.
 
-        A job in blocks keeps within the budget; one that needs its whole tensor at once takes what it takes.
+        A job in blocks keeps within the budget; one that needs its whole tensor at once, or a decomposition
+        of it, takes what it takes.
         """
         whole = max((job.bytes_whole for job in self.jobs), default=0)
         largest = max((job.bytes_in + job.bytes_out + 8 * job.size for job in self.jobs), default=0)
-        return RUNTIME_BYTES + max(min(budget, 2 * largest), whole)
+        decomposed = max((job.bytes_decomposed for job in self.jobs), default=0)
+        return RUNTIME_BYTES + max(min(budget, 2 * largest), whole) + decomposed
 
     def reading(self, folders: Mapping[str, Path]) -> Plan:
         """The same plan, reading the results of stages that have run; nothing is planned again.

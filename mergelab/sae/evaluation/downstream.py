@@ -13,7 +13,7 @@ from jax import Array
 
 from mergelab.activations.capture import ModelActivations
 from mergelab.activations.left_out import count_left_out
-from mergelab.activations.losses import kl_of_log_probabilities
+from mergelab.activations.losses import UNEMBEDDED, token_losses
 from mergelab.errors import SAEError
 from mergelab.models.model import Model
 from mergelab.models.residual_stream import require_decoder
@@ -27,6 +27,7 @@ from mergelab.sae.splice import (
     place_batches,
     splice_from,
     token_batches,
+    where_kept,
 )
 from mergelab.sae.subject_model import check_target
 
@@ -136,29 +137,24 @@ def _losses(
     read, site = sites
     weight = weight.astype(jnp.float32)
 
-    def log_probabilities(edit: Any) -> tuple[Array, Any]:
-        out = model.apply(params, tokens, edit=edit, capture=list(dict.fromkeys((read, *deciding))))
-        assert out.logits is not None
-        return jax.nn.log_softmax(out.logits[:, :-1]), out.captured
+    def hidden(edit: Any, *sites: str) -> dict[str, Array]:
+        wanted = list(dict.fromkeys((UNEMBEDDED, *sites)))
+        return model.apply(params, tokens, edit=edit, capture=wanted, logits=False).captured
 
-    plain, captured = log_probabilities(None)
+    captured = hidden(None, read, *deciding)
     x, kept = captured[read], kept_in_pass(captured, deciding, limits, by_place)
 
     def zero(y: Array) -> Array:
-        return jnp.where(kept[..., None], jnp.zeros_like(y), y)
+        return where_kept(kept, jnp.zeros((1, 1, 1), y.dtype), y)
 
     def middle(y: Array) -> Array:
-        return jnp.where(kept[..., None], jnp.broadcast_to(mean[None, None].astype(y.dtype), y.shape), y)
-
-    def cross_entropy(logp: Array) -> Array:
-        there = -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
-        return (there * weight).sum(axis=1)
+        return where_kept(kept, mean[None, None], y)
 
     edits = [splice_from(sae, x, kept), zero, middle, *([splice_from(sae, x)] if everywhere else [])]
-    found = [plain, *(log_probabilities({site: edit})[0] for edit in edits)]
-    kl = (kl_of_log_probabilities(found[0], found[1]) * weight).sum(axis=1)
-    losses = [cross_entropy(logp) for logp in found]
-    return jnp.stack([*losses[:4], kl, *losses[4:]])
+    passes = jnp.stack([captured[UNEMBEDDED], *(hidden({site: edit})[UNEMBEDDED] for edit in edits)])
+    found, kl = token_losses(model, params, passes[:, :, :-1], tokens[:, 1:])
+    losses = (found * weight[None]).sum(axis=2)
+    return jnp.concatenate([losses[:4], (kl * weight).sum(axis=1)[None], losses[4:]])
 
 
 def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from mergelab.activations.capture import ModelActivations
+from mergelab.activations.losses import UNEMBEDDED, token_losses
 from mergelab.errors import SAEError
 from mergelab.models.model import Model
 from mergelab.models.residual_stream import require_decoder
@@ -21,7 +22,7 @@ from mergelab.sae.features.explanations import Explanation, Match, judge_explana
 from mergelab.sae.features.n2g import explain, match_explanations
 from mergelab.sae.features.survey import survey
 from mergelab.sae.sae import SAE
-from mergelab.sae.splice import kept_in_pass, limits_of, place_batches, token_batches
+from mergelab.sae.splice import kept_in_pass, limits_of, place_batches, token_batches, token_rows
 from mergelab.sae.subject_model import check_target
 
 __all__ = ["ExplanationScore", "score_explanations"]
@@ -139,19 +140,18 @@ def _losses(
         change = jnp.where(kept.reshape(-1, 1), change, 0)
         return {site: lambda y: y + change.reshape(y.shape).astype(y.dtype)}
 
-    def loss(edit: Any) -> tuple[Array, Any]:
-        out = model.apply(params, tokens, edit=edit, capture=list(dict.fromkeys((read, *deciding))))
-        assert out.logits is not None
-        logp = jax.nn.log_softmax(out.logits[:, :-1])
-        chosen = jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)
-        return -chosen[..., 0].sum(axis=1), out.captured
+    def hidden(edit: Any, *sites: str) -> dict[str, Array]:
+        wanted = list(dict.fromkeys((UNEMBEDDED, *sites)))
+        return model.apply(params, tokens, edit=edit, capture=wanted, logits=False).captured
 
-    plain, captured = loss(None)
+    captured = hidden(None, read, *deciding)
     x, kept = captured[read], kept_in_pass(captured, deciding, limits, by_place)
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    rows = token_rows(x)
     every = sae.encode(rows)
-    losses = [plain, loss(replaced(simulated))[0], loss(replaced(jnp.zeros_like(simulated)))[0]]
-    return jnp.stack(losses), every[:, latents].reshape(simulated.shape), kept
+    edits = (replaced(simulated), replaced(jnp.zeros_like(simulated)))
+    passes = jnp.stack([captured[UNEMBEDDED], *(hidden(edit)[UNEMBEDDED] for edit in edits)])
+    losses, _ = token_losses(model, params, passes[:, :, :-1], tokens[:, 1:])
+    return losses.sum(axis=2), every[:, latents].reshape(simulated.shape), kept
 
 
 def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:

@@ -317,9 +317,12 @@ def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
     yield "loss", mean, f"best latent of each, mean of {len(tasks)} tasks; 0 perfect"
     yield "relative_loss", part, "over always saying the class's frequency; 1 useless"
     codes, tasks = rows_with_labels(sae, evidence, lambda d, x: d.encode(x))
+    rates = np.array([labels.mean() for labels in tasks.values()])
+    always = float((2 * rates / (1 + rates)).mean())
     for k in (1, 2, 5):
         f1 = [sparse_probe(codes, labels, k, seed=options.seed).f1 for labels in tasks.values()]
-        yield f"f1_{k}", float(np.mean(f1)), f"probe on {k} latents, held-out; 1 perfect"
+        against = f"probe on {k} latents, held-out; 1 perfect, {always:.3g} always saying yes"
+        yield f"f1_{k}", float(np.mean(f1)), against
 
 
 METRIC = Metric(

@@ -111,14 +111,14 @@ def _python(text: str, found: Mapping[str, np.ndarray]) -> None:
             found["is_number"][span] = kind == "NUMBER"
 
 
-def label_texts(model: Path, texts: Sequence[Path], length: int) -> LabeledTokens:
+def label_texts(model: Path, texts: str | Path | Sequence[str | Path], length: int) -> LabeledTokens:
     """Files in the tokens of a model's folder, with answers; files named `*.py` are Python.
 
     The contexts are those of `mergelab.activations.capture.contexts_of_texts`.
 
     Args:
         model: the folder, with a `tokenizer.json`.
-        texts: UTF-8 files.
+        texts: UTF-8 files, or one.
         length: tokens in a context.
 
     Raises:
@@ -127,7 +127,7 @@ def label_texts(model: Path, texts: Sequence[Path], length: int) -> LabeledToken
     """
     tokenizer = load_tokenizer(model)
     documents, answers = [], []
-    for path in texts:
+    for path in map(Path, [texts] if isinstance(texts, str | Path) else texts):
         text = read_text(path, MAX_PROSE, error=SAEError, errors="replace")
         encoding = tokenizer.backend.encode(text, add_special_tokens=False)
         labels = character_labels(text, python=path.suffix == ".py")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from mergelab.activations.capture import ModelActivations
+from mergelab.activations.capture import ModelActivations, side_by_side
 from mergelab.errors import SAEError
 from mergelab.models.model import Model
 from mergelab.models.residual_stream import require_decoder
@@ -145,9 +145,13 @@ def _ablate(
     read, site = sites
     rows = jnp.arange(len(tokens))
     plain = model.apply(params, tokens, capture=list(dict.fromkeys((read, *deciding))))
-    x = plain.captured[read]
+    x = side_by_side(plain.captured[read])
     difference, weight = change(sae, x[rows, position].astype(jnp.float32), lot)
-    edit = {site: lambda value: value.at[rows, position].add(difference.astype(value.dtype))}
+
+    def changed(value: Array) -> Array:
+        return value.at[rows, position].add(difference.reshape(-1, *value.shape[2:]).astype(value.dtype))
+
+    edit = {site: changed}
     ablated = model.apply(params, tokens, edit=edit)
     assert plain.logits is not None and ablated.logits is not None
     moved = ablated.logits - plain.logits

@@ -27,6 +27,7 @@ from mergelab.sae.splice import (
     place_batches,
     splice_from,
     token_batches,
+    where_kept,
 )
 from mergelab.sae.subject_model import check_target
 
@@ -151,7 +152,7 @@ def _embeddings(
     kept = kept_in_pass(captured, deciding, limits, by_place)
 
     def middle(y: Array) -> Array:
-        return jnp.where(kept[..., None], jnp.broadcast_to(mean[None, None].astype(y.dtype), y.shape), y)
+        return where_kept(kept, mean[None, None], y)
 
     spliced = embed({site: splice_from(sae, captured[read], kept)})[0]
     return jnp.stack([plain, spliced, embed({site: middle})[0]])

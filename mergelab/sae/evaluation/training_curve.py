@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 
 from mergelab.activations.capture import ModelActivations
+from mergelab.activations.losses import UNEMBEDDED, token_losses
 from mergelab.errors import SAEError
 from mergelab.models.load import load_model
 from mergelab.models.model import Model
@@ -100,7 +101,7 @@ class LossCurve:
     measured: dict[int, float] = field(default_factory=dict, repr=False)
 
     def around(self, loss: float) -> tuple[np.ndarray, np.ndarray]:
-        """As many points as it takes to say where the curve reaches a loss.
+        """The points that it takes to say where the curve reaches a loss.
 
         A few checkpoints are measured first. Where their losses fall throughout, the gap in which the loss
         lies is halved until its ends are neighbors: 15 of 500 checkpoints. Where they rise somewhere, all are
@@ -212,8 +213,6 @@ def predicted_tokens(source: ModelActivations) -> np.ndarray:
 @partial(jax.jit, static_argnames="model")
 def _losses(params: Any, tokens: Array, weight: Array, *, model: Model) -> Array:
     """Sums over each context, `[batch]`."""
-    out = model.apply(params, tokens).logits
-    assert out is not None
-    logp = jax.nn.log_softmax(out[:, :-1])
-    there = -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
-    return (there * weight.astype(jnp.float32)).sum(axis=1)
+    hidden = model.apply(params, tokens, capture=[UNEMBEDDED], logits=False).captured[UNEMBEDDED]
+    found, _ = token_losses(model, params, hidden[None, :, :-1], tokens[:, 1:])
+    return (found[0] * weight.astype(jnp.float32)).sum(axis=1)

@@ -101,10 +101,13 @@ def _chosen(path: Path, sae_id: str | None, wanted: FileFormat | None) -> tuple[
     if found is not None:
         return found
     if path.is_file():
-        open_weights(path)  # which says what is wrong with it, if it is no file of weights at all
+        open_weights(path)  # which says what is wrong with it, if it is not a file of weights at all
     known = "; ".join(f"{name}: {kind.looks_for}" for name, kind in FORMATS.items())
+    held = sorted({name for names in Files(path).weights.values() for name in names})
+    tensors = f"; its tensors are {', '.join(held[:8])}{', ...' if len(held) > 8 else ''}" if held else ""
     raise CheckpointError(
-        f"{path}: not an SAE of a known format ({known}), nor a training run with final/; name its format"
+        f"{path}: not an SAE of a known format ({known}), nor a training run with final/{tensors}; name its "
+        "format"
     )
 
 

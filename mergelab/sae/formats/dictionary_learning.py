@@ -178,7 +178,7 @@ def write_dictionary_learning(sae: SAE, path: Path | WorkFolder) -> None:
         and threshold is not None
         and (threshold == threshold[0]).all()
     ):
-        kind, extra = _BATCH, {"k": np.array(config.k, np.int64), "threshold": threshold[0].reshape(())}
+        kind, extra = _BATCH, {"k": np.array(config.k, np.int64), "threshold": np.array(threshold[0])}
     kind = kind or "JumpReluAutoEncoder"
     arrays = (subtracting_b_dec if _KINDS[kind].subtract_b_dec else not_subtracting_b_dec)(sae).as_numpy()
     tree = {
@@ -209,7 +209,8 @@ DICTIONARY_LEARNING = FileFormat(
     name="dictionary_learning",
     read=read_dictionary_learning,
     signatures=(
-        Signature(settings=("trainer.dict_class",)),
+        Signature(("encoder.weight", "decoder.weight"), ("trainer.dict_class",)),
+        Signature(("W_enc", "W_dec"), ("trainer.dict_class",)),
         Signature(("bias", "encoder.weight", "encoder.bias", "decoder.weight")),
         Signature(("gate_bias", "mag_bias", "r_mag", "encoder.weight", "decoder.weight")),
         Signature(("group_sizes", "threshold", "k", "W_enc", "W_dec")),

@@ -51,12 +51,13 @@ def open_weights(path: Path) -> Weights:
     begin = head.read(0, min(head.size, 9), "its beginning")
     if begin[8:9] == b"{":
         return Weights(open_safetensors(path).tensors)
-    if begin.startswith(b"PK") and all(entry.filename.endswith(".npy") for entry in list_zip(head, "zip")):
-        names = [entry.filename.removesuffix(".npy") for entry in list_zip(head, "zip")]
-        return Weights(open_npz(path, names))
-    if path.suffix == ".safetensors":
+    if begin.startswith(b"PK"):
+        names = [entry.filename for entry in list_zip(head, "zip")]
+        if path.suffix == ".npz" or all(name.endswith(".npy") for name in names):
+            return Weights(open_npz(path, [name.removesuffix(".npy") for name in names]))
+    elif path.suffix == ".safetensors" and begin[:1] != b"\x80":
         return Weights(open_safetensors(path).tensors)  # which says what is wrong with it
-    if path.suffix == ".npz":
+    elif path.suffix == ".npz":
         return Weights(open_npz(path, ()))
     opened = open_pickled(path, values=True)
     return Weights(opened.tensors, opened.values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -58,11 +59,17 @@ def one_of(path: Path, sae_id: str | None, recognize: Callable[[Files], T | None
         near = did_you_mean(sae_id, saes)
     else:
         why, near = f"holds {len(saes)} SAEs", ""
-    names = [*saes][:12]
+    names = sorted(saes, key=_natural)[:12]
     more = f" and {len(saes) - len(names)} more" if len(saes) > len(names) else ""
     listed = f"; it has {', '.join(names)}{more}" if names else ""
     example = f": load_sae(path, {names[0]!r}) or the path {path / names[0]}" if names else ""
     raise CheckpointError(f"{path}: {why}{near}{listed}; name one{example}")
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """A key that sorts layers.9 before layers.10."""
+    parts = re.split(r"(\d{1,18})", name)
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]
 
 
 def _sound(found: T | CheckpointError) -> T:

@@ -260,7 +260,8 @@ def write_saelens(sae: SAE, path: Path | WorkFolder) -> None:
 def _training(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What SAELens wants to know of the text, where the SAE was trained here."""
     found: dict[str, Any] = {}
-    if "settings" in metadata or "model_hash" in metadata:
+    trained_here = "settings" in metadata or "model_hash" in metadata
+    if trained_here and not isinstance(metadata.get("prepend_bos"), bool):
         found["prepend_bos"] = False
     if isinstance(metadata.get("model"), str):
         found["model_name"] = metadata["model"]

@@ -57,9 +57,10 @@ class FormatSettings:
     def positive(self, key: str) -> float:
         """A finite number above 0."""
         value = self.values.get(key)
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+        number = float(value) if type(value) is float or (type(value) is int and value <= _LARGEST) else 0.0
+        if not math.isfinite(number) or number <= 0:
             raise self._refuse(key, "a number above 0")
-        return float(value)
+        return number
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""

@@ -377,13 +377,13 @@ class TrainConfig(_Section):
 
 
 def load_config(
-    config: TrainConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()
+    config: TrainConfig | Mapping[str, Any] | str | Path, overrides: str | Sequence[str] = ()
 ) -> TrainConfig:
     """Reads and checks a configuration.
 
     Args:
         config: a YAML file, or what it would hold.
-        overrides: `section.key=value`, value in YAML; they win over the file.
+        overrides: `section.key=value`, value in YAML, several or one; they win over the file.
 
     Raises:
         SAEError: the file cannot be read, a key is unknown, or a value has the wrong type; the message names
@@ -399,7 +399,7 @@ def load_config(
         data = plain_settings(read_text(config, MAX_CONFIG, error=SAEError), name)
     if not isinstance(data, dict):
         raise SAEError(f"{name}: expected the sections sae, data and train, found {type(data).__name__}.")
-    for override in overrides:
+    for override in [overrides] if isinstance(overrides, str) else overrides:
         data = _with_override(data, override)
     try:
         return TrainConfig.model_validate(data)

@@ -165,7 +165,7 @@ def _train(
 ) -> SAE:
     start = start_training(settings, data, mesh)
     variant, recipe = start.variant, start.recipe
-    state = start.state()
+    state, overview = start.begin()
     step = make_step(variant, recipe, mesh)
     summary: dict[str, float] = {}
     with Prefetch(start.stream, start.place) as batches:
@@ -187,7 +187,7 @@ def _train(
         **settings.metadata,
         "variant": variant.name,
         "training": training,
-        "rows": start.overview.facts(),
+        "rows": overview.facts(),
         "settings": told,
     }
     return finish_training(variant, recipe, state, known, mesh)

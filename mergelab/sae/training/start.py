@@ -32,8 +32,6 @@ class Start:
         recipe: its part on steps and rates.
         variant: what is trained.
         stream: batches of this process, from the first row of the first epoch.
-        sample: rows drawn like a batch, the same in every process.
-        overview: what they look like.
         mesh: devices along `data` and `latents`; one device if None.
     """
 
@@ -41,15 +39,24 @@ class Start:
     recipe: TrainingRecipe
     variant: Variant
     stream: ActivationStream
-    sample: Batch
-    overview: Overview
     mesh: Mesh | None
 
-    def state(self) -> TrainState:
-        """The state before the first step, from the sample; the same in every process."""
-        key = jax.random.key(self.settings.train.seed)
-        target = None if self.variant.d_out is None else self.sample.target
-        return initialize(self.variant, self.recipe, key, self.sample.input, target, mesh=self.mesh)
+    def begin(self) -> tuple[TrainState, Overview]:
+        """The state before the first step, from a sample drawn like a batch, and what the sample looks like.
+
+        The same in every process.
+        """
+        seed = self.settings.train.seed
+        sample, overview = draw_sample(
+            self.stream,
+            SAMPLE_ROWS,
+            seed + 2**31,  # not the order of the training itself
+            buffer_rows=self.settings.data.buffer_rows,
+            tokens=self.recipe.tokens,
+        )
+        target = None if self.variant.d_out is None else sample.target
+        key = jax.random.key(seed)
+        return initialize(self.variant, self.recipe, key, sample.input, target, mesh=self.mesh), overview
 
     def place(self, batch: Batch) -> tuple[Array, Array]:
         """Inputs and targets of a batch on the devices; one array where they are the same rows."""
@@ -84,12 +91,4 @@ def start_training(settings: TrainConfig, data: TrainingRows, mesh: Mesh | None)
         processes=processes,
         kept=kept,
     )
-    # Not the order of the training itself.
-    sample, overview = draw_sample(
-        stream,
-        SAMPLE_ROWS,
-        settings.train.seed + 2**31,
-        buffer_rows=settings.data.buffer_rows,
-        tokens=recipe.tokens,
-    )
-    return Start(settings, recipe, variant, stream, sample, overview, mesh)
+    return Start(settings, recipe, variant, stream, mesh)

@@ -29,6 +29,7 @@ from mergelab.sae.training.data import host_metadata, open_data, portable_data, 
 from mergelab.sae.training.finish import finished_sae, transcodes
 from mergelab.sae.training.folder import RunFolder
 from mergelab.sae.training.inputs import read_once
+from mergelab.sae.training.overview import Overview
 from mergelab.sae.training.start import Start, start_training
 from mergelab.sae.training.state import TrainState
 from mergelab.sae.training.step import Metrics, Step, make_step
@@ -117,7 +118,7 @@ def train(
     out: str | Path,
     *,
     resume: bool = False,
-    overrides: Sequence[str] = (),
+    overrides: str | Sequence[str] = (),
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
     tell: Callable[[str], None] | None = None,
@@ -184,12 +185,12 @@ def _train(
     # that writes this asks alone: a model's digest takes reading all of it.
     host = host_metadata(settings.data) if jax.process_index() == 0 else {}
     known = {**host, **told_of_tokens(data.kept), **settings.metadata}
-    if tell is not None and jax.process_index() == 0:
-        for line in start.overview.lines():
-            tell(line)
     # Sites that contradict the data are an error now, not after the training.
     SAEConfig("relu", sites=variant.sites, transcoder=transcodes(variant, known), metadata=known)
-    state = start.state()
+    state, overview = start.begin()
+    if tell is not None and jax.process_index() == 0:
+        for line in overview.lines():
+            tell(line)
     step = make_step(variant, recipe, mesh)
     with together("writing the run's folder", distributed=distributed):
         folder.claim()
@@ -198,7 +199,7 @@ def _train(
         if done is not None:
             state, place = checkpoints.restore(done, state, recipe.batch_size)
             start.stream.restore(place)
-        run = _Run(start, step, checkpoints, out, progress)
+        run = _Run(start, overview, step, checkpoints, out, progress)
         try:
             state, trace = run.steps(state, done or 0)
         except CheckpointError:
@@ -208,7 +209,7 @@ def _train(
     summary = {name: run.last[name] for name in _SUMMARY if name in run.last}
     told = settings.model_dump(mode="json", include={"sae", "data", "train"}, exclude_defaults=True)
     told = {**told, "data": portable_data(told.get("data", {}))}
-    rows = start.overview.facts()
+    rows = overview.facts()
     metadata = {**known, "variant": variant.name, "training": summary, "rows": rows, "settings": told}
     sae = finish_training(variant, recipe, state, metadata, mesh)
     save_sae(sae, out / "final", overwrite=folder.begun)
@@ -233,9 +234,16 @@ class _Run:
     """The loop: steps, lines of metrics one logged step late, checkpoints, and the guard."""
 
     def __init__(
-        self, start: Start, step: Step, checkpoints: Checkpoints, out: Path, progress: Progress | None
+        self,
+        start: Start,
+        overview: Overview,
+        step: Step,
+        checkpoints: Checkpoints,
+        out: Path,
+        progress: Progress | None,
     ) -> None:
         self.start, self.recipe, self.step, self.checkpoints = start, start.recipe, step, checkpoints
+        self.overview = overview
         self.every, self.log_every = start.settings.checkpoint.every, start.settings.checkpoint.log_every
         self.out, self.progress = out, progress
         self.last: dict[str, float] = {}
@@ -245,7 +253,7 @@ class _Run:
 
     def steps(self, state: TrainState, done: int) -> tuple[TrainState, Trace]:
         if jax.process_index() == 0:
-            config = self.start.settings.model_dump(mode="json") | {"rows": self.start.overview.facts()}
+            config = self.start.settings.model_dump(mode="json") | {"rows": self.overview.facts()}
             self._file = MetricsFile(self.out / "metrics.jsonl", done)
             self._loggers = [self._file]
             self._loggers = [*open_loggers(self.start.settings.log_to, self.out, config, done), self._file]

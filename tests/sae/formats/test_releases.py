@@ -267,3 +267,15 @@ def test_the_table_of_releases_knows_names_and_near_misses(tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="no such file or folder"):
         load_sae(tmp_path / "gpt2-small-res-jb-of-mine")
     assert sae_path(RELEASED / SCOPE_2, "resid_post") == RELEASED / SCOPE_2 / "resid_post"
+
+
+def test_gemma_scopes_saes_of_embeddings_read_the_site_which_is_scaled(tmp_path: Path) -> None:
+    source = RELEASED / LAYOUTS["gemma_scope"][0]
+    place = tmp_path / "gemma-scope-2b-pt-res" / "embedding" / "width_4k" / "average_l0_6"
+    shutil.copytree(source, place)
+    sae, plain = load_sae(place), load_sae(source)
+    x = jnp.asarray(load_file(RELEASED / "gemma_scope.safetensors")["x"])
+    scale = np.float32(8**0.5)
+    np.testing.assert_allclose(sae.encode(x * scale), plain.encode(x), atol=2e-5)
+    np.testing.assert_allclose(sae(x * scale), plain(x) * scale, atol=5e-5)
+    assert sae.config.reads == sae.config.writes == ("embed",)

@@ -44,8 +44,8 @@ def measure(place: Place) -> Section:
     head = ("what", "mergelab", "transformers", "mergelab / transformers")
     note = (
         f"Seconds, medians of {place.turns} turns, batch 1. First whole processes, start-up, reading and "
-        "compiling included, and the most memory of their own (without mapped files) that they held; then passes and "
-        "generations in one process, compiled before."
+        "compiling included, and the most memory of their own (without mapped files) that they held; then "
+        "passes and generations in one process, compiled before."
     )
     return Section(note, head, rows)
 

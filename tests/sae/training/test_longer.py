@@ -106,7 +106,7 @@ def test_commands_take_a_run_that_has_not_finished_and_say_so(folder: Path, tmp_
     code, _, told = _invoke(
         "sae", "export", folder / "whole" / "final", *export[3:], "--step", 1, "--out", "x"
     )
-    assert code == 2 and "this is no run" in told
+    assert code == 2 and "this is not a run" in told
 
 
 def test_a_damaged_checkpoint_is_no_sae(folder: Path, tmp_path: Path) -> None:

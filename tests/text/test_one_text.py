@@ -14,7 +14,7 @@ import pytest
 
 import mergelab
 from mergelab.abliteration import abliterate, encode_prompts
-from mergelab.abliteration.behavior import is_refusal
+from mergelab.abliteration.answers import is_refusal
 from mergelab.activations import contexts_of_texts, open_model_activations
 from mergelab.decoding import complete, generate_text
 from mergelab.errors import MergelabError

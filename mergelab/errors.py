@@ -13,6 +13,7 @@ from itertools import islice
 __all__ = [
     "ChatTemplateError",
     "CheckpointError",
+    "CorpusError",
     "DecodingError",
     "DependencyError",
     "EvaluationError",
@@ -99,6 +100,10 @@ class SearchError(EvaluationError):
 
 class SAEError(MergelabError, ValueError):
     """A sparse autoencoder, its training recipe or its data that do not fit together."""
+
+
+class CorpusError(SAEError):
+    """A text or data set that is missing, damaged, of another kind, or without the field that is read."""
 
 
 class SiteError(MergelabError, ValueError):

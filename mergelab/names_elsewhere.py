@@ -56,7 +56,7 @@ NAMES: tuple[ForeignName, ...] = (
     *_names(
         "SAELens",
         {
-            "SAE.from_pretrained": "ml.load_sae(folder)",
+            "SAE.from_pretrained": "ml.load_sae(release, sae_id)",
             "SAE.load_from_disk": "ml.load_sae(folder)",
             "SAE.load_from_pretrained": "ml.load_sae(folder)",
             "save_model_sae": "ml.save_sae(sae, folder)",

@@ -10,7 +10,6 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,28 +17,37 @@ import jax.numpy as jnp
 import numpy as np
 
 import mergelab as ml
-from benchmarks.world_parts.section import Section
+from benchmarks.world_parts import first_token
+from benchmarks.world_parts.section import Place, Section
+from mergelab.checkpoints import open_checkpoint
 from mergelab.decoding import generate, greedy
+from mergelab.models.load import parameter_shapes
 from tests.smollm import smollm_file
 
 __all__ = ["measure"]
 
-TURNS = 3
 TOKENS, PROMPT, NEW = 256, 32, 32
 
 
-def measure(work: Path) -> Section:
-    """Rows of one pass over 256 tokens and of 32 tokens generated greedily, in float32 and bfloat16."""
-    del work
-    rows = []
+def measure(place: Place) -> Section:
+    """Rows of processes up to their first token, of a pass over 256 tokens and of 32 generated greedily."""
+    path = smollm_file()
+    parameters = sum(leaf.size for leaf in parameter_shapes(open_checkpoint(path))[0].table())
+    sizes = {"float32": 4 * parameters, "bfloat16": 2 * parameters}
+    rows = first_token.rows(path, place.work, sizes, place.turns)
     for dtype in ("float32", "bfloat16"):
         ours, theirs = _ours(dtype), _theirs(dtype)
         for what, mine, other in zip(
             (f"a pass over {TOKENS} tokens", f"{NEW} new tokens"), ours, theirs, strict=True
         ):
-            rows.append((f"{what}, {dtype}", *_paired(mine, other)))
+            rows.append((f"{what}, {dtype}", *_paired(mine, other, place.turns)))
     head = ("what", "mergelab", "transformers", "mergelab / transformers")
-    return Section(f"Seconds, medians of {TURNS} turns in one process; batch 1, compiled before.", head, rows)
+    note = (
+        f"Seconds, medians of {place.turns} turns, batch 1. First whole processes, start-up, reading and "
+        "compiling included, and the most memory of their own (without mapped files) that they held; then "
+        "passes and generations in one process, compiled before."
+    )
+    return Section(note, head, rows)
 
 
 def _ids(count: int) -> np.ndarray:
@@ -84,11 +92,11 @@ def _theirs(dtype: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
     return forward, generate
 
 
-def _paired(mine: Callable[[], Any], other: Callable[[], Any]) -> tuple[str, str, str]:
+def _paired(mine: Callable[[], Any], other: Callable[[], Any], turns: int) -> tuple[str, str, str]:
     """Median seconds of both, and the median of their ratios turn by turn."""
     for warm_up in (mine, other):
         warm_up()
-    pairs = [(_seconds(mine), _seconds(other)) for _ in range(TURNS)]
+    pairs = [(_seconds(mine), _seconds(other)) for _ in range(turns)]
     a, b = (statistics.median(times) for times in zip(*pairs, strict=True))
     return f"{a:.2f}", f"{b:.2f}", f"{statistics.median(x / y for x, y in pairs):.2f}"
 

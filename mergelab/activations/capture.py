@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import jax
@@ -14,13 +18,18 @@ import numpy as np
 from jax import Array
 
 from mergelab.activations.batches import batches, filled_batches, stack_prompts
+from mergelab.activations.kept import DEFAULT_RULE, KeptRows, TokenRule, median_norm, row_norms
+from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.checkpoints.locations import local_path
-from mergelab.checkpoints.text_file import MAX_PROSE, read_text
 from mergelab.errors import NonFiniteError, SAEError, SiteError
+from mergelab.models.families import model_from_config
 from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit, match_sites
 from mergelab.models.token_checks import check_tokens, window_length
+from mergelab.text.contexts import StoredTokens, TextContexts, text_contexts
+from mergelab.text.corpus import TextOptions, documents, documents_of_texts
+from mergelab.text.corpus_files import CorpusFile, corpus_files
 from mergelab.text.packing import pack_stream
 from mergelab.text.tokenizer import load_tokenizer
 
@@ -37,6 +46,7 @@ __all__ = [
     "halves",
     "open_model_activations",
     "position_columns",
+    "side_by_side",
     "stream_sites",
 ]
 
@@ -148,7 +158,7 @@ def check_prompts(model: Model, tokens: Any, mask: Any = None) -> tuple[np.ndarr
     tokens, real = stack_prompts(tokens, mask)
     # Passes are compiled for the width of the array, in which a row's padding has a place too.
     check_tokens(model, tokens, place="prompts")
-    return tokens.astype(np.int32), real
+    return tokens.astype(np.int32, copy=False), real
 
 
 def check_pairs(
@@ -196,6 +206,17 @@ def position_columns(real: np.ndarray, position: int) -> np.ndarray:
     return np.argmax(real & (ranks == wanted[:, None]), axis=1)
 
 
+@partial(jax.jit, static_argnames=("model", "sites"))
+def _site_rows(params: Params, tokens: Array, *, model: Model, sites: tuple[str, ...]) -> list[Array]:
+    found = model.apply(params, tokens, capture=sites, logits=False).captured
+    return [side_by_side(found[site]).astype(jnp.float32) for site in sites]
+
+
+def side_by_side(x: Array) -> Array:
+    """What a site holds as one vector of each token: heads, `[batch, length, heads, d]`, side by side."""
+    return x.reshape(*x.shape[:2], -1) if x.ndim > 3 else x
+
+
 DEFAULT_CONTEXT = 64
 """Tokens in a context, where nothing says how many."""
 
@@ -214,9 +235,15 @@ class ModelActivations:
         model: the model.
         params: its parameters, on any mesh.
         tokens: int32 `[contexts, length]`, whole contexts.
-        sites: names of sites of shape `[batch, length, d]`.
+        sites: names of sites of shape `[batch, length, d]`; of those with heads, such as `blocks.3.attn.z`, a
+            row has the heads side by side.
         batch: contexts in one forward pass.
         framed: whether the first and the last token of each context are none of its text: `[CLS]`, `[SEP]`.
+        rule: which tokens count. All rows can be read; trainings and evaluations take those that count.
+        special_ids: ids of special tokens, which the rule may leave out.
+        counted: bool `[contexts, length]`, False for tokens that never count, such as padding; None for none.
+        text: how the text became these contexts (`mergelab.text.corpus.TextOptions`); None where that is not
+            known.
     """
 
     model: Model
@@ -225,16 +252,29 @@ class ModelActivations:
     sites: tuple[str, ...]
     batch: int = 32
     framed: bool = False
+    rule: TokenRule = DEFAULT_RULE
+    special_ids: tuple[int, ...] = ()
+    counted: np.ndarray | None = None
+    text: TextOptions | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or not self.tokens.size:
             raise SAEError(
                 f"tokens have shape {list(self.tokens.shape)}; expected whole contexts [n, length]."
             )
-        check_tokens(self.model, self.tokens, place="the contexts")
+        if self.counted is not None and (
+            self.counted.shape != self.tokens.shape or self.counted.dtype != np.bool_
+        ):
+            raise SAEError(
+                f"counted is {self.counted.dtype} of shape {list(self.counted.shape)}; expected bool "
+                f"{list(self.tokens.shape)}, one value for each token."
+            )
+        # To read all of a large file once more would keep it in memory.
+        some = self.tokens[:1] if isinstance(self.tokens, StoredTokens) else self.tokens
+        check_tokens(self.model, some, place="the contexts")
         for site in self.sites:
             shape = self.model.sites().get(site)
-            if shape is not None and len(shape) != 3:
+            if shape is not None and (len(shape) < 3 or shape[:2] != _BY_TOKEN):
                 raise SAEError(
                     f"the site {site!r} has shape {list(shape)}; an SAE reads [batch, length, width]."
                 )
@@ -245,13 +285,8 @@ class ModelActivations:
         """How many tokens there are."""
         return self.tokens.size
 
-    @cached_property
-    def _forward(self) -> Any:
-        def run(params: Any, tokens: jax.Array) -> list[jax.Array]:
-            found = self.model.apply(params, tokens, capture=self.sites, logits=False).captured
-            return [found[site].astype(jnp.float32) for site in self.sites]
-
-        return jax.jit(run)
+    def _forward(self, params: Any, tokens: Array) -> list[Array]:
+        return _site_rows(params, tokens, model=self.model, sites=self.sites)
 
     @cached_property
     def widths(self) -> tuple[int, ...]:
@@ -285,6 +320,54 @@ class ModelActivations:
                 raise NonFiniteError(f"activations of the site {name!r} are not finite; try float32 weights")
         return tuple(rows)
 
+    @cached_property
+    def by_place(self) -> np.ndarray:
+        """Tokens that count as far as their place and id decide: bool `[contexts, length]`."""
+        return self.rule.by_place(self.tokens, self.special_ids, self.counted)
+
+    @cached_property
+    def median_norms(self) -> tuple[float, ...]:
+        """The median norm of each site's rows that count by their place, in contexts spread evenly."""
+        contexts = len(self.tokens)
+        chosen = np.unique(np.linspace(0, contexts - 1, min(self.batch, contexts)).astype(int))
+        ((tokens,), count) = next(filled_batches(self.batch, self.tokens[chosen]))
+        there = self.by_place[chosen].reshape(-1)
+        found = self._forward(self.params, jnp.asarray(tokens, jnp.int32))
+        rows = [np.asarray(site)[:count].reshape(-1, site.shape[-1]) for site in found]
+        return tuple(median_norm(row_norms(site)[there]) for site in rows)
+
+    @property
+    def norm_limits(self) -> tuple[float, ...]:
+        """The largest norm at which a row of each site counts."""
+        if self.rule.max_norm_multiple is None:
+            return (math.inf,) * len(self.sites)
+        return tuple(map(self.rule.norm_limit, self.median_norms))
+
+    def kept_among(self, rows: Sequence[np.ndarray], start: int) -> np.ndarray:
+        """Which of the rows from number `start` on count, of what `read_sites` gave: bool `[rows]`."""
+        kept = self.by_place.reshape(-1)[start : start + len(rows[0])]
+        for site, limit in zip(rows, self.norm_limits, strict=True):
+            if limit < math.inf:
+                kept = kept & ~(row_norms(site) > limit)
+        return kept
+
+    def kept_rows(self, site: str, target: str | None = None) -> KeptRows:
+        """Which rows of a site, and of its target, a training counts."""
+        limits = dict(zip(self.sites, self.norm_limits, strict=True))
+        by_place = self.by_place.reshape(-1)
+        return KeptRows(
+            None if by_place.all() else lambda start, stop: by_place[start:stop],
+            limits[site],
+            math.inf if target is None else limits[target],
+            self.rule,
+            self.tokens.shape[1],
+        )
+
+    def contexts(self, chosen: slice) -> ModelActivations:
+        """The same of some of the contexts."""
+        counted = None if self.counted is None else self.counted[chosen]
+        return replace(self, tokens=self.tokens[chosen], counted=counted)
+
     def at(self, site: str) -> SiteActivations:
         """One of the sites, as a source."""
         return SiteActivations(self, self.sites.index(site))
@@ -315,15 +398,13 @@ class SiteActivations:
 def contexts_of_texts(folder: Path, texts: str | Sequence[str], length: int) -> np.ndarray:
     """Texts in the tokens of a model's folder, joined and cut: int32 `[contexts, length]`, without the rest.
 
-    A token that ends texts stands between them; where the tokenizer frames texts, each context is framed.
+    A token that ends texts stands between them; where the tokenizer frames texts, each context is framed, and
+    where it begins them with a token, each context and each text begins with it.
 
     Raises:
         SAEError: the texts do not fill one context.
     """
-    tokenizer = load_tokenizer(folder)
-    texts = [texts] if isinstance(texts, str) else texts
-    documents = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    return cut_contexts(documents, length, next(iter(tokenizer.end_ids), None), tokenizer.frame)
+    return text_contexts(load_tokenizer(folder), documents_of_texts(texts), length).tokens
 
 
 def cut_contexts(
@@ -353,24 +434,28 @@ def cut_contexts(
 
 def open_model_activations(
     model: str | Path,
-    sites: Sequence[str],
-    texts: Sequence[str | Path],
+    sites: str | Sequence[str],
+    texts: str | Path | CorpusFile | Sequence[str | Path | CorpusFile],
     *,
     length: int | None = None,
     default: int = DEFAULT_CONTEXT,
     dtype: Any = None,
     mesh: Any = None,
+    rule: TokenRule = DEFAULT_RULE,
+    text: TextOptions | None = None,
 ) -> ModelActivations:
-    """Activations of a model's folder on text files.
+    """Activations of a model's folder on a corpus, which is tokenized while the weights are read.
 
     Args:
         model: a Hugging Face folder with its tokenizer, a model on the hub, or a URL.
-        sites: names, such as `blocks.8.resid_post`.
-        texts: UTF-8 files.
+        sites: names, such as `blocks.8.resid_post`, or one.
+        texts: what `mergelab.text.corpus.documents` takes: files, globs, folders, data sets, URLs; or one.
         length: tokens per context; if None the default, or as many as the model has positions.
         default: what a context has that nobody asked for.
         dtype: dtype of the weights; the stored one if None.
         mesh: devices to spread the model over.
+        rule: which tokens count.
+        text: how the texts become contexts, and how many are read.
 
     Raises:
         TokenError: the context is longer than the model's positions, or a token is beyond its vocabulary.
@@ -378,15 +463,46 @@ def open_model_activations(
         SiteError: the model has no such site.
         CheckpointError: the model cannot be read.
     """
-    model = local_path(model)
-    read = []
-    for path in map(Path, texts):
-        read.append(read_text(path, MAX_PROSE, error=SAEError, errors="replace"))
-    loaded, params = load_model(model, mesh=mesh, dtype=dtype)
-    tokens = contexts_of_texts(model, read, window_length(loaded, length, default))
-    check_tokens(loaded, tokens, place=str(model / "tokenizer.json"))
-    framed = load_tokenizer(model).frame is not None
-    found = ModelActivations(loaded, params, tokens, tuple(sites), framed=framed)
+    model, text = local_path(model), text or TextOptions()
+    sites = [sites] if isinstance(sites, str) else sites
+    texts = [texts] if isinstance(texts, str | Path | CorpusFile) else texts
+    files = [file for one in texts for file in ([one] if isinstance(one, CorpusFile) else corpus_files(one))]
+    checkpoint = open_checkpoint(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what there is to say of the configuration is said when it is loaded
+        shape = model_from_config(checkpoint.config, str(checkpoint.path / "config.json"))
+    size = window_length(shape, length, default)
+    stopped = Event()
+
+    def check(ids: np.ndarray) -> None:
+        if stopped.is_set():
+            raise CancelledError
+        check_tokens(shape, ids, place=str(model / "tokenizer.json"))
+
+    tokenizer = load_tokenizer(model)
+
+    def read() -> TextContexts:
+        return text_contexts(tokenizer, documents(files, text), size, text, check=check)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="tokens") as pool:
+        made = pool.submit(read)
+        try:
+            loaded, params = load_model(checkpoint, mesh=mesh, dtype=dtype)
+            contexts = made.result()
+        except BaseException:
+            stopped.set()
+            raise
+    found = ModelActivations(
+        loaded,
+        params,
+        contexts.tokens,
+        tuple(sites),
+        framed=contexts.framed,
+        rule=rule,
+        special_ids=tokenizer.special_ids,
+        counted=contexts.counted,
+        text=replace(text, bos=contexts.bos is not None),
+    )
     _ = found.widths  # names of sites are checked here, before anything is computed
     return found
 
@@ -400,4 +516,4 @@ def halves(source: ModelActivations) -> tuple[ModelActivations, ModelActivations
     count = len(source.tokens) // 2
     if not count:
         raise SAEError("one context cannot both fit and judge; give more text.")
-    return replace(source, tokens=source.tokens[:count]), replace(source, tokens=source.tokens[count:])
+    return source.contexts(slice(count)), source.contexts(slice(count, None))

@@ -20,6 +20,8 @@ import ml_dtypes
 import numpy as np
 
 from mergelab.activations.capture import ModelActivations
+from mergelab.activations.left_out import LeftOut
+from mergelab.activations.store_pieces import read_in_pieces
 from mergelab.checkpoints import TensorSource, open_safetensors
 from mergelab.checkpoints.folder import weights_sha256
 from mergelab.checkpoints.json_data import parse_json_object, read_json
@@ -134,19 +136,39 @@ def open_activation_files(patterns: str | Path | Sequence[str | Path]) -> Activa
 def find_activation_files(patterns: str | Path | Sequence[str | Path]) -> list[Path]:
     """The files that match paths or globs, each pattern's in the order of their names.
 
+    Of a folder that `mergelab activations` wrote, or a glob of files there, the files of its site, without
+    the tokens beside them; of another folder its `.npy` and `.safetensors` files.
+
     Raises:
-        CheckpointError: nothing matches one of them.
+        CheckpointError: nothing matches one of them, or a folder holds several sites.
     """
     paths: list[Path] = []
     for pattern in map(str, [patterns] if isinstance(patterns, str | Path) else patterns):
         if is_url(pattern):
-            paths += fetch_files(location_text(pattern))
-            continue
-        found = sorted(glob.glob(pattern)) or ([pattern] if os.path.exists(pattern) else [])
+            found = fetch_files(location_text(pattern))
+        elif os.path.isdir(pattern):
+            found = sorted(p for p in Path(pattern).iterdir() if p.suffix in (".npy", ".safetensors"))
+        else:
+            found = [Path(name) for name in sorted(glob.glob(pattern)) or [pattern] if os.path.exists(name)]
+        found = _of_one_site(found, pattern)
         if not found:
             raise CheckpointError(f"{pattern}: no file matches; expected .npy or .safetensors activations")
-        paths += map(Path, found)
+        paths += found
     return paths
+
+
+def _of_one_site(paths: Sequence[Path], pattern: str) -> list[Path]:
+    """The files without those of tokens in folders of `mergelab activations`, where one site is meant."""
+    folders = {folder for folder in {path.parent for path in paths} if (folder / _FACTS).is_file()}
+    found = [path for path in paths if path.name != _TOKENS or path.parent not in folders]
+    sites = sorted({path.name.rpartition("-")[0] for path in found if path.parent in folders})
+    if len(sites) > 1:
+        folder = next(iter(folders))
+        raise CheckpointError(
+            f"{pattern}: holds the activations of several sites ({', '.join(sites[:8])}); name one, such as "
+            f"{folder / sites[0]}-*.safetensors"
+        )
+    return found
 
 
 def _open(path: Path) -> _Shard:
@@ -174,6 +196,7 @@ def _open(path: Path) -> _Shard:
     return _Shard(path, shape[0], shape[1], dtype, tensor, scales)
 
 
+_TOKENS, _FACTS = "tokens.safetensors", "store.json"
 _SHARD_ROWS = 65_536
 
 
@@ -187,8 +210,12 @@ def write_store(
     dtype: str = "float32",
     progress: Callable[[int, int], None] = lambda done, total: None,
     notice: Callable[[str], None] | None = None,
+    left_out: LeftOut | None = None,
 ) -> int:
     """Writes `SITE-NNNNN.safetensors` for each site, `tokens.safetensors` and `store.json`.
+
+    All rows are written. `store.json` tells the source's rule, the special tokens and each site's median
+    norm, by which readers take the rows that count.
 
     The folder appears under its name when it is complete. A writing that was stopped goes on with the shards
     that are as they were written.
@@ -202,6 +229,7 @@ def write_store(
         progress: called with rows done and rows in all.
         notice: is told what the user should know, such as a damaged shard that is written again; a Python
             warning if None.
+        left_out: counts what the source's rule leaves out of the rows that are written.
 
     Returns:
         How many rows were written.
@@ -214,24 +242,40 @@ def write_store(
     total = source.rows if rows is None else max(min(rows, source.rows) // length, 1) * length
     given = isinstance(out, WorkFolder)
     with contextlib.nullcontext(out) if given else WorkFolder(out, inputs=[model]) as work:
-        tokens = source.tokens.reshape(-1)[:total].astype(np.int32)
+        tokens = source.tokens.reshape(-1)[:total].astype(np.int32, copy=False)
         facts: dict[str, Any] = {
             "format": "mergelab-activations-1",
             "model": str(model),
             "model_sha256": weights_sha256(model),
-            "tokens_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+            "tokens_sha256": hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest(),
             "sites": {site: width for site, width in zip(source.sites, source.widths, strict=True)},
             "rows": total,
             "context": length,
             "dtype": dtype,
+            "rule": source.rule.facts(),
+            "special_ids": list(source.special_ids),
+            **_text_facts(source),
         }
+        if source.counted is not None:
+            counted = source.counted.reshape(-1)[:total].astype(np.uint8)
+            facts["counted_sha256"] = hashlib.sha256(counted.tobytes()).hexdigest()
         identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         if not work.finished(identity):
             check_new_folder(work.out)
             work.prepare(_bytes(facts))
-            _fill(work, source, facts, tokens, progress, notice or _warn)
+            left_out = LeftOut() if left_out is None else left_out
+            _fill(work, source, facts, tokens, progress, notice or _warn, left_out)
             work.publish(identity)
     return total
+
+
+def _text_facts(source: ModelActivations) -> dict[str, Any]:
+    """How the text became contexts, where that is known and other than by default."""
+    if source.text is None:
+        return {}
+    other = {"packing": source.text.packing, "roles": source.text.roles}
+    told = {name: value for name, value in other.items() if value not in ("packed", "all")}
+    return {"prepend_bos": source.text.bos is True} | told
 
 
 def _warn(message: str) -> None:
@@ -252,13 +296,15 @@ def _fill(
     tokens: np.ndarray,
     progress: Callable[[int, int], None],
     notice: Callable[[str], None],
+    left_out: LeftOut,
 ) -> None:
     """Makes all files in the work folder, but for those of a begun one that are whole."""
     total, dtype = len(tokens), facts["dtype"]
+    by_place, context = source.by_place.reshape(-1), facts["context"]
     with disk_errors(work.out):
         _claim(work, facts, notice)
         known = _receipts(work.journal)
-        names = ["store.json", "tokens.safetensors"]
+        names = [_FACTS, _TOKENS]
         for number, start in enumerate(range(0, total, _SHARD_ROWS)):
             stop = min(start + _SHARD_ROWS, total)
             files = [f"{site}-{number:05d}.safetensors" for site in source.sites]
@@ -268,11 +314,23 @@ def _fill(
             if fault is not None:
                 if fault != "is new":
                     notice(f"the begun {work.out.name} {fault}; it is written again")
-                for name, values in zip(files, source.read_sites(start, stop), strict=True):
+                rows = read_in_pieces(source, start, stop, work.stages, lambda done: progress(done, total))
+                for name, values in zip(files, rows, strict=True):
                     _write(_stored(values, dtype), work.path / name)
                     _note(work.journal, name, asdict(Entry.of(work.path / name)))
+                work.clear_stages()
+            else:
+                rows = tuple(_open(work.path / name).read(0, stop - start) for name in files)
+            kept = source.kept_among(rows, start)
+            left_out.add(kept, by_place[start:stop], first=start, context=context)
             progress(stop, total)
-        _write({"tokens": tokens}, work.path / "tokens.safetensors")
+        held = {"tokens": tokens}
+        if source.counted is not None:
+            held["counted"] = source.counted.reshape(-1)[:total].astype(np.uint8)
+        _write(held, work.path / _TOKENS)
+        medians = dict(zip(source.sites, source.median_norms, strict=True))
+        told = {**facts, "median_norms": medians, "left_out": left_out.facts()}
+        write_whole(work.path / "store.json", json.dumps(told, indent=2) + "\n")
         work.keep_only(names)
 
 
@@ -285,7 +343,8 @@ def _claim(work: WorkFolder, facts: Mapping[str, Any], notice: Callable[[str], N
         except CheckpointError:
             said = None
             notice(f"the begun {work.out.name} does not say what it is of, so it is begun anew")
-        if said == facts:
+        # What is found on the way is added at the end.
+        if isinstance(said, dict) and {name: said.get(name) for name in facts} == facts:
             return
         if said is not None:
             raise OutputError(
@@ -294,6 +353,7 @@ def _claim(work: WorkFolder, facts: Mapping[str, Any], notice: Callable[[str], N
             )
     work.journal.unlink(missing_ok=True)
     work.clear()
+    work.clear_stages()
     write_whole(path, json.dumps(facts, indent=2) + "\n")
 
 

@@ -193,12 +193,13 @@ def _status(error: BaseException) -> int:
     return status if isinstance(status, int) else 0
 
 
-def hub_reason(error: BaseException, place: HubPlace) -> str:
+def hub_reason(error: BaseException, place: HubPlace, *, kind: str = "model") -> str:
     """What the hub or its client refused, as a clause with a remedy.
 
     Args:
         error: any exception of `huggingface_hub`.
         place: what was asked for.
+        kind: what it is, in words.
     """
     hub = hub_client()
     kinds, endpoint = hub.errors, hub.constants.ENDPOINT
@@ -206,7 +207,7 @@ def hub_reason(error: BaseException, place: HubPlace) -> str:
     if hub.constants.HF_HUB_OFFLINE or isinstance(error, kinds.OfflineModeIsEnabled):
         return (
             f"HF_HUB_OFFLINE is set and the hub's cache ({hub.constants.HF_HUB_CACHE}) has no copy of "
-            f"{place}; unset it, or fetch the model first"
+            f"{place}; unset it, or fetch the {kind} first"
         )
     if isinstance(error, kinds.GatedRepoError):
         return f"the hub's {place.repo} is gated: accept its terms at {endpoint}/{place.repo}, then {login}"
@@ -214,7 +215,7 @@ def hub_reason(error: BaseException, place: HubPlace) -> str:
         return f"the hub's {place.repo} has no revision {place.revision or 'main'!r}; check its spelling"
     if isinstance(error, kinds.RepositoryNotFoundError) and _status(error) != 403:
         return (
-            f"the hub has no model {place.repo!r} that you may read; check the spelling, or, if it is "
+            f"the hub has no {kind} {place.repo!r} that you may read; check the spelling, or, if it is "
             f"private, {login}"
         )
     if _status(error) in (401, 403):

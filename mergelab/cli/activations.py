@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import click
 
 from mergelab.cli.numbers import WholeNumber
+from mergelab.cli.options import TEXT, text_options, token_options, token_rule
 from mergelab.cli.output import count_bar, print_result
+from mergelab.errors import quoted
 
 __all__ = ["command"]
+
+
+class _Part(click.ParamType):
+    name = "part"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", str(value))
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            self.fail(f"{quoted(value)} is not a part; write 1/4, 2/4, ...", param, ctx)
+        return int(match[1]) - 1, int(match[2])
+
+
+PART = _Part()
 
 
 @click.command("activations")
@@ -26,8 +45,9 @@ __all__ = ["command"]
     "texts",
     multiple=True,
     required=True,
-    type=click.Path(path_type=Path),
-    help="Text file to read; repeatable.",
+    metavar="PLACE",
+    help="Text to read: file (txt, jsonl, parquet, arrow; gz, zst), glob, folder, data set on the hub "
+    "(org/name), URL; repeatable.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="New folder to write.")
 @click.option(
@@ -42,41 +62,67 @@ __all__ = ["command"]
     "--dtype", type=click.Choice(["float32", "bfloat16", "int8"]), default="float32", show_default=True,
     help="Stored dtype; int8 keeps a scale for each row.",
 )  # fmt: skip
+@token_options
+@click.option(
+    "--compute-dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Dtype of the running model's weights (default: as stored); float32 is fastest on most CPUs.",
+)  # fmt: skip
+@TEXT
+@click.option(
+    "--part", type=PART, default="1/1", show_default=True, metavar="N/COUNT",
+    help="Share of the documents: every COUNT-th, from the N-th on; each machine has an OUT of its own.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     model: Path,
     sites: tuple[str, ...],
-    texts: tuple[Path, ...],
+    texts: tuple[str, ...],
     out: Path,
     context: int | None,
     tokens: int | None,
     dtype: str,
+    compute_dtype: str | None,
+    part: tuple[int, int],
     as_json: bool,
+    **given: Any,
 ) -> None:
-    """Record the activations of MODEL on text files.
+    """Record the activations of MODEL on text.
 
     OUT gets files SITE-00000.safetensors with rows [tokens, d_model], tokens.safetensors with the token of
-    each row, and store.json. `mergelab inspect MODEL` lists the sites.
+    each row, and store.json. All rows are written; store.json says which count, for trainings and evaluations
+    that read them. `mergelab inspect MODEL` lists the sites.
 
     \b
     Examples:
       mergelab activations model --site blocks.8.resid_post --text corpus.txt --out acts
+      mergelab activations model --site blocks.8.resid_post --text 'chats/*.jsonl.gz' --out acts \\
+          --roles assistant
       mergelab activations model --site blocks.2.mlp.pre --site blocks.2.mlp.out --text a.txt --out acts \\
           --dtype int8
     """
     from mergelab.activations.capture import open_model_activations
+    from mergelab.activations.kept import DEFAULT_RULE
+    from mergelab.activations.left_out import LeftOut
     from mergelab.activations.store import write_store
     from mergelab.checkpoints.locations import local_path
     from mergelab.checkpoints.publish import WorkFolder
     from mergelab.checkpoints.remote_output import local_output, shown
+    from mergelab.text.corpus import TextOptions
+    from mergelab.text.corpus_files import corpus_files
 
-    model = local_path(model)
+    model, files = local_path(model), corpus_files(texts)
+    options = TextOptions(**text_options(given), tokens=tokens, part=part)
+    read = [file.path for file in files if file.path is not None]
     with (
         local_output(out) as folder,
-        WorkFolder(folder, inputs=[model, *texts]) as work,
+        WorkFolder(folder, inputs=[model, *read]) as work,
         count_bar("row", quiet=as_json) as bar,
     ):
-        source = open_model_activations(model, sites, texts, length=context)
+        rule = token_rule(given, DEFAULT_RULE)
+        source = open_model_activations(
+            model, sites, files, length=context, dtype=compute_dtype, text=options, rule=rule
+        )
+        left_out = LeftOut()
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -86,11 +132,19 @@ def command(
             click.echo(f"warning: {message}", err=True)
 
         rows = write_store(
-            source, work, model=model, rows=tokens, dtype=dtype, progress=progress, notice=notice
+            source,
+            work,
+            model=model,
+            rows=tokens,
+            dtype=dtype,
+            progress=progress,
+            notice=notice,
+            left_out=left_out,
         )
+    uncounted = f"\n{left_out.sentence()} do not count" if left_out.kept < left_out.rows else ""
     print_result(
-        lambda: {"path": shown(out), "rows": rows, "sites": list(sites)},
-        lambda: f"{rows:,} rows of {', '.join(sites)}\n{shown(out)}",
+        lambda: {"path": shown(out), "rows": rows, "sites": list(sites), "left_out": left_out.facts()},
+        lambda: f"{rows:,} rows of {', '.join(sites)}{uncounted}\n{shown(out)}",
         as_json=as_json,
         indent=None,
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergelab.cli.numbers import WholeNumber
-from mergelab.cli.options import MESH
+from mergelab.cli.options import MESH, TEXT, text_options, token_options, token_rule
 
 if TYPE_CHECKING:
     from mergelab.sae.sae import SAE
@@ -25,9 +25,10 @@ __all__ = ["command"]
     "texts",
     multiple=True,
     required=True,
-    type=click.Path(path_type=Path),
-    help="Text file. Repeatable.",
+    metavar="PLACE",
+    help="Text: file, glob, folder or data set. Repeatable.",
 )
+@TEXT
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="New .html file.")
 @click.option("--site", help="Site the SAE reads, such as blocks.8.resid_post (default: as it says).")
 @click.option("--target-site", help="Site a transcoder writes (default: as it says).")
@@ -53,11 +54,12 @@ __all__ = ["command"]
 @click.option("--neuronpedia", type=click.Path(path_type=Path), help="File for Neuronpedia's JSON.")
 @click.option("--mesh", type=MESH, metavar="AXES", help="Device mesh for the model, such as tensor=8.")
 @click.option("--any-model", is_flag=True, help="Accept a model other than the recorded one.")
+@token_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     source: Path,
     model: Path,
-    texts: tuple[Path, ...],
+    texts: tuple[str, ...],
     out: Path,
     site: str | None,
     target_site: str | None,
@@ -70,6 +72,7 @@ def command(
     mesh: dict[str, int] | None,
     any_model: bool,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Write one HTML file with the latents of the SAE in SOURCE.
 
@@ -96,28 +99,45 @@ def command(
     from mergelab.sae.features.gallery import (
         explain_gallery,
         make_gallery,
-        neuronpedia_batch,
         page_data,
     )
     from mergelab.sae.features.matching import hierarchy
+    from mergelab.sae.features.neuronpedia import neuronpedia_batch
+    from mergelab.sae.formats import sae_path
     from mergelab.sae.sae import at_sites
-    from mergelab.sae.subject_model import check_subject_model, open_subject_model
+    from mergelab.sae.subject_model import check_subject_model, judging_rule, open_subject_model
     from mergelab.sharding import make_mesh
+    from mergelab.text.corpus_files import corpus_files
     from mergelab.text.tokenizer import load_tokenizer
 
     title, model_name, model_text = source.name, model.name, str(model)
-    source, model = local_path(source, "sae"), local_path(model)
-    wider = None if wider is None else local_path(wider, "sae")
-    inputs = [source, model, *texts, *([] if wider is None else [wider])]
-    options = (site, target_site, context, latents, examples, explain, any_model)
+    source, model = sae_path(source), local_path(model)
+    wider = None if wider is None else sae_path(wider)
+    files, asked = corpus_files(texts), text_options(given)
+    read = [file.path for file in files if file.path is not None]
+    inputs = [source, model, *read, *([] if wider is None else [wider])]
+    options = (
+        [file.name for file in files],
+        sorted(given.items()),
+        site,
+        target_site,
+        context,
+        latents,
+        examples,
+        explain,
+        any_model,
+    )
     with NewFiles(
         [path for path in (out, neuronpedia) if path is not None],
         inputs=inputs,
         identity=hashlib.sha256(repr((stat_sha256(*inputs), options)).encode()).hexdigest(),
-    ) as files:
+    ) as new_files:
         sae = at_sites(open_sae(source), site, target_site)
         devices = None if mesh is None else make_mesh(mesh)
-        subject = open_subject_model(sae, model, texts, length=context, any_model=any_model, mesh=devices)
+        rule = token_rule(given, judging_rule(sae))
+        subject = open_subject_model(
+            sae, model, texts, length=context, any_model=any_model, mesh=devices, rule=rule, text=asked
+        )
         tokenizer = load_tokenizer(model)
 
         @cache
@@ -147,17 +167,24 @@ def command(
             "site": gallery.site,
             **_written(sae),
             "latents": f"{len(gallery.latents):,} of {sae.n_latents:,}",
-            "text": f"{gallery.survey.rows:,} tokens",
+            "text": f"{gallery.survey.rows:,} tokens that count, of {subject.rows:,}",
         }
         page = render_features(page_data(gallery, words), title=f"Features of {title}", facts=facts)
         contents: dict[Path | str, Content] = {out: page.encode()}
         if neuronpedia is not None:
             layer = int(gallery.site.split(".")[1]) if gallery.site.startswith("blocks.") else 0
             batch = neuronpedia_batch(
-                gallery, sae, tokenizer.piece, model_id=model_name, sae_id=title, layer=layer
+                gallery,
+                sae,
+                tokenizer.piece,
+                model_id=model_name,
+                sae_set=title,
+                layer=layer,
+                prompts=(subject.tokens.shape[0], subject.tokens.shape[1]),
+                dataset=", ".join(path.name for path in texts),
             )
             contents[neuronpedia] = json.dumps(batch, ensure_ascii=False).encode()
-        files.publish(contents)
+        new_files.publish(contents)
         if as_json:
             click.echo(
                 json.dumps({"path": str(out), "latents": len(gallery.latents), "rows": gallery.survey.rows})

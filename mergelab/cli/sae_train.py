@@ -26,7 +26,14 @@ __all__ = ["command"]
     metavar="SECTION.KEY=VALUE",
     help="Setting that overrides CONFIG; repeatable.",
 )
-@click.option("--resume", is_flag=True, help="Resume a run that was interrupted.")
+@click.option(
+    "--resume", is_flag=True,
+    help="Resume a run that was interrupted; with --set train.tokens=MORE make it longer, finished or not.",
+)  # fmt: skip
+@click.option(
+    "--from", "start_from", metavar="SAE",
+    help="SAE to start from (fine-tuning), of any readable format (default: from random parameters).",
+)  # fmt: skip
 @PUSH
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
@@ -34,6 +41,7 @@ def command(
     out: Path,
     overrides: tuple[str, ...],
     resume: bool,
+    start_from: str | None,
     push_to: str | None,
     as_json: bool,
 ) -> None:
@@ -48,9 +56,14 @@ def command(
       mergelab sae train configs/sae/toy.yaml --out toy
       mergelab sae train sae.yaml --out run --set train.lr=1e-3 --set sae.k=64
       mergelab sae train sae.yaml --out run --resume
+      mergelab sae train sae.yaml --out run --resume --set train.tokens=200000000
+      mergelab sae train sae.yaml --out tuned --from run --set train.lr=1e-4
     """
     check_push_option(push_to, out)
     from mergelab.sae.training import train
+
+    if start_from is not None:
+        overrides = (*overrides, f"start_from={json.dumps(start_from)}")
 
     with count_bar("step", quiet=as_json) as bar:
 
@@ -69,7 +82,19 @@ def command(
             bar.clear()
             click.echo(f"warning: {message}", err=True)
 
-        result = train(config, out, resume=resume, overrides=overrides, progress=progress, notice=notice)
+        def tell(line: str) -> None:
+            bar.clear()
+            click.echo(line, err=True)
+
+        result = train(
+            config,
+            out,
+            resume=resume,
+            overrides=overrides,
+            progress=progress,
+            notice=notice,
+            tell=None if as_json else tell,
+        )
     path = location_text(result.path)
     push_output(result.path, push_to)
     if as_json:

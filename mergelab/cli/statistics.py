@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
 from mergelab.cli.numbers import WholeNumber
+from mergelab.cli.options import TEXT, text_options
 
 __all__ = ["command"]
 
@@ -15,9 +17,10 @@ __all__ = ["command"]
 @click.command("statistics")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
-    "--text", "texts", multiple=True, required=True, type=click.Path(path_type=Path),
-    help="UTF-8 text file; repeatable.",
+    "--text", "texts", multiple=True, required=True, metavar="PLACE",
+    help="Text: file, glob, folder or data set; repeatable.",
 )  # fmt: skip
+@TEXT
 @click.option(
     "--kind", required=True, type=click.Choice(["gram", "fisher"]),
     help="gram: mean of x x^T over tokens, for regmean; fisher: mean squared gradient, for fisher.",
@@ -38,7 +41,7 @@ __all__ = ["command"]
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     model: Path,
-    texts: tuple[Path, ...],
+    texts: tuple[str, ...],
     kind: str,
     out: Path,
     context: int | None,
@@ -46,6 +49,7 @@ def command(
     tokens: int | None,
     overwrite: bool,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Write statistics of MODEL's parameters on text files.
 
@@ -68,21 +72,29 @@ def command(
     from mergelab.checkpoints.locations import local_path
     from mergelab.checkpoints.publish import WorkFolder
     from mergelab.checkpoints.remote_output import local_output, shown
+    from mergelab.text.corpus import TextOptions
+    from mergelab.text.corpus_files import corpus_files
 
-    model = local_path(model)
-    inputs = [model, *texts]
+    if given["roles"] == "assistant":
+        raise click.UsageError("--roles assistant: statistics are of all tokens that a model reads")
+    model, files, asked = local_path(model), corpus_files(texts), text_options(given)
+    inputs = [model, *(file.path for file in files if file.path is not None)]
     with (
         local_output(out, overwrite=overwrite) as folder,
         WorkFolder(folder, inputs=inputs, overwrite=overwrite) as work,
         tqdm(unit="context", disable=as_json or None, dynamic_ncols=True) as bar,
     ):
-        options = (stat_sha256(*inputs), kind, context, tokens)
+        names = [file.name for file in files]
+        options = (stat_sha256(*inputs), names, sorted(asked.items()), kind, context, tokens)
         identity = hashlib.sha256(repr(options).encode()).hexdigest()
         if not work.finished(identity):
             work.prepare()
-        source = open_model_activations(model, [], texts, length=context)
+        options = TextOptions(**asked, tokens=tokens)
+        source = open_model_activations(model, [], files, length=context, text=options)
         length = source.tokens.shape[1]
-        contexts = source.tokens if tokens is None else source.tokens[: max(tokens // length, 1)]
+        kept = slice(None if tokens is None else max(tokens // length, 1))
+        contexts = source.tokens[kept]
+        mask = None if source.counted is None else source.counted[kept]
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -93,13 +105,15 @@ def command(
             source.params,
             contexts,
             work,
+            mask=mask,
             kind="gram" if kind == "gram" else "fisher",
             batch=batch,
             identity=identity,
             progress=progress,
         )
+    used = contexts.size if mask is None else int(mask.sum())
     if as_json:
-        facts = {"path": shown(out), "kind": kind, "tensors": count, "tokens": contexts.size}
+        facts = {"path": shown(out), "kind": kind, "tensors": count, "tokens": used}
         click.echo(json.dumps(facts))
     else:
-        click.echo(f"{kind} of {count:,} tensors on {contexts.size:,} tokens\n{shown(out)}")
+        click.echo(f"{kind} of {count:,} tensors on {used:,} tokens\n{shown(out)}")

@@ -19,11 +19,14 @@ from jax.core import Tracer
 from jax.tree_util import Partial
 from jaxtyping import Float, Int
 
+from mergelab.activations.capture import side_by_side
 from mergelab.errors import SAEError
 from mergelab.interp.token_selection import Columns, Generated, Tokens, chosen_tokens, select_tokens
 from mergelab.models.sites import Edit
-from mergelab.sae.sae import SAE, layer_norm
-from mergelab.sae.splice import check_reconstructs, splice
+from mergelab.sae.normalizations import normalized
+from mergelab.sae.sae import SAE
+from mergelab.sae.splice import check_reconstructs, token_rows, where_kept
+from mergelab.sae.splice import splice as splice_everywhere
 
 __all__ = ["ablate", "add", "clamp", "edit_latents", "scale", "splice"]
 
@@ -64,6 +67,29 @@ def add(sae: SAE, latents: Latents, amounts: Amounts, *, where: Tokens = None) -
     return edit_latents(sae, latents, jnp.add, amounts, where=where)
 
 
+def splice(sae: SAE, *, error: bool = False, where: Tokens = None) -> Edit:
+    """Replaces an activation by its reconstruction.
+
+    Args:
+        sae: SAE of the site that the edit is used at.
+        error: whether the error term is added as a constant (`mergelab.sae.splice`).
+        where: tokens to change, as in `mergelab.interp.steer`; all by default. Attention sinks, such as the
+            first token, are best left as they are: no SAE that was trained without them reconstructs them.
+
+    Raises:
+        SAEError: the SAE does not reconstruct what it reads.
+    """
+    edit = splice_everywhere(sae, error=error)
+    return edit if where is None else Partial(_at_tokens, edit, select_tokens(where))
+
+
+def _at_tokens(
+    edit: Edit, where: Any, x: Array, columns: Columns = None, generated: Generated = None
+) -> Array:
+    tokens = chosen_tokens(where, x.shape, columns, generated)
+    return edit(x) if tokens is None else where_kept(tokens, side_by_side(edit(x)), x)
+
+
 def edit_latents(
     sae: SAE, latents: Latents, change: Change, amounts: Amounts, *, where: Tokens = None
 ) -> Edit:
@@ -100,24 +126,21 @@ def _changed(
     columns: Columns = None,
     generated: Generated = None,
 ) -> Array:
-    rows = _rows(x)
+    rows = token_rows(x)
     codes = sae.encode(rows)[:, latents]
     difference = change(codes, jnp.broadcast_to(amounts, codes.shape)) - codes
     tokens = chosen_tokens(where, x.shape, columns, generated)
     if tokens is not None:
         difference = difference * tokens.reshape(-1, 1).astype(difference.dtype)
     added = difference @ sae.W_dec[latents]
-    if sae.config.normalization == "layer_norm":
-        added = added * layer_norm(rows)[2]
+    scale = normalized(sae.config.normalization, rows)[2]
+    if scale is not None:
+        added = added * scale
     return (rows + added).reshape(x.shape).astype(x.dtype)
 
 
 def _set(codes: Array, amounts: Array) -> Array:
     return amounts.astype(codes.dtype)
-
-
-def _rows(x: Array) -> Array:
-    return x.reshape(-1, x.shape[-1]).astype(jnp.float32)
 
 
 def _checked_latents(sae: SAE, latents: Any) -> Array:

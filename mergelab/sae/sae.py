@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from mergelab.errors import SAEError, did_you_mean
 from mergelab.sae.activation_functions import ACTIVATION_FUNCTIONS, ActivationFunction
 from mergelab.sae.kernels.rows import sum_of_rows
+from mergelab.sae.normalizations import NORMALIZATIONS, normalized
 from mergelab.sharding import put
 
 __all__ = [
@@ -24,30 +25,12 @@ __all__ = [
     "SAEConfig",
     "Transcoder",
     "at_sites",
-    "layer_norm",
     "place_sae",
     "sae_shardings",
+    "with_metadata",
 ]
 
 
-_EPS = 1e-5
-
-
-def layer_norm(x: Array) -> tuple[Array, Array, Array]:
-    """Each token less its mean over the width, divided by its unbiased standard deviation + 1e-5.
-
-    Args:
-        x: `[tokens, d]`, d at least 2.
-
-    Returns:
-        The normalized tokens, and what undoes it: means and scales `[tokens, 1]`.
-    """
-    mean = x.mean(axis=-1, keepdims=True)
-    scale = x.std(axis=-1, keepdims=True, ddof=1) + _EPS
-    return (x - mean) / scale, mean, scale
-
-
-NORMALIZATIONS = ("none", "layer_norm")
 LATENT_AXIS = {
     "W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0, "magnitude_scale": 0, "magnitude_bias": 0,
 }  # fmt: skip
@@ -60,13 +43,15 @@ class SAEConfig:
 
     Attributes:
         activation: name of a function of `mergelab.sae.activation_functions`: `topk` keeps the k largest
-            pre-activations, `abs_topk` the k of largest absolute value; `batch_topk` and `jump_relu` those
-            above `threshold`; `relu` the positive ones; `gated` decides by one path and measures by another.
-        k: latents per token, for `topk` and `abs_topk`.
+            pre-activations, `abs_topk` the k of largest absolute value, `group_max` the largest of each of k
+            groups; `batch_topk` and `jump_relu` those above `threshold`; `relu` the positive ones; `gated`
+            decides by one path and measures by another.
+        k: latents per token, for `topk`, `abs_topk` and `group_max`.
         subtract_b_dec: whether `b_dec` is subtracted from the input before it is encoded.
         normalization: `none`, or `layer_norm`: each token loses its mean over the width and is divided by its
-            unbiased standard deviation + 1e-5, and the reconstruction is put back (OpenAI's); what a
-            transcoder writes has a scale of its own and stays as it is.
+            unbiased standard deviation + 1e-5, and the reconstruction is put back (OpenAI's); or
+            `constant_norm`: each token is scaled to the norm `sqrt(d)`, and back. What a transcoder writes
+            has a scale of its own and stays as it is.
         sites: number of activations that stand side by side in the input, for a crosscoder.
         reads: the sites whose activations are read, one for each of `sites`; None where they are not known.
             Taken from `site` of the metadata where it is not given.
@@ -313,16 +298,26 @@ class SAE(metaclass=_Named):
             raise SAEError(f"b_dec of width {out} cannot be subtracted from inputs of width {d}.")
         if self.config.needs_k and self.config.k is not None and self.config.k > n:
             raise SAEError(f"k is {self.config.k}, but the SAE has only {n} latents.")
+        if self.config.activation == "group_max" and n % (self.config.k or 1):
+            raise SAEError(
+                f"{n} latents do not make {self.config.k} groups of one size; k has to divide them."
+            )
         return _of_its_kind(self)
 
+    def _side_by_side(self, x: Array) -> Array:
+        """Activations of a site with heads, `[..., heads, d]`, as one vector of `d_in` for each token."""
+        x, reads = jnp.asarray(x), self.config.reads
+        heads = reads is not None and reads[0].endswith((".attn.q", ".attn.k", ".attn.v", ".attn.z"))
+        if heads and x.ndim > 1 and x.shape[-1] != self.d_in == x.shape[-1] * x.shape[-2]:
+            return x.reshape(*x.shape[:-2], self.d_in)
+        return x
+
     def _normalized(self, x: Array) -> tuple[Array, Array | None, Array | None]:
-        if self.config.normalization == "none":
-            return x, None, None
-        return layer_norm(x)
+        return normalized(self.config.normalization, x)
 
     def pre_activations(self, x: Float[Array, "*tokens d_in"]) -> Float[Array, "*tokens n"]:
         """What the activation function is given; the gate's, for `gated`."""
-        rows, shape = _rows("activations", x, self.d_in, "d_in")
+        rows, shape = _rows("activations", self._side_by_side(x), self.d_in, "d_in")
         return self._pre_activations(rows).reshape(*shape, self.n_latents)
 
     def _pre_activations(self, x: Array) -> Array:
@@ -332,24 +327,24 @@ class SAE(metaclass=_Named):
         return x @ self.W_enc + self.b_enc[None, :]
 
     def encode(self, x: Float[Array, "*tokens d_in"]) -> Float[Array, "*tokens n"]:
-        """The codes, dense."""
-        rows, shape = _rows("activations", x, self.d_in, "d_in")
+        """The codes, dense; of a site with heads also of activations `[..., heads, d]`."""
+        rows, shape = _rows("activations", self._side_by_side(x), self.d_in, "d_in")
         return self.activation.codes(self._pre_activations(rows)).reshape(*shape, self.n_latents)
 
     def sparse_codes(
         self, x: Float[Array, "*tokens d_in"]
     ) -> tuple[Float[Array, "*tokens k"], Int[Array, "*tokens k"]]:
-        """Values and latents of the k codes of each token, for `topk` and `abs_topk`.
+        """Values and latents of the k codes of each token, for functions that have so many.
 
         Raises:
             SAEError: the number of the SAE's active latents varies.
         """
-        rows, shape = _rows("activations", x, self.d_in, "d_in")
+        rows, shape = _rows("activations", self._side_by_side(x), self.d_in, "d_in")
         values, indices = self.activation.pairs(self._pre_activations(rows))
         return values.reshape(*shape, -1), indices.reshape(*shape, -1)
 
     def decode(self, codes: Float[Array, "*tokens n"]) -> Float[Array, "*tokens d_out"]:
-        """What codes stand for, without a skip path and without undoing a `layer_norm`."""
+        """What codes stand for, without a skip path and without undoing a normalization."""
         rows, shape = _rows("codes", codes, self.n_latents, "n_latents")
         return (rows @ self.W_dec + self.b_dec[None, :]).reshape(*shape, self.d_out)
 
@@ -364,10 +359,12 @@ class SAE(metaclass=_Named):
     def reconstruct(
         self, x: Float[Array, "*tokens d_in"], codes: Float[Array, "*tokens n"]
     ) -> Float[Array, "*tokens d_out"]:
-        """What these codes make of `x`."""
-        rows, shape = _rows("activations", x, self.d_in, "d_in")
+        """What these codes make of `x`, in its shape where it is reconstructed."""
+        flat = self._side_by_side(x)
+        rows, shape = _rows("activations", flat, self.d_in, "d_in")
         out = self.decode(_rows("codes", codes, self.n_latents, "n_latents")[0])
-        return self._completed(rows, out).reshape(*shape, self.d_out)
+        whole = self._completed(rows, out).reshape(*shape, self.d_out)
+        return whole.reshape(x.shape) if self.is_autoencoder and flat.shape != x.shape else whole
 
     def _completed(self, x: Array, out: Array) -> Array:
         """What is decoded, with the skip path added and in the scale of `x`, both of them rows."""
@@ -377,7 +374,8 @@ class SAE(metaclass=_Named):
             return out if self.W_skip is None else out + x @ self.W_skip
         if self.W_skip is not None:
             out = out + normal @ self.W_skip
-        return out if mean is None or scale is None else out * scale + mean
+        out = out if scale is None else out * scale
+        return out if mean is None else out + mean
 
     def __call__(self, x: Float[Array, "*tokens d_in"]) -> Float[Array, "*tokens d_out"]:
         """The reconstruction."""
@@ -455,6 +453,16 @@ def at_sites(sae: SAE, site: str | None = None, target_site: str | None = None) 
     metadata = {key: value for key, value in config.metadata.items() if key not in ("site", "target_site")}
     changed = replace(config, reads=reads, writes=writes, transcoder=kind, metadata=metadata)
     return _of_its_kind(replace(sae, config=changed))
+
+
+def with_metadata(sae: SAE, metadata: Mapping[str, Any]) -> SAE:
+    """The SAE with more metadata, which wins over what it says itself; sites are told by `at_sites`.
+
+    Args:
+        sae: SAE whose other metadata stays.
+        metadata: plain JSON, such as `model`, `context` and `model_hash`.
+    """
+    return replace(sae, config=replace(sae.config, metadata={**sae.config.metadata, **metadata}))
 
 
 def place_sae(sae: SAE, mesh: Mesh) -> SAE:

@@ -1,4 +1,4 @@
-"""Text to tokens to batches: tokenizers, chat templates, contexts of a fixed length."""
+"""Text to tokens to batches: corpora, tokenizers, chat templates, contexts of a fixed length."""
 
 from typing import TYPE_CHECKING
 
@@ -6,6 +6,8 @@ from mergelab.lazy import lazy_names
 
 if TYPE_CHECKING:
     from mergelab.text.chat import Message, chat_ids, chat_text, render_chat, turn_end_ids
+    from mergelab.text.contexts import TextContexts, text_contexts
+    from mergelab.text.corpus import Document, TextOptions, documents
     from mergelab.text.packing import (
         Contexts,
         EvaluationWindows,
@@ -19,17 +21,22 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Contexts",
+    "Document",
     "EvaluationWindows",
     "Message",
+    "TextContexts",
+    "TextOptions",
     "Tokenizer",
     "chat_ids",
     "chat_text",
+    "documents",
     "evaluation_windows",
     "load_tokenizer",
     "pack_stream",
     "pack_whole",
     "random_windows",
     "render_chat",
+    "text_contexts",
     "token_stream",
     "turn_end_ids",
 ]

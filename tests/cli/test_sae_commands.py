@@ -56,6 +56,37 @@ def test_export_keeps_the_function(run: Path, tmp_path: Path, format: str) -> No
     np.testing.assert_allclose(theirs(x), mine(x), atol=1e-4)
 
 
+def test_metadata_is_put_in_once(run: Path, tmp_path: Path) -> None:
+    facts = [
+        "--metadata",
+        "site=blocks.8.resid_post",
+        "--metadata",
+        "context=128",
+        "--metadata",
+        "model=gpt2=x",
+    ]
+    code, _ = _invoke("sae", "export", run / "run", "--format", "mergelab", "--out", tmp_path / "a", *facts)
+    found = load_sae(tmp_path / "a").config
+    assert code == 0 and found.reads == ("blocks.8.resid_post",) == found.writes
+    assert (found.metadata["context"], found.metadata["model"]) == (128, "gpt2=x")
+    assert found.metadata["settings"]  # what was known stays
+    code, _ = _invoke("sae", "export", tmp_path / "a", "--format", "saelens", "--out", tmp_path / "b")
+    said = json.loads((tmp_path / "b" / "cfg.json").read_text())["metadata"]
+    assert code == 0 and (said["hook_name"], said["model_name"], said["context_size"]) == (
+        "blocks.8.hook_resid_post", "gpt2=x", 128,
+    )  # fmt: skip
+    for format, wrong, words in (
+        ("mergelab", ["--metadata", "site"], "not KEY=VALUE"),
+        ("mergelab", ["--metadata", "a=1", "--metadata", "a=2"], "twice"),
+        ("mergelab", ["--metadata", "site=3"], "expected a site"),
+        ("mergelab", ["--metadata", "site=x", "--site", "y"], "--site is 'y', but"),
+        ("sparsify", ["--metadata", "model=gpt2"], "no place for"),
+    ):
+        out = tmp_path / "c"
+        code, said = _invoke("sae", "export", run / "run", "--format", format, "--out", out, *wrong)
+        assert code == 2 and words in " ".join(said.split()) and not out.exists(), said
+
+
 def test_faults_are_one_line_and_status_2(run: Path, tmp_path: Path) -> None:
     code, said = _invoke("sae", "export", run / "run", "--format", "openai", "--out", tmp_path / "x.pt")
     assert code == 2 and said.startswith("error: the format 'openai'") and said.count("\n") == 1

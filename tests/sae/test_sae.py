@@ -14,6 +14,7 @@ import pytest
 from mergelab.errors import CheckpointError, SAEError
 from mergelab.sae.activation_functions import ACTIVATION_FUNCTIONS
 from mergelab.sae.formats import load_sae, save_sae
+from mergelab.sae.normalizations import NORMALIZATIONS
 from mergelab.sae.sae import SAE, Crosscoder, SAEConfig, Transcoder, at_sites
 
 D, N = 6, 16
@@ -32,13 +33,13 @@ X = jnp.asarray(DRAW.standard_normal((2, 3, D)), jnp.float32)
 
 def _sae(activation: str = "topk", **config: Any) -> SAE:
     needs = ACTIVATION_FUNCTIONS[activation].needs()
-    k = {"k": 3} if "k" in needs else {}
+    k = {"k": 4 if activation == "group_max" else 3} if "k" in needs else {}
     arrays = ARRAYS | {name: MORE[name] for name in needs if name in MORE}
     return SAE(**arrays, config=SAEConfig(activation, **k, **config)).checked()
 
 
 @pytest.mark.parametrize("activation", ACTIVATION_FUNCTIONS)
-@pytest.mark.parametrize("normalization", ["none", "layer_norm"])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_leading_axes_are_tokens(activation: str, normalization: str) -> None:
     sae = _sae(activation, normalization=normalization)
     codes = sae.encode(X)
@@ -142,10 +143,35 @@ def test_the_folder_of_a_run_is_its_sae(tmp_path: Path) -> None:
         load_sae(run / "checkpoints")
 
 
-def test_signed_codes_are_written_by_the_own_format_alone(tmp_path: Path) -> None:
+def test_a_group_gives_its_largest_latent() -> None:
+    sae = _sae("group_max")
+    pre = np.asarray(sae.pre_activations(X)).reshape(-1, 4, N // 4)
+    wanted = np.where(pre == pre.max(axis=2, keepdims=True), np.maximum(pre, 0), 0).reshape(-1, N)
+    np.testing.assert_array_equal(np.asarray(sae.encode(X)).reshape(-1, N), wanted)
+    values, indices = sae.sparse_codes(X)
+    np.testing.assert_array_equal(np.asarray(indices) // (N // 4), np.broadcast_to(range(4), (2, 3, 4)))
+    np.testing.assert_allclose(sae.decode_sparse(values, indices), sae(X), atol=1e-5)
+    with pytest.raises(SAEError, match="16 latents do not make 5 groups"):
+        SAE(**ARRAYS, config=SAEConfig("group_max", 5)).checked()
+
+
+def test_a_constant_norm_is_put_back() -> None:
+    sae = _sae("topk", normalization="constant_norm")
+    rows = np.asarray(X, np.float64).reshape(-1, D)
+    scale = np.linalg.norm(rows, axis=1, keepdims=True) / np.sqrt(D)
+    plain = _sae("topk")
+    np.testing.assert_allclose(
+        np.asarray(sae(X)).reshape(-1, D), np.asarray(plain(jnp.asarray(rows / scale, jnp.float32))) * scale,
+        atol=1e-4,
+    )  # fmt: skip
+    assert np.isfinite(np.asarray(sae(jnp.zeros((1, D))))).all()
+
+
+def test_signed_codes_are_written_where_a_format_has_them(tmp_path: Path) -> None:
     sae = _sae("abs_topk")
-    save_sae(sae, tmp_path / "own")
-    np.testing.assert_array_equal(load_sae(tmp_path / "own").encode(X), sae.encode(X))
-    for format in ("saelens", "sparsify", "dictionary_learning", "openai", "gemma-scope"):
+    for format in ("mergelab", "saelens"):
+        save_sae(sae, tmp_path / format, format)
+        np.testing.assert_array_equal(load_sae(tmp_path / format).encode(X), sae.encode(X))
+    for format in ("sparsify", "dictionary_learning", "openai", "gemma-scope"):
         with pytest.raises(SAEError, match="abs_topk"):
             save_sae(sae, tmp_path / format, format)

@@ -9,15 +9,15 @@ import bisect
 import io
 import keyword
 import tokenize
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from mergelab.activations.capture import cut_contexts
-from mergelab.checkpoints.text_file import MAX_PROSE, read_text
-from mergelab.errors import SAEError
+from mergelab.text.contexts import cut_pieces
+from mergelab.text.corpus import TextOptions, documents
+from mergelab.text.corpus_tokens import TokenPiece, conversation_piece
 from mergelab.text.tokenizer import load_tokenizer
 
 __all__ = ["TASKS", "LabeledTokens", "character_labels", "label_texts"]
@@ -111,36 +111,50 @@ def _python(text: str, found: Mapping[str, np.ndarray]) -> None:
             found["is_number"][span] = kind == "NUMBER"
 
 
-def label_texts(model: Path, texts: Sequence[Path], length: int) -> LabeledTokens:
-    """Files in the tokens of a model's folder, with answers; files named `*.py` are Python.
+def label_texts(
+    model: Path,
+    texts: str | Path | Sequence[str | Path],
+    length: int,
+    options: TextOptions | None = None,
+) -> LabeledTokens:
+    """Texts in the tokens of a model's folder, with answers; files named `*.py` are Python.
 
-    The contexts are those of `mergelab.activations.capture.contexts_of_texts`.
+    The contexts are those of `mergelab.text.contexts.text_contexts`. A text is held in memory whole, and a
+    conversation as its template writes it.
 
     Args:
         model: the folder, with a `tokenizer.json`.
-        texts: UTF-8 files.
+        texts: what `mergelab.text.corpus.documents` takes, or one.
         length: tokens in a context.
+        options: how the texts become contexts.
 
     Raises:
         SAEError: a text cannot be read, or they do not fill one context.
         CheckpointError: there is no tokenizer.
     """
-    tokenizer = load_tokenizer(model)
-    documents, answers = [], []
-    for path in texts:
-        text = read_text(path, MAX_PROSE, error=SAEError, errors="replace")
-        encoding = tokenizer.backend.encode(text, add_special_tokens=False)
-        labels = character_labels(text, python=path.suffix == ".py")
-        solid = np.flatnonzero([not character.isspace() for character in text])
-        bits = (labels.T.astype(np.int64) << np.arange(len(_NAMES))).sum(axis=1)
-        documents.append(encoding.ids)
-        answers.append([_answer(bits, solid, span) for span in encoding.offsets])
-    end, frame = next(iter(tokenizer.end_ids), None), tokenizer.frame
-    tokens = cut_contexts(documents, length, end, frame)
+    tokenizer, options = load_tokenizer(model), options or TextOptions()
+
+    def labeled() -> Iterator[tuple[TokenPiece, np.ndarray]]:
+        for document in documents(texts, options):
+            path = document.path
+            if document.messages is not None:
+                piece, text, spans = conversation_piece(tokenizer, document, options)
+            else:
+                text = "".join(document.pieces)
+                encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+                piece, spans = TokenPiece(np.array(encoding.ids, np.int32)), encoding.offsets
+            labels = character_labels(text, python=path is not None and path.suffix == ".py")
+            solid = np.flatnonzero([not character.isspace() for character in text])
+            bits = (labels.T.astype(np.int32) << np.arange(len(_NAMES), dtype=np.int32)).sum(axis=1)
+            yield piece, np.array([_answer(bits, solid, span) for span in spans], np.int32)
+
+    found = cut_pieces(labeled(), tokenizer, length, options)
+    values = found.values
+    assert values is not None
     # Tokens that are none of the text are a no to every task.
-    packed = cut_contexts(answers, length, None if end is None else 0, None if frame is None else (0, 0))
-    labels = {name: (packed >> i & 1).astype(bool) for i, name in enumerate(_NAMES)}
-    return LabeledTokens(tokens, labels)
+    return LabeledTokens(
+        found.tokens, {name: (values >> i & 1).astype(bool) for i, name in enumerate(_NAMES)}
+    )
 
 
 def _answer(bits: np.ndarray, solid: np.ndarray, span: tuple[int, int]) -> int:

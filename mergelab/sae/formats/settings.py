@@ -54,6 +54,14 @@ class FormatSettings:
             raise self._refuse(key, f"a whole number of at least {least}")
         return value
 
+    def positive(self, key: str) -> float:
+        """A finite number above 0."""
+        value = self.values.get(key)
+        number = float(value) if type(value) is float or (type(value) is int and value <= _LARGEST) else 0.0
+        if not math.isfinite(number) or number <= 0:
+            raise self._refuse(key, "a number above 0")
+        return number
+
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
         value = self.values.get(key)

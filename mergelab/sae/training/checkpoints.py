@@ -15,20 +15,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from mergelab.checkpoints.json_data import read_json
+from mergelab.checkpoints.json_data import read_json, read_json_object
 from mergelab.checkpoints.manifest import first_fault, write_manifest
 from mergelab.checkpoints.orbax_calls import call_orbax, orbax_reason
 from mergelab.checkpoints.publish import sync_path
 from mergelab.checkpoints.remote_output import mirror
 from mergelab.errors import CheckpointError, MergelabError, OutputError
 from mergelab.processes import Terminated, agree, together
+from mergelab.sae.training.config import TrainingRecipe, TrainSection
 from mergelab.sae.training.state import TrainState
 
-__all__ = ["Checkpoints", "FoundCheckpoint"]
+__all__ = ["TOKENS", "Checkpoints", "FoundCheckpoint"]
 
 _STATE, _PLACE = "state", "place"
 _COUNTS = "counts"
 """Key beside the place in the data: the unit in which latents that do not fire are counted; once tokens."""
+
+TOKENS = "tokens"
+"""Key beside the place in the data: the tokens of the whole training, as it was planned then."""
 
 _INTERRUPT_WAIT = 1.0
 """Seconds an interrupted run gives a checkpoint that is being written."""
@@ -75,7 +79,7 @@ class Checkpoints:
         found = -1
         with together("looking for checkpoints", distributed=self._distributed):
             for step in sorted(self._steps(), reverse=True) if self._first else ():
-                fault = first_fault(self.folder / str(step)) or self._place_fault(step)
+                fault = self.fault(step)
                 if fault is None:
                     found = step
                     break
@@ -83,6 +87,25 @@ class Checkpoints:
         found = agree(found, distributed=self._distributed)
         self._latest = None if found < 0 else found
         return FoundCheckpoint(self._latest, tuple(passed))
+
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints there are, whole or not, oldest first."""
+        return sorted(self._steps())
+
+    def fault(self, step: int) -> str | None:
+        """What is wrong with the checkpoint of a step, in words; None if it is whole."""
+        return first_fault(self.folder / str(step)) or self._place_fault(step)
+
+    def recipe(self, step: int, train: TrainSection) -> TrainingRecipe:
+        """The recipe by which the checkpoint of a step was made; a run may have been made longer since.
+
+        Raises:
+            CheckpointError: the checkpoint's place cannot be read.
+        """
+        tokens = read_json_object(self.folder / str(step) / _PLACE / "metadata").get(TOKENS)
+        if isinstance(tokens, int) and tokens != train.tokens:
+            train = train.model_copy(update={"tokens": tokens})
+        return train.build()
 
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint known."""

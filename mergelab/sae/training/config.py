@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
+from mergelab.activations.kept import DEFAULT_RULE, TokenRule
 from mergelab.checkpoints.text_file import read_text
 from mergelab.checkpoints.yaml_data import MAX_DEPTH, parse_yaml
 from mergelab.errors import SAEError, did_you_mean, quoted, shortened
 from mergelab.sae.variants import VARIANTS, Variant, make_variant
 from mergelab.sae.variants.options import checked_options
+from mergelab.text.corpus import TextOptions
 
 __all__ = [
     "CheckpointSection",
@@ -240,10 +242,22 @@ class DataSection(_Section):
         model: Hugging Face folder with its tokenizer, of `model`.
         site: site of `model`, such as `blocks.8.resid_post`.
         target_site: site that is written, of `model`, for a transcoder.
-        text: text file of `model`, or several.
+        text: text of `model`, or several: files, globs, folders, data sets on the hub, URLs
+            (`mergelab.text.corpus_files.corpus_files`).
+        field: field of the records that is read, of `model` (`mergelab.text.corpus.TextOptions`).
+        bos: whether a token that begins texts stands before each text and context, of `model`; `auto` does as
+            the tokenizer does.
+        packing: `packed` texts, or `documents` kept apart, of `model`.
+        roles: tokens of conversations that count, of `model`: `all`, or those of the `assistant`.
         context: number of tokens in a context, of `model`; at most the model's positions.
         toy: options of `toy`, those of `mergelab.sae.toy.ToyGroundTruth`.
         buffer_rows: number of rows that are shuffled together.
+        skip_positions: number of first positions of each context that are left out
+            (`mergelab.activations.TokenRule`); `auto` is what the files were written with, or 1.
+        skip_special: whether special tokens are left out; `auto` is what the files were written with, or
+            true.
+        max_norm_multiple: largest norm of a row that counts, in medians; null for no limit; `auto` is what
+            the files were written with, or 10.
     """
 
     kind: Literal["files", "model", "toy"]
@@ -253,9 +267,36 @@ class DataSection(_Section):
     site: str | None = None
     target_site: str | None = None
     text: str | list[str] | None = None
+    field: str | None = None
+    bos: bool | Literal["auto"] = "auto"
+    packing: Literal["packed", "documents"] = "packed"
+    roles: Literal["all", "assistant"] = "all"
     context: Count = 64
     toy: dict[str, Any] = Field(default_factory=dict)
     buffer_rows: Count = 65_536
+    skip_positions: Annotated[Whole, Field(ge=0, le=_MOST)] | Literal["auto"] = "auto"
+    skip_special: bool | Literal["auto"] = "auto"
+    max_norm_multiple: Annotated[Fraction, Field(gt=1)] | Literal["auto"] | None = "auto"
+
+    def rule(self, written: TokenRule | None = None) -> TokenRule:
+        """Which tokens count.
+
+        Args:
+            written: the rule that files were written with, where that is known.
+        """
+        given = {name: getattr(self, name) for name in DEFAULT_RULE.facts()}
+        return replace(
+            written or DEFAULT_RULE, **{name: value for name, value in given.items() if value != "auto"}
+        )
+
+    @property
+    def texts(self) -> list[str]:
+        """The places of texts, of `model`."""
+        return [] if self.text is None else [self.text] if isinstance(self.text, str) else self.text
+
+    def text_options(self, tokens: int | None = None) -> TextOptions:
+        """How texts become contexts, and of how many tokens."""
+        return TextOptions(self.field, self.bos, self.packing, self.roles, tokens)
 
 
 _OTHER_FORM = ("steps", "learning_rate")
@@ -344,6 +385,8 @@ class TrainConfig(_Section):
         mesh: devices along the axes `data` and `latents`; one device if omitted.
         log_to: loggers besides `metrics.jsonl`: `tensorboard`, `wandb`.
         metadata: kept in the finished SAE: `site`, `target_site`, `model`, ....
+        start_from: SAE from whose parameters the training starts, in any format that can be read: a folder,
+            a run's folder, a place on the hub.
     """
 
     sae: SAESection
@@ -353,16 +396,17 @@ class TrainConfig(_Section):
     mesh: dict[str, Annotated[Whole, Field(ge=-1, le=_MOST)]] | None = None
     log_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     metadata: dict[str, Any] = Field(default_factory=dict)
+    start_from: str | None = None
 
 
 def load_config(
-    config: TrainConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()
+    config: TrainConfig | Mapping[str, Any] | str | Path, overrides: str | Sequence[str] = ()
 ) -> TrainConfig:
     """Reads and checks a configuration.
 
     Args:
         config: a YAML file, or what it would hold.
-        overrides: `section.key=value`, value in YAML; they win over the file.
+        overrides: `section.key=value`, value in YAML, several or one; they win over the file.
 
     Raises:
         SAEError: the file cannot be read, a key is unknown, or a value has the wrong type; the message names
@@ -378,7 +422,7 @@ def load_config(
         data = plain_settings(read_text(config, MAX_CONFIG, error=SAEError), name)
     if not isinstance(data, dict):
         raise SAEError(f"{name}: expected the sections sae, data and train, found {type(data).__name__}.")
-    for override in overrides:
+    for override in [overrides] if isinstance(overrides, str) else overrides:
         data = _with_override(data, override)
     try:
         return TrainConfig.model_validate(data)

@@ -2,28 +2,64 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mergelab.activations import ActivationSource, open_activation_files
+from mergelab.activations import (
+    ActivationFiles,
+    ActivationSource,
+    find_activation_files,
+    open_activation_files,
+)
 from mergelab.activations.capture import DEFAULT_CONTEXT, open_model_activations
+from mergelab.activations.kept import KeptRows, TokenRule
+from mergelab.activations.stored_tokens import kept_of_files, store_facts_of
+from mergelab.checkpoints.companions import has_companion
 from mergelab.checkpoints.folder import open_checkpoint, weights_sha256
 from mergelab.checkpoints.json_data import read_json_object
-from mergelab.checkpoints.locations import is_url, location_text
+from mergelab.checkpoints.locations import local_path
 from mergelab.checkpoints.model_card import portable_name
-from mergelab.checkpoints.remote import fetch_files
 from mergelab.errors import CheckpointError, SAEError, did_you_mean, shortened
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model
 from mergelab.sae.toy import ToyGroundTruth
-from mergelab.sae.training.config import DataSection
+from mergelab.sae.training.config import DataSection, TrainConfig
 from mergelab.sae.training.memory import machine_memory, readable_bytes
 from mergelab.sae.variants.options import checked_options
+from mergelab.text.corpus_tokens import bos_of
+from mergelab.text.tokenizer import load_tokenizer
 
-__all__ = ["host_metadata", "open_data", "portable_data", "store_facts"]
+__all__ = [
+    "TrainingRows",
+    "host_metadata",
+    "open_data",
+    "portable_data",
+    "sae_metadata",
+    "store_facts",
+    "told_of_tokens",
+    "written_rule",
+]
+
+
+def told_of_tokens(kept: KeptRows) -> dict[str, Any]:
+    """What an SAE keeps of the rule by which its training took tokens, `token_rule`; nothing without one."""
+    return {} if kept.rule is None else {"token_rule": kept.rule.facts()}
+
+
+class TrainingRows(NamedTuple):
+    """The rows of a training.
+
+    Attributes:
+        source: the activations.
+        target: the targets, where they are others.
+        kept: which rows count.
+    """
+
+    source: ActivationSource
+    target: ActivationSource | None
+    kept: KeptRows
 
 
 def host_metadata(data: DataSection) -> dict[str, Any]:
@@ -42,6 +78,7 @@ def host_metadata(data: DataSection) -> dict[str, Any]:
         target = {} if data.target_site is None else {"target_site": data.target_site}
         name, digest = portable_name(data.model), weights_sha256(data.model)
         found = {"site": data.site, **target, "model": name, "model_hash": digest}
+        found |= _text_metadata(data)
         # A default context beyond the model's positions is cut where the data is opened.
         return found | {"context": min(data.context, _read_model(data.model).config.max_length)}
     if data.kind == "files" and data.path is not None:
@@ -53,6 +90,16 @@ def host_metadata(data: DataSection) -> dict[str, Any]:
     return {}
 
 
+def _text_metadata(data: DataSection) -> dict[str, Any]:
+    """How the text becomes contexts, as `mergelab.sae.subject_model.trained_text` reads it."""
+    other = {"packing": data.packing, "roles": data.roles}
+    found: dict[str, Any] = {name: value for name, value in other.items() if value not in ("packed", "all")}
+    folder = local_path(data.model or "")
+    if has_companion(folder, "tokenizer.json"):
+        found["prepend_bos"] = bos_of(load_tokenizer(folder), data.bos) is not None
+    return found
+
+
 def store_facts(patterns: str | Sequence[str]) -> dict[str, Any]:
     """`site`, `model` and `model_hash` of files of `mergelab activations`; nothing of other files.
 
@@ -62,14 +109,7 @@ def store_facts(patterns: str | Sequence[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: the file beside a store's is damaged.
     """
-    given = [patterns] if isinstance(patterns, str) else patterns
-    files = sorted(
-        file
-        for pattern in given
-        for file in (
-            fetch_files(location_text(pattern)) if is_url(pattern) else map(Path, glob.glob(pattern))
-        )
-    )
+    files = find_activation_files(patterns)
     sites = {file.name.rpartition("-")[0] for file in files}
     stores = {file.parent / "store.json" for file in files}
     if len(sites) != 1 or len(stores) != 1 or not (store := stores.pop()).is_file():
@@ -87,6 +127,7 @@ def store_facts(patterns: str | Sequence[str]) -> dict[str, Any]:
     found = {"site": site, "model": portable_name(Path(model).absolute()), "model_hash": digest}
     if isinstance(facts.get("context"), int):
         found["context"] = facts["context"]
+    found |= {name: facts[name] for name in ("prepend_bos", "packing", "roles") if name in facts}
     return found if site in widths else {}
 
 
@@ -104,6 +145,32 @@ def portable_data(section: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def sae_metadata(
+    settings: TrainConfig,
+    variant: str,
+    known: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    rows: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What an SAE of a run says of itself besides how it is used.
+
+    Args:
+        settings: configuration of the run.
+        variant: name of its variant.
+        known: what is known of the activations (`host_metadata`), and what the configuration adds.
+        metrics: figures of the last step, and what else is to be told of the training.
+        rows: what the rows looked like before the training, where that was measured.
+    """
+    names = ("nmse", "l0", "dead_fraction", "tokens", "step", "steps")
+    told = settings.model_dump(mode="json", include={"sae", "data", "train"}, exclude_defaults=True)
+    told = {**told, "data": portable_data(told.get("data", {}))}
+    if settings.start_from is not None:
+        told["start_from"] = portable_name(settings.start_from)
+    training = {name: metrics[name] for name in names if name in metrics}
+    seen = {} if rows is None else {"rows": rows}
+    return {**known, "variant": variant, "training": training, **seen, "settings": told}
+
+
 def _last_part(place: str) -> str:
     return Path(place).name if Path(place).is_absolute() else place
 
@@ -113,12 +180,22 @@ def _read_model(folder: str) -> Model:
     return model_from_config(checkpoint.config, str(checkpoint.path / "config.json"))
 
 
-def open_data(section: DataSection, tokens: int) -> tuple[ActivationSource, ActivationSource | None]:
-    """The activations, and the targets where they are others.
+def written_rule(files: ActivationFiles) -> TokenRule | None:
+    """The strictest of the rules with which the stores of files were written; None where none is known."""
+    found = [TokenRule.of_facts(store_facts_of(Path(shard.path)).get("rule")) for shard in files.shards]
+    known = [rule for rule in found if rule is not None]
+    return known[0].strictest(*known) if known else None
+
+
+def open_data(section: DataSection, tokens: int) -> TrainingRows:
+    """The activations, the targets where they are others, and which rows count.
+
+    Generated rows all count.
 
     Args:
         section: section of a training's configuration.
-        tokens: number of rows of a generated source, if the section does not say.
+        tokens: number of rows of a generated source, if the section does not say; of a text, the number of
+            tokens after which no more is read.
 
     Raises:
         CheckpointError: files are missing or malformed.
@@ -138,19 +215,28 @@ def open_data(section: DataSection, tokens: int) -> tuple[ActivationSource, Acti
                 f"data.toy of {toy.n_features:,} features, {toy.d_in:,} wide, and {toy.rows:,} rows "
                 f"takes {readable_bytes(needed)}, more than this machine has; lower n_features, d_in or rows."
             )
-        return toy, None
+        return TrainingRows(toy, None, KeptRows())
     if section.kind == "model":
         for name in ("model", "site", "text"):
             if getattr(section, name) is None:
                 raise SAEError(f"data.{name} is missing: data of kind 'model' needs model, site and text.")
         assert section.model is not None and section.site is not None and section.text is not None
         sites = [section.site, *([section.target_site] if section.target_site else [])]
-        texts = [section.text] if isinstance(section.text, str) else section.text
         # A file that repeats the default asks for no more than one that leaves it out.
         length = None if section.context == DEFAULT_CONTEXT else section.context
-        found = open_model_activations(section.model, sites, texts, length=length)
-        return found.at(section.site), found.at(section.target_site) if section.target_site else None
+        # No more text than the training reads, but enough to shuffle.
+        text = section.text_options(max(tokens, section.buffer_rows))
+        found = open_model_activations(
+            section.model, sites, section.texts, length=length, rule=section.rule(), text=text
+        )
+        target = found.at(section.target_site) if section.target_site else None
+        return TrainingRows(
+            found.at(section.site), target, found.kept_rows(section.site, section.target_site)
+        )
     if section.path is None:
         raise SAEError("data.path is missing: data of kind 'files' needs the files' path or glob.")
     target = None if section.target_path is None else open_activation_files(section.target_path)
-    return open_activation_files(section.path), target
+    source = open_activation_files(section.path)
+    if target is not None and target.rows != source.rows:
+        return TrainingRows(source, target, KeptRows())  # which the stream refuses
+    return TrainingRows(source, target, kept_of_files(source, section.rule(written_rule(source)), target))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,7 +23,7 @@ from mergelab.processes import agree, together
 from mergelab.sae.training.config import TrainConfig, plain_settings
 from mergelab.sae.training.inputs import check_same, fingerprint, input_paths
 
-__all__ = ["RunFolder"]
+__all__ = ["KnownOfRun", "RunFolder", "known_of_run"]
 
 _CONFIG, _INPUTS, _RESULT, _FINAL = "config.yaml", "inputs.json", "result.json", "final"
 _THEN = "go on with --resume"
@@ -58,6 +59,7 @@ class RunFolder:
         self._lock: OutputLock | None = None
         self._made = False
         self._inputs: dict[str, Any] | None = None
+        self._before: int | None = None  # tokens of a run that is made longer
 
     def __enter__(self) -> Self:
         """Checks the folder and takes its lock; nothing is written into it yet.
@@ -70,7 +72,7 @@ class RunFolder:
         try:
             with together("opening the run's folder", distributed=self._distributed):
                 if self._first:
-                    check_target(self.path, input_paths(self._settings.data))
+                    check_target(self.path, input_paths(self._settings.data, self._settings.start_from))
                     lock = OutputLock(self.path)
                     lock.acquire()
                     self._lock = lock
@@ -122,9 +124,19 @@ class RunFolder:
             ) from error
         # Through the same text: what one reader takes for a number another may take for a word.
         now = plain_settings(yaml.safe_dump(self._settings.model_dump(mode="json"), sort_keys=False))
+        before = self._made_longer(before, now)
         changed = _first_difference(before, now)
         if changed is not None:
             raise SAEError(f"{written}: the run began with {changed}; resume it as it was, or begin another.")
+
+    def _made_longer(self, before: Any, now: Any) -> Any:
+        """The configuration a run began with, with more tokens where it is to have more."""
+        section = before.get("train") if isinstance(before, dict) else None
+        tokens = section.get("tokens") if isinstance(section, dict) else None
+        if not isinstance(section, dict) or not isinstance(tokens, int) or tokens >= now["train"]["tokens"]:
+            return before
+        self._before = tokens
+        return {**before, "train": {**section, "tokens": now["train"]["tokens"]}}
 
     def finished(self) -> tuple[int, dict[str, float]] | None:
         """Steps and metrics of a run that has finished, its SAE proved to be what was written.
@@ -151,6 +163,8 @@ class RunFolder:
         except (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError):
             # Killed between the SAE and this record: both are made again.
             return None
+        if steps != self._settings.train.build().steps:
+            return None  # of a run that has been made longer
         if fault is not None:
             if self._first:
                 self._notice(f"{self.final} {fault}; it is made again from the run's last checkpoint")
@@ -173,7 +187,7 @@ class RunFolder:
         """
         if not self._first:
             return
-        self._inputs = fingerprint(self._settings.data)
+        self._inputs = fingerprint(self._settings.data, self._settings.start_from)
         if not self.begun:
             return
         path = self.path / _INPUTS
@@ -186,15 +200,27 @@ class RunFolder:
             ) from error
         check_same(self.path, before, self._inputs)
 
-    def claim(self) -> None:
-        """Says in the folder what run it holds, if it does not yet: from here on it is resumed."""
-        if not self._first or self.begun:
+    def claim(self, known: KnownOfRun | None = None) -> None:
+        """Says in the folder what run it holds, if it does not yet: from here on it is resumed.
+
+        Args:
+            known: what is known of what it reads, for those who look at its checkpoints.
+        """
+        if not self._first or (self.begun and self._before is None):
             return
         with disk_errors(self.path):
-            self._made = not self.path.exists()
-            self.path.mkdir(exist_ok=True)
-            text = json.dumps({"files": self._inputs}, indent=1) + "\n"
-            write_whole(self.path / _INPUTS, text)
+            if not self.begun:
+                self._made = not self.path.exists()
+                self.path.mkdir(exist_ok=True)
+                said = {"files": self._inputs} | ({} if known is None else {"known": asdict(known)})
+                text = json.dumps(said, indent=1) + "\n"
+                write_whole(self.path / _INPUTS, text)
+            else:
+                more = self._settings.train.tokens
+                self._notice(
+                    f"{self.path}: the run of {self._before:,} tokens is made one of {more:,}; the learning "
+                    "rate goes on as a run of that length has it at this step, with the peak of before"
+                )
             settings = self._settings.model_dump(mode="json")
             write_whole(self.path / _CONFIG, yaml.safe_dump(settings, sort_keys=False))
 
@@ -208,6 +234,33 @@ class RunFolder:
             shutil.rmtree(self.path / name, ignore_errors=True)
         if self._made and not any(self.path.iterdir()):
             self.path.rmdir()
+
+
+@dataclass(frozen=True)
+class KnownOfRun:
+    """What a run's folder says of the activations it reads.
+
+    Attributes:
+        d_in: their width.
+        d_out: width of the targets; None where the input is reconstructed.
+        metadata: what an SAE of it says of them.
+    """
+
+    d_in: int
+    d_out: int | None
+    metadata: dict[str, Any]
+
+
+def known_of_run(folder: Path) -> KnownOfRun | None:
+    """What a run's folder says of the activations it reads; None if it does not.
+
+    Raises:
+        CheckpointError: the file that says it cannot be read.
+    """
+    try:
+        return KnownOfRun(**read_json_object(folder / _INPUTS)["known"])
+    except (KeyError, TypeError):
+        return None
 
 
 def _first_difference(before: Any, now: Any, path: str = "") -> str | None:

@@ -13,6 +13,8 @@ from mergelab.checkpoints.locations import local_path
 from mergelab.checkpoints.manifest import Entry
 from mergelab.errors import CheckpointError, SAEError
 from mergelab.sae.training.config import DataSection
+from mergelab.sae.training.warm_start import dictionary_folder
+from mergelab.text.corpus_files import CorpusFile, corpus_files
 
 __all__ = ["changed_input", "check_same", "fingerprint", "input_paths", "read_once"]
 
@@ -22,7 +24,7 @@ _READ_BYTES = 1 << 30
 _ROWS = 65_536
 
 
-def input_paths(data: DataSection) -> list[Path]:
+def input_paths(data: DataSection, start_from: str | None = None) -> list[Path]:
     """The files and folders a training reads, as its configuration names them; globs are resolved."""
     paths = []
     for pattern in (data.path, data.target_path):
@@ -31,12 +33,17 @@ def input_paths(data: DataSection) -> list[Path]:
     if data.kind == "model":
         if data.model is not None:
             paths.append(local_path(data.model))
-        if data.text is not None:
-            paths += [Path(text) for text in ([data.text] if isinstance(data.text, str) else data.text)]
+        paths += [file.path for file in _texts(data) if file.path is not None]
+    if start_from is not None:
+        paths.append(dictionary_folder(start_from))
     return paths
 
 
-def fingerprint(data: DataSection) -> dict[str, Any]:
+def _texts(data: DataSection) -> list[CorpusFile]:
+    return corpus_files(data.texts) if data.kind == "model" and data.texts else []
+
+
+def fingerprint(data: DataSection, start_from: str | None = None) -> dict[str, Any]:
     """Size and digest of every file that decides a training, by path: plain JSON data.
 
     Weights of a model and large activations are known by their size and by blocks spread over them; the
@@ -46,10 +53,11 @@ def fingerprint(data: DataSection) -> dict[str, Any]:
         CheckpointError: a file cannot be read.
     """
     files = []
-    for path in input_paths(data):
+    for path in input_paths(data, start_from):
         files += sorted(_model_files(path)) if path.is_dir() else [path]
     share = _READ_BYTES // max(len(files), 1)
-    found = {}
+    # A file of a data set on the hub is named with its commit, which is a digest of all of it.
+    found = {file.name: asdict(Entry(0, "")) for file in _texts(data) if file.path is None}
     for path in files:
         try:
             found[str(path)] = asdict(Entry(path.stat().st_size, bounded_digest(path, share)))
@@ -60,7 +68,7 @@ def fingerprint(data: DataSection) -> dict[str, Any]:
 
 def _model_files(folder: Path) -> list[Path]:
     """Weights, configuration and tokenizer of a model."""
-    kinds = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")
+    kinds = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja", ".pt", ".npz")
     return [path for path in folder.iterdir() if path.suffix in kinds and path.is_file()]
 
 

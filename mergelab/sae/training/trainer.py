@@ -23,16 +23,18 @@ from mergelab.errors import CheckpointError, SAEError
 from mergelab.processes import Terminated, preempted, together
 from mergelab.sae.formats import load_sae, save_sae
 from mergelab.sae.sae import SAE, SAEConfig, sae_shardings
-from mergelab.sae.training.checkpoints import Checkpoints
+from mergelab.sae.training.checkpoints import TOKENS, Checkpoints
 from mergelab.sae.training.config import TrainConfig, TrainingRecipe, load_config
-from mergelab.sae.training.data import host_metadata, open_data, portable_data
+from mergelab.sae.training.data import host_metadata, open_data, sae_metadata, told_of_tokens
 from mergelab.sae.training.finish import finished_sae, transcodes
-from mergelab.sae.training.folder import RunFolder
+from mergelab.sae.training.folder import KnownOfRun, RunFolder
 from mergelab.sae.training.inputs import read_once
+from mergelab.sae.training.overview import Overview
 from mergelab.sae.training.start import Start, start_training
 from mergelab.sae.training.state import TrainState
 from mergelab.sae.training.step import Metrics, Step, make_step
 from mergelab.sae.training.tracking import Logger, MetricsFile, open_loggers
+from mergelab.sae.training.warm_start import extended_state, started_from
 from mergelab.sae.variants import Variant
 from mergelab.sharding import make_mesh
 
@@ -84,8 +86,6 @@ class Termination:
 Progress = Callable[[int, int, Mapping[str, float]], None]
 """Called with steps done, steps in all, and the metrics of a logged step."""
 
-_SUMMARY = ("nmse", "l0", "dead_fraction", "tokens")
-
 DIVERGED = 10.0
 """A normalized error this large is worse than any useful start: the training has diverged."""
 
@@ -117,9 +117,10 @@ def train(
     out: str | Path,
     *,
     resume: bool = False,
-    overrides: Sequence[str] = (),
+    overrides: str | Sequence[str] = (),
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Result:
     """Trains a sparse autoencoder and writes it to `OUT/final`.
 
@@ -131,11 +132,13 @@ def train(
         out: a new folder, or with `resume` that of an earlier run.
         resume: continue from the newest whole checkpoint; without one the run begins anew. On the same
             devices the result is bit for bit that of a run that was never stopped. The result of a run that
-            has finished is returned as it is.
+            has finished is returned as it is. With more `train.tokens` than before, a run, finished or not,
+            goes on from its newest checkpoint as one of that length.
         overrides: `section.key=value`, as for `--set`.
         progress: function that is called for every logged step.
         notice: function that is told what the user should know, such as a damaged checkpoint that was passed
             over; a Python warning if None.
+        tell: function that is told, line by line, what the rows look like before the first step.
 
     Raises:
         SAEError: the configuration or the data is wrong, or another than that of the run to resume, or the
@@ -154,7 +157,7 @@ def train(
             steps, metrics = known
             found = load_sae(folder.final, mesh=mesh)
             return Result(Path(out) / "final", found, steps, metrics, Trace(), resumed=True)
-        return _train(settings, Path(out), folder, progress, notice)
+        return _train(settings, Path(out), folder, progress, notice, tell)
 
 
 def _warn(message: str) -> None:
@@ -167,47 +170,65 @@ def _train(
     folder: RunFolder,
     progress: Progress | None,
     notice: Callable[[str], None],
+    tell: Callable[[str], None] | None,
 ) -> Result:
-    source, target = open_data(settings.data, settings.train.build().tokens)
+    data = open_data(settings.data, settings.train.build().tokens)
     mesh = None if settings.mesh is None else make_mesh(settings.mesh)
-    start = start_training(settings, source, target, mesh)
+    start = start_training(settings, data, mesh)
     variant, recipe = start.variant, start.recipe
     distributed = jax.process_count() > 1
     with together("reading the data", distributed=distributed):
         folder.check_inputs()
         if jax.process_index() == 0:
-            read_once(source, target)
+            read_once(data.source, data.target)
     # An SAE remembers whose features it holds, so that it is never judged on another model. The process
     # that writes this asks alone: a model's digest takes reading all of it.
     host = host_metadata(settings.data) if jax.process_index() == 0 else {}
-    known = {**host, **settings.metadata}
+    known = {**host, **told_of_tokens(data.kept), **settings.metadata}
     # Sites that contradict the data are an error now, not after the training.
     SAEConfig("relu", sites=variant.sites, transcoder=transcodes(variant, known), metadata=known)
-    state = start.state()
+    state, overview = start.begin()
+    if tell is not None and jax.process_index() == 0:
+        for line in overview.lines():
+            tell(line)
+    if settings.start_from is not None and not folder.begun:
+        state = started_from(settings.start_from, variant, recipe, state, notice)
     step = make_step(variant, recipe, mesh)
     with together("writing the run's folder", distributed=distributed):
-        folder.claim()
+        folder.claim(KnownOfRun(variant.d_in, variant.d_out, known))
     with Checkpoints(out / "checkpoints", settings.checkpoint.keep) as checkpoints:
         done = _done(checkpoints, folder, notice) if folder.begun else None
         if done is not None:
-            state, place = checkpoints.restore(done, state, recipe.batch_size)
+            state, place = _restored(checkpoints, done, start, state)
             start.stream.restore(place)
-        run = _Run(start, step, checkpoints, out, progress)
+        run = _Run(start, overview, step, checkpoints, out, progress)
         try:
             state, trace = run.steps(state, done or 0)
         except CheckpointError:
             if checkpoints.latest() is None:  # the data is bad, and nothing would be lost
                 folder.disclaim()
             raise
-    summary = {name: run.last[name] for name in _SUMMARY if name in run.last}
-    told = settings.model_dump(mode="json", include={"sae", "data", "train"}, exclude_defaults=True)
-    told = {**told, "data": portable_data(told.get("data", {}))}
-    metadata = {**known, "variant": variant.name, "training": summary, "settings": told}
+    summary = {name: value for name, value in run.last.items() if name != "step"}
+    metadata = sae_metadata(settings, variant.name, known, summary, overview.facts())
     sae = finish_training(variant, recipe, state, metadata, mesh)
     save_sae(sae, out / "final", overwrite=folder.begun)
     with together("noting the result", distributed=distributed):
         folder.record(recipe.steps, run.last)
     return Result(out / "final", sae, recipe.steps, run.last, trace)
+
+
+def _restored(
+    checkpoints: Checkpoints, step: int, start: Start, like: TrainState
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state of a checkpoint and its place in the data, also where the run has been made longer since."""
+    recipe = start.recipe
+    before = checkpoints.recipe(step, start.settings.train)
+    if before == recipe:
+        return checkpoints.restore(step, like, recipe.batch_size)
+    like = replace(like, average=like.params if before.ema_decay else {})
+    state, place = checkpoints.restore(step, like, recipe.batch_size)
+    # More text is read for more tokens: the order is another from here on.
+    return extended_state(state, before, recipe), {**place, "rows": start.stream.source.rows}
 
 
 def _done(checkpoints: Checkpoints, folder: RunFolder, notice: Callable[[str], None]) -> int | None:
@@ -226,9 +247,16 @@ class _Run:
     """The loop: steps, lines of metrics one logged step late, checkpoints, and the guard."""
 
     def __init__(
-        self, start: Start, step: Step, checkpoints: Checkpoints, out: Path, progress: Progress | None
+        self,
+        start: Start,
+        overview: Overview,
+        step: Step,
+        checkpoints: Checkpoints,
+        out: Path,
+        progress: Progress | None,
     ) -> None:
         self.start, self.recipe, self.step, self.checkpoints = start, start.recipe, step, checkpoints
+        self.overview = overview
         self.every, self.log_every = start.settings.checkpoint.every, start.settings.checkpoint.log_every
         self.out, self.progress = out, progress
         self.last: dict[str, float] = {}
@@ -238,7 +266,7 @@ class _Run:
 
     def steps(self, state: TrainState, done: int) -> tuple[TrainState, Trace]:
         if jax.process_index() == 0:
-            config = self.start.settings.model_dump(mode="json")
+            config = self.start.settings.model_dump(mode="json") | {"rows": self.overview.facts()}
             self._file = MetricsFile(self.out / "metrics.jsonl", done)
             self._loggers = [self._file]
             self._loggers = [*open_loggers(self.start.settings.log_to, self.out, config, done), self._file]
@@ -275,7 +303,7 @@ class _Run:
     def _save(self, number: int, state: TrainState, place: Mapping[str, Any]) -> None:
         if self._file is not None:
             self._file.sync()  # lines before a checkpoint are never written again
-        self.checkpoints.save(number, state, place)
+        self.checkpoints.save(number, state, {**place, TOKENS: self.start.settings.train.tokens})
 
     def _log(self, number: int, metrics: Metrics) -> None:
         self.checkpoints.check()

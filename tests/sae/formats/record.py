@@ -1,12 +1,14 @@
 """Makes `recorded/`: SAEs as the libraries themselves write them, with their codes and outputs.
 
-Run where sae-lens 6.54, eai-sparsify 1.3 and dictionary-learning 0.1 are installed:
-`python tests/sae/formats/record.py tests/sae/formats/recorded`.
+Run where sae-lens 6.54, eai-sparsify 1.3 and dictionary-learning 0.1 are installed, or for some of them:
+`python tests/sae/formats/record.py tests/sae/formats/recorded sparsify dictionary_learning`. What else
+SAELens reads is recorded by `record_saelens.py`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -53,10 +55,20 @@ def saelens(root: Path, x: torch.Tensor) -> None:
 
 
 def sparsify(root: Path, x: torch.Tensor) -> None:
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # which needs a GPU
     from sparsify import SparseCoder, SparseCoderConfig
 
-    for name, options in {"sae": {}, "skip": {"transcode": True, "skip_connection": True}}.items():
-        model = SparseCoder(D, SparseCoderConfig(num_latents=N, k=K, **options))
+    kinds = {
+        "sae": {},
+        "skip": {"transcode": True, "skip_connection": True},
+        "transcoder": {"transcode": True},
+        "groupmax": {"activation": "groupmax"},
+        "groupmax_skip": {"activation": "groupmax", "transcode": True, "skip_connection": True},
+        "autoencoder_skip": {"skip_connection": True},
+        "expansion": {"num_latents": 0, "expansion_factor": N // D},
+    }
+    for name, options in kinds.items():
+        model = SparseCoder(D, SparseCoderConfig(**{"num_latents": N, "k": K, **options}))
         _random(model)
         folder = root / f"sparsify_{name}"
         model.save_to_disk(folder)
@@ -67,20 +79,32 @@ def sparsify(root: Path, x: torch.Tensor) -> None:
 
 
 def dictionary_learning(root: Path, x: torch.Tensor) -> None:
-    from dictionary_learning.sae import JumpReluAutoEncoder
+    from dictionary_learning import AutoEncoder, GatedAutoEncoder, JumpReluAutoEncoder
+    from dictionary_learning.dictionary import AutoEncoderNew
     from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
+    from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
     from dictionary_learning.trainers.top_k import AutoEncoderTopK
+    from dictionary_learning.utils import load_dictionary
 
-    for model in (AutoEncoderTopK(D, N, K), BatchTopKSAE(D, N, K), JumpReluAutoEncoder(D, N)):
+    for model in (
+        AutoEncoderTopK(D, N, K),
+        BatchTopKSAE(D, N, K),
+        JumpReluAutoEncoder(D, N),
+        AutoEncoder(D, N),
+        AutoEncoderNew(D, N),
+        GatedAutoEncoder(D, N),
+        MatryoshkaBatchTopKSAE(D, N, K, [N // 4, N - N // 4]),
+    ):
         _random(model)
         name = type(model).__name__
-        if name == "BatchTopKSAE":
+        if name in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
             model.threshold.fill_(0.7)
         folder = root / f"dictionary_learning_{name}"
         folder.mkdir()
         torch.save(model.state_dict(), folder / "ae.pt")
         trainer = {"dict_class": name, "activation_dim": D, "dict_size": N, "k": K}
         (folder / "config.json").write_text(json.dumps({"trainer": trainer}))
+        model, _ = load_dictionary(str(folder), "cpu")
         with torch.no_grad():
             codes = model.encode(x)
             _keep(folder, x, codes, model.decode(codes))
@@ -112,7 +136,9 @@ def openai(root: Path, x: torch.Tensor) -> None:
 if __name__ == "__main__":
     torch.manual_seed(0)
     target = Path(sys.argv[1])
-    target.mkdir()
+    target.mkdir(exist_ok=True)
+    wanted = sys.argv[2:]
     inputs = torch.tensor(np.random.default_rng(1).standard_normal((TOKENS, D)), dtype=torch.float32)
     for record in (saelens, sparsify, dictionary_learning, openai):
-        record(target, inputs)
+        if not wanted or record.__name__ in wanted:
+            record(target, inputs)

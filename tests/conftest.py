@@ -27,10 +27,10 @@ from tests.goldens.models import write_models
 
 def pytest_configure(config: pytest.Config) -> None:
     """Compiles light tests quickly, unless told otherwise by MERGELAB_TESTS_OPTIMIZED=1 (`.ci/run slow`)."""
-    light = "not slow" in config.option.markexpr
-    if light and not os.environ.get("MERGELAB_TESTS_OPTIMIZED"):
+    quick = "not slow" in config.option.markexpr and not os.environ.get("MERGELAB_TESTS_OPTIMIZED")
+    if quick:
         compile_quickly()
-    config.pluginmanager.register(Costs(light), "costs")
+    config.pluginmanager.register(Costs(quick), "costs")
 
 
 # A shell starts its background jobs deaf to Ctrl-C, and a command stays as it was started.

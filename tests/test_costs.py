@@ -10,9 +10,9 @@ import pytest
 from tests.costs import FILE_BUDGET, TEST_BUDGET, TEST_LIMIT, Costs, cpu_seconds
 
 
-def costs(spent: dict[str, float], light: bool = True) -> tuple[Costs, str, int]:
+def costs(spent: dict[str, float], judged: bool = True) -> tuple[Costs, str, int]:
     """A plugin that has seen these tests, what it writes, and the exit status of a run that passed."""
-    plugin, lines, session = Costs(light), [], SimpleNamespace(exitstatus=0)
+    plugin, lines, session = Costs(judged), [], SimpleNamespace(exitstatus=0)
     for name, seconds in spent.items():
         for when in ("setup", "call", "teardown"):
             measured = [("cpu_seconds", seconds)] if when == "teardown" else []
@@ -33,7 +33,7 @@ def test_what_costs_too_much_is_named_and_a_test_beyond_the_limit_fails_the_run(
     assert f"{file + test:.1f} CPU s, more than a file's {FILE_BUDGET:.0f}: a.py\n" in report
     assert status == 0
     assert costs({"a.py::one": TEST_LIMIT + 1})[2] == 1
-    _, report, status = costs({"a.py::one": TEST_LIMIT + 1}, light=False)
+    _, report, status = costs({"a.py::one": TEST_LIMIT + 1}, judged=False)
     assert "more than" not in report and status == 0
 
 

@@ -67,6 +67,25 @@ def test_refusals_that_rose() -> None:
     assert "harmless prompts rose from 0 to 20 of 40." in found
 
 
+def test_borderline_prompts_are_spoken_of_where_there_are_some() -> None:
+    before = replace(BEFORE, borderline_refusals=0.75, borderline_score=2.0)
+    after = replace(before, borderline_refusals=0.0, borderline_score=-3.0, kl=0.01)
+    found = "\n".join(findings(before, after, 40, 40, 20))
+    assert "Refusals of borderline prompts fell from 15 to 0 of 20; up to 16.1% of such" in found
+    none = replace(before, borderline_refusals=0.0)
+    found = "\n".join(findings(none, replace(none, kl=0.01), 40, 40, 20))
+    assert "None of the 20 borderline prompts was refused before the edit, and none after." in found
+    assert "borderline" not in said(BEFORE, replace(BEFORE, kl=0.01))
+    same = findings(before, replace(before, borderline_score=1.0), 40, 40, 20)
+    assert "changed nothing" not in same[0], "a score that moved is a change"
+
+
+def test_answers_that_end_within_their_reasoning_are_told() -> None:
+    found = said(BEFORE, replace(BEFORE, kl=0.01, unfinished=7))
+    assert "0 of 80 answers before the edit and 7 after it ended within their reasoning" in found
+    assert "reasoning" not in said(BEFORE, replace(BEFORE, kl=0.01))
+
+
 def test_figures_that_were_not_taken_are_not_spoken_of() -> None:
     bare = Behavior(None, None, 1.0, -1.0, 0.0, None)
     found = said(bare, replace(bare, harmful_score=-2.0, kl=0.1))

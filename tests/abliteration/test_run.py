@@ -326,6 +326,7 @@ def test_candidates_come_from_the_layers_asked_for(folder: Path, tmp_path: Path)
         phrases=("Refused",), filters=Filters(layers=(1, 2), max_kl=9), trials=5, rounds=1, batch=8
     )
     report = abliterate(folder / "model", tmp_path / "out", texts(True), texts(False), settings=settings)
+    assert report.selection is not None
     assert {candidate.layer for candidate in report.selection.trace} == {1, 2}
     assert report.search is not None
     points = [trial.parameters for trial in report.search.trials]

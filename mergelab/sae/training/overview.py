@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mergelab.activations.kept import row_norms
+from mergelab.activations.kept import DEFAULT_RULE, row_norms
 from mergelab.activations.left_out import LeftOut
 from mergelab.activations.stream import ActivationStream, Batch
 from mergelab.errors import SAEError
@@ -20,6 +20,9 @@ _QUANTILES = {"min": 0.0, "1 %": 0.01, "median": 0.5, "99 %": 0.99, "max": 1.0}
 
 _FAR = 3.0
 """A mean so many times as long as the spread is worth a warning: many latents may never fire."""
+
+
+_LONG = DEFAULT_RULE.max_norm_multiple or 10.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,11 @@ class Overview:
             found.append(
                 f"attention sinks: of {self.sampled.rows:,} rows {self.sampled.by_norm:,} are longer than "
                 f"{self.limit:,.4g} and left out, at {of} {self.sampled.where()}"
+            )
+        elif self.norms["max"] > _LONG * self.norms["median"] > 0:
+            found.append(
+                f"attention sinks: the longest row is {self.norms['max'] / self.norms['median']:.3g} medians "
+                "long, and none is left out; data.max_norm_multiple would"
             )
         norms = ", ".join(f"{name} {value:.4g}" for name, value in self.norms.items())
         ratio = self.offset / self.spread if self.spread else math.inf

@@ -34,10 +34,10 @@ from mergelab.quickstart.corpus import DOMAINS, Corpus, gather
 from mergelab.quickstart.family import END_OF_TEXT_ID, fresh_params, tokenizer_files, train_tokenizer
 from mergelab.quickstart.presets import PRESETS, QuickstartSettings
 from mergelab.quickstart.train import train_lm
-from mergelab.sae.evaluation.downstream import loss_curve
 from mergelab.sae.evaluation.metric import Evidence, Options
 from mergelab.sae.evaluation.probing_tasks import LabeledTokens, label_texts
 from mergelab.sae.evaluation.scorecard import scorecard
+from mergelab.sae.evaluation.training_curve import loss_curve
 from mergelab.sae.sae import SAE, SAEConfig
 from mergelab.text.packing import random_windows, token_stream
 

@@ -20,6 +20,7 @@ Sparse autoencoders
     SAE, load_sae(folder), save_sae(sae, folder)            files of six libraries
     train_sae(activations, n_latents=..., k=...)            on an array, or as a configuration says
     evaluate_sae(sae, activations), evaluate_sae(sae, model, params, tokenizer, text)
+    latent_table(sae, model_folder, prompts)                what latents do on prompts, as data and figure
 
 Edits and readings; edits go to `model.apply(params, tokens, edit={site: ...})` and `generate(edit=...)`
     steer(direction, strength), steering_vector             add a direction
@@ -81,7 +82,7 @@ if TYPE_CHECKING:
     )
     from mergelab.merging import Recipe, extract_lora, load_recipe, merge, plan_merge, soup
     from mergelab.models import Model, load_model, model_from_config, save_model
-    from mergelab.sae import SAE, evaluate_sae, load_sae, save_sae, train_sae
+    from mergelab.sae import SAE, evaluate_sae, latent_table, load_sae, save_sae, train_sae
     from mergelab.sharding import make_mesh
     from mergelab.text import Tokenizer, load_tokenizer
 
@@ -104,6 +105,7 @@ __all__ = [
     "extract_lora",
     "generate",
     "interp",
+    "latent_table",
     "load_model",
     "load_recipe",
     "load_sae",

@@ -43,7 +43,11 @@ def lazy_names(package: str) -> tuple[Callable[[str], Any], Callable[[], list[st
         if not places:
             places.update(_typed_imports(module))
         if name not in places:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}{hint(name)}")
+            from importlib.util import find_spec
+
+            # `from package import file` asks for an attribute before it imports the file.
+            said = "" if find_spec(f"{package}.{name}") else hint(name)
+            raise AttributeError(f"module {package!r} has no attribute {name!r}{said}")
         parent, attribute = places[name]
         # `from mergelab import sae` names a package, which is an attribute only once it is imported.
         found = (
@@ -61,7 +65,7 @@ def lazy_names(package: str) -> tuple[Callable[[str], Any], Callable[[], list[st
         if said := advice(name):
             return said
         for room in (room for room, (parent, _) in places.items() if parent == package):
-            if name in getattr(__getattr__(room), "__all__", ()):
+            if name in _listed(f"{package}.{room}"):
                 return f"; write {package}.{room}.{name}"
         return did_you_mean(name, __dir__())
 
@@ -69,6 +73,21 @@ def lazy_names(package: str) -> tuple[Callable[[str], Any], Callable[[], list[st
         return sorted(module.__all__)
 
     return __getattr__, __dir__
+
+
+def _listed(module: str) -> list[str]:
+    """`__all__` of a module, read from its source: what only looks for a name loads nothing."""
+    import ast
+    from importlib.util import find_spec
+
+    spec = find_spec(module)
+    source = getattr(spec and spec.loader, "get_source", lambda name: None)(module) or ""
+    return [
+        name
+        for statement in ast.parse(source).body
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__"
+        for name in ast.literal_eval(statement.value)
+    ]
 
 
 def _typed_imports(module: Any) -> dict[str, tuple[str, str]]:

@@ -1,4 +1,6 @@
-"""How every test runs: eight CPU devices, strict dtype and rank promotion, and the recorded references."""
+"""How every test runs: eight CPU devices, programs compiled quickly, strict dtype and rank promotion, and the
+recorded references.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,18 @@ import hypothesis
 import jax
 import pytest
 
+from tests.compilation import compile_quickly
+from tests.costs import Costs
 from tests.goldens.models import write_models
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiles light tests quickly, unless told otherwise by MERGELAB_TESTS_OPTIMIZED=1 (`.ci/run slow`)."""
+    light = "not slow" in config.option.markexpr
+    if light and not os.environ.get("MERGELAB_TESTS_OPTIMIZED"):
+        compile_quickly()
+    config.pluginmanager.register(Costs(light), "costs")
+
 
 # A shell starts its background jobs deaf to Ctrl-C, and a command stays as it was started.
 for _number, _handler in (

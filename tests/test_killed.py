@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mergelab.models.families import model_from_config
 from mergelab.models.table import stored_shapes
+from tests.compilation import flags_without_devices
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 12
 CONFIG: dict[str, Any] = {
@@ -143,7 +144,7 @@ class Commands:
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "",
+            "XLA_FLAGS": flags_without_devices(),
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -14,9 +15,9 @@ from nbclient.exceptions import CellExecutionError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(REPOSITORY.glob("colab/*.ipynb"))
-SLUG = (
-    "OWNER/REPOSITORY"  # a placeholder, see colab/README.md: `sed` puts the true one into notebooks and here
-)
+README = (REPOSITORY / "colab" / "README.md").read_text(encoding="utf-8")
+(SLUG,) = re.findall(r"^The repository is published at `([\w.-]+/[\w.-]+)`\.$", README, re.MULTILINE)
+"""Where the repository is published, in the one place that says so."""
 # What each prints once its point is made.
 PRINTED = {
     "merging.ipynb": "memory against disk:",
@@ -64,9 +65,25 @@ def test_the_notebook_begins_as_all_do(path: Path) -> None:
     assert "fits: yes, " in first
     install, imports, parameters = (code(path, number) for number in range(3))
     assert install == code(NOTEBOOKS[0], 0) and SLUG in install
+    named = re.findall(
+        r"github(?:\.com)?/([\w.-]+/[\w.-]+?)(?=[\"/\s)])", path.read_text("utf-8").replace("\\", "")
+    )
+    assert named == [SLUG, SLUG], "the badge and the installation, and nothing else"
     assert parameters == code(NOTEBOOKS[0], 2) and "example_models(" in path.read_text("utf-8")
     assert 'jax.config.update("jax_default_matmul_precision", "highest")' in imports
     assert "describe_devices()" in imports
+
+
+def test_no_other_file_says_where_the_repository_is() -> None:
+    folders = ("mergelab", "docs", "tests", "benchmarks", "configs", ".ci", ".github")
+    files = [file for folder in folders for file in (REPOSITORY / folder).rglob("*") if file.is_file()]
+    files += [file for file in REPOSITORY.iterdir() if file.is_file() and file.suffix in (".md", ".toml")]
+    kinds = (".py", ".md", ".toml", ".yml", ".yaml", ".txt", "")
+    placeholder = "/".join(["OWNER", "REPOSITORY"])
+    told = [
+        str(f) for f in files if f.suffix in kinds and placeholder in f.read_text("utf-8", errors="ignore")
+    ]
+    assert told == [] and len(files) > 100
 
 
 class Pip:

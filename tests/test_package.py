@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import importlib.util
+import json
 import pkgutil
 import subprocess
 import sys
@@ -18,6 +19,12 @@ HEAVY = ["jax", "flax", "optax", "orbax", "pydantic", "tokenizers", "matplotlib"
 MODULES = sorted(
     m.name for m in pkgutil.walk_packages(mergelab.__path__, "mergelab.") if "__main__" not in m.name
 )
+
+
+def is_face(name: str) -> bool:
+    """Whether a module is a folder's `__init__` that offers names."""
+    spec = importlib.util.find_spec(name)
+    return bool(spec and spec.submodule_search_locations and "__all__" in Path(spec.origin or "").read_text())
 
 
 def fresh(program: str) -> str:
@@ -67,6 +74,46 @@ def test_every_module_can_be_imported() -> None:
     for name in MODULES:
         importlib.import_module(name)
     assert len(MODULES) > 100
+
+
+FIRST = """
+import json, os, sys
+import flax, jax, matplotlib, numpy, optax, orbax.checkpoint, pydantic, tokenizers, tqdm, yaml  # once
+for face, name in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        try:
+            getattr(__import__(face, fromlist=[name]), name)
+        except BaseException as error:
+            print(f"from {face} import {name}: {error!r}", flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+def first_imports_fail(names: list[tuple[str, str]]) -> str:
+    """What fails of `from face import name`, each as the first thing that a process imports of mergelab."""
+    asked = [sys.executable, "-W", "ignore", "-c", FIRST, json.dumps(names)]
+    return subprocess.run(asked, check=True, capture_output=True, text=True).stdout
+
+
+def names_of(face: str) -> list[tuple[str, str]]:
+    """One name of each file behind a face."""
+    module = importlib.import_module(face)
+    files = {getattr(getattr(module, name), "__module__", name): name for name in module.__all__}
+    return [(face, name) for name in files.values()]
+
+
+def test_a_name_may_be_the_first_import_of_a_process() -> None:
+    """Looking for an attribute that is a file must not import another room halfway through the first."""
+    assert not first_imports_fail([("mergelab.sae", "VARIANTS"), ("mergelab.sae", "activation_functions")])
+    assert "no attribute" in first_imports_fail([("mergelab.sae", "Nothing")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("face", [name for name in MODULES if name.count(".") < 3 and is_face(name)])
+def test_any_file_behind_a_face_may_be_the_first_import(face: str) -> None:
+    assert not first_imports_fail(names_of(face))
 
 
 def has_examples(name: str) -> bool:

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.compilation import flags_without_devices
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -19,7 +21,7 @@ def run_two(module: str, folder: Path) -> list[dict[str, Any]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     # Devices are for the module to simulate, as many as it likes.
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    env = {**os.environ, "XLA_FLAGS": flags_without_devices()}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", module, str(port), str(process), str(folder)],

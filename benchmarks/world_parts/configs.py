@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.world_parts.section import Section
+from benchmarks.world_parts.section import Place, Section
 from mergelab.errors import CheckpointError
 from mergelab.models.families import FAMILIES, model_from_config
 from mergelab.models.families.nearest import NEAREST
@@ -38,8 +38,9 @@ def _refusal(config: Mapping[str, Any]) -> str:
     return "accepted"
 
 
-def measure(work: Path) -> Section:
+def measure(place: Place) -> Section:
     """Reads every config; writes nothing."""
+    del place
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for config in json.loads(CONFIGS.read_text()).values():
         kinds.setdefault(config["model_type"], []).append(config)

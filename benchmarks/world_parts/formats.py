@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.world_parts import gguf_files, quantized_files
-from benchmarks.world_parts.section import Section
+from benchmarks.world_parts.section import Place, Section
 
 __all__ = ["FORMATS", "measure"]
 
@@ -20,8 +20,8 @@ FORMATS: list[Callable[[Path], Sequence[Row]]] = [
 """Functions that take a scratch folder and return rows: format, reference, tensors, largest difference."""
 
 
-def measure(work: Path) -> Section:
+def measure(place: Place) -> Section:
     """The rows of every format."""
-    rows = [row for function in FORMATS for row in function(work)]
+    rows = [row for function in FORMATS for row in function(place.work)]
     note = "The largest absolute difference between the weights as mergelab reads them and the reference's."
     return Section(note, ("format", "reference", "tensors compared", "largest difference"), rows)

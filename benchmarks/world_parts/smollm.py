@@ -10,7 +10,6 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,28 +17,28 @@ import jax.numpy as jnp
 import numpy as np
 
 import mergelab as ml
-from benchmarks.world_parts.section import Section
+from benchmarks.world_parts.section import Place, Section
 from mergelab.decoding import generate, greedy
 from tests.smollm import smollm_file
 
 __all__ = ["measure"]
 
-TURNS = 3
 TOKENS, PROMPT, NEW = 256, 32, 32
 
 
-def measure(work: Path) -> Section:
+def measure(place: Place) -> Section:
     """Rows of one pass over 256 tokens and of 32 tokens generated greedily, in float32 and bfloat16."""
-    del work
     rows = []
     for dtype in ("float32", "bfloat16"):
         ours, theirs = _ours(dtype), _theirs(dtype)
         for what, mine, other in zip(
             (f"a pass over {TOKENS} tokens", f"{NEW} new tokens"), ours, theirs, strict=True
         ):
-            rows.append((f"{what}, {dtype}", *_paired(mine, other)))
+            rows.append((f"{what}, {dtype}", *_paired(mine, other, place.turns)))
     head = ("what", "mergelab", "transformers", "mergelab / transformers")
-    return Section(f"Seconds, medians of {TURNS} turns in one process; batch 1, compiled before.", head, rows)
+    return Section(
+        f"Seconds, medians of {place.turns} turns in one process; batch 1, compiled before.", head, rows
+    )
 
 
 def _ids(count: int) -> np.ndarray:
@@ -84,11 +83,11 @@ def _theirs(dtype: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
     return forward, generate
 
 
-def _paired(mine: Callable[[], Any], other: Callable[[], Any]) -> tuple[str, str, str]:
+def _paired(mine: Callable[[], Any], other: Callable[[], Any], turns: int) -> tuple[str, str, str]:
     """Median seconds of both, and the median of their ratios turn by turn."""
     for warm_up in (mine, other):
         warm_up()
-    pairs = [(_seconds(mine), _seconds(other)) for _ in range(TURNS)]
+    pairs = [(_seconds(mine), _seconds(other)) for _ in range(turns)]
     a, b = (statistics.median(times) for times in zip(*pairs, strict=True))
     return f"{a:.2f}", f"{b:.2f}", f"{statistics.median(x / y for x, y in pairs):.2f}"
 

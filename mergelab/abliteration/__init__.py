@@ -6,17 +6,25 @@ from mergelab.lazy import lazy_names
 
 if TYPE_CHECKING:
     from mergelab.abliteration.ablation import Ablation, LayerKernel, Space, unit
+    from mergelab.abliteration.answers import REFUSAL_PHRASES, generate_answers, is_refusal
     from mergelab.abliteration.behavior import Behavior, first_token_scores, measure_behavior
+    from mergelab.abliteration.bundled_prompts import built_in_prompts
+    from mergelab.abliteration.direction_file import SavedDirection, load_direction, save_direction
     from mergelab.abliteration.direction_selection import DirectionSelection, Filters, select_direction
     from mergelab.abliteration.directions import Directions, find_directions
-    from mergelab.abliteration.pipeline import AbliterationSettings, abliterate
+    from mergelab.abliteration.pipeline import abliterate
     from mergelab.abliteration.prompts import Prompts, encode_prompts, read_prompts
     from mergelab.abliteration.removal import ablate, abliterate_params, induce, orthogonalize
     from mergelab.abliteration.report import Report
-    from mergelab.abliteration.trial_search import SearchResult, Trial, search_ablation
+    from mergelab.abliteration.search_journal import SearchJournal
+    from mergelab.abliteration.settings import AbliterationSettings
+    from mergelab.abliteration.trial_search import search_ablation
+    from mergelab.abliteration.trials import CHOICES, SearchResult, Trial
     from mergelab.abliteration.write import write_abliterated
 
 __all__ = [
+    "CHOICES",
+    "REFUSAL_PHRASES",
     "Ablation",
     "AbliterationSettings",
     "Behavior",
@@ -26,19 +34,26 @@ __all__ = [
     "LayerKernel",
     "Prompts",
     "Report",
+    "SavedDirection",
+    "SearchJournal",
     "SearchResult",
     "Space",
     "Trial",
     "ablate",
     "abliterate",
     "abliterate_params",
+    "built_in_prompts",
     "encode_prompts",
     "find_directions",
     "first_token_scores",
+    "generate_answers",
     "induce",
+    "is_refusal",
+    "load_direction",
     "measure_behavior",
     "orthogonalize",
     "read_prompts",
+    "save_direction",
     "search_ablation",
     "select_direction",
     "unit",

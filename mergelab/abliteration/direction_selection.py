@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -15,10 +15,10 @@ from mergelab.abliteration.behavior import check_refusal_ids, first_token_scores
 from mergelab.abliteration.directions import Directions
 from mergelab.abliteration.prompts import Prompts
 from mergelab.abliteration.removal import ablate, induce
-from mergelab.errors import MergelabError, SearchError
+from mergelab.errors import CheckpointError, MergelabError, SearchError
 from mergelab.models.model import Model, Params
 
-__all__ = ["Candidate", "DirectionSelection", "Filters", "select_direction"]
+__all__ = ["Candidate", "DirectionSelection", "Filters", "select_direction", "selection_from_json"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Candidate:
         induced: mean refusal score of harmless prompts when it is added at its layer.
         kl: mean divergence of the first token of harmless answers when it is removed, in nats.
         rejected: why it cannot be chosen, or None.
+        borderline: mean refusal score, when it is removed everywhere, of harmless prompts that tend to be
+            refused; None without any.
     """
 
     position: int
@@ -74,6 +76,12 @@ class Candidate:
     induced: float
     kl: float
     rejected: str | None
+    borderline: float | None = None
+
+    @property
+    def score(self) -> float:
+        """What is to be small: the refusal score, or its mean with that of borderline prompts."""
+        return self.refusal if self.borderline is None else (self.refusal + self.borderline) / 2
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,7 @@ class DirectionSelection:
         refusal_before: mean refusal score of the harmful prompts without any edit.
         harmless_before: the same of the harmless prompts.
         trace: every candidate, in order of position and layer.
+        borderline_before: the same of the borderline prompts; None without any.
     """
 
     chosen: Candidate
@@ -95,6 +104,7 @@ class DirectionSelection:
     refusal_before: float
     harmless_before: float
     trace: tuple[Candidate, ...]
+    borderline_before: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All figures, without the vectors."""
@@ -102,6 +112,7 @@ class DirectionSelection:
             "chosen": asdict(self.chosen),
             "refusal_before": self.refusal_before,
             "harmless_before": self.harmless_before,
+            "borderline_before": self.borderline_before,
             "trace": [asdict(candidate) for candidate in self.trace],
         }
 
@@ -114,6 +125,7 @@ def select_direction(
     harmless: Prompts,
     refusal_ids: Sequence[int] | np.ndarray,
     *,
+    borderline: Prompts | None = None,
     filters: Filters | None = None,
     batch: int = 32,
     progress: Callable[[int, int], None] | None = None,
@@ -121,7 +133,8 @@ def select_direction(
     """The direction with the least refusal score among those that pass the filters.
 
     Three passes for each candidate, all of one compiled program: removed on harmful prompts, removed
-    on harmless ones, and added on harmless ones. Nothing is computed for layers that the filters exclude.
+    on harmless ones, and added on harmless ones; a fourth where there are borderline prompts, whose score
+    counts as much as that of the harmful ones. Nothing is computed for layers that the filters exclude.
 
     Args:
         model: a decoder.
@@ -130,6 +143,7 @@ def select_direction(
         harmful: prompts that were not used to find them.
         harmless: the same.
         refusal_ids: tokens that begin a refusal.
+        borderline: harmless prompts that tend to be refused, or None.
         filters: what is required; Arditi et al.'s thresholds by default.
         batch: prompts in one forward pass.
         progress: called with the number of candidates done and of all.
@@ -152,6 +166,7 @@ def select_direction(
     looked = filters.candidates(layers)
     refused, _, _ = score(harmful)
     answered, _, before = score(harmless)
+    doubted = None if borderline is None else float(score(borderline)[0].mean())
     unit, raw, valid = directions.unit, directions.raw, directions.valid
     tried = [(p, layer) for p in range(positions) for layer in looked if valid[p, layer]]
     trace = []
@@ -160,7 +175,8 @@ def select_direction(
         _, kl, _ = score(harmless, removed=unit[p, layer], before=before)
         induced, _, _ = score(harmless, added=raw[p, layer], layer=layer)
         figures = (float(refusal.mean()), float(induced.mean()), float(kl.mean()))
-        trace.append(Candidate(p - positions, layer, *figures, _rejected(*figures, filters)))
+        edge = None if borderline is None else float(score(borderline, removed=unit[p, layer])[0].mean())
+        trace.append(Candidate(p - positions, layer, *figures, _rejected(*figures, filters), edge))
         if progress is not None:
             progress(done, len(tried))
     passing = [candidate for candidate in trace if candidate.rejected is None]
@@ -170,16 +186,46 @@ def select_direction(
             {
                 "refusal_before": float(refused.mean()),
                 "harmless_before": float(answered.mean()),
+                "borderline_before": doubted,
                 "filters": asdict(filters),
                 "failed": _failed(trace, filters),
                 "trace": [asdict(candidate) for candidate in trace],
             },
         )
-    chosen = min(passing, key=lambda candidate: candidate.refusal)
-    place = chosen.position + positions, chosen.layer
-    return DirectionSelection(
-        chosen, unit[place], raw[place], float(refused.mean()), float(answered.mean()), tuple(trace)
+    chosen = min(passing, key=lambda candidate: candidate.score)
+    return _selected(
+        directions, chosen, (float(refused.mean()), float(answered.mean())), tuple(trace), doubted
     )
+
+
+def _selected(
+    directions: Directions,
+    chosen: Candidate,
+    before: tuple[float, float],
+    trace: tuple[Candidate, ...],
+    borderline_before: float | None,
+) -> DirectionSelection:
+    place = chosen.position + len(directions.raw), chosen.layer
+    return DirectionSelection(
+        chosen, directions.unit[place], directions.raw[place], *before, trace, borderline_before
+    )
+
+
+def selection_from_json(found: Mapping[str, Any], directions: Directions) -> DirectionSelection:
+    """The selection that `DirectionSelection.to_json` told of, among the same directions.
+
+    Raises:
+        CheckpointError: a figure is missing, or the chosen direction is not among these.
+    """
+    try:
+        trace = tuple(Candidate(**candidate) for candidate in found["trace"])
+        chosen = Candidate(**found["chosen"])
+        before = float(found["refusal_before"]), float(found["harmless_before"])
+        return _selected(directions, chosen, before, trace, found.get("borderline_before"))
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise CheckpointError(
+            "the recorded choice of a direction is damaged; delete the journal to search anew"
+        ) from None
 
 
 def _score(

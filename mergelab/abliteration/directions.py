@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from mergelab.abliteration.prompts import Prompts
+from mergelab.abliteration.prompts import PromptBatch, Prompts
+from mergelab.activations.kept import DEFAULT_RULE, TokenRule
 from mergelab.errors import MergelabError, NonFiniteError
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import require_decoder
@@ -76,6 +77,7 @@ def find_directions(
     batch: int = 32,
     winsorize: float | None = None,
     orthogonal: bool = False,
+    rule: TokenRule = DEFAULT_RULE,
 ) -> Directions:
     """The directions from `harmless` to `harmful` prompts.
 
@@ -90,15 +92,20 @@ def find_directions(
             as 0.995: a few enormous coordinates (as Gemma has) would else decide every direction.
         orthogonal: Whether each difference is first made orthogonal to the harmless mean, so that the model
             keeps this component, which all prompts have.
+        rule: `max_norm_multiple` of it leaves attention sinks out of each mean. Positions and special tokens
+            count here: the last tokens are markers of chats.
 
     Raises:
-        MergelabError: the model is an encoder, a prompt is shorter than `positions`, or the quantile is none.
+        MergelabError: the model is an encoder, a prompt has no `positions` tokens behind its first, or the
+            quantile is none.
         NonFiniteError: an activation is NaN or infinite.
 
     Reference: Arditi et al. 2024, arXiv:2406.11717, section 2.3.
     """
     means = [
-        mean_activations(model, params, prompts, positions=positions, batch=batch, winsorize=winsorize)
+        mean_activations(
+            model, params, prompts, positions=positions, batch=batch, winsorize=winsorize, rule=rule
+        )
         for prompts in (harmful, harmless)
     ]
     return Directions(means[0], means[1], orthogonal)
@@ -112,6 +119,7 @@ def mean_activations(
     positions: int = 1,
     batch: int = 32,
     winsorize: float | None = None,
+    rule: TokenRule = DEFAULT_RULE,
 ) -> np.ndarray:
     """Mean over prompts of the stream before each block, at the last tokens: `[positions, layers, width]`.
 
@@ -119,26 +127,47 @@ def mean_activations(
     `find_directions`.
     """
     require_decoder(model)
-    if not 1 <= positions <= prompts.shortest:
+    if not 1 <= positions < prompts.shortest:
         raise MergelabError(
-            f"the last {positions} tokens were asked for, but the shortest prompt has {prompts.shortest}; "
-            "ask for fewer, and at least 1."
+            f"the last {positions} tokens were asked for, but the shortest prompt has {prompts.shortest}, of "
+            "which the first does not count (models keep an attention sink there, many times longer than all "
+            "else, which would be most of a mean); ask for fewer, and at least 1, or give longer prompts."
         )
     if winsorize is not None and not 0 < winsorize <= 1:
         raise MergelabError(f"winsorize is {winsorize}; expected a quantile above 0 and at most 1.")
-    total = np.zeros((positions, model.config.n_layers, model.config.d_model))
-    for part in prompts.batches(batch):
-        counted = np.arange(len(part.tokens)) < part.real
-        found = _summed(
-            model, params, part.tokens, part.mask, counted, winsorize or 1.0, positions, winsorize is not None
-        )
-        total += np.asarray(found, np.float64)
+
+    def summed(part: PromptBatch, counted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        clip = winsorize is not None
+        given = (part.tokens, part.mask, counted, winsorize or 1.0)
+        found, norms = _summed(model, params, *given, positions, clip)
+        return np.asarray(found, np.float64), np.asarray(norms)[: part.real]
+
+    layers = model.config.n_layers
+    parts = list(prompts.batches(batch))
+    shape = (positions, layers)
+    counted = [
+        np.repeat(np.arange(len(part.tokens)) < part.real, positions * layers).reshape(-1, *shape)
+        for part in parts
+    ]
+    found = [summed(part, there) for part, there in zip(parts, counted, strict=True)]
+    sums, norms = [total for total, _ in found], [lengths for _, lengths in found]
+    kept = len(prompts) - np.zeros((positions, layers, 1))
+    if rule.max_norm_multiple is not None and np.isfinite(np.sum(sums)):
+        limit = rule.max_norm_multiple * np.median(np.concatenate(norms), axis=0)
+        for number, (part, lengths) in enumerate(zip(parts, norms, strict=True)):
+            long = lengths > np.where(limit > 0, limit, np.inf)
+            if long.any():  # rare: the batch is run again without them
+                there = counted[number].copy()
+                there[: part.real] &= ~long
+                sums[number] = summed(part, there)[0]
+                kept -= long.sum(axis=0)[..., None]
+    total = np.sum(sums, axis=0)
     if not np.isfinite(total).all():
         layer = int(np.argwhere(~np.isfinite(total))[0, 1])
         raise NonFiniteError(
             f"activations of 'blocks.{layer}.resid_pre' are not finite; load the weights as float32."
         )
-    return total / len(prompts)
+    return total / kept
 
 
 @partial(jax.jit, static_argnames=("model", "positions", "clip"))
@@ -147,16 +176,16 @@ def _summed(
     params: Params,
     tokens: Int[Array, "batch length"],
     mask: Bool[Array, "batch length"],
-    counted: Bool[Array, " batch"],
+    counted: Bool[Array, "batch positions layers"],
     quantile: Float[Array, ""],
     positions: int,
     clip: bool,
-) -> Float[Array, "positions layers width"]:
-    """Sums over the counted rows of a batch."""
+) -> tuple[Float[Array, "positions layers width"], Float[Array, "batch positions layers"]]:
+    """Sums over the counted rows of a batch, and the norms of all."""
     sites = [f"blocks.{i}.resid_pre" for i in range(model.config.n_layers)]
     seen = model.apply(params, tokens, mask=mask, capture=sites, logits=False).captured
     x = jnp.stack([seen[site][:, -positions:].astype(jnp.float32) for site in sites], axis=2)
     if clip:
         bound = jnp.quantile(jnp.abs(x), quantile, axis=-1, keepdims=True)
         x = jnp.clip(x, -bound, bound)
-    return jnp.sum(jnp.where(counted[:, None, None, None], x, 0.0), axis=0)
+    return jnp.sum(jnp.where(counted[..., None], x, 0.0), axis=0), jnp.linalg.norm(x, axis=-1)

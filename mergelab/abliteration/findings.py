@@ -69,7 +69,9 @@ class Count:
         )
 
 
-def findings(before: Behavior, after: Behavior, harmful: int, harmless: int) -> list[str]:
+def findings(
+    before: Behavior, after: Behavior, harmful: int, harmless: int, borderline: int = 0
+) -> list[str]:
     """What the figures show, in sentences; each names the figures that it rests on.
 
     Args:
@@ -77,15 +79,20 @@ def findings(before: Behavior, after: Behavior, harmful: int, harmless: int) -> 
         after: the edited one, on the same prompts.
         harmful: how many harmful prompts were measured.
         harmless: how many harmless ones.
+        borderline: how many harmless ones that tend to be refused.
     """
     if not _finite(after) or not _finite(before):
         return ["Figures are not finite numbers: the model is broken, and nothing else can be said of it."]
+    total = harmful + harmless + borderline
     if _unchanged(before, after):
-        return [f"The edit changed nothing that was measured. {_refusals(before, after, harmful)}".rstrip()]
+        same = f"The edit changed nothing that was measured. {_refusals(before, after, harmful)}".rstrip()
+        return [same, *_unfinished(before, after, total)]
     found = [
         _refusals(before, after, harmful),
         _score(before, after),
         _harmless(before, after, harmless),
+        _borderline(before, after, borderline),
+        *_unfinished(before, after, total),
         _divergence(after),
         _perplexity(before, after),
     ]
@@ -101,6 +108,8 @@ def _unchanged(before: Behavior, after: Behavior) -> bool:
     return (
         before.harmful_refusals == after.harmful_refusals
         and before.harmless_refusals == after.harmless_refusals
+        and before.borderline_refusals == after.borderline_refusals
+        and abs((before.borderline_score or 0.0) - (after.borderline_score or 0.0)) < _SAME_SCORE
         and abs(before.harmful_score - after.harmful_score) < _SAME_SCORE
         and abs(before.harmless_score - after.harmless_score) < _SAME_SCORE
         and after.kl < _SAME_KL
@@ -117,15 +126,38 @@ def _refusals(before: Behavior, after: Behavior, total: int) -> str:
             f"None of the {total} harmful prompts was refused before the edit, and none after: there was "
             "nothing to end, and these prompts do not show what the edit does to refusals."
         )
+    return _change("harmful", was, now)
+
+
+def _change(kind: str, was: Count, now: Count) -> str:
+    """How a count of refusals changed, and how sure that is."""
     if was.count == now.count:
-        return f"Refusals of harmful prompts did not change: {now.count} of {total} before and after."
+        return f"Refusals of {kind} prompts did not change: {now.count} of {now.total} before and after."
     verb = "fell" if now.count < was.count else "rose"
-    sentence = f"Refusals of harmful prompts {verb} from {was.count} to {now.count} of {total}"
+    sentence = f"Refusals of {kind} prompts {verb} from {was.count} to {now.count} of {now.total}"
     if was.interval[0] <= now.interval[1] and now.interval[0] <= was.interval[1]:
         return f"{sentence}; the 95 % intervals overlap, so that this may be chance."
     if now.count == 0:
         return f"{sentence}; up to {now.interval[1]:.1%} of such prompts may still be (95 % interval)."
     return f"{sentence}."
+
+
+def _borderline(before: Behavior, after: Behavior, total: int) -> str:
+    if before.borderline_refusals is None or after.borderline_refusals is None or not total:
+        return ""
+    was, now = Count.of(before.borderline_refusals, total), Count.of(after.borderline_refusals, total)
+    if was.count == now.count == 0:
+        return f"None of the {total} borderline prompts was refused before the edit, and none after."
+    return _change("borderline", was, now)
+
+
+def _unfinished(before: Behavior, after: Behavior, total: int) -> list[str]:
+    if not before.unfinished and not after.unfinished:
+        return []
+    return [
+        f"{before.unfinished} of {total} answers before the edit and {after.unfinished} after it ended "
+        "within their reasoning, so that refusals behind it were not seen; --answer-tokens takes more."
+    ]
 
 
 def _score(before: Behavior, after: Behavior) -> str:

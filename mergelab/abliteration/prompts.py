@@ -175,4 +175,5 @@ def post_instruction_tokens(tokenizer: Tokenizer, *sets: Prompts, response_prefi
     shortest = min(prompts.shortest for prompts in sets)
     endings = np.concatenate([prompts.tokens[:, -shortest:] for prompts in sets])[:, ::-1]
     alike = (endings == endings[:1]).all(axis=0)
-    return max(int(np.argmin([*alike, False])), 1)
+    # Not the first token of any prompt: it is alike too, and an attention sink.
+    return max(min(int(np.argmin([*alike, False])), shortest - 1), 1)

@@ -1,9 +1,9 @@
-"""Many trials in one program, and the best of each rate of refusal."""
+"""Many trials in one program: random points, then moves from the best one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,12 +21,14 @@ from mergelab.abliteration.behavior import (
 )
 from mergelab.abliteration.prompts import Prompts
 from mergelab.abliteration.removal import KeepNorms, ablate, abliterate_params
+from mergelab.abliteration.search_journal import SearchJournal
+from mergelab.abliteration.trials import SearchResult, Trial, cost_from, frontier
 from mergelab.activations.losses import kl_divergence
-from mergelab.errors import MergelabError, SearchError
+from mergelab.errors import MergelabError
 from mergelab.models.model import Model, Params
 from mergelab.text.packing import EvaluationWindows
 
-__all__ = ["Judge", "SearchResult", "Trial", "frontier", "search_ablation"]
+__all__ = ["Judge", "search_ablation"]
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,9 @@ class Judge:
         harmless: Prompts,
         before: np.ndarray,
         windows: EvaluationWindows | None,
+        borderline: Prompts | None = None,
     ) -> list[np.ndarray]:
-        """Refusal, KL and (with a text) loss of each point, as in `Trial`.
+        """Refusal, KL, and with a text the loss, with borderline prompts their refusal, as in `Trial`.
 
         Args:
             points: `[points, parameters]`, at most `at_once`.
@@ -70,6 +73,7 @@ class Judge:
             harmless: prompts.
             before: the logits `[n, vocab]` that the unedited model gives after `harmless`.
             windows: a text, or None.
+            borderline: harmless prompts that tend to be refused, or None.
         """
         count = len(points)
         filled = np.concatenate([points, np.repeat(points[-1:], self.at_once - count, axis=0)])
@@ -81,20 +85,27 @@ class Judge:
             keep_norms=self.keep_norms,
             by_sites=self.by_sites,
         )
-        refusal, kl = np.zeros(self.at_once), np.zeros(self.at_once)
-        for part in harmful.batches(self.batch):
-            score, _ = run(part.tokens, part.mask, self.ids, np.zeros_like(before[: len(part.tokens)]))
-            odds = np.asarray(score, np.float64)[:, : part.real]
-            refusal += (1 / (1 + np.exp(-np.clip(odds, -60, 60)))).sum(axis=1)
-        done = 0
+
+        def refusal(prompts: Prompts) -> np.ndarray:
+            total = np.zeros(self.at_once)
+            for part in prompts.batches(self.batch):
+                nothing = np.zeros((len(part.tokens), before.shape[1]), before.dtype)
+                score, _ = run(part.tokens, part.mask, self.ids, nothing)
+                odds = np.asarray(score, np.float64)[:, : part.real]
+                total += (1 / (1 + np.exp(-np.clip(odds, -60, 60)))).sum(axis=1)
+            return total / len(prompts)
+
+        kl, done = np.zeros(self.at_once), 0
         for part in harmless.batches(self.batch):
             rows = np.minimum(np.arange(done, done + len(part.tokens)), len(harmless) - 1)
             _, divergence = run(part.tokens, part.mask, self.ids, before[rows])
             kl += np.asarray(divergence, np.float64)[:, : part.real].sum(axis=1)
             done += part.real
-        columns = [refusal / len(harmful), kl / len(harmless)]
+        columns = [refusal(harmful), kl / len(harmless)]
         if windows is not None:
             columns.append(self._loss(windows, run.args[2]))
+        if borderline is not None:
+            columns.append(refusal(borderline))
         return list(np.stack(columns, axis=1)[:count])
 
     def _loss(self, windows: EvaluationWindows, ablations: Ablation) -> np.ndarray:
@@ -172,73 +183,6 @@ def _losses(
     return jax.vmap(one)(ablations) if by_sites else jax.lax.map(one, ablations)
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One point of the space and its figures, on prompts that were not used to find directions.
-
-    Attributes:
-        parameters: values by name, as `Space` describes them.
-        refusal: mean probability that the first token of an answer to a harmful prompt is a refusal token.
-        kl: mean KL in nats of the first token of harmless answers, from the unedited model's.
-        loss: cross-entropy on the text, nats per token; None without a text.
-    """
-
-    parameters: Mapping[str, float]
-    refusal: float
-    kl: float
-    loss: float | None
-
-    @property
-    def figures(self) -> tuple[float, ...]:
-        """What is to be small."""
-        return (self.refusal, self.kl) if self.loss is None else (self.refusal, self.kl, self.loss)
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """Every trial in order, the first being the starting point.
-
-    Attributes:
-        trials: the trials.
-        frontier: those that no other beats in every figure, by refusal.
-        baseline: the figures of the unedited model: refusal, KL (0) and loss.
-    """
-
-    trials: tuple[Trial, ...]
-    frontier: tuple[Trial, ...]
-    baseline: Trial
-
-    def best(self, max_kl: float) -> Trial:
-        """The trial that refuses least among those of at most `max_kl`.
-
-        Raises:
-            SearchError: none moves harmless answers so little; `trace` holds them all.
-        """
-        passing = [trial for trial in self.trials if trial.kl <= max_kl]
-        if not passing:
-            least = min(trial.kl for trial in self.trials)
-            raise SearchError(
-                f"no trial has a KL of at most {max_kl:g} (the least of {len(self.trials)} is {least:.3g}); "
-                "search longer, or allow more.",
-                {
-                    "max_kl": max_kl,
-                    "baseline": asdict(self.baseline),
-                    "trials": list(map(asdict, self.trials)),
-                },
-            )
-        return min(passing, key=lambda trial: (trial.refusal, trial.kl))
-
-
-def frontier(trials: tuple[Trial, ...]) -> tuple[Trial, ...]:
-    """The trials that no other equals or beats in every figure while beating it in one, by refusal."""
-    figures = np.array([trial.figures for trial in trials])
-    no_worse = (figures[:, None] <= figures[None]).all(-1)
-    better = (figures[:, None] < figures[None]).any(-1)
-    beaten = np.flatnonzero((no_worse & better).any(axis=0)).tolist()
-    kept = (trial for n, trial in enumerate(trials) if n not in beaten)
-    return tuple(sorted(kept, key=lambda trial: trial.refusal))
-
-
 def search_ablation(
     model: Model,
     params: Params,
@@ -254,15 +198,18 @@ def search_ablation(
     start: np.ndarray | None = None,
     keep_norms: KeepNorms = None,
     windows: EvaluationWindows | None = None,
+    borderline: Prompts | None = None,
     batch: int = 16,
     at_once: int = 4,
     seed: int = 0,
+    journal: SearchJournal | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SearchResult:
     """Random points, then moves along each coordinate from the best one, halved when none improves.
 
-    The search descends in `refusal + kl_weight * kl + loss_weight * (loss - loss of the unedited model)`; all
-    trials are reported, and the frontier does not depend on the weights.
+    The search descends in `refusals + kl_weight * kl + loss_weight * (loss - loss of the unedited model)`;
+    all trials are reported, and the frontier does not depend on the weights. Refusals are those of harmful
+    prompts, and where there are borderline prompts those of these besides.
 
     Trials are measured as they would be written: by site edits, vmapped over `at_once` trials that share the
     weights, or one after the other by edited weights where norms are kept or a tied embedding is edited.
@@ -282,9 +229,12 @@ def search_ablation(
         start: the first point; the plain removal everywhere (`Space.plain()`) if None.
         keep_norms: norms that the matrices keep.
         windows: a text whose loss is a third figure, or None.
+        borderline: harmless prompts that tend to be refused, which are a further figure, or None.
         batch: prompts (or windows) in one forward pass.
         at_once: trials in one forward pass.
         seed: draws the points.
+        journal: what an earlier run of equal arguments has measured, which is not measured again; new figures
+            are added to it.
         progress: called with the number of trials done and of all.
 
     Raises:
@@ -296,36 +246,61 @@ def search_ablation(
     by_sites = keep_norms is None and not model.config.tied
     judge = Judge(model, params, space, ids, keep_norms, by_sites, batch, at_once if by_sites else 1)
     _, _, before = first_token_scores(model, params, harmless, ids, batch=batch)
-    judge_all = partial(judge.figures, harmful=harmful, harmless=harmless, before=before, windows=windows)
-    nothing = judge_all(space.nothing()[None])[0]
+    judge_all = partial(
+        judge.figures,
+        harmful=harmful,
+        harmless=harmless,
+        before=before,
+        windows=windows,
+        borderline=borderline,
+    )
     size, total = len(space.names), trials + rounds * 2 * len(space.names)
+    known = 0  # rows of the journal that have been used
+
+    def measured(new: np.ndarray) -> list[np.ndarray]:
+        """The figures of some points, at most `judge.at_once`."""
+        nonlocal known
+        recorded = []
+        if journal is not None:
+            count = 2 + (windows is not None) + (borderline is not None)
+            rows = (journal.row(known + n, point.tolist(), count) for n, point in enumerate(new))
+            recorded = [np.array(row) for row in rows if row is not None]
+        fresh = list(judge_all(new[len(recorded) :])) if len(recorded) < len(new) else []
+        if journal is not None and fresh:
+            journal.record(new[len(recorded) :].tolist(), [row.tolist() for row in fresh])
+        known += len(new)
+        return recorded + fresh
+
+    nothing = measured(space.nothing()[None])[0]
+    baseline = _trial(space, space.nothing(), nothing, 0, windows is not None)
+    cost = cost_from(baseline, kl_weight, loss_weight)
     points = [space.plain() if start is None else space.clip(start), *space.draw(trials - 1, seed)]
-    figures: list[np.ndarray] = []
+    found: list[Trial] = []
 
     def measure(new: np.ndarray) -> None:
-        for start in range(0, len(new), judge.at_once):
-            figures.extend(judge_all(new[start : start + judge.at_once]))
+        for first in range(0, len(new), judge.at_once):
+            part = new[first : first + judge.at_once]
+            for point, row in zip(part, measured(part), strict=True):
+                found.append(_trial(space, point, row, len(found) + 1, windows is not None))
             if progress is not None:
-                progress(len(figures), total)
-
-    def cost(row: np.ndarray) -> float:
-        value = row[0] + kl_weight * row[1] + (loss_weight * (row[2] - nothing[2]) if len(row) > 2 else 0.0)
-        return float(value) if np.isfinite(value) else np.inf
+                progress(len(found), total)
 
     measure(np.stack(points))
     step = 0.25
     for _ in range(rounds):
-        best = min(range(len(figures)), key=lambda i: cost(figures[i]))
+        best = min(range(len(found)), key=lambda i: cost(found[i]))
         moves = np.concatenate([np.eye(size), -np.eye(size)]) * step * (space.high - space.low)[None]
         new = space.clip(points[best][None] + moves)
         points += list(new)
         measure(new)
-        if min(cost(row) for row in figures[-len(new) :]) >= cost(figures[best]):
+        if min(map(cost, found[-len(new) :])) >= cost(found[best]):
             step /= 2
-    found = tuple(_trial(space, point, row) for point, row in zip(points, figures, strict=True))
-    return SearchResult(found, frontier(found), _trial(space, space.nothing(), nothing))
+    trials_made = tuple(found)
+    return SearchResult(trials_made, frontier(trials_made), baseline)
 
 
-def _trial(space: Space, point: np.ndarray, row: np.ndarray) -> Trial:
+def _trial(space: Space, point: np.ndarray, row: np.ndarray, number: int, with_loss: bool) -> Trial:
     parameters = dict(zip(space.names, map(float, point), strict=True))
-    return Trial(parameters, float(row[0]), float(row[1]), float(row[2]) if len(row) > 2 else None)
+    refusal, kl, *more = map(float, row)
+    loss = more.pop(0) if with_loss else None
+    return Trial(parameters, refusal, kl, loss, more[0] if more else None, number)

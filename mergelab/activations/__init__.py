@@ -16,6 +16,8 @@ if TYPE_CHECKING:
         open_model_activations,
         stream_sites,
     )
+    from mergelab.activations.kept import EVERY_TOKEN, KeptRows, TokenRule
+    from mergelab.activations.left_out import LeftOut, count_left_out
     from mergelab.activations.losses import summed_loss
     from mergelab.activations.sentences import SentenceEncoder, load_sentence_encoder, pool
     from mergelab.activations.statistics import Statistics, fisher, gram, write_statistics
@@ -28,19 +30,24 @@ if TYPE_CHECKING:
     from mergelab.activations.stream import ActivationSource, ActivationStream, Batch, Prefetch, Trace
 
 __all__ = [
+    "EVERY_TOKEN",
     "ActivationFiles",
     "ActivationSource",
     "ActivationStream",
     "Batch",
+    "KeptRows",
+    "LeftOut",
     "ModelActivations",
     "Prefetch",
     "SentenceEncoder",
     "SiteActivations",
     "Statistics",
+    "TokenRule",
     "Trace",
     "bucket_size",
     "capture",
     "contexts_of_texts",
+    "count_left_out",
     "cut_contexts",
     "find_activation_files",
     "fisher",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -17,6 +18,7 @@ import numpy as np
 from jax import Array
 
 from mergelab.activations.batches import batches, filled_batches, stack_prompts
+from mergelab.activations.kept import DEFAULT_RULE, KeptRows, TokenRule, median_norm, row_norms
 from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.checkpoints.locations import local_path
 from mergelab.errors import NonFiniteError, SAEError, SiteError
@@ -203,6 +205,12 @@ def position_columns(real: np.ndarray, position: int) -> np.ndarray:
     return np.argmax(real & (ranks == wanted[:, None]), axis=1)
 
 
+@partial(jax.jit, static_argnames=("model", "sites"))
+def _site_rows(params: Params, tokens: Array, *, model: Model, sites: tuple[str, ...]) -> list[Array]:
+    found = model.apply(params, tokens, capture=sites, logits=False).captured
+    return [found[site].astype(jnp.float32) for site in sites]
+
+
 DEFAULT_CONTEXT = 64
 """Tokens in a context, where nothing says how many."""
 
@@ -224,6 +232,8 @@ class ModelActivations:
         sites: names of sites of shape `[batch, length, d]`.
         batch: contexts in one forward pass.
         framed: whether the first and the last token of each context are none of its text: `[CLS]`, `[SEP]`.
+        rule: which tokens count. All rows can be read; trainings and evaluations take those that count.
+        special_ids: ids of special tokens, which the rule may leave out.
         counted: bool `[contexts, length]`, False for tokens that never count, such as padding; None for none.
         text: how the text became these contexts (`mergelab.text.corpus.TextOptions`); None where that is not
             known.
@@ -235,6 +245,8 @@ class ModelActivations:
     sites: tuple[str, ...]
     batch: int = 32
     framed: bool = False
+    rule: TokenRule = DEFAULT_RULE
+    special_ids: tuple[int, ...] = ()
     counted: np.ndarray | None = None
     text: TextOptions | None = None
 
@@ -266,13 +278,8 @@ class ModelActivations:
         """How many tokens there are."""
         return self.tokens.size
 
-    @cached_property
-    def _forward(self) -> Any:
-        def run(params: Any, tokens: jax.Array) -> list[jax.Array]:
-            found = self.model.apply(params, tokens, capture=self.sites, logits=False).captured
-            return [found[site].astype(jnp.float32) for site in self.sites]
-
-        return jax.jit(run)
+    def _forward(self, params: Any, tokens: Array) -> list[Array]:
+        return _site_rows(params, tokens, model=self.model, sites=self.sites)
 
     @cached_property
     def widths(self) -> tuple[int, ...]:
@@ -305,6 +312,49 @@ class ModelActivations:
             if not np.isfinite(site).all():
                 raise NonFiniteError(f"activations of the site {name!r} are not finite; try float32 weights")
         return tuple(rows)
+
+    @cached_property
+    def by_place(self) -> np.ndarray:
+        """Tokens that count as far as their place and id decide: bool `[contexts, length]`."""
+        return self.rule.by_place(self.tokens, self.special_ids, self.counted)
+
+    @cached_property
+    def median_norms(self) -> tuple[float, ...]:
+        """The median norm of each site's rows that count by their place, in contexts spread evenly."""
+        contexts = len(self.tokens)
+        chosen = np.unique(np.linspace(0, contexts - 1, min(self.batch, contexts)).astype(int))
+        ((tokens,), count) = next(filled_batches(self.batch, self.tokens[chosen]))
+        there = self.by_place[chosen].reshape(-1)
+        found = self._forward(self.params, jnp.asarray(tokens, jnp.int32))
+        rows = [np.asarray(site)[:count].reshape(-1, site.shape[-1]) for site in found]
+        return tuple(median_norm(row_norms(site)[there]) for site in rows)
+
+    @property
+    def norm_limits(self) -> tuple[float, ...]:
+        """The largest norm at which a row of each site counts."""
+        if self.rule.max_norm_multiple is None:
+            return (math.inf,) * len(self.sites)
+        return tuple(map(self.rule.norm_limit, self.median_norms))
+
+    def kept_among(self, rows: Sequence[np.ndarray], start: int) -> np.ndarray:
+        """Which of the rows from number `start` on count, of what `read_sites` gave: bool `[rows]`."""
+        kept = self.by_place.reshape(-1)[start : start + len(rows[0])]
+        for site, limit in zip(rows, self.norm_limits, strict=True):
+            if limit < math.inf:
+                kept = kept & ~(row_norms(site) > limit)
+        return kept
+
+    def kept_rows(self, site: str, target: str | None = None) -> KeptRows:
+        """Which rows of a site, and of its target, a training counts."""
+        limits = dict(zip(self.sites, self.norm_limits, strict=True))
+        by_place = self.by_place.reshape(-1)
+        return KeptRows(
+            None if by_place.all() else lambda start, stop: by_place[start:stop],
+            limits[site],
+            math.inf if target is None else limits[target],
+            self.rule,
+            self.tokens.shape[1],
+        )
 
     def contexts(self, chosen: slice) -> ModelActivations:
         """The same of some of the contexts."""
@@ -377,25 +427,27 @@ def cut_contexts(
 
 def open_model_activations(
     model: str | Path,
-    sites: Sequence[str],
-    texts: Sequence[str | Path | CorpusFile],
+    sites: str | Sequence[str],
+    texts: str | Path | CorpusFile | Sequence[str | Path | CorpusFile],
     *,
     length: int | None = None,
     default: int = DEFAULT_CONTEXT,
     dtype: Any = None,
     mesh: Any = None,
+    rule: TokenRule = DEFAULT_RULE,
     text: TextOptions | None = None,
 ) -> ModelActivations:
     """Activations of a model's folder on a corpus, which is tokenized while the weights are read.
 
     Args:
         model: a Hugging Face folder with its tokenizer, a model on the hub, or a URL.
-        sites: names, such as `blocks.8.resid_post`.
-        texts: what `mergelab.text.corpus.documents` takes: files, globs, folders, data sets, URLs.
+        sites: names, such as `blocks.8.resid_post`, or one.
+        texts: what `mergelab.text.corpus.documents` takes: files, globs, folders, data sets, URLs; or one.
         length: tokens per context; if None the default, or as many as the model has positions.
         default: what a context has that nobody asked for.
         dtype: dtype of the weights; the stored one if None.
         mesh: devices to spread the model over.
+        rule: which tokens count.
         text: how the texts become contexts, and how many are read.
 
     Raises:
@@ -405,13 +457,15 @@ def open_model_activations(
         CheckpointError: the model cannot be read.
     """
     model, text = local_path(model), text or TextOptions()
-    files = [file for one in texts for file in ([one] if isinstance(one, CorpusFile) else corpus_files(one))]
+    sites = [sites] if isinstance(sites, str) else sites
+    given = [texts] if isinstance(texts, str | Path | CorpusFile) else texts
+    files = [file for one in given for file in ([one] if isinstance(one, CorpusFile) else corpus_files(one))]
     checkpoint = open_checkpoint(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what there is to say of the configuration is said when it is loaded
         shape = model_from_config(checkpoint.config, str(checkpoint.path / "config.json"))
     size = window_length(shape, length, default)
-    stopped = Event()
+    tokenizer, stopped = load_tokenizer(model), Event()
 
     def check(ids: np.ndarray) -> None:
         if stopped.is_set():
@@ -419,7 +473,7 @@ def open_model_activations(
         check_tokens(shape, ids, place=str(model / "tokenizer.json"))
 
     def read() -> TextContexts:
-        return text_contexts(load_tokenizer(model), documents(files, text), size, text, check=check)
+        return text_contexts(tokenizer, documents(files, text), size, text, check=check)
 
     with ThreadPoolExecutor(1, thread_name_prefix="tokens") as pool:
         made = pool.submit(read)
@@ -435,6 +489,8 @@ def open_model_activations(
         contexts.tokens,
         tuple(sites),
         framed=contexts.framed,
+        rule=rule,
+        special_ids=tokenizer.special_ids,
         counted=contexts.counted,
         text=replace(text, bos=contexts.bos is not None),
     )

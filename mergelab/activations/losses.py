@@ -13,10 +13,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mergelab.activations.batches import filled_batches
 from mergelab.models.model import Model, Params
+from mergelab.models.residual_stream import logits_of
 from mergelab.models.sites import Edit, as_partials
 from mergelab.models.token_checks import check_ids, check_length
 
-__all__ = ["kl_divergence", "kl_of_log_probabilities", "summed_loss"]
+__all__ = ["UNEMBEDDED", "kl_divergence", "kl_of_log_probabilities", "summed_loss", "token_losses"]
+
+UNEMBEDDED = "unembed.input"
+"""The site that the unembedding reads."""
+
+_LOGIT_BYTES = 2**28
 
 
 def kl_divergence(
@@ -32,6 +38,49 @@ def kl_of_log_probabilities(
 ) -> Float[Array, "*batch"]:
     """`kl_divergence`, where log-probabilities are at hand already."""
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def token_losses(
+    model: Model,
+    params: Params,
+    hidden: Float[Array, "passes batch length width"],
+    targets: Int[Array, "batch length"],
+) -> tuple[Float[Array, "passes batch length"], Float[Array, "batch length"]]:
+    """Losses at every token of several passes over the same tokens, a few logits at a time.
+
+    Logits of 32 contexts of 128 tokens take 4 GB a pass at a vocabulary of 256,000. Here 256 MB of them, of
+    all passes together, are held at once, and as many log-probabilities.
+
+    Args:
+        model: a decoder.
+        params: its parameters.
+        hidden: what the site `unembed.input` holds in each pass.
+        targets: the token that follows each.
+
+    Returns:
+        Cross-entropies, and `KL(first pass || second pass)` (zero where there is one pass), in nats, float32.
+    """
+    passes, batch, length, width = hidden.shape
+    rows = batch * length
+    piece = max(1, min(rows, _LOGIT_BYTES // (4 * passes * model.config.vocab_size)))
+    pieces = -(-rows // piece)
+
+    def padded(x: Array) -> Array:
+        return jnp.pad(x, ((0, pieces * piece - rows), *[(0, 0)] * (x.ndim - 1)))
+
+    def losses(given: tuple[Array, Array]) -> Array:
+        normed, wanted = given
+        logp = jax.nn.log_softmax(logits_of(model, params, normed.swapaxes(0, 1)), axis=-1)
+        ce = -jnp.take_along_axis(logp, wanted[None, :, None], axis=-1)[..., 0]
+        kl = kl_of_log_probabilities(logp[0], logp[1]) if passes > 1 else jnp.zeros(ce.shape[1:], ce.dtype)
+        return jnp.concatenate([ce, kl[None]])
+
+    flat = padded(jnp.moveaxis(hidden.reshape(passes, rows, width), 1, 0))
+    wanted = padded(targets.reshape(rows))
+    given = flat.reshape(pieces, piece, passes, width), wanted.reshape(pieces, piece)
+    found = jnp.moveaxis(jax.lax.map(losses, given), 1, 0).reshape(passes + 1, -1)
+    found = found[:, :rows].reshape(passes + 1, batch, length)
+    return found[:passes], found[passes]
 
 
 def summed_loss(

@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from mergelab.activations.capture import ModelActivations
+from mergelab.activations.left_out import LeftOut
 from mergelab.activations.store_pieces import read_in_pieces
 from mergelab.checkpoints import TensorSource, open_safetensors
 from mergelab.checkpoints.folder import weights_sha256
@@ -209,8 +210,12 @@ def write_store(
     dtype: str = "float32",
     progress: Callable[[int, int], None] = lambda done, total: None,
     notice: Callable[[str], None] | None = None,
+    left_out: LeftOut | None = None,
 ) -> int:
     """Writes `SITE-NNNNN.safetensors` for each site, `tokens.safetensors` and `store.json`.
+
+    All rows are written. `store.json` tells the source's rule, the special tokens and each site's median
+    norm, by which readers take the rows that count.
 
     The folder appears under its name when it is complete. A writing that was stopped goes on with the shards
     that are as they were written.
@@ -224,6 +229,7 @@ def write_store(
         progress: called with rows done and rows in all.
         notice: is told what the user should know, such as a damaged shard that is written again; a Python
             warning if None.
+        left_out: counts what the source's rule leaves out of the rows that are written.
 
     Returns:
         How many rows were written.
@@ -246,13 +252,19 @@ def write_store(
             "rows": total,
             "context": length,
             "dtype": dtype,
+            "rule": source.rule.facts(),
+            "special_ids": list(source.special_ids),
             **_text_facts(source),
         }
+        if source.counted is not None:
+            counted = source.counted.reshape(-1)[:total].astype(np.uint8)
+            facts["counted_sha256"] = hashlib.sha256(counted.tobytes()).hexdigest()
         identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         if not work.finished(identity):
             check_new_folder(work.out)
             work.prepare(_bytes(facts))
-            _fill(work, source, facts, tokens, progress, notice or _warn)
+            left_out = LeftOut() if left_out is None else left_out
+            _fill(work, source, facts, tokens, progress, notice or _warn, left_out)
             work.publish(identity)
     return total
 
@@ -284,9 +296,11 @@ def _fill(
     tokens: np.ndarray,
     progress: Callable[[int, int], None],
     notice: Callable[[str], None],
+    left_out: LeftOut,
 ) -> None:
     """Makes all files in the work folder, but for those of a begun one that are whole."""
     total, dtype = len(tokens), facts["dtype"]
+    by_place, context = source.by_place.reshape(-1), facts["context"]
     with disk_errors(work.out):
         _claim(work, facts, notice)
         known = _receipts(work.journal)
@@ -305,8 +319,18 @@ def _fill(
                     _write(_stored(values, dtype), work.path / name)
                     _note(work.journal, name, asdict(Entry.of(work.path / name)))
                 work.clear_stages()
+            else:
+                rows = tuple(_open(work.path / name).read(0, stop - start) for name in files)
+            kept = source.kept_among(rows, start)
+            left_out.add(kept, by_place[start:stop], first=start, context=context)
             progress(stop, total)
-        _write({"tokens": tokens}, work.path / _TOKENS)
+        held = {"tokens": tokens}
+        if source.counted is not None:
+            held["counted"] = source.counted.reshape(-1)[:total].astype(np.uint8)
+        _write(held, work.path / _TOKENS)
+        medians = dict(zip(source.sites, source.median_norms, strict=True))
+        told = {**facts, "median_norms": medians, "left_out": left_out.facts()}
+        write_whole(work.path / _FACTS, json.dumps(told, indent=2) + "\n")
         work.keep_only(names)
 
 
@@ -319,7 +343,8 @@ def _claim(work: WorkFolder, facts: Mapping[str, Any], notice: Callable[[str], N
         except CheckpointError:
             said = None
             notice(f"the begun {work.out.name} does not say what it is of, so it is begun anew")
-        if said == facts:
+        # What is found on the way is added at the end.
+        if isinstance(said, dict) and {name: said.get(name) for name in facts} == facts:
             return
         if said is not None:
             raise OutputError(

@@ -7,12 +7,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from mergelab.activations.kept import KeptRows
 from mergelab.errors import SAEError
 
 __all__ = ["ActivationSource", "ActivationStream", "Batch", "Prefetch", "Trace"]
@@ -42,6 +43,7 @@ class ActivationSource(Protocol):
 
 _BLOCK_ROWS = 1024
 _LANES = 64  # at most, and so the most processes that can share a batch
+_GAP = 256  # rows between two that are wanted which are read with them, and not asked for apart
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,10 @@ class Batch:
 
 
 class ActivationStream:
-    """An endless iterator of batches over a source.
+    """An endless iterator of batches over the rows of a source that count.
+
+    Rows that do not count by their place are passed over. Those that are too long are known when they are
+    read: a lane of a group goes round its other rows in their place, so that shapes and places stay.
 
     Args:
         source: the activations.
@@ -73,9 +78,13 @@ class ActivationStream:
             parts are the batch that one process would read.
         processes: how many share a batch, a power of two. Fewer rows than there are lanes may be left out
             of an epoch, others each time.
+        kept: which rows count; all by default.
+
+    Attributes:
+        rows: rows of an epoch: those that count by their place.
 
     Raises:
-        SAEError: the source has fewer rows than a batch, or sizes do not fit.
+        SAEError: fewer rows count than a batch has, or sizes do not fit.
     """
 
     def __init__(
@@ -88,11 +97,18 @@ class ActivationStream:
         buffer_rows: int = 65_536,
         process: int = 0,
         processes: int = 1,
+        kept: KeptRows | None = None,
     ) -> None:
-        if not 1 <= batch_size <= source.rows:
-            raise SAEError(
-                f"batch_size is {batch_size}; it must be from 1 to the {source.rows} rows there are."
+        self.kept = KeptRows() if kept is None else kept
+        counts = self.kept.counts(source.rows, _BLOCK_ROWS)
+        self.rows = int(counts.sum())
+        if not 1 <= batch_size <= self.rows:
+            which = (
+                "there are"
+                if self.rows == source.rows
+                else f"of {source.rows} that count (skip_positions, ...)"
             )
+            raise SAEError(f"batch_size is {batch_size}; it must be from 1 to the {self.rows} rows {which}.")
         if target is not None and target.rows != source.rows:
             raise SAEError(
                 f"inputs have {source.rows} rows but targets {target.rows}; they must be the same tokens."
@@ -108,9 +124,10 @@ class ActivationStream:
         self.process, self.processes, self.lanes = process, processes, lanes
         self.blocks_at_once = max(-(-buffer_rows // _BLOCK_ROWS), -(-batch_size // _BLOCK_ROWS))
         self.position = 0
-        self._blocks = -(-source.rows // _BLOCK_ROWS)
-        self._first_rows = source.rows - (self._blocks - 1) * _BLOCK_ROWS
-        self._starts = self._lane_starts()
+        self._counts = counts
+        self._group_ends = self._ends_of_groups()
+        lane_rows = np.diff(self._group_ends, prepend=0) // lanes
+        self._starts = np.concatenate([[0], np.cumsum(lane_rows)])
         self._group = lru_cache(maxsize=2)(self._read_group)
         self._order = lru_cache(maxsize=2)(self._shuffle_blocks)
 
@@ -120,23 +137,31 @@ class ActivationStream:
             "position": self.position,
             "seed": self.seed,
             "rows": self.source.rows,
+            "kept_rows": self.rows,
             "blocks_at_once": self.blocks_at_once,
             "lanes": self.lanes,
+            # JSON has no infinity.
+            "limits": [
+                one if math.isfinite(one) else None for one in (self.kept.limit, self.kept.target_limit)
+            ],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes to a place that `state` named.
+        """Goes to a place that `state` named, with the limits of norms that were found then.
 
         Raises:
             SAEError: the state is of another source, seed or buffer, whose batches would be others.
         """
         mine = self.state()
         for name, value in mine.items():
-            if name != "position" and state.get(name) != value:
+            if name not in ("position", "limits") and state.get(name) != value:
                 raise SAEError(
                     f"the data stood at {name}={state.get(name)}, but now {name} is {value}: its batches "
                     "would be others; resume with the data and settings the run began with."
                 )
+        limits = [math.inf if one is None else float(one) for one in state["limits"]]
+        self.kept = replace(self.kept, limit=limits[0], target_limit=limits[1])
+        self._group.cache_clear()
         self.position = int(state["position"])
 
     def __iter__(self) -> ActivationStream:
@@ -163,47 +188,104 @@ class ActivationStream:
         x, y, rows = self._group(epoch, group)
         return x[:, taken], y[:, taken], rows[:, taken]
 
-    def _lane_starts(self) -> np.ndarray:
-        """The place at which each group begins, in rows of one lane, and where the epoch ends."""
-        sizes = np.full(self._blocks, _BLOCK_ROWS)
-        sizes[0] = self._first_rows
-        groups = np.add.reduceat(sizes, np.arange(0, self._blocks, self.blocks_at_once))
-        return np.concatenate([[0], np.cumsum(groups // self.lanes)])
+    def _ends_of_groups(self) -> np.ndarray:
+        """The place in an epoch's rows at which each group ends: of whole blocks, where all rows count."""
+        blocks = -(-self.rows // _BLOCK_ROWS)
+        sizes = np.full(blocks, _BLOCK_ROWS)
+        sizes[0] = self.rows - (blocks - 1) * _BLOCK_ROWS
+        return np.cumsum(np.add.reduceat(sizes, np.arange(0, blocks, self.blocks_at_once)))
 
-    def _shuffle_blocks(self, epoch: int) -> np.ndarray:
-        """The blocks of an epoch in order; a short last block comes first, so that groups keep sizes."""
-        short = int(self._first_rows < _BLOCK_ROWS)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self._blocks - short)
-        return np.concatenate([[self._blocks - 1], order]) if short else order
+    def _shuffle_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The blocks of an epoch in order, and the place in its rows at which each ends.
+
+        A short last block comes first, so that groups keep sizes.
+        """
+        blocks = len(self._counts)
+        short = int(self.source.rows < blocks * _BLOCK_ROWS)
+        order = np.random.default_rng([self.seed, epoch]).permutation(blocks - short)
+        order = np.concatenate([[blocks - 1], order]) if short else order
+        return order, np.cumsum(self._counts[order])
+
+    def _numbers(self, epoch: int, group: int) -> np.ndarray:
+        """The numbers of a group's rows, those of a block in order."""
+        order, ends = self._order(epoch)
+        begin, end = int(self._group_ends[group - 1]) if group else 0, int(self._group_ends[group])
+        first = int(np.searchsorted(ends, begin, side="right"))
+        last = int(np.searchsorted(ends, end, side="left"))
+        numbers = np.concatenate(
+            [
+                self.kept.numbers(b * _BLOCK_ROWS, min((b + 1) * _BLOCK_ROWS, self.source.rows))
+                for b in order[first : last + 1].tolist()
+            ]
+        )
+        before = begin - int(ends[first - 1] if first else 0)
+        return numbers[before : before + end - begin]
 
     def _read_group(self, epoch: int, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """This process's lanes of a group: `[lanes, rows of a lane, d]`, and `[lanes, rows of a lane]`."""
-        blocks = self._order(epoch)[group * self.blocks_at_once : (group + 1) * self.blocks_at_once]
-        numbers = np.concatenate(
-            [
-                np.arange(b * _BLOCK_ROWS, min((b + 1) * _BLOCK_ROWS, self.source.rows))
-                for b in blocks.tolist()
-            ]
-        )
+        numbers = self._numbers(epoch, group)
         if len(numbers) % self.lanes:  # others are left out in each epoch
             numbers = np.roll(
                 numbers, np.random.default_rng([self.seed, epoch, group]).integers(len(numbers))
             )
         length = len(numbers) // self.lanes
-        mine = np.arange(self.lanes).reshape(self.processes, -1)[self.process]
-        numbers = numbers[mine[0] * length : (mine[-1] + 1) * length]
-        lanes = [np.random.default_rng([self.seed, epoch, group, lane]).permutation(length) for lane in mine]
-        mixed = np.stack(lanes) + (np.arange(len(mine)) * length)[:, None]
-        x = _read(self.source, numbers)[mixed]
-        y = x if self.target is None else _read(self.target, numbers)[mixed]
-        return x, y, numbers[mixed]
+        lanes = np.arange(self.lanes).reshape(self.processes, -1)[self.process]
+        mine = numbers[lanes[0] * length : (lanes[-1] + 1) * length]
+        x, y, short = self._read_rows(mine)
+        chosen = []
+        for place, lane in enumerate(lanes):
+            good = place * length + np.flatnonzero(short[place * length : (place + 1) * length])
+            if not len(good):
+                x, y, mine, good = self._from_next_lane(x, y, mine, numbers, int(lane), length)
+            mixed = np.random.default_rng([self.seed, epoch, group, lane]).permutation(len(good))
+            # A lane with rows that are too long goes round the others.
+            chosen.append(np.resize(good[mixed], length))
+        order = np.stack(chosen)
+        lanes_x = x[order]
+        return lanes_x, lanes_x if y is x else y[order], mine[order]
+
+    def _read_rows(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows and targets by number, and which are short enough."""
+        x = _read(self.source, numbers)
+        y = x if self.target is None else _read(self.target, numbers)
+        return x, y, self.kept.short_enough(x, y)
+
+    def _from_next_lane(
+        self, x: np.ndarray, y: np.ndarray, mine: np.ndarray, numbers: np.ndarray, lane: int, length: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """What a lane takes all of whose rows are too long: those of the next one that has others.
+
+        The rows, targets and numbers with those appended, and the places of these among them.
+        """
+        for other in (*range(lane + 1, self.lanes), *range(lane)):
+            asked = numbers[other * length : (other + 1) * length]
+            more_x, more_y, short = self._read_rows(asked)
+            if short.any():
+                good = len(x) + np.arange(int(short.sum()))
+                both = np.concatenate([x, more_x[short]])
+                targets = both if y is x else np.concatenate([y, more_y[short]])
+                return both, targets, np.concatenate([mine, asked[short]]), good
+        raise SAEError(
+            f"rows {numbers.min()} to {numbers.max()}: none of the {len(numbers)} that are shuffled together "
+            "is short enough (max_norm_multiple); raise it, or set it to null for no limit."
+        )
+
+
+def _finite(limit: float) -> float | None:
+    """A limit as JSON has it, which knows no infinity."""
+    return limit if math.isfinite(limit) else None
 
 
 def _read(source: ActivationSource, numbers: np.ndarray) -> np.ndarray:
-    """Rows by number, neighbors in one piece."""
-    cuts = np.flatnonzero(np.diff(numbers) != 1) + 1
-    spans = [(int(part[0]), int(part[-1]) + 1) for part in np.split(numbers, cuts)]
-    return np.concatenate([source.read(*span) for span in spans])
+    """Rows by number, those near each other in one piece."""
+    steps = np.diff(numbers)
+    cuts = np.flatnonzero((steps < 1) | (steps > _GAP)) + 1
+    pieces = []
+    for part in np.split(numbers, cuts):
+        first, last = int(part[0]), int(part[-1])
+        rows = source.read(first, last + 1)
+        pieces.append(rows if len(rows) == len(part) else rows[part - first])
+    return np.concatenate(pieces)
 
 
 Ready = TypeVar("Ready")

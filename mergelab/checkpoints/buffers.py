@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Staging", "aligned_empty"]
+__all__ = ["Staging", "aligned_empty", "aligned_zeros"]
 
 _ALIGNMENT = 64
 
 
 def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
     """An uninitialized C-contiguous array that starts at a multiple of 64 bytes."""
+    return _aligned(np.empty, shape, dtype)
+
+
+def aligned_zeros(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
+    """Zeros that start at a multiple of 64 bytes; a large array takes no memory until it is written to."""
+    return _aligned(np.zeros, shape, dtype)
+
+
+def _aligned(
+    make: Callable[[int, type[np.uint8]], np.ndarray], shape: Sequence[int], dtype: np.dtype[Any]
+) -> np.ndarray:
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    memory = make(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + size].view(dtype).reshape(shape)
 

@@ -80,7 +80,9 @@ def companion_json(model: Path, name: str, limit: int = MAX_SETTINGS) -> dict[st
 def _made(path: Path, headers: tuple[str, ...], name: str) -> bytes:
     del headers  # another file at this path makes other content
     model = open_gguf(path)
-    return (json.dumps(_content(model, name), indent=2, ensure_ascii=False) + "\n").encode()
+    # Without an indent a vocabulary is written many times as fast, and nobody reads one by eye.
+    indent = None if name == "tokenizer.json" else 2
+    return (json.dumps(_content(model, name), indent=indent, ensure_ascii=False) + "\n").encode()
 
 
 def _content(model: GgufModel, name: str) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def push(
     private: bool | None = None,
     revision: str | None = None,
     message: str | None = None,
+    card: bytes | None = None,
 ) -> str:
     """Uploads a finished model, adapter, autoencoder or single file to the Hugging Face hub.
 
@@ -74,6 +75,7 @@ def push(
         private: Whether a new repository is private; as the organization has it if None.
         revision: Branch to commit to; the main one if None.
         message: Message of the commit.
+        card: Content of `README.md` where there is none, here or there; a short one by default.
 
     Returns:
         Address of the commit.
@@ -102,7 +104,7 @@ def push(
         adds = [hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files]
         names = {name for name, _ in files}
         if _CARD not in names and _CARD not in there:
-            adds.append(hub.CommitOperationAdd(_CARD, _plain_card(repo, names)))
+            adds.append(hub.CommitOperationAdd(_CARD, card or _plain_card(repo, names)))
         deletes = [hub.CommitOperationDelete(name) for name in _stale(there, names)]
         with quiet_off_terminals(hub):
             done = api.create_commit(

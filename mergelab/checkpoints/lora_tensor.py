@@ -6,14 +6,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from mergelab.checkpoints.file_tensor import check_piece
 from mergelab.checkpoints.source import TensorSource
 
-__all__ = ["BiasedTensor", "CastTensor", "FactorCache", "LowRankTensor", "read_whole"]
+__all__ = ["BiasedTensor", "CastTensor", "ChangedWeight", "FactorCache", "LowRankTensor", "read_whole"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,34 @@ class FactorCache:
 
 
 @dataclass(frozen=True)
-class LowRankTensor:
+class ChangedWeight:
+    """What sources of one changed weight share: its name, shape and dtype.
+
+    Attributes:
+        weight: the tensor that is changed.
+    """
+
+    weight: TensorSource
+
+    @property
+    def name(self) -> str:
+        return self.weight.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.weight.dtype
+
+    def over(self, change: Callable[[TensorSource], TensorSource]) -> Self:
+        """The same change of another weight."""
+        return replace(self, weight=change(self.weight))
+
+
+@dataclass(frozen=True)
+class LowRankTensor(ChangedWeight):
     """A `TensorSource` equal to `weight + scale * left @ right`, rounded once to the weight's dtype.
 
     Attributes:
@@ -116,23 +143,10 @@ class LowRankTensor:
     depend on the pieces it is read in.
     """
 
-    weight: TensorSource
     left: tuple[TensorSource, bool]
     right: tuple[TensorSource, bool]
     scale: float
     cache: FactorCache = field(default_factory=FactorCache, repr=False, compare=False)
-
-    @property
-    def name(self) -> str:
-        return self.weight.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.weight.dtype
 
     def over(self, change: Callable[[TensorSource], TensorSource]) -> LowRankTensor:
         """The same update of another weight."""
@@ -182,28 +196,11 @@ class LowRankTensor:
 
 
 @dataclass(frozen=True)
-class BiasedTensor:
+class BiasedTensor(ChangedWeight):
     """A `TensorSource` equal to `weight + scale * addend`: a bias of an adapter with `lora_bias`."""
 
-    weight: TensorSource
     addend: TensorSource
     scale: float
-
-    @property
-    def name(self) -> str:
-        return self.weight.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.weight.dtype
-
-    def over(self, change: Callable[[TensorSource], TensorSource]) -> BiasedTensor:
-        """The same addend of another bias."""
-        return replace(self, weight=change(self.weight))
 
     def read_into(self, start: int, out: np.ndarray) -> None:
         """Fills `out` with flat elements `[start, start + out.size)`; errors as in `LowRankTensor`."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["check_file_name", "is_model_folder", "open_tokenizer_file", "put_file"]
 
 
-_FOLDER = re.compile(r"\d{1,3}_\w{1,60}|additional_chat_templates", re.ASCII)
+_FOLDER = re.compile(r"\d{1,3}_\w{1,60}|additional_chat_templates|abliteration", re.ASCII)
 _FORBIDDEN = frozenset('/\\:*?"<>|')
 _DEVICES = frozenset(
     ["CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10))]
@@ -75,7 +75,7 @@ def open_tokenizer_file(path: Path) -> Tokenizer:
 
 
 def is_model_folder(name: str) -> bool:
-    """Whether a folder in a model's is of a kind that models have: a module's, or that of more templates."""
+    """Whether a folder in a model's may be there: a module's, that of more templates, or of a direction."""
     return _FOLDER.fullmatch(name) is not None
 
 

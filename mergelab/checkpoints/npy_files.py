@@ -200,6 +200,14 @@ class NpzArray:
         order = "F" if self.header.fortran else "C"
         return raw.view(self.header.dtype).reshape(self.header.shape, order=order)
 
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Fills `out` with flat elements `[start, start + out.size)`; inflates the whole array for it.
+
+        Raises:
+            CheckpointError: as of `read`.
+        """
+        out[...] = self.read().reshape(-1)[start : start + out.size]
+
 
 def open_npz(path: Path | str, names: Collection[str]) -> dict[str, NpzArray]:
     """Reads and checks the headers of arrays in a `.npz` file.

@@ -88,6 +88,8 @@ def _check_vacant(store: Store, folder: Path, *, overwrite: bool, resume: bool) 
     """The names of the files at a URL, which may be replaced or gone on with."""
     with store.errors("cannot be looked up", OutputError):
         there = list(store.find())
+        if not there and not overwrite and not resume and store.system.isfile(store.root):
+            raise OutputError(f"{store.url} is there already; choose another name or pass overwrite")
     if not there or resume or _SENDING in there:
         return there
     if not overwrite:

@@ -20,7 +20,10 @@ _PAPERS = re.compile(r"(README|LICENSE|LICENCE|NOTICE|USE_POLICY)[\w.-]*", re.IG
 _BESIDE = re.compile(r"(additional_chat_templates|[0-9]+_\w+)/[^/]+")
 _PICKLED = (".bin", ".pt", ".pth")
 _STATES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
-_AUTOENCODER = (".safetensors", ".pt", ".npz")
+_AUTOENCODER = (".safetensors", ".pt", ".pth", ".npz")
+# Releases of one autoencoder a layer; and the two files of a layer that circuit-tracer keeps.
+_ONE_A_LAYER = re.compile(r"layer_?\d+(\.sae)?\.(safetensors|pt|pth)|.*[-_]l\d+\.pth?")
+_ENCODER = re.compile(r"W_enc_(\d+)\.safetensors")
 
 
 def wanted_files(
@@ -49,7 +52,9 @@ def wanted_files(
     if within in names:  # one weight file, with the small files beside it
         folder, _, single = within.rpartition("/")
         prefix = f"{folder}/" if folder else ""
-        return sorted({within, *_small(_inside(names, prefix), prefix)} if single else [])
+        decoder = _ENCODER.sub(r"W_dec_\1.safetensors", within)
+        both = {within, decoder} & set(names)
+        return sorted({*both, *_small(_inside(names, prefix), prefix)} if single else [])
     prefix = f"{within}/" if within else ""
     inside = _inside(names, prefix)
     if not inside:
@@ -114,7 +119,14 @@ def _autoencoder(inside: Collection[str], prefix: str, place: str) -> set[str]:
     """The files of one sparse autoencoder: its folder's own, or those of the run's `final/`."""
     final = [name for name in inside if name.startswith("final/") and "/" not in name.removeprefix("final/")]
     top = [name for name in inside if "/" not in name]
-    files = [n for n in top if n.endswith((*_AUTOENCODER, *_SMALL))] + final
+    layers = [name for name in top if _ONE_A_LAYER.fullmatch(name)]
+    if len(layers) > 1:
+        raise CheckpointError(
+            f"{place} holds {len(layers)} autoencoders; name one, as in PLACE:{prefix}{layers[0]} "
+            f"({_some(layers)})"
+        )
+    last = [name for name in inside if name == "checkpoints/final.safetensors" and "hyperparams.json" in top]
+    files = [n for n in top if n.endswith((*_AUTOENCODER, *_SMALL))] + final + last
     if not any(name.endswith(_AUTOENCODER) for name in files):
         folders = sorted({n.rpartition("/")[0] for n in inside if n.endswith(_AUTOENCODER)} - {""})
         which = f"; name one of its folders, as in PLACE:{prefix}{folders[0]} ({_some(folders)})"

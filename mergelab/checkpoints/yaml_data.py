@@ -34,6 +34,15 @@ _SCALARS: tuple[tuple[str, re.Pattern[str]], ...] = (
 )
 _MAX_DIGITS = 400  # more than any float64 has before its point
 
+# What YAML 1.1 takes for a number, and 1.2 for another number or for text: 010 is 8, and 1:30 is 90.
+_OLD_NUMBERS: tuple[tuple[int, re.Pattern[str]], ...] = (
+    (2, re.compile(r"[-+]?0b[01_]+")),
+    (8, re.compile(r"[-+]?0[0-7_]+")),
+    (16, re.compile(r"[-+]?0x[0-9a-fA-F_]+")),
+    (60, re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")),
+)
+_LONGEST_OLD = 40
+
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 # libyaml reads the same language thirty times as fast, where PyYAML was built with it.
@@ -49,12 +58,14 @@ class Document:
         line: its first line (1-based).
         lines: the line of each field and list item.
         repeated: the fields that are written more than once, with the line of the one before each.
+        old_numbers: the numbers that were read as YAML 1.1 reads them: what is written, and what it is.
     """
 
     data: Any
     line: int
     lines: dict[FieldPath, int] = field(default_factory=dict)
     repeated: list[tuple[FieldPath, int]] = field(default_factory=list)
+    old_numbers: list[tuple[FieldPath, str, float]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -82,7 +93,12 @@ class _Node:
 
 
 def parse_yaml(
-    text: str, source: str, error: type[MergelabError] = CheckpointError, *, strict_keys: bool = True
+    text: str,
+    source: str,
+    error: type[MergelabError] = CheckpointError,
+    *,
+    strict_keys: bool = True,
+    old_numbers: bool = False,
 ) -> list[Document]:
     """Parses every document of a YAML text.
 
@@ -91,6 +107,7 @@ def parse_yaml(
         source: what it is, for messages.
         error: what is raised.
         strict_keys: refuse a key that stands twice in one mapping; otherwise the later one wins.
+        old_numbers: read octal, binary and sexagesimal numbers as YAML 1.1 does: `010` is 8, `1:30` is 90.
 
     Raises:
         MergelabError: `error`: faulty YAML, duplicate keys, tags, numbers beyond float64, more than 50
@@ -110,7 +127,7 @@ def parse_yaml(
         raise error(f"{source}: not valid YAML: {reason}") from None
     except UnicodeEncodeError:
         raise error(f"{source}: not valid YAML: it holds half a surrogate pair, which is not text") from None
-    return [_Converter(source, error, strict_keys).document(node) for node in nodes]
+    return [_Converter(source, error, strict_keys, old_numbers).document(node) for node in nodes]
 
 
 def _compose(text: str, source: str, error: type[MergelabError]) -> Iterator[_Node]:
@@ -182,8 +199,10 @@ def _node(event: Any, place: str, anchors: dict[str, _Node], error: type[Mergela
 class _Converter:
     """Turns composed nodes into data."""
 
-    def __init__(self, source: str, error: type[MergelabError], strict_keys: bool) -> None:
+    def __init__(self, source: str, error: type[MergelabError], strict_keys: bool, old_numbers: bool) -> None:
         self.source, self.error, self.strict_keys = source, error, strict_keys
+        self.reads_old = old_numbers
+        self.old_numbers: list[tuple[FieldPath, str, float]] = []
         self.faults: list[str] = []
         self.lines: dict[FieldPath, int] = {}
         self.repeated: list[tuple[FieldPath, int]] = []
@@ -192,7 +211,7 @@ class _Converter:
         data = self.convert(node, ())
         if self.faults:
             raise self.error(self.faults)
-        return Document(data, node.line, {(): node.line, **self.lines}, self.repeated)
+        return Document(data, node.line, {(): node.line, **self.lines}, self.repeated, self.old_numbers)
 
     def convert(self, node: _Node, path: FieldPath) -> Any:
         if node.kind == "scalar":
@@ -242,6 +261,15 @@ class _Converter:
         return result
 
     def scalar(self, node: _Node, path: FieldPath) -> bool | int | float | str | None:
+        value = self.core_scalar(node, path)
+        old = _old_number(node.text) if self.reads_old and node.plain else None
+        if old is None or old == value:
+            return value
+        self.old_numbers.append((path, node.text, old))
+        return old
+
+    def core_scalar(self, node: _Node, path: FieldPath) -> bool | int | float | str | None:
+        """The scalar by the core schema of YAML 1.2."""
         text = node.text
         self.check_text(node, path)
         # No number, switch or null is longer, and a pattern costs time for each character.
@@ -286,3 +314,23 @@ class _Converter:
     def fault(self, node: _Node, path: FieldPath, message: str) -> None:
         place = f"{dotted(path)}: " if path else ""
         self.faults.append(f"{self.source}:{node.line}: {place}{message}")
+
+
+def _old_number(text: str) -> int | float | None:
+    """The number that YAML 1.1 reads where YAML 1.2 may not; None where it has no such form."""
+    if len(text) > _LONGEST_OLD:
+        return None
+    base = next((base for base, pattern in _OLD_NUMBERS if pattern.fullmatch(text)), None)
+    if base is None:
+        return None
+    digits = text.replace("_", "")
+    try:
+        if base != 60:
+            return int(digits, base)
+        sign = -1 if digits.startswith("-") else 1
+        value: int | float = 0
+        for part in digits.lstrip("+-").split(":"):
+            value = 60 * value + (float(part) if "." in part else int(part))
+    except ValueError:  # nothing but underscores
+        return None
+    return sign * value

@@ -41,15 +41,24 @@ LAYERS = _Layers()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--harmful",
-    required=True,
     type=click.Path(path_type=Path),
-    help="File of prompts that the model refuses.",
+    help="File of prompts that the model refuses.  [default: a built-in set]",
 )
 @click.option(
     "--harmless",
-    required=True,
     type=click.Path(path_type=Path),
-    help="File of prompts that the model answers.",
+    help="File of prompts that the model answers.  [default: a built-in set]",
+)
+@click.option(
+    "--borderline",
+    type=click.Path(path_type=Path),
+    help="File of harmless prompts that tend to be refused: counted, and used to judge directions, not to "
+    "find them.  [default: a built-in set beside the built-in ones]",
+)
+@click.option(
+    "--direction",
+    type=click.Path(path_type=Path),
+    help="File or edited folder whose direction is removed, in place of one that is found.",
 )
 @click.option("--out", "-o", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--text", type=click.Path(path_type=Path), help="Text file to measure the loss on.")
@@ -99,10 +108,18 @@ LAYERS = _Layers()
     help="Layers to look at in place of --max-depth, the first being 0: 12-18.",
 )
 @click.option(
+    "--answer-tokens",
+    "max_new_tokens",
+    type=WholeNumber(1),
+    default=48,
+    show_default=True,
+    help="Tokens of each answer that are looked through for refusals.",
+)
+@click.option(
     "--response-prefix",
-    default="",
     metavar="TEXT",
-    help=r"Text that every answer begins with, such as '<think>\n', to be looked past; \n ends a line.",
+    help=r"Text that every answer begins with, such as '<think>\n', to be looked past; \n ends a line.  "
+    r"[default: what all answers share]",
 )
 @click.option(
     "--keep-norms", type=click.Choice(["written", "coordinate"]), help="Norms that edited matrices keep."
@@ -113,6 +130,20 @@ LAYERS = _Layers()
     default=0,
     show_default=True,
     help="Trials of a search over layers and weights; 0 removes the direction everywhere.",
+)
+@click.option(
+    "--choose",
+    default="lowest-refusals",
+    show_default=True,
+    metavar="RULE|NUMBER",
+    help="Trial to write: lowest-refusals, lowest-kl (that halves refusals) or balanced, each within "
+    "--max-kl; or the number of a trial.",
+)
+@click.option(
+    "--journal",
+    type=click.Path(path_type=Path),
+    help="File of the search's trials: kept, and read in place of searching again.  [default: "
+    "OUT.trials.jsonl]",
 )
 @click.option(
     "--batch", type=WholeNumber(1), default=16, show_default=True, help="Prompts in one forward pass."
@@ -138,10 +169,13 @@ LAYERS = _Layers()
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
     model: Path,
-    harmful: Path,
-    harmless: Path,
+    harmful: Path | None,
+    harmless: Path | None,
+    borderline: Path | None,
+    direction: Path | None,
     out: Path,
     text: Path | None,
+    journal: Path | None,
     phrases: tuple[str, ...],
     mesh: dict[str, int] | None,
     dtype: str | None,
@@ -155,22 +189,35 @@ def command(
 
     The direction is the difference of the means of two sets of prompts, chosen by what its removal and its
     addition do. OUT gets the edited model, with abliteration.json and a README.md that state refusals, KL
-    and loss before and after on prompts kept aside. Prompts stand one a line, or as JSON strings in .jsonl
-    files. docs/abliteration.md says what this removes and what it does not.
+    and loss before and after on prompts kept aside, and the direction in abliteration/direction.safetensors.
+    Prompts stand one a line, or as JSON strings in .jsonl files; without any, small built-in sets are used,
+    and your own are better. With --trials the trials that no other beats are listed, and the same command
+    with another --choose (and --out, or --overwrite) writes another of them without searching again.
+    docs/abliteration.md says what this removes and what it does not.
 
     \b
     Examples:
       mergelab abliterate model --harmful harmful.txt --harmless harmless.txt --out edited
       mergelab abliterate model --harmful a.txt --harmless b.txt --out edited --text prose.txt --trials 64
+      mergelab abliterate model --out edited --trials 64 --choose balanced
+      mergelab abliterate model --out other --trials 64 --choose 17 --journal edited.trials.jsonl
+      mergelab abliterate sibling --direction edited --out edited-sibling
       mergelab abliterate model --harmful a.txt --harmless b.txt --out edited --refusal "Das kann ich nicht"
     """
     check_push_option(push_to, out)
-    from mergelab.abliteration import AbliterationSettings, Filters, abliterate, read_prompts
+    from mergelab.abliteration import (
+        AbliterationSettings,
+        Filters,
+        abliterate,
+        load_direction,
+        read_prompts,
+    )
     from mergelab.checkpoints.companion_files import companion_warnings, donor_files
     from mergelab.sharding import make_mesh
 
     filters = Filters(*(options.pop(name) for name in ("max_kl", "min_induced", "max_depth", "layers")))
-    options["response_prefix"] = options["response_prefix"].replace("\\n", "\n")
+    if options["response_prefix"] is not None:
+        options["response_prefix"] = options["response_prefix"].replace("\\n", "\n")
     if phrases:
         options["phrases"] = phrases
     from mergelab.checkpoints.text_file import MAX_PROSE, read_text
@@ -180,28 +227,26 @@ def command(
         report = abliterate(
             model,
             out,
-            read_prompts(harmful),
-            read_prompts(harmless),
+            *(None if path is None else read_prompts(path) for path in (harmful, harmless)),
+            borderline=None if borderline is None else read_prompts(borderline),
+            direction=None if direction is None else load_direction(direction),
             settings=AbliterationSettings(filters=filters, **options),
             text=prose,
+            journal=journal,
             mesh=None if mesh is None else make_mesh(mesh),
             dtype=dtype,
             overwrite=overwrite,
             resume=resume,
-            inputs=[path for path in (harmful, harmless, text) if path is not None],
+            inputs=[path for path in (harmful, harmless, borderline, direction, text) if path is not None],
             progress=bar.show,
         )
 
     def lines() -> str:
-        chosen = report.selection.chosen
-        return "\n".join(
-            [
-                f"direction before block {chosen.layer}, token {chosen.position}",
-                *report.table(),
-                *report.findings(),
-                str(out),
-            ]
-        )
+        found = "direction as given"
+        if report.selection is not None:
+            chosen = report.selection.chosen
+            found = f"direction before block {chosen.layer}, token {chosen.position}"
+        return "\n".join([found, *report.frontier_table(), *report.table(), *report.findings(), str(out)])
 
     for warning in companion_warnings(model, donor_files(model, None)):
         click.echo(f"warning: {warning}", err=True)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mergelab.cli.numbers import WholeNumber
-from mergelab.cli.options import TEXT, text_options
+from mergelab.cli.options import TEXT, text_options, token_options, token_rule
 from mergelab.cli.output import count_bar, print_result
 from mergelab.errors import quoted
 
@@ -67,6 +67,7 @@ PART = _Part()
     help="Dtype of the running model's weights (default: as stored); float32 is fastest on most CPUs.",
 )  # fmt: skip
 @TEXT
+@token_options
 @click.option(
     "--part", type=PART, default="1/1", show_default=True, metavar="N/COUNT",
     help="Share of the documents: every COUNT-th, from the N-th on; each machine has an OUT of its own.",
@@ -88,7 +89,8 @@ def command(
     """Record the activations of MODEL on text.
 
     OUT gets files SITE-00000.safetensors with rows [tokens, d_model], tokens.safetensors with the token of
-    each row, and store.json. `mergelab inspect MODEL` lists the sites.
+    each row, and store.json. All rows are written; store.json says which count, for trainings and evaluations
+    that read them. `mergelab inspect MODEL` lists the sites.
 
     \b
     Examples:
@@ -99,6 +101,8 @@ def command(
           --dtype int8
     """
     from mergelab.activations.capture import open_model_activations
+    from mergelab.activations.kept import DEFAULT_RULE
+    from mergelab.activations.left_out import LeftOut
     from mergelab.activations.store import write_store
     from mergelab.checkpoints.locations import local_path
     from mergelab.checkpoints.publish import WorkFolder
@@ -114,9 +118,11 @@ def command(
         WorkFolder(folder, inputs=[model, *read]) as work,
         count_bar("row", quiet=as_json) as bar,
     ):
+        rule = token_rule(given, DEFAULT_RULE)
         source = open_model_activations(
-            model, sites, files, length=context, dtype=compute_dtype, text=options
+            model, sites, files, length=context, dtype=compute_dtype, rule=rule, text=options
         )
+        left_out = LeftOut()
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -126,11 +132,19 @@ def command(
             click.echo(f"warning: {message}", err=True)
 
         rows = write_store(
-            source, work, model=model, rows=tokens, dtype=dtype, progress=progress, notice=notice
+            source,
+            work,
+            model=model,
+            rows=tokens,
+            dtype=dtype,
+            progress=progress,
+            notice=notice,
+            left_out=left_out,
         )
+    uncounted = f"\n{left_out.sentence()} do not count" if left_out.kept < left_out.rows else ""
     print_result(
-        lambda: {"path": shown(out), "rows": rows, "sites": list(sites)},
-        lambda: f"{rows:,} rows of {', '.join(sites)}\n{shown(out)}",
+        lambda: {"path": shown(out), "rows": rows, "sites": list(sites), "left_out": left_out.facts()},
+        lambda: f"{rows:,} rows of {', '.join(sites)}{uncounted}\n{shown(out)}",
         as_json=as_json,
         indent=None,
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from mergelab.decoding import Completion
+    from mergelab.decoding import Completion, Memory
     from mergelab.models.model import Model
     from mergelab.text.chat import Message
     from mergelab.text.tokenizer import Tokenizer
@@ -51,6 +51,7 @@ class Chat:
         self._model, self._params, self._tokenizer = model, params, tokenizer
         self._most, self._ends, self._stops = max_new_tokens, end_ids, stops
         self._settings = settings
+        self._memory: Memory | None = None
         self._messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
 
     def answer(self, question: str, *, as_json: bool) -> None:
@@ -69,6 +70,9 @@ class Chat:
 
     def converse(self, *, as_json: bool) -> None:
         """Answers one line of standard input after the other, until it ends."""
+        from mergelab.decoding import Memory
+
+        self._memory = Memory()  # a turn reads what is new in it
         for question in _questions():
             self.answer(question, as_json=as_json)
 
@@ -91,6 +95,7 @@ class Chat:
             stop_strings=self._stops,
             end_ids=self._ends,
             on_text=_print if show else None,
+            memory=self._memory,
             **self._settings,
         )
         return found

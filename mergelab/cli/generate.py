@@ -129,9 +129,11 @@ def command(
         raise click.UsageError("the prompt is empty: it has no tokens to continue; give a text")
     if has_companion(path, "config.json"):  # before any weight is read
         _check_prompt(path, ids, new, from_text=prompt is not None)
-    model, params = load_either(path, options["mesh"], options["dtype"])
     settings: dict[str, Any] = {"max_new_tokens": new, "sampler": _sampler(options), "key": options["seed"]}
-    ends = () if options["ignore_end"] else _end_ids(tokenizer, model, path)
+    ends = () if options["ignore_end"] or tokenizer is None else tokenizer.end_ids
+    model, params = _load(path, options, len(ids), ends, settings)
+    if tokenizer is None and not options["ignore_end"]:
+        ends = _end_ids(model, path)
     found = _continue(model, params, tokenizer, ids, ends, options["stops"], settings)
     if as_json:
         click.echo(json.dumps({**found, "prompt_token_ids": ids}))
@@ -158,7 +160,7 @@ def _chat(
         DecodingError: question and answer are more tokens than the model has positions.
     """
     from mergelab.checkpoints.companions import has_companion
-    from mergelab.cli.conversation import Chat
+    from mergelab.cli.conversation import ANSWER_TOKENS, Chat
     from mergelab.text.chat import chat_ids, turn_end_ids
 
     if "default" not in tokenizer.chat_templates:
@@ -171,21 +173,49 @@ def _chat(
     ids = chat_ids(tokenizer, messages)  # before any weight is read
     if has_companion(path, "config.json"):
         _check_prompt(path, ids, max_new_tokens or 1, from_text=True)
-    model, params = load_either(path, options["mesh"], options["dtype"])
+    settings = {"sampler": _sampler(options), "key": options["seed"]}
+    ends = () if options["ignore_end"] else turn_end_ids(tokenizer)
+    model, params = _load(
+        path,
+        options,
+        len(ids),
+        ends,
+        {"max_new_tokens": max_new_tokens or ANSWER_TOKENS, "turns": prompt is None, **settings},
+    )
     chat = Chat(
         model,
         params,
         tokenizer,
         system=system,
         max_new_tokens=max_new_tokens,
-        end_ids=() if options["ignore_end"] else turn_end_ids(tokenizer),
+        end_ids=ends,
         stops=options["stops"],
-        settings={"sampler": _sampler(options), "key": options["seed"]},
+        settings=settings,
     )
     if prompt is None:
         chat.converse(as_json=as_json)
     else:
         chat.answer(prompt, as_json=as_json)
+
+
+def _load(
+    path: Path, options: Mapping[str, Any], length: int, ends: Sequence[int], settings: Mapping[str, Any]
+) -> tuple[Model, Any]:
+    """The model and its parameters; what a prompt of this length will run is compiled meanwhile."""
+    from mergelab.checkpoints.folder import open_checkpoint
+    from mergelab.decoding.rehearsal import rehearsing
+    from mergelab.decoding.stop import stop_at
+    from mergelab.models.load import load_model, parameter_shapes
+    from mergelab.models.orbax import is_orbax_model
+
+    if options["mesh"] is not None or is_orbax_model(path):
+        return load_either(path, options["mesh"], options["dtype"])
+    checkpoint = open_checkpoint(path)
+    model, shapes = parameter_shapes(checkpoint, dtype=options["dtype"])
+    room = max(1, model.config.max_length - length)
+    settings = {**settings, "max_new_tokens": min(settings["max_new_tokens"], room)}
+    with rehearsing(model, shapes, length, stop=stop_at(ends), **settings):
+        return load_model(checkpoint, dtype=options["dtype"])
 
 
 def _check_prompt(path: Path, ids: Sequence[int], max_new_tokens: int, *, from_text: bool) -> None:
@@ -249,10 +279,8 @@ def _continue(
     return {"token_ids": generated.rows()[0], "text": None, "stop": stop}
 
 
-def _end_ids(tokenizer: Tokenizer | None, model: Model, path: Path) -> tuple[int, ...]:
-    """The tokens that end a text, from the tokenizer's folder or, without one, from the configs."""
-    if tokenizer is not None:
-        return tokenizer.end_ids
+def _end_ids(model: Model, path: Path) -> tuple[int, ...]:
+    """The tokens that end a text by the configs, of a model without a tokenizer."""
     from mergelab.checkpoints.companions import companion_json
     from mergelab.text.tokenizer import token_ids
 

@@ -133,8 +133,8 @@ def _describe(inventory: Inventory) -> dict[str, Any]:
         "runs_here": model is not None and not inventory.faults,
         "faults": list(inventory.faults),
         "parameters": inventory.parameters,
-        "bytes": sum(inventory.dtypes.values()),
-        "dtypes": {str(kind): size for kind, size in inventory.dtypes.items()},
+        "bytes": sum(inventory.stored.values()),
+        "dtypes": dict(inventory.stored),
         "files": [file.file.path.name for file in checkpoint.files],
         "config": {} if model is None else _plain(_config(model.config)),
         "tensors": {
@@ -146,9 +146,11 @@ def _describe(inventory: Inventory) -> dict[str, Any]:
 
 def _stored_form(tensor: TensorSource) -> dict[str, str]:
     """How a tensor is quantized, in words; nothing where it is not."""
+    from mergelab.checkpoints.gguf.tensors import GgufTensor
     from mergelab.checkpoints.quantized import BoxSource
 
-    return {"stored": tensor.form} if isinstance(tensor, BoxSource) else {}
+    form = tensor.form if isinstance(tensor, BoxSource | GgufTensor) else None
+    return {} if form is None else {"stored": form}
 
 
 def _config(config: Any) -> dict[str, Any]:

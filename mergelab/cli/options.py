@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergelab.cli.numbers import Number, WholeNumber
+from mergelab.cli.program_cache import program_cache
 from mergelab.errors import quoted
 
 if TYPE_CHECKING:
+    from mergelab.activations.kept import TokenRule
     from mergelab.sae.sae import SAE
 
 __all__ = [
@@ -28,6 +31,8 @@ __all__ = [
     "read_model",
     "readable",
     "text_options",
+    "token_options",
+    "token_rule",
 ]
 
 
@@ -146,6 +151,54 @@ PUSH = click.option(
 )
 
 
+class _Multiple(Number):
+    """A number above 1; infinity is no limit."""
+
+    name = "number"
+    bounded = False
+
+    def __init__(self) -> None:
+        super().__init__(1, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert("inf" if value == "none" else value, param, ctx)
+
+
+def token_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say which tokens count: `skip_positions`, `skip_special`, `max_norm_multiple`."""
+    for option in (
+        click.option(
+            "--max-norm-multiple",
+            type=_Multiple(),
+            metavar="NUMBER|none",
+            help="Largest norm of a token that counts, in medians (default: 10); none for no limit.",
+        ),
+        click.option(
+            "--skip-special/--keep-special",
+            default=None,
+            help="Whether special tokens count for nothing (default: they do not count).",
+        ),
+        click.option(
+            "--skip-positions",
+            type=WholeNumber(0),
+            help="Number of first positions of a context that do not count (default: 1).",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def token_rule(options: Mapping[str, Any], default: TokenRule) -> TokenRule:
+    """What the options of `token_options` say; what they do not say is the default's."""
+    import math
+    from dataclasses import replace
+
+    given = {name: options[name] for name in default.facts() if options[name] is not None}
+    if given.get("max_norm_multiple") == math.inf:
+        given["max_norm_multiple"] = None
+    return replace(default, **given)
+
+
 def check_push_option(push_to: str | None, out: Path | None) -> None:
     """Refuses, before any work, a push that cannot succeed."""
     if push_to is not None:
@@ -157,12 +210,18 @@ def check_push_option(push_to: str | None, out: Path | None) -> None:
         check_push(push_to)
 
 
-def push_output(out: Path, push_to: str | None) -> None:
-    """Uploads a finished output where that was asked for, and says on stderr where it is."""
+def push_output(out: Path, push_to: str | None, card: bytes | None = None) -> None:
+    """Uploads a finished output where that was asked for, and says on stderr where it is.
+
+    Args:
+        out: the output.
+        push_to: `org/name`; None where nothing was asked for.
+        card: `README.md` for a repository and an output that have none.
+    """
     if push_to is not None:
         from mergelab.checkpoints.hub_push import push
 
-        click.echo(f"pushed to {push(out, push_to)}", err=True)
+        click.echo(f"pushed to {push(out, push_to, card=card)}", err=True)
 
 
 def read_model(path: Path) -> Any:
@@ -212,11 +271,10 @@ def open_sae(path: Path, step: int | None = None) -> SAE:
     Raises:
         CheckpointError: there is none.
     """
-    from mergelab.checkpoints.locations import local_path
     from mergelab.errors import CheckpointError
-    from mergelab.sae.formats import load_sae
+    from mergelab.sae.formats import load_sae, sae_path
 
-    path = local_path(path, "sae")
+    path = sae_path(path)
     is_run = (path / "config.yaml").is_file() and (path / "checkpoints").is_dir()
     if step is not None and not is_run:
         raise CheckpointError(f"{path}: a step was named, but this is no run with checkpoints")
@@ -259,8 +317,8 @@ def _as_trained(sae: SAE, config: Path) -> SAE:
 def configure_jax(*, merging: bool = False) -> None:
     """Sets JAX up for this process; call it before the first computation.
 
-    Compiled programs go to `$XDG_CACHE_HOME/mergelab/xla`, so that a second run does not compile them again;
-    `JAX_COMPILATION_CACHE_DIR` overrides the place.
+    Compiled programs go to `$XDG_CACHE_HOME/mergelab/xla` (`program_cache`), so that a second run does not
+    compile them again; `JAX_COMPILATION_CACHE_DIR` overrides the place, and is then left to its owner.
 
     Args:
         merging: Whether the process does nothing but stream merges. Their blocks run side by side already,
@@ -273,8 +331,7 @@ def configure_jax(*, merging: bool = False) -> None:
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mergelab" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(program_cache(jax.__version__)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if merging:

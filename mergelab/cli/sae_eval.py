@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergelab.cli.numbers import Seed, WholeNumber
-from mergelab.cli.options import MESH, TEXT, text_options
+from mergelab.cli.options import MESH, TEXT, text_options, token_options, token_rule
 
 if TYPE_CHECKING:
     from mergelab.activations import ActivationFiles
@@ -99,6 +99,7 @@ class MetricsOption(click.Option):
 @click.option("--mesh", type=MESH, metavar="AXES", help="Device mesh for the model, such as tensor=8.")
 @click.option("--any-model", is_flag=True, help="Accept a model other than the recorded one.")
 @click.option("--seed", type=Seed(0), default=0, show_default=True, help="Random seed.")
+@token_options
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
 def command(sources: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Judge SAEs on activations or text they were not trained on.
@@ -107,6 +108,9 @@ def command(sources: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     docs/sae_evaluation.md describes; the first half of the text fits what must be fitted, and the second
     judges. Several SOURCEs that differ in nothing but the seed of their training are shown as mean and
     standard deviation; others stand side by side. A transcoder is judged on the site it writes.
+
+    Scores are of the tokens that count: not the first of each context, special ones, or those far longer than
+    the others. Scores that end in _all include them.
 
     \b
     Examples:
@@ -156,16 +160,16 @@ def command(sources: tuple[Path, ...], as_json: bool, **options: Any) -> None:
 
 def _on_files(source: Path, options: Mapping[str, Any]) -> tuple[dict[str, float], SAE]:
     """Reconstruction on stored activations, and the SAE as what it was judged."""
-    import jax.numpy as jnp
     import numpy as np
 
     from mergelab.activations import open_activation_files
+    from mergelab.activations.stored_tokens import kept_of_files
     from mergelab.cli.options import open_sae
     from mergelab.errors import SAEError
-    from mergelab.sae.evaluation.reconstruction import Totals
+    from mergelab.sae.evaluation.reconstruction import kept_reconstruction
     from mergelab.sae.sae import at_sites
-    from mergelab.sae.splice import encode_and_reconstruct
-    from mergelab.sae.training.data import store_facts
+    from mergelab.sae.subject_model import judging_rule
+    from mergelab.sae.training.data import store_facts, written_rule
 
     sae = open_sae(source)
     if options["site"] or options["target_site"]:
@@ -191,16 +195,25 @@ def _on_files(source: Path, options: Mapping[str, Any]) -> tuple[dict[str, float
             f"activations {sae.d_out} wide, and the data has {files.rows} rows; give the targets "
             "of the same tokens."
         )
-    totals, batch = None, options["batch"]
     count = min(options["rows"] or files.rows, files.rows)
-    for start in range(0, count, batch):
-        x = files.read(start, min(start + batch, count))
-        y = x if target is None else target.read(start, min(start + batch, count))
-        codes, out = encode_and_reconstruct(sae, jnp.asarray(x))
-        totals = totals or Totals.zero(y, sae.n_latents)
-        totals = totals.add(y, np.asarray(out), np.asarray(codes))
-    assert totals is not None
-    return totals.result().scalars(), sae
+    batch = min(options["batch"], count)
+    rule = token_rule(options, judging_rule(sae).strictest(written_rule(files)))
+    rows = kept_of_files(files, rule, target)
+
+    def pieces() -> Iterator[tuple[Any, Any, np.ndarray, np.ndarray]]:
+        for start in range(0, count, batch):
+            stop = min(start + batch, count)
+            x = files.read(start, stop)
+            y = x if target is None else target.read(start, stop)
+            place = np.ones(len(x), bool) if rows.by_place is None else rows.by_place(start, stop)
+            yield x, y, place & rows.short_enough(x, y), place
+
+    both = kept_reconstruction(sae, pieces(), rows=batch, context=rows.context)
+    found = both.kept.scalars()
+    if both.every is not None:
+        found["left_out"] = 1 - both.left_out.kept / both.left_out.rows
+        found |= {f"{name}_all": value for name, value in both.every.scalars().items()}
+    return found, sae
 
 
 def _targets(
@@ -283,6 +296,7 @@ def _on_text(
     from mergelab.checkpoints.folder import weights_sha256
     from mergelab.checkpoints.locations import local_path
     from mergelab.cli.options import open_sae
+    from mergelab.sae.belonging import warn_where_foreign
     from mergelab.sae.evaluation.controls import CONTROLS
     from mergelab.sae.evaluation.metric import Evidence, Options
     from mergelab.sae.evaluation.probing_tasks import label_texts
@@ -293,7 +307,12 @@ def _on_text(
         scorecard,
     )
     from mergelab.sae.sae import at_sites
-    from mergelab.sae.subject_model import check_subject_model, check_target, open_subject_model
+    from mergelab.sae.subject_model import (
+        check_subject_model,
+        check_target,
+        judging_rule,
+        open_subject_model,
+    )
     from mergelab.sharding import make_mesh
     from mergelab.text.tokenizer import load_tokenizer
 
@@ -304,12 +323,15 @@ def _on_text(
     first = opened[0]
     _check_same_sites(sources, opened)
     any_model = options["any_model"]
+    rule, asked_text = token_rule(options, judging_rule(*opened)), text_options(options)
     subject = open_subject_model(
-        first, model, texts, length=length, any_model=any_model, mesh=mesh, text=text_options(options)
+        first, model, texts, length=length, any_model=any_model, mesh=mesh, rule=rule, text=asked_text
     )
     checked = [check_subject_model(one, model, any_model=any_model) for one in opened]
-    for one in opened:
+    for one, known in zip(opened, checked, strict=True):
         check_target(one, subject)
+        if one is not first and not known and not any_model:
+            warn_where_foreign(one, subject)
     asked = None if options["metrics"] is None else [name.strip() for name in options["metrics"].split(",")]
     resources = {
         "labels": label_texts(model, texts, subject.tokens.shape[1], subject.text).labels,
@@ -370,18 +392,19 @@ def _active(sae: Any, source: Any) -> int:
     return max(1, min(round(found.l0), sae.n_latents))
 
 
-def _curve(path: Path | None, source: Any, mesh: Any) -> tuple[Any, Any] | None:
+def _curve(path: Path | None, source: Any, mesh: Any) -> Any:
+    """The loss curve of the option, or None."""
     import numpy as np
 
     from mergelab.activations.capture import halves
     from mergelab.checkpoints.json_data import read_json
     from mergelab.errors import MergelabError, SAEError
-    from mergelab.sae.evaluation.downstream import loss_curve
+    from mergelab.sae.evaluation.training_curve import open_loss_curve
 
     if path is None:
         return None
     if path.is_dir():
-        return loss_curve(path, halves(source)[1], mesh=mesh)
+        return open_loss_curve(path, halves(source)[1], mesh=mesh)
     try:
         points = np.array(read_json(path), np.float64)
     except (MergelabError, ValueError, TypeError, OverflowError) as error:

@@ -50,15 +50,15 @@ def command(
       mergelab sae export old --format saelens --out new --target-site blocks.3.mlp.out
     """
     check_push_option(push_to, out)
-    from mergelab.checkpoints.locations import local_path
     from mergelab.checkpoints.remote_output import local_output, shown
     from mergelab.cli.options import open_sae
-    from mergelab.sae.formats import reserve, save_sae
+    from mergelab.sae.formats import reserve, sae_path, save_sae
+    from mergelab.sae.formats.card import sae_card
     from mergelab.sae.sae import at_sites
 
     with (
         local_output(out) as folder,
-        reserve(folder, format, inputs=[local_path(source, "sae")]) as place,
+        reserve(folder, format, inputs=[sae_path(source)]) as place,
     ):
         sae = at_sites(open_sae(source, step), site, target_site)
         save_sae(sae, place, format)
@@ -69,4 +69,4 @@ def command(
             err=True,
         )
     click.echo(shown(out))
-    push_output(out, push_to)
+    push_output(out, push_to, sae_card(sae, format, push_to))

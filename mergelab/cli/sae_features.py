@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergelab.cli.numbers import WholeNumber
-from mergelab.cli.options import MESH, TEXT, text_options
+from mergelab.cli.options import MESH, TEXT, text_options, token_options, token_rule
 
 if TYPE_CHECKING:
     from mergelab.sae.sae import SAE
@@ -54,6 +54,7 @@ __all__ = ["command"]
 @click.option("--neuronpedia", type=click.Path(path_type=Path), help="File for Neuronpedia's JSON.")
 @click.option("--mesh", type=MESH, metavar="AXES", help="Device mesh for the model, such as tensor=8.")
 @click.option("--any-model", is_flag=True, help="Accept a model other than the recorded one.")
+@token_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     source: Path,
@@ -98,25 +99,25 @@ def command(
     from mergelab.sae.features.gallery import (
         explain_gallery,
         make_gallery,
-        neuronpedia_batch,
         page_data,
     )
     from mergelab.sae.features.matching import hierarchy
+    from mergelab.sae.features.neuronpedia import neuronpedia_batch
+    from mergelab.sae.formats import sae_path
     from mergelab.sae.sae import at_sites
-    from mergelab.sae.subject_model import check_subject_model, open_subject_model
+    from mergelab.sae.subject_model import check_subject_model, judging_rule, open_subject_model
     from mergelab.sharding import make_mesh
     from mergelab.text.corpus_files import corpus_files
     from mergelab.text.tokenizer import load_tokenizer
 
     title, model_name, model_text = source.name, model.name, str(model)
-    source, model = local_path(source, "sae"), local_path(model)
-    wider = None if wider is None else local_path(wider, "sae")
-    files, asked = corpus_files(texts), text_options(given)
+    source, model = sae_path(source), local_path(model)
+    wider = None if wider is None else sae_path(wider)
+    files = corpus_files(texts)
     read = [file.path for file in files if file.path is not None]
     inputs = [source, model, *read, *([] if wider is None else [wider])]
+    names = [file.name for file in files]
     options = (
-        [file.name for file in files],
-        sorted(asked.items()),
         site,
         target_site,
         context,
@@ -124,6 +125,8 @@ def command(
         examples,
         explain,
         any_model,
+        names,
+        sorted(given.items()),
     )
     with NewFiles(
         [path for path in (out, neuronpedia) if path is not None],
@@ -132,8 +135,9 @@ def command(
     ) as new_files:
         sae = at_sites(open_sae(source), site, target_site)
         devices = None if mesh is None else make_mesh(mesh)
+        rule, asked = token_rule(given, judging_rule(sae)), text_options(given)
         subject = open_subject_model(
-            sae, model, texts, length=context, any_model=any_model, mesh=devices, text=asked
+            sae, model, texts, length=context, any_model=any_model, mesh=devices, rule=rule, text=asked
         )
         tokenizer = load_tokenizer(model)
 
@@ -164,14 +168,21 @@ def command(
             "site": gallery.site,
             **_written(sae),
             "latents": f"{len(gallery.latents):,} of {sae.n_latents:,}",
-            "text": f"{gallery.survey.rows:,} tokens",
+            "text": f"{gallery.survey.rows:,} tokens that count, of {subject.rows:,}",
         }
         page = render_features(page_data(gallery, words), title=f"Features of {title}", facts=facts)
         contents: dict[Path | str, Content] = {out: page.encode()}
         if neuronpedia is not None:
             layer = int(gallery.site.split(".")[1]) if gallery.site.startswith("blocks.") else 0
             batch = neuronpedia_batch(
-                gallery, sae, tokenizer.piece, model_id=model_name, sae_id=title, layer=layer
+                gallery,
+                sae,
+                tokenizer.piece,
+                model_id=model_name,
+                sae_set=title,
+                layer=layer,
+                prompts=(subject.tokens.shape[0], subject.tokens.shape[1]),
+                dataset=", ".join(Path(text).name for text in texts),
             )
             contents[neuronpedia] = json.dumps(batch, ensure_ascii=False).encode()
         new_files.publish(contents)

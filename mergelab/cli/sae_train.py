@@ -82,7 +82,19 @@ def command(
             bar.clear()
             click.echo(f"warning: {message}", err=True)
 
-        result = train(config, out, resume=resume, overrides=overrides, progress=progress, notice=notice)
+        def tell(line: str) -> None:
+            bar.clear()
+            click.echo(line, err=True)
+
+        result = train(
+            config,
+            out,
+            resume=resume,
+            overrides=overrides,
+            progress=progress,
+            notice=notice,
+            tell=None if as_json else tell,
+        )
     path = location_text(result.path)
     push_output(result.path, push_to)
     if as_json:

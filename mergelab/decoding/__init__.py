@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from mergelab.decoding.completion import Completion, complete
     from mergelab.decoding.generation import Generated, begin, generate
     from mergelab.decoding.generation_state import GenerationState, start
+    from mergelab.decoding.memory import Memory
     from mergelab.decoding.samplers import Sampler, greedy, row_keys, sample, sampler_from_options
     from mergelab.decoding.steps import advance
     from mergelab.decoding.stop import Stop, cut_at_strings, stop_at
@@ -33,6 +34,7 @@ __all__ = [
     "GenerationState",
     "History",
     "LogitsTransform",
+    "Memory",
     "MinNewTokens",
     "MinPFilter",
     "RepetitionPenalty",

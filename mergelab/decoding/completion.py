@@ -11,6 +11,7 @@ from jaxtyping import Array, Key
 
 from mergelab.activations.batches import pad_prompts
 from mergelab.decoding.generation import begin
+from mergelab.decoding.memory import Memory
 from mergelab.decoding.samplers import Sampler, greedy, row_keys
 from mergelab.decoding.steps import Steps
 from mergelab.decoding.stop import cut_at_strings, stop_at
@@ -54,6 +55,7 @@ def complete(
     edit: Mapping[str, Edit] | None = None,
     add_special_tokens: bool = True,
     on_text: Callable[[str], None] | None = None,
+    memory: Memory | None = None,
 ) -> list[Completion]:
     """Continues texts.
 
@@ -73,14 +75,19 @@ def complete(
         edit: same as in `generate`.
         add_special_tokens: same as in `Tokenizer.encode`; False for rendered chat templates.
         on_text: function that is called with each piece of the text as soon as it is certain; for one prompt.
+        memory: what was read of the conversation that the prompt goes on with, and where it is kept for the
+            next turn; for one prompt, without edits.
 
     Raises:
-        DecodingError: as `generate`; for an empty stop string; and for `on_text` with several prompts.
+        DecodingError: as `generate`; for an empty stop string; and for `on_text` or `memory` with several
+            prompts.
     """
     prompts = [prompts] if isinstance(prompts, str) else prompts
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
     several = on_text is not None and len(prompts) > 1
     require("complete(on_text)", f"{len(prompts)} prompts", not several, "one prompt")
+    alone = memory is None or (len(prompts) == 1 and not edit)
+    require("complete(memory)", f"{len(prompts)} prompts", alone, "one prompt, and no edits")
     ids = [
         tokenizer.encode(p, add_special_tokens=add_special_tokens) if isinstance(p, str) else list(p)
         for p in prompts
@@ -96,8 +103,11 @@ def complete(
         cut_at_strings("", [string])  # refused before anything is computed
     stop, edits = stop_at(tokenizer.end_ids if end_ids is None else end_ids), as_partials(edit)
     sampler, keys = sampler or greedy(), row_keys(key, len(ids))
-    tokens, mask = pad_prompts(ids)
-    progress = begin(model, params, tokens, mask, max_new_tokens=max_new_tokens, stop=stop, edit=edit)
+    if memory is None:
+        tokens, mask = pad_prompts(ids)
+        progress = begin(model, params, tokens, mask, max_new_tokens=max_new_tokens, stop=stop, edit=edit)
+    else:
+        progress = memory.begin(model, params, ids[0], max_new_tokens=max_new_tokens, stop=stop)
     steps = Steps(model, params, sampler=sampler, keys=keys, stop=stop, edit=edits)
     found: dict[int, Completion] = {}
     shown = _Shown(on_text, stop_strings)
@@ -120,6 +130,8 @@ def complete(
             if on_text is not None:
                 text = new_text(tokenizer, ids[row], new) if completion is None else completion.text
                 shown.show(text, whole=completion is not None)
+    if memory is not None:
+        memory.keep(ids[0], progress)
     return [found[row] for row in range(len(ids))]
 
 

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mergelab.activations.batches import bucket_size, check_prompts, widen
-from mergelab.decoding.generation_state import GenerationState, start
+from mergelab.decoding.generation_state import GenerationState, on_device, start
 from mergelab.decoding.samplers import Sampler, greedy, row_keys
 from mergelab.decoding.steps import Steps
 from mergelab.decoding.stop import Stop, stop_at
@@ -64,7 +63,7 @@ def generate(
     pad_id: int = 0,
     samples: int = 1,
     log_probs: bool = False,
-    capture: Sequence[str] = (),
+    capture: str | Sequence[str] = (),
 ) -> Generated:
     """Continues every prompt by up to `max_new_tokens` tokens.
 
@@ -138,7 +137,7 @@ def begin(
     edit: Mapping[str, Edit] | None = None,
     pad_id: int = 0,
     log_probs: bool = False,
-    capture: Sequence[str] = (),
+    capture: str | Sequence[str] = (),
 ) -> GenerationState:
     """Checks prompts, pads them to a bucket, and reads them: the first half of `generate`.
 
@@ -165,8 +164,8 @@ def begin(
     return start(
         model,
         params,
-        jnp.asarray(prompts, jnp.int32),
-        jnp.asarray(real),
+        on_device(prompts.astype(np.int32)),
+        on_device(real),
         capacity=capacity,
         stop=stop,
         edit=as_partials(edit),

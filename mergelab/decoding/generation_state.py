@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,19 @@ from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import require_decoder
 from mergelab.models.sites import TokenPlaces
 
-__all__ = ["GenerationState", "last_token", "read_again", "start", "step_places"]
+__all__ = [
+    "NOTHING",
+    "NO_CACHE",
+    "GenerationState",
+    "last_token",
+    "on_device",
+    "read_again",
+    "read_on",
+    "start",
+    "step_places",
+    "token_axes",
+    "unread",
+]
 
 
 @jax.tree_util.register_dataclass
@@ -97,7 +110,7 @@ def start(
     """
     if model.causal:  # `new_cache` refuses the others
         require_decoder(model)
-    columns = jnp.asarray(tokens.shape[1] if width is None else width, jnp.int32)
+    columns: Any = np.int32(tokens.shape[1] if width is None else width)
     options = {"capacity": capacity, "log_probs": log_probs, "capture": capture}
     begun = _start if runs_by_block(model, params) else _start_at_once
     return begun(model, params, tokens, mask, columns, stop, edit, pad_id, **options)
@@ -117,10 +130,7 @@ def _start(
     log_probs: bool,
     capture: tuple[str, ...],
 ) -> GenerationState:
-    dtype = str(params["embed"]["embedding"].dtype)
-    new = _empty(
-        model, tokens, mask, width, stop, pad_id, capacity=capacity, log_probs=log_probs, dtype=dtype
-    )
+    new = unread(model, params, tokens, mask, width, stop, pad_id, capacity=capacity, log_probs=log_probs)
     if tokens.shape[1] > 1:
         before, real = _but_last(tokens), _but_last(mask)
         places = _places(real, width, prompt=tokens.shape[1]) if edit else None
@@ -132,26 +142,68 @@ def _start(
 _start_at_once = jax.jit(_start, static_argnames=("model", "capacity", "log_probs", "capture"))
 
 
-@partial(jax.jit, static_argnames=("model", "capacity", "log_probs", "dtype"))
-def _empty(
+def unread(
     model: Model,
+    params: Params,
+    tokens: Array,
+    mask: Array,
+    width: Any,
+    stop: Stop,
+    pad_id: int | Array = 0,
+    *,
+    capacity: int,
+    log_probs: bool = False,
+    cache: Cache | None = None,
+    slots: int | None = None,
+) -> GenerationState:
+    """The state before anything is read; arguments as of `start`.
+
+    Args:
+        model: as there, and so on.
+        params: its parameters.
+        tokens: the prompts.
+        mask: True for real tokens.
+        width: number of columns that edits count.
+        stop: rule that ends rows.
+        pad_id: what stands after a row's end.
+        capacity: largest number of tokens that may be generated.
+        log_probs: whether log-probabilities are kept.
+        cache: what was read before; an empty one if None.
+        slots: number of slots of an empty cache; as many as the tokens take if None.
+    """
+    batch, length = tokens.shape
+    sizes = {"vocab": model.config.vocab_size, "capacity": capacity}
+    new = _empty(tokens, mask, width, stop, pad_id, **sizes, log_probs=log_probs)
+    if cache is None:
+        dtype = params["embed"]["embedding"].dtype
+        cache = model.new_cache(batch, length - 1 + capacity if slots is None else slots, dtype)
+    return replace(new, cache=cache)
+
+
+def read_on(model: Model, params: Params, tokens: Array, mask: Array, cache: Cache) -> Cache:
+    """The cache given, with these tokens behind those in it; its memory becomes that of the result."""
+    reading = _read if runs_by_block(model, params, cache) else _read_at_once
+    return reading(model, params, tokens, mask, cache, None, {})
+
+
+@partial(jax.jit, static_argnames=("vocab", "capacity", "log_probs"))
+def _empty(
     tokens: Int[Array, "batch length"],
     mask: Bool[Array, "batch length"],
     width: Int[Array, ""],
     stop: Stop,
     pad_id: int | Array,
     *,
+    vocab: int,
     capacity: int,
     log_probs: bool,
-    dtype: str,
 ) -> GenerationState:
-    """The state before anything is read."""
-    batch, length = tokens.shape
-    vocab = model.config.vocab_size
+    """What `unread` makes but for the cache: one program for models of every depth."""
+    batch = tokens.shape[0]
     rows = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[:, None], tokens.shape)
     ids = jnp.where(mask, tokens, vocab)  # padding falls outside, and is dropped
     return GenerationState(
-        cache=model.new_cache(batch, length - 1 + capacity, jnp.dtype(dtype)),
+        cache=NO_CACHE,
         last=tokens[:, -1],
         seen=jnp.zeros((batch, vocab), jnp.bool_).at[rows, ids].set(True, mode="drop"),
         recent=stop.no_recent(batch),
@@ -165,9 +217,19 @@ def _empty(
     )
 
 
+NOTHING: Any = np.zeros((0, 0), np.int32)
+NO_CACHE = Cache((), (), NOTHING, NOTHING)
+"""What stands for a cache where a program takes the rest of a state: what passes through is copied."""
+
+
 def _but_last(columns: Array) -> Array:
     # Through numpy where there are values: a slice would be a program of its own.
-    return columns[:, :-1] if isinstance(columns, Tracer) else jnp.asarray(np.asarray(columns)[:, :-1])
+    return columns[:, :-1] if isinstance(columns, Tracer) else on_device(np.asarray(columns)[:, :-1])
+
+
+def on_device(values: Any) -> Array:
+    """Values of numpy where JAX computes: `jnp.asarray` compiles a program for each of their shapes."""
+    return jax.device_put(np.ascontiguousarray(values))
 
 
 def _read(
@@ -179,7 +241,7 @@ def _read(
     places: TokenPlaces | None,
     edit: Mapping[str, Partial],
 ) -> Cache:
-    """The empty cache given, filled with tokens."""
+    """The cache given, with tokens behind those in it."""
     if runs_by_block(model, params, cache):
         forward = Blockwise(model, params, edit=edit)
         read = forward(tokens, cache, mask=mask, logits=False, places=places)
@@ -246,15 +308,20 @@ def _nothing_captured(
     def step() -> dict[str, Array]:
         tokens = jnp.zeros((cache.mask.shape[0], 1), jnp.int32)
         out = model.apply(params, tokens, cache=cache, edit=edit, capture=capture)
-        return last_token(model, out.captured)
+        return last_token(token_axes(model, capture), out.captured)
 
     return {site: jnp.zeros(x.shape, x.dtype) for site, x in jax.eval_shape(step).items()}
 
 
-def last_token(model: Model, captured: Mapping[str, Array]) -> dict[str, Array]:
-    """Captured sites of one token a row, without the axis of tokens."""
+def token_axes(model: Model, sites: Iterable[str]) -> tuple[tuple[str, int], ...]:
+    """Which axis of each of these sites is that of the tokens."""
+    shapes = {site: model.sites()[site] for site in sites}
+    return tuple(
+        (site, next(n for n, size in enumerate(shape) if size in ("length", "query")))
+        for site, shape in shapes.items()
+    )
 
-    def token_axis(site: str) -> int:
-        return next(n for n, size in enumerate(model.sites()[site]) if size in ("length", "query"))
 
-    return {site: jnp.squeeze(value, token_axis(site)) for site, value in captured.items()}
+def last_token(axes: Sequence[tuple[str, int]], captured: Mapping[str, Array]) -> dict[str, Array]:
+    """Captured sites of one token a row, without the axis of tokens that `token_axes` names."""
+    return {site: jnp.squeeze(captured[site], axis) for site, axis in axes}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,12 @@ def row_keys(key: Key[Array, "*batch"] | int, batch: int) -> Key[Array, " batch"
     require("key", key, typed and key.shape in ((), (batch,)), shapes)
     if key.ndim:
         return key
+    return _folded(key, batch)
+
+
+@partial(jax.jit, static_argnames="batch")
+def _folded(key: Key[Array, ""], batch: int) -> Key[Array, " batch"]:
+    """A key folded with the number of each row, as one program."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch, dtype=jnp.uint32))
 
 

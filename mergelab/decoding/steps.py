@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +13,24 @@ from jax.core import Tracer
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
-from mergelab.decoding.generation_state import GenerationState, last_token, read_again, step_places
+from mergelab.decoding.generation_state import (
+    NO_CACHE,
+    NOTHING,
+    GenerationState,
+    last_token,
+    on_device,
+    read_again,
+    step_places,
+    token_axes,
+)
 from mergelab.decoding.samplers import Sampler
 from mergelab.decoding.stop import Stop
 from mergelab.decoding.transforms import History
 from mergelab.models.blockwise import Blockwise, runs_by_block
-from mergelab.models.cache import Cache
 from mergelab.models.layers.rotary import LongRopeScaling
 from mergelab.models.model import Model, Params
 
-__all__ = ["Steps", "advance"]
+__all__ = ["Steps", "advance", "lengths_of_rotations"]
 
 
 def advance(
@@ -53,6 +60,14 @@ def advance(
     return steps.advance(progress, until, keep=True)
 
 
+def lengths_of_rotations(model: Model) -> set[int]:
+    """Lengths beyond which a text is rotated otherwise, from its first token on (LongRoPE)."""
+    blocks = getattr(model.config, "blocks", ())
+    rotaries = [getattr(getattr(block, "attention", None), "rotary", None) for block in blocks]
+    scalings = [rotary.scaling for rotary in rotaries if rotary is not None]
+    return {s.original_length for s in scalings if isinstance(s, LongRopeScaling)}
+
+
 class Steps:
     """What all steps of a generation share, made ready once; the arguments are those of `advance`."""
 
@@ -69,11 +84,7 @@ class Steps:
         self._model, self._params, self._edit = model, params, edit
         self._sampler, self._keys, self._stop = sampler, keys, stop
         self._forward: Blockwise | None = None
-        blocks = getattr(model.config, "blocks", ())
-        rotaries = [getattr(getattr(block, "attention", None), "rotary", None) for block in blocks]
-        scalings = [rotary.scaling for rotary in rotaries if rotary is not None]
-        # Texts of more tokens than these are rotated otherwise, from their first token on.
-        self._lengths = {s.original_length for s in scalings if isinstance(s, LongRopeScaling)}
+        self._lengths = lengths_of_rotations(model)
 
     def advance(
         self, progress: GenerationState, until: Int[Array, ""] | int, *, keep: bool = False
@@ -124,21 +135,16 @@ class Steps:
         while done < int(until) and not np.asarray(progress.finished).all():
             places = step_places(replace(progress, cache=cache)) if self._edit else None
             # Through numpy, which compiles nothing to give the tokens another shape.
-            tokens = jnp.asarray(np.asarray(progress.last)[:, None])
+            tokens = on_device(np.asarray(progress.last)[:, None])
             out = self._forward(tokens, cache, places=places)
             assert out.logits is not None and out.cache is not None
             # What is not used does not pass through the program, which would copy it.
-            rest = replace(progress, cache=_NO_CACHE, prompt=_NOTHING)
-            grown = _grown_alone(
-                self._model, rest, out.logits, out.captured, self._sampler, self._keys, self._stop
-            )
+            rest = replace(progress, cache=NO_CACHE, prompt=NOTHING)
+            axes = token_axes(self._model, progress.captured)
+            grown = _grown_alone(axes, rest, out.logits, out.captured, self._sampler, self._keys, self._stop)
             progress = replace(grown, prompt=progress.prompt)
             cache, done = out.cache, done + 1
         return replace(progress, cache=cache)
-
-
-_NOTHING: Any = np.zeros((0, 0), np.int32)
-_NO_CACHE = Cache((), (), _NOTHING, _NOTHING)
 
 
 @jax.jit
@@ -169,14 +175,15 @@ def _loop(
         capture = tuple(p.captured)
         out = model.apply(params, p.last[:, None], cache=p.cache, edit=edit, capture=capture, places=places)
         assert out.logits is not None and out.cache is not None
-        grown = _grown(model, p, out.logits, out.captured, sampler, keys, stop)
+        axes = token_axes(model, capture)
+        grown = _grown(axes, p, out.logits, out.captured, sampler, keys, stop)
         return replace(grown, cache=out.cache)
 
     return jax.lax.while_loop(unfinished, step, progress)
 
 
 def _grown(
-    model: Model,
+    axes: tuple[tuple[str, int], ...],
     p: GenerationState,
     logits: Float[Array, "batch 1 vocab"],
     captured: Mapping[str, Array],
@@ -186,7 +193,7 @@ def _grown(
 ) -> GenerationState:
     """The rows with one token more, but for the cache."""
     rows = jnp.arange(p.last.shape[0], dtype=jnp.int32)
-    captured = last_token(model, captured)
+    captured = last_token(axes, captured)
     draws = jax.vmap(jax.random.fold_in)(keys, p.lengths.astype(jnp.uint32))
     token = sampler(logits[:, -1], History(p.seen, p.lengths, captured), draws)
     recent = stop.push(p.recent, token)
@@ -215,4 +222,4 @@ def _grown(
     )
 
 
-_grown_alone = jax.jit(_grown, static_argnames="model")
+_grown_alone = jax.jit(_grown, static_argnames="axes")

@@ -22,8 +22,10 @@ from jaxtyping import Float, Int
 from mergelab.errors import SAEError
 from mergelab.interp.token_selection import Columns, Generated, Tokens, chosen_tokens, select_tokens
 from mergelab.models.sites import Edit
-from mergelab.sae.sae import SAE, layer_norm
-from mergelab.sae.splice import check_reconstructs, splice
+from mergelab.sae.normalizations import normalized
+from mergelab.sae.sae import SAE
+from mergelab.sae.splice import check_reconstructs
+from mergelab.sae.splice import splice as splice_everywhere
 
 __all__ = ["ablate", "add", "clamp", "edit_latents", "scale", "splice"]
 
@@ -62,6 +64,29 @@ def scale(sae: SAE, latents: Latents, factors: Amounts, *, where: Tokens = None)
 def add(sae: SAE, latents: Latents, amounts: Amounts, *, where: Tokens = None) -> Edit:
     """Adds to latents, whether they are active or not; as `ablate` otherwise."""
     return edit_latents(sae, latents, jnp.add, amounts, where=where)
+
+
+def splice(sae: SAE, *, error: bool = False, where: Tokens = None) -> Edit:
+    """Replaces an activation by its reconstruction.
+
+    Args:
+        sae: SAE of the site that the edit is used at.
+        error: whether the error term is added as a constant (`mergelab.sae.splice`).
+        where: tokens to change, as in `mergelab.interp.steer`; all by default. Attention sinks, such as the
+            first token, are best left as they are: no SAE that was trained without them reconstructs them.
+
+    Raises:
+        SAEError: the SAE does not reconstruct what it reads.
+    """
+    edit = splice_everywhere(sae, error=error)
+    return edit if where is None else Partial(_at_tokens, edit, select_tokens(where))
+
+
+def _at_tokens(
+    edit: Edit, where: Any, x: Array, columns: Columns = None, generated: Generated = None
+) -> Array:
+    tokens = chosen_tokens(where, x.shape, columns, generated)
+    return edit(x) if tokens is None else jnp.where(tokens[..., None], edit(x), x)
 
 
 def edit_latents(
@@ -107,8 +132,9 @@ def _changed(
     if tokens is not None:
         difference = difference * tokens.reshape(-1, 1).astype(difference.dtype)
     added = difference @ sae.W_dec[latents]
-    if sae.config.normalization == "layer_norm":
-        added = added * layer_norm(rows)[2]
+    scale = normalized(sae.config.normalization, rows)[2]
+    if scale is not None:
+        added = added * scale
     return (rows + added).reshape(x.shape).astype(x.dtype)
 
 

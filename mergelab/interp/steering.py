@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 from jaxtyping import Float
 
 from mergelab.activations.capture import capture, check_prompts
+from mergelab.activations.kept import DEFAULT_RULE, TokenRule, median_norm, row_norms
 from mergelab.errors import SAEError, SiteError
 from mergelab.interp.token_selection import Columns, Generated, Tokens, chosen_tokens, select_tokens
 from mergelab.interp.vectors import mean_difference, mean_norm, principal_difference, with_strength
@@ -30,7 +31,8 @@ class SteeringVector:
 
     Attributes:
         vector: float32 `[width]`, of any length.
-        norm: mean length of the activations it was made from.
+        norm: mean length of the activations it was made from, attention sinks left out. A strength near 0.1
+            is where to begin on a language model.
         site: name of the site, where it is known.
         model_type: family of the model that it was made for, where it is known.
     """
@@ -69,6 +71,7 @@ def steering_vector(
     position: int | None = -1,
     method: Literal["mean", "pca"] = "mean",
     batch: int = 32,
+    rule: TokenRule = DEFAULT_RULE,
 ) -> SteeringVector:
     """A steering vector from what a site holds on two sets of prompts.
 
@@ -79,10 +82,13 @@ def steering_vector(
         positive: tokens `[prompts, length]` of what to steer towards.
         negative: tokens of what to steer away from; for `pca`, the counterpart of each row of `positive`.
         masks: True for real tokens, for each set.
-        position: position of the token to read in each prompt; -1 is the last real one, None all of them.
+        position: position of the token to read in each prompt; -1 is the last real one, None all of them that
+            count.
         method: `mean` of the differences (contrastive activation addition, arXiv:2312.06681), or their first
             principal axis (arXiv:2310.01405).
         batch: prompts in one pass.
+        rule: which tokens count where all are read: the first of each prompt does not, nor do attention
+            sinks, which are many times as long as other tokens. Ids of special tokens are not known here.
 
     Raises:
         SiteError: the site is not a stream of vectors, or the sets do not pair up for `pca`.
@@ -92,22 +98,51 @@ def steering_vector(
             f"the site {site!r} has shape {list(model.sites()[site])}; a vector is added to [batch, length, "
             "width]."
         )
-    read = []
+    held, real = [], []
     for tokens, mask in zip((positive, negative), masks, strict=True):
-        tokens, real = check_prompts(model, tokens, mask)
-        held = capture(model, params, tokens, site, mask=real, position=position, batch=batch)[site]
-        read.append(jnp.asarray(held if position is not None else held[real]))
+        tokens, there = check_prompts(model, tokens, mask)
+        held.append(capture(model, params, tokens, site, mask=there, position=position, batch=batch)[site])
+        real.append(there)
+    if position is None:
+        kept = _counted(held, real, rule, paired=method == "pca")
+        held = [rows[there] for rows, there in zip(held, kept, strict=True)]
+    read = [jnp.asarray(rows) for rows in held]
     vector = (mean_difference if method == "mean" else principal_difference)(read[0], read[1])
     return SteeringVector(vector, mean_norm(jnp.concatenate(read)), site, model.family.model_type)
 
 
-def latent_direction(sae: SAE, latent: int, activations: Any) -> SteeringVector:
+def _counted(
+    held: list[np.ndarray], real: list[np.ndarray], rule: TokenRule, *, paired: bool
+) -> list[np.ndarray]:
+    """Which tokens of the two sets count, bool `[prompts, length]` each.
+
+    A set none of whose prompts is longer than the positions that are skipped keeps them. Of pairs both count
+    or neither does.
+    """
+    kept = []
+    for there in real:
+        later = there & (np.cumsum(there, axis=1) > rule.skip_positions)
+        kept.append(later if later.any() else there)
+    norms = [np.linalg.norm(rows, axis=-1) for rows in held]
+    pooled = np.concatenate([lengths[there] for lengths, there in zip(norms, kept, strict=True)])
+    limit = rule.norm_limit(median_norm(pooled))
+    kept = [there & ~(lengths > limit) for lengths, there in zip(norms, kept, strict=True)]
+    if paired and kept[0].shape == kept[1].shape and (real[0] == real[1]).all():
+        both = kept[0] & kept[1]
+        kept = [both, both]
+    return kept
+
+
+def latent_direction(
+    sae: SAE, latent: int, activations: Any, *, rule: TokenRule = DEFAULT_RULE
+) -> SteeringVector:
     """The decoder row of a latent, as a steering vector.
 
     Args:
         sae: writes the site that is steered: for a transcoder not the one it reads.
         latent: index of the latent.
         activations: `[rows, width]` at the site, to measure their mean length.
+        rule: `max_norm_multiple` of it leaves attention sinks out of that mean.
 
     Raises:
         SAEError: there is no such latent, or the activations are of another width than it writes.
@@ -121,7 +156,9 @@ def latent_direction(sae: SAE, latent: int, activations: Any) -> SteeringVector:
             f"activations are {rows.shape[-1]} wide, but the SAE ({sae.mapping()}) writes "
             f"{sae.d_out}; give those of the site it writes."
         )
-    return SteeringVector(vector, mean_norm(jnp.asarray(rows)))
+    norms = row_norms(rows.reshape(-1, rows.shape[-1]))
+    kept = ~(norms > rule.norm_limit(median_norm(norms)))
+    return SteeringVector(vector, mean_norm(jnp.asarray(rows.reshape(-1, rows.shape[-1])[kept])))
 
 
 def _added(

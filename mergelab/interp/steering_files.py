@@ -19,8 +19,10 @@ import numpy as np
 from mergelab.checkpoints.gguf.architectures import ARCHITECTURES
 from mergelab.checkpoints.gguf.header import Typed, header_bytes, read_header
 from mergelab.checkpoints.gguf.model_file import stored_tensors
+from mergelab.checkpoints.locations import local_path
 from mergelab.checkpoints.new_files import NewFiles
 from mergelab.checkpoints.publish import publish_file
+from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.errors import CheckpointError, SiteError, quoted
 from mergelab.interp.steering import SteeringVector
 from mergelab.interp.vectors import with_strength
@@ -33,6 +35,7 @@ _SITE = re.compile(r"blocks\.([0-9]{1,6})\.resid_(pre|post)")
 _DIRECTION = re.compile(r"direction\.([0-9]{1,6})")
 
 
+@writes_anywhere("path")
 def save_steering(
     vector: SteeringVector | Mapping[str, SteeringVector],
     path: str | Path,
@@ -45,7 +48,7 @@ def save_steering(
 
     Args:
         vector: the vector; or vectors by site.
-        path: the file, `NAME.gguf`.
+        path: the file, `NAME.gguf`; or a URL, such as `gs://bucket/NAME.gguf`.
         site: the site it steers, `blocks.N.resid_post`; the one that the vector names if None.
         model_type: family of the model; the one that the vector names if None.
         overwrite: replace the file if it is there.
@@ -90,13 +93,16 @@ def save_steering(
 def load_steering(path: str | Path) -> dict[str, SteeringVector]:
     """Reads a GGUF control vector, by whomever it was written.
 
+    Args:
+        path: the file, on this machine, on the hub (`org/name:NAME.gguf`) or at a URL.
+
     Returns:
         Vectors by site, `blocks.N.resid_post`; `edit(1.0)` adds one as it was saved.
 
     Raises:
         CheckpointError: the file is damaged, is no control vector, or has directions of different widths.
     """
-    header = read_header(Path(path))
+    header = read_header(local_path(path))
     found = header.metadata.get("general.architecture")
     if found != _ARCHITECTURE:
         raise CheckpointError(

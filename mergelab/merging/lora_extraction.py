@@ -91,7 +91,7 @@ def extract_lora(
     rank: int | None = None,
     energy: float | None = None,
     randomized: bool = False,
-    targets: Sequence[str] = ("*",),
+    targets: str | Sequence[str] = ("*",),
     embeddings: Literal["whole", "low_rank", "skip"] = "whole",
     dtype: str = "float32",
     runtime: Literal["peft", "vllm"] = "peft",
@@ -113,7 +113,7 @@ def extract_lora(
         rank: Largest number of columns that a module's factors may have.
         energy: Fraction of each matrix's squared norm to keep, by the least rank that does.
         randomized: Whether `randomized_svd` (fast for large matrices) replaces the exact one.
-        targets: Globs over module names (`*.self_attn.*`): only these may enter the adapter.
+        targets: Globs over module names (`*.self_attn.*`), or one: only these may enter the adapter.
         embeddings: Whether changed embeddings are stored whole, as `lora_embedding` factors, or omitted.
         dtype: Stored dtype of the factors.
         runtime: Program that is to apply the adapter. vLLM takes factors of linear layers alone, all of one
@@ -138,6 +138,7 @@ def extract_lora(
             raise OperatorError("vLLM takes no factors of embeddings: omit embeddings='low_rank'.")
         _check_vllm_rank(rank or 1)
         embeddings = "skip"
+    targets = [targets] if isinstance(targets, str) else targets
     models = open_checkpoint(finetuned), open_checkpoint(base)
     identity = {
         "settings": f"{setting} {tuple(targets)} {embeddings}" + (" vllm" if runtime == "vllm" else ""),

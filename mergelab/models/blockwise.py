@@ -76,7 +76,7 @@ class Blockwise:
         model: Model,
         params: Params,
         *,
-        capture: Sequence[str] = (),
+        capture: str | Sequence[str] = (),
         edit: Mapping[str, Edit] | None = None,
     ) -> None:
         sites = model.sites()

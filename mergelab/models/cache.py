@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 __all__ = ["ArrayLeaf", "Cache", "new_cache"]
@@ -101,9 +103,16 @@ def new_cache(
         slots: number of tokens that a row can hold.
         dtype: dtype of keys and values.
     """
+    name = jnp.dtype(dtype).name
     return Cache(
-        keys=tuple(jnp.zeros((batch, slots, *keys), dtype) for keys, _ in kept),
-        values=tuple(jnp.zeros((batch, slots, *values), dtype) for _, values in kept),
-        mask=jnp.zeros((batch, slots), jnp.bool_),
-        length=jnp.zeros(batch, jnp.int32),
+        keys=tuple(_zeros((batch, slots, *keys), name) for keys, _ in kept),
+        values=tuple(_zeros((batch, slots, *values), name) for _, values in kept),
+        mask=jax.device_put(np.zeros((batch, slots), np.bool_)),
+        length=jax.device_put(np.zeros(batch, np.int32)),
     )
+
+
+@partial(jax.jit, static_argnames=("shape", "dtype"))
+def _zeros(shape: tuple[int, ...], dtype: str) -> Array:
+    """One program for each shape; `jnp.zeros` compiles two."""
+    return jnp.zeros(shape, dtype)

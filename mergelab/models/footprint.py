@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from mergelab.aot import ChipReport, compile_for_topology
 from mergelab.checkpoints import FolderCheckpoint, TensorSource, open_checkpoint
+from mergelab.checkpoints.gguf.tensors import GgufTensor
 from mergelab.checkpoints.headers import headers_only
 from mergelab.checkpoints.quantized import BoxSource
 from mergelab.errors import CheckpointError, MeshError, first_faults
@@ -47,25 +48,30 @@ class Inventory:
         return sum(math.prod(tensor.shape) for tensor in self.checkpoint.tensors.values())
 
     @property
-    def dtypes(self) -> Mapping[np.dtype[Any], int]:
-        """Bytes stored in each dtype, most first; those of codes and scales for a quantized tensor."""
-        tensors = self.checkpoint.tensors.values()
-        return _bytes_by_dtype(
-            part for t in tensors for part in (t.parts if isinstance(t, BoxSource) else (t,))
-        )
+    def stored(self) -> Mapping[str, int]:
+        """Bytes of each stored type, most first: dtypes (of codes and scales), and types of GGUF blocks."""
+        found: Counter[str] = Counter()
+        for tensor in self.checkpoint.tensors.values():
+            if isinstance(tensor, GgufTensor):
+                found[tensor.form or str(tensor.dtype)] += tensor.stored_bytes
+                continue
+            for part in tensor.parts if isinstance(tensor, BoxSource) else (tensor,):
+                found[str(part.dtype)] += math.prod(part.shape) * part.dtype.itemsize
+        return dict(found.most_common())
 
     def dtype_of(self, leaf: Leaf) -> np.dtype[Any]:
         """The dtype that a leaf is read in; that of most bytes for a leaf no tensor stores."""
         tensors = self.checkpoint.tensors
         tensor = tensors.get(leaf.hf_names[0])
-        return next(iter(_bytes_by_dtype(tensors.values()))) if tensor is None else tensor.dtype
+        return _usual_dtype(tensors.values()) if tensor is None else tensor.dtype
 
 
-def _bytes_by_dtype(tensors: Iterable[TensorSource]) -> dict[np.dtype[Any], int]:
+def _usual_dtype(tensors: Iterable[TensorSource]) -> np.dtype[Any]:
+    """The dtype of most bytes as they are read."""
     found: Counter[np.dtype[Any]] = Counter()
     for tensor in tensors:
         found[tensor.dtype] += math.prod(tensor.shape) * tensor.dtype.itemsize
-    return dict(found.most_common())
+    return found.most_common(1)[0][0]
 
 
 def take_inventory(path: Path | str) -> Inventory:

@@ -23,7 +23,7 @@ from mergelab.models.table import Leaf, stored_shapes, tree_from_leaves
 from mergelab.processes import span_processes, together
 from mergelab.sharding import DEFAULT_RULES, Rules, named_sharding
 
-__all__ = ["check_dtype", "load_model", "load_params"]
+__all__ = ["check_dtype", "load_model", "load_params", "parameter_shapes"]
 
 
 def load_model(
@@ -56,13 +56,38 @@ def load_model(
     with together("opening the model", distributed=distributed):
         checkpoint = open_checkpoint(path) if isinstance(path, str | Path) else path
         place = str(checkpoint.path)
-        model = model_from_config(checkpoint.config, str(checkpoint.path / "config.json"))
-        model = model.for_tensors(checkpoint.tensors)
+        model = _model_of(checkpoint)
         _note_what_is_left_out(model, checkpoint.tensors, place)
     params = load_params(
         checkpoint.tensors, model.table(), place, unused=model.is_unused, mesh=mesh, dtype=dtype, rules=rules
     )
     return model, params
+
+
+def parameter_shapes(checkpoint: Checkpoint, *, dtype: Any = None) -> tuple[Model, Params]:
+    """The model of an open checkpoint, and shape and dtype of each parameter that `load_model` will load.
+
+    Args:
+        checkpoint: its weights are not read.
+        dtype: the parameters' dtype; the stored one if None.
+
+    Returns:
+        The model, and a tree of `jax.ShapeDtypeStruct` in the place of its parameters.
+
+    Raises:
+        CheckpointError: as `load_model`.
+    """
+    model, tensors = _model_of(checkpoint), checkpoint.tensors
+    wanted = None if dtype is None else check_dtype(dtype)
+    dtypes = _check(tensors, model.table(), str(checkpoint.path), model.is_unused, wanted)
+    return model, tree_from_leaves(
+        {leaf: jax.ShapeDtypeStruct(leaf.shape, found) for leaf, found in dtypes.items()}
+    )
+
+
+def _model_of(checkpoint: Checkpoint) -> Model:
+    model = model_from_config(checkpoint.config, str(checkpoint.path / "config.json"))
+    return model.for_tensors(checkpoint.tensors)
 
 
 def _note_what_is_left_out(model: Model, names: Iterable[str], place: str) -> None:

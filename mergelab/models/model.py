@@ -291,7 +291,7 @@ class Model:
         *,
         positions: Int[Array, "batch length"] | None = None,
         mask: Bool[Array, "batch length"] | None = None,
-        capture: Sequence[str] = (),
+        capture: str | Sequence[str] = (),
         edit: Mapping[str, Edit] | None = None,
         cache: Cache | None = None,
         logits: bool = True,

@@ -18,6 +18,7 @@ from mergelab.models.table import Leaf
 __all__ = [
     "Component",
     "ResidualWriter",
+    "logits_of",
     "norm_gain",
     "norms_outputs",
     "readout",
@@ -53,8 +54,19 @@ def readout(model: Model, params: Params, stream: Float[Array, "*rows width"]) -
     Raises:
         SiteError: the model is an encoder.
     """
-    kernel = unembedding(model, params)
     normed: Array = Norm(model.config.norm).apply({"params": params["final_norm"]}, stream)  # pyright: ignore[reportAssignmentType]
+    return logits_of(model, params, normed)
+
+
+def logits_of(
+    model: Model, params: Params, normed: Float[Array, "*rows width"]
+) -> Float[Array, "*rows vocab"]:
+    """Logits, float32, of what the last norm gives: the site `unembed.input`; soft cap included.
+
+    Raises:
+        SiteError: the model is an encoder.
+    """
+    kernel = unembedding(model, params)
     logits = jnp.matmul(normed, kernel.astype(normed.dtype), preferred_element_type=jnp.float32)
     return soft_cap(logits.astype(jnp.float32), model.config.logit_cap)
 

@@ -13,7 +13,16 @@ import fnmatch
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-__all__ = ["BUFFERS", "OTHER_HEADS", "Spelling", "is_buffer", "is_other_head", "spelling_of"]
+__all__ = [
+    "BUFFERS",
+    "OTHER_HEADS",
+    "Spelling",
+    "has_old_norms",
+    "in_todays_spelling",
+    "is_buffer",
+    "is_other_head",
+    "spelling_of",
+]
 
 BUFFERS = (
     "*rotary_emb.inv_freq",
@@ -46,6 +55,20 @@ OTHER_HEADS = (
     "cls.*",
 )
 """Heads that take the place of the language model's, or stand beside it."""
+
+
+_NORMS = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
+"""Today's names of a norm's parameters, and those of the first BERT files."""
+
+
+def has_old_norms(names: Iterable[str]) -> bool:
+    """Whether a file calls the weights of its norms `gamma`, as the first BERT files."""
+    return any(name.endswith("LayerNorm.gamma") for name in names)
+
+
+def in_todays_spelling(name: str) -> str:
+    """A tensor's name with `weight` and `bias` for a norm's `gamma` and `beta`."""
+    return next((name.removesuffix(old) + new for new, old in _NORMS if name.endswith(old)), name)
 
 
 def is_buffer(name: str, rank: int | None = None) -> bool:
@@ -95,7 +118,7 @@ class Spelling:
     def in_file(self, name: str) -> str:
         """A name of the table (or a pattern of several) as the file spells it."""
         if self.old_norms:
-            for new, old in (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
+            for new, old in _NORMS:
                 name = name.replace(new, old)
         inside = name.startswith(self.prefix)
         return self.lead + name.removeprefix(self.prefix) if inside else self.head + name
@@ -117,7 +140,7 @@ def spelling_of(names: Collection[str], table: Iterable[str], prefix: str, embed
         prefix: what the table puts before the names of the base model.
         embedding: the table's name of the embedding, by which the place of the model is found.
     """
-    old_norms = any(name.endswith("LayerNorm.gamma") for name in names)
+    old_norms = has_old_norms(names)
     leads = _leads(names, embedding.removeprefix(prefix))
     if prefix in leads or (len(leads) != 1 and "" not in leads):
         return Spelling(prefix, prefix, old_norms=old_norms)

@@ -170,10 +170,18 @@ def _convert(part: np.ndarray, place: np.ndarray, name: str) -> None:
         return
     with np.errstate(over="ignore"):
         np.copyto(place, part, casting="unsafe")
-    if ml_dtypes.finfo(place.dtype).max < ml_dtypes.finfo(part.dtype).max:
+    if ml_dtypes.finfo(place.dtype).max < ml_dtypes.finfo(part.dtype).max and not _surely_finite(place):
         lost = int(np.count_nonzero(np.isfinite(part) & ~np.isfinite(place)))
         if lost:
             raise NonFiniteError(
                 f"tensor {name!r} has {lost} values beyond the range of {place.dtype}, in a block of "
                 f"{part.size}; load the model as bfloat16 or float32."
             )
+
+
+def _surely_finite(values: np.ndarray) -> bool:
+    """Whether 16-bit floats are all finite, told by their bits: much faster than `isfinite` of bfloat16."""
+    if values.itemsize != 2 or not values.size:
+        return False
+    infinity = np.array(np.inf, values.dtype).view(np.uint16)
+    return bool((values.view(np.uint16) & np.uint16(0x7FFF)).max() < infinity)

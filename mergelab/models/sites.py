@@ -104,7 +104,7 @@ class Tap:
     def __init__(
         self,
         sites: Mapping[str, Shape],
-        capture: Sequence[str] = (),
+        capture: str | Sequence[str] = (),
         edit: Mapping[str, Edit | tuple[Edit, ...]] | None = None,
         to_the_end: bool = True,
         places: TokenPlaces | None = None,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from mergelab.activations.capture import ModelActivations, contexts_of_texts
@@ -15,10 +14,11 @@ from mergelab.checkpoints.publish import publish_file
 from mergelab.models.load import load_model
 from mergelab.quickstart.corpus import TextDocument
 from mergelab.quickstart.presets import AutoencoderSettings
-from mergelab.sae.evaluation.reconstruction import Totals
+from mergelab.sae.evaluation.reconstruction import reconstruction_on_model
 from mergelab.sae.features.survey import survey
 from mergelab.sae.formats import load_sae
 from mergelab.sae.training import train
+from mergelab.text.tokenizer import load_tokenizer
 
 __all__ = ["Features", "find_features", "train_autoencoder"]
 
@@ -77,14 +77,10 @@ def find_features(
     sae = load_sae(sae_folder / "final")
     loaded, params = load_model(model)
     tokens = contexts_of_texts(model, [document.text for document in documents], settings.context)
-    source = ModelActivations(loaded, params, tokens, (settings.site,))
+    special = load_tokenizer(model).special_ids
+    source = ModelActivations(loaded, params, tokens, (settings.site,), special_ids=special)
     found = survey(sae, source, count=_EXAMPLES)
-    rows = source.read_sites(0, source.rows)[0]
-    codes = sae.encode(jnp.asarray(rows))
-    totals = Totals.zero(rows, sae.n_latents)
-    result = totals.add(
-        rows, np.asarray(sae.reconstruct(jnp.asarray(rows), codes)), np.asarray(codes)
-    ).result()
+    result = reconstruction_on_model(sae, source)
     telling = (found.density >= _RARE) & (found.density <= _COMMON)
     order = np.argsort(np.where(telling, found.peak, -1), kind="stable")[::-1]
     chosen = [int(latent) for latent in order[:_SHOWN] if telling[latent]]
@@ -115,6 +111,4 @@ def find_features(
 
 
 def _token_texts(model: Path) -> Callable[[int], str]:
-    from mergelab.text.tokenizer import load_tokenizer
-
     return load_tokenizer(model).piece

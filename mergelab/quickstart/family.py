@@ -44,11 +44,11 @@ END_OF_TEXT_ID = 0  # the trainer numbers special tokens first
 """Separates documents, begins and ends generation."""
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe(texts: str | Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE (every string decodes back to itself), deterministic for equal input.
 
     Args:
-        texts: training documents.
+        texts: training documents, or one.
         vocab_size: number of tokens, the 256 bytes and `END_OF_TEXT` among them.
     """
     tokenizer = Tokenizer(models.BPE())
@@ -60,7 +60,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator([texts] if isinstance(texts, str) else texts, trainer)
     return tokenizer
 
 

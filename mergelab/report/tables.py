@@ -1,10 +1,11 @@
-"""Tables of words and numbers as aligned plain text and as Markdown."""
+"""Tables of words and numbers as aligned plain text, as Markdown and as HTML."""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 
-__all__ = ["markdown_table", "text_table"]
+__all__ = ["html_table", "markdown_table", "text_table"]
 
 
 def text_table(
@@ -46,6 +47,28 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rules = [":--", *["--:"] * (len(header) - 1)]
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (escaped[0], rules, *escaped[1:]))
+
+
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for notebooks and pages, the first column to the left and the others to the right.
+
+    Cells are text: what would be markup in them is shown as it is written.
+
+    Example:
+        >>> html_table(["model"], [["a<b"]]).count("a&lt;b")
+        1
+    """
+
+    def line(cells: Sequence[str], kind: str) -> str:
+        sides = ("left", *["right"] * (len(cells) - 1))
+        made = (
+            f'<{kind} style="text-align:{side}">{html.escape(cell)}</{kind}>'
+            for cell, side in zip(cells, sides, strict=True)
+        )
+        return f"<tr>{''.join(made)}</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    return f"<table><thead>{line(header, 'th')}</thead><tbody>{body}</tbody></table>"
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:

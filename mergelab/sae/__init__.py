@@ -7,8 +7,13 @@ from mergelab.lazy import lazy_names
 if TYPE_CHECKING:
     from mergelab.sae import evaluation, features, formats, training, variants
     from mergelab.sae.activation_functions import is_active
+    from mergelab.sae.belonging import Belonging, check_belongs
+    from mergelab.sae.cross_layer import CrossLayerTranscoder
     from mergelab.sae.evaluation.evaluate import evaluate_sae
+    from mergelab.sae.features.latents_over_prompts import latent_table
+    from mergelab.sae.formats.cross_layer import load_cross_layer_transcoder
     from mergelab.sae.formats.detect import FORMATS, load_sae, save_sae
+    from mergelab.sae.formats.releases import sae_releases
     from mergelab.sae.sae import SAE, Crosscoder, SAEConfig, Transcoder, at_sites
     from mergelab.sae.subject_model import check_subject_model, open_subject_model
     from mergelab.sae.toy import ToyGroundTruth
@@ -21,6 +26,8 @@ __all__ = [
     "FORMATS",
     "SAE",
     "VARIANTS",
+    "Belonging",
+    "CrossLayerTranscoder",
     "Crosscoder",
     "Result",
     "SAEConfig",
@@ -29,6 +36,7 @@ __all__ = [
     "Transcoder",
     "Variant",
     "at_sites",
+    "check_belongs",
     "check_subject_model",
     "crosscoder",
     "evaluate_sae",
@@ -36,10 +44,13 @@ __all__ = [
     "features",
     "formats",
     "is_active",
+    "latent_table",
     "load_config",
+    "load_cross_layer_transcoder",
     "load_sae",
     "make_variant",
     "open_subject_model",
+    "sae_releases",
     "save_sae",
     "train",
     "train_sae",

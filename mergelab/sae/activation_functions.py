@@ -26,6 +26,7 @@ __all__ = [
     "ActivationFunction",
     "BatchTopKFunction",
     "GatedFunction",
+    "GroupMaxFunction",
     "JumpReLUFunction",
     "ReLUFunction",
     "TopKFunction",
@@ -115,6 +116,22 @@ class AbsTopKFunction(TopKFunction):
 
 
 @dataclass(frozen=True)
+class GroupMaxFunction(TopKFunction):
+    """The largest pre-activation of each of k groups of neighboring latents, rectified.
+
+    The `groupmax` of sparsify; the number of latents is a multiple of k.
+    """
+
+    name: ClassVar[str] = "group_max"
+
+    def pairs(self, pre: Float[Array, "tokens n"]) -> tuple[Float[Array, "tokens k"], Int[Array, "tokens k"]]:
+        size = pre.shape[1] // self.k
+        groups = pre.reshape(-1, self.k, size)
+        first = size * jnp.arange(self.k, dtype=jnp.int32)
+        return self.kept(groups.max(axis=2)), jnp.argmax(groups, axis=2).astype(jnp.int32) + first[None, :]
+
+
+@dataclass(frozen=True)
 class JumpReLUFunction(ActivationFunction):
     """`pre` where it is above a threshold of its latent, else 0 (arXiv 2407.14435).
 
@@ -190,6 +207,7 @@ ACTIVATION_FUNCTIONS: Mapping[str, type[ActivationFunction]] = {
         ReLUFunction,
         GatedFunction,
         AbsTopKFunction,
+        GroupMaxFunction,
     )
 }
 """Activation functions by the name a configuration gives them."""

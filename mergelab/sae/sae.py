@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from mergelab.errors import SAEError, did_you_mean
 from mergelab.sae.activation_functions import ACTIVATION_FUNCTIONS, ActivationFunction
 from mergelab.sae.kernels.rows import sum_of_rows
+from mergelab.sae.normalizations import NORMALIZATIONS, normalized
 from mergelab.sharding import put
 
 __all__ = [
@@ -24,30 +25,11 @@ __all__ = [
     "SAEConfig",
     "Transcoder",
     "at_sites",
-    "layer_norm",
     "place_sae",
     "sae_shardings",
 ]
 
 
-_EPS = 1e-5
-
-
-def layer_norm(x: Array) -> tuple[Array, Array, Array]:
-    """Each token less its mean over the width, divided by its unbiased standard deviation + 1e-5.
-
-    Args:
-        x: `[tokens, d]`, d at least 2.
-
-    Returns:
-        The normalized tokens, and what undoes it: means and scales `[tokens, 1]`.
-    """
-    mean = x.mean(axis=-1, keepdims=True)
-    scale = x.std(axis=-1, keepdims=True, ddof=1) + _EPS
-    return (x - mean) / scale, mean, scale
-
-
-NORMALIZATIONS = ("none", "layer_norm")
 LATENT_AXIS = {
     "W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0, "magnitude_scale": 0, "magnitude_bias": 0,
 }  # fmt: skip
@@ -60,13 +42,15 @@ class SAEConfig:
 
     Attributes:
         activation: name of a function of `mergelab.sae.activation_functions`: `topk` keeps the k largest
-            pre-activations, `abs_topk` the k of largest absolute value; `batch_topk` and `jump_relu` those
-            above `threshold`; `relu` the positive ones; `gated` decides by one path and measures by another.
-        k: latents per token, for `topk` and `abs_topk`.
+            pre-activations, `abs_topk` the k of largest absolute value, `group_max` the largest of each of k
+            groups; `batch_topk` and `jump_relu` those above `threshold`; `relu` the positive ones; `gated`
+            decides by one path and measures by another.
+        k: latents per token, for `topk`, `abs_topk` and `group_max`.
         subtract_b_dec: whether `b_dec` is subtracted from the input before it is encoded.
         normalization: `none`, or `layer_norm`: each token loses its mean over the width and is divided by its
-            unbiased standard deviation + 1e-5, and the reconstruction is put back (OpenAI's); what a
-            transcoder writes has a scale of its own and stays as it is.
+            unbiased standard deviation + 1e-5, and the reconstruction is put back (OpenAI's); or
+            `constant_norm`: each token is scaled to the norm `sqrt(d)`, and back. What a transcoder writes
+            has a scale of its own and stays as it is.
         sites: number of activations that stand side by side in the input, for a crosscoder.
         reads: the sites whose activations are read, one for each of `sites`; None where they are not known.
             Taken from `site` of the metadata where it is not given.
@@ -313,12 +297,14 @@ class SAE(metaclass=_Named):
             raise SAEError(f"b_dec of width {out} cannot be subtracted from inputs of width {d}.")
         if self.config.needs_k and self.config.k is not None and self.config.k > n:
             raise SAEError(f"k is {self.config.k}, but the SAE has only {n} latents.")
+        if self.config.activation == "group_max" and n % (self.config.k or 1):
+            raise SAEError(
+                f"{n} latents do not make {self.config.k} groups of one size; k has to divide them."
+            )
         return _of_its_kind(self)
 
     def _normalized(self, x: Array) -> tuple[Array, Array | None, Array | None]:
-        if self.config.normalization == "none":
-            return x, None, None
-        return layer_norm(x)
+        return normalized(self.config.normalization, x)
 
     def pre_activations(self, x: Float[Array, "*tokens d_in"]) -> Float[Array, "*tokens n"]:
         """What the activation function is given; the gate's, for `gated`."""
@@ -339,7 +325,7 @@ class SAE(metaclass=_Named):
     def sparse_codes(
         self, x: Float[Array, "*tokens d_in"]
     ) -> tuple[Float[Array, "*tokens k"], Int[Array, "*tokens k"]]:
-        """Values and latents of the k codes of each token, for `topk` and `abs_topk`.
+        """Values and latents of the k codes of each token, for functions that have so many.
 
         Raises:
             SAEError: the number of the SAE's active latents varies.
@@ -349,7 +335,7 @@ class SAE(metaclass=_Named):
         return values.reshape(*shape, -1), indices.reshape(*shape, -1)
 
     def decode(self, codes: Float[Array, "*tokens n"]) -> Float[Array, "*tokens d_out"]:
-        """What codes stand for, without a skip path and without undoing a `layer_norm`."""
+        """What codes stand for, without a skip path and without undoing a normalization."""
         rows, shape = _rows("codes", codes, self.n_latents, "n_latents")
         return (rows @ self.W_dec + self.b_dec[None, :]).reshape(*shape, self.d_out)
 
@@ -377,7 +363,8 @@ class SAE(metaclass=_Named):
             return out if self.W_skip is None else out + x @ self.W_skip
         if self.W_skip is not None:
             out = out + normal @ self.W_skip
-        return out if mean is None or scale is None else out * scale + mean
+        out = out if scale is None else out * scale
+        return out if mean is None else out + mean
 
     def __call__(self, x: Float[Array, "*tokens d_in"]) -> Float[Array, "*tokens d_out"]:
         """The reconstruction."""

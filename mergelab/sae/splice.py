@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import jax
@@ -12,6 +12,7 @@ from jax import Array
 from jax.tree_util import Partial
 
 from mergelab.activations.capture import ModelActivations
+from mergelab.activations.kept import short_enough
 from mergelab.errors import SAEError
 from mergelab.models.sites import Edit
 from mergelab.sae.sae import SAE
@@ -23,9 +24,13 @@ __all__ = [
     "encode",
     "encode_and_reconstruct",
     "encode_batches",
+    "kept_in_pass",
+    "limits_of",
     "mean_activation",
+    "place_batches",
     "read_batches",
     "read_pairs",
+    "read_passes",
     "splice",
     "splice_from",
     "token_batches",
@@ -46,55 +51,106 @@ def token_batches(tokens: np.ndarray, batch: int) -> Iterator[tuple[jax.Array, i
 def read_batches(
     source: ModelActivations, contexts: int | None = None, site: str | None = None
 ) -> Iterator[np.ndarray]:
-    """Activations of one of the source's sites, pass by pass: float32 `[rows, d]`, rows in order.
+    """Activations of one of the source's sites that count, pass by pass: float32 `[rows, d]`, in order.
 
     The first site, if none is named.
     """
     place = 0 if site is None else source.sites.index(site)
-    for found in _read(source, contexts):
-        yield found[place]
+    for found, kept in read_passes(source, contexts):
+        yield found[place] if kept.all() else found[place][kept]
 
 
-def encode_batches(sae: SAE, source: ModelActivations, contexts: int | None = None) -> Iterator[np.ndarray]:
-    """Codes of the source's first site, pass by pass: float32 `[rows, n]`, rows in order.
+def encode_batches(
+    sae: SAE, source: ModelActivations, contexts: int | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Codes of the source's first site and which tokens count, pass by pass, rows in order.
+
+    Float32 `[rows, n]`, 0 at tokens that do not count, and bool `[rows]`.
 
     Raises:
         SAEError: the SAE does not fit the site.
     """
     check_reads(sae, source)
     rows = source.batch * source.tokens.shape[1]
-    for x in read_batches(source, contexts):
+    for (x, *_), kept in read_passes(source, contexts):
         filled = np.pad(x, ((0, rows - len(x)), (0, 0)))  # one shape, one program
-        yield np.asarray(encode(sae, jnp.asarray(filled)))[: len(x)]
+        codes = np.asarray(encode(sae, jnp.asarray(filled)))[: len(x)]
+        yield codes if kept.all() else np.where(kept[:, None], codes, np.float32(0)), kept
 
 
 def read_pairs(
     sae: SAE, source: ModelActivations, contexts: int | None = None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """What the SAE reads and what it is to reconstruct, pass by pass: float32 `[rows, d]` each.
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """What the SAE reads and what it is to reconstruct, pass by pass, and which tokens count.
+
+    Float32 `[rows, d]` each, and bool `[rows]`.
 
     Raises:
         SAEError: the source has no activations of the site that the SAE writes.
     """
     place = source.sites.index(check_target(sae, source))
-    for found in _read(source, contexts):
-        yield found[0], found[place]
+    for found, kept in read_passes(source, contexts):
+        yield found[0], found[place], kept
 
 
-def _read(source: ModelActivations, contexts: int | None) -> Iterator[tuple[np.ndarray, ...]]:
+def read_passes(
+    source: ModelActivations, contexts: int | None = None
+) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray]]:
+    """Activations of every site, pass by pass, `[rows, d]` each, and which tokens count, bool `[rows]`."""
     total, length = source.tokens.shape
     total = min(total, contexts or total)
     for start in range(0, total, source.batch):
-        yield source.read_sites(start * length, min(start + source.batch, total) * length)
+        found = source.read_sites(start * length, min(start + source.batch, total) * length)
+        yield found, source.kept_among(found, start * length)
+
+
+def limits_of(source: ModelActivations) -> Array:
+    """The largest norm of a token that counts, of each site: float32 `[sites]`, for `kept_in_pass`."""
+    return jnp.asarray(source.norm_limits, jnp.float32)
+
+
+def place_batches(source: ModelActivations, contexts: int | None = None) -> Iterator[Array]:
+    """`ModelActivations.by_place`, bool `[batch, length]`, in the batches of `token_batches`."""
+    for start in range(0, len(source.tokens[:contexts]), source.batch):
+        part = source.by_place[:contexts][start : start + source.batch]
+        filler = np.broadcast_to(part[:1], (source.batch - len(part), *part.shape[1:]))
+        yield jnp.asarray(np.concatenate([part, filler]))
+
+
+def kept_in_pass(
+    captured: Mapping[str, Array], sites: Sequence[str], limits: Array, by_place: Array
+) -> Array:
+    """Which tokens of a pass count: bool `[batch, length]`, jittable.
+
+    Args:
+        captured: what the sites hold, `[batch, length, d]` each.
+        sites: those whose norms decide.
+        limits: largest norms (`limits_of`), `[sites]`.
+        by_place: tokens that count by their place and id, bool `[batch, length]`.
+    """
+    for number, site in enumerate(sites):
+        by_place = by_place & short_enough(captured[site], limits[number])
+    return by_place
 
 
 def mean_activation(
     source: ModelActivations, contexts: int | None = None, site: str | None = None
 ) -> np.ndarray:
-    """The mean of one of the source's sites, the first if none is named, over the tokens: float64 `[d]`."""
+    """The mean of one of the source's sites, the first if none is named, over the tokens that count.
+
+    Float64 `[d]`.
+
+    Raises:
+        SAEError: no token counts.
+    """
     total, rows = np.zeros(source.widths[0 if site is None else source.sites.index(site)]), 0
     for x in read_batches(source, contexts, site):
         total, rows = total + x.sum(axis=0, dtype=np.float64), rows + len(x)
+    if not rows:
+        raise SAEError(
+            "no token of the text counts by the rule for tokens (skip_positions, skip_special, "
+            "max_norm_multiple); relax it, or give longer contexts."
+        )
     return total / rows
 
 
@@ -140,18 +196,21 @@ def _spliced_with_error(sae: SAE, x: Array) -> Array:
     return kept.reshape(x.shape).astype(x.dtype)
 
 
-def splice_from(sae: SAE, x: jax.Array) -> Edit:
+def splice_from(sae: SAE, x: jax.Array, kept: jax.Array | None = None) -> Edit:
     """The edit that puts the reconstruction from `x` into the site that the SAE writes.
 
     Args:
         sae: any SAE; an autoencoder writes the site of `x`.
         x: `[batch, length, d_in]`, what the site it reads holds in the pass that is edited.
+        kept: bool `[batch, length]`, the tokens that are changed; all by default.
 
     Returns:
         An edit of `[batch, length, d_out]`, which keeps the dtype.
     """
     found = sae(x.reshape(-1, x.shape[-1]).astype(jnp.float32))
-    return lambda y: found.reshape(y.shape).astype(y.dtype)
+    if kept is None:
+        return lambda y: found.reshape(y.shape).astype(y.dtype)
+    return lambda y: jnp.where(kept[..., None], found.reshape(y.shape).astype(y.dtype), y)
 
 
 def anonymous(sae: SAE) -> SAE:

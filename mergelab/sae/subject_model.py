@@ -7,18 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from mergelab.activations.capture import DEFAULT_CONTEXT, ModelActivations, open_model_activations
+from mergelab.activations.kept import DEFAULT_RULE, TokenRule
 from mergelab.checkpoints.folder import weights_sha256
+from mergelab.checkpoints.locations import local_path
 from mergelab.errors import SAEError
 from mergelab.models.residual_stream import norms_outputs
+from mergelab.sae.belonging import warn_where_foreign
 from mergelab.sae.formats.hook_names import site_of
 from mergelab.sae.sae import SAE, at_sites
 from mergelab.text.corpus import TextOptions
+from mergelab.text.tokenizer import load_tokenizer
 
 __all__ = [
     "check_modules",
     "check_reads",
     "check_subject_model",
     "check_target",
+    "judging_rule",
     "open_subject_model",
     "trained_context",
     "trained_text",
@@ -55,17 +60,21 @@ def check_subject_model(sae: SAE, model: str | Path, *, any_model: bool = False)
 def open_subject_model(
     sae: SAE,
     model: str | Path,
-    texts: Sequence[str | Path],
+    texts: str | Path | Sequence[str | Path],
     *,
     site: str | None = None,
     target_site: str | None = None,
     length: int | None = None,
     any_model: bool = False,
     mesh: Any = None,
+    rule: TokenRule | None = None,
     text: Mapping[str, Any] | None = None,
 ) -> ModelActivations:
     """Activations of the SAE's model on text files, at the site it reads and, of a transcoder, the one
     it writes as far as that is known.
+
+    Of an SAE that does not say whose weights it belongs to, one batch is read, and a warning given where the
+    SAE does not fit (`mergelab.sae.belonging`), unless any model will do.
 
     Args:
         sae: SAE that will read them. Where it does not say its sites itself, give it to evaluations as
@@ -78,6 +87,7 @@ def open_subject_model(
             more than the model has positions.
         any_model: accept other weights than the recorded ones.
         mesh: devices to spread the model over.
+        rule: which tokens count; `judging_rule` of the SAE if None.
         text: options of `mergelab.text.corpus.TextOptions` that are other than those of the SAE's training.
 
     Raises:
@@ -86,7 +96,7 @@ def open_subject_model(
         SiteError: the model has no such site.
         CheckpointError: the model cannot be read.
     """
-    check_subject_model(sae, model, any_model=any_model)
+    known = check_subject_model(sae, model, any_model=any_model)
     _check_one_site(sae)
     sae = at_sites(sae, site, target_site)
     reads, writes = sae.config.reads, sae.config.writes
@@ -105,13 +115,27 @@ def open_subject_model(
         length=length,
         default=trained_context(sae),
         mesh=mesh,
+        rule=judging_rule(sae) if rule is None else rule,
         text=trained_text(sae, text),
     )
     check_modules(sae, source)
     check_reads(sae, source)
     if len(sites) > 1:
         check_target(sae, source)
+    if not (known or any_model or (len(sites) == 1 and not sae.is_autoencoder)):
+        warn_where_foreign(sae, source, bos=lambda: load_tokenizer(local_path(model)).id_of("bos"))
     return source
+
+
+def judging_rule(*saes: SAE) -> TokenRule:
+    """The rule for tokens by which SAEs are judged where nobody names one: the same for all of them.
+
+    A token counts if it does by the rule of every one's training, where that is recorded, and by the default:
+    what one of them was trained on and another was not would decide between them.
+    """
+    return DEFAULT_RULE.strictest(
+        *(TokenRule.of_facts(one.config.metadata.get("token_rule")) for one in saes)
+    )
 
 
 def trained_context(sae: SAE) -> int:

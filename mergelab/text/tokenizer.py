@@ -71,6 +71,17 @@ class Tokenizer:
         return mask if mask is not None else self.pad_id
 
     @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Ids of all special tokens: those that have a role, that end texts, or that the file marks as such.
+
+        The markers of chats, such as `<|im_start|>`, are among them.
+        """
+        added = self.backend.get_added_tokens_decoder()
+        marked = {number for number, token in added.items() if token.special}
+        roles = {number for role in _SPECIAL if (number := self.id_of(role)) is not None}
+        return tuple(sorted(marked | roles | set(self.end_ids)))
+
+    @property
     def frame(self) -> tuple[int, int] | None:
         """The `cls` and `sep` between which the tokenizer puts a text, as encoders have it, or None."""
         begin, end = self.id_of("cls"), self.id_of("sep")

@@ -87,7 +87,7 @@ def _logits(model: Model, params: Params, tokens: jax.Array, edit: Any = None) -
 
 
 def plant(seed: int = 1, steps: int = 220) -> Planted:
-    """Trains the model: next token after the prompt, and END after that."""
+    """Trains the model: next token after the prompt, END after that, and ANSWER after TURN."""
     model = model_from_config(CONFIG)
     params = model.init(seed)
     sets = [prompts(8192, seed + 100 + harmful, bool(harmful)) for harmful in (0, 1)]
@@ -100,8 +100,8 @@ def plant(seed: int = 1, steps: int = 220) -> Planted:
         text = jnp.concatenate([tokens, answers[:, None]], axis=1)
         logits = model.apply(params, text).logits
         assert logits is not None
-        wanted = jnp.stack([answers, jnp.full_like(answers, END)], axis=1)
-        return optax.softmax_cross_entropy_with_integer_labels(logits[:, -2:], wanted).mean()
+        wanted = jnp.stack([jnp.full_like(answers, ANSWER), answers, jnp.full_like(answers, END)], axis=1)
+        return optax.softmax_cross_entropy_with_integer_labels(logits[:, -3:], wanted).mean()
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Params, state: Any, tokens: jax.Array, answers: jax.Array) -> tuple[Params, Any]:

@@ -164,8 +164,12 @@ def test_faults_are_named(planted: Planted, directions: Directions) -> None:
     short = Prompts.of([[1, 2], [1]])
     with pytest.raises(MergelabError, match="shortest prompt has 1"):
         find_directions(model, params, short, short, positions=2)
+    for positions in (1, 2):  # the first token of a prompt is a sink of attention, and no part of a mean
+        longer = Prompts.of([[1, 2, 3], [1, 2][:positions]])
+        with pytest.raises(MergelabError, match=rf"shortest prompt has {positions}, of which the first"):
+            mean_activations(model, params, longer, positions=positions)
     with pytest.raises(MergelabError, match="winsorize is 2"):
-        mean_activations(model, params, short, winsorize=2.0)
+        mean_activations(model, params, Prompts.of([[1, 2]]), winsorize=2.0)
     with pytest.raises(MergelabError, match="some, but not all, of the ids below 96"):
         select_direction(model, params, directions, short, short, [96])
     with pytest.raises(MergelabError, match="find them with this model"):

@@ -12,7 +12,8 @@ from mergelab.abliteration.ablation import Ablation, Space
 from mergelab.abliteration.behavior import measure_behavior, text_loss, text_windows
 from mergelab.abliteration.directions import Directions
 from mergelab.abliteration.removal import ablate, abliterate_params
-from mergelab.abliteration.trial_search import SearchResult, Trial, frontier, search_ablation
+from mergelab.abliteration.trial_search import search_ablation
+from mergelab.abliteration.trials import SearchResult, Trial, frontier
 from mergelab.errors import MergelabError
 from tests.abliteration.planted import REFUSE, Planted, prompt_set, prompts
 

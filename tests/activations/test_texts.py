@@ -99,7 +99,7 @@ def test_a_store_and_a_training_keep_how_the_text_was_cut(folder: Path, tmp_path
     assert "roles" not in stored
     data: dict[str, Any] = {"kind": "model", "model": str(folder / "model"), "site": SITE, "context": 16}
     section = DataSection(**data, text=str(folder / "chats.jsonl"), roles="assistant", bos=False)
-    source, _ = open_data(section, 64)
+    source = open_data(section, 64).source
     assert isinstance(source, SiteActivations) and source.of.counted is not None
     metadata = host_metadata(section)
     known = SAE(**ARRAYS, config=SAEConfig("relu", metadata=metadata))

@@ -125,13 +125,15 @@ def test_quantized_tensors_without_the_package_name_the_extra(
         tmp_path / "m.gguf",
         LLAMA,
         {
-            "blk.0.ffn_up.weight": (blocks("Q8_0", ROWS, WIDTH), types.Q8_0),
+            "blk.0.ffn_up.weight": (blocks("Q5_0", ROWS, WIDTH), types.Q5_0),
+            "blk.0.ffn_down.weight": (blocks("Q8_0", ROWS, WIDTH), types.Q8_0),
             "blk.0.ffn_gate.weight": (np.ones((ROWS, WIDTH), np.float32), types.F32),
         },
     )
     monkeypatch.setitem(sys.modules, "gguf.quants", None)
     tensors = open_checkpoint(path).tensors
     assert (read_whole(tensors["model.layers.0.mlp.gate_proj.weight"]) == 1).all()
+    read_whole(tensors["model.layers.0.mlp.down_proj.weight"])  # a plain kind, which needs no package
     with pytest.raises(DependencyError, match=r"pip install 'mergelab\[gguf\]'"):
         read_whole(tensors["model.layers.0.mlp.up_proj.weight"])
 

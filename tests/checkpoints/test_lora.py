@@ -16,7 +16,8 @@ import safetensors.numpy
 
 from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.checkpoints.lora import with_lora
-from mergelab.checkpoints.lora_tensor import LowRankTensor, read_whole
+from mergelab.checkpoints.lora_tensor import BiasedTensor, CastTensor, LowRankTensor, read_whole
+from mergelab.checkpoints.lora_variants import decomposition_bytes
 from mergelab.errors import CheckpointError
 
 CASES = sorted(path.name for path in (Path(__file__).parent / "data" / "lora").iterdir())
@@ -291,6 +292,29 @@ def test_what_pissa_takes_out_is_warned_of() -> None:
     for case, warned in (("pissa", True), ("olora", True), ("linear", False)):
         found = with_lora(open_checkpoint(DATA / case), DATA / case / "adapter").warnings
         assert any("takes a part of each weight out of the base" in warning for warning in found) == warned
+
+
+@pytest.mark.parametrize(
+    ("case", "copies"), [("pissa", 17.0), ("olora", 10.0), ("dora", 0.0), ("linear", 0.0)]
+)
+def test_the_memory_of_decompositions_is_known_before_they_are_made(case: str, copies: float) -> None:
+    """Of a square float32 weight, 17 times it at least (a singular value decomposition), or 10 times (QR)."""
+    base = open_checkpoint(DATA / case)
+    found = with_lora(base, DATA / case / "adapter").tensors
+    changed = [name for name, source in found.items() if source != base.tensors[name]]
+    for name in changed:
+        source = CastTensor(name, np.dtype(np.float16), found[name])  # views of it cost the same
+        size = 4 * np.prod(source.shape)
+        taken = decomposition_bytes(source)
+        rows, columns = source.shape
+        square = min(rows, columns) / max(rows, columns)
+        assert copies * square * size <= taken <= 2 * copies * size
+        assert (
+            taken
+            == decomposition_bytes(found[name])
+            == decomposition_bytes(BiasedTensor(source, source, 1.0))
+        )
+    assert changed and not any(map(decomposition_bytes, base.tensors.values()))
 
 
 def test_an_altered_base_makes_a_difference() -> None:

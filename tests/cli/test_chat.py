@@ -95,6 +95,12 @@ def test_lines_are_the_turns_of_one_conversation(folder: Path) -> None:
     assert two != answer(folder, both[2:], 3)  # the history matters
 
 
+def test_a_conversation_ends_with_the_models_positions(folder: Path) -> None:
+    found = run(folder, "--chat", "--greedy", "--max-new-tokens", "3", lines="w3 " * 62 + "\n")
+    assert found.exit_code == 2 and found.stdout == ""
+    assert "has 65 tokens, which leaves no room for an answer within the model's 64 positions" in found.stderr
+
+
 def test_plain_prompts_of_a_chat_model_get_a_hint(folder: Path) -> None:
     arguments = ["--greedy", "--max-new-tokens", "2"]
     assert "--chat puts the prompt as a question" in run(folder, "--prompt", "w1", *arguments).stderr

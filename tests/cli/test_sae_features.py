@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,19 @@ from mergelab.sae.sae import SAE, SAEConfig
 
 SITE = "blocks.0.resid_post"
 TEXT = "def add(a, b):\n    return a + b\n\nfor number in range(10):\n    print(add(number, 1))  # Sum\n" * 20
+
+
+BATCH = {"model_id", "layer", "sae_set", "sae_id_suffix", "features"}
+FEATURE = {
+    "feature_index", "neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1",
+    "correlated_neurons_indices", "correlated_neurons_l1", "correlated_neurons_pearson",
+    "correlated_features_indices", "correlated_features_l1", "correlated_features_pearson", "neg_str",
+    "neg_values", "pos_str", "pos_values", "frac_nonzero", "freq_hist_data_bar_values",
+    "freq_hist_data_bar_heights", "logits_hist_data_bar_heights", "logits_hist_data_bar_values",
+    "n_prompts_total", "n_tokens_in_prompt", "dataset", "activations", "decoder_weights_dist", "vector",
+}  # fmt: skip
+ACTIVATION = {"bin_min", "bin_max", "bin_contains", "tokens", "values", "qualifying_token_index"}
+"""Parameters of sae-dashboard 0.8.0's classes, those of an activation that have to be given."""
 
 
 def _invoke(*arguments: object) -> tuple[int, str]:
@@ -108,6 +123,17 @@ def test_features_write_a_page_and_neuronpedias_json(folder: Path, tmp_path: Pat
     assert len(data["features"]) == 12 and sum("patterns" in f for f in data["features"]) == 3
     written = json.loads(batch.read_text())
     assert written["layer"] == 0 and len(written["features"]) == 12
+    assert (written["model_id"], written["sae_set"], written["sae_id_suffix"]) == ("model", "seed0", None)
+    first = written["features"][0]
+    prompts = first["n_prompts_total"] * first["n_tokens_in_prompt"]
+    assert (first["dataset"], first["n_tokens_in_prompt"]) == ("text.py", 16)
+    assert prompts == data["rows"]
+    assert set(written) == BATCH
+    for feature in written["features"]:
+        assert (
+            set(feature) == FEATURE and {key for one in feature["activations"] for key in one} == ACTIVATION
+        )
+        assert all(-1 <= value <= 1 for value in feature["correlated_features_pearson"])
     for feature, shown in zip(written["features"], data["features"], strict=True):
         assert feature["feature_index"] == shown["i"] and len(feature["activations"]) == len(
             shown["examples"]
@@ -117,9 +143,32 @@ def test_features_write_a_page_and_neuronpedias_json(folder: Path, tmp_path: Pat
         assert feature["pos_values"] == sorted(feature["pos_values"], reverse=True)
         top = feature["activations"][0]
         assert len(top["tokens"]) == len(top["values"]) == 16
-        assert top["values"][top["qualifying_token_index"]] == feature["maxActApprox"]
+        assert top["values"][top["qualifying_token_index"]] == pytest.approx(shown["peak"], rel=1e-3)
     code, said = _invoke(*asked)
     assert code == 2 and "is there already" in said
+
+
+_DASHBOARD = """
+import json, sys
+from sae_dashboard.neuronpedia.neuronpedia_dashboard import NeuronpediaDashboardBatch
+
+data = json.load(open(sys.argv[1]))
+batch = NeuronpediaDashboardBatch(**data)
+said = json.loads(json.dumps(batch.to_dict()))
+print(said["features"] == data["features"] and len(batch.features), batch.sae_set, batch.model_id)
+"""
+
+
+@pytest.mark.peers
+def test_sae_dashboard_takes_the_json_as_it_stands(folder: Path, tmp_path: Path) -> None:
+    python = os.environ.get("MERGELAB_SAE_PEERS")
+    assert python, "set MERGELAB_SAE_PEERS to a Python with sae-lens and sae-dashboard 0.8.0"
+    batch = tmp_path / "batch.json"
+    common = ("--model", folder / "model", "--text", folder / "text.py", "--context", 16)
+    asked = ("sae", "features", folder / "seed0", *common, "--out", tmp_path / "page.html")
+    assert _invoke(*asked, "--latents", 12, "--neuronpedia", batch)[0] == 0
+    done = subprocess.run([python, "-c", _DASHBOARD, str(batch)], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-3:] == ["12", "seed0", "model"]
 
 
 def test_a_page_shows_what_latents_become_in_a_wider_sae(folder: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_generation_by_block_is_that_of_the_loop(monkeypatch: pytest.MonkeyPatch
 
 
 def test_compiling_does_not_grow_with_depth(caplog: pytest.LogCaptureFixture) -> None:
-    def compiled(layers: int) -> int:
+    def compiled(layers: int) -> list[str]:
         # A width that no other test has, so that nothing is compiled already.
         config = {**CONFIGS["gemma3"], "num_hidden_layers": layers, "intermediate_size": 36 + layers}
         config["layer_types"] = ["sliding_attention", "full_attention"] * (layers // 2)
@@ -74,10 +74,13 @@ def test_compiling_does_not_grow_with_depth(caplog: pytest.LogCaptureFixture) ->
         caplog.clear()
         with jax.log_compiles():
             generate(model, params, [[3, 1]], max_new_tokens=2)
-        return sum("Finished XLA compilation of jit(run)" in record.message for record in caplog.records)
+        said = (record.message.partition("Finished XLA compilation of ") for record in caplog.records)
+        return [program.split()[0] for _, found, program in said if found]
 
     # Entrance and two kinds of blocks, for the prompt and for one token; and the exit.
-    assert compiled(2) == compiled(4) == 7
+    first, deeper = compiled(2), compiled(4)
+    assert first.count("jit(run)") == 7 and len(first) <= 15
+    assert deeper == ["jit(run)"] * 7, "no other program depends on the model or its depth"
 
 
 @pytest.mark.parametrize("shape", [(61, 24), (1100, 130)])
@@ -107,7 +110,7 @@ def test_bits_share_the_memory_of_their_matrix() -> None:
     assert seen["scale"] is params["scale"] and seen["up"]["kernel"] is params["up"]["kernel"]
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "gpt2"])
+@pytest.mark.parametrize("kind", ["gemma3", "gpt2", "mixtral"])
 def test_bfloat16_is_multiplied_as_exactly_as_by_xla(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, params = tiny(kind)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
@@ -124,7 +127,8 @@ def test_bfloat16_is_multiplied_as_exactly_as_by_xla(kind: str, monkeypatch: pyt
     usual = logits(half, jnp.bfloat16)
     # Both round what each product gives; sums in another order may round to a neighbor.
     assert 0 < np.abs(found - exact).mean() < 1.1 * np.abs(usual - exact).mean()
-    assert np.abs(found - usual).mean() < 0.3 * np.abs(usual - exact).mean()
+    if kind != "mixtral":  # XLA rounds experts before it sums them, and not the sum
+        assert np.abs(found - usual).mean() < 0.3 * np.abs(usual - exact).mean()
 
 
 def longrope() -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -14,10 +15,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import mergelab as ml
 from mergelab.checkpoints import local_path, open_checkpoint
+from mergelab.checkpoints.locations import location_text
 from mergelab.checkpoints.remote import cache_folder, fetch_files
 from mergelab.checkpoints.remote_output import local_output, mirror
 from mergelab.cli.main import cli
 from mergelab.errors import CheckpointError, DependencyError, OutputError
+from mergelab.interp import SteeringVector
 
 
 class Store(MemoryFileSystem):
@@ -254,3 +257,21 @@ def test_every_kind_of_path_is_a_place(store: Store, models: Path) -> None:
 
     for place in (Elsewhere(), epath.Path(models / "llama-ft2")):
         assert open_checkpoint(local_path(place)).fingerprint() == here
+
+
+def test_steering_vectors_are_kept_at_urls(store: Store) -> None:
+    def vector(value: float) -> SteeringVector:
+        return SteeringVector(jnp.full(4, value), jnp.float32(2.0), "blocks.1.resid_post", "llama")
+
+    place = "memory://bucket/vectors/v.gguf"
+    assert location_text(ml.save_steering(vector(1), place)) == place
+    assert [line for line in store.log if line[0] == "put"] == [("put", "v.gguf")]
+    (found,) = ml.load_steering(place).values()
+    np.testing.assert_allclose(found.edit(1.0)(jnp.zeros((1, 1, 4)))[0, 0], np.full(4, 1.0), rtol=1e-6)
+    with pytest.raises(OutputError, match=f"{place} is there already"):
+        ml.save_steering(vector(-1), place)
+    ml.save_steering(vector(-1), place, overwrite=True)
+    (found,) = ml.load_steering(place).values()
+    assert float(found.vector[0]) < 0
+    with pytest.raises(CheckpointError, match=r"memory://bucket/vectors/w.gguf does not exist"):
+        ml.load_steering("memory://bucket/vectors/w.gguf")

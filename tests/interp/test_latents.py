@@ -76,6 +76,10 @@ def test_splice_replaces_and_its_gradient_passes_through_the_sae() -> None:
     sae, x = random_sae(16), activations()
     rows = x.reshape(-1, 16)
     np.testing.assert_allclose(splice(sae)(x).reshape(-1, 16), sae(rows), atol=1e-6)
+    where = np.arange(5)[None].repeat(3, axis=0) > 0  # the first tokens stay as they are
+    changed = splice(sae, where=where)(x)
+    wanted = np.where(where[..., None], np.asarray(sae(rows)).reshape(x.shape), x)
+    np.testing.assert_allclose(changed, wanted, atol=1e-6)
     gradients = [
         jax.grad(lambda v, e=edit: (splice(sae, error=e)(v) ** 2).sum())(x) for edit in (False, True)
     ]

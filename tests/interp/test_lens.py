@@ -61,6 +61,27 @@ def test_masked_tokens_do_not_count(domains: Trained) -> None:
     assert abs(read_lens(domains.model, domains.params, text, batch=2).kl[0] - readings[0].kl[0]) > 1e-4
 
 
+@pytest.mark.parametrize("front", [True, False])
+def test_the_logit_lens_reads_real_tokens_as_if_there_were_no_padding(front: bool) -> None:
+    """The lens of a padded prompt is that of the prompt alone, whatever stands in the padding."""
+    model, params = tiny("llama")
+    prompt, filler = np.asarray(TOKENS)[:1, :4], np.asarray(TOKENS)[1:2, :3]
+    pieces = (filler, prompt) if front else (prompt, filler)
+    padded, real = np.concatenate(pieces, axis=1), slice(3, 7) if front else slice(0, 4)
+    mask = np.zeros(padded.shape, bool)
+    mask[:, real] = True
+    alone = logit_lens(model, params, prompt)
+    read = logit_lens(model, params, padded, mask=mask)
+    blind = logit_lens(model, params, padded)
+    assert read.keys() == alone.keys()
+    for name, wanted in alone.items():
+        np.testing.assert_allclose(read[name][:, real], wanted, atol=2e-5)
+    last = "blocks.1.resid_post"
+    assert not front or np.abs(np.asarray(blind[last][:, real] - alone[last])).max() > 1e-2
+    with pytest.raises(SiteError, match="mask"):
+        logit_lens(model, params, padded, mask=mask[:, 1:])
+
+
 def test_lenses_read_streams_of_decoders() -> None:
     with pytest.raises(SiteError, match="lens reads streams"):
         TunedLens.identity(model_from_config(CONFIGS["llama"]), "blocks.0.mlp.post")

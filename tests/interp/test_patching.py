@@ -98,6 +98,28 @@ def test_grids_do_not_depend_on_batches_or_on_the_mesh(domains: Trained) -> None
     np.testing.assert_allclose(parts.patched, whole.patched, rtol=1e-4, atol=1e-3)
 
 
+def test_positions_are_those_of_each_prompts_real_tokens() -> None:
+    model, params = planted()
+    # The first prompt is padded in front, the second behind, the third not at all.
+    mask = np.array([[0, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
+    metric = Partial(lambda logits: (logits[..., 1] - logits[..., 2]).sum(axis=-1))
+    arguments = (model, params, (TARGET + 5) % 12, TARGET, "blocks.*.resid_pre", metric)
+    whole = patch_grid(*arguments, mask=mask, batch=2)
+    found = patch_grid(*arguments, mask=mask, positions=(1, -1), batch=2, cells_at_once=3)
+    assert whole.patched.shape == (3, 2, LENGTH) and found.patched.shape == (3, 2, 2)
+    columns = np.array([[2, 4], [1, 2], [1, 4]])
+    wanted = np.take_along_axis(whole.patched, columns[:, None], axis=2)
+    np.testing.assert_allclose(found.patched, wanted, rtol=1e-5)
+    assert np.abs(found.patched[..., 0] - found.patched[..., 1]).min() > 1e-3
+    np.testing.assert_allclose(found.source, whole.source)
+    one = patch_grid(*arguments, mask=mask, positions=-1)
+    np.testing.assert_allclose(one.patched[..., 0], found.patched[..., 1], rtol=1e-5)
+    with pytest.raises(SiteError, match="positions is empty"):
+        patch_grid(*arguments, mask=mask, positions=())
+    with pytest.raises(SiteError, match="position 3"):
+        patch_grid(*arguments, mask=mask, positions=3)
+
+
 def test_what_cannot_be_patched_is_refused() -> None:
     model, params = planted()
     with pytest.raises(SiteError, match="do not pair up"):

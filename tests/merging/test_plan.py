@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from mergelab.checkpoints.lora_tensor import LowRankTensor
+from mergelab.checkpoints.lora_variants import StartFactor, StartFactors
 from mergelab.errors import MergelabError, RecipeError
 from mergelab.merging.plan.planner import Plan, plan_merge
 from mergelab.merging.recipe.recipe_file import load_recipe, parse_recipe
@@ -420,3 +423,16 @@ def test_memory_and_counts(tmp_path: Path) -> None:
     assert plan.operations == {"linear": 12}
     assert plan.bytes_in == plan.bytes_out == sum(job.size for job in plan.jobs) * 4
     assert plan.memory_estimate(10**2) < plan.memory_estimate(10**9)
+
+
+def test_the_memory_of_a_plan_counts_what_adapters_decompose(tmp_path: Path) -> None:
+    write_model(tmp_path / "a")
+    plan = plan_merge(linear("a"), base_dir=tmp_path)
+    job = next(job for job in plan.jobs if len(job.shape) == 2)
+    weight = job.sources[0]
+    first = StartFactors(weight, False, 2, "pissa")
+    sides = (StartFactor(first, "left"), False), (StartFactor(first, "right"), False)
+    decomposed = replace(job, sources=(LowRankTensor(weight, *sides, -1.0), weight))
+    assert decomposed.bytes_decomposed == first.workspace > 17 * job.bytes_in
+    other = replace(plan, jobs=(*plan.jobs, decomposed))
+    assert other.memory_estimate(10) == plan.memory_estimate(10) + first.workspace

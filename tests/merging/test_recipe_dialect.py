@@ -153,6 +153,19 @@ AS_WRITTEN: dict[str, tuple[str, str, list[str]]] = {
         LINEAR.replace("weight: 1", "weight: 0.7"),
         ["r.yaml:5: parameters.weight: the text '0.7' is read as 0.7: write 0.7"],
     ),
+    "numbers of YAML 1.1": (
+        LINEAR.replace("weight: 1", "weight: [010, -0b11, 0x_1f, 1:30, 1:0:0.5, 0, 00, 08, 1_0, '010']"),
+        LINEAR.replace("weight: 1", "weight: [8, -3, 31, 90, 3600.5, 0, 0, 8, 10, 10]"),
+        [
+            "r.yaml:5: parameters.weight[0]: 010 is read as 8, as YAML 1.1 and mergekit read it: write 8",
+            "weight[1]: -0b11 is read as -3",
+            "weight[2]: 0x_1f is read as 31",
+            "weight[3]: 1:30 is read as 90",
+            "weight[4]: 1:0:0.5 is read as 3600.5",
+            "parameters.weight: the text '1_0' is read as 10",
+            "parameters.weight: the text '010' is read as 10",
+        ],
+    ),
     "words of YAML 1.1": (
         LINEAR.replace("weight: 1", "weight: 1, normalize: yes"),
         LINEAR.replace("weight: 1", "weight: 1, normalize: true"),

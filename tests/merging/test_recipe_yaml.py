@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mergelab.checkpoints.yaml_data import parse_yaml
 from mergelab.errors import RecipeError
 from mergelab.merging.recipe.recipe_file import load_recipe, parse_documents, parse_recipe, recipe_yaml
 from mergelab.merging.recipe.schema import Recipe, TokenSource
@@ -43,9 +45,31 @@ from mergelab.merging.recipe.schema import Recipe, TokenSource
     ],
 )
 def test_scalars_are_those_of_yaml_1_2(written: str, value: Any) -> None:
-    (document,) = parse_documents(f"x: {written}")
+    (document,) = parse_yaml(f"x: {written}", "x.yaml")
     assert document.data == {"x": value}
     assert type(document.data["x"]) is type(value)
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["010", "-010", "0_7", "00", "08", "0b101", "-0b1_1", "0x1F", "-0x_1f", "1:30", "-1:30", "+1:0:0.5",
+     "1:60", "12:30:45", "190:20:30.15", "0", "1_0:30", "'010'", "0o17", "a:30"],
+)  # fmt: skip
+def test_numbers_of_recipes_are_those_of_yaml_1_1(written: str) -> None:
+    """As PyYAML reads them, and with it mergekit; what it takes for text is read as elsewhere."""
+    theirs = yaml.safe_load(written)
+    (document,) = parse_documents(f"x: {written}")
+    (elsewhere,) = parse_yaml(f"x: {written}", "x.yaml")
+    ours = document.data["x"]
+    assert ours == (elsewhere.data["x"] if isinstance(theirs, str) else theirs)
+    differs = ours != elsewhere.data["x"]
+    assert document.old_numbers == ([(("x",), written, theirs)] if differs else [])
+    assert not elsewhere.old_numbers
+
+
+@pytest.mark.parametrize("written", ["0b_", "0x_", "0" * 60, "1:30" + ":00" * 20])
+def test_what_is_no_number_of_yaml_1_1_is_no_error(written: str) -> None:
+    assert parse_documents(f"x: {written}")[0].old_numbers == []
 
 
 def test_lines_are_known_for_every_field() -> None:

@@ -193,3 +193,40 @@ def test_a_list_as_long_as_the_layers_follows_them_whatever_its_name(tmp_path: P
     plan = plan_merge(parse_recipe(f"merge_method: passthrough\nslices: {slices}\n"), base_dir=tmp_path)
     assert plan.config["intermediate_size"] == [6, 4, 6]
     assert plan.config["activation_sparsity"] == [0.0, 0.5, 0.0]
+
+
+def bert(value: float, weight: str, bias: str, lead: str = "bert.") -> Tensors:
+    """The norms of a BERT of two layers and one matrix in each, all of one value."""
+    norms = [f"{lead}embeddings.LayerNorm", *(f"{lead}encoder.layer.{i}.output.LayerNorm" for i in range(2))]
+    found = {f"{norm}.{part}": np.full(2, value, np.float32) for norm in norms for part in (weight, bias)}
+    matrices = (f"{lead}encoder.layer.{i}.output.dense.weight" for i in range(2))
+    return found | {name: np.full((2, 2), value, np.float32) for name in matrices}
+
+
+@pytest.mark.parametrize("order", [("old", "new"), ("new", "old")])
+@pytest.mark.parametrize("lead", ["bert.", ""])
+def test_norms_by_their_old_names_merge_with_those_of_today(
+    order: tuple[str, str], lead: str, tmp_path: Path
+) -> None:
+    config = {"model_type": "bert", "num_hidden_layers": 2}
+    write_model(tmp_path / "old", bert(1, "gamma", "beta", lead), config=config)
+    write_model(tmp_path / "new", bert(3, "weight", "bias"), config=config)
+    listed = f"models: [{{model: {order[0]}}}, {{model: {order[1]}}}]\n"
+    plan, found = merged(f"merge_method: linear\nparameters: {{weight: 0.5}}\n{listed}", tmp_path)
+    expected = bert(2, "weight", "bias", lead if order[0] == "old" else "bert.")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    (note,) = [warning for warning in plan.warnings if "gamma" in warning]
+    assert note.startswith("model 'old' calls its norms by the old names LayerNorm.gamma and LayerNorm.beta")
+
+
+def test_norms_that_all_have_their_old_names_keep_them(tmp_path: Path) -> None:
+    config = {"model_type": "bert", "num_hidden_layers": 2}
+    for name, value in (("a", 1), ("b", 3)):
+        write_model(tmp_path / name, bert(value, "gamma", "beta"), config=config)
+    plan, found = merged(
+        "merge_method: linear\nparameters: {weight: 0.5}\nmodels: [{model: a}, {model: b}]\n", tmp_path
+    )
+    assert found.keys() == bert(2, "gamma", "beta").keys()
+    assert not any("gamma" in warning for warning in plan.warnings)

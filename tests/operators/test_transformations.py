@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mergelab import operators as ops
 from mergelab.errors import OperatorError
 from mergelab.operators.measures import Sum
+from tests.compilation import AS_USERS
 from tests.operators.cases import CASES, LIGHT, build
 from tests.slow import slow_except
 
@@ -62,7 +63,7 @@ def assert_same(found: Tree, expected: Tree, exactly: bool) -> None:
 def test_jit_gives_what_eager_gives(case: str) -> None:
     merge, models, base = models_of(case)
     eager = merge(models, base, seed=5)
-    jitted = jax.jit(lambda m, b: merge(m, b, seed=5))(models, base)
+    jitted = jax.jit(lambda m, b: merge(m, b, seed=5), compiler_options=AS_USERS)(models, base)
     assert_same(jitted, eager, exactly=not sums_floats(merge))
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from mergelab.report.comparison import cells, figure_files, in_reading_order, score_figure, svg
 from mergelab.report.pages import render_page
-from mergelab.report.tables import markdown_table, text_table
+from mergelab.report.tables import html_table, markdown_table, text_table
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,17 @@ def test_text_tables_are_aligned() -> None:
     ]
     with pytest.raises(ValueError, match="argument"):
         text_table(["model", "x"], [["a", "1", "too many"]])
+
+
+def test_html_tables_show_markup_as_text() -> None:
+    table = html_table(["m", "x"], [["<b>&", "1"], ["b", "2"]])
+    tree = ElementTree.fromstring(table)
+    assert [["".join(cell.itertext()) for cell in row] for row in tree.iter("tr")] == [
+        ["m", "x"],
+        ["<b>&", "1"],
+        ["b", "2"],
+    ]
+    assert tree.find(".//b") is None
 
 
 def test_markdown_tables_escape_their_separator() -> None:

@@ -75,7 +75,7 @@ KEYS = [
 def use(config: TrainConfig) -> None:
     """What a training does with a configuration before it computes anything."""
     recipe = config.train.build()
-    source, target = open_data(config.data, recipe.tokens)
+    source, target, _ = open_data(config.data, recipe.tokens)
     variant = config.sae.build(source.d_in, None if target is None else target.d_in)
     check_memory(variant, recipe, None, min(config.data.buffer_rows, source.rows))
 

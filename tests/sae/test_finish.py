@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from mergelab.errors import SAEError
-from mergelab.sae.sae import SAE, SAEConfig, layer_norm
+from mergelab.sae.normalizations import layer_norm
+from mergelab.sae.sae import SAE, SAEConfig
 from mergelab.sae.training.config import TrainingRecipe
 from mergelab.sae.training.finish import finished_sae
 from mergelab.sae.training.initialize import initialize

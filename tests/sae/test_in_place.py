@@ -15,6 +15,7 @@ from mergelab.sae.training.config import TrainingRecipe
 from mergelab.sae.training.initialize import initialize
 from mergelab.sae.training.step import make_step, train_step
 from mergelab.sae.variants import make_variant
+from tests.compilation import TEXT_AS_USERS
 
 
 @pytest.mark.parametrize("n", [5, 4096, 8192, 9001])
@@ -36,7 +37,8 @@ def test_the_step_copies_no_array_of_the_size_of_a_parameter(clip: float | None)
     recipe = TrainingRecipe(20, batch, learning_rate=1e-3, clip=clip)
     x = np.random.default_rng(0).standard_normal((batch, d)).astype(np.float32)
     state = initialize(variant, recipe, jax.random.key(0), x)
-    program = make_step(variant, recipe).lower(state, x, x).compile()  # pyright: ignore[reportFunctionMemberAccess]
+    lowered = make_step(variant, recipe).lower(state, x, x)  # pyright: ignore[reportFunctionMemberAccess]
+    program = lowered.compile(TEXT_AS_USERS)
     lines = [line.strip() for line in program.as_text().splitlines()]
     assert [line for line in lines if f"f32[{n},{d}]" in line.split(" copy(")[0] and " copy(" in line] == []
 

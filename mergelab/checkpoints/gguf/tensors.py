@@ -1,8 +1,8 @@
 """Tensors of GGUF files as sources: blocks dequantized on read, and the layouts of llama.cpp undone.
 
-The arithmetic of quantized blocks is that of the `gguf` package. Rows of a quantized tensor are whole blocks,
-so that any run of elements is a run of blocks; what is kept in memory beside a piece is a bounded number of
-blocks.
+The arithmetic of quantized blocks is that of the `gguf` package, but for the simplest (`plain_blocks`). Rows
+of a quantized tensor are whole blocks, so that any run of elements is a run of blocks; what is kept in memory
+beside a piece is a bounded number of blocks.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from mergelab.checkpoints.file_tensor import WeightFile, check_piece
+from mergelab.checkpoints.gguf.plain_blocks import PLAIN
 from mergelab.errors import DependencyError
 
 __all__ = ["KINDS", "GgufTensor", "Kind", "StoredTensor", "arithmetic", "kind_name"]
@@ -90,25 +91,36 @@ class StoredTensor:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Elements `[start, start + count)` in the dtype they are read as."""
+        out = np.empty(count, KINDS[self.kind].dtype)
+        self.read_into(start, out)
+        return out
+
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Fills `out`, contiguous and of the dtype they are read as, with elements from `start` on."""
         kind = KINDS[self.kind]
-        out = np.empty(count, kind.dtype)
         if kind.elements == 1:
             place = out.view(np.uint8).data
             self.file.read_into(self.offset + start * kind.nbytes, place, f"tensor {self.name!r}")
-            return out
-        for done in range(0, count, _CHUNK):
+            return
+        for done in range(0, out.size, _CHUNK):
             self._dequantize(start + done, out[done : done + _CHUNK])
-        return out
 
     def _dequantize(self, start: int, out: np.ndarray) -> None:
-        kind, quants = KINDS[self.kind], arithmetic()
+        kind, plain = KINDS[self.kind], PLAIN.get(self.kind)
         first, last = start // kind.elements, -(-(start + out.size) // kind.elements)
         raw = np.empty((1, (last - first) * kind.nbytes), np.uint8)
         self.file.read_into(self.offset + first * kind.nbytes, raw.data.cast("B"), f"tensor {self.name!r}")
         # A damaged scale is an infinity or NaN here, and found where weights are checked to be finite.
         with np.errstate(all="ignore"):
-            values = quants.dequantize(raw, quants.GGMLQuantizationType(self.kind))[0]
-        out[:] = values[start - first * kind.elements :][: out.size]
+            if plain is None:
+                quants = arithmetic()
+                values = quants.dequantize(raw, quants.GGMLQuantizationType(self.kind))[0]
+            else:
+                whole = out.size == (last - first) * kind.elements
+                values = out if whole else np.empty((last - first) * kind.elements, kind.dtype)
+                plain(raw.reshape(-1, kind.nbytes), values.reshape(-1, kind.elements))
+        if values is not out:
+            out[:] = values[start - first * kind.elements :][: out.size]
 
 
 @dataclass(frozen=True)
@@ -138,6 +150,18 @@ class GgufTensor:
         """Float32 for quantized elements; that of the file for others."""
         return KINDS[self.stored.kind].dtype
 
+    @property
+    def form(self) -> str | None:
+        """Stored format, such as `Q4_1`; None where the elements are not quantized."""
+        kind = KINDS[self.stored.kind]
+        return None if kind.elements == 1 else kind.name
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the file that hold its elements."""
+        kind = KINDS[self.stored.kind]
+        return math.prod(self.shape) * kind.nbytes // kind.elements
+
     def read_into(self, start: int, out: np.ndarray) -> None:
         """Fills `out` (1-D, contiguous, of `self.dtype`) with flat elements `[start, start + out.size)`.
 
@@ -154,9 +178,7 @@ class GgufTensor:
         elif self.order is not None:
             self._read_rows(start, out)
         else:
-            for done in range(0, out.size, _CHUNK):
-                part = out[done : done + _CHUNK]
-                part[:] = self.stored.read(self.begin + start + done, part.size)
+            self.stored.read_into(self.begin + start, out)
         if self.shift:
             out[:] = (out.astype(np.float32) + np.float32(self.shift)).astype(out.dtype)
 
@@ -165,8 +187,12 @@ class GgufTensor:
         assert self.order is not None
         width = math.prod(self.shape[1:])
         first, last = start // width, -(-(start + out.size) // width)
+        whole = start % width == 0 == out.size % width
         for run, places in _runs(self.order[first:last], max(1, _CHUNK // width)):
             rows = self.stored.read(self.begin + run * width, len(places) * width).reshape(-1, width)
+            if whole:
+                out.reshape(-1, width)[places] = rows
+                continue
             for row, place in zip(rows, places, strict=True):
                 begin = (first + int(place)) * width - start  # the first and last rows may stick out
                 low, high = max(begin, 0), min(begin + width, out.size)

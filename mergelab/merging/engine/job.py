@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mergelab.checkpoints.lora_variants import decomposition_bytes
 from mergelab.checkpoints.source import TensorSource
 from mergelab.operators.compose import Merge
 from mergelab.operators.region import TensorInfo
@@ -68,6 +69,11 @@ class Job:
     @property
     def bytes_out(self) -> int:
         return self.size * self.dtype.itemsize
+
+    @cached_property
+    def bytes_decomposed(self) -> int:
+        """Bytes that reading the inputs takes to decompose weights that adapters altered (PiSSA, OLoRA)."""
+        return sum(decomposition_bytes(source) for source in self.inputs)
 
     @property
     def bytes_whole(self) -> int:

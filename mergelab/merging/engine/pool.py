@@ -208,8 +208,8 @@ def _check_size(job: Job) -> None:
 class Admission:
     """Lets tensors in as the budget allows: one that cannot be cut into blocks holds all its bytes at once.
 
-    Tensors in blocks keep to their thread's share of the budget by themselves. What exceeds the budget by
-    itself runs alone.
+    Tensors in blocks keep to their thread's share of the budget by themselves, but for weights that have to
+    be decomposed before a block of them can be read. What exceeds the budget by itself runs alone.
     """
 
     def __init__(self, memory: int, threads: int) -> None:
@@ -220,7 +220,7 @@ class Admission:
     @contextmanager
     def admitted(self, job: Job) -> Iterator[None]:
         """Waits until the job fits beside those that run; holds its bytes until it ends."""
-        need = job.bytes_whole or self._share
+        need = (job.bytes_whole or self._share) + job.bytes_decomposed
         with self._changed:
             self._changed.wait_for(lambda: not self._running or self._held + need <= self._memory)
             self._held, self._running = self._held + need, self._running + 1

@@ -28,6 +28,7 @@ from mergelab.merging.plan.input_models import (
 from mergelab.merging.plan.job_builder import JobBuilder
 from mergelab.merging.plan.output_config import config_differences, output_config, tied_heads
 from mergelab.merging.plan.output_tensors import OutputLayout, OutputPlace, lay_out
+from mergelab.merging.plan.spellings import one_spelling
 from mergelab.merging.plan.suspicions import odd_relations
 from mergelab.merging.recipe.faults import raise_faults
 from mergelab.merging.recipe.recipe_file import load_recipe, recipe_yaml
@@ -170,11 +171,13 @@ class Plan:
     def memory_estimate(self, budget: int) -> int:
         """Peak memory in bytes: the runtime, and what the largest job needs.
 
-        A job in blocks keeps within the budget; one that needs its whole tensor at once takes what it takes.
+        A job in blocks keeps within the budget; one that needs its whole tensor at once, or a decomposition
+        of it, takes what it takes.
         """
         whole = max((job.bytes_whole for job in self.jobs), default=0)
         largest = max((job.bytes_in + job.bytes_out + 8 * job.size for job in self.jobs), default=0)
-        return RUNTIME_BYTES + max(min(budget, 2 * largest), whole)
+        decomposed = max((job.bytes_decomposed for job in self.jobs), default=0)
+        return RUNTIME_BYTES + max(min(budget, 2 * largest), whole) + decomposed
 
     def reading(self, folders: Mapping[str, Path]) -> Plan:
         """The same plan, reading the results of stages that have run; nothing is planned again.
@@ -297,7 +300,7 @@ def _plan(
     origin, operator = recipe.origin, OPERATORS[recipe.merge_method]
     found = find_models(recipe.referenced(), origin, base_dir, stages)
     merged = {name: found[name] for name in recipe.model_texts()}
-    checkpoints = {name: model.checkpoint for name, model in merged.items()}
+    checkpoints, respelled = one_spelling({name: model.checkpoint for name, model in merged.items()})
     donor = recipe.base_model if recipe.base_model is not None else next(iter(merged))
     wanted = [name for _, name, _ in recipe.parts() if name is not None]
     shapes = {name: infer_architecture(c.tensors, c.config) for name, c in checkpoints.items()}
@@ -350,6 +353,7 @@ def _plan(
     warnings = [
         *origin.notes,
         *(origin.sentence(*warning) for warning in recipe_warnings(recipe)),
+        *respelled,
         *matched,
         *builder.factors.sentences(),
         *odd_relations(jobs, recipe.base_model, unread),

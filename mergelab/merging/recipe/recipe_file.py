@@ -35,12 +35,13 @@ __all__ = [
 def parse_documents(text: str, source: str = "recipe") -> list[Document]:
     """Parses every document of a recipe; see `mergelab.checkpoints.yaml_data.parse_yaml`.
 
-    Of two equal keys the later counts; `Document.repeated` names them.
+    Of two equal keys the later counts, and numbers are those of YAML 1.1, as mergekit reads them;
+    `Document.repeated` and `Document.old_numbers` name them.
 
     Raises:
         RecipeError: faulty YAML; every sentence begins with `source` and a line.
     """
-    return parse_yaml(text, source, RecipeError, strict_keys=False)
+    return parse_yaml(text, source, RecipeError, strict_keys=False, old_numbers=True)
 
 
 def used_stages(recipe: Recipe, names: Mapping[str, Recipe]) -> tuple[str, ...]:
@@ -197,6 +198,8 @@ def _notes(document: Document, reading: Reading, origin: Origin) -> tuple[str, .
     for path, line in document.repeated:
         last = origin.line(path)
         notes.append((path, f"is written twice: line {last} counts, and line {line} does not"))
+    for path, text, value in dict.fromkeys(document.old_numbers):
+        notes.append((path, f"{text} is read as {value}, as YAML 1.1 and mergekit read it: write {value}"))
     sentences = _in_line_order(notes, origin)
     rest = len(sentences) - MAX_FAULTS
     more = [f"{origin.source}: {rest} more places are read otherwise than they are written"]

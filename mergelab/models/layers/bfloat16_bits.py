@@ -8,15 +8,16 @@ float32 of the same value, so widening is a shift.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt16
+from jaxtyping import Array, Bool, Float, Int, UInt16
 
-__all__ = ["Bits", "as_bits"]
+__all__ = ["Bits", "StackedBits", "as_bits"]
 
 _PIECE = 1 << 16
 """Elements widened at once: 256 KiB in float32, which stay in a core's cache."""
@@ -42,24 +43,12 @@ class Bits:
 
     def product(self, x: Float[Array, "tokens rows"]) -> Float[Array, "tokens columns"]:
         """`x @ matrix`, summed in float32 and rounded to the dtype of `x`."""
-        rows, columns = self.bits.shape
-        size = self._piece(x.shape[0])
-        wide = x.astype(jnp.float32)
-
-        def add(sums: Array, start: Array | int, size: int) -> Array:
-            part = jax.lax.dynamic_slice_in_dim(wide, start, size, axis=1)
-            return sums + part @ _widen(jax.lax.dynamic_slice_in_dim(self.bits, start, size, axis=0))
-
-        sums = jnp.zeros((x.shape[0], columns), jnp.float32)
-        sums = jax.lax.fori_loop(0, rows // size, lambda n, sums: add(sums, n * size, size), sums)
-        if rest := rows % size:
-            sums = add(sums, rows - rest, rest)
-        return sums.astype(x.dtype)
+        return _product(self.bits, 0, self.bits.shape[0], x).astype(x.dtype)
 
     def scores(self, x: Float[Array, "tokens columns"]) -> Float[Array, "tokens rows"]:
         """`x @ matrix.T`: each row's product with `x`, rounded to the dtype of `x`."""
         rows = self.bits.shape[0]
-        size = self._piece(x.shape[0])
+        size = _piece(*self.bits.shape, x.shape[0])
         wide = x.astype(jnp.float32)
 
         def put(found: Array, start: Array | int, size: int) -> Array:
@@ -76,29 +65,110 @@ class Bits:
         """The rows of these numbers, in bfloat16."""
         return _widen(jnp.take(self.bits, ids, axis=0)).astype(jnp.bfloat16)
 
-    def _piece(self, tokens: int) -> int:
-        """Rows widened at once."""
-        rows, columns = self.bits.shape
-        return min(max(_PIECE // columns, _FEWEST, min(tokens, _MOST)), rows)
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StackedBits:
+    """The bfloat16 matrices of several experts `[experts, rows, columns]`, seen as integers.
+
+    Attributes:
+        bits: the matrices, each element the 16 bits of a bfloat16.
+    """
+
+    bits: UInt16[Array, "experts rows columns"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Experts, rows and columns."""
+        return self.bits.shape
+
+    def products(
+        self, x: Float[Array, "tokens rows"], used: Bool[Array, " experts"]
+    ) -> Float[Array, "tokens experts columns"]:
+        """`x` times each matrix, rounded to the dtype of `x`; zeros for a matrix that is not used."""
+
+        def one(expert: Array) -> Array:
+            return self._if_used(used, expert, lambda: self._product(expert, x)).astype(x.dtype)
+
+        found = jax.lax.map(one, jnp.arange(self.bits.shape[0], dtype=jnp.int32))
+        return jnp.swapaxes(found, 0, 1)
+
+    def mixture(
+        self,
+        x: Float[Array, "tokens experts rows"],
+        weights: Float[Array, "tokens experts"],
+        used: Bool[Array, " experts"],
+    ) -> Float[Array, "tokens columns"]:
+        """The weighted sum of each vector's product with its own matrix, rounded to the dtype of `x`."""
+
+        def add(expert: Array, sums: Array) -> Array:
+            def product() -> Array:
+                own = jax.lax.dynamic_index_in_dim(x, expert, axis=1, keepdims=False)
+                weight = jax.lax.dynamic_slice_in_dim(weights, expert, 1, axis=1)
+                return self._product(expert, own * weight)
+
+            return sums + self._if_used(used, expert, product)
+
+        sums = jnp.zeros((x.shape[0], self.bits.shape[2]), jnp.float32)
+        return jax.lax.fori_loop(jnp.int32(0), jnp.int32(self.bits.shape[0]), add, sums).astype(x.dtype)
+
+    def _product(self, expert: Array, x: Float[Array, "tokens rows"]) -> Float[Array, "tokens columns"]:
+        experts, rows, columns = self.bits.shape
+        # One matrix with all experts' rows, of which some are taken: an expert by itself would be a copy.
+        return _product(self.bits.reshape(experts * rows, columns), expert * rows, rows, x)
+
+    def _if_used(self, used: Array, expert: Array, product: Callable[[], Array]) -> Array:
+        shape = jax.eval_shape(product)
+        return jax.lax.cond(used[expert], product, lambda: jnp.zeros(shape.shape, shape.dtype))
+
+
+def _product(
+    bits: UInt16[Array, "all columns"], first: Array | int, rows: int, x: Float[Array, "tokens rows"]
+) -> Float[Array, "tokens columns"]:
+    """`x` times a matrix's rows from `first` on, in float32."""
+    columns = bits.shape[1]
+    size = _piece(rows, columns, x.shape[0])
+    wide = x.astype(jnp.float32)
+
+    def add(sums: Array, start: Array | int, size: int) -> Array:
+        part = jax.lax.dynamic_slice_in_dim(wide, start, size, axis=1)
+        return sums + part @ _widen(jax.lax.dynamic_slice_in_dim(bits, first + start, size, axis=0))
+
+    sums = jnp.zeros((x.shape[0], columns), jnp.float32)
+    sums = jax.lax.fori_loop(0, rows // size, lambda n, sums: add(sums, n * size, size), sums)
+    if rest := rows % size:
+        sums = add(sums, rows - rest, rest)
+    return sums
+
+
+def _piece(rows: int, columns: int, tokens: int) -> int:
+    """Rows widened at once: a divisor of all rows where one is near, for a rest is compiled by itself."""
+    most = min(max(_PIECE // columns, _FEWEST, min(tokens, _MOST)), rows)
+    return next((size for size in range(most, most // 2, -1) if rows % size == 0), most)
 
 
 def _widen(bits: UInt16[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
 
 
-_WIDENED = {("kernel", 2), ("embedding", 2)}
-"""Name and rank of the leaves that `Linear` and `Embed` make, which are what takes `Bits`."""
+_WIDENED: dict[tuple[str | None, int], Callable[[Array], Bits | StackedBits]] = {
+    ("kernel", 2): Bits,
+    ("embedding", 2): Bits,
+    **{(name, 3): StackedBits for name in ("gate", "up", "down")},
+}
+"""What takes the place of the leaves that `Linear`, `Embed` and `MixtureOfExperts` make, by name and rank."""
 
 
 def as_bits(params: Any) -> Any:
-    """Parameters on a CPU with `Bits` in place of every bfloat16 kernel and table, in the same memory."""
+    """Parameters on a CPU with `Bits` or `StackedBits` for bfloat16 matrices, in the same memory."""
 
-    def seen(path: tuple[Any, ...], leaf: Any) -> Any:
+    def widened(path: tuple[Any, ...], leaf: Any) -> Any:
         key = getattr(path[-1], "key", None)
         if (key, jnp.ndim(leaf)) not in _WIDENED or leaf.dtype != jnp.bfloat16:
             return leaf
         # A committed array stays on its device; another goes wherever JAX computes.
         device = next(iter(leaf.devices())) if leaf.committed else None
-        return Bits(jax.device_put(np.asarray(leaf).view(np.uint16), device, may_alias=True))
+        seen = jax.device_put(np.asarray(leaf).view(np.uint16), device, may_alias=True)
+        return _WIDENED[key, jnp.ndim(leaf)](seen)
 
-    return jax.tree_util.tree_map_with_path(seen, params)
+    return jax.tree_util.tree_map_with_path(widened, params)

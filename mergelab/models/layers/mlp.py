@@ -9,9 +9,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mergelab.models.derived import param
+from mergelab.models.layers.bfloat16_bits import StackedBits
 from mergelab.models.layers.dense import Linear, matmul
 from mergelab.models.layers.norms import Norm, NormKind
 from mergelab.models.sites import Tap
@@ -119,11 +120,38 @@ def route(
     return jnp.einsum("blc,blce->ble", weights, one_hot)
 
 
+def _by_expert(
+    x: Float[Array, "batch length width"],
+    kernels: Float[Array, "experts width hidden"] | StackedBits,
+    used: Bool[Array, " experts"],
+) -> Float[Array, "batch length experts hidden"]:
+    """Every token times every expert's kernel."""
+    if not isinstance(kernels, StackedBits):
+        return jnp.einsum("blw,ewh->bleh", x, kernels)
+    found = kernels.products(x.reshape(-1, x.shape[-1]), used)
+    return found.reshape(*x.shape[:2], *found.shape[1:])
+
+
+def _combined(
+    x: Float[Array, "batch length experts hidden"],
+    kernels: Float[Array, "experts hidden width"] | StackedBits,
+    weights: Float[Array, "batch length experts"],
+    used: Bool[Array, " experts"],
+) -> Float[Array, "batch length width"]:
+    """What each expert makes of its own vectors, summed by weight."""
+    if not isinstance(kernels, StackedBits):
+        return jnp.einsum("bleh,ehw,ble->blw", x, kernels, weights)
+    experts, hidden = x.shape[2:]
+    found = kernels.mixture(x.reshape(-1, experts, hidden), weights.reshape(-1, experts), used)
+    return found.reshape(*x.shape[:2], found.shape[-1])
+
+
 class MixtureOfExperts(nn.Module):
     """Gated experts with stacked kernels `[experts, in, out]`, combined by the router's weights.
 
     Every expert sees every token and unchosen ones get weight zero: exact, differentiable, and it shards over
-    the experts' axis with one sum; it costs `experts / chosen` times the arithmetic of a sparse dispatch.
+    the experts' axis with one sum; it costs `experts / chosen` times the arithmetic of a sparse dispatch. Of
+    bfloat16 weights on a CPU (`StackedBits`) experts that no token has chosen are left out.
 
     Sites, under the name it is called with: `input`, `router` (the weights, `[batch, length, experts]`),
     `pre` and `post` (`[batch, length, experts, hidden]`), `out`.
@@ -153,10 +181,12 @@ class MixtureOfExperts(nn.Module):
         down = param(self, "down", output, outward, ("experts", "mlp", "embed"))
         logits = matmul(x, router).astype(jnp.float32)
         weights = tap(f"{site}.router", route(logits, spec.chosen, spec.normalize))
-        pre = tap(f"{site}.pre", jnp.einsum("blw,ewh->bleh", x, gate))
-        post = ACTIVATIONS[spec.activation](pre) * jnp.einsum("blw,ewh->bleh", x, up)
+        asked = tap.uses(f"{site}.pre") or tap.uses(f"{site}.post")
+        used = (weights != 0).any((0, 1)) | asked
+        pre = tap(f"{site}.pre", _by_expert(x, gate, used))
+        post = ACTIVATIONS[spec.activation](pre) * _by_expert(x, up, used)
         post = tap(f"{site}.post", post)
-        out = jnp.einsum("bleh,ehw,ble->blw", post, down, weights.astype(x.dtype))
+        out = _combined(post, down, weights.astype(x.dtype), used)
         if self.out_norm is not None:
             out = Norm(self.out_norm, name="out_norm")(out)
         return tap(f"{site}.out", out)

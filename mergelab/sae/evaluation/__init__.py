@@ -17,12 +17,7 @@ from mergelab.sae.evaluation.scorecard import (
 
 if TYPE_CHECKING:
     from mergelab.sae.evaluation.controls import CONTROLS, control_sae, random_model
-    from mergelab.sae.evaluation.downstream import (
-        Downstream,
-        compute_equivalent,
-        evaluate_downstream,
-        loss_curve,
-    )
+    from mergelab.sae.evaluation.downstream import Downstream, evaluate_downstream
     from mergelab.sae.evaluation.evaluate import evaluate_sae
     from mergelab.sae.evaluation.explanation_loss import ExplanationScore, score_explanations
     from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Score
@@ -58,6 +53,12 @@ if TYPE_CHECKING:
         latent_sparsity,
     )
     from mergelab.sae.evaluation.text_embeddings import EmbeddingChange, evaluate_embeddings
+    from mergelab.sae.evaluation.training_curve import (
+        LossCurve,
+        compute_equivalent,
+        loss_curve,
+        open_loss_curve,
+    )
 
 __all__ = [
     "CONTROLS",
@@ -71,6 +72,7 @@ __all__ = [
     "EvaluationJournal",
     "Evidence",
     "ExplanationScore",
+    "LossCurve",
     "Metric",
     "Options",
     "RecallPoint",
@@ -105,6 +107,7 @@ __all__ = [
     "latent_sparsity",
     "loss_curve",
     "matching_pursuit",
+    "open_loss_curve",
     "orthogonal_matching_pursuit",
     "probe_losses",
     "progressive_recovery",

@@ -117,7 +117,7 @@ def _main_latents(
 
 def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
     codes, tasks = rows_with_labels(sae, evidence, lambda d, x: d.encode(x))
-    contexts = len(codes) // evidence.judge.tokens.shape[1]
+    contexts = evidence.held_contexts(sae.n_latents)
     # The probe reads the site at which decoder rows mean something.
     written = check_target(sae, evidence.judge)
     x = np.concatenate(list(read_batches(evidence.judge, contexts, written)))

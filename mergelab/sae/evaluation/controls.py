@@ -105,11 +105,13 @@ def control_sae(
     rows = source.at(source.sites[0])
     target = None if target_site in (None, source.sites[0]) else source.at(target_site)
     variant = TopK(d_in=rows.d_in, n_latents=n_latents, k=k, d_out=None if target is None else target.d_in)
-    recipe = TrainingRecipe(steps=steps, batch_size=min(batch_size, source.rows))
+    kept = source.kept_rows(source.sites[0], target_site if target is not None else None)
+    count = int(source.by_place.sum())
+    recipe = TrainingRecipe(steps=steps, batch_size=max(min(batch_size, count), 1))
     # Not the directions that a training with this seed begins from: a control must not be its relative.
     key = jax.random.fold_in(jax.random.key(seed), 1)
     # Another order than the training's own.
-    drawn = next(ActivationStream(rows, min(source.rows, SAMPLE_ROWS), seed=seed + 1, target=target))
+    drawn = next(ActivationStream(rows, min(count, SAMPLE_ROWS), seed=seed + 1, target=target, kept=kept))
     sample, target_sample = drawn.input, None if target is None else drawn.target
     metadata = {"control": kind, "site": source.sites[0]}
     metadata |= {} if target is None else {"target_site": target_site}
@@ -120,7 +122,7 @@ def control_sae(
     step = make_step(variant, recipe)
     if kind == "frozen decoder":
         step = freeze_decoder(step, state, recipe.ema_decay)
-    stream = ActivationStream(rows, recipe.batch_size, seed=seed, target=target)
+    stream = ActivationStream(rows, recipe.batch_size, seed=seed, target=target, kept=kept)
     for _ in range(recipe.steps):
         batch = next(stream)
         x = jnp.asarray(batch.input)

@@ -1,10 +1,9 @@
-"""What the model loses with reconstructions in place of activations, and loss curves to compare with."""
+"""What the model loses with reconstructions in place of activations."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,30 +12,41 @@ import numpy as np
 from jax import Array
 
 from mergelab.activations.capture import ModelActivations
-from mergelab.activations.losses import kl_of_log_probabilities
+from mergelab.activations.left_out import count_left_out
+from mergelab.activations.losses import UNEMBEDDED, token_losses
 from mergelab.errors import SAEError
-from mergelab.models.load import load_model
 from mergelab.models.model import Model
 from mergelab.models.residual_stream import require_decoder
 from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
+from mergelab.sae.evaluation.training_curve import LossCurve, compute_equivalent, predicted_tokens
 from mergelab.sae.sae import SAE
-from mergelab.sae.splice import mean_activation, splice_from, token_batches
+from mergelab.sae.splice import (
+    kept_in_pass,
+    limits_of,
+    mean_activation,
+    place_batches,
+    splice_from,
+    token_batches,
+)
 from mergelab.sae.subject_model import check_target
 
-__all__ = ["Downstream", "checkpoint_folders", "compute_equivalent", "evaluate_downstream", "loss_curve"]
+__all__ = ["Downstream", "evaluate_downstream"]
 
 
 @dataclass(frozen=True)
 class Downstream:
     """Losses of one model on one text, in nats per predicted token.
 
+    The site is replaced at the tokens that count by the source's rule; the others stay as they are.
+
     Attributes:
-        tokens: predicted tokens; the first of each context is none.
+        tokens: predicted tokens; the first of each context is none, nor is padding.
         ce: cross-entropy of the model as it is.
         ce_spliced: the same with the site that the SAE writes replaced by its reconstruction.
         ce_zero: the same with the site replaced by zero.
         ce_mean: the same with the site replaced by its mean over the text.
         kl: `KL(as it is || spliced)` of the next-token distributions.
+        ce_everywhere: `ce_spliced` with every token replaced; None where every token counts.
     """
 
     tokens: int
@@ -45,6 +55,7 @@ class Downstream:
     ce_zero: float
     ce_mean: float
     kl: float
+    ce_everywhere: float | None = None
 
     @property
     def delta_ce(self) -> float:
@@ -81,134 +92,68 @@ def evaluate_downstream(sae: SAE, source: ModelActivations, *, contexts: int | N
     require_decoder(source.model)
     mean = jnp.asarray(mean_activation(source, contexts, target), jnp.float32)
     sites = (source.sites[0], target)
-    tokens = source.tokens[:contexts]
-    total = np.zeros(5)
-    for batch, real in token_batches(tokens, source.batch):
-        found = np.asarray(
-            _losses(source.params, sae, mean, batch, model=source.model, sites=sites),
-            np.float64,
-        )
+    tokens, limits = source.tokens[:contexts], limits_of(source)
+    weights = predicted_tokens(source)[:contexts]
+    predicted = int(weights.sum())
+    if not predicted:
+        raise SAEError("the text has no token that follows another, so none is predicted; give other text.")
+    # The model runs once more where some tokens are left out: with every token replaced.
+    some = not source.by_place.all() or count_left_out(source, contexts).kept < tokens.size
+    total = np.zeros(6 if some else 5)
+    passes = zip(
+        token_batches(tokens, source.batch),
+        token_batches(weights, source.batch),
+        place_batches(source, contexts),
+        strict=True,
+    )
+    for (batch, real), (weight, _), by_place in passes:
+        given = (sae, mean, limits, batch, weight, by_place)
+        how: dict[str, Any] = {"model": source.model, "sites": sites, "deciding": source.sites}
+        found = np.asarray(_losses(source.params, *given, **how, everywhere=some), np.float64)
         total += found[:, :real].sum(axis=1)
-    predicted = len(tokens) * (tokens.shape[1] - 1)
     return Downstream(predicted, *(float(value) for value in total / predicted))
 
 
-@partial(jax.jit, static_argnames=("model", "sites"))
+@partial(jax.jit, static_argnames=("model", "sites", "deciding", "everywhere"))
 def _losses(
-    params: Any, sae: SAE, mean: Array, tokens: Array, *, model: Model, sites: tuple[str, str]
+    params: Any,
+    sae: SAE,
+    mean: Array,
+    limits: Array,
+    tokens: Array,
+    weight: Array,
+    by_place: Array,
+    *,
+    model: Model,
+    sites: tuple[str, str],
+    deciding: tuple[str, ...],
+    everywhere: bool,
 ) -> Array:
-    """Sums over each context, `[5, batch]`, in the order of the fields of `Downstream`.
+    """Sums over each context, `[5 or 6, batch]`, in the order of the fields of `Downstream`.
 
-    `sites` are what the SAE reads and what it writes.
+    `sites` are what the SAE reads and what it writes, `deciding` those whose norms decide which tokens count.
     """
     read, site = sites
+    weight = weight.astype(jnp.float32)
 
-    def log_probabilities(edit: Any) -> tuple[Array, Array]:
-        out = model.apply(params, tokens, edit=edit, capture=[read])
-        assert out.logits is not None
-        return jax.nn.log_softmax(out.logits[:, :-1]), out.captured[read]
+    def hidden(edit: Any, *sites: str) -> dict[str, Array]:
+        wanted = list(dict.fromkeys((UNEMBEDDED, *sites)))
+        return model.apply(params, tokens, edit=edit, capture=wanted, logits=False).captured
 
-    def middle(x: Array) -> Array:
-        return jnp.broadcast_to(mean[None, None].astype(x.dtype), x.shape)
+    captured = hidden(None, read, *deciding)
+    x, kept = captured[read], kept_in_pass(captured, deciding, limits, by_place)
 
-    def cross_entropy(logp: Array) -> Array:
-        return -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0].sum(axis=1)
+    def zero(y: Array) -> Array:
+        return jnp.where(kept[..., None], jnp.zeros_like(y), y)
 
-    plain, x = log_probabilities(None)
-    edits = ({site: splice_from(sae, x)}, {site: jnp.zeros_like}, {site: middle})
-    found = [plain, *(log_probabilities(edit)[0] for edit in edits)]
-    kl = kl_of_log_probabilities(found[0], found[1]).sum(axis=1)
-    return jnp.stack([*(cross_entropy(logp) for logp in found), kl])
+    def middle(y: Array) -> Array:
+        return jnp.where(kept[..., None], jnp.broadcast_to(mean[None, None].astype(y.dtype), y.shape), y)
 
-
-def compute_equivalent(steps: np.ndarray, losses: np.ndarray, loss: float) -> float:
-    """The fraction of a model's training after which it had this loss (arXiv 2406.04093, section 4.1).
-
-    The curve is what the model's own checkpoints lose on the same text. It is made monotone by leaving out
-    points that do not improve on all before them, and interpolated linearly in the logarithm of the step.
-
-    Args:
-        steps: `[points]`, rising, above 0.
-        losses: `[points]`, in the unit of `loss`.
-        loss: loss of the model with the SAE spliced in.
-
-    Returns:
-        Fraction from 0 to 1 of the last step; 1 where the loss is at least as good as the curve's best,
-        NaN where it is above its first.
-
-    Raises:
-        SAEError: the curve has fewer than two points, or its steps do not rise from above 0.
-    """
-    steps, losses = np.asarray(steps, np.float64), np.asarray(losses, np.float64)
-    if len(steps) < 2 or steps.shape != losses.shape or steps[0] <= 0 or (np.diff(steps) <= 0).any():
-        raise SAEError(
-            f"the curve has {len(steps)} steps and {len(losses)} losses; expected two or more of each, steps "
-            "rising from above 0."
-        )
-    if loss > losses[0]:
-        return float("nan")
-    best = np.minimum.accumulate(losses)
-    kept = np.concatenate([[True], best[1:] < best[:-1]])
-    if loss <= best[-1]:
-        return 1.0
-    # np.interp wants rising abscissae: losses fall along the curve.
-    log_step = np.interp(loss, losses[kept][::-1], np.log(steps[kept])[::-1])
-    return float(np.exp(log_step) / steps[-1])
-
-
-def checkpoint_folders(folder: Path) -> dict[int, Path]:
-    """Checkpoints by training step, rising: the subfolders that are named by a number.
-
-    Raises:
-        SAEError: there are fewer than two.
-    """
-    found = {int(path.name): path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()}
-    if len(found) < 2:
-        raise SAEError(
-            f"{folder}: holds {len(found)} folders named by a training step; expected two or more, such as "
-            "10, 100 and 1000, each a model's folder."
-        )
-    return dict(sorted(found.items()))
-
-
-def loss_curve(folder: Path, source: ModelActivations, *, mesh: Any = None) -> tuple[np.ndarray, np.ndarray]:
-    """Cross-entropy of every checkpoint on the source's contexts, as `evaluate_downstream` takes it.
-
-    Args:
-        folder: holds a model's folder per training step (`checkpoint_folders`).
-        source: the finished model and the text; use the half that judges (`scorecard.halves`).
-        mesh: devices to spread the checkpoints over, one at a time.
-
-    Returns:
-        Steps and losses in nats per predicted token, float64 `[checkpoints]` each.
-
-    Raises:
-        SAEError: there are no checkpoints, one is of another shape, or the model predicts no tokens.
-        CheckpointError: one cannot be read.
-    """
-    require_decoder(source.model)
-    folders = checkpoint_folders(folder)
-    losses = []
-    for path in folders.values():
-        model, params = load_model(path, mesh=mesh)
-        if model != source.model:
-            raise SAEError(f"{path}: holds a model of another shape than the SAE's; give its checkpoints.")
-        total = 0.0
-        for tokens, real in token_batches(source.tokens, source.batch):
-            total += float(
-                np.asarray(_curve_losses(params, tokens, model=source.model), np.float64)[:real].sum()
-            )
-        losses.append(total / (len(source.tokens) * (source.tokens.shape[1] - 1)))
-    return np.array(list(folders), np.float64), np.array(losses)
-
-
-@partial(jax.jit, static_argnames="model")
-def _curve_losses(params: Any, tokens: Array, *, model: Model) -> Array:
-    """Sums over each context, `[batch]`."""
-    out = model.apply(params, tokens).logits
-    assert out is not None
-    logp = jax.nn.log_softmax(out[:, :-1])
-    return -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0].sum(axis=1)
+    edits = [splice_from(sae, x, kept), zero, middle, *([splice_from(sae, x)] if everywhere else [])]
+    passes = jnp.stack([captured[UNEMBEDDED], *(hidden({site: edit})[UNEMBEDDED] for edit in edits)])
+    found, kl = token_losses(model, params, passes[:, :, :-1], tokens[:, 1:])
+    losses = (found * weight).sum(axis=2)
+    return jnp.concatenate([losses[:4], (kl * weight).sum(axis=1)[None], losses[4:]])
 
 
 def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
@@ -217,8 +162,12 @@ def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
     yield "kl", found.kl, "from the model's own next-token distribution; 0 is lossless"
     yield "recovered_zero", found.recovered_zero, "1 lossless, 0 as bad as zero ablation"
     yield "recovered_mean", found.recovered_mean, "1 lossless, 0 as bad as mean ablation"
+    if found.ce_everywhere is not None:
+        every = found.ce_everywhere - found.ce
+        yield "delta_ce_all", every, "delta_ce with tokens that do not count replaced too"
     if "curve" in evidence:
-        steps, losses = evidence.get("curve")
+        curve = evidence.get("curve")
+        steps, losses = curve.around(found.ce_spliced) if isinstance(curve, LossCurve) else curve
         part = compute_equivalent(steps, losses, found.ce_spliced)
         yield "compute_equivalent", part, "fraction of the model's training with the same loss"
 
@@ -231,6 +180,7 @@ METRIC = Metric(
         "kl": "nats / token",
         "recovered_zero": "",
         "recovered_mean": "",
+        "delta_ce_all": "nats / token",
         "compute_equivalent": "",
     },
     measure=_scores,

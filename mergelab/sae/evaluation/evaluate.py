@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mergelab.activations.capture import ModelActivations
+from mergelab.activations.kept import TokenRule, median_norm, row_norms
+from mergelab.activations.left_out import LeftOut
 from mergelab.errors import SAEError
 from mergelab.models.model import Model, Params
 from mergelab.models.token_checks import check_tokens, window_length
@@ -25,6 +27,7 @@ from mergelab.sae.subject_model import (
     check_modules,
     check_reads,
     check_target,
+    judging_rule,
     open_subject_model,
     trained_context,
     trained_text,
@@ -51,6 +54,7 @@ def evaluate_sae(
     site: str | None = None,
     target_site: str | None = None,
     length: int | None = None,
+    rule: TokenRule | None = None,
     **options: Any,
 ) -> Scorecard:
     """Scores an SAE, each score with its unit and what to compare it with.
@@ -72,6 +76,8 @@ def evaluate_sae(
         site: site that the SAE reads, such as `blocks.8.resid_post`; by default the one it says.
         target_site: site that a transcoder writes; by default the one it says.
         length: tokens in a context; by default that of the SAE's training, or 64.
+        rule: which tokens count, or of rows which are short enough; `judging_rule` of the SAE if None.
+            Opened `ModelActivations` have their own.
         options: further settings where there is a model, fields of `mergelab.sae.evaluation.Options`
             (`metrics`, `seed`, ...) and resources of `Evidence` (`labels`, `curve`, ...).
 
@@ -89,7 +95,7 @@ def evaluate_sae(
             raise SAEError(
                 f"{next(iter(options))!r} was given with activations; it needs the model they come from."
             )
-        return _on_rows(sae, on, targets)
+        return _on_rows(sae, on, targets, judging_rule(sae) if rule is None else rule)
     if not texts:
         raise SAEError("no text was given to evaluate on; give text= that the SAE was not trained on.")
     if not isinstance(on, Model):
@@ -98,7 +104,9 @@ def evaluate_sae(
             raise SAEError(
                 "with a model's folder, text is read from files; give Path objects, or a loaded model."
             )
-        source = open_subject_model(sae, on, files, site=site, target_site=target_site, length=length)
+        source = open_subject_model(
+            sae, on, files, site=site, target_site=target_site, length=length, rule=rule
+        )
         return _scores_of(at_sites(sae, site, target_site), source, options)
     if params is None or tokenizer is None:
         raise SAEError(
@@ -106,7 +114,8 @@ def evaluate_sae(
             "tokenizer, text)."
         )
     sae = at_sites(sae, site, target_site)
-    return _scores_of(sae, _on_model(sae, on, params, tokenizer, texts, length), options)
+    rule = judging_rule(sae) if rule is None else rule
+    return _scores_of(sae, _on_model(sae, on, params, tokenizer, texts, length, rule), options)
 
 
 def _scores_of(sae: SAE, source: ModelActivations, given: Mapping[str, Any]) -> Scorecard:
@@ -118,7 +127,7 @@ def _scores_of(sae: SAE, source: ModelActivations, given: Mapping[str, Any]) -> 
     )
 
 
-def _on_rows(sae: SAE, rows: Rows, targets: Rows | None) -> Scorecard:
+def _on_rows(sae: SAE, rows: Rows, targets: Rows | None, rule: TokenRule) -> Scorecard:
     """The figures that need no model."""
     arrays = [np.asarray(array, np.float32) for array in (rows, targets) if array is not None]
     for array in arrays:
@@ -126,12 +135,32 @@ def _on_rows(sae: SAE, rows: Rows, targets: Rows | None) -> Scorecard:
             raise SAEError(f"activations have shape {list(array.shape)}; expected [rows, width].")
     if arrays[0].shape[1] != sae.d_in:
         raise SAEError(f"activations are {arrays[0].shape[1]} wide, but the SAE reads {sae.d_in}.")
-    batches = [[array[start : start + _ROWS] for start in range(0, len(array), _ROWS)] for array in arrays]
-    found = evaluate_reconstruction(sae, batches[0], batches[1] if len(batches) > 1 else None)
+    x, y = arrays[0], arrays[-1]
+    kept = np.ones(len(x), bool)
+    for array in arrays:
+        norms = row_norms(array)
+        kept &= ~(norms > rule.norm_limit(median_norm(norms)))
+    every = _figures(sae, x, None if targets is None else y)
+    found = every if kept.all() else _figures(sae, x[kept], None if targets is None else y[kept])
+    scores = _scores(sae, found)
+    if not kept.all():
+        left_out = LeftOut()
+        left_out.add(kept)
+        said = f"rows that do not count: {left_out.sentence('row')}"
+        scores["left_out"] = Score(1 - left_out.kept / left_out.rows, "", said)
+        scores["nmse_all"] = Score(every.nmse, "", "nmse with those included")
+        scores["explained_variance_all"] = Score(every.explained_variance, "", "with those included")
     return Scorecard(
-        {f"reconstruction.{name}": score for name, score in _scores(sae, found).items()},
+        {f"reconstruction.{name}": score for name, score in scores.items()},
         settings=settings_of(sae),
     )
+
+
+def _figures(sae: SAE, x: np.ndarray, y: np.ndarray | None) -> Reconstruction:
+    """Figures of rows and, of a transcoder, their targets."""
+    cuts = range(0, len(x), _ROWS)
+    batches = [x[start : start + _ROWS] for start in cuts]
+    return evaluate_reconstruction(sae, batches, None if y is None else [y[at : at + _ROWS] for at in cuts])
 
 
 def _scores(sae: SAE, found: Reconstruction) -> dict[str, Score]:
@@ -151,6 +180,7 @@ def _on_model(
     tokenizer: Tokenizer,
     texts: Sequence[str | Path],
     length: int | None,
+    rule: TokenRule,
 ) -> ModelActivations:
     if sae.config.reads is None:
         raise SAEError("the SAE does not say which site it reads; name it (site=).")
@@ -171,6 +201,8 @@ def _on_model(
         framed=contexts.framed,
         counted=contexts.counted,
         text=options,
+        rule=rule,
+        special_ids=tokenizer.special_ids,
     )
     check_modules(sae, source)
     check_reads(sae, source)

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from mergelab.activations.capture import ModelActivations
+from mergelab.activations.losses import UNEMBEDDED, token_losses
 from mergelab.errors import SAEError
 from mergelab.models.model import Model
 from mergelab.models.residual_stream import require_decoder
@@ -21,7 +22,7 @@ from mergelab.sae.features.explanations import Explanation, Match, judge_explana
 from mergelab.sae.features.n2g import explain, match_explanations
 from mergelab.sae.features.survey import survey
 from mergelab.sae.sae import SAE
-from mergelab.sae.splice import token_batches
+from mergelab.sae.splice import kept_in_pass, limits_of, place_batches, token_batches
 from mergelab.sae.subject_model import check_target
 
 __all__ = ["ExplanationScore", "score_explanations"]
@@ -35,7 +36,8 @@ class ExplanationScore:
         matches: precision and recall, in the order of the explanations.
         tokens: predicted tokens of the losses below.
         ce: cross-entropy of the model as it is, nats per token.
-        ce_simulated: the same with the explained latents at their simulated activations, all else kept.
+        ce_simulated: the same with the explained latents at their simulated activations, all else kept, as
+            are tokens that do not count.
         ce_ablated: the same with the explained latents at zero, all else kept.
     """
 
@@ -87,58 +89,69 @@ def score_explanations(
     total = np.zeros(3)
     promised: list[np.ndarray] = []
     true: list[np.ndarray] = []
-    for tokens, real in token_batches(source.tokens, source.batch):
+    limits = limits_of(source)
+    for (tokens, real), by_place in zip(
+        token_batches(source.tokens, source.batch), place_batches(source), strict=True
+    ):
         rows = np.asarray(tokens).tolist()
         simulated = np.stack([[e.simulate(row) for e in explanations] for row in rows]).transpose(0, 2, 1)
-        losses, codes = _losses(
+        losses, codes, kept = _losses(
             source.params,
             sae,
             latents,
+            limits,
             tokens,
+            by_place,
             jnp.asarray(simulated),
             model=source.model,
             sites=(source.sites[0], target),
+            deciding=source.sites,
         )
         total += np.asarray(losses, np.float64)[:, :real].sum(axis=1)
-        promised.append(simulated[:real])
-        true.append(np.asarray(codes)[:real])
+        counted = np.asarray(kept)[:real]
+        promised.append(simulated[:real][counted])
+        true.append(np.asarray(codes)[:real][counted])
     said, there = np.concatenate(promised), np.concatenate(true)
     matches = tuple(judge_explanation(said[..., i], there[..., i]) for i in range(len(explanations)))
     predicted = len(source.tokens) * (source.tokens.shape[1] - 1)
     return ExplanationScore(matches, predicted, *(float(value) for value in total / predicted))
 
 
-@partial(jax.jit, static_argnames=("model", "sites"))
+@partial(jax.jit, static_argnames=("model", "sites", "deciding"))
 def _losses(
     params: Any,
     sae: SAE,
     latents: Array,
+    limits: Array,
     tokens: Array,
+    by_place: Array,
     simulated: Array,
     *,
     model: Model,
     sites: tuple[str, str],
-) -> tuple[Array, Array]:
-    """Sums over each context `[3, batch]`: as it is, simulated, ablated; and the true codes."""
+    deciding: tuple[str, ...],
+) -> tuple[Array, Array, Array]:
+    """Sums over each context `[3, batch]`: as it is, simulated, ablated; the true codes; what counts."""
     read, site = sites
 
     def replaced(values: Array) -> Any:
         changed = every.at[:, latents].set(values.reshape(len(rows), -1))
         change = sae.reconstruct(rows, changed) - sae.reconstruct(rows, every)
+        change = jnp.where(kept.reshape(-1, 1), change, 0)
         return {site: lambda y: y + change.reshape(y.shape).astype(y.dtype)}
 
-    def loss(edit: Any) -> tuple[Array, Array]:
-        out = model.apply(params, tokens, edit=edit, capture=[read])
-        assert out.logits is not None
-        logp = jax.nn.log_softmax(out.logits[:, :-1])
-        chosen = jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)
-        return -chosen[..., 0].sum(axis=1), out.captured[read]
+    def hidden(edit: Any, *sites: str) -> dict[str, Array]:
+        wanted = list(dict.fromkeys((UNEMBEDDED, *sites)))
+        return model.apply(params, tokens, edit=edit, capture=wanted, logits=False).captured
 
-    plain, x = loss(None)
+    captured = hidden(None, read, *deciding)
+    x, kept = captured[read], kept_in_pass(captured, deciding, limits, by_place)
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     every = sae.encode(rows)
-    losses = [plain, loss(replaced(simulated))[0], loss(replaced(jnp.zeros_like(simulated)))[0]]
-    return jnp.stack(losses), every[:, latents].reshape(simulated.shape)
+    edits = (replaced(simulated), replaced(jnp.zeros_like(simulated)))
+    passes = jnp.stack([captured[UNEMBEDDED], *(hidden(edit)[UNEMBEDDED] for edit in edits)])
+    losses, _ = token_losses(model, params, passes[:, :, :-1], tokens[:, 1:])
+    return losses.sum(axis=2), every[:, latents].reshape(simulated.shape), kept
 
 
 def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:

@@ -15,7 +15,7 @@ from jax import Array, lax
 from mergelab.errors import SAEError
 from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
 from mergelab.sae.sae import SAE
-from mergelab.sae.splice import read_batches
+from mergelab.sae.splice import read_passes
 
 __all__ = [
     "ProbeLoss",
@@ -284,6 +284,8 @@ def rows_with_labels(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Codes or pre-activations of the judged text's start, as much as fits in memory, and their labels.
 
+    Of the tokens that count.
+
     Args:
         sae: SAE that reads the first of the source's sites.
         evidence: the text and its labels.
@@ -292,10 +294,16 @@ def rows_with_labels(
     Returns:
         `[rows, n]`, and by task labels `[rows]`, without tasks of which either class is rare.
     """
-    contexts = evidence.held_contexts(sae.n_latents)
+    contexts, source = evidence.held_contexts(sae.n_latents), evidence.judge
     run = jax.jit(what)
-    rows = [np.asarray(run(sae, jnp.asarray(x))) for x in read_batches(evidence.judge, contexts)]
-    labels = {name: label[:contexts].reshape(-1) for name, label in evidence.labels.items()}
+    filled = source.batch * source.tokens.shape[1]  # one shape, one program
+    rows, counts = [], []
+    for (x, *_), kept in read_passes(source, contexts):
+        found = np.asarray(run(sae, jnp.asarray(np.pad(x, ((0, filled - len(x)), (0, 0))))))[: len(x)]
+        rows.append(found if kept.all() else found[kept])
+        counts.append(kept)
+    kept = np.concatenate(counts)
+    labels = {name: label[:contexts].reshape(-1)[kept] for name, label in evidence.labels.items()}
     return np.concatenate(rows), {n: v for n, v in labels.items() if _RARE < v.mean() < 1 - _RARE}
 
 
@@ -309,9 +317,12 @@ def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
     yield "loss", mean, f"best latent of each, mean of {len(tasks)} tasks; 0 perfect"
     yield "relative_loss", part, "over always saying the class's frequency; 1 useless"
     codes, tasks = rows_with_labels(sae, evidence, lambda d, x: d.encode(x))
+    rates = np.array([labels.mean() for labels in tasks.values()])
+    always = float((2 * rates / (1 + rates)).mean())
     for k in (1, 2, 5):
         f1 = [sparse_probe(codes, labels, k, seed=options.seed).f1 for labels in tasks.values()]
-        yield f"f1_{k}", float(np.mean(f1)), f"probe on {k} latents, held-out; 1 perfect"
+        against = f"probe on {k} latents, held-out; 1 perfect, {always:.3g} always saying yes"
+        yield f"f1_{k}", float(np.mean(f1)), against
 
 
 METRIC = Metric(

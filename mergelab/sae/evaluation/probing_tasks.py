@@ -112,7 +112,10 @@ def _python(text: str, found: Mapping[str, np.ndarray]) -> None:
 
 
 def label_texts(
-    model: Path, texts: Sequence[str | Path], length: int, options: TextOptions | None = None
+    model: Path,
+    texts: str | Path | Sequence[str | Path],
+    length: int,
+    options: TextOptions | None = None,
 ) -> LabeledTokens:
     """Texts in the tokens of a model's folder, with answers; files named `*.py` are Python.
 

@@ -155,8 +155,8 @@ def recall_against_sparsity(
 def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
     most = evidence.held_contexts(sae.d_in + (0 if sae.is_autoencoder else sae.d_out))
     pairs = list(read_pairs(sae, evidence.judge, most))
-    x = np.concatenate([read for read, _ in pairs])
-    y = None if sae.is_autoencoder else np.concatenate([written for _, written in pairs])
+    x = np.concatenate([read[kept] for read, _, kept in pairs])
+    y = None if sae.is_autoencoder else np.concatenate([written[kept] for _, written, kept in pairs])
     k = sae.config.k or max(1, round(float((sae.encode(jnp.asarray(x[:4096])) > 0).sum(1).mean())))
     ks = [at for at in (k // 4, k // 2, 2 * k, 4 * k) if 1 <= at <= sae.n_latents]
     for point in progressive_recovery(sae, x, ks=ks, targets=y):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergelab.activations.capture import ModelActivations
+from mergelab.activations.left_out import LeftOut
 from mergelab.errors import SAEError
 from mergelab.sae.activation_functions import is_active
 from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
@@ -21,11 +22,14 @@ __all__ = [
     "DENSITY_EDGES",
     "Coder",
     "Densities",
+    "KeptReconstruction",
     "Reconstruction",
     "Totals",
     "densities",
     "density_histogram",
     "evaluate_reconstruction",
+    "kept_reconstruction",
+    "kept_reconstruction_on_model",
     "reconstruction_on_model",
 ]
 
@@ -153,6 +157,11 @@ class Totals:
             active=self.active + _active(codes, len(x), len(self.active)),
         )
 
+    def joined(self, other: Totals) -> Totals:
+        """Sums over the rows of both, which have one origin."""
+        parts = {part.name: getattr(self, part.name) + getattr(other, part.name) for part in fields(self)}
+        return Totals(**{**parts, "origin": self.origin})
+
     def result(self) -> Reconstruction:
         """The figures.
 
@@ -248,9 +257,75 @@ DENSITY_EDGES = np.arange(-7.0, 0.5, 0.5)
 """Bins of the density histogram: logarithms to base 10 of the fraction of tokens a latent is active on."""
 
 
+@dataclass(frozen=True)
+class KeptReconstruction:
+    """What an evaluation found of the rows that count, and of all.
+
+    Attributes:
+        kept: figures of the rows that count.
+        every: the same of all rows; None where all count.
+        left_out: what does not count.
+    """
+
+    kept: Reconstruction
+    every: Reconstruction | None
+    left_out: LeftOut
+
+
+def kept_reconstruction(
+    sae: SAE,
+    pieces: Iterable[tuple[Any, Any, np.ndarray, np.ndarray]],
+    *,
+    rows: int,
+    context: int | None = None,
+) -> KeptReconstruction:
+    """Encodes and reconstructs pieces of rows, with sums in float64.
+
+    Args:
+        sae: SAE that is judged.
+        pieces: rows `[n, d_in]`, their targets, which of them count, and which do as far as their place
+            decides (bool `[n]`), in order.
+        rows: number that pieces are filled up to, for one shape.
+        context: tokens in a context, where rows are tokens of contexts.
+
+    Raises:
+        SAEError: no row counts, or those that do not vary.
+    """
+    left_out = LeftOut()
+    sums: tuple[Totals, Totals] | None = None
+    for x, y, kept, by_place in pieces:
+        left_out.add(kept, by_place, first=left_out.rows, context=context)
+        filled = np.pad(x, ((0, rows - len(x)), (0, 0)))  # one shape, one program
+        codes, out = (np.asarray(part)[: len(x)] for part in encode_and_reconstruct(sae, jnp.asarray(filled)))
+        if sums is None:
+            zero = Totals.zero(y[kept] if kept.any() else y, sae.n_latents)
+            sums = zero, zero
+        if kept.all():
+            sums = sums[0].add(y, out, codes), sums[1]
+        else:
+            sums = (
+                sums[0].add(y[kept], out[kept], codes[kept]),
+                sums[1].add(y[~kept], out[~kept], codes[~kept]),
+            )
+    if sums is None or not sums[0].rows:
+        raise SAEError(
+            f"none of the {left_out.rows} tokens counts by the rule for tokens (skip_positions, "
+            "skip_special, max_norm_multiple); relax it, or give more."
+        )
+    every = sums[0].joined(sums[1]).result() if sums[1].rows else None
+    return KeptReconstruction(sums[0].result(), every, left_out)
+
+
 def reconstruction_on_model(
     sae: SAE, source: ModelActivations, *, contexts: int | None = None
 ) -> Reconstruction:
+    """The figures of `kept_reconstruction_on_model` of the tokens that count."""
+    return kept_reconstruction_on_model(sae, source, contexts=contexts).kept
+
+
+def kept_reconstruction_on_model(
+    sae: SAE, source: ModelActivations, *, contexts: int | None = None
+) -> KeptReconstruction:
     """Encodes the source's first site and reconstructs what the SAE writes, with sums in float64.
 
     Args:
@@ -261,15 +336,15 @@ def reconstruction_on_model(
     Raises:
         SAEError: the SAE does not fit the sites, or their activations do not vary.
     """
-    totals: Totals | None = None
-    rows = source.batch * source.tokens.shape[1]
-    for x, y in read_pairs(sae, source, contexts):
-        filled = np.pad(x, ((0, rows - len(x)), (0, 0)))  # one shape, one program
-        codes, out = encode_and_reconstruct(sae, jnp.asarray(filled))
-        totals = totals or Totals.zero(y, sae.n_latents)
-        totals = totals.add(y, np.asarray(out)[: len(x)], np.asarray(codes)[: len(x)])
-    assert totals is not None, "a source has at least one context"
-    return totals.result()
+    length, by_place = source.tokens.shape[1], source.by_place.reshape(-1)
+
+    def pieces() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        start = 0
+        for x, y, kept in read_pairs(sae, source, contexts):
+            yield x, y, kept, by_place[start : start + len(x)]
+            start += len(x)
+
+    return kept_reconstruction(sae, pieces(), rows=source.batch * length, context=length)
 
 
 @dataclass(frozen=True)
@@ -298,7 +373,8 @@ def densities(part_of_tokens: np.ndarray) -> Densities:
 
 
 def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
-    found = reconstruction_on_model(sae, evidence.judge)
+    both = kept_reconstruction_on_model(sae, evidence.judge)
+    found, every = both.kept, both.every
     spread = densities(found.densities)
     written = check_target(sae, evidence.judge)
     taken = "" if sae.target_known else ", taken for what it writes as the SAE does not say it"
@@ -310,6 +386,12 @@ def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
     yield "l0", found.l0, f"of {sae.n_latents}"
     yield "alive", found.alive, f"fraction of the latents active in {found.rows} tokens"
     yield "median_density", spread.median, "latents that are active"
+    if every is not None:
+        left_out = 1 - both.left_out.kept / both.left_out.rows
+        yield "left_out", left_out, f"tokens that do not count: {both.left_out.sentence()}"
+        yield "nmse_all", every.nmse, "nmse with those included"
+        yield "explained_variance_all", every.explained_variance, "with those included"
+        yield "alive_all", every.alive, "with those included"
     yield "dense", spread.dense / sae.n_latents, "fraction of the latents on over 10 % of tokens"
 
 
@@ -325,6 +407,10 @@ METRIC = Metric(
         "l0": "latents / token",
         "alive": "",
         "median_density": "log10 of a fraction of tokens",
+        "left_out": "",
+        "nmse_all": "",
+        "explained_variance_all": "",
+        "alive_all": "",
         "dense": "",
     },
     measure=_scores,

@@ -30,6 +30,7 @@ from mergelab.sae.evaluation.settings import differences, settings_of
 from mergelab.sae.evaluation.sparse_coding import METRIC as AMORTIZATION_GAP
 from mergelab.sae.evaluation.sparsity import METRIC as SPARSITY
 from mergelab.sae.evaluation.text_embeddings import METRIC as EMBEDDINGS
+from mergelab.sae.evaluation.training_curve import LossCurve
 from mergelab.sae.sae import SAE
 from mergelab.sae.splice import anonymous
 from mergelab.sae.subject_model import check_reads, check_target
@@ -100,8 +101,8 @@ def scorecard(
     """Runs evaluations.
 
     What must be fitted (explanations) is fitted on the first half of the contexts; every figure is of the
-    second half. A metric that nobody asked for by name and that is not available is a row that says why, its
-    value NaN.
+    second half. A metric that is not available for the SAE, its model or the text is a row that says why, its
+    value NaN; the others run all the same.
 
     Args:
         sae: SAE that reads the first of the source's sites, and reconstructs it or, as a transcoder, another.
@@ -113,8 +114,8 @@ def scorecard(
         progress: function of the name of each metric, called before it runs.
 
     Raises:
-        SAEError: a metric is unknown, one that was asked for is not available for this model and text, or the
-            SAE does not fit.
+        SAEError: a metric is unknown, none of those that were asked for is available for this model and text,
+            or the SAE does not fit.
     """
     evidence = _evidence(evidence)
     check_reads(sae, evidence.source)
@@ -124,18 +125,24 @@ def scorecard(
     evidence.judge  # noqa: B018 - a text too short to be halved is refused before any work
     memory = {} if memory is None else memory
     lacking: dict[str, Scorecard] = {}
+    faults: list[str] = []
     for name in names:
         progress(name)
         if name not in memory:
             started = time.perf_counter()
             try:
+                if needs := METRICS[name].lacking(evidence):
+                    raise SAEError(
+                        f"the metric {name!r} needs {needs}, which is not available here; omit it."
+                    )
                 scores = METRICS[name].scores(sae, evidence, options)
             except SAEError as error:
-                if options.metrics is not None:
-                    raise
                 lacking[name] = Scorecard({name: Score(float("nan"), "", f"not available: {error}")})
+                faults.append(str(error))
                 continue
             memory[name] = Scorecard(scores, {name: time.perf_counter() - started})
+    if faults and len(faults) == len(names):
+        raise SAEError(faults)
     return _joined([lacking.get(name) or memory[name] for name in names], settings)
 
 
@@ -150,7 +157,7 @@ def _joined(cards: Sequence[Scorecard], settings: Mapping[str, Any]) -> Scorecar
 
 
 def _asked(evidence: Evidence, options: Options) -> tuple[str, ...]:
-    """The metrics to run, each known and possible."""
+    """The metrics to run, each known."""
     if options.metrics is None:
         return applicable_metrics(evidence)
     for name in options.metrics:
@@ -158,8 +165,6 @@ def _asked(evidence: Evidence, options: Options) -> tuple[str, ...]:
             raise SAEError(
                 f"there is no metric {name!r}{did_you_mean(name, METRICS)}; known: {', '.join(METRICS)}."
             )
-        if needs := METRICS[name].lacking(evidence):
-            raise SAEError(f"the metric {name!r} needs {needs}, which is not available here; omit it.")
     return tuple(options.metrics)
 
 
@@ -181,7 +186,7 @@ def control_scorecard(
     Args:
         kind: one of `CONTROLS`.
         sae: SAE that is compared; the control has as many latents.
-        evidence: same as for `scorecard`; the model's own loss curve is left out.
+        evidence: same as for `scorecard`; a random model has no loss curve.
         options: same as for `scorecard`.
         k: the control's active latents per token.
         steps: number of training steps of the control.
@@ -196,9 +201,10 @@ def control_scorecard(
     target = None if sae.is_autoencoder else check_target(sae, source)
     if memory is not None and all(name in memory for name in names):
         return _joined([memory[name] for name in names], {"control": kind})
+    resources = dict(evidence.resources)
     if kind == "random model":
         source = random_model(source, seed)
-    resources = {name: value for name, value in evidence.resources.items() if name != "curve"}
+        resources.pop("curve", None)  # of another model's training
     evidence = Evidence(source, resources)
     control = control_sae(
         kind, evidence.fit, n_latents=sae.n_latents, k=k, steps=steps, seed=seed, target_site=target
@@ -250,10 +256,15 @@ def evaluation_key(
     known = {"labels", "curve", "mask_token"}
     other = {name: value for name, value in evidence.resources.items() if name not in known}
     more = (() if numbers == Options() else (numbers,)) + ((other,) if other else ())
-    facts = (weights, options.seed, evidence.get("curve"), *settings, *more)
-    total = hashlib.sha256(repr((source.sites, source.framed, source.tokens.shape, config, facts)).encode())
+    curve = evidence.get("curve")
+    curve = curve.identity() if isinstance(curve, LossCurve) else curve
+    facts = (weights, options.seed, curve, *settings, *more)
+    rule = (source.rule, source.special_ids)
+    shown = repr((source.sites, source.framed, source.tokens.shape, rule, config, facts))
+    total = hashlib.sha256(shown.encode())
     labels: Mapping[str, np.ndarray] = evidence.get("labels", {})
-    for name, array in {"tokens": source.tokens, **labels, **sae.as_numpy()}.items():
+    counted = {} if source.counted is None else {"counted": source.counted}
+    for name, array in {"tokens": source.tokens, **counted, **labels, **sae.as_numpy()}.items():
         total.update(name.encode())
         total.update(np.ascontiguousarray(array).view(np.uint8).data)
     return total.hexdigest()

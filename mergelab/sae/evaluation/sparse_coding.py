@@ -15,7 +15,8 @@ from jaxtyping import Float
 from mergelab.activations.batches import map_pieces
 from mergelab.errors import SAEError
 from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
-from mergelab.sae.sae import SAE, layer_norm
+from mergelab.sae.normalizations import normalized
+from mergelab.sae.sae import SAE
 from mergelab.sae.splice import read_batches
 
 __all__ = [
@@ -310,7 +311,7 @@ def coding_target(sae: SAE, x: Float[Array, "tokens d"]) -> Float[Array, "tokens
     if not sae.is_autoencoder or sae.W_skip is not None:
         raise SAEError("a transcoder's rows sum to another site; codes are searched for autoencoders only.")
     x = jnp.asarray(x, jnp.float32)
-    normal = layer_norm(x)[0] if sae.config.normalization == "layer_norm" else x
+    normal = normalized(sae.config.normalization, x)[0]
     return normal - sae.b_dec[None]
 
 
@@ -345,7 +346,9 @@ _CODED = 2048  # tokens of the text that codes are searched for
 
 def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
     source = evidence.judge
+    # Some more than are needed, as not all tokens count.
     contexts = -(-_CODED // source.tokens.shape[1])
+    contexts += -(-int((~source.by_place[: 2 * contexts]).sum()) // source.tokens.shape[1])
     x = jnp.asarray(np.concatenate(list(read_batches(source, contexts)))[:_CODED])
     target = coding_target(sae, x)
     active = float((sae.encode(x) != 0).sum(axis=1).mean())

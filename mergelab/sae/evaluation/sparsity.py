@@ -19,7 +19,7 @@ from mergelab.models.residual_stream import require_decoder
 from mergelab.sae.activation_functions import is_active
 from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
 from mergelab.sae.sae import SAE
-from mergelab.sae.splice import token_batches
+from mergelab.sae.splice import kept_in_pass, limits_of, token_batches
 from mergelab.sae.subject_model import check_target
 
 __all__ = ["AblationSparsity", "channel_sparsity", "effect_sparsity", "latent_sparsity"]
@@ -72,8 +72,9 @@ def latent_sparsity(
     Args:
         sae: SAE that reads the first of the source's sites; effects begin at the one it writes.
         source: model and text.
-        samples: random tokens, at each of which one of the active latents is ablated; a token counts as often
-            as it has active latents, so the mean is that over all pairs of token and active latent.
+        samples: random tokens among those that count, at each of which one of the active latents is ablated;
+            a token counts as often as it has active latents, so the mean is that over all pairs of token and
+            active latent.
         horizon: tokens over which effects are counted.
         seed: seed of the choice.
 
@@ -126,28 +127,32 @@ def _channel_change(_: None, x: Array, lot: Array) -> tuple[Array, Array]:
     return jnp.where(chosen, -x, 0), jnp.ones(len(x), jnp.int32)
 
 
-@partial(jax.jit, static_argnames=("model", "sites", "change", "horizon"))
+@partial(jax.jit, static_argnames=("model", "sites", "deciding", "change", "horizon"))
 def _ablate(
     params: Any,
     sae: SAE | None,
+    limits: Array,
     tokens: Array,
     position: Array,
     lot: Array,
     *,
     model: Model,
     sites: tuple[str, str],
+    deciding: tuple[str, ...],
     change: _Change,
     horizon: int,
 ) -> tuple[Array, Array]:
     read, site = sites
     rows = jnp.arange(len(tokens))
-    plain = model.apply(params, tokens, capture=[read])
+    plain = model.apply(params, tokens, capture=list(dict.fromkeys((read, *deciding))))
     x = plain.captured[read]
     difference, weight = change(sae, x[rows, position].astype(jnp.float32), lot)
     edit = {site: lambda value: value.at[rows, position].add(difference.astype(value.dtype))}
     ablated = model.apply(params, tokens, edit=edit)
     assert plain.logits is not None and ablated.logits is not None
     moved = ablated.logits - plain.logits
+    kept = kept_in_pass(plain.captured, deciding, limits, jnp.ones(tokens.shape, bool))[rows, position]
+    weight = jnp.where(kept, weight, 0)
     seen = jax.vmap(lambda one, at: lax.dynamic_slice_in_dim(one, at, horizon))(moved, position)
     return effect_sparsity(seen), weight
 
@@ -162,15 +167,20 @@ def _sparsity(
     seed: int,
 ) -> AblationSparsity:
     require_decoder(source.model)
-    contexts, length = source.tokens.shape
+    length = source.tokens.shape[1]
     if length < horizon:
         raise SAEError(
             f"contexts have {length} tokens, fewer than the horizon of {horizon}; make them longer."
         )
     rng = np.random.default_rng(seed)
-    chosen = rng.integers(0, contexts, samples)
-    positions = rng.integers(0, length - horizon + 1, samples)
-    lots = rng.random(samples)
+    # Tokens that are too long get no weight: that is known when they are run.
+    there = np.flatnonzero(source.by_place[:, : length - horizon + 1])
+    if not len(there):
+        raise SAEError(
+            f"no token that counts has {horizon} tokens from it on in its context; make contexts longer."
+        )
+    chosen, positions = np.divmod(rng.choice(there, samples), length - horizon + 1)
+    lots, limits = rng.random(samples), limits_of(source)
 
     found, weights = [], []
     for start, (tokens, real) in zip(
@@ -182,11 +192,13 @@ def _sparsity(
         share, weight = _ablate(
             source.params,
             sae,
+            limits,
             tokens,
             jnp.asarray(position, jnp.int32),
             jnp.asarray(lot, jnp.float32),
             model=source.model,
             sites=sites,
+            deciding=source.sites,
             change=change,
             horizon=horizon,
         )

@@ -20,7 +20,14 @@ from mergelab.errors import SAEError
 from mergelab.models.model import Model
 from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
 from mergelab.sae.sae import SAE
-from mergelab.sae.splice import mean_activation, splice_from, token_batches
+from mergelab.sae.splice import (
+    kept_in_pass,
+    limits_of,
+    mean_activation,
+    place_batches,
+    splice_from,
+    token_batches,
+)
 from mergelab.sae.subject_model import check_target
 
 __all__ = ["EmbeddingChange", "evaluate_embeddings", "rank_agreement"]
@@ -82,19 +89,25 @@ def evaluate_embeddings(
     if len(tokens) < 3:
         raise SAEError(f"similarities of {len(tokens)} contexts have no order; give text for three or more.")
     mean = jnp.asarray(mean_activation(source, contexts, target), jnp.float32)
+    limits = limits_of(source)
     found = [
         np.asarray(
             _embeddings(
                 source.params,
                 sae,
                 mean,
+                limits,
                 batch,
+                by_place,
                 model=source.model,
                 sites=(source.sites[0], target),
+                deciding=source.sites,
                 pooling=pooling,
             )
         )[:, :real]
-        for batch, real in token_batches(tokens, source.batch)
+        for (batch, real), by_place in zip(
+            token_batches(tokens, source.batch), place_batches(source, contexts), strict=True
+        )
     ]
     plain, spliced, flat = np.concatenate(found, axis=1).astype(np.float64)
     near, near_spliced = (_similarities(part[:_COMPARED]) for part in (plain, spliced))
@@ -107,32 +120,41 @@ def evaluate_embeddings(
     )
 
 
-@partial(jax.jit, static_argnames=("model", "sites", "pooling"))
+@partial(jax.jit, static_argnames=("model", "sites", "deciding", "pooling"))
 def _embeddings(
     params: Any,
     sae: SAE,
     mean: Array,
+    limits: Array,
     tokens: Array,
+    by_place: Array,
     *,
     model: Model,
     sites: tuple[str, str],
+    deciding: tuple[str, ...],
     pooling: Pooling,
 ) -> Array:
-    """Unit embeddings `[3, batch, width]`: as it is, spliced, at the mean; `sites` are read and written."""
+    """Unit embeddings `[3, batch, width]`: as it is, spliced, at the mean; `sites` are read and written.
+
+    The norms of the sites `deciding` tell which tokens count; the others stay as they are.
+    """
     read, site = sites
 
-    def middle(x: Array) -> Array:
-        return jnp.broadcast_to(mean[None, None].astype(x.dtype), x.shape)
-
-    def embed(edit: Any) -> tuple[Array, Array]:
-        out = model.apply(params, tokens, edit=edit, capture=[read])
+    def embed(edit: Any) -> tuple[Array, Any]:
+        out = model.apply(params, tokens, edit=edit, capture=list(dict.fromkeys((read, *deciding))))
         assert out.hidden is not None
         vectors = pool(out.hidden.astype(jnp.float32), jnp.ones(tokens.shape, bool), pooling)
         norms = jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-        return vectors / norms, out.captured[read]
+        return vectors / norms, out.captured
 
-    plain, x = embed(None)
-    return jnp.stack([plain, embed({site: splice_from(sae, x)})[0], embed({site: middle})[0]])
+    plain, captured = embed(None)
+    kept = kept_in_pass(captured, deciding, limits, by_place)
+
+    def middle(y: Array) -> Array:
+        return jnp.where(kept[..., None], jnp.broadcast_to(mean[None, None].astype(y.dtype), y.shape), y)
+
+    spliced = embed({site: splice_from(sae, captured[read], kept)})[0]
+    return jnp.stack([plain, spliced, embed({site: middle})[0]])
 
 
 def rank_agreement(one: np.ndarray, other: np.ndarray) -> float:

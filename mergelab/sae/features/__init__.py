@@ -13,8 +13,13 @@ if TYPE_CHECKING:
         choose_latents,
         explain_gallery,
         make_gallery,
-        neuronpedia_batch,
         page_data,
+    )
+    from mergelab.sae.features.latents_over_prompts import (
+        LatentTable,
+        growing_prefixes,
+        latent_table,
+        word_variants,
     )
     from mergelab.sae.features.matching import (
         Child,
@@ -30,6 +35,7 @@ if TYPE_CHECKING:
         shared_features,
     )
     from mergelab.sae.features.n2g import explain, find_patterns, match_explanations
+    from mergelab.sae.features.neuronpedia import neuronpedia_batch
 
 __all__ = [
     "Activity",
@@ -38,6 +44,7 @@ __all__ = [
     "Explanation",
     "FeatureMatch",
     "Gallery",
+    "LatentTable",
     "LogitEffects",
     "Pattern",
     "Recovery",
@@ -49,8 +56,10 @@ __all__ = [
     "explain_gallery",
     "feature_splits",
     "find_patterns",
+    "growing_prefixes",
     "hierarchy",
     "judge_explanation",
+    "latent_table",
     "logit_effects",
     "make_gallery",
     "match_explanations",
@@ -63,6 +72,7 @@ __all__ = [
     "recovery",
     "shared_features",
     "survey",
+    "word_variants",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__)

@@ -1,4 +1,4 @@
-"""All that is known of some latents, as data for our page and for Neuronpedia."""
+"""All that is known of some latents, as data for our page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mergelab.sae.features.survey import (
 )
 from mergelab.sae.sae import SAE
 
-__all__ = ["Gallery", "choose_latents", "explain_gallery", "make_gallery", "neuronpedia_batch", "page_data"]
+__all__ = ["Gallery", "choose_latents", "explain_gallery", "make_gallery", "page_data"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def make_gallery(
         for codes in read_codes(sae, source, progress=partial(progress, "text")):
             strengths.add(codes)
             store.add(codes)
-        density, peak = strengths.density(length), strengths.peak
+        density, peak = strengths.density(), strengths.peak
         chosen = choose_latents(density, most) if latents is None else np.asarray(sorted(latents), np.int64)
         strongest = StrongestContexts(sae.n_latents, chosen.tolist(), examples, source.tokens)
 
@@ -112,7 +112,7 @@ def make_gallery(
                 progress("codes", codes.first + codes.contexts, total)
 
         happened = activity(again(), chosen, peak, length)
-    seen = Survey(source.tokens.size, density, peak, strongest.examples())
+    seen = Survey(strengths.rows, density, peak, strongest.examples())
     causal = source.model.predicts
     reaches = causal and len(chosen) > 0 and writes_stream(sae, source)
     effects = logit_effects(sae, source, chosen) if reaches else None
@@ -204,85 +204,3 @@ def page_data(gallery: Gallery, words: Callable[[int], str]) -> dict[str, Any]:
 
 def _short(value: Any) -> float:
     return float(f"{float(value):.4g}")
-
-
-_ALIGNED = 3  # coordinates of the residual stream that a latent writes most
-
-
-def neuronpedia_batch(
-    gallery: Gallery,
-    sae: SAE,
-    words: Callable[[int], str],
-    *,
-    model_id: str,
-    sae_id: str,
-    layer: int,
-) -> dict[str, Any]:
-    """One batch of features.
-
-    Bars are parallel lists of as many heights as values, the values being middles of bins.
-
-    Args:
-        gallery: what to write.
-        sae: the gallery's.
-        words: the text of a token.
-        model_id: Neuronpedia's name of the model.
-        sae_id: name of the SAE there.
-        layer: the site's block.
-    """
-    return {
-        "model_id": model_id,
-        "layer": layer,
-        "sae_id_suffix": sae_id,
-        "features": [_feature(gallery, sae, words, i) for i in range(len(gallery.latents))],
-    }
-
-
-def _feature(gallery: Gallery, sae: SAE, words: Callable[[int], str], i: int) -> dict[str, Any]:
-    happened, effects = gallery.activity, gallery.effects
-    latent = int(happened.latents[i])
-    peak = float(gallery.survey.peak[latent])
-    bars = happened.histogram.shape[1]
-    written = np.asarray(sae.W_dec[latent], np.float64)
-    aligned = np.argsort(-np.abs(written), kind="stable")[:_ALIGNED]
-    found: dict[str, Any] = {
-        "feature_index": latent,
-        "neuron_alignment_indices": aligned.tolist(),
-        "neuron_alignment_values": _rounded(written[aligned]),
-        "neuron_alignment_l1": _rounded(np.abs(written[aligned]) / max(float(np.abs(written).sum()), 1e-12)),
-        "correlated_features_indices": happened.neighbors[i].tolist(),
-        "correlated_features_pearson": _rounded(happened.likeness[i]),
-        "frac_nonzero": round(float(gallery.survey.density[latent]), 8),
-        "maxActApprox": round(peak, 6),
-        "freq_hist_data_bar_heights": happened.histogram[i].tolist(),
-        "freq_hist_data_bar_values": _rounded((np.arange(bars) + 0.5) * peak / bars),
-        "decoder_weights_dist": [],
-        "activations": [
-            {
-                "bin_min": 0.0,
-                "bin_max": round(peak, 6),
-                "bin_contains": 0.0,
-                "tokens": [words(token) for token in example.tokens],
-                "values": _rounded(np.asarray(example.codes)),
-                "qualifying_token_index": int(np.argmax(example.codes)),
-            }
-            for example in gallery.survey.examples[latent]
-        ],
-    }
-    if effects is None:
-        empty = ("pos_str", "pos_values", "neg_str", "neg_values")
-        names = (*empty, "logits_hist_data_bar_heights", "logits_hist_data_bar_values")
-        return found | {name: [] for name in names}
-    edges = effects.edges[i]
-    return found | {
-        "pos_str": [words(int(token)) for token in effects.top[i]],
-        "pos_values": _rounded(effects.top_values[i]),
-        "neg_str": [words(int(token)) for token in effects.bottom[i]],
-        "neg_values": _rounded(effects.bottom_values[i]),
-        "logits_hist_data_bar_heights": effects.histogram[i].tolist(),
-        "logits_hist_data_bar_values": _rounded((edges[1:] + edges[:-1]) / 2),
-    }
-
-
-def _rounded(values: np.ndarray) -> list[float]:
-    return [round(float(value), 6) for value in values]

@@ -77,7 +77,8 @@ def logit_effects(
             "logits; omit the effects."
         )
     tokens, real = next(token_batches(source.tokens, source.batch))
-    scale = _mean_scale(source.params, tokens[:real], model=model)
+    there = jnp.asarray(source.by_place[:real])
+    scale = _mean_scale(source.params, tokens[:real], there, model=model)
     chosen = np.asarray(latents, np.int64)
     filled = np.pad(chosen, (0, -len(chosen) % _PIECE))
     rows = np.asarray(sae.W_dec, np.float32)[filled].reshape(-1, _PIECE, width)
@@ -104,9 +105,12 @@ def writes_stream(sae: SAE, source: ModelActivations) -> bool:
 
 
 @partial(jax.jit, static_argnames="model")
-def _mean_scale(params: Any, tokens: Array, *, model: Model) -> Array:
+def _mean_scale(params: Any, tokens: Array, counted: Array, *, model: Model) -> Array:
+    """The final norm's mean scale over the tokens that count by their place, or all if none does."""
     found = model.apply(params, tokens, capture=["final_norm.scale"], logits=False).captured
-    return found["final_norm.scale"].mean()
+    scales = found["final_norm.scale"]
+    weight = jnp.broadcast_to(jnp.where(counted.any(), counted, True)[..., None], scales.shape)
+    return jnp.mean(scales, where=weight)
 
 
 @partial(jax.jit, static_argnames=("model", "count", "bins"))

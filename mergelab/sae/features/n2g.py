@@ -61,10 +61,12 @@ class _Case:
     activation: float = 0.0
 
     @classmethod
-    def of(cls, latent: int, example: Example, *, causal: bool, framed: bool) -> _Case:
+    def of(cls, latent: int, example: Example, *, causal: bool, framed: bool, first: int) -> _Case:
         at = int(np.argmax(example.codes))
         tokens = example.tokens[: at + 1] if causal else example.tokens
         low, high = (1, len(tokens) - 1) if framed and not causal else (0, len(tokens))
+        # A token moved to a position that does not count would be an attention sink.
+        low = max(low, min(first, at))
         return cls(latent, tokens, at, low, high, low, high)
 
     def variant(self) -> AlteredText:
@@ -114,6 +116,7 @@ def find_patterns(
     mask_token: int,
     causal: bool = True,
     framed: bool = False,
+    first: int = 0,
 ) -> dict[int, Explanation]:
     """The patterns of latents whose activation can be asked for any text.
 
@@ -123,6 +126,7 @@ def find_patterns(
         mask_token: token that takes the place of another to see what it does.
         causal: whether tokens see only what comes before them.
         framed: whether the first and the last token of each context always stay (`ModelActivations.framed`).
+        first: number of first tokens of each context that always stay (`TokenRule.skip_positions`).
     """
 
     def ask(groups: Sequence[Sequence[_Case]]) -> list[np.ndarray]:
@@ -130,7 +134,7 @@ def find_patterns(
         return np.split(values, np.cumsum([len(group) for group in groups])[:-1]) if groups else []
 
     cases = [
-        _Case.of(latent, example, causal=causal, framed=framed)
+        _Case.of(latent, example, causal=causal, framed=framed, first=first)
         for latent, found in examples.items()
         for example in found
         if example.peak > 0
@@ -195,7 +199,14 @@ def explain(
     """
     causal = source.model.causal
     activation = partial(_activations, sae, source)
-    return find_patterns(examples, activation, mask_token=mask_token, causal=causal, framed=source.framed)
+    return find_patterns(
+        examples,
+        activation,
+        mask_token=mask_token,
+        causal=causal,
+        framed=source.framed,
+        first=source.rule.skip_positions,
+    )
 
 
 def match_explanations(
@@ -212,10 +223,14 @@ def match_explanations(
         SAEError: the SAE does not fit the site.
     """
     latents = np.array([explanation.latent for explanation in explanations], np.int64)
-    codes = np.concatenate([codes[:, latents] for codes in encode_batches(sae, source)])
+    pieces = [(codes[kept][:, latents], kept) for codes, kept in encode_batches(sae, source)]
+    codes = np.concatenate([codes for codes, _ in pieces])
+    kept = np.concatenate([kept for _, kept in pieces])
     contexts = source.tokens.tolist()
     return tuple(
-        judge_explanation(np.concatenate([explanation.simulate(tokens) for tokens in contexts]), codes[:, i])
+        judge_explanation(
+            np.concatenate([explanation.simulate(tokens) for tokens in contexts])[kept], codes[:, i]
+        )
         for i, explanation in enumerate(explanations)
     )
 

@@ -46,6 +46,7 @@ class StoredCodes(NamedTuple):
         row: `[nonzeros]` int32, token within these contexts.
         latent: `[nonzeros]` int32.
         value: `[nonzeros]` float32.
+        kept: number of tokens of these contexts that count; none of the others has a code here.
     """
 
     first: int
@@ -53,6 +54,7 @@ class StoredCodes(NamedTuple):
     row: np.ndarray
     latent: np.ndarray
     value: np.ndarray
+    kept: int
 
     def of(self, place: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows, places and values of the codes of some latents.
@@ -71,7 +73,7 @@ def read_codes(
     contexts: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[StoredCodes]:
-    """Runs model and SAE over a text once, a forward pass at a time.
+    """Runs model and SAE over a text once, a forward pass at a time; codes of the tokens that count.
 
     Args:
         sae: SAE that reads the first of the source's sites.
@@ -84,10 +86,10 @@ def read_codes(
     """
     length = source.tokens.shape[1]
     total = min(len(source.tokens), contexts or len(source.tokens))
-    for number, codes in enumerate(encode_batches(sae, source, contexts)):
+    for number, (codes, kept) in enumerate(encode_batches(sae, source, contexts)):
         first, here = number * source.batch, len(codes) // length
         row, latent = (place.astype(np.int32) for place in np.nonzero(codes > 0))
-        yield StoredCodes(first, here, row, latent, codes[row, latent])
+        yield StoredCodes(first, here, row, latent, codes[row, latent], int(kept.sum()))
         progress(first + here, total)
 
 
@@ -96,7 +98,7 @@ class CodeStore:
 
     def __init__(self) -> None:
         self._file = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 - closed by __exit__
-        self._pieces: list[tuple[int, int, int]] = []
+        self._pieces: list[tuple[int, int, int, int]] = []
 
     def __enter__(self) -> CodeStore:
         return self
@@ -106,17 +108,17 @@ class CodeStore:
 
     def add(self, codes: StoredCodes) -> None:
         """Keeps a piece."""
-        self._pieces.append((codes.first, codes.contexts, len(codes.row)))
+        self._pieces.append((codes.first, codes.contexts, len(codes.row), codes.kept))
         for array in (codes.row, codes.latent, codes.value):
             self._file.write(array.tobytes())
 
     def __iter__(self) -> Iterator[StoredCodes]:
         self._file.seek(0)
-        for first, contexts, count in self._pieces:
+        for first, contexts, count, kept in self._pieces:
             row, latent, value = (
                 np.frombuffer(self._file.read(4 * count), kind) for kind in (np.int32, np.int32, np.float32)
             )
-            yield StoredCodes(first, contexts, row, latent, value)
+            yield StoredCodes(first, contexts, row, latent, value, kept)
 
 
 class Strengths:
@@ -124,18 +126,18 @@ class Strengths:
 
     def __init__(self, n_latents: int) -> None:
         self._times = np.zeros(n_latents, np.int64)
-        self._contexts = 0
+        self.rows = 0
         self.peak = np.zeros(n_latents, np.float32)
 
     def add(self, codes: StoredCodes) -> None:
         """Takes a piece."""
-        self._contexts += codes.contexts
+        self.rows += codes.kept
         self._times += np.bincount(codes.latent, minlength=len(self._times))
         np.maximum.at(self.peak, codes.latent, codes.value)
 
-    def density(self, length: int) -> np.ndarray:
-        """`[n_latents]`, the fraction of tokens that each is active on; `length` tokens a context."""
-        return self._times / (self._contexts * length)
+    def density(self) -> np.ndarray:
+        """`[n_latents]`, the fraction of the tokens that count on which each is active."""
+        return self._times / max(self.rows, 1)
 
 
 class StrongestContexts:
@@ -296,7 +298,7 @@ class Survey:
     """What latents did on a text.
 
     Attributes:
-        rows: tokens seen.
+        rows: tokens seen that count.
         density: `[n_latents]`, fraction of the tokens each latent is active on.
         peak: `[n_latents]`, the largest activation of each.
         examples: contexts by latent with the largest activations, the largest first; exact.
@@ -331,7 +333,6 @@ def survey(
     Raises:
         SAEError: the SAE does not fit the site.
     """
-    total, length = source.tokens.shape
     strengths = Strengths(sae.n_latents)
     pieces = read_codes(sae, source, contexts, progress)
     if callable(latents):
@@ -339,7 +340,7 @@ def survey(
             for codes in pieces:
                 strengths.add(codes)
                 store.add(codes)
-            wanted = latents(strengths.density(length))
+            wanted = latents(strengths.density())
             strongest = StrongestContexts(sae.n_latents, wanted, count, source.tokens)
             for codes in store:
                 strongest.add(codes)
@@ -349,8 +350,7 @@ def survey(
         for codes in pieces:
             strengths.add(codes)
             strongest.add(codes)
-    rows = min(total, contexts or total) * length
-    return Survey(rows, strengths.density(length), strengths.peak, strongest.examples())
+    return Survey(strengths.rows, strengths.density(), strengths.peak, strongest.examples())
 
 
 @dataclass(frozen=True)

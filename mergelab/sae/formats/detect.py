@@ -2,143 +2,141 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from jax.sharding import Mesh
 
-from mergelab.checkpoints.locations import local_path
+from mergelab.checkpoints.locations import exists
 from mergelab.checkpoints.new_files import NewFiles
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.errors import CheckpointError, SAEError, did_you_mean
-from mergelab.sae.formats.dictionary_learning import read_dictionary_learning, write_dictionary_learning
-from mergelab.sae.formats.gemma_scope import read_gemma_scope, read_gemma_scope_2, write_gemma_scope
-from mergelab.sae.formats.openai import read_openai, write_openai
-from mergelab.sae.formats.own import FORMAT, read_own, write_own
-from mergelab.sae.formats.saelens import WEIGHTS, read_saelens, write_saelens
+from mergelab.sae.formats.circuit_tracer import CIRCUIT_TRACER
+from mergelab.sae.formats.cross_layer import CROSS_LAYER
+from mergelab.sae.formats.dictionary_learning import DICTIONARY_LEARNING
+from mergelab.sae.formats.file_format import FileFormat, Files, Found, open_weights
+from mergelab.sae.formats.gemma_scope import GEMMA_SCOPE, GEMMA_SCOPE_2
+from mergelab.sae.formats.llama_scope import LLAMA_SCOPE
+from mergelab.sae.formats.many import one_of
+from mergelab.sae.formats.openai import OPENAI
+from mergelab.sae.formats.own import OWN, read_own, write_own
+from mergelab.sae.formats.releases import as_released, overrides_at, sae_path
+from mergelab.sae.formats.saelens import SAELENS
 from mergelab.sae.formats.shared import refuse
-from mergelab.sae.formats.sparsify import read_sparsify, write_sparsify
+from mergelab.sae.formats.sparsify import SPARSIFY
+from mergelab.sae.formats.torch_files import TORCH_RELEASE
 from mergelab.sae.sae import SAE, place_sae
 
-__all__ = ["FORMATS", "FileFormat", "load_sae", "reserve", "save_sae"]
-
-
-@dataclass(frozen=True)
-class FileFormat:
-    """One library's files.
-
-    Attributes:
-        read: makes an SAE of a folder or file.
-        write: writes an SAE to a new folder or file, or to the locked place of one (`reserve`).
-        recognize: whether a folder or file is of this format.
-        looks_for: files that `recognize` looks for, in words.
-        one_file: whether it is a file, not a folder.
-    """
-
-    read: Callable[[Path], SAE]
-    write: Callable[[SAE, Any], None]
-    recognize: Callable[[Path], bool]
-    looks_for: str
-    one_file: bool = False
-
-
-def _no_writer(sae: SAE, path: Any) -> None:
-    raise SAEError("SAEs of Gemma Scope 2 can be read, not written; export to 'gemma-scope'.")
-
+__all__ = ["FORMATS", "FileFormat", "load_sae", "recognized", "reserve", "save_sae"]
 
 FORMATS: Mapping[str, FileFormat] = {
-    "mergelab": FileFormat(read_own, write_own, lambda p: _says(p, FORMAT), "cfg.json of this library"),
-    "saelens": FileFormat(
-        read_saelens, write_saelens, lambda p: (p / WEIGHTS).is_file(), f"cfg.json and {WEIGHTS}"
-    ),
-    "sparsify": FileFormat(
-        read_sparsify,
-        write_sparsify,
-        lambda p: (p / "sae.safetensors").is_file() and _says(p, '"expansion_factor"'),
-        "cfg.json and sae.safetensors",
-    ),
-    "dictionary_learning": FileFormat(
-        read_dictionary_learning,
-        write_dictionary_learning,
-        lambda p: (p / "ae.pt").is_file(),
-        "ae.pt and config.json",
-    ),
-    "openai": FileFormat(
-        read_openai,
-        write_openai,
-        lambda p: p.is_file() and p.suffix == ".pt",
-        "a file NAME.pt",
-        one_file=True,
-    ),
-    "gemma-scope": FileFormat(
-        read_gemma_scope,
-        write_gemma_scope,
-        lambda p: p.suffix == ".npz" or (p / "params.npz").is_file(),
-        "params.npz",
-    ),
-    "gemma-scope-2": FileFormat(
-        read_gemma_scope_2,
-        _no_writer,
-        lambda p: (p / "params.safetensors").is_file(),
-        "params.safetensors",
-    ),
-}
-"""Formats by the name `mergelab sae export --format` gives them."""
+    kind.name: kind
+    for kind in (
+        OWN, CROSS_LAYER, LLAMA_SCOPE, SAELENS, SPARSIFY, DICTIONARY_LEARNING, OPENAI, GEMMA_SCOPE,
+        GEMMA_SCOPE_2, TORCH_RELEASE, CIRCUIT_TRACER,
+    )
+}  # fmt: skip
+"""Formats by name; the first whose signature a place has is the one it is read as."""
 
 
-def _says(path: Path, words: str) -> bool:
-    cfg = path / "cfg.json"
-    if not cfg.is_file():
-        return False
-    with cfg.open("rb") as file:
-        return words.encode() in file.read(4096)
-
-
-def load_sae(path: str | Path, format: str | None = None, *, mesh: Mesh | None = None) -> SAE:
+def load_sae(
+    path: str | Path, sae_id: str | None = None, *, format: str | None = None, mesh: Mesh | None = None
+) -> SAE:
     """Reads a finished SAE.
 
+    Who wrote it is found out from the names of its tensors and the keys of its settings, not from the names
+    of the files.
+
     Args:
-        path: folder of the SAE, or of the training run that made it (its `final` is read); a file for formats
-            that are one; a place on the Hugging Face hub, `org/name[@revision][:subfolder]`; or a URL.
+        path: folder of the SAE, or of the training run that made it (its `final` is read); its weights file;
+            a folder with several SAEs; a place on the Hugging Face hub, `org/name[@revision][:subfolder]`; a
+            URL; or a published release (`mergelab.sae.sae_releases`), also with its SAE, `release:id`.
+        sae_id: name of the SAE in the release; of several SAEs in a folder the folder or file of one, such as
+            `layers.5`, or its site.
         format: a name of `FORMATS`; found out from the files if omitted.
         mesh: splits the latents over its axis `latents`; of this library's own files each process then reads
             only what its devices hold. JAX's default device if None.
 
     Raises:
-        CheckpointError: there is nothing there, nothing of a known format, or an unfinished run.
+        CheckpointError: there is nothing there, nothing of a known format, several SAEs of which none is
+            named, or an unfinished run.
         SAEError: there is no such format.
+
+    Example:
+        >>> load_sae("gpt2-small-res-jb", "blocks.8.hook_resid_pre")                    # doctest: +SKIP
     """
-    path = local_path(path, "sae")
+    if not exists(Path(path)):
+        path, sae_id = sae_path(path, sae_id), None
+    path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
-    if format is None and (path / "final").is_dir():
+    wanted = None if format is None else _format(format)
+    if wanted is None and sae_id is None and (path / "final").is_dir():
         path = path / "final"
-    kind = _format(format) if format is not None else _recognized(path)
-    if mesh is not None and kind is FORMATS["mergelab"]:
-        return read_own(path, mesh)
+    kind, found = _chosen(path, sae_id, wanted)
+    if mesh is not None and kind is OWN:
+        return read_own(found, mesh)
     try:
-        found = kind.read(path)
+        sae = as_released(kind.read(replace(found, overrides=overrides_at(path))), path)
     except SAEError as error:  # of the SAE, which does not know where it comes from
         raise CheckpointError(f"{path}: {error}") from error
-    return found if mesh is None else place_sae(found, mesh)
+    return sae if mesh is None else place_sae(sae, mesh)
 
 
-def _recognized(path: Path) -> FileFormat:
+def _chosen(path: Path, sae_id: str | None, wanted: FileFormat | None) -> tuple[FileFormat, Found]:
+    """The format of a place, or of one SAE in it, and its files."""
+    if sae_id is None:
+        files = Files(path)
+        if wanted is not None:
+            return wanted, wanted.find(files) or wanted.expected(files)
+        if (found := recognized(files)) is not None:
+            return found
+        _refuse_unfinished(path)
+    found = one_of(path, sae_id, recognized)
+    if found is not None and wanted is not None:
+        return wanted, found[1]
+    if found is not None:
+        return found
+    if path.is_file():
+        open_weights(path)  # which says what is wrong with it, if it is not a file of weights at all
+    known = "; ".join(f"{name}: {kind.looks_for}" for name, kind in FORMATS.items())
+    raise CheckpointError(
+        f"{path}: not an SAE of a known format ({known}), nor a training run with final/; name its format"
+    )
+
+
+def recognized(files: Files) -> tuple[FileFormat, Found] | None:
+    """The format of the files at a place, and which of them it reads; None if it is of no known format.
+
+    Where no signature fits, files that are called like those of a format are taken for it, so that what is
+    missing in them can be named.
+
+    Raises:
+        CheckpointError: there are several SAEs at the place, or its settings are not JSON.
+    """
+    usual = {kind.weights for kind in FORMATS.values()}
     for kind in FORMATS.values():
-        if kind.recognize(path):
-            return kind
+        if (found := kind.find(files, usual)) is not None:
+            return kind, found
+    for kind in FORMATS.values():
+        if kind is OWN:  # its settings alone say that it is
+            continue
+        expected = kind.expected(files)
+        complete = kind.settings is None or expected.settings.is_file()
+        if expected.weights.name == kind.weights and expected.weights.is_file() and complete:
+            return kind, expected
+    return None
+
+
+def _refuse_unfinished(path: Path) -> None:
     if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
         raise CheckpointError(
             f"{path}: the training run has not finished, so it has no final/; go on with mergelab sae train "
             "--resume"
         )
-    wanted = "; ".join(f"{name}: {kind.looks_for}" for name, kind in FORMATS.items())
-    raise CheckpointError(
-        f"{path}: not an SAE of a known format ({wanted}), nor a training run with final/; name its format"
-    )
 
 
 @writes_anywhere("path")
@@ -165,11 +163,14 @@ def save_sae(
         OutputError: the path is taken, is being written by another run, or cannot be written.
     """
     kind = _format(format)
-    if kind is not FORMATS["mergelab"] and sae.config.sites != 1:
+    if kind is not OWN and sae.config.sites != 1:
         raise refuse(format, f"a crosscoder of {sae.config.sites} sites", "'mergelab'")
     place = Path(path) if isinstance(path, str) else path
-    if kind.write is write_own:
+    if kind is OWN:
         write_own(sae.checked(), cast("Path | WorkFolder", place), overwrite=overwrite)
+    elif kind.write is None:
+        writable = ", ".join(repr(name) for name, other in FORMATS.items() if other.write is not None)
+        raise SAEError(f"SAEs of the format {format!r} can be read, not written; export to {writable}.")
     else:
         kind.write(sae.checked(), place)
 

@@ -8,21 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mergelab.checkpoints import open_safetensors
+from mergelab.checkpoints import TensorSource, is_float
 from mergelab.checkpoints.json_data import read_json_object
-from mergelab.checkpoints.npy_files import NpzArray, open_npz
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import CheckpointError
+from mergelab.sae.formats.file_format import FileFormat, Found, Signature, open_weights
 from mergelab.sae.formats.hook_names import hook_of, said_or, site_of
 from mergelab.sae.formats.own import write_folder
-from mergelab.sae.formats.shared import arrays_of, check_finite, check_sizes, refuse
+from mergelab.sae.formats.shared import arrays_of, check_sizes, refuse
 from mergelab.sae.sae import SAE, SAEConfig
 
-__all__ = ["read_gemma_scope", "read_gemma_scope_2", "write_gemma_scope"]
+__all__ = ["GEMMA_SCOPE", "GEMMA_SCOPE_2"]
 
 _NPZ = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 _KINDS = {
@@ -35,44 +34,58 @@ _KINDS = {
 _WRITTEN = {"resid": "resid_post", "mlp": "mlp.out", "att": "attn.z", "transcoder": "mlp.out"}
 
 
-def read_gemma_scope(path: Path) -> SAE:
-    """Reads `params.npz`: arrays only; nothing in it is unpickled.
+def read_gemma_scope(files: Found) -> SAE:
+    """Reads five arrays; nothing in them is unpickled.
 
     Raises:
         CheckpointError: not such a file.
     """
-    file = path / "params.npz" if path.is_dir() else path
-    stored = open_npz(file, _NPZ)
-    _check_shapes(file, stored)  # before anything is inflated
-    arrays = {name: jnp.asarray(array.read().astype(np.float32)) for name, array in stored.items()}
-    for name, value in arrays.items():
-        check_finite(file, name, value)
+    file = files.weights
+    tensors = open_weights(file).tensors
+    missing = [name for name in _NPZ if name not in tensors]
+    if missing:
+        raise CheckpointError(
+            f"{file}: has no array {missing[0]!r}, only {', '.join(sorted(tensors)[:20]) or 'none'}; of "
+            "another format?"
+        )
+    _check_shapes(file, tensors)  # before anything is inflated
+    arrays = arrays_of(tensors, dict.fromkeys(_NPZ, True), file)
+    if _of_embeddings(file):
+        # Trained on embeddings before Gemma multiplies them by the root of their width; the site is after.
+        scale = arrays["W_enc"].shape[0] ** 0.5
+        arrays["W_enc"] = arrays["W_enc"] / scale
+        arrays["W_dec"], arrays["b_dec"] = arrays["W_dec"] * scale, arrays["b_dec"] * scale
     return SAE(**arrays, config=SAEConfig("jump_relu", **_sites(file))).checked()
 
 
-def _check_shapes(file: Path, arrays: Mapping[str, NpzArray]) -> None:
+def _of_embeddings(file: Path) -> bool:
+    parts = file.absolute().parent.parts[-6:]
+    return "embedding" in parts and any("gemma-scope" in part for part in parts)
+
+
+def _check_shapes(file: Path, arrays: Mapping[str, TensorSource]) -> None:
     """Checks that arrays are floats, and fit together."""
     d, n = (*arrays["W_enc"].shape, 0, 0)[:2]
     out = arrays["W_dec"].shape[-1] if arrays["W_dec"].shape else 0
     wanted = {"W_enc": (d, n), "W_dec": (n, out), "b_enc": (n,), "b_dec": (out,), "threshold": (n,)}
     for name, shape in wanted.items():
         found = arrays[name]
-        if found.dtype.kind != "f" or found.shape != shape:
+        if not is_float(found.dtype) or found.shape != shape:
             raise CheckpointError(
                 f"{file}: {name} is {found.dtype.name} of shape {list(found.shape)}, but floats of shape "
                 f"{list(shape)} were expected by W_enc of {list(arrays['W_enc'].shape)}; download it again"
             )
 
 
-def read_gemma_scope_2(path: Path) -> SAE:
+def read_gemma_scope_2(files: Found) -> SAE:
     """Reads version 2's `params.safetensors`.
 
     Raises:
         CheckpointError: not such a file.
     """
-    file = path / "params.safetensors" if path.is_dir() else path
+    file = files.weights
     wanted = {name: True for name in ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")}
-    tensors = open_safetensors(file).tensors
+    tensors = open_weights(file).tensors
     check_sizes(
         file,
         {name: tensor.shape for name, tensor in tensors.items()},
@@ -117,6 +130,10 @@ def _sites(file: Path) -> dict[str, Any]:
     elif kinds:
         transcoder = kinds[-1] == "transcoder"
         named = f"blocks.{int(layers[-1])}.{_WRITTEN[kinds[-1]]}" if layers else None
+        if _of_embeddings(file):
+            named = "embed"
+        if transcoder and layers and any("gemma-scope-2-" in part for part in parts):
+            hook = hook or f"blocks.{int(layers[-1])}.mlp.input"
         hook, target = (hook, target or named) if transcoder else (hook or named, None)
     reads, writes = site_of(hook), site_of(target)
     if reads is not None and writes is not None:
@@ -176,3 +193,22 @@ def _hooks(sae: SAE) -> dict[str, str]:
     if not sae.is_autoencoder and "hook_name_out" in found:
         return {"hook_name": "unknown", **found}
     return {}
+
+
+GEMMA_SCOPE = FileFormat(
+    name="gemma-scope",
+    read=read_gemma_scope,
+    signatures=(Signature(_NPZ),),
+    weights="params.npz",
+    settings=None,
+    looks_for="params.npz",
+    write=write_gemma_scope,
+)
+GEMMA_SCOPE_2 = FileFormat(
+    name="gemma-scope-2",
+    read=read_gemma_scope_2,
+    signatures=(Signature(("w_enc", "w_dec", "b_enc", "b_dec", "threshold")),),
+    weights="params.safetensors",
+    settings=None,
+    looks_for="params.safetensors",
+)

@@ -7,8 +7,7 @@ modules of transformers (`layers.3.mlp`), whose outputs sparsify takes; and subm
     site_of(name(site)) == site
 
 A name that is not a site here, or may be several, has none: `ln2.hook_normalized` is what the MLP reads
-with or without the norm's weights, as the norm and the version have it, and the input of a module stands
-behind a norm.
+with or without the norm's weights, as the norm and the version have it.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ _SITES = (
     "attn.out",
     "attn.z",
     "attn.v",
+    "mlp.input",
     "mlp.pre",
     "mlp.post",
     "mlp.out",
@@ -40,6 +40,7 @@ _HOOKS: Mapping[str, str] = {
     "hook_mlp_out": "mlp.out",
     "attn.hook_z": "attn.z",
     "attn.hook_v": "attn.v",
+    "mlp.hook_in": "mlp.input",
     "mlp.hook_pre": "mlp.pre",
     "mlp.hook_post": "mlp.post",
 }
@@ -47,6 +48,7 @@ _HOOK_ALIASES: Mapping[str, str] = {
     "hook_mlp_in": "resid_mid",  # a copy of it, before the norm
     "hook_in": "resid_pre",  # of the bridge
     "hook_out": "resid_post",
+    "mlp.hook_out": "mlp.out",
 }
 _MODULES: Mapping[str, str] = {"": "resid_post", ".mlp": "mlp.out", ".self_attn": "attn.out"}
 _MODULE_ALIASES: Mapping[str, str] = {
@@ -59,6 +61,8 @@ _MODULE_ALIASES: Mapping[str, str] = {
     ".self_attn.output": "attn.out",
     ".self_attn.o_proj.input": "attn.z",
     # Of blocks that normalize what is added to the stream: the site holds what is really added.
+    ".mlp.input": "mlp.input",
+    ".pre_feedforward_layernorm.output": "mlp.input",
     ".post_feedforward_layernorm": "mlp.out",
     ".post_feedforward_layernorm.output": "mlp.out",
 }
@@ -83,8 +87,8 @@ def site_of(name: Any) -> str | None:
     """The site that a name of this or another library means; None where it has none, or is not a name."""
     if not isinstance(name, str):
         return None
-    if name == "embed":
-        return name
+    if name in ("embed", "hook_embed"):
+        return "embed"
     if found := _BLOCK.fullmatch(name):
         layer, rest = found.groups()
         site = rest if rest in _SITES else _HOOKS.get(rest) or _HOOK_ALIASES.get(rest)

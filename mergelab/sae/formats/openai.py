@@ -9,30 +9,27 @@ from typing import Any
 
 import numpy as np
 
-from mergelab.checkpoints import open_pickled
 from mergelab.checkpoints.new_files import NewFiles
 from mergelab.checkpoints.torch_pickle import write_pickled
 from mergelab.errors import CheckpointError
+from mergelab.sae.formats.file_format import FileFormat, Found, Signature, open_weights
 from mergelab.sae.formats.shared import arrays_of, check_sizes, refuse, subtracting_b_dec, transposed
 from mergelab.sae.sae import SAE, SAEConfig
 
-__all__ = ["read_openai", "write_openai"]
+__all__ = ["OPENAI"]
 
 
-def read_openai(path: Path, k: int | None = None) -> SAE:
+def read_openai(files: Found) -> SAE:
     """Reads an autoencoder of OpenAI's release.
 
     Its loader normalizes each token exactly where the file says `TopK`, so the SAE does too
     (`normalization` is `layer_norm`).
 
-    Args:
-        path: the file.
-        k: latents per token, where the file does not say.
-
     Raises:
         CheckpointError: it is another kind of file.
     """
-    opened = open_pickled(path, values=True)
+    path = files.weights
+    opened = open_weights(path)
     wanted = {"encoder.weight": True, "decoder.weight": True, "pre_bias": True, "latent_bias": True}
     check_sizes(
         path,
@@ -47,9 +44,7 @@ def read_openai(path: Path, k: int | None = None) -> SAE:
     found = arrays_of(opened.tensors, wanted, path)
     said = _settings(opened.values)
     kind = said.get("activation", "ReLU")
-    k = said.get("k", k)
-    if kind == "TopK" and k is None:
-        raise CheckpointError(f"{path}: does not say k; pass it")
+    k = said.get("k")
     if kind not in ("TopK", "ReLU"):
         raise CheckpointError(f"{path}: activation {kind!r} is not supported; 'TopK' and 'ReLU' are")
     top = kind == "TopK"
@@ -113,3 +108,15 @@ def write_openai(sae: SAE, path: Path | NewFiles) -> None:
         tree["activation_state_dict"] = {"k": config.k, "postact_fn": "ReLU"}
     with contextlib.nullcontext(path) if isinstance(path, NewFiles) else NewFiles([path]) as files:
         files.publish({files.paths[0]: lambda partial: write_pickled(partial, tree)})
+
+
+OPENAI = FileFormat(
+    name="openai",
+    read=read_openai,
+    signatures=(Signature(("encoder.weight", "decoder.weight", "pre_bias", "latent_bias")),),
+    weights="autoencoder.pt",
+    settings=None,
+    looks_for="a file NAME.pt",
+    write=write_openai,
+    one_file=True,
+)

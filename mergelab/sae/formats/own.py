@@ -16,8 +16,6 @@ from jax.sharding import Mesh
 
 from mergelab.checkpoints import open_safetensors
 from mergelab.checkpoints.dtypes import is_float
-from mergelab.checkpoints.hub import parse_hub_place
-from mergelab.checkpoints.model_card import CardFacts, short_card
 from mergelab.checkpoints.new_files import check_new_folder, write_tensors
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.publish import WorkFolder
@@ -25,12 +23,12 @@ from mergelab.errors import CheckpointError, OutputError, SAEError
 from mergelab.models.load import load_params
 from mergelab.models.save import save_params
 from mergelab.models.table import Leaf
-from mergelab.sae.formats.settings import FormatSettings
+from mergelab.sae.formats.card import sae_card
+from mergelab.sae.formats.file_format import FileFormat, Found, Signature
 from mergelab.sae.formats.shared import check_finite, check_sizes
 from mergelab.sae.sae import LATENT_AXIS, SAE, SAEConfig
-from mergelab.version import __version__
 
-__all__ = ["FORMAT", "read_own", "write_folder", "write_own"]
+__all__ = ["FORMAT", "OWN", "read_own", "write_folder", "write_own"]
 
 FORMAT = "mergelab-sae-1"
 """The value of `format` in `cfg.json`."""
@@ -66,7 +64,7 @@ def write_own(sae: SAE, path: Path | WorkFolder, *, overwrite: bool = False) -> 
     text = json.dumps({"format": FORMAT, **sizes, **settings}, indent=2) + "\n"
     arrays = sae.arrays()
     table = _table({name: value.shape for name, value in arrays.items()})
-    files = {_CFG: text.encode(), "README.md": _card(sae)}
+    files = {_CFG: text.encode(), "README.md": sae_card(sae)}
     if any(isinstance(array, jax.Array) and not array.is_fully_addressable for array in arrays.values()):
         save_params(arrays, table, path, files=files, shard_bytes=_WHOLE, overwrite=overwrite, stem="sae")
         return
@@ -76,22 +74,6 @@ def write_own(sae: SAE, path: Path | WorkFolder, *, overwrite: bool = False) -> 
             if not overwrite:
                 check_new_folder(work.out)
             save_params(arrays, table, work, files=files, shard_bytes=_WHOLE, stem="sae", identity=identity)
-
-
-def _card(sae: SAE) -> bytes:
-    """The content of `README.md`."""
-    said = sae.config.metadata
-    model = said.get("model")
-    bases = (model,) if isinstance(model, str) and parse_hub_place(model) is not None else ()
-    reads = f" on the site `{said['site']}`" if isinstance(said.get("site"), str) else ""
-    of = f" of `{model}`" if isinstance(model, str) else ""
-    kind = "autoencoder" if sae.is_autoencoder else "transcoder"
-    text = (
-        f"Sparse {kind} ({sae.config.activation}) of {sae.n_latents:,} latents, {sae.d_in:,} wide{reads}"
-        f"{of}, written with mergelab {__version__}. `mergelab.load_sae` reads it from here."
-    )
-    tags = ["mergelab", f"sparse-{kind}", "interpretability"]
-    return short_card(f"Sparse {kind}", "mergelab", tags, CardFacts(bases), [text])
 
 
 def _table(shapes: Mapping[str, tuple[int, ...]]) -> list[Leaf]:
@@ -165,11 +147,11 @@ def _identity(texts: Mapping[str, str], tensors: Mapping[str, Mapping[str, np.nd
     return total.hexdigest()
 
 
-def read_own(path: Path, mesh: Mesh | None = None) -> SAE:
+def read_own(files: Found, mesh: Mesh | None = None) -> SAE:
     """Reads what `write_own` wrote.
 
     Args:
-        path: the folder.
+        files: the files.
         mesh: splits the latents over its axis `latents`, if it has one: each process reads what its devices
             hold. JAX's default device if None.
 
@@ -178,10 +160,10 @@ def read_own(path: Path, mesh: Mesh | None = None) -> SAE:
         NonFiniteError: a tensor holds NaN or infinity.
         MeshError: another process failed.
     """
-    told = FormatSettings.read(path / _CFG)
+    told, cfg, file = files.told, files.settings, files.weights
     settings: dict[str, Any] = dict(told.values)
     if settings.pop("format", None) != FORMAT:
-        raise CheckpointError(f"{path / _CFG}: expected format {FORMAT!r}; it was written by something else")
+        raise CheckpointError(f"{cfg}: expected format {FORMAT!r}; it was written by something else")
     sizes = {name: settings.pop(name, None) for name in ("d_in", "d_out", "n_latents")}
     settings |= {
         "k": None if settings.get("k") is None else told.whole("k"),
@@ -189,37 +171,48 @@ def read_own(path: Path, mesh: Mesh | None = None) -> SAE:
         "sites": told.whole("sites", 1),
         "metadata": told.mapping("metadata"),
     }
-    tensors = open_safetensors(path / _WEIGHTS).tensors
+    tensors = open_safetensors(file).tensors
     known = [field for field in SAE.__dataclass_fields__ if field != "config"]
     unknown = [name for name in tensors if name not in known]
     missing = [name for name in ("W_enc", "b_enc", "W_dec", "b_dec") if name not in tensors]
     if unknown or missing:
         said = f"has no tensor {missing[0]!r}" if missing else f"has a tensor {unknown[0]!r} of no known use"
-        raise CheckpointError(f"{path / _WEIGHTS}: {said}; write the SAE again")
+        raise CheckpointError(f"{file}: {said}; write the SAE again")
     for name, tensor in tensors.items():
         axes = 2 if name.startswith("W_") else 1
         if len(tensor.shape) != axes or not is_float(tensor.dtype):
             raise CheckpointError(
-                f"{path / _WEIGHTS}: {name} is {tensor.dtype} {list(tensor.shape)}, where floats with {axes} "
+                f"{file}: {name} is {tensor.dtype} {list(tensor.shape)}, where floats with {axes} "
                 f"{'axes' if axes > 1 else 'axis'} were expected; write the SAE again"
             )
     check_sizes(
-        path / _WEIGHTS,
+        file,
         {name: tensor.shape for name, tensor in tensors.items()},
         {name: _AXES[name] for name in known},
-        path / _CFG,
+        cfg,
         {name: (name, value) for name, value in sizes.items()},
     )
     split = "latents" if mesh is not None and "latents" in mesh.axis_names else None
     try:
         table = _table({name: tensor.shape for name, tensor in tensors.items()})
-        arrays = load_params(tensors, table, str(path / _WEIGHTS), mesh=mesh, rules={"latents": split})
+        arrays = load_params(tensors, table, str(file), mesh=mesh, rules={"latents": split})
         found = SAE(**arrays, config=SAEConfig(**settings)).checked()
     except (SAEError, TypeError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{files.folder}: {error}") from error
     for name, values in arrays.items():
-        check_finite(path / _WEIGHTS, name, values)
+        check_finite(file, name, values)
     mine = {"d_in": found.d_in, "d_out": found.d_out, "n_latents": found.n_latents}
     if sizes != mine:
-        raise CheckpointError(f"{path / _CFG}: says {sizes}, but the tensors have {mine}")
+        raise CheckpointError(f"{cfg}: says {sizes}, but the tensors have {mine}")
     return found
+
+
+OWN = FileFormat(
+    name="mergelab",
+    read=read_own,
+    signatures=(Signature(says={"format": FORMAT}),),
+    weights=_WEIGHTS,
+    settings=_CFG,
+    looks_for="cfg.json of this library",
+    write=write_own,
+)

@@ -54,6 +54,13 @@ class FormatSettings:
             raise self._refuse(key, f"a whole number of at least {least}")
         return value
 
+    def positive(self, key: str) -> float:
+        """A finite number above 0."""
+        value = self.values.get(key)
+        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+            raise self._refuse(key, "a number above 0")
+        return float(value)
+
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
         value = self.values.get(key)

@@ -17,8 +17,8 @@ from mergelab.errors import CheckpointError, NonFiniteError, SAEError
 from mergelab.sae.formats.settings import check_tensors
 from mergelab.sae.sae import SAE
 
-__all__ = ["arrays_of", "check_finite", "check_sizes", "not_subtracting_b_dec", "refuse"]
-__all__ += ["subtracting_b_dec", "transposed"]
+__all__ = ["arrays_of", "check_finite", "check_sizes", "fold_norm_scaling", "fold_whitening"]
+__all__ += ["not_subtracting_b_dec", "refuse", "subtracting_b_dec", "transposed"]
 
 
 _MATRICES = frozenset(
@@ -28,9 +28,13 @@ _MATRICES = frozenset(
         "W_skip",
         "encoder.weight",
         "decoder.weight",
+        "encoder_linear.weight",
+        "decoder_linear.weight",
         "w_enc",
         "w_dec",
         "affine_skip_connection",
+        "matrix",
+        "inverse_matrix",
     )
 )
 """The tensors of any format that have two axes; the others have one."""
@@ -40,16 +44,45 @@ def subtracting_b_dec(sae: SAE) -> SAE:
     """The same SAE in the form that subtracts `b_dec` from its input before it encodes it."""
     if sae.config.subtract_b_dec:
         return sae
-    config = replace(sae.config, subtract_b_dec=True)
-    return replace(sae, b_enc=sae.b_enc + sae.b_dec @ sae.W_enc, config=config)
+    return _shifted(sae, sae.b_dec @ sae.W_enc, subtract_b_dec=True)
 
 
 def not_subtracting_b_dec(sae: SAE) -> SAE:
     """The same SAE in the form that encodes its input as it is."""
     if not sae.config.subtract_b_dec:
         return sae
-    config = replace(sae.config, subtract_b_dec=False)
-    return replace(sae, b_enc=sae.b_enc - sae.b_dec @ sae.W_enc, config=config)
+    return _shifted(sae, -(sae.b_dec @ sae.W_enc), subtract_b_dec=False)
+
+
+def _shifted(sae: SAE, by: Array, *, subtract_b_dec: bool) -> SAE:
+    """The SAE with biases that make up for a product `x W_enc` that is smaller by `by`, `[n]`."""
+    size = sae.magnitude_bias  # of gated SAEs, whose two paths have a bias each
+    if size is not None and sae.magnitude_scale is not None:
+        size = size + by * jnp.exp(sae.magnitude_scale)
+    config = replace(sae.config, subtract_b_dec=subtract_b_dec)
+    return replace(sae, b_enc=sae.b_enc + by, magnitude_bias=size, config=config)
+
+
+def fold_norm_scaling(sae: SAE, factor: float) -> SAE:
+    """The SAE of raw activations, made of one whose activations were multiplied by a factor.
+
+    Its codes are the same; what it reconstructs is put back into the scale of what it reads.
+    """
+    return replace(
+        sae,
+        W_enc=sae.W_enc * factor,
+        W_dec=sae.W_dec / factor,
+        b_dec=sae.b_dec / factor,
+    )
+
+
+def fold_whitening(sae: SAE, mean: Array, matrix: Array, inverse: Array) -> SAE:
+    """The SAE of raw activations `x`, made of one of `(x - mean) @ matrix`; `inverse` undoes `matrix`."""
+    W_enc, subtracts = matrix @ sae.W_enc, sae.config.subtract_b_dec
+    # A b_dec that is subtracted will hold the mean itself.
+    shift = jnp.zeros_like(sae.b_enc) if subtracts else mean @ W_enc
+    whole = _shifted(sae, -shift, subtract_b_dec=subtracts)
+    return replace(whole, W_enc=W_enc, W_dec=sae.W_dec @ inverse, b_dec=sae.b_dec @ inverse + mean)
 
 
 def check_sizes(

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mergelab.checkpoints import open_safetensors
 from mergelab.checkpoints.publish import WorkFolder
+from mergelab.sae.formats.file_format import FileFormat, Found, Signature, open_weights
 from mergelab.sae.formats.hook_names import module_of, said_or, site_of
 from mergelab.sae.formats.own import write_folder
 from mergelab.sae.formats.settings import FormatSettings
@@ -23,33 +23,36 @@ from mergelab.sae.formats.shared import (
 )
 from mergelab.sae.sae import SAE, SAEConfig
 
-__all__ = ["read_sparsify", "write_sparsify"]
+__all__ = ["SPARSIFY"]
 
 _CFG, _WEIGHTS = "cfg.json", "sae.safetensors"
+_ACTIVATIONS = {"topk": "topk", "groupmax": "group_max"}
 
 
-def read_sparsify(path: Path) -> SAE:
+def read_sparsify(files: Found) -> SAE:
     """Reads a folder of sparsify.
 
     Raises:
-        CheckpointError: a file is missing, or the activation is not top-k.
+        CheckpointError: a file is missing, or the activation is neither top-k nor groupmax.
     """
-    settings = FormatSettings.read(path / _CFG)
-    settings.word("activation", ("topk",), "topk")
+    settings, file = files.told, files.weights
+    activation = _ACTIVATIONS[settings.word("activation", _ACTIVATIONS, "topk")]
+    if settings.flag("signed", False):  # of early versions
+        activation = "abs_topk"
     cfg = settings.values
     wanted = {"encoder.weight": True, "encoder.bias": True, "W_dec": True, "b_dec": True, "W_skip": False}
-    tensors = open_safetensors(path / _WEIGHTS).tensors
+    tensors = open_weights(file).tensors
     check_sizes(
-        path / _WEIGHTS,
+        file,
         {name: tensor.shape for name, tensor in tensors.items()},
         {
             "encoder.weight": ("n", "d"), "encoder.bias": ("n",), "W_dec": ("n", "d"), "b_dec": ("d",),
             "W_skip": ("d", "d"),
         },
-        path / _CFG,
-        {"d": ("d_in", cfg.get("d_in")), "n": ("num_latents", cfg.get("num_latents") or None)},
+        files.settings,
+        {"d": ("d_in", cfg.get("d_in")), "n": _latents(settings)},
     )  # fmt: skip
-    found = arrays_of(tensors, wanted, path / _WEIGHTS)
+    found = arrays_of(tensors, wanted, file)
     return SAE(
         W_enc=found["encoder.weight"].T,
         b_enc=found["encoder.bias"],
@@ -57,12 +60,21 @@ def read_sparsify(path: Path) -> SAE:
         b_dec=found["b_dec"],
         W_skip=found["W_skip"].T if "W_skip" in found else None,
         config=SAEConfig(
-            "topk",
+            activation,
             settings.whole("k", 32),
             subtract_b_dec=not settings.flag("transcode", False),
-            **_sites(path, cfg),
+            **_sites(files.folder, cfg),
         ),
     ).checked()
+
+
+def _latents(settings: FormatSettings) -> tuple[str, Any]:
+    """The number of latents as the configuration says it, and the key that does."""
+    if settings.values.get("num_latents"):
+        return "num_latents", settings.values["num_latents"]
+    if settings.values.get("expansion_factor") is None or settings.values.get("d_in") is None:
+        return "num_latents", None
+    return "expansion_factor * d_in", settings.whole("expansion_factor") * settings.whole("d_in")
 
 
 def _sites(path: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,11 +107,12 @@ def write_sparsify(sae: SAE, path: Path | WorkFolder) -> None:
     """Writes a folder for sparsify.
 
     Raises:
-        SAEError: the SAE is not a plain top-k one, or maps between different widths.
+        SAEError: the SAE is neither of top-k nor of group maxima, or maps between different widths.
         OutputError: the folder is taken, or cannot be written.
     """
     config = sae.config
-    if config.activation != "topk":
+    names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+    if config.activation not in names:
         raise refuse("sparsify", f"the activation {config.activation!r}", "'mergelab' or 'saelens'")
     if config.normalization != "none":
         raise refuse(
@@ -119,7 +132,7 @@ def write_sparsify(sae: SAE, path: Path | WorkFolder) -> None:
     if skip:
         tensors["W_skip"] = transposed(arrays["W_skip"])
     cfg = {
-        "activation": "topk",
+        "activation": names[config.activation],
         "expansion_factor": max(sae.n_latents // sae.d_in, 1),
         "normalize_decoder": True,
         "num_latents": sae.n_latents,
@@ -143,3 +156,14 @@ def _named(sae: SAE) -> dict[str, str]:
     if sae.is_autoencoder:
         del names["target_site"]
     return {key: name for key, name in names.items() if name is not None}
+
+
+SPARSIFY = FileFormat(
+    name="sparsify",
+    read=read_sparsify,
+    signatures=(Signature(("encoder.weight", "encoder.bias", "W_dec", "b_dec"), ("d_in",)),),
+    weights=_WEIGHTS,
+    settings=_CFG,
+    looks_for="cfg.json and sae.safetensors",
+    write=write_sparsify,
+)

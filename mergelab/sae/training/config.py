@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
+from mergelab.activations.kept import DEFAULT_RULE, TokenRule
 from mergelab.checkpoints.text_file import read_text
 from mergelab.checkpoints.yaml_data import MAX_DEPTH, parse_yaml
 from mergelab.errors import SAEError, did_you_mean, quoted, shortened
@@ -251,6 +252,12 @@ class DataSection(_Section):
         context: number of tokens in a context, of `model`; at most the model's positions.
         toy: options of `toy`, those of `mergelab.sae.toy.ToyGroundTruth`.
         buffer_rows: number of rows that are shuffled together.
+        skip_positions: number of first positions of each context that are left out
+            (`mergelab.activations.TokenRule`); `auto` is what the files were written with, or 1.
+        skip_special: whether special tokens are left out; `auto` is what the files were written with, or
+            true.
+        max_norm_multiple: largest norm of a row that counts, in medians; null for no limit; `auto` is what
+            the files were written with, or 10.
     """
 
     kind: Literal["files", "model", "toy"]
@@ -267,6 +274,20 @@ class DataSection(_Section):
     context: Count = 64
     toy: dict[str, Any] = Field(default_factory=dict)
     buffer_rows: Count = 65_536
+    skip_positions: Annotated[Whole, Field(ge=0, le=_MOST)] | Literal["auto"] = "auto"
+    skip_special: bool | Literal["auto"] = "auto"
+    max_norm_multiple: Annotated[Fraction, Field(gt=1)] | Literal["auto"] | None = "auto"
+
+    def rule(self, written: TokenRule | None = None) -> TokenRule:
+        """Which tokens count.
+
+        Args:
+            written: the rule that files were written with, where that is known.
+        """
+        given = {name: getattr(self, name) for name in DEFAULT_RULE.facts()}
+        return replace(
+            written or DEFAULT_RULE, **{name: value for name, value in given.items() if value != "auto"}
+        )
 
     @property
     def texts(self) -> list[str]:
@@ -379,13 +400,13 @@ class TrainConfig(_Section):
 
 
 def load_config(
-    config: TrainConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()
+    config: TrainConfig | Mapping[str, Any] | str | Path, overrides: str | Sequence[str] = ()
 ) -> TrainConfig:
     """Reads and checks a configuration.
 
     Args:
         config: a YAML file, or what it would hold.
-        overrides: `section.key=value`, value in YAML; they win over the file.
+        overrides: `section.key=value`, value in YAML, several or one; they win over the file.
 
     Raises:
         SAEError: the file cannot be read, a key is unknown, or a value has the wrong type; the message names
@@ -401,7 +422,7 @@ def load_config(
         data = plain_settings(read_text(config, MAX_CONFIG, error=SAEError), name)
     if not isinstance(data, dict):
         raise SAEError(f"{name}: expected the sections sae, data and train, found {type(data).__name__}.")
-    for override in overrides:
+    for override in [overrides] if isinstance(overrides, str) else overrides:
         data = _with_override(data, override)
     try:
         return TrainConfig.model_validate(data)

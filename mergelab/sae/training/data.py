@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mergelab.activations import ActivationSource, find_activation_files, open_activation_files
+from mergelab.activations import (
+    ActivationFiles,
+    ActivationSource,
+    find_activation_files,
+    open_activation_files,
+)
 from mergelab.activations.capture import DEFAULT_CONTEXT, open_model_activations
+from mergelab.activations.kept import KeptRows, TokenRule
+from mergelab.activations.stored_tokens import kept_of_files, store_facts_of
 from mergelab.checkpoints.companions import has_companion
 from mergelab.checkpoints.folder import open_checkpoint, weights_sha256
 from mergelab.checkpoints.json_data import read_json_object
@@ -24,7 +31,35 @@ from mergelab.sae.variants.options import checked_options
 from mergelab.text.corpus_tokens import bos_of
 from mergelab.text.tokenizer import load_tokenizer
 
-__all__ = ["host_metadata", "open_data", "portable_data", "sae_metadata", "store_facts"]
+__all__ = [
+    "TrainingRows",
+    "host_metadata",
+    "open_data",
+    "portable_data",
+    "sae_metadata",
+    "store_facts",
+    "told_of_tokens",
+    "written_rule",
+]
+
+
+def told_of_tokens(kept: KeptRows) -> dict[str, Any]:
+    """What an SAE keeps of the rule by which its training took tokens, `token_rule`; nothing without one."""
+    return {} if kept.rule is None else {"token_rule": kept.rule.facts()}
+
+
+class TrainingRows(NamedTuple):
+    """The rows of a training.
+
+    Attributes:
+        source: the activations.
+        target: the targets, where they are others.
+        kept: which rows count.
+    """
+
+    source: ActivationSource
+    target: ActivationSource | None
+    kept: KeptRows
 
 
 def host_metadata(data: DataSection) -> dict[str, Any]:
@@ -139,8 +174,17 @@ def _read_model(folder: str) -> Model:
     return model_from_config(checkpoint.config, str(checkpoint.path / "config.json"))
 
 
-def open_data(section: DataSection, tokens: int) -> tuple[ActivationSource, ActivationSource | None]:
-    """The activations, and the targets where they are others.
+def written_rule(files: ActivationFiles) -> TokenRule | None:
+    """The strictest of the rules with which the stores of files were written; None where none is known."""
+    found = [TokenRule.of_facts(store_facts_of(Path(shard.path)).get("rule")) for shard in files.shards]
+    known = [rule for rule in found if rule is not None]
+    return known[0].strictest(*known) if known else None
+
+
+def open_data(section: DataSection, tokens: int) -> TrainingRows:
+    """The activations, the targets where they are others, and which rows count.
+
+    Generated rows all count.
 
     Args:
         section: section of a training's configuration.
@@ -165,7 +209,7 @@ def open_data(section: DataSection, tokens: int) -> tuple[ActivationSource, Acti
                 f"data.toy of {toy.n_features:,} features, {toy.d_in:,} wide, and {toy.rows:,} rows "
                 f"takes {readable_bytes(needed)}, more than this machine has; lower n_features, d_in or rows."
             )
-        return toy, None
+        return TrainingRows(toy, None, KeptRows())
     if section.kind == "model":
         for name in ("model", "site", "text"):
             if getattr(section, name) is None:
@@ -174,11 +218,19 @@ def open_data(section: DataSection, tokens: int) -> tuple[ActivationSource, Acti
         sites = [section.site, *([section.target_site] if section.target_site else [])]
         # A file that repeats the default asks for no more than one that leaves it out.
         length = None if section.context == DEFAULT_CONTEXT else section.context
-        # No more text than the training reads, but enough to shuffle.
-        text = section.text_options(max(tokens, section.buffer_rows))
-        found = open_model_activations(section.model, sites, section.texts, length=length, text=text)
-        return found.at(section.site), found.at(section.target_site) if section.target_site else None
+        # No more text than the training reads, of which some rows are left out, but enough to shuffle.
+        text = section.text_options(max(tokens + tokens // 4, section.buffer_rows))
+        found = open_model_activations(
+            section.model, sites, section.texts, length=length, rule=section.rule(), text=text
+        )
+        target = found.at(section.target_site) if section.target_site else None
+        return TrainingRows(
+            found.at(section.site), target, found.kept_rows(section.site, section.target_site)
+        )
     if section.path is None:
         raise SAEError("data.path is missing: data of kind 'files' needs the files' path or glob.")
     target = None if section.target_path is None else open_activation_files(section.target_path)
-    return open_activation_files(section.path), target
+    source = open_activation_files(section.path)
+    if target is not None and target.rows != source.rows:
+        return TrainingRows(source, target, KeptRows())  # which the stream refuses
+    return TrainingRows(source, target, kept_of_files(source, section.rule(written_rule(source)), target))

@@ -15,10 +15,13 @@ from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
 from mergelab.activations import Prefetch
+from mergelab.activations.kept import DEFAULT_RULE
+from mergelab.activations.stored_tokens import kept_of_rows
 from mergelab.errors import NonFiniteError, SAEError
 from mergelab.sae.formats.detect import save_sae
 from mergelab.sae.sae import SAE
 from mergelab.sae.training.config import TrainConfig, TrainSection, load_config
+from mergelab.sae.training.data import TrainingRows, told_of_tokens
 from mergelab.sae.training.start import start_training
 from mergelab.sae.training.step import make_step
 from mergelab.sae.training.trainer import DIVERGED, Progress, finish_training, train
@@ -98,6 +101,8 @@ def train_sae(
         progress: called with steps done, steps in all, and the metrics of a logged step.
         options: fields of the configuration's sections `sae` (`variant`, `n_latents`, `k`, ...) and `train`
             (`tokens`, `batch_size`, `lr`, `seed`, ...); they win over `data`'s. `steps` stands for `tokens`.
+            `max_norm_multiple` is that of the section `data`: rows longer than so many medians (10) are left
+            out; None for no limit.
             An array is trained on for 1,000 steps of 1,024 rows by default, or as many rows as it has.
 
     Raises:
@@ -121,7 +126,8 @@ def train_sae(
     start: dict[str, Any] = {"sae": {}, "data": {"kind": "files"}, "train": usual}
     settings = load_config(_with_options(start, options, mesh, metadata))
     devices = mesh if isinstance(mesh, Mesh) else None if mesh is None else make_mesh(mesh)
-    sae = _train(source, target, settings, devices, progress)
+    kept = kept_of_rows(source, settings.data.rule(), target)
+    sae = _train(TrainingRows(source, target, kept), settings, devices, progress)
     if out is not None:
         save_sae(sae, Path(out) / "final")
     return sae
@@ -140,8 +146,10 @@ def _with_options(
     section = {**config["train"], **trained}
     if "steps" in section:
         section["tokens"] = section.pop("steps") * section["batch_size"]
-    named = {name: value for name, value in options.items() if name not in trained}
-    changed = {**config, "sae": {**config["sae"], **named}, "train": section}
+    taken = {name: options[name] for name in DEFAULT_RULE.facts() if name in options}
+    named = {name: value for name, value in options.items() if name not in {*trained, *taken}}
+    data = {**config["data"], **taken}
+    changed = {**config, "sae": {**config["sae"], **named}, "data": data, "train": section}
     if mesh is not None:
         changed["mesh"] = dict(mesh.shape) if isinstance(mesh, Mesh) else dict(mesh)
     if metadata is not None:
@@ -150,15 +158,14 @@ def _with_options(
 
 
 def _train(
-    source: _ArrayRows,
-    target: _ArrayRows | None,
+    data: TrainingRows,
     settings: TrainConfig,
     mesh: Mesh | None,
     progress: Progress | None,
 ) -> SAE:
-    start = start_training(settings, source, target, mesh)
+    start = start_training(settings, data, mesh)
     variant, recipe = start.variant, start.recipe
-    state = start.state()
+    state, overview = start.begin()
     step = make_step(variant, recipe, mesh)
     summary: dict[str, float] = {}
     with Prefetch(start.stream, start.place) as batches:
@@ -175,5 +182,12 @@ def _train(
                     progress(number, recipe.steps, summary)
     told = settings.model_dump(mode="json", include={"sae", "train"}, exclude_defaults=True)
     training = {name: summary[name] for name in ("nmse", "l0", "dead_fraction") if name in summary}
-    known = {**settings.metadata, "variant": variant.name, "training": training, "settings": told}
+    known = {
+        **told_of_tokens(data.kept),
+        **settings.metadata,
+        "variant": variant.name,
+        "training": training,
+        "rows": overview.facts(),
+        "settings": told,
+    }
     return finish_training(variant, recipe, state, known, mesh)

@@ -15,7 +15,7 @@ from scipy.special import betaincinv
 
 from mergelab.errors import SAEError
 from mergelab.sae.kernels.rows import row_dot
-from mergelab.sae.sae import layer_norm
+from mergelab.sae.normalizations import layer_norm
 from mergelab.sae.training.config import TrainingRecipe
 from mergelab.sae.training.state import Affine, TrainState, state_shardings
 from mergelab.sae.training.update import automatic_learning_rate, unit_rows

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from mergelab.activations import ActivationSource, ActivationStream, Batch
+from mergelab.activations import ActivationStream, Batch
 from mergelab.errors import SAEError
 from mergelab.sae.training.config import TrainConfig, TrainingRecipe
+from mergelab.sae.training.data import TrainingRows
 from mergelab.sae.training.initialize import SAMPLE_ROWS, initialize
 from mergelab.sae.training.memory import check_memory
+from mergelab.sae.training.overview import Overview, draw_sample
 from mergelab.sae.training.state import TrainState, batch_part, place_batch
 from mergelab.sae.variants import Variant
 
@@ -39,20 +41,22 @@ class Start:
     stream: ActivationStream
     mesh: Mesh | None
 
-    def state(self) -> TrainState:
-        """The state before the first step, from a sample drawn like a batch; the same in every process."""
-        sample = next(
-            ActivationStream(
-                self.stream.source,
-                min(self.stream.source.rows, SAMPLE_ROWS),
-                seed=self.settings.train.seed + 2**31,  # not the order of the training itself
-                target=self.stream.target,
-                buffer_rows=self.settings.data.buffer_rows,
-            )
+    def begin(self) -> tuple[TrainState, Overview]:
+        """The state before the first step, from a sample drawn like a batch, and what the sample looks like.
+
+        The same in every process.
+        """
+        seed = self.settings.train.seed
+        sample, overview = draw_sample(
+            self.stream,
+            SAMPLE_ROWS,
+            seed + 2**31,  # not the order of the training itself
+            buffer_rows=self.settings.data.buffer_rows,
+            tokens=self.recipe.tokens,
         )
-        key = jax.random.key(self.settings.train.seed)
         target = None if self.variant.d_out is None else sample.target
-        return initialize(self.variant, self.recipe, key, sample.input, target, mesh=self.mesh)
+        key = jax.random.key(seed)
+        return initialize(self.variant, self.recipe, key, sample.input, target, mesh=self.mesh), overview
 
     def place(self, batch: Batch) -> tuple[Array, Array]:
         """Inputs and targets of a batch on the devices; one array where they are the same rows."""
@@ -61,14 +65,13 @@ class Start:
         return x, x if batch.target is batch.input else put(batch.target)
 
 
-def start_training(
-    settings: TrainConfig, source: ActivationSource, target: ActivationSource | None, mesh: Mesh | None
-) -> Start:
-    """A training on `source`, checked against the devices and their memory.
+def start_training(settings: TrainConfig, data: TrainingRows, mesh: Mesh | None) -> Start:
+    """A training on rows, checked against the devices and their memory.
 
     Raises:
         SAEError: the devices cannot share a batch, or the training does not fit into their memory.
     """
+    source, target, kept = data
     recipe = settings.train.build()
     variant = settings.sae.build(source.d_in, None if target is None else target.d_in)
     parts = 1 if mesh is None else mesh.shape.get("data", 1)
@@ -86,5 +89,6 @@ def start_training(
         buffer_rows=settings.data.buffer_rows,
         process=part,
         processes=processes,
+        kept=kept,
     )
     return Start(settings, recipe, variant, stream, mesh)

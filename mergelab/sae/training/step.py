@@ -11,7 +11,7 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from mergelab.sae.kernels.collectives import Shards
-from mergelab.sae.sae import layer_norm
+from mergelab.sae.normalizations import layer_norm
 from mergelab.sae.training.aux_k import aux_k_gradients
 from mergelab.sae.training.config import TrainingRecipe
 from mergelab.sae.training.state import TrainState, mesh_axes, state_specs

@@ -25,10 +25,11 @@ from mergelab.sae.formats import load_sae, save_sae
 from mergelab.sae.sae import SAE, SAEConfig, sae_shardings
 from mergelab.sae.training.checkpoints import TOKENS, Checkpoints
 from mergelab.sae.training.config import TrainConfig, TrainingRecipe, load_config
-from mergelab.sae.training.data import host_metadata, open_data, sae_metadata
+from mergelab.sae.training.data import host_metadata, open_data, sae_metadata, told_of_tokens
 from mergelab.sae.training.finish import finished_sae, transcodes
 from mergelab.sae.training.folder import KnownOfRun, RunFolder
 from mergelab.sae.training.inputs import read_once
+from mergelab.sae.training.overview import Overview
 from mergelab.sae.training.start import Start, start_training
 from mergelab.sae.training.state import TrainState
 from mergelab.sae.training.step import Metrics, Step, make_step
@@ -116,9 +117,10 @@ def train(
     out: str | Path,
     *,
     resume: bool = False,
-    overrides: Sequence[str] = (),
+    overrides: str | Sequence[str] = (),
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Result:
     """Trains a sparse autoencoder and writes it to `OUT/final`.
 
@@ -136,6 +138,7 @@ def train(
         progress: function that is called for every logged step.
         notice: function that is told what the user should know, such as a damaged checkpoint that was passed
             over; a Python warning if None.
+        tell: function that is told, line by line, what the rows look like before the first step.
 
     Raises:
         SAEError: the configuration or the data is wrong, or another than that of the run to resume, or the
@@ -154,7 +157,7 @@ def train(
             steps, metrics = known
             found = load_sae(folder.final, mesh=mesh)
             return Result(Path(out) / "final", found, steps, metrics, Trace(), resumed=True)
-        return _train(settings, Path(out), folder, progress, notice)
+        return _train(settings, Path(out), folder, progress, notice, tell)
 
 
 def _warn(message: str) -> None:
@@ -167,25 +170,29 @@ def _train(
     folder: RunFolder,
     progress: Progress | None,
     notice: Callable[[str], None],
+    tell: Callable[[str], None] | None,
 ) -> Result:
-    source, target = open_data(settings.data, settings.train.build().tokens)
+    data = open_data(settings.data, settings.train.build().tokens)
     mesh = None if settings.mesh is None else make_mesh(settings.mesh)
-    start = start_training(settings, source, target, mesh)
+    start = start_training(settings, data, mesh)
     variant, recipe = start.variant, start.recipe
     distributed = jax.process_count() > 1
     with together("reading the data", distributed=distributed):
         folder.check_inputs()
         if jax.process_index() == 0:
-            read_once(source, target)
+            read_once(data.source, data.target)
     # An SAE remembers whose features it holds, so that it is never judged on another model. The process
     # that writes this asks alone: a model's digest takes reading all of it.
     host = host_metadata(settings.data) if jax.process_index() == 0 else {}
-    known = {**host, **settings.metadata}
+    known = {**host, **told_of_tokens(data.kept), **settings.metadata}
     # Sites that contradict the data are an error now, not after the training.
     SAEConfig("relu", sites=variant.sites, transcoder=transcodes(variant, known), metadata=known)
-    state = start.state()
-    if settings.start_from is not None and not folder.begun:
+    state, overview = start.begin()
+    if settings.start_from is not None:
         state = started_from(settings.start_from, variant, recipe, state, notice)
+    if tell is not None and jax.process_index() == 0:
+        for line in overview.lines():
+            tell(line)
     step = make_step(variant, recipe, mesh)
     with together("writing the run's folder", distributed=distributed):
         folder.claim(KnownOfRun(variant.d_in, variant.d_out, known))
@@ -194,7 +201,7 @@ def _train(
         if done is not None:
             state, place = _restored(checkpoints, done, start, state)
             start.stream.restore(place)
-        run = _Run(start, step, checkpoints, out, progress)
+        run = _Run(start, overview, step, checkpoints, out, progress)
         try:
             state, trace = run.steps(state, done or 0)
         except CheckpointError:
@@ -202,7 +209,7 @@ def _train(
                 folder.disclaim()
             raise
     summary = {name: value for name, value in run.last.items() if name != "step"}
-    metadata = sae_metadata(settings, variant.name, known, summary)
+    metadata = sae_metadata(settings, variant.name, known, summary) | {"rows": overview.facts()}
     sae = finish_training(variant, recipe, state, metadata, mesh)
     save_sae(sae, out / "final", overwrite=folder.begun)
     with together("noting the result", distributed=distributed):
@@ -221,7 +228,8 @@ def _restored(
     like = replace(like, average=like.params if before.ema_decay else {})
     state, place = checkpoints.restore(step, like, recipe.batch_size)
     # More text is read for more tokens: the order is another from here on.
-    return extended_state(state, before, recipe), {**place, "rows": start.stream.source.rows}
+    now = start.stream.state()
+    return extended_state(state, before, recipe), {**place, **{n: now[n] for n in ("rows", "kept_rows")}}
 
 
 def _done(checkpoints: Checkpoints, folder: RunFolder, notice: Callable[[str], None]) -> int | None:
@@ -240,9 +248,16 @@ class _Run:
     """The loop: steps, lines of metrics one logged step late, checkpoints, and the guard."""
 
     def __init__(
-        self, start: Start, step: Step, checkpoints: Checkpoints, out: Path, progress: Progress | None
+        self,
+        start: Start,
+        overview: Overview,
+        step: Step,
+        checkpoints: Checkpoints,
+        out: Path,
+        progress: Progress | None,
     ) -> None:
         self.start, self.recipe, self.step, self.checkpoints = start, start.recipe, step, checkpoints
+        self.overview = overview
         self.every, self.log_every = start.settings.checkpoint.every, start.settings.checkpoint.log_every
         self.out, self.progress = out, progress
         self.last: dict[str, float] = {}
@@ -252,7 +267,7 @@ class _Run:
 
     def steps(self, state: TrainState, done: int) -> tuple[TrainState, Trace]:
         if jax.process_index() == 0:
-            config = self.start.settings.model_dump(mode="json")
+            config = self.start.settings.model_dump(mode="json") | {"rows": self.overview.facts()}
             self._file = MetricsFile(self.out / "metrics.jsonl", done)
             self._loggers = [self._file]
             self._loggers = [*open_loggers(self.start.settings.log_to, self.out, config, done), self._file]

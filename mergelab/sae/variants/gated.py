@@ -27,11 +27,12 @@ class Gated(Variant):
     fixed, which trains the gate.
 
     Attributes:
-        l1: the penalty's coefficient, for inputs of unit variance per coordinate.
+        l1: the penalty's coefficient, for inputs of unit variance per coordinate. The default recovers
+            toys of 5 and 6 features a token (`mergelab.sae.toy`); a quarter of it finds no feature.
         l1_warmup: fraction of the training over which it rises from 0.
     """
 
-    l1: float = 1e-2
+    l1: float = 4e-2
     l1_warmup: float = 0.05
 
     name: ClassVar[str] = "gated"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import pytest
 
 from mergelab.errors import SAEError
 from mergelab.quickstart import small_llama
-from mergelab.sae.evaluation.downstream import compute_equivalent, evaluate_downstream, loss_curve
+from mergelab.sae.evaluation.downstream import evaluate_downstream
+from mergelab.sae.evaluation.training_curve import LossCurve, compute_equivalent, loss_curve, open_loss_curve
 from mergelab.sharding import make_mesh
 from tests.sae.evaluation.trained_model import SubjectModel
 
@@ -50,3 +53,51 @@ def test_what_is_no_curve_is_said(subject: SubjectModel, checkpoints: Path, tmp_
         small_llama.save(params, small, tmp_path / "other" / str(step))
     with pytest.raises(SAEError, match="another shape"):
         loss_curve(tmp_path / "other", subject.source)
+
+
+def measured(truth: Mapping[int, float], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Steps whose checkpoints were run, of a curve that is known."""
+    asked: list[int] = []
+
+    def measure(curve: LossCurve, path: Path) -> float:
+        asked.append(int(path.name))
+        return truth[int(path.name)]
+
+    monkeypatch.setattr(LossCurve, "_measure", measure)
+    return asked
+
+
+@pytest.mark.parametrize("loss", [9.0, 4.2, 3.1, 2.5, 2.01, 1.0])
+def test_few_of_many_checkpoints_place_a_loss(
+    subject: SubjectModel, monkeypatch: pytest.MonkeyPatch, loss: float
+) -> None:
+    truth = {step: 2 + 8 / step**0.5 for step in range(4, 4004, 8)}
+    asked = measured(truth, monkeypatch)
+    curve = LossCurve({step: Path(str(step)) for step in truth}, subject.source)
+    whole = np.array(list(truth), np.float64), np.array(list(truth.values()))
+    np.testing.assert_equal(compute_equivalent(*curve.around(loss), loss), compute_equivalent(*whole, loss))
+    assert len(asked) <= 17 < len(truth)
+    assert len(set(asked)) == len(asked)
+    before = len(asked)
+    curve.around(loss)
+    assert len(asked) == before  # what is known is not measured again
+
+
+def test_a_curve_that_rises_is_measured_whole(subject: SubjectModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = {step: 10 - step / 100 for step in range(1, 401)}
+    curve = LossCurve({step: Path(str(step)) for step in truth}, subject.source)
+    asked = measured(truth, monkeypatch)
+    curve.around(100.0)
+    assert len(asked) < 10
+    truth[asked[4]] += 5
+    measured(truth, monkeypatch)
+    again = LossCurve(curve.folders, subject.source)
+    assert again.around(8.0)[0].tolist() == list(truth)
+
+
+def test_checkpoints_are_told_apart_without_reading_them(subject: SubjectModel, checkpoints: Path) -> None:
+    curve = open_loss_curve(checkpoints, subject.source)
+    before = curve.identity()
+    assert before == open_loss_curve(checkpoints, subject.source).identity()
+    os.utime(checkpoints / "9" / "model.safetensors", ns=(1, 1))
+    assert curve.identity() != before

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mergelab.activations.left_out import count_left_out
 from mergelab.errors import SAEError
 from mergelab.models.load import load_model
 from mergelab.quickstart import small_llama
-from mergelab.sae.evaluation.downstream import Downstream, compute_equivalent, evaluate_downstream
+from mergelab.sae.evaluation.downstream import Downstream, evaluate_downstream
 from mergelab.sae.evaluation.scorecard import scorecard
+from mergelab.sae.evaluation.training_curve import compute_equivalent
 from mergelab.sae.features.survey import survey
 from mergelab.sae.sae import SAE, SAEConfig, at_sites
 from mergelab.sae.subject_model import check_subject_model, open_subject_model
@@ -37,15 +39,19 @@ def test_losses_are_those_of_forward_passes(subject: SubjectModel, found: Downst
     source, tokens = subject.source, jnp.asarray(subject.source.tokens)
     x = source.model.apply(source.params, tokens, capture=[SITE]).captured[SITE]
     x_hat = subject.sae(x.reshape(-1, 32)).reshape(x.shape)
-    mean = jnp.broadcast_to(x.mean(axis=(0, 1), keepdims=True), x.shape)
+    kept = (np.arange(LENGTH)[None] > 0) & ~np.isin(source.tokens, source.special_ids)
+    norms = np.linalg.norm(np.asarray(x), axis=-1)
+    assert norms.max() < 10 * np.median(norms[kept])  # this model has no sinks
+    mean = jnp.broadcast_to(jnp.asarray(np.asarray(x)[kept].mean(axis=0)), x.shape)
     logp = []
-    for value in (x, x_hat, jnp.zeros_like(x), mean):
+    for changed in (x, x_hat, jnp.zeros_like(x), mean, x_hat):
+        value = changed if len(logp) == 4 else jnp.where(kept[..., None], changed, x)
         logits = source.model.apply(source.params, tokens, edit={SITE: lambda _, v=value: v}).logits
         assert logits is not None
         logp.append(np.asarray(jax.nn.log_softmax(logits[:, :-1]), np.float64))
     targets = np.asarray(tokens[:, 1:, None])
     wanted = [-np.take_along_axis(p, targets, axis=-1).mean() for p in logp]
-    got = [found.ce, found.ce_spliced, found.ce_zero, found.ce_mean]
+    got = [found.ce, found.ce_spliced, found.ce_zero, found.ce_mean, found.ce_everywhere]
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
     kl = (np.exp(logp[0]) * (logp[0] - logp[1])).sum(axis=-1).mean()
     assert found.kl == pytest.approx(kl, rel=1e-4) and found.tokens == targets.size
@@ -110,4 +116,5 @@ def test_an_sae_is_judged_on_the_site_it_says_it_reads(subject: SubjectModel) ->
     for use in (evaluate_downstream, survey, scorecard):
         with pytest.raises(SAEError, match=r"reads 'blocks\.0\.resid_post', but the activations are of"):
             use(subject.sae, elsewhere)
-    assert survey(at_sites(subject.sae, "blocks.1.resid_post"), elsewhere, latents=[]).rows == elsewhere.rows
+    counted = count_left_out(elsewhere).kept
+    assert survey(at_sites(subject.sae, "blocks.1.resid_post"), elsewhere, latents=[]).rows == counted

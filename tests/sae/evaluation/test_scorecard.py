@@ -96,6 +96,9 @@ def test_what_cannot_be_measured_is_said(subject: SubjectModel) -> None:
         scorecard(subject.sae, subject.source, Options(metrics=["probing"]))
     with pytest.raises(SAEError, match="an encoder's embeddings"):
         scorecard(subject.sae, subject.source, Options(metrics=["embeddings"]))
+    found = scorecard(subject.sae, subject.source, Options(metrics=["probing", "reconstruction"]))
+    assert "labels of tokens" in found.scores["probing"].against and np.isnan(found.values()["probing"])
+    assert found.values()["reconstruction.nmse"] > 0  # what is asked for beside it is measured
     one = replace(subject.source, tokens=subject.source.tokens[:1])
     with pytest.raises(SAEError, match="one context"):
         scorecard(subject.sae, one, Options(metrics=["reconstruction"]))

@@ -73,11 +73,13 @@ def test_every_name_of_a_site_means_that_site(layer: int, suffix: str) -> None:
         ("transformer.h.0", "blocks.0.resid_post"),
         ("encoder.layer.2", "blocks.2.resid_post"),
         ("resid_post_layer_8", "blocks.8.resid_post"),
-        # The norm's weights or none, and a module's input behind its norm: no site.
+        ("model.layers.9.pre_feedforward_layernorm.output", "blocks.9.mlp.input"),
+        ("layers.3.mlp.input", "blocks.3.mlp.input"),
+        ("blocks.3.mlp.hook_in", "blocks.3.mlp.input"),
+        ("blocks.3.mlp.hook_out", "blocks.3.mlp.out"),
+        ("hook_embed", "embed"),
+        # The norm's weights or none: no site.
         ("blocks.3.ln2.hook_normalized", None),
-        ("model.layers.9.pre_feedforward_layernorm.output", None),
-        ("layers.3.mlp.input", None),
-        ("blocks.3.mlp.hook_in", None),
         ("encoder.layer.2.attention", None),
         ("layers.x", None),
         ("blocks.3.hook_resid_post\n", None),

@@ -1,0 +1,147 @@
+"""What the rows of a training look like before its first step: what decides whether latents die."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mergelab.activations.kept import row_norms
+from mergelab.activations.left_out import LeftOut
+from mergelab.activations.stream import ActivationStream, Batch
+from mergelab.errors import SAEError
+
+__all__ = ["Overview", "draw_sample"]
+
+_QUANTILES = {"min": 0.0, "1 %": 0.01, "median": 0.5, "99 %": 0.99, "max": 1.0}
+
+_FAR = 3.0
+"""A mean so many times as long as the spread is worth a warning: many latents may never fire."""
+
+
+@dataclass(frozen=True)
+class Overview:
+    """Rows of a sample, less those that do not count.
+
+    Attributes:
+        rows: number of rows of the source.
+        kept_rows: number of rows of an epoch: those that count by their place.
+        epochs: times that the training goes through them.
+        sampled: what of the sample was left out for its norm, and where.
+        limit: largest norm of a row that counts.
+        context: tokens in a context, where that is known.
+        offset: norm of the mean.
+        spread: root of the mean squared distance from the mean.
+        norms: quantiles of the norms of the rows that count, by name.
+    """
+
+    rows: int
+    kept_rows: int
+    epochs: float
+    sampled: LeftOut
+    limit: float
+    context: int | None
+    offset: float
+    spread: float
+    norms: Mapping[str, float]
+
+    def facts(self) -> dict[str, Any]:
+        """The figures as plain JSON data."""
+        return {
+            "rows": self.rows,
+            "kept_rows": self.kept_rows,
+            "epochs": self.epochs,
+            "sampled": self.sampled.facts(),
+            "norm_limit": self.limit if math.isfinite(self.limit) else None,
+            "offset": self.offset,
+            "spread": self.spread,
+            "norms": dict(self.norms),
+        }
+
+    def lines(self) -> list[str]:
+        """The figures in words, one line for each thing."""
+        left = self.rows - self.kept_rows
+        by_place = f", {left:,} of them left out by place" if left else ""
+        found = [f"data: {self.rows:,} rows{by_place}; {self.epochs:.3g} epochs of {self.kept_rows:,}"]
+        if self.sampled.by_norm:
+            of = "row" if self.context is None else "position"
+            found.append(
+                f"attention sinks: of {self.sampled.rows:,} rows {self.sampled.by_norm:,} are longer than "
+                f"{self.limit:,.4g} and left out, at {of} {self.sampled.where()}"
+            )
+        norms = ", ".join(f"{name} {value:.4g}" for name, value in self.norms.items())
+        ratio = self.offset / self.spread if self.spread else math.inf
+        far = "; many latents may die: train.center and train.normalize help" if ratio > _FAR else ""
+        found.append(f"norms: {norms}; the mean is {ratio:.3g} times as long as the spread about it{far}")
+        return found
+
+
+def draw_sample(
+    stream: ActivationStream, count: int, seed: int, *, buffer_rows: int, tokens: int
+) -> tuple[Batch, Overview]:
+    """Rows drawn like a batch, less those that are too long, and what they look like.
+
+    Args:
+        stream: the training's; its place stays what it is.
+        count: rows to draw, at most as many as there are.
+        seed: seed of the order.
+        buffer_rows: rows that are shuffled together.
+        tokens: rows of the whole training.
+
+    Raises:
+        SAEError: all of the rows are too long.
+    """
+    kept, source = stream.kept, stream.source
+    every = replace(kept, limit=math.inf, target_limit=math.inf)
+    drawn = next(
+        ActivationStream(
+            source,
+            min(stream.rows, count),
+            seed=seed,
+            target=stream.target,
+            buffer_rows=buffer_rows,
+            kept=every,
+        )
+    )
+    short = kept.short_enough(drawn.input, drawn.target)
+    left_out = LeftOut()
+    if short.all():
+        left_out.rows = len(short)
+        sample = drawn
+    else:
+        long = drawn.rows[~short]
+        places = long if kept.context is None else long % kept.context
+        left_out.rows, left_out.by_norm = len(short), len(long)
+        left_out.places.update(places.tolist())
+        x = drawn.input[short]
+        y = x if drawn.target is drawn.input else drawn.target[short]
+        sample = Batch(x, y, drawn.rows[short])
+    if not len(sample.input):
+        raise SAEError(
+            f"none of {left_out.rows} sampled rows is short enough (max_norm_multiple); raise it, or set it "
+            "to null for no limit."
+        )
+    return sample, _overview(stream, sample.input, left_out, tokens)
+
+
+def _overview(stream: ActivationStream, x: np.ndarray, left_out: LeftOut, tokens: int) -> Overview:
+    mean = x.mean(axis=0, dtype=np.float64)
+    norms = row_norms(x)
+    square = float((norms * norms).mean()) - float(mean @ mean)
+    return Overview(
+        rows=stream.source.rows,
+        kept_rows=stream.rows,
+        epochs=tokens / stream.rows,
+        sampled=left_out,
+        limit=stream.kept.limit,
+        context=stream.kept.context,
+        offset=float(np.linalg.norm(mean)),
+        spread=math.sqrt(max(square, 0.0)),
+        norms={
+            name: float(value)
+            for name, value in zip(_QUANTILES, np.quantile(norms, list(_QUANTILES.values())), strict=True)
+        },
+    )

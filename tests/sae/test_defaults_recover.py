@@ -1,0 +1,31 @@
+"""What each variant finds of a toy ground truth with nothing set but its number of latents."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mergelab.sae import ToyGroundTruth, train_sae
+from mergelab.sae.features import recovery
+from mergelab.sae.variants import VARIANTS
+
+STEPS, BATCH = 1500, 512
+TOY = ToyGroundTruth(d_in=64, n_features=256, l0=6.0, exponent=0.6, rows=STEPS * BATCH, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_defaults_recover_nearly_every_feature(variant: str) -> None:
+    k = {"k": 8} if "k" in VARIANTS[variant].__dataclass_fields__ else {}
+    rows = TOY.read(0, STEPS * BATCH)
+    sae = train_sae(rows, n_latents=512, variant=variant, batch_size=BATCH, steps=STEPS, **k)
+    found = recovery(TOY.features, np.asarray(sae.W_dec))
+    assert found.above > 0.95, found
+
+
+@pytest.mark.slow
+def test_too_small_a_penalty_recovers_nothing() -> None:
+    """The control: a gated SAE at the penalty that others use for another scale of the loss."""
+    rows = TOY.read(0, STEPS * BATCH)
+    sae = train_sae(rows, n_latents=512, variant="gated", batch_size=BATCH, steps=STEPS, l1=0.01)
+    assert recovery(TOY.features, np.asarray(sae.W_dec)).above < 0.05

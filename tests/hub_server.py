@@ -81,7 +81,8 @@ class HubServer:
 
     def fetched(self) -> list[str]:
         """The files whose content was asked for."""
-        found = (re.fullmatch(r"GET /[^/]+/[^/]+/resolve/[^/]+/(.+)", line) for line in self.asked)
+        pattern = r"GET (?:/datasets)?/[^/]+/[^/]+/resolve/[^/]+/(.+)"
+        found = (re.fullmatch(pattern, line) for line in self.asked)
         return sorted(match[1] for match in found if match)
 
     def __enter__(self) -> HubServer:
@@ -139,15 +140,15 @@ class _Handler(BaseHTTPRequestHandler):
             (r"/api/whoami-v2", self._whoami),
             (r"/api/validate-yaml", self._validate),
             (r"/api/repos/create", self._create),
-            (r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", self._info),
-            (r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", self._tree),
-            (r"/api/models/([^/]+/[^/]+)/paths-info/(.+)", self._paths),
+            (r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/revision/(.+))?", self._info),
+            (r"/api/(?:models|datasets)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", self._tree),
+            (r"/api/(?:models|datasets)/([^/]+/[^/]+)/paths-info/(.+)", self._paths),
             (r"/api/models/([^/]+/[^/]+)/preupload/(.+)", self._preupload),
             (r"/api/models/([^/]+/[^/]+)/commit/(.+)", self._commit),
             (r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", self._batch),
             (r"/lfs/(\w+)", self._upload),
             (r"/verify", lambda body: self._json({})),
-            (r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self._resolve),
+            (r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self._resolve),
         ):
             if match := re.fullmatch(pattern, path):
                 answer(*match.groups(), body)

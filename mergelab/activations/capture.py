@@ -465,14 +465,14 @@ def open_model_activations(
     """
     model, text = local_path(model), text or TextOptions()
     sites = [sites] if isinstance(sites, str) else sites
-    texts = [texts] if isinstance(texts, str | Path | CorpusFile) else texts
-    files = [file for one in texts for file in ([one] if isinstance(one, CorpusFile) else corpus_files(one))]
+    given = [texts] if isinstance(texts, str | Path | CorpusFile) else texts
+    files = [file for one in given for file in ([one] if isinstance(one, CorpusFile) else corpus_files(one))]
     checkpoint = open_checkpoint(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what there is to say of the configuration is said when it is loaded
         shape = model_from_config(checkpoint.config, str(checkpoint.path / "config.json"))
     size = window_length(shape, length, default)
-    stopped = Event()
+    tokenizer, stopped = load_tokenizer(model), Event()
 
     def check(ids: np.ndarray) -> None:
         if stopped.is_set():

@@ -330,7 +330,7 @@ def _fill(
         _write(held, work.path / _TOKENS)
         medians = dict(zip(source.sites, source.median_norms, strict=True))
         told = {**facts, "median_norms": medians, "left_out": left_out.facts()}
-        write_whole(work.path / "store.json", json.dumps(told, indent=2) + "\n")
+        write_whole(work.path / _FACTS, json.dumps(told, indent=2) + "\n")
         work.keep_only(names)
 
 

@@ -62,12 +62,12 @@ PART = _Part()
     "--dtype", type=click.Choice(["float32", "bfloat16", "int8"]), default="float32", show_default=True,
     help="Stored dtype; int8 keeps a scale for each row.",
 )  # fmt: skip
-@token_options
 @click.option(
     "--compute-dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Dtype of the running model's weights (default: as stored); float32 is fastest on most CPUs.",
 )  # fmt: skip
 @TEXT
+@token_options
 @click.option(
     "--part", type=PART, default="1/1", show_default=True, metavar="N/COUNT",
     help="Share of the documents: every COUNT-th, from the N-th on; each machine has an OUT of its own.",
@@ -120,7 +120,7 @@ def command(
     ):
         rule = token_rule(given, DEFAULT_RULE)
         source = open_model_activations(
-            model, sites, files, length=context, dtype=compute_dtype, text=options, rule=rule
+            model, sites, files, length=context, dtype=compute_dtype, rule=rule, text=options
         )
         left_out = LeftOut()
 

@@ -323,16 +323,9 @@ def _on_text(
     first = opened[0]
     _check_same_sites(sources, opened)
     any_model = options["any_model"]
-    rule = token_rule(options, judging_rule(*opened))
+    rule, asked_text = token_rule(options, judging_rule(*opened)), text_options(options)
     subject = open_subject_model(
-        first,
-        model,
-        texts,
-        length=length,
-        any_model=any_model,
-        mesh=mesh,
-        rule=rule,
-        text=text_options(options),
+        first, model, texts, length=length, any_model=any_model, mesh=mesh, rule=rule, text=asked_text
     )
     checked = [check_subject_model(one, model, any_model=any_model) for one in opened]
     for one, known in zip(opened, checked, strict=True):

@@ -113,12 +113,11 @@ def command(
     title, model_name, model_text = source.name, model.name, str(model)
     source, model = sae_path(source), local_path(model)
     wider = None if wider is None else sae_path(wider)
-    files, asked = corpus_files(texts), text_options(given)
+    files = corpus_files(texts)
     read = [file.path for file in files if file.path is not None]
     inputs = [source, model, *read, *([] if wider is None else [wider])]
+    names = [file.name for file in files]
     options = (
-        [file.name for file in files],
-        sorted(given.items()),
         site,
         target_site,
         context,
@@ -126,6 +125,8 @@ def command(
         examples,
         explain,
         any_model,
+        names,
+        sorted(given.items()),
     )
     with NewFiles(
         [path for path in (out, neuronpedia) if path is not None],
@@ -134,7 +135,7 @@ def command(
     ) as new_files:
         sae = at_sites(open_sae(source), site, target_site)
         devices = None if mesh is None else make_mesh(mesh)
-        rule = token_rule(given, judging_rule(sae))
+        rule, asked = token_rule(given, judging_rule(sae)), text_options(given)
         subject = open_subject_model(
             sae, model, texts, length=context, any_model=any_model, mesh=devices, rule=rule, text=asked
         )
@@ -181,7 +182,7 @@ def command(
                 sae_set=title,
                 layer=layer,
                 prompts=(subject.tokens.shape[0], subject.tokens.shape[1]),
-                dataset=", ".join(path.name for path in texts),
+                dataset=", ".join(Path(text).name for text in texts),
             )
             contents[neuronpedia] = json.dumps(batch, ensure_ascii=False).encode()
         new_files.publish(contents)

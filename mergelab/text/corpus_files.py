@@ -169,7 +169,7 @@ def _on_hub(place: HubPlace, told: str) -> list[CorpusFile]:
         raise CorpusError(f"{told} does not exist on this machine, and {reason}") from None
     found = _inside(names, place, told)
     at = HubPlace(place.repo, commit)
-    return [CorpusFile(f"{at}:{name}", None, partial(_fetch, at, name)) for name in found]
+    return [CorpusFile(f"{at}:{name}", None, partial(_fetch, place, commit, name)) for name in found]
 
 
 def _listing(hub: Any, place: HubPlace) -> tuple[list[str], str]:
@@ -182,21 +182,19 @@ def _listing(hub: Any, place: HubPlace) -> tuple[list[str], str]:
     return [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()], folder.name
 
 
-def _fetch(place: HubPlace, name: str) -> Path:
+def _fetch(place: HubPlace, commit: str, name: str) -> Path:
     hub = hub_client()
+    options = {"repo_type": "dataset", "endpoint": hub.constants.ENDPOINT}
     try:
         with quiet_off_terminals(hub):
-            path = hub.hf_hub_download(
-                place.repo,
-                name,
-                repo_type="dataset",
-                revision=place.revision,
-                endpoint=hub.constants.ENDPOINT,
-            )
+            # The revision as it was asked for, so that the cache knows it too where there is no network.
+            path = Path(hub.hf_hub_download(place.repo, name, revision=place.revision, **options))
+            if commit not in path.parts:  # which has moved on meanwhile
+                path = Path(hub.hf_hub_download(place.repo, name, revision=commit, **options))
     except Exception as error:
         reason = hub_reason(error, place, kind="data set")
-        raise CorpusError(f"{place}:{name} cannot be fetched: {reason}") from None
-    return Path(path)
+        raise CorpusError(f"{place.repo}: {name} cannot be fetched: {reason}") from None
+    return path
 
 
 def _inside(names: Sequence[str], place: HubPlace, told: str) -> list[str]:

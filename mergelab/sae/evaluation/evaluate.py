@@ -199,10 +199,10 @@ def _on_model(
         contexts.tokens,
         tuple(sites),
         framed=contexts.framed,
-        rule=rule,
-        special_ids=tokenizer.special_ids,
         counted=contexts.counted,
         text=options,
+        rule=rule,
+        special_ids=tokenizer.special_ids,
     )
     check_modules(sae, source)
     check_reads(sae, source)

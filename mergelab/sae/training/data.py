@@ -224,8 +224,8 @@ def open_data(section: DataSection, tokens: int) -> TrainingRows:
         sites = [section.site, *([section.target_site] if section.target_site else [])]
         # A file that repeats the default asks for no more than one that leaves it out.
         length = None if section.context == DEFAULT_CONTEXT else section.context
-        # No more text than the training reads, but enough to shuffle.
-        text = section.text_options(max(tokens, section.buffer_rows))
+        # No more text than the training reads, of which some rows are left out, but enough to shuffle.
+        text = section.text_options(max(tokens + tokens // 4, section.buffer_rows))
         found = open_model_activations(
             section.model, sites, section.texts, length=length, rule=section.rule(), text=text
         )

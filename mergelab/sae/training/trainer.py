@@ -188,11 +188,11 @@ def _train(
     # Sites that contradict the data are an error now, not after the training.
     SAEConfig("relu", sites=variant.sites, transcoder=transcodes(variant, known), metadata=known)
     state, overview = start.begin()
+    if settings.start_from is not None:
+        state = started_from(settings.start_from, variant, recipe, state, notice)
     if tell is not None and jax.process_index() == 0:
         for line in overview.lines():
             tell(line)
-    if settings.start_from is not None and not folder.begun:
-        state = started_from(settings.start_from, variant, recipe, state, notice)
     step = make_step(variant, recipe, mesh)
     with together("writing the run's folder", distributed=distributed):
         folder.claim(KnownOfRun(variant.d_in, variant.d_out, known))
@@ -228,7 +228,8 @@ def _restored(
     like = replace(like, average=like.params if before.ema_decay else {})
     state, place = checkpoints.restore(step, like, recipe.batch_size)
     # More text is read for more tokens: the order is another from here on.
-    return extended_state(state, before, recipe), {**place, "rows": start.stream.source.rows}
+    now = start.stream.state()
+    return extended_state(state, before, recipe), {**place, **{n: now[n] for n in ("rows", "kept_rows")}}
 
 
 def _done(checkpoints: Checkpoints, folder: RunFolder, notice: Callable[[str], None]) -> int | None:

@@ -182,10 +182,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("gated", "transcoder") else pytest.param(name, marks=pytest.mark.slow)
-        for name in VARIANTS
-    ],
+    [name if name == "transcoder" else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS],
 )
 def test_a_warm_start_is_the_inverse_of_the_finish(name: str) -> None:
     kind = "topk" if name == "transcoder" else name
@@ -206,6 +203,7 @@ def test_a_warm_start_is_the_inverse_of_the_finish(name: str) -> None:
     np.testing.assert_allclose(found(x), sae(x), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_rows_of_other_norms_are_the_same_function() -> None:
     variant = make_variant("gated", d_in=16, n_latents=32)
     assert variant.unit_decoder
@@ -230,6 +228,7 @@ def test_rows_of_other_norms_are_the_same_function() -> None:
     np.testing.assert_allclose(found(ROWS), sae(ROWS), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_training_starts_from_an_sae_of_any_format(folder: Path, tmp_path: Path) -> None:
     save_sae(load_sae(folder / "whole" / "final"), tmp_path / "there", "saelens")
     first = []

@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks.machine import describe
 from benchmarks.minilm_tables import OURS, render
 from benchmarks.table import replace_section
-from mergelab.activations.capture import halves, open_model_activations
+from mergelab.activations.model_activations import halves, open_model_activations
 from mergelab.activations.store import write_store
 from mergelab.checkpoints.folder import weights_sha256
 from mergelab.quickstart.corpus import Corpus, gather

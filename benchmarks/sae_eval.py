@@ -27,7 +27,7 @@ from benchmarks.machine import describe
 from benchmarks.sae_peers.problem import TRAINERS, Arrays, Problem
 from benchmarks.sae_step import REPOSITORY, run_worker
 from benchmarks.table import replace_section
-from mergelab.activations.capture import ModelActivations, contexts_of_texts, halves
+from mergelab.activations.model_activations import ModelActivations, contexts_of_texts, halves
 from mergelab.models.load import load_model
 from mergelab.quickstart import small_llama
 from mergelab.quickstart.corpus import DOMAINS, Corpus, gather

@@ -7,18 +7,18 @@ from mergelab.lazy import lazy_names
 
 if TYPE_CHECKING:
     from mergelab.activations.batches import bucket_size, pad_prompts
-    from mergelab.activations.capture import (
+    from mergelab.activations.capture import stream_sites
+    from mergelab.activations.kept import EVERY_TOKEN, KeptRows, TokenRule
+    from mergelab.activations.left_out import LeftOut, count_left_out
+    from mergelab.activations.losses import summed_loss
+    from mergelab.activations.model_activations import (
         ModelActivations,
         SiteActivations,
         contexts_of_texts,
         cut_contexts,
         halves,
         open_model_activations,
-        stream_sites,
     )
-    from mergelab.activations.kept import EVERY_TOKEN, KeptRows, TokenRule
-    from mergelab.activations.left_out import LeftOut, count_left_out
-    from mergelab.activations.losses import summed_loss
     from mergelab.activations.sentences import SentenceEncoder, load_sentence_encoder, pool
     from mergelab.activations.statistics import Statistics, fisher, gram, write_statistics
     from mergelab.activations.store import (

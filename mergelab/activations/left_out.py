@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mergelab.activations.capture import ModelActivations
+from mergelab.activations.model_activations import ModelActivations
 
 __all__ = ["LeftOut", "count_left_out"]
 

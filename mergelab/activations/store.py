@@ -19,8 +19,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mergelab.activations.capture import ModelActivations
 from mergelab.activations.left_out import LeftOut
+from mergelab.activations.model_activations import ModelActivations
 from mergelab.activations.store_pieces import read_in_pieces
 from mergelab.checkpoints import TensorSource, open_safetensors
 from mergelab.checkpoints.folder import weights_sha256

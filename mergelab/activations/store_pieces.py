@@ -9,7 +9,7 @@ from time import monotonic
 
 import numpy as np
 
-from mergelab.activations.capture import ModelActivations
+from mergelab.activations.model_activations import ModelActivations
 from mergelab.checkpoints import open_safetensors
 from mergelab.checkpoints.manifest import digest_file
 from mergelab.checkpoints.new_files import write_tensors

@@ -100,9 +100,9 @@ def command(
       mergelab activations model --site blocks.2.mlp.pre --site blocks.2.mlp.out --text a.txt --out acts \\
           --dtype int8
     """
-    from mergelab.activations.capture import open_model_activations
     from mergelab.activations.kept import DEFAULT_RULE
     from mergelab.activations.left_out import LeftOut
+    from mergelab.activations.model_activations import open_model_activations
     from mergelab.activations.store import write_store
     from mergelab.checkpoints.locations import local_path
     from mergelab.checkpoints.publish import WorkFolder

@@ -396,7 +396,7 @@ def _curve(path: Path | None, source: Any, mesh: Any) -> Any:
     """The loss curve of the option, or None."""
     import numpy as np
 
-    from mergelab.activations.capture import halves
+    from mergelab.activations.model_activations import halves
     from mergelab.checkpoints.json_data import read_json
     from mergelab.errors import MergelabError, SAEError
     from mergelab.sae.evaluation.training_curve import open_loss_curve

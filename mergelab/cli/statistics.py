@@ -66,7 +66,7 @@ def command(
 
     from tqdm import tqdm
 
-    from mergelab.activations.capture import open_model_activations
+    from mergelab.activations.model_activations import open_model_activations
     from mergelab.activations.statistics import write_statistics
     from mergelab.checkpoints.folder import stat_sha256
     from mergelab.checkpoints.locations import local_path

@@ -19,7 +19,7 @@ from jax.core import Tracer
 from jax.tree_util import Partial
 from jaxtyping import Float, Int
 
-from mergelab.activations.capture import side_by_side
+from mergelab.activations.model_activations import side_by_side
 from mergelab.errors import SAEError
 from mergelab.interp.token_selection import Columns, Generated, Tokens, chosen_tokens, select_tokens
 from mergelab.models.sites import Edit

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mergelab.activations.capture import ModelActivations, contexts_of_texts
+from mergelab.activations.model_activations import ModelActivations, contexts_of_texts
 from mergelab.checkpoints.publish import publish_file
 from mergelab.models.load import load_model
 from mergelab.quickstart.corpus import TextDocument

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
-from mergelab.activations.capture import ModelActivations
 from mergelab.activations.kept import median_norm, row_norms
+from mergelab.activations.model_activations import ModelActivations
 from mergelab.sae.sae import SAE
 
 __all__ = ["Belonging", "check_belongs", "warn_where_foreign"]

@@ -11,8 +11,8 @@ import numpy as np
 from jax import Array
 from jax.tree_util import Partial
 
-from mergelab.activations.capture import ModelActivations, side_by_side
 from mergelab.activations.kept import short_enough
+from mergelab.activations.model_activations import ModelActivations, side_by_side
 from mergelab.errors import SAEError
 from mergelab.models.sites import Edit
 from mergelab.sae.sae import SAE

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergelab.activations.capture import DEFAULT_CONTEXT, ModelActivations, open_model_activations
 from mergelab.activations.kept import DEFAULT_RULE, TokenRule
+from mergelab.activations.model_activations import DEFAULT_CONTEXT, ModelActivations, open_model_activations
 from mergelab.checkpoints.folder import weights_sha256
 from mergelab.checkpoints.locations import local_path
 from mergelab.errors import SAEError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mergelab.activations import store_pieces
-from mergelab.activations.capture import ModelActivations
+from mergelab.activations.model_activations import ModelActivations
 from mergelab.activations.store import find_activation_files, open_activation_files, write_store
 from mergelab.errors import CheckpointError
 from mergelab.sae.training.config import DataSection

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from tokenizers import processors
 
-from mergelab.activations.capture import SiteActivations, halves, open_model_activations
+from mergelab.activations.model_activations import SiteActivations, halves, open_model_activations
 from mergelab.cli.main import cli
 from mergelab.errors import CorpusError
 from mergelab.quickstart import small_llama

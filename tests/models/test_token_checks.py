@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mergelab.activations.capture import ModelActivations, capture
+from mergelab.activations.capture import capture
 from mergelab.activations.losses import summed_loss
+from mergelab.activations.model_activations import ModelActivations
 from mergelab.decoding import generate
 from mergelab.errors import DecodingError, TokenError
 from mergelab.interp.lens import logit_lens, read_lens, train_tuned_lens

@@ -7,8 +7,8 @@ from functools import cache
 import jax
 import numpy as np
 
-from mergelab.activations.capture import ModelActivations
 from mergelab.activations.kept import DEFAULT_RULE, TokenRule
+from mergelab.activations.model_activations import ModelActivations
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model, Params
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mergelab.activations.capture import ModelActivations
+from mergelab.activations.model_activations import ModelActivations
 from mergelab.models.families import model_from_config
 from mergelab.sae import check_belongs
 from mergelab.sae.belonging import warn_where_foreign

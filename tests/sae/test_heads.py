@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mergelab.activations import ActivationStream
-from mergelab.activations.capture import ModelActivations
+from mergelab.activations.model_activations import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.interp.latent_edits import ablate
 from mergelab.interp.latent_edits import splice as splice_at

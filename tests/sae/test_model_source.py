@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from mergelab.activations import ActivationStream, open_activation_files, store
-from mergelab.activations.capture import ModelActivations, open_model_activations
+from mergelab.activations.model_activations import ModelActivations, open_model_activations
 from mergelab.activations.store import quantized, write_store
 from mergelab.checkpoints.output_target import OutputLock
 from mergelab.cli.main import cli

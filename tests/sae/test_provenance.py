@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mergelab.activations.capture import ModelActivations
+from mergelab.activations.model_activations import ModelActivations
 from mergelab.activations.store import write_store
 from mergelab.checkpoints.folder import weights_sha256
 from mergelab.errors import CheckpointError

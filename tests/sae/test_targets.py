@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mergelab.activations.capture import ModelActivations, open_model_activations
 from mergelab.activations.kept import EVERY_TOKEN
+from mergelab.activations.model_activations import ModelActivations, open_model_activations
 from mergelab.activations.store import write_store
 from mergelab.cli.main import cli
 from mergelab.cli.options import open_sae

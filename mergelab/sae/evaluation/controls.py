@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from mergelab.activations import ActivationStream
-from mergelab.activations.capture import ModelActivations
+from mergelab.activations.model_activations import ModelActivations
 from mergelab.errors import SAEError, did_you_mean
 from mergelab.sae.sae import SAE
 from mergelab.sae.training.config import TrainingRecipe

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mergelab.activations.capture import ModelActivations
 from mergelab.activations.left_out import count_left_out
 from mergelab.activations.losses import UNEMBEDDED, token_losses
+from mergelab.activations.model_activations import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.model import Model
 from mergelab.models.residual_stream import require_decoder

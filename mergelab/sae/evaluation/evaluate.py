@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float
 
-from mergelab.activations.capture import ModelActivations
 from mergelab.activations.kept import TokenRule, median_norm, row_norms
 from mergelab.activations.left_out import LeftOut
+from mergelab.activations.model_activations import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.model import Model, Params
 from mergelab.models.token_checks import check_tokens, window_length

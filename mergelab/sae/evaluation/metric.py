@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mergelab.activations.capture import ModelActivations, halves
+from mergelab.activations.model_activations import ModelActivations, halves
 from mergelab.errors import SAEError
 from mergelab.sae.sae import SAE
 

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import numpy as np
 
-from mergelab.activations.capture import ModelActivations
 from mergelab.activations.left_out import LeftOut
+from mergelab.activations.model_activations import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.sae.activation_functions import is_active
 from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores

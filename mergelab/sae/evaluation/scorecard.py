@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mergelab.activations.capture import ModelActivations
+from mergelab.activations.model_activations import ModelActivations
 from mergelab.checkpoints.json_data import parse_json_object
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.text_file import read_bytes

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mergelab.activations.capture import ModelActivations
+from mergelab.activations.model_activations import ModelActivations
 from mergelab.activations.sentences import Pooling, pool
 from mergelab.errors import SAEError
 from mergelab.models.model import Model

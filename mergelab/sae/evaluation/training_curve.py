@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mergelab.activations.capture import ModelActivations
 from mergelab.activations.losses import UNEMBEDDED, token_losses
+from mergelab.activations.model_activations import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.load import load_model
 from mergelab.models.model import Model

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mergelab.activations.capture import ModelActivations, halves
+from mergelab.activations.model_activations import ModelActivations, halves
 from mergelab.sae.features.explanations import Explanation, Match
 from mergelab.sae.features.logit_effects import LogitEffects, logit_effects, writes_stream
 from mergelab.sae.features.matching import Child

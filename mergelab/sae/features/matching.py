@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mergelab.activations.capture import ModelActivations
+from mergelab.activations.model_activations import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.sae.features.survey import survey
 from mergelab.sae.sae import SAE

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mergelab.activations.capture import ModelActivations
+from mergelab.activations.model_activations import ModelActivations
 from mergelab.models.model import Model
 from mergelab.sae.features.explanations import Explanation, Match, Pattern, judge_explanation
 from mergelab.sae.features.survey import Example

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mergelab.activations.capture import ModelActivations
+from mergelab.activations.model_activations import ModelActivations
 from mergelab.sae.sae import SAE
 from mergelab.sae.splice import encode_batches
 

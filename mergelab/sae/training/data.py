@@ -13,8 +13,8 @@ from mergelab.activations import (
     find_activation_files,
     open_activation_files,
 )
-from mergelab.activations.capture import DEFAULT_CONTEXT, open_model_activations
 from mergelab.activations.kept import KeptRows, TokenRule
+from mergelab.activations.model_activations import DEFAULT_CONTEXT, open_model_activations
 from mergelab.activations.stored_tokens import kept_of_files, store_facts_of
 from mergelab.checkpoints.companions import has_companion
 from mergelab.checkpoints.folder import open_checkpoint, weights_sha256

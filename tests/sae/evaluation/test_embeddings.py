@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from mergelab.activations.capture import ModelActivations
+from mergelab.activations.model_activations import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.load import load_model
 from mergelab.sae.evaluation.metric import Evidence, Options

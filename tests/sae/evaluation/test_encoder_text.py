@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mergelab.activations.capture import cut_contexts
+from mergelab.activations.model_activations import cut_contexts
 from mergelab.errors import SAEError
 from mergelab.sae.evaluation.metric import Evidence, Options
 from mergelab.sae.evaluation.probing_tasks import label_texts

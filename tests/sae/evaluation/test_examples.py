@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mergelab.activations.capture import ModelActivations
+from mergelab.activations.model_activations import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.families import model_from_config
 from mergelab.quickstart import small_llama

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mergelab.activations.capture import ModelActivations
+from mergelab.activations.model_activations import ModelActivations
 from mergelab.errors import OutputError, SAEError
 from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Score
 from mergelab.sae.evaluation.scorecard import (

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mergelab.activations.capture import ModelActivations
+from mergelab.activations.model_activations import ModelActivations
 from mergelab.sae.evaluation.explanation_loss import score_explanations
 from mergelab.sae.features.explanations import Explanation, Pattern, judge_explanation
 from mergelab.sae.features.n2g import AlteredText, explain, find_patterns, match_explanations

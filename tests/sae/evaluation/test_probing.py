@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mergelab.activations.capture import contexts_of_texts
+from mergelab.activations.model_activations import contexts_of_texts
 from mergelab.errors import SAEError
 from mergelab.sae.evaluation.probing import best_probes, fit_logistic, probe_losses, sparse_probe
 from mergelab.sae.evaluation.probing_tasks import TASKS, character_labels, label_texts

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mergelab.activations.capture import halves
+from mergelab.activations.model_activations import halves
 from mergelab.errors import SAEError
 from mergelab.sae.evaluation.controls import control_sae, random_model
 from mergelab.sae.evaluation.downstream import evaluate_downstream

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from mergelab.activations.capture import ModelActivations, open_model_activations
+from mergelab.activations.model_activations import ModelActivations, open_model_activations
 from mergelab.models.families import model_from_config
 from mergelab.models.save import save_model
 from mergelab.quickstart.corpus import sources_folder

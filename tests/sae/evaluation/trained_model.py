@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mergelab.activations.capture import ModelActivations, open_model_activations
+from mergelab.activations.model_activations import ModelActivations, open_model_activations
 from mergelab.checkpoints.folder import weights_sha256
 from mergelab.quickstart import small_llama
 from mergelab.quickstart.corpus import sources_folder

@@ -134,6 +134,8 @@ def test_the_installation_leaves_the_runtimes_jax_alone(
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
 def test_the_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert PRINTED[path.name] in execute(nbformat.read(path, as_version=4), tmp_path, monkeypatch)
+    # And once more where its folder is there, as after a lost runtime.
+    assert PRINTED[path.name] in execute(nbformat.read(path, as_version=4), tmp_path, monkeypatch)
 
 
 def test_a_failing_cell_would_fail_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,10 +36,10 @@ __all__ = ["abliterate"]
 def abliterate(
     source: str | Path,
     out: str | Path,
-    harmful: Sequence[str] | None = None,
-    harmless: Sequence[str] | None = None,
+    harmful: str | Sequence[str] | None = None,
+    harmless: str | Sequence[str] | None = None,
     *,
-    borderline: Sequence[str] | None = None,
+    borderline: str | Sequence[str] | None = None,
     direction: SavedDirection | None = None,
     settings: AbliterationSettings | None = None,
     text: str | None = None,
@@ -125,7 +125,9 @@ def abliterate(
 
 
 def _texts(
-    harmful: Sequence[str] | None, harmless: Sequence[str] | None, borderline: Sequence[str] | None
+    harmful: str | Sequence[str] | None,
+    harmless: str | Sequence[str] | None,
+    borderline: str | Sequence[str] | None,
 ) -> tuple[dict[str, list[str]], bool]:
     """The prompts by kind, and whether they are the built-in ones."""
     built_in = harmful is None and harmless is None
@@ -138,8 +140,9 @@ def _texts(
             f"{one} prompts were given without {other} ones; give both, as alike as possible in all else, or "
             "neither for the built-in sets."
         )
-    found = check_counts({"harmful": harmful, "harmless": harmless, "borderline": borderline or []})
-    return found, built_in
+    given = {"harmful": harmful, "harmless": harmless, "borderline": borderline or []}
+    one_or_more = {kind: [texts] if isinstance(texts, str) else texts for kind, texts in given.items()}
+    return check_counts(one_or_more), built_in
 
 
 def _with_trace(error: SearchError, out: Path, inputs: Iterable[str | Path]) -> SearchError:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
         ModelActivations,
         SiteActivations,
         contexts_of_texts,
-        cut_contexts,
         halves,
         open_model_activations,
     )
@@ -48,7 +47,6 @@ __all__ = [
     "capture",
     "contexts_of_texts",
     "count_left_out",
-    "cut_contexts",
     "find_activation_files",
     "fisher",
     "gram",

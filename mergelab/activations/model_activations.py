@@ -29,7 +29,6 @@ from mergelab.models.token_checks import check_tokens, window_length
 from mergelab.text.contexts import StoredTokens, TextContexts, text_contexts
 from mergelab.text.corpus import TextOptions, documents, documents_of_texts
 from mergelab.text.corpus_files import CorpusFile, corpus_files
-from mergelab.text.packing import pack_stream
 from mergelab.text.tokenizer import load_tokenizer
 
 __all__ = [
@@ -37,7 +36,6 @@ __all__ = [
     "ModelActivations",
     "SiteActivations",
     "contexts_of_texts",
-    "cut_contexts",
     "halves",
     "open_model_activations",
     "side_by_side",
@@ -245,31 +243,6 @@ def contexts_of_texts(folder: Path, texts: str | Sequence[str], length: int) -> 
         SAEError: the texts do not fill one context.
     """
     return text_contexts(load_tokenizer(folder), documents_of_texts(texts), length).tokens
-
-
-def cut_contexts(
-    documents: Sequence[Sequence[int]], length: int, separator: int | None, frame: tuple[int, int] | None
-) -> np.ndarray:
-    """Documents joined and cut: int32 `[contexts, length]`, without the rest.
-
-    Args:
-        documents: sequences of numbers, such as token ids.
-        length: tokens per context, its frame included.
-        separator: follows each document; None for none.
-        frame: begins and ends each context; None for none.
-
-    Raises:
-        SAEError: they do not fill one context.
-    """
-    room = length if frame is None else length - 2
-    packed = pack_stream(documents, room, separator=separator) if room > 0 else None
-    whole = packed.tokens[packed.mask.all(axis=1)] if packed is not None else np.zeros((0, 0), np.int32)
-    if not len(whole):
-        raise SAEError(f"the texts do not fill one context of {length} tokens; give more text.")
-    if frame is None:
-        return whole
-    begin, end = (np.full((len(whole), 1), token, np.int32) for token in frame)
-    return np.concatenate([begin, whole, end], axis=1)
 
 
 def open_model_activations(

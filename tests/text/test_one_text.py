@@ -122,10 +122,11 @@ def test_one_prompt_is_answered_once(folder: Path) -> None:
 
 
 def test_one_prompt_is_too_few_to_find_a_direction(folder: Path, tmp_path: Path) -> None:
+    several = [f"{TEXT} {number}" for number in range(5)]
     with pytest.raises(MergelabError, match="there are 1 harmful prompts"):
-        abliterate(folder, tmp_path / "out", TEXT, [TEXT] * 5)
+        abliterate(folder, tmp_path / "out", TEXT, several)
     with pytest.raises(MergelabError, match="there are 1 harmless prompts"):
-        abliterate(folder, tmp_path / "out", [TEXT] * 5, TEXT)
+        abliterate(folder, tmp_path / "out", several, TEXT)
 
 
 def test_one_override_is_one() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mergelab.activations.model_activations import cut_contexts
+from mergelab.activations.model_activations import contexts_of_texts
 from mergelab.errors import SAEError
 from mergelab.sae.evaluation.metric import Evidence, Options
 from mergelab.sae.evaluation.probing_tasks import label_texts
@@ -25,7 +25,7 @@ def test_contexts_stand_between_the_tokenizers_marks(encoder: Encoder, subject: 
     assert len(ids) - inner.size < LENGTH - 2
     assert load_tokenizer(subject.folder).frame is None and not subject.source.framed
     with pytest.raises(SAEError, match="do not fill one context of 2"):
-        cut_contexts([ids], 2, None, (2, 3))
+        contexts_of_texts(encoder.folder, encoder.text.read_text(), 2)
 
 
 def test_labels_belong_to_the_framed_tokens(encoder: Encoder) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.remote import cache_folder
 from mergelab.errors import CorpusError
+from mergelab.platform import trim_memory
 from mergelab.text.corpus import Document, TextOptions
 from mergelab.text.corpus_tokens import TokenPiece, bos_of, token_pieces
 from mergelab.text.tokenizer import Tokenizer
@@ -123,6 +124,7 @@ class _Channel:
                     folder.mkdir(parents=True, exist_ok=True)
                     self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by `array`
                 self._drain(self._file)
+            trim_memory()  # tokenizing frees small pieces, of which a C library keeps ever more
 
     def _drain(self, file: IO[bytes]) -> None:
         for rows in self._rows:

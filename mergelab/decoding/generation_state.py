@@ -156,10 +156,10 @@ def unread(
     cache: Cache | None = None,
     slots: int | None = None,
 ) -> GenerationState:
-    """The state before anything is read; arguments as of `start`.
+    """The state before anything is read; see `start`.
 
     Args:
-        model: as there, and so on.
+        model: a decoder.
         params: its parameters.
         tokens: the prompts.
         mask: True for real tokens.

@@ -52,10 +52,10 @@ def rehearsing(
         model: a decoder.
         shapes: shape and dtype of each parameter, as `mergelab.models.load.parameter_shapes` tells them.
         length: number of tokens of the prompt.
-        max_new_tokens: as in `generate`.
-        sampler: as in `generate`.
-        stop: as in `generate`.
-        key: as in `generate`.
+        max_new_tokens: same as for `generate`.
+        sampler: same as for `generate`.
+        stop: same as for `generate`.
+        key: same as for `generate`.
         turns: whether the prompt is the first turn of a conversation (`mergelab.decoding.Memory`).
     """
     trim_memory()  # what a tokenizer's file took

@@ -52,7 +52,7 @@ def test_text_is_decoded_by_its_mark(tmp_path: Path, encoding: str, monkeypatch:
         (bz2.compress, "a.bz2"),
         (lzma.compress, "a.txt.xz"),
         (gzip.compress, "a.txt"),  # told by its content, whatever its name
-        (lambda raw: gzip.compress(raw[:50]) + gzip.compress(raw[50:]), "a.gz"),
+        (lambda raw: gzip.compress(raw[:50], mtime=0) + gzip.compress(raw[50:], mtime=0), "a.gz"),
     ],
 )
 def test_packed_text_is_unpacked(tmp_path: Path, pack: Callable[[bytes], bytes], name: str) -> None:
@@ -75,8 +75,8 @@ def _zip(raw: bytes) -> bytes:
         ("a.txt", b"\xff\xfe" + "abc".encode("utf-16-le") + b"\0\xd8", r"UTF-16-LE text \(byte 8\)"),
         ("a.txt", "é".encode() * 700_000 + b"\xc3", r"\(byte 1,400,000\)"),
         ("a.txt", _zip(b"text"), "is a zip archive, not a text; unpack it"),
-        ("a.gz", gzip.compress(TEXT.encode())[:-12], r"a\.gz cannot be read"),
-        ("a.txt.gz", gzip.compress(b"\xff\0\xff"), r"a\.txt\.gz cannot be read as UTF-8"),
+        ("a.gz", gzip.compress(TEXT.encode(), mtime=0)[:-12], r"a\.gz cannot be read"),
+        ("a.txt.gz", gzip.compress(b"\xff\0\xff", mtime=0), r"a\.txt\.gz cannot be read as UTF-8"),
         ("a.parquet", b"text", "is not the parquet file that its name says"),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer"),
         ("a.jsonl", b'{"text": "a"}\n{"text": ', r"a\.jsonl: line 2 is not valid JSON"),
@@ -96,7 +96,7 @@ def test_records_are_documents(tmp_path: Path) -> None:
     records = [{"text": "a\n\u2028b", "id": 1}, {"text": ""}, {"text": None}, {"text": "c", "other": "d"}]
     (tmp_path / "a.jsonl").write_bytes(lines(*records) + b"\n")
     (tmp_path / "a.json").write_text(json.dumps(records))
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines("e", {"text": "f", "other": "g"})))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines("e", {"text": "f", "other": "g"}), mtime=0))
     (tmp_path / "c.JSONL").write_bytes(lines({"text": "h"})[:-1])
     assert texts(tmp_path / "a.jsonl") == texts(tmp_path / "a.json") == ["a\n\u2028b", "c"]
     assert texts(tmp_path / "b.jsonl.gz") == ["e", "f"]

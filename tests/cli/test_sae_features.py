@@ -80,7 +80,8 @@ def test_eval_on_text_says_units_and_yardsticks(folder: Path) -> None:
     code, said = _invoke(*few, "--controls", "--control-steps", 2)
     header, _, *rows = said[said.index("score") :].splitlines()
     assert code == 0 and all(kind in header for kind in ("random", "frozen decoder", "random model"))
-    assert "reconstruction.nmse" in rows[0] and len(rows) == 9
+    named = [row.split()[0] for row in rows]
+    assert named[0] == "reconstruction.nmse" and "reconstruction.nmse_all" in named and len(rows) == 13
 
 
 def test_several_seeds_have_a_spread(folder: Path) -> None:

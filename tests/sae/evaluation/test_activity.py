@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mergelab.activations.kept import EVERY_TOKEN
 from mergelab.activations.model_activations import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.families import model_from_config
@@ -18,7 +19,7 @@ from tests.sae.evaluation.trained_model import SubjectModel
 
 
 def test_histograms_and_neighbors(subject: SubjectModel) -> None:
-    source = replace(subject.source, batch=16)  # the last pass is filled up
+    source = replace(subject.source, batch=16, rule=EVERY_TOKEN)  # the last pass is filled up
     found = survey(subject.sae, source, count=1)
     latents = np.flatnonzero(found.density > 0)[5:40]
     got = activity(read_codes(subject.sae, source), latents, found.peak, 32, bins=5, most=3)
@@ -42,7 +43,8 @@ def _alike(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_effects_on_logits_of_an_rms_norm(subject: SubjectModel) -> None:
     latents = np.array([3, 70, 9])
-    found = logit_effects(subject.sae, subject.source, latents, count=4, bins=7)
+    source = replace(subject.source, rule=EVERY_TOKEN)
+    found = logit_effects(subject.sae, source, latents, count=4, bins=7)
     model, params = subject.source.model, subject.source.params
     out = model.apply(params, jnp.asarray(subject.source.tokens[:32]), capture=["final_norm.scale"])
     scale = float(out.captured["final_norm.scale"].mean())
@@ -72,7 +74,7 @@ def test_a_layer_norm_is_centered_and_its_bias_is_no_effect() -> None:
     params = model.init(0)
     params["final_norm"]["bias"] = jnp.arange(16.0)
     tokens = np.arange(32, dtype=np.int32).reshape(4, 8)
-    source = ModelActivations(model, params, tokens, ("blocks.0.resid_post",), batch=4)
+    source = ModelActivations(model, params, tokens, ("blocks.0.resid_post",), batch=4, rule=EVERY_TOKEN)
     rows = np.random.default_rng(0).standard_normal((5, 16)).astype(np.float32)
     arrays = (jnp.zeros((16, 5)), jnp.zeros(5), jnp.asarray(rows), jnp.zeros(16))
     sae = SAE(*arrays, config=SAEConfig("relu"))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+from mergelab.activations.kept import EVERY_TOKEN
 from mergelab.activations.model_activations import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.load import load_model
@@ -29,7 +30,7 @@ SITE = "blocks.0.resid_post"
 def source() -> ModelActivations:
     model, params = tiny("bert")
     tokens = np.random.default_rng(0).integers(3, 61, (21, 12)).astype(np.int32)
-    return ModelActivations(model, params, tokens, (SITE,), batch=8)
+    return ModelActivations(model, params, tokens, (SITE,), batch=8, rule=EVERY_TOKEN)
 
 
 def _signed(d: int, scale: float = 1.0) -> SAE:

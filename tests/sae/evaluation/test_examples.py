@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mergelab.activations.kept import EVERY_TOKEN
 from mergelab.activations.model_activations import ModelActivations
 from mergelab.errors import SAEError
 from mergelab.models.families import model_from_config
@@ -25,7 +26,7 @@ def source() -> ModelActivations:
     )  # fmt: skip
     model = model_from_config(config.to_hf())
     tokens = np.random.default_rng(0).integers(0, 50, (21, 8)).astype(np.int32)
-    return ModelActivations(model, model.init(0), tokens, (SITE,), batch=4)
+    return ModelActivations(model, model.init(0), tokens, (SITE,), batch=4, rule=EVERY_TOKEN)
 
 
 def _sae(d_in: int) -> SAE:

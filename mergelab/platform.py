@@ -64,8 +64,14 @@ def trim_memory() -> None:
 
     A compiler or a parser leaves a hundred megabytes behind that nothing else may ever need.
     """
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+    if (trim := _malloc_trim()) is not None:
         trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    # Looked up once: a library that is opened anew each time leaves a little behind each time.
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def try_lock(fd: int) -> bool:

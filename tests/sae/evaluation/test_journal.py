@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mergelab.activations.model_activations import ModelActivations
-from mergelab.errors import OutputError, SAEError
+from mergelab.errors import OutputError
 from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Score
 from mergelab.sae.evaluation.scorecard import (
     METRICS,

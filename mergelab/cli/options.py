@@ -25,6 +25,7 @@ __all__ = [
     "TEXT",
     "check_push_option",
     "configure_jax",
+    "judged_text",
     "load_either",
     "open_sae",
     "push_output",
@@ -137,10 +138,26 @@ TEXT = _text_settings
 
 def text_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """The options of `mergelab.text.corpus.TextOptions` that were given on the command line."""
-    found = {n: given[n] for n in ("field", "bos", "packing", "roles") if given.get(n) is not None}
+    found = {n: given[n] for n in ("field", "bos", "packing", "roles", "tokens") if given.get(n) is not None}
     if found.get("bos") in ("true", "false"):
         found["bos"] = found["bos"] == "true"
     return found
+
+
+def judged_text(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say how much of the texts is judged: `tokens`, `contexts`."""
+    for option in (
+        click.option(
+            "--contexts", type=WholeNumber(1), help="Maximum number of contexts (default: all of the texts)."
+        ),
+        click.option(
+            "--tokens",
+            type=WholeNumber(1, 2**62),
+            help="Maximum number of tokens, in whole contexts (default: all of the texts).",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 PUSH = click.option(

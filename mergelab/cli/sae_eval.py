@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergelab.cli.numbers import Seed, WholeNumber
-from mergelab.cli.options import MESH, TEXT, text_options, token_options, token_rule
+from mergelab.cli.options import MESH, TEXT, judged_text, text_options, token_options, token_rule
 
 if TYPE_CHECKING:
     from mergelab.activations import ActivationFiles
@@ -60,6 +60,7 @@ class MetricsOption(click.Option):
     "Repeatable.",
 )
 @TEXT
+@judged_text
 @click.option("--site", help="Site the SAE reads, such as blocks.8.resid_post (default: as it says).")
 @click.option("--target-site", help="Site a transcoder writes (default: as it says).")
 @click.option(
@@ -325,7 +326,15 @@ def _on_text(
     any_model = options["any_model"]
     rule, asked_text = token_rule(options, judging_rule(*opened)), text_options(options)
     subject = open_subject_model(
-        first, model, texts, length=length, any_model=any_model, mesh=mesh, rule=rule, text=asked_text
+        first,
+        model,
+        texts,
+        length=length,
+        contexts=options["contexts"],
+        any_model=any_model,
+        mesh=mesh,
+        rule=rule,
+        text=asked_text,
     )
     checked = [check_subject_model(one, model, any_model=any_model) for one in opened]
     for one, known in zip(opened, checked, strict=True):
@@ -333,8 +342,10 @@ def _on_text(
         if one is not first and not known and not any_model:
             warn_where_foreign(one, subject)
     asked = None if options["metrics"] is None else [name.strip() for name in options["metrics"].split(",")]
+    count, size = subject.tokens.shape
+    labels = label_texts(model, texts, size, subject.text).labels
     resources = {
-        "labels": label_texts(model, texts, subject.tokens.shape[1], subject.text).labels,
+        "labels": {task: answers[:count] for task, answers in labels.items()},
         "mask_token": load_tokenizer(model).mask_id,
         "curve": _curve(options["curve"], subject, mesh),
     }

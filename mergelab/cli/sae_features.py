@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergelab.cli.numbers import WholeNumber
-from mergelab.cli.options import MESH, TEXT, text_options, token_options, token_rule
+from mergelab.cli.options import MESH, TEXT, judged_text, text_options, token_options, token_rule
 
 if TYPE_CHECKING:
     from mergelab.sae.sae import SAE
@@ -29,6 +29,7 @@ __all__ = ["command"]
     help="Text: file, glob, folder or data set. Repeatable.",
 )
 @TEXT
+@judged_text
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="New .html file.")
 @click.option("--site", help="Site the SAE reads, such as blocks.8.resid_post (default: as it says).")
 @click.option("--target-site", help="Site a transcoder writes (default: as it says).")
@@ -137,7 +138,15 @@ def command(
         devices = None if mesh is None else make_mesh(mesh)
         rule, asked = token_rule(given, judging_rule(sae)), text_options(given)
         subject = open_subject_model(
-            sae, model, texts, length=context, any_model=any_model, mesh=devices, rule=rule, text=asked
+            sae,
+            model,
+            texts,
+            length=context,
+            contexts=given["contexts"],
+            any_model=any_model,
+            mesh=devices,
+            rule=rule,
+            text=asked,
         )
         tokenizer = load_tokenizer(model)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def open_subject_model(
     site: str | None = None,
     target_site: str | None = None,
     length: int | None = None,
+    contexts: int | None = None,
     any_model: bool = False,
     mesh: Any = None,
     rule: TokenRule | None = None,
@@ -85,6 +87,7 @@ def open_subject_model(
         target_site: site that a transcoder writes; the one it says if None.
         length: tokens in a context; if None, what the SAE was trained with, or else 64, and never
             more than the model has positions.
+        contexts: largest number of contexts; all of the texts if None.
         any_model: accept other weights than the recorded ones.
         mesh: devices to spread the model over.
         rule: which tokens count; `judging_rule` of the SAE if None.
@@ -116,8 +119,9 @@ def open_subject_model(
         default=trained_context(sae),
         mesh=mesh,
         rule=judging_rule(sae) if rule is None else rule,
-        text=trained_text(sae, text),
+        text=_up_to(contexts, length or trained_context(sae), trained_text(sae, text)),
     )
+    source = source if contexts is None else source.contexts(slice(contexts))
     check_modules(sae, source)
     check_reads(sae, source)
     if len(sites) > 1:
@@ -125,6 +129,14 @@ def open_subject_model(
     if not (known or any_model or (len(sites) == 1 and not sae.is_autoencoder)):
         warn_where_foreign(sae, source, bos=lambda: load_tokenizer(local_path(model)).id_of("bos"))
     return source
+
+
+def _up_to(contexts: int | None, length: int, text: TextOptions) -> TextOptions:
+    """The options with which no more text is read than so many contexts hold."""
+    if contexts is None:
+        return text
+    tokens = contexts * length
+    return replace(text, tokens=tokens if text.tokens is None else min(tokens, text.tokens))
 
 
 def judging_rule(*saes: SAE) -> TokenRule:

@@ -76,12 +76,28 @@ def test_eval_on_text_says_units_and_yardsticks(folder: Path) -> None:
     kept = (*asked, "--keep", folder / "scores.jsonl", "--json")
     first, second = (_invoke(*kept)[1].splitlines()[-1] for _ in range(2))
     assert first == second and len((folder / "scores.jsonl").read_text().splitlines()) == 2
+    few = [*asked[:-1], "reconstruction", "--contexts", 6, "--json"]
+    code, said = _invoke(*few)
+    few_scores = json.loads(said.splitlines()[-1])["dictionaries"][str(folder / "seed0")]
+    assert code == 0 and "active in 45 tokens" in str(few_scores)
     few = [*asked[:-1], "reconstruction"]
     code, said = _invoke(*few, "--controls", "--control-steps", 2)
     header, _, *rows = said[said.index("score") :].splitlines()
     assert code == 0 and all(kind in header for kind in ("random", "frozen decoder", "random model"))
     named = [row.split()[0] for row in rows]
     assert named[0] == "reconstruction.nmse" and "reconstruction.nmse_all" in named and len(rows) == 13
+
+
+@pytest.mark.parametrize(("limit", "contexts"), [(("--contexts", 5), 5), (("--tokens", 40), 3), ((), 42)])
+def test_no_more_is_judged_than_was_asked(
+    folder: Path, tmp_path: Path, limit: tuple[object, ...], contexts: int
+) -> None:
+    common = ("--model", folder / "model", "--text", folder / "text.py", "--context", 16)
+    page = ("sae", "features", folder / "seed0", *common, "--out", tmp_path / "page.html", "--latents", 2)
+    code, said = _invoke(*page, *limit, "--json")
+    assert code == 0, said
+    found = json.loads(said)["rows"]
+    assert found == contexts * 15  # the first token of a context does not count
 
 
 def test_several_seeds_have_a_spread(folder: Path) -> None:

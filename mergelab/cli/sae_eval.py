@@ -93,6 +93,12 @@ class MetricsOption(click.Option):
     "[[step, loss], ...].",
 )
 @click.option(
+    "--latents",
+    "latents_file",
+    type=click.Path(path_type=Path),
+    help="New CSV file with a row for each latent of the one SOURCE (with --model): density, norms, cosines.",
+)
+@click.option(
     "--keep",
     type=click.Path(path_type=Path),
     help="File that keeps scores; those it holds are not computed again.",
@@ -121,6 +127,10 @@ def command(sources: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """
     if bool(options["data"]) == bool(options["model"] and options["texts"]):
         raise click.UsageError("give either --data, or both --model and --text.")
+    if options["latents_file"] is not None and (options["data"] or len(sources) > 1):
+        raise click.UsageError("--latents goes with --model and one SOURCE.")
+    if options["latents_file"] is not None and options["latents_file"].exists():
+        raise click.UsageError(f"--latents {options['latents_file']}: is there already; choose a new file.")
     if options["target_data"] and not options["data"]:
         raise click.UsageError("--target-data goes with --data; with --model it is --target-site.")
     if options["data"]:
@@ -349,6 +359,8 @@ def _on_text(
         "mask_token": load_tokenizer(model).mask_id,
         "curve": _curve(options["curve"], subject, mesh),
     }
+    if options["latents_file"] is not None:
+        _write_latents(options["latents_file"], sources, first, subject, texts)
     evidence, how = Evidence(subject, resources), Options(metrics=asked, seed=options["seed"])
     weights = weights_sha256(model) if options["keep"] else ""
 
@@ -374,6 +386,14 @@ def _on_text(
             kept = memory(first, kind, k, steps)
             columns[kind] = control_scorecard(kind, first, evidence, how, k=k, steps=steps, memory=kept)
     return columns, dict(columns[str(sources[0])].seconds), all(checked), opened
+
+
+def _write_latents(path: Path, sources: Sequence[Path], sae: SAE, subject: Any, texts: Sequence[str]) -> None:
+    from mergelab.checkpoints.publish import publish_file
+    from mergelab.sae.features.figures_of_latents import latents_csv
+
+    inputs = [*sources, *(Path(text) for text in texts if Path(text).exists())]
+    publish_file(path, latents_csv(sae, subject).encode(), inputs=inputs)
 
 
 def _check_same_sites(sources: Sequence[Path], saes: Sequence[SAE]) -> None:

@@ -76,8 +76,11 @@ def test_eval_on_text_says_units_and_yardsticks(folder: Path) -> None:
     kept = (*asked, "--keep", folder / "scores.jsonl", "--json")
     first, second = (_invoke(*kept)[1].splitlines()[-1] for _ in range(2))
     assert first == second and len((folder / "scores.jsonl").read_text().splitlines()) == 2
-    few = [*asked[:-1], "reconstruction", "--contexts", 6, "--json"]
+    table = folder / "latents.csv"
+    few = [*asked[:-1], "reconstruction", "--contexts", 6, "--latents", table, "--json"]
     code, said = _invoke(*few)
+    assert table.read_text().startswith("latent,density,") and table.read_text().count("\n") == 41
+    assert _invoke(*few)[0] == 2  # what is there stays
     few_scores = json.loads(said.splitlines()[-1])["dictionaries"][str(folder / "seed0")]
     assert code == 0 and "active in 45 tokens" in str(few_scores)
     few = [*asked[:-1], "reconstruction"]

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from mergelab.lazy import lazy_names
+from mergelab.sae.features.figures_of_latents import latent_figures, latents_csv
 from mergelab.sae.features.logit_effects import LogitEffects, logit_effects
 from mergelab.sae.features.survey import Activity, Example, Survey, activity, survey
 
@@ -59,7 +60,9 @@ __all__ = [
     "growing_prefixes",
     "hierarchy",
     "judge_explanation",
+    "latent_figures",
     "latent_table",
+    "latents_csv",
     "logit_effects",
     "make_gallery",
     "match_explanations",

@@ -127,7 +127,7 @@ def command(sources: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """
     if bool(options["data"]) == bool(options["model"] and options["texts"]):
         raise click.UsageError("give either --data, or both --model and --text.")
-    if options["latents_file"] is not None and (options["data"] or len(sources) > 1):
+    if options["latents_file"] is not None and (options["data"] or sources[1:]):
         raise click.UsageError("--latents goes with --model and one SOURCE.")
     if options["latents_file"] is not None and options["latents_file"].exists():
         raise click.UsageError(f"--latents {options['latents_file']}: is there already; choose a new file.")

@@ -173,7 +173,7 @@ def write_gemma_scope(sae: SAE, path: Path | WorkFolder) -> None:
 
 def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     with path.open("wb") as file:
-        np.savez(file, allow_pickle=False, **dict(arrays))
+        np.savez(file, **dict(arrays))  # `allow_pickle` would be an array before numpy 2.2
 
 
 def _hooks(sae: SAE) -> dict[str, str]:

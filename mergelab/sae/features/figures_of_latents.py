@@ -25,8 +25,8 @@ def latent_figures(sae: SAE, source: ModelActivations | None = None) -> dict[str
         source: its model on a text, for how often latents are active there.
 
     Returns:
-        Arrays by name: `latent`, its number; `density`, fraction of the tokens that count on which it is active, and
-        `mean_active`, its mean activation there, NaN where it never is (both with `source` only);
+        Arrays by name: `latent`, its number; `density`, fraction of the tokens that count on which it is
+        active, and `mean_active`, its mean activation there, NaN where it never is (both with `source` only);
         `encoder_norm`, `decoder_norm`; `encoder_bias`; `encoder_decoder_cosine` (NaN for other widths);
         `decoder_cosine`, the largest cosine of its decoder row with another's, and `nearest`, that latent.
         A cosine with a row of norm 0 is 0.

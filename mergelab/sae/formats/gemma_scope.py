@@ -173,7 +173,8 @@ def write_gemma_scope(sae: SAE, path: Path | WorkFolder) -> None:
 
 def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     with path.open("wb") as file:
-        np.savez(file, **dict(arrays))  # `allow_pickle` would be an array before numpy 2.2
+        named: dict[str, Any] = dict(arrays)  # `allow_pickle` would be one of them before numpy 2.2
+        np.savez(file, **named)
 
 
 def _hooks(sae: SAE) -> dict[str, str]:

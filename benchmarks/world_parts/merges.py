@@ -73,9 +73,9 @@ def measure(place: Place) -> Section:
         f"{place.turns} turns in one run. The difference is the largest of any weight between the two "
         "outputs, then as a fraction of the merge's largest change to the base; methods that draw at random "
         "are not compared. Checked apart from this run: ties differ in 138 of 134,515,008 weights, whose "
-        "changes are exactly as large as the smallest that is kept, so that either may be (breadcrumbs cut in "
-        "the same way); in multislerp, a float64 evaluation of the formula is 2e-7 from mergelab's embeddings "
-        "and 7e-3 from mergekit's, whose float32 sums run over 28 million values."
+        "changes are exactly as large as the smallest that is kept, so that either may be (breadcrumbs cut "
+        "in the same way); in multislerp, a float64 evaluation of the formula is 2e-7 from mergelab's "
+        "embeddings and 7e-3 from mergekit's, whose float32 sums run over 28 million values."
     )
     head = ("merge", "mergelab s", "mergekit s", "mergekit / mergelab", "largest difference", "of the change")
     return Section(note, head, rows)

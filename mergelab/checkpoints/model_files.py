@@ -87,10 +87,6 @@ def put_file(folder: Path, name: str, content: bytes | Path) -> None:
         name: one file name, or one in a folder that models have, with a slash: `1_Pooling/config.json`.
         content: what is in it, or where.
 
-    Args:
-        folder: the donor's folder or GGUF file.
-        merged_tokenizer: the files of a merged tokenizer, or None.
-
     Raises:
         CheckpointError: `name` is not such a name.
         OSError: it cannot be written.

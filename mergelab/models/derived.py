@@ -20,8 +20,9 @@ from mergelab.models.cache import ArrayLeaf
 from mergelab.models.sites import Shape, Tap
 from mergelab.models.table import Parameter, Parameters
 
-__all__ = ["Configuration", "Derived", "derive", "derive_blocks", "param"]
+__all__ = ["Configuration", "Derived", "derive", "derive_blocks", "draw", "param"]
 
+_VALUES = "values"  # the flax collection whose presence says that parameters get values in an abstract run
 _AXES = "axes"  # the flax collection that an abstract run fills with the axes of every parameter
 _BATCH, _LENGTH = (2, 3), (5, 7)  # the two calls whose shapes are compared: what differs is not fixed
 T = TypeVar("T")
@@ -65,6 +66,9 @@ def param(
     if module.is_mutable_collection(_AXES):
         module.put_variable(_AXES, name, axes)
         initial = _no_values
+    if module.is_mutable_collection(_VALUES):
+        with jax.ensure_compile_time_eval():
+            return module.param(name, initial, shape)
     return module.param(name, initial, shape)
 
 
@@ -107,6 +111,22 @@ def derive(module: nn.Module) -> Derived:
             )
         parameters[path] = Parameter(shape, axes[path])
     return Derived(parameters, {site: _symbolic(site, shape, second[site]) for site, shape in first.items()})
+
+
+def draw(module: nn.Module, key: Array) -> dict[str, Any]:
+    """Fresh parameters of a module that is called as `Model` calls it, drawn with a key that is not traced.
+
+    The pass is abstract. Only the draws are computed, each by itself: one small program for each shape, where a
+    program of the whole would hold the generator once for every parameter and take seconds to compile.
+    """
+    made: dict[str, Any] = {}
+
+    def call() -> None:
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        made.update(module.init(key, tokens, tokens, None, None, Tap({}), mutable=["params", _VALUES]))
+
+    jax.eval_shape(call)
+    return made["params"]
 
 
 def _run(module: nn.Module, batch: int, length: int) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from mergelab.errors import CheckpointError, MergelabError
 from mergelab.models.cache import ArrayLeaf, Cache, new_cache
-from mergelab.models.derived import Derived, derive_blocks
+from mergelab.models.derived import Derived, derive_blocks, draw
 from mergelab.models.saved_names import Spelling, is_buffer, is_other_head, spelling_of
 from mergelab.models.sites import Edit, Shape, Tap, TokenPlaces
 from mergelab.models.table import Leaf, Row, build_table
@@ -277,12 +277,11 @@ class Model:
     def init(self, seed: int) -> Params:
         """Fresh float32 parameters: embeddings of deviation 0.02, norm scales 1, kernels as in `Linear`."""
         module = self.family.architecture.module(self.config)
-
-        def start(key: Array) -> Any:
-            tokens = jnp.zeros((1, 1), jnp.int32)
-            return module.init(key, tokens, tokens, None, None, Tap({}), mutable=["params"])["params"]
-
-        return jax.jit(start)(jax.random.key(seed))
+        key = jax.random.key(seed)
+        if not isinstance(key, jax.core.Tracer):
+            return draw(module, key)
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return module.init(key, tokens, tokens, None, None, Tap({}), mutable=["params"])["params"]
 
     def apply(
         self,

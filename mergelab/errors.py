@@ -127,8 +127,14 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     if len(word) > MAX_QUOTED:  # comparing takes the square of the length, and no name is that long
         return ""
     near = [choice for choice in islice(choices, 10_000) if len(choice) <= 2 * MAX_QUOTED]
-    close = difflib.get_close_matches(word, near, n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    # Capitals and hyphens are the commonest slips, and count for little.
+    plain = {_plain(choice): choice for choice in reversed(near)}
+    close = difflib.get_close_matches(_plain(word), plain, n=1, cutoff=0.6)
+    return f" (did you mean {plain[close[0]]!r}?)" if close else ""
+
+
+def _plain(word: str) -> str:
+    return word.casefold().replace("-", "_")
 
 
 def dotted(path: Iterable[str | int]) -> str:

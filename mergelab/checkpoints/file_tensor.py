@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mergelab.checkpoints.source import TensorSource
-from mergelab.checkpoints.text_file import POINTER_BYTES, refuse_pointer
+from mergelab.checkpoints.text_file import PAGE_BYTES, POINTER_BYTES, is_web_page, refuse_pointer
 from mergelab.errors import CheckpointError
 from mergelab.platform import read_at
 
@@ -36,7 +36,7 @@ class WeightFile:
         """Notes the identity of the file at `path`.
 
         Raises:
-            CheckpointError: it is missing, not a regular file, unreadable, or a Git LFS pointer.
+            CheckpointError: it is missing, not a regular file, unreadable, a Git LFS pointer or a web page.
         """
         try:
             status = path.stat()
@@ -46,8 +46,11 @@ class WeightFile:
         if not path.is_file():
             raise CheckpointError(f"{path} is not a file; name a weight file or a model folder")
         file = cls(path, status.st_size, (status.st_ino, status.st_mtime_ns))
-        if file.size < POINTER_BYTES:
-            refuse_pointer(file.read(0, file.size, "its beginning"), str(path))
+        if file.size < PAGE_BYTES:
+            start = file.read(0, min(file.size, POINTER_BYTES), "its beginning")
+            refuse_pointer(start, str(path))
+            if is_web_page(start):
+                raise CheckpointError(f"{path} is a web page in place of weights; download the file again")
         return file
 
     def read_into(self, offset: int, out: memoryview, what: str) -> None:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mergelab.checkpoints.text_file import MAX_SETTINGS, read_bytes
+from mergelab.checkpoints.text_file import MAX_SETTINGS, is_web_page, read_bytes
 from mergelab.errors import CheckpointError, quoted, shortened
 
 __all__ = ["parse_json", "parse_json_object", "read_json", "read_json_object", "read_optional_json"]
@@ -81,6 +81,9 @@ def parse_json(raw: bytes, place: str, *, sizes_only: bool = False) -> Any:
             100 levels.
     """
     place = shortened(place, 200)
+    if is_web_page(raw) or not raw.strip():
+        what = "a web page in place of JSON" if raw.strip() else "empty"
+        raise CheckpointError(f"{place} is {what}; download or copy the file again")
     try:
         text = raw.decode("utf-8-sig")
         options: dict[str, Any] = {"parse_int": _integer, "parse_float": _float}

@@ -1,8 +1,9 @@
-"""Small text files, read within bounds; Git LFS pointers are told from content."""
+"""Small text files, read within bounds; Git LFS pointers and web pages are told from content."""
 
 from __future__ import annotations
 
 import os
+import re
 import stat
 
 from mergelab.errors import CheckpointError, MergelabError, shortened
@@ -11,7 +12,9 @@ __all__ = [
     "MAX_PROSE",
     "MAX_SETTINGS",
     "MAX_TABLE",
+    "PAGE_BYTES",
     "POINTER_BYTES",
+    "is_web_page",
     "read_bytes",
     "read_text",
     "refuse_pointer",
@@ -34,6 +37,16 @@ def refuse_pointer(start: bytes, place: str) -> None:
             f"{place} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, or "
             "download the file"
         )
+
+
+PAGE_BYTES = 4 * 2**20
+"""Web pages that a download leaves in place of a file are shorter than this."""
+_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml)", re.IGNORECASE)
+
+
+def is_web_page(start: bytes) -> bool:
+    """Whether a file that should hold something else begins as a web page, or a server's XML, does."""
+    return _PAGE.match(start) is not None
 
 
 MAX_SETTINGS = 64 * 2**20

@@ -20,10 +20,14 @@ from mergelab.models.layout import Box, normalize, whole
 from mergelab.models.model import Model, Params
 from mergelab.models.shard_reader import Reading, ShardReader
 from mergelab.models.table import Leaf, stored_shapes, tree_from_leaves
+from mergelab.platform import trim_memory
 from mergelab.processes import span_processes, together
 from mergelab.sharding import DEFAULT_RULES, Rules, named_sharding
 
 __all__ = ["check_dtype", "load_model", "load_params", "parameter_shapes"]
+
+_TRIMMED = 64 << 20
+"""Bytes loaded between two calls that give free memory back: casts and copies leave theirs in the heap."""
 
 
 def load_model(
@@ -140,10 +144,15 @@ def load_params(
         }
         # One leaf is read while the one before it goes to the devices.
         pending: tuple[Leaf, Reading] | None = None
+        untrimmed = 0
         for leaf in table:
             following = leaf, reader.start(leaf, _boxes(leaf, shardings[leaf]), dtypes[leaf])
             if pending is not None:
                 arrays[pending[0]] = _to_devices(reader, *pending, shardings[pending[0]])
+                untrimmed += arrays[pending[0]].nbytes
+            if untrimmed >= _TRIMMED:
+                trim_memory()
+                untrimmed = 0
             pending = following
         if pending is not None:
             arrays[pending[0]] = _to_devices(reader, *pending, shardings[pending[0]])

@@ -75,3 +75,25 @@ def test_one_shard_of_several_is_no_model(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
     (tmp_path / SHARDS[0]).rename(tmp_path / "model-00001-of-00001.safetensors")
     assert list(open_checkpoint(tmp_path).tensors) == ["t0"]
+
+
+@pytest.mark.parametrize(
+    "page", [b"<!DOCTYPE html>\n<html>", b"\xef\xbb\xbf\n<HTML>", b"<?xml version='1.0'?><Error>"]
+)
+def test_a_web_page_in_place_of_a_file_is_said_to_be_one(page: bytes, tmp_path: Path) -> None:
+    """What a proxy, a login or a missing file leaves behind where a download did not look at the status."""
+    page += b" not found " * 40
+    for name in ("model.safetensors", "pytorch_model.bin", "model.gguf"):
+        (tmp_path / name).write_bytes(page)
+        with pytest.raises(CheckpointError, match=rf"{name} is a web page in place of weights; download"):
+            open_checkpoint(tmp_path / name)
+    (tmp_path / "config.json").write_bytes(page)
+    with pytest.raises(CheckpointError, match=r"config\.json is a web page in place of JSON; download"):
+        read_json_object(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("nothing", [b"", b" \n"])
+def test_an_empty_json_file_is_said_to_be_empty(nothing: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(nothing)
+    with pytest.raises(CheckpointError, match=r"config\.json is empty; download"):
+        read_json_object(tmp_path / "config.json")

@@ -34,6 +34,8 @@ BAD = {
         LINEAR.replace("linear", "liner"),
         "unknown merge method 'liner' (did you mean 'linear'?)",
     ),
+    "method in capitals": (TIES.replace("ties", "TIES"), "method 'TIES' (did you mean 'ties'?)"),
+    "method with a hyphen": (TIES.replace("ties", "DARE-TIES"), "(did you mean 'dare_ties'?)"),
     "strange method": (LINEAR.replace("linear", "xyzzy"), "(known: arcee_fusion, breadcrumbs, "),
     "no models": (
         "merge_method: linear\n",
@@ -278,3 +280,8 @@ def test_a_missing_file_is_named(tmp_path, monkeypatch) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"merge_method: \xff\xfe")
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe("latin.yaml")
+
+
+def test_a_recipe_at_a_url_is_said_to_be_one() -> None:
+    with pytest.raises(RecipeError, match=r"r\.yaml' is a URL; download it and name the file"):
+        load_recipe("https://hub.example/r.yaml")

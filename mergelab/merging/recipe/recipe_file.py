@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +138,8 @@ def load_recipe(path: str | Path) -> Recipe:
     """
     path = Path(path)
     if not os.path.lexists(path):
+        if re.match(r"[a-z][a-z0-9+.-]*:/", str(path)):
+            raise RecipeError(f"recipe {quoted(str(path), 200)} is a URL; download it and name the file")
         raise RecipeError(f"recipe {quoted(str(path), 200)} does not exist (looked in {Path.cwd()})")
     try:
         text = read_text(path, MAX_RECIPE, error=RecipeError)

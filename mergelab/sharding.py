@@ -28,6 +28,7 @@ __all__ = [
     "describe_devices",
     "fill_sizes",
     "idle_devices",
+    "known_sae_axes",
     "make_mesh",
     "named_sharding",
     "partition_spec",
@@ -127,6 +128,17 @@ def check_axes(names: Iterable[str], axes: Collection[str]) -> None:
     """
     if faults := _axis_faults(names, axes):
         raise MeshError(faults)
+
+
+def known_sae_axes(sizes: Any) -> Any:
+    """The sizes as they are, for a validator of a configuration.
+
+    Raises:
+        ValueError: an axis means nothing to the training of an SAE.
+    """
+    if isinstance(sizes, Mapping) and (faults := _axis_faults(list(sizes)[:20], SAE_AXES)):
+        raise ValueError("; ".join(fault.removesuffix(".") for fault in faults))
+    return sizes
 
 
 def _axis_faults(names: Iterable[str], axes: Collection[str]) -> list[str]:

@@ -138,7 +138,7 @@ def device_count(topology: str) -> int:
 
 
 def slices(kind: str, most: int = 256) -> list[str]:
-    """The usual slices of a kind of chip, smallest first, of at most so many chips.
+    """The usual slices of a kind of chip, smallest first, of no more chips than `most`.
 
     >>> slices("v5e", 16), slices("v5p", 8)
     (['v5e:1x1', 'v5e:2x2', 'v5e:2x4', 'v5e:4x4'], ['v5p:1x1x1', 'v5p:2x2x1', 'v5p:2x2x2'])
@@ -218,8 +218,8 @@ class Roofline:
 def roofline(report: ChipReport, chip: Chip) -> Roofline:
     """A lower bound of a program's time, from the compiler's own counts; not a prediction.
 
-    A chip multiplies bfloat16 numbers. Products of float32 numbers are passes over bfloat16 parts of them: one at
-    JAX's default precision, which rounds them, three at `high`, six at `highest`.
+    A chip multiplies bfloat16 numbers. Products of float32 numbers take passes over bfloat16 parts: one
+    at JAX's default precision, which rounds them, three at `high`, six at `highest`.
     """
     exchanged = sum(collective.nbytes for collective in report.collectives)
     compute = report.flops * report.passes / chip.flops

@@ -109,7 +109,7 @@ def _on_mesh(leaf: Any) -> bool:
 
 
 def constrained(tree: T, sharding: NamedSharding | None) -> T:
-    """Within a program: rows where they belong; how other axes are split is left to the compiler."""
+    """Rows where they belong, within a program; how other axes are split is left to the compiler."""
     return tree if sharding is None else jax.tree.map(partial(_constrained, sharding=sharding), tree)
 
 

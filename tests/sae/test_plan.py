@@ -171,8 +171,8 @@ def test_a_float32_product_takes_the_passes_of_its_precision() -> None:
 
 def test_what_a_compiler_asked_for_is_read_from_its_error() -> None:
     long = (
-        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 48.79G "
-        "of 15.75G hbm. Exceeded capacity by 33.04G.\n\nTotal hbm usage >= 49.04G:\n    reserved 258.00M\n"
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in space hbm. Used 48.79G "
+        "of 15.75G hbm. Exceeded by 33.04G.\n\nTotal hbm usage >= 49.04G:\n    reserved 258.00M\n"
         "    program 40.00G\n    arguments 8.79G"
     )
     assert asked_for(long) == 40 * 2**30

@@ -9,23 +9,15 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    create_model,
-    field_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from mergelab.activations.kept import DEFAULT_RULE, TokenRule
 from mergelab.checkpoints.text_file import read_text
 from mergelab.checkpoints.yaml_data import MAX_DEPTH, parse_yaml
-from mergelab.errors import MeshError, SAEError, did_you_mean, quoted, shortened
+from mergelab.errors import SAEError, did_you_mean, quoted, shortened
 from mergelab.sae.variants import VARIANTS, Variant, make_variant
 from mergelab.sae.variants.options import checked_options
-from mergelab.sharding import SAE_AXES, check_axes
+from mergelab.sharding import known_sae_axes
 from mergelab.text.corpus import TextOptions
 
 __all__ = [
@@ -402,20 +394,12 @@ class TrainConfig(_Section):
     data: DataSection
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
-    mesh: dict[str, Annotated[Whole, Field(ge=-1, le=_MOST)]] | None = None
+    mesh: Annotated[
+        dict[str, Annotated[Whole, Field(ge=-1, le=_MOST)]] | None, BeforeValidator(known_sae_axes)
+    ] = None
     log_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     metadata: dict[str, Any] = Field(default_factory=dict)
     start_from: str | None = None
-
-    @field_validator("mesh")
-    @classmethod
-    def _known_axes(cls, sizes: dict[str, int] | None) -> dict[str, int] | None:
-        if sizes is not None:
-            try:
-                check_axes(sizes, SAE_AXES)
-            except MeshError as error:
-                raise ValueError("; ".join(fault.removesuffix(".") for fault in error.faults)) from None
-        return sizes
 
 
 def load_config(

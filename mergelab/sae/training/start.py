@@ -17,7 +17,7 @@ from mergelab.sae.training.data import TrainingRows
 from mergelab.sae.training.initialize import SAMPLE_ROWS, initialize
 from mergelab.sae.training.memory import check_memory
 from mergelab.sae.training.overview import Overview, draw_sample
-from mergelab.sae.training.state import TrainState, batch_part, place_batch
+from mergelab.sae.training.state import TrainState, batch_fault, batch_part, place_batch
 from mergelab.sae.variants import Variant
 
 __all__ = ["Start", "start_training"]
@@ -76,9 +76,7 @@ def start_training(settings: TrainConfig, data: TrainingRows, mesh: Mesh | None)
     variant = settings.sae.build(source.d_in, None if target is None else target.d_in)
     parts = 1 if mesh is None else mesh.shape.get("data", 1)
     if recipe.batch_size % parts:
-        raise SAEError(
-            f"train.batch_size is {recipe.batch_size}, which {parts} devices cannot share; change one."
-        )
+        raise SAEError(batch_fault(recipe.batch_size, parts))
     check_memory(variant, recipe, mesh, min(settings.data.buffer_rows, source.rows))
     part, processes = batch_part(mesh)
     stream = ActivationStream(

@@ -8,6 +8,7 @@ import numpy as np
 
 from benchmarks.sae_peers.problem import Arrays, Problem
 from mergelab.sae.evaluation.controls import freeze_decoder
+from mergelab.sae.formats.detect import save_sae
 from mergelab.sae.training.config import TrainingRecipe
 from mergelab.sae.training.finish import finished_sae
 from mergelab.sae.training.initialize import initialize
@@ -55,6 +56,9 @@ class Ours:
     def reconstruct(self, x: np.ndarray) -> np.ndarray:
         found = finished_sae(self.variant, self.recipe, self.state)
         return np.asarray(found(jnp.asarray(x)))
+
+    def save(self, folder: str) -> None:
+        save_sae(finished_sae(self.variant, self.recipe, self.state), folder)
 
     def arrays(self) -> Arrays:
         found = finished_sae(self.variant, self.recipe, self.state)

@@ -3,7 +3,8 @@
     python -m benchmarks.sae_peers.worker '{"do": "time", "trainer": "SAELens", "problem": {...}, ...}'
 
 `time` steps on noise and tells the seconds of each step; `train` steps once through a file of activations and
-writes the SAE. Both print one line of JSON, the last of stdout.
+writes the SAE: its arrays to `out`, or files of the trainer's own format to `folder`. Both print one line of
+JSON, the last of stdout.
 """
 
 from __future__ import annotations
@@ -63,11 +64,11 @@ def _time(asked: dict[str, Any], problem: Problem) -> dict[str, Any]:
 def _train(asked: dict[str, Any], problem: Problem) -> dict[str, Any]:
     rows = np.load(asked["rows"], mmap_mode="r")
     trainer = build(asked["trainer"], problem, np.load(asked["sample"]))
-    started = time.perf_counter()
+    started, before = time.perf_counter(), time.process_time()
     for step in range(problem.steps):
         first = step * problem.batch
         trainer.step(np.array(rows[first : first + problem.batch]))
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, time.process_time() - before
     arrays = trainer.arrays()
     x = np.array(rows[:256])
     own, saved = trainer.reconstruct(x), decode(arrays, *encode(arrays, x, problem.k))
@@ -75,8 +76,11 @@ def _train(asked: dict[str, Any], problem: Problem) -> dict[str, Any]:
     agree = (np.abs(own - saved).max(axis=1) < 1e-3 * np.abs(own).max()).mean()
     if agree < 0.98:
         raise RuntimeError(f"the saved arrays reconstruct {agree:.0%} of the rows as the trainer itself does")
-    np.savez(asked["out"], allow_pickle=False, **arrays)
-    return {"train_seconds": seconds, "learning_rate": trainer.learning_rate}
+    if "folder" in asked:
+        trainer.save(asked["folder"])
+    else:
+        np.savez(asked["out"], allow_pickle=False, **arrays)
+    return {"train_seconds": seconds, "cpu_seconds": cpu, "learning_rate": trainer.learning_rate}
 
 
 def _gemm(trainer: str, size: int = 2048, turns: int = 8) -> float:

@@ -91,7 +91,7 @@ class Size:
     examples: int
 
 
-FULL = Size(104_448, 102_400, 500_000, 4096, 32, 256, 128, 32, 16, 4)
+FULL = Size(104_448, 51_200, 500_000, 2048, 32, 256, 64, 16, 8, 4)
 QUICK = Size(4096, 2048, 20_000, 128, 4, 256, 8, 2, 2, 2)
 _CONTEXT = 128
 
@@ -103,8 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     bench = Bench(options.work, options.model, options.site, options.peers_env, size)
     programs = {name: FACTORS[name] for name in options.programs}
     for program, factors in programs.items():
-        for factor in factors:
-            bench.trained(program, factor, 0)
+        bench.train(program, [(factor, 0) for factor in factors])
+        best = bench.best(program)
+        bench.train(program, [(factor, seed) for seed in range(options.seeds) for factor in {1, best}])
     for seed in range(options.seeds):
         for program in programs:
             for factor in dict.fromkeys((1, bench.best(program))):
@@ -142,21 +143,33 @@ class Bench:
         )
         return Judge(source, text.labels, tokenizer.mask_id, size.spliced, size.explained, size.examples)
 
-    def trained(self, program: str, factor: float, seed: int) -> dict[str, Any]:
-        """Rate, CPU seconds, error and fraction alive of a training; its SAE is kept."""
-
-        def train() -> dict[str, Any]:
-            problem = self._problem(program, factor, seed)
+    def train(self, program: str, runs: Sequence[tuple[float, int]]) -> None:
+        """Trains at multiples of the default rate and seeds, what is not there yet, in one process."""
+        scale, size = self.factor, self.size
+        assert scale > 0
+        (self.work / "saes").mkdir(exist_ok=True)
+        missing = []
+        for factor, seed in dict.fromkeys(runs):
             folder = self._folder(program, factor, seed)
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            self._sample()
-            asked = {"do": "train", "trainer": program, "problem": asdict(problem), "folder": str(folder)}
+            if not Path(f"{folder}.json").is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+                missing.append({"factor": factor, "seed": seed, "folder": str(folder)})
+        if missing:
+            rows = np.load(self.work / "rows.npy", mmap_mode="r")
+            np.save(self.work / "sample.npy", rows[: min(size.rows, 32 * 1024)])
+            problem = Problem(rows.shape[1], size.latents, size.k, size.batch, size.rows // size.batch)
             files = {"rows": str(self.work / "rows.npy"), "sample": str(self.work / "sample.npy")}
-            done = run_worker(asked | files, self.peers)
-            return done | self.judge.reconstruction(self._load(program, factor, seed))
+            asked = {"do": "sweep", "trainer": program, "problem": asdict(problem), "runs": missing}
+            run_worker(asked | files, self.peers)
 
-        return self._kept(f"{program}-{factor:g}-{seed}", train)
+    def trained(self, program: str, factor: float, seed: int) -> dict[str, Any]:
+        """Rate, CPU seconds, error and fraction alive of a training."""
+
+        def judge() -> dict[str, Any]:
+            told = json.loads(Path(f"{self._folder(program, factor, seed)}.json").read_text())
+            return told | self.judge.reconstruction(self._load(program, factor, seed))
+
+        return self._kept(f"{program}-{factor:g}-{seed}", judge)
 
     def scored(self, program: str, factor: float, seed: int) -> dict[str, Any]:
         """All scores of a training."""
@@ -194,23 +207,6 @@ class Bench:
             brief = {key: round(value, 4) for key, value in found.items() if isinstance(value, float)}
             print(f"{name}: {brief}", file=sys.stderr, flush=True)
         return json.loads(path.read_text())
-
-    def _problem(self, program: str, factor: float, seed: int) -> Problem:
-        """The training; the default rate is the program's own, asked for by naming none."""
-        size = self.size
-        width = np.load(self.work / "rows.npy", mmap_mode="r").shape[1] if self.factor else 0
-        steps = size.rows // size.batch
-        plain = Problem(width, size.latents, size.k, size.batch, steps, seed)
-        if factor == 1:
-            return plain
-        rate = factor * self.trained(program, 1, seed)["learning_rate"]
-        return Problem(width, size.latents, size.k, size.batch, steps, seed, rate)
-
-    def _sample(self) -> None:
-        """The rows that our initialization looks at: the first of the training's."""
-        path = self.work / "sample.npy"
-        if not path.is_file():
-            np.save(path, np.load(self.work / "rows.npy", mmap_mode="r")[: 32 * 1024])
 
     def _folder(self, program: str, factor: float, seed: int) -> Path:
         return self.work / "saes" / f"{program}-{factor:g}-{seed}"
@@ -298,8 +294,8 @@ that of the mean; **delta CE** the loss in nats per token, over the model's own
 {results["cells"]["model"]["ce"]:.3f}, with the reconstructions spliced in, on {size["spliced"]} contexts;
 **alive** the fraction of latents active on some token; **F1** that of probes on the latents that tell a
 property of the token, mean over properties; **N2G** token patterns of {size["explained"]} latents, from
-{size["examples"]} examples each. **CPU s** is the training's alone, with mergelab's compilation. The best
-rate is that of least FVU at the first seed. In bold the best of a column.
+{size["examples"]} examples each. **CPU s** is the training's, initialization included, after a step that
+compiles. The best rate is that of least FVU at the first seed. In bold the best of a column.
 
 {render(results)}
 

@@ -1,10 +1,19 @@
-"""The benchmark on a real model's activations: its table, and what the page says of it."""
+"""The benchmark on a real model's activations: its table, what the page says, and that its scores are ours."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.real_scores import Judge, RememberedActivations
 from benchmarks.sae_real import FULL, page, render
+from mergelab.activations.model_activations import ModelActivations
+from mergelab.sae.evaluation.downstream import evaluate_downstream
+from mergelab.sae.sae import SAE, SAEConfig
+from tests.sae.planted_sink import SITE, WIDTH, planted_sink, sink_tokens
 
 
 def _cell(fvu: float, rate: float = 1e-3) -> dict[str, float]:
@@ -40,3 +49,19 @@ def test_the_page_says_how_the_table_was_made() -> None:
     assert render(results) in text and "| mergelab | 0.001: 0.2000 |" in text
     assert f"{FULL.rows:,} tokens that count" in text and "over the model's own\n2.500," in text
     assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 110
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_the_library_and_rows_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    directions = np.linalg.qr(np.random.default_rng(0).standard_normal((WIDTH, WIDTH)))[0].astype(np.float32)
+    weights = jnp.asarray(directions)
+    sae = SAE(weights.T, jnp.zeros(WIDTH), weights, jnp.zeros(WIDTH), SAEConfig("topk", k=3)).checked()
+    source = RememberedActivations(*planted_sink(), sink_tokens(32), (SITE,), batch=8)
+    judge = Judge(source, {}, mask_token=0, spliced=8, explained=2, examples=2)
+    wanted = evaluate_downstream(sae, judge.evidence.judge, contexts=8)
+    assert wanted.ce_spliced != pytest.approx(wanted.ce, rel=1e-3)
+    assert judge.spliced_loss(None) == pytest.approx(wanted.ce, rel=1e-5)
+    assert judge.spliced_loss(sae) == pytest.approx(wanted.ce_spliced, rel=1e-5)
+    first = judge.reconstruction(sae)
+    monkeypatch.setattr(ModelActivations, "_compute", lambda *_: pytest.fail("these rows are known"))
+    assert judge.reconstruction(sae) == first and 0.1 < first["fvu"] < 1  # of the sinks it would be near 0

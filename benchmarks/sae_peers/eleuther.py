@@ -92,6 +92,10 @@ class Sparsify:
                 "b_dec": self.sae.b_dec.detach().numpy().copy(),
             }
 
+    def save(self, folder: str) -> None:
+        with self._averaged():
+            self.sae.save_to_disk(folder)
+
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
         """The parameters are those that would be saved: the schedule-free average, where there is one."""

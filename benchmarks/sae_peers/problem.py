@@ -78,6 +78,10 @@ class Trainer(Protocol):
         """The SAE as it would be saved now."""
         ...
 
+    def save(self, folder: str) -> None:
+        """Writes the SAE as it is now to a new folder, in the trainer's own format."""
+        ...
+
 
 def encode(arrays: Arrays, x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Codes of activations `[rows, d]`: values and indices, both `[rows, k]`."""

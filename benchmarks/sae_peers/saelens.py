@@ -58,3 +58,6 @@ class SAELens:
             "W_dec": (sae.W_dec.detach() / norm[:, None]).numpy().copy(),
             "b_dec": sae.b_dec.detach().numpy().copy(),
         }
+
+    def save(self, folder: str) -> None:
+        self.trainer.sae.save_inference_model(folder)

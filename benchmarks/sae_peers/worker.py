@@ -3,7 +3,8 @@
     python -m benchmarks.sae_peers.worker '{"do": "time", "trainer": "SAELens", "problem": {...}, ...}'
 
 `time` steps on noise and tells the seconds of each step; `train` steps once through a file of activations and
-writes the SAE. Both print one line of JSON, the last of stdout.
+writes the SAE's arrays; `sweep` does so several times, and writes each SAE in the trainer's own format. All
+print one line of JSON, the last of stdout.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import os
 import resource
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.sae_peers.problem import Problem, build, decode, encode
+from benchmarks.sae_peers.problem import Problem, Trainer, build, decode, encode
 
 __all__ = ["main"]
 
@@ -33,7 +36,7 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     problem = Problem(**asked["problem"])
     with contextlib.redirect_stdout(sys.stderr):  # libraries greet
-        found = (_time if asked["do"] == "time" else _train)(asked, problem)
+        found = {"time": _time, "train": _train, "sweep": _sweep}[asked["do"]](asked, problem)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({**found, "peak_bytes": peak}))
 
@@ -61,13 +64,37 @@ def _time(asked: dict[str, Any], problem: Problem) -> dict[str, Any]:
 
 
 def _train(asked: dict[str, Any], problem: Problem) -> dict[str, Any]:
-    rows = np.load(asked["rows"], mmap_mode="r")
-    trainer = build(asked["trainer"], problem, np.load(asked["sample"]))
+    trainer, found = _trained(asked, problem)
+    np.savez(asked["out"], allow_pickle=False, **trainer.arrays())
+    return found
+
+
+def _sweep(asked: dict[str, Any], problem: Problem) -> dict[str, Any]:
+    """Trainings of this problem at multiples of the default rate and seeds, `runs`, each to a folder.
+
+    What is told of each stands beside its folder as soon as it is there, for what is stopped half-way.
+    """
+    sample = np.load(asked["sample"])
+    first = build(asked["trainer"], problem, sample)
+    usual = first.learning_rate
+    first.step(sample[: problem.batch])  # what compiles is not counted
+    for run in asked["runs"]:
+        rate = None if run["factor"] == 1 else run["factor"] * usual
+        trainer, found = _trained(asked, replace(problem, seed=run["seed"], learning_rate=rate))
+        trainer.save(run["folder"])
+        Path(run["folder"] + ".json").write_text(json.dumps(found))
+    return {}
+
+
+def _trained(asked: dict[str, Any], problem: Problem) -> tuple[Trainer, dict[str, Any]]:
+    rows, sample = np.load(asked["rows"], mmap_mode="r"), np.load(asked["sample"])
+    before = time.process_time()
+    trainer = build(asked["trainer"], problem, sample)
     started = time.perf_counter()
     for step in range(problem.steps):
         first = step * problem.batch
         trainer.step(np.array(rows[first : first + problem.batch]))
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, time.process_time() - before
     arrays = trainer.arrays()
     x = np.array(rows[:256])
     own, saved = trainer.reconstruct(x), decode(arrays, *encode(arrays, x, problem.k))
@@ -75,8 +102,8 @@ def _train(asked: dict[str, Any], problem: Problem) -> dict[str, Any]:
     agree = (np.abs(own - saved).max(axis=1) < 1e-3 * np.abs(own).max()).mean()
     if agree < 0.98:
         raise RuntimeError(f"the saved arrays reconstruct {agree:.0%} of the rows as the trainer itself does")
-    np.savez(asked["out"], allow_pickle=False, **arrays)
-    return {"train_seconds": seconds, "learning_rate": trainer.learning_rate}
+    told = {"train_seconds": seconds, "cpu_seconds": cpu, "learning_rate": trainer.learning_rate}
+    return trainer, told
 
 
 def _gemm(trainer: str, size: int = 2048, turns: int = 8) -> float:

@@ -78,8 +78,8 @@ def _top_k_loss(x: Any, y: Any, ks: dict[int, float], *, center: bool, skip: boo
 @pytest.mark.parametrize(
     ("kind", "pairs"),
     slow_except(
-        [("multi_topk", True), ("topk", False), ("transcoder", False)],
-        [(kind, pairs) for kind in ("topk", "multi_topk", "transcoder") for pairs in (True, False)],
+        [("multi_topk", True), ("half", False), ("transcoder", False)],
+        [(kind, pairs) for kind in ("topk", "multi_topk", "half", "transcoder") for pairs in (True, False)],
     ),
 )
 def test_top_k_gradients(kind: str, pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +88,9 @@ def test_top_k_gradients(kind: str, pairs: bool, monkeypatch: pytest.MonkeyPatch
     if kind == "transcoder":
         variant: Variant = TopK(D, N, 8, skip=True, k=K)
         y, ks = _batch(8, seed=5), {K: 1.0}
+    elif kind == "half":
+        variant = MultiTopK(D, N, k=K, half_weight=0.25)
+        y, ks = x, {K: 1.0, K // 2: 0.25, 4 * K: 1 / 8}
     else:
         variant = make_variant(kind, d_in=D, n_latents=N, k=K)
         y, ks = x, {K: 1.0} if kind == "topk" else {K: 1.0, 4 * K: 1 / 8}
@@ -99,6 +102,19 @@ def test_top_k_gradients(kind: str, pairs: bool, monkeypatch: pytest.MonkeyPatch
     np.testing.assert_allclose(value, wanted_value, rtol=1e-5)
     _agree(grads, wanted)
     assert float(outcome.codes.count()) <= TOKENS * K
+
+
+@pytest.mark.parametrize(("k", "half"), [(5, 2), (1, 1)])
+def test_the_half_reconstruction_counts_from_its_part_of_the_training_on(k: int, half: int) -> None:
+    variant = TopK(D, N, k=k, half_weight=0.25, half_from=0.5)
+    params, x = _params(variant), _batch()
+    loss = jax.jit(lambda progress: variant.loss(params, x, x, _context(progress=progress))[0])
+    before, after = (float(loss(jnp.float32(progress))) for progress in (0.49, 0.5))
+    with enable_x64(True), jax.numpy_rank_promotion("allow"):
+        plain = _top_k_loss(_double(x), _double(x), {k: 1.0}, center=True)(_double(params))
+        extra = _top_k_loss(_double(x), _double(x), {half: 0.25}, center=True)(_double(params))
+    assert before == pytest.approx(float(plain), rel=1e-5)
+    assert after == pytest.approx(float(plain + extra), rel=1e-5)
 
 
 def test_the_wide_reconstruction_reaches_the_encoder() -> None:

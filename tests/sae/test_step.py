@@ -208,6 +208,21 @@ def test_the_bias_of_a_latent_that_does_not_fire_rises(boost: float, mesh: dict[
     assert np.asarray(state.steps_since_fired)[far] == 6
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.5])
+def test_the_lift_does_not_fade_below_its_floor(floor: float) -> None:
+    recipe = replace(RECIPE, steps=4, warmup=0.0, decay=1.0, aux_k=0, dead_after_tokens=1)
+    recipe = replace(recipe, bias_boost=3.0, boost_floor=floor)
+    variant = make_variant("topk", d_in=D, n_latents=N, k=4)
+    start = _start(variant, recipe)
+    bias = start.params["encoder_bias"].at[-1].set(-100.0)
+    state, step = replace(start, params={**start.params, "encoder_bias": bias}), make_step(variant, recipe)
+    for x in _batches(4):
+        state, _ = step(state, jnp.asarray(x), jnp.asarray(x))
+    rates = np.maximum([1.0, 0.75, 0.5, 0.25], floor)
+    raised = np.asarray(state.params["encoder_bias"])[-1] + 100
+    np.testing.assert_allclose(raised, 3 * 3e-3 * rates.sum(), rtol=0, atol=2e-5)
+
+
 def test_the_average_is_over_a_part_of_a_short_training() -> None:
     assert TrainingRecipe(steps=2500, batch_size=1).ema_decay == pytest.approx(0.98)
     assert TrainingRecipe(steps=10**6, batch_size=1).ema_decay == pytest.approx(0.999)
@@ -236,6 +251,8 @@ def test_a_mesh_starts_from_the_same_parameters_each_device_making_its_own(sizes
         ({"kk": 3}, "did you mean 'k'"),
         ({"k": 4, "skip": True}, "give d_out"),
         ({"k": 4, "sites": 3}, "d_in=16"),
+        ({"k": 4, "half_weight": -1.0}, "half_weight is -1.0"),
+        ({"k": 4, "half_from": 1.5}, "half_from is 1.5"),
     ],
 )
 def test_impossible_variants_are_refused(options: dict[str, Any], words: str) -> None:

@@ -61,6 +61,8 @@ class TrainingRecipe:
             sixteenth of `dead_after_tokens`, until it fires; 0 switches this off. `lift` in YAML. Not in the
             paper: AuxK alone teaches dead latents codes as small as the error they explain, too small to be
             among the k largest again.
+        boost_floor: fraction of the peak learning rate below which the rate of that lift does not fall, so
+            that it does not fade with the learning rate. `lift_floor` in YAML.
         project_gradients: removes the component of a decoder gradient parallel to its row, which only the
             renormalization would undo.
         unit_decoder: renormalizes the decoder's rows after each step, where the variant keeps them at norm 1.
@@ -91,6 +93,7 @@ class TrainingRecipe:
     aux_coefficient: float = 1 / 32
     dead_after_tokens: int | None = None
     bias_boost: float = field(default=2.0, metadata={"key": "lift"})
+    boost_floor: float = field(default=0.0, metadata={"key": "lift_floor"})
     project_gradients: bool = True
     unit_decoder: bool = True
     center: bool = True
@@ -130,6 +133,8 @@ class TrainingRecipe:
             raise SAEError(f"normalize is {self.normalize!r}; it may be 'scale', 'layer_norm' or 'none'.")
         if self.bias_boost < 0:
             raise SAEError(f"lift is {self.bias_boost}; it must be at least 0.")
+        if not 0 <= self.boost_floor <= 1:
+            raise SAEError(f"lift_floor is {self.boost_floor}; it must be from 0 to 1.")
         for name in ("learning_rate", "clip", "initial_scale", "encoder_rate", "bias_rate"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -100,6 +100,7 @@ def update(
     )
     factor = None if recipe.clip is None else jnp.minimum(recipe.clip / jnp.maximum(norm, 1e-30), 1.0)
     rate = learning_rate(recipe, state.peak, state.step)
+    lifting = jnp.maximum(rate, recipe.boost_floor * state.peak)
     count = state.step.astype(jnp.float32) + 1
     b2 = recipe.square_decay
     warm_mean, warm_square = 1 - recipe.b1**count, 1 - b2**count
@@ -116,7 +117,7 @@ def update(
         if unit and name == "decoder":
             param = unit_rows(param)
         if boosted is not None and name == "encoder_bias":
-            param = param + jnp.where(boosted, recipe.bias_boost * rate, 0.0)
+            param = param + jnp.where(boosted, recipe.bias_boost * lifting, 0.0)
         kept = recipe.ema_decay
         return param, mean, square, *(kept * total + (1 - kept) * param for total in average)
 

@@ -24,9 +24,14 @@ class TopK(Variant):
 
     Attributes:
         k: latents per token.
+        half_weight: weight of the error of a second reconstruction, from the largest half of the k codes; 0
+            leaves it out.
+        half_from: finished fraction of the training from which on that error counts.
     """
 
     k: int = 32
+    half_weight: float = 0.0
+    half_from: float = 0.5
 
     name: ClassVar[str] = "topk"
     activation = activation_functions.TopKFunction
@@ -35,18 +40,36 @@ class TopK(Variant):
         super().__post_init__()
         if not 1 <= self.k <= self.n_latents:
             raise SAEError(f"k is {self.k}; it must be from 1 to n_latents={self.n_latents}.")
+        if self.half_weight < 0:
+            raise SAEError(f"half_weight is {self.half_weight}; it must be at least 0.")
+        if not 0 <= self.half_from <= 1:
+            raise SAEError(f"half_from is {self.half_from}; it must be from 0 to 1.")
 
     def encode(self, params: Params, x: Array, context: Context) -> Encoded:
-        (codes,) = top_k_codes(
+        k = self.k if context.k is None else context.k
+        weights, ks, most = [], [k], self.k
+        if self.half_weight:
+            # Not by a branch: what the codes of k cost is paid in any case, and these are among them.
+            weights.append(jnp.where(context.progress >= self.half_from, self.half_weight, 0.0))
+            ks.append(jnp.maximum(jnp.asarray(k) // 2, 1))
+        for weight, multiple in self.wider():
+            weights.append(weight)
+            ks.append(multiple * k)
+            most = max(most, min(multiple * self.k, self.n_latents))
+        codes, *others = top_k_codes(
             x,
             *self.encoder(params, context),
-            [self.k if context.k is None else context.k],
-            self.k,
+            ks,
+            most,
             context.shards,
             ranking=self.activation,
             compute_dtype=context.compute_dtype,
         )
-        return Encoded(codes)
+        return Encoded(codes, also=tuple(zip(weights, others, strict=True)))
+
+    def wider(self) -> tuple[tuple[float, int], ...]:
+        """Reconstructions from more codes that count too: weights of their errors, and multiples of k."""
+        return ()
 
     def encoder(self, params: Params, context: Context) -> tuple[Array, Array]:
         """Weights and bias with which latents that take no part are never kept."""
@@ -77,19 +100,8 @@ class MultiTopK(TopK):
                 f"multiple is {self.multiple}; it must be at least 1, and times k below 2147483648."
             )
 
-    def encode(self, params: Params, x: Array, context: Context) -> Encoded:
-        k = self.k if context.k is None else context.k
-        most = min(self.multiple * self.k, self.n_latents)
-        codes, wide = top_k_codes(
-            x,
-            *self.encoder(params, context),
-            [k, self.multiple * k],
-            most,
-            context.shards,
-            ranking=self.activation,
-            compute_dtype=context.compute_dtype,
-        )
-        return Encoded(codes, also=((self.weight, wide),))
+    def wider(self) -> tuple[tuple[float, int], ...]:
+        return ((self.weight, self.multiple),)
 
 
 def transcoder(

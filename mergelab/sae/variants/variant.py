@@ -83,7 +83,7 @@ class Encoded:
 
     codes: Codes
     penalty: Array | float = 0.0
-    also: tuple[tuple[float, Codes], ...] = ()
+    also: tuple[tuple[Array | float, Codes], ...] = ()
     statistics: Mapping[str, Array] = field(default_factory=dict)
 
 

@@ -10,12 +10,24 @@ compose your own: `ops.chain(ops.Trim(0.2), ops.ElectSign(), ops.DisjointMean())
 
 from mergelab.operators.algebra import Reduction, Stage, algebraic
 from mergelab.operators.compose import Merge, chain
-from mergelab.operators.declare import REQUIRED, HyperParameter, Operator, PerModel, Range, operator
+from mergelab.operators.declare import (
+    REQUIRED,
+    HyperParameter,
+    OneOfModels,
+    Operator,
+    PerModel,
+    Range,
+    operator,
+)
 from mergelab.operators.named.arcee_fusion import arcee_fusion
+from mergelab.operators.named.consensus import ConsensusSum, consensus
 from mergelab.operators.named.dare import dare_linear, dare_ties, della, della_linear
+from mergelab.operators.named.emr import ElectMaskRescale, emr
 from mergelab.operators.named.fisher import FisherMean, fisher
 from mergelab.operators.named.iso_c import Isotropic, iso_c
+from mergelab.operators.named.iso_cts import CommonAndTaskSpecific, iso_cts
 from mergelab.operators.named.linear import linear, passthrough, uniform, wise_ft
+from mergelab.operators.named.magmax import LargestMagnitude, magmax
 from mergelab.operators.named.model_stock import model_stock
 from mergelab.operators.named.nearswap import nearswap
 from mergelab.operators.named.ram import ram, ramplus_tl
@@ -24,6 +36,7 @@ from mergelab.operators.named.sce import sce
 from mergelab.operators.named.spherical import karcher, multislerp, nuslerp, slerp
 from mergelab.operators.named.task_vectors import breadcrumbs, breadcrumbs_ties, task_arithmetic, ties
 from mergelab.operators.named.tsv_m import TaskSingularVectors, tsv_m
+from mergelab.operators.named.wudi import LeastInterference, wudi
 from mergelab.operators.reductions import DisjointMean, Mean, WeightedSum
 from mergelab.operators.stages import Drop, ElectSign, MagPrune, MaskTails, RescaleL1, Trim
 
@@ -54,6 +67,11 @@ OPERATORS: dict[str, Operator] = {
         ramplus_tl,
         tsv_m,
         iso_c,
+        iso_cts,
+        wudi,
+        magmax,
+        consensus,
+        emr,
         regmean,
         fisher,
     )
@@ -62,16 +80,22 @@ OPERATORS: dict[str, Operator] = {
 __all__ = [
     "OPERATORS",
     "REQUIRED",
+    "CommonAndTaskSpecific",
+    "ConsensusSum",
     "DisjointMean",
     "Drop",
+    "ElectMaskRescale",
     "ElectSign",
     "FisherMean",
     "HyperParameter",
     "Isotropic",
+    "LargestMagnitude",
+    "LeastInterference",
     "MagPrune",
     "MaskTails",
     "Mean",
     "Merge",
+    "OneOfModels",
     "Operator",
     "PerModel",
     "Range",
@@ -87,14 +111,18 @@ __all__ = [
     "breadcrumbs",
     "breadcrumbs_ties",
     "chain",
+    "consensus",
     "dare_linear",
     "dare_ties",
     "della",
     "della_linear",
+    "emr",
     "fisher",
     "iso_c",
+    "iso_cts",
     "karcher",
     "linear",
+    "magmax",
     "model_stock",
     "multislerp",
     "nearswap",
@@ -111,4 +139,5 @@ __all__ = [
     "tsv_m",
     "uniform",
     "wise_ft",
+    "wudi",
 ]

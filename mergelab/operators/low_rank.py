@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ __all__ = [
     "polar_factor",
     "randomized_svd",
     "rank_for_energy",
+    "resolved_svd",
     "truncated_svd",
 ]
 
@@ -60,6 +62,18 @@ def exact_svd(matrix: Float[Array, "rows columns"], scale: Float[Array, ""] | No
     """
     left, singular, right = jnp.linalg.svd(matrix, full_matrices=False)
     noise = max(matrix.shape) * jnp.finfo(matrix.dtype).eps * (singular[0] if scale is None else scale)
+    kept = (singular > noise).astype(matrix.dtype)
+    return LowRank(left * kept[None, :], singular * kept, right * kept[:, None])
+
+
+def resolved_svd(matrix: Float[Array, "rows columns"]) -> LowRank:
+    """The thin SVD without the triples that the rounding of float32 entries may have made.
+
+    The product of two thin factors has their rank again, though it was rounded.
+    """
+    # Independent roundings of all entries have a norm of about (sqrt(rows) + sqrt(columns)) times one.
+    left, singular, right = jnp.linalg.svd(matrix, full_matrices=False)
+    noise = 8 * math.sqrt(max(matrix.shape)) * 2.0**-24 * singular[0]
     kept = (singular > noise).astype(matrix.dtype)
     return LowRank(left * kept[None, :], singular * kept, right * kept[:, None])
 

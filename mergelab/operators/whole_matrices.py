@@ -36,9 +36,13 @@ class MatrixReduction(Reduction):
         """The merged `[rows, columns]` of the models' in the wide dtype; None to average instead."""
         raise NotImplementedError
 
+    def of_others(self, xs: Arrays, region: Region) -> jax.Array:
+        """The merge of a block of a tensor that is not a matrix: the mean."""
+        return Mean().apply(xs, None, region, ())
+
     def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> jax.Array:
         merged = None
         if self.matrix:
             dtype = decomposed_in(region.wide)
             merged = self.of_matrices(tuple(x.astype(dtype) for x in xs))
-        return Mean().apply(xs, base, region, ()) if merged is None else merged.astype(xs[0].dtype)
+        return self.of_others(xs, region) if merged is None else merged.astype(xs[0].dtype)

@@ -35,5 +35,9 @@ class Isotropic(MatrixReduction):
 
 @operator(base="required", reference="Marczak et al., 'No Task Left Behind' (Iso-C), arXiv 2502.04959")
 def iso_c(lambda_: float = 1.0) -> Merge:
-    """Isotropic merging: the sum of the task vectors, with its singular values replaced by their mean."""
+    """Isotropic merging: the sum of the task vectors, with its singular values replaced by their mean.
+
+    `B + lambda mean(S) U V^T` of `sum_i x_i = U S V^T`. Gives directions that few tasks use as much room as
+    shared ones; helps with several tasks, and costs one decomposition of each matrix.
+    """
     return Merge((), Isotropic(), weights(lambda_))

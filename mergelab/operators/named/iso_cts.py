@@ -62,7 +62,9 @@ class CommonAndTaskSpecific(MatrixReduction):
 def iso_cts(lambda_: float = 1.0, common_space_fraction: Annotated[float, Range(0.0, 1.0)] = 0.8) -> Merge:
     """Iso-CTS: Iso-C that gives a share of the directions to what each task has beside the common space.
 
-    Helps over `iso_c` where there are many tasks, whose own directions are lost in the sum.
+    `B + lambda mean(S) polar([U_c U_1 ... U_T]) polar([V_c V_1 ... V_T])^T`: the sum's leading directions,
+    and of each task its leading ones outside their span. Helps over `iso_c` where there are many tasks, whose
+    own directions are lost in the sum.
 
     Raises:
         OperatorError: `common_space_fraction` is traced: it decides shapes.

@@ -104,6 +104,7 @@ def _descended(residual: Matrix, stacked: Matrix, steps: int) -> Matrix:
 def wudi(lambda_: float = 1.0, solver: Solver = "exact", steps: Annotated[int, Range(0)] = 300) -> Merge:
     """WUDI: the task vector with the least interference along what each task's matrix reads.
 
+    `B + lambda m` with the m that minimizes `sum_i |(m - x_i) x_i^T|^2 / |x_i|^2` and is nearest to the sum.
     Takes no data: a task vector's rows stand for the inputs that the task's layer has seen. `gradient`
     approaches the exact solution in at most `steps` steps; fewer stay nearer to the plain sum.
     """

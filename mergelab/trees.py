@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 
 from mergelab.errors import OperatorError
 
-__all__ = ["named_leaves", "same_structure"]
+__all__ = ["depths", "named_leaves", "same_structure"]
 
 
 def _part(entry: Any) -> str:
@@ -55,3 +56,20 @@ def same_structure(trees: Sequence[Any]) -> tuple[tuple[str, ...], list[list[Any
                 )
         leaves.append(other)
     return names, leaves, structure
+
+
+_BLOCK = re.compile(r"((?:[^.]*\.)*?)(\d+)\.")
+
+
+def depths(names: Sequence[str]) -> list[float]:
+    """How deep each named leaf's block is among those of its stack, from 0 to 1; 0 in no block.
+
+    The first number of a dotted name that is not its end counts: `model.layers.3.mlp.weight` is in block 3 of
+    the stack `model.layers`.
+    """
+    places = [_BLOCK.match(name) for name in names]
+    last: dict[str, int] = {}
+    for place in places:
+        if place is not None:
+            last[place[1]] = max(last.get(place[1], 0), int(place[2]))
+    return [0.0 if p is None or not last[p[1]] else int(p[2]) / last[p[1]] for p in places]

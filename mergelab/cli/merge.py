@@ -17,6 +17,17 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
+
+def _rank_of(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """`rank=8`, or 8 alone."""
+    if value is None:
+        return None
+    number = value.removeprefix("rank=")
+    if not number.isascii() or not number.isdigit() or not 1 <= len(number) <= 6 or int(number) < 1:
+        raise click.BadParameter(f"{value!r} is no rank; write rank=R, such as rank=16")
+    return int(number)
+
+
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -51,6 +62,12 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
     help="Merge models of different model_type, and tensors that only some models have.",
 )
 @click.option("--sha256", is_flag=True, help="Also write SHA256SUMS of the weight files.")
+@click.option(
+    "--as-adapter",
+    metavar="rank=R",
+    callback=_rank_of,
+    help="Merge LoRA adapters to one adapter of rank R instead of a model.",
+)
 @PUSH
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the result as JSON.")
 def command(
@@ -60,6 +77,7 @@ def command(
     push_to: str | None,
     as_json: bool,
     memory: int,
+    as_adapter: int | None,
     **options: Any,
 ) -> None:
     """Merge checkpoints as RECIPE says, a YAML file in mergekit's format.
@@ -74,6 +92,7 @@ def command(
       mergelab merge dare.yaml --out merged --seed 7 --dtype bfloat16 --shard-size 2GB
       mergelab merge big.yaml --out merged --memory 500MB --resume
       mergelab merge ties.yaml --out merged --push org/merged
+      mergelab merge adapters.yaml --as-adapter rank=16 --out adapter
     """
     started = time.perf_counter()
     planning = {
@@ -85,11 +104,18 @@ def command(
     }
     if out is None and not dry_run:
         raise click.UsageError("name the folder to write with --out DIR, or look at the plan with --dry-run")
+    if as_adapter is not None and (dry_run or options["resume"] or options["sha256"]):
+        raise click.UsageError("--as-adapter takes no --dry-run, --resume or --sha256")
     check_push_option(None if dry_run else push_to, out)
     from mergelab.cli.options import configure_jax
     from mergelab.merging.plan.planner import plan_merge
 
     configure_jax(merging=True)
+    if as_adapter is not None:
+        assert out is not None
+        _merge_adapters(recipe, out, as_adapter, options, as_json=as_json)
+        push_output(out, push_to)
+        return
     plan = plan_merge(recipe, **planning)
     if dry_run:
         summary = plan.summary(memory, out or Path.cwd())
@@ -136,6 +162,38 @@ def command(
     text = f"{location_text(merged.out)}: {len(merged.plan.jobs)} tensors, {size}, in {seconds:.1f} s"
     print_result(report, lambda: text, as_json=as_json)
     push_output(out, push_to)
+
+
+def _merge_adapters(recipe: Path, out: Path, rank: int, options: dict[str, Any], *, as_json: bool) -> None:
+    """Merges adapters to an adapter and says what its factors miss."""
+    from mergelab.checkpoints.locations import location_text
+    from mergelab.merging.adapter_merge import merge_adapters
+
+    started = time.perf_counter()
+    chosen = {name: options[name] for name in ("seed", "dtype", "overwrite")}
+    merged = merge_adapters(recipe, out, rank=rank, **chosen)
+    seconds = time.perf_counter() - started
+    for warning in merged.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    worst = sorted(merged.errors.items(), key=lambda item: -item[1])
+
+    def report() -> dict[str, Any]:
+        modules = {n: {"rank": r, "relative_error": merged.errors[n]} for n, r in merged.ranks.items()}
+        return {
+            "out": location_text(merged.out),
+            "seconds": seconds,
+            "bytes": merged.nbytes,
+            "modules": modules,
+            "warnings": list(merged.warnings),
+        }
+
+    lines = [
+        f"{location_text(merged.out)}: {len(merged.ranks)} modules of rank {max(merged.ranks.values())} at "
+        f"most, {readable(merged.nbytes)}, in {seconds:.1f} s",
+        "largest part of a merged change that is missed:",
+        *(f"  {error:7.2%}  {name}" for name, error in worst[:5]),
+    ]
+    print_result(report, lambda: "\n".join(lines), as_json=as_json)
 
 
 def _text(plan: Plan, summary: dict[str, Any]) -> str:

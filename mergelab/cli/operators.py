@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,7 @@ def _explain(operator: Operator) -> str:
     lines = [
         f"{operator.name}: {operator.summary}",
         "",
+        *(f"  {line}".rstrip() for paragraph in _details(operator) for line in (*paragraph.split("\n"), "")),
         f"  base model  {_BASE[operator.base]}",
         f"  models      {_models(operator)} besides the base",
         *([] if operator.statistics is None else [f"  statistics  {operator.statistics}, of each model"]),
@@ -114,6 +116,12 @@ def _explain(operator: Operator) -> str:
     return "\n".join(lines)
 
 
+def _details(operator: Operator) -> list[str]:
+    """The paragraphs of an operator's docstring after its summary, without what it raises."""
+    text = inspect.cleandoc(operator.build.__doc__ or "").partition("\n\nRaises:")[0]
+    return text.split("\n\n")[1:]
+
+
 def _markdown(operator: Operator) -> str:
     parameters = [
         (f"*{p.name}*" if p.per_model else p.name) + ("" if p.required else f" = {_default(p)}")
@@ -125,6 +133,7 @@ def _markdown(operator: Operator) -> str:
             "",
             operator.summary,
             "",
+            *(line for paragraph in _details(operator) for line in (paragraph, "")),
             f"- base model: {_BASE[operator.base]}; models: {_models(operator)}",
             f"- parameters: {', '.join(parameters) or 'none'}",
             *([] if operator.statistics is None else [_STATISTICS[operator.statistics]]),

@@ -10,6 +10,7 @@ from mergelab.lazy import lazy_names
 
 if TYPE_CHECKING:
     from mergelab.merging import soups, vocabulary
+    from mergelab.merging.adapter_merge import MergedAdapter, merge_adapters
     from mergelab.merging.lora_extraction import ExtractedLora, extract_lora
     from mergelab.merging.plan.planner import Plan, plan_merge
     from mergelab.merging.recipe.recipe_file import load_recipe, parse_recipe, recipe_yaml
@@ -21,12 +22,14 @@ __all__ = [
     "ExtractedLora",
     "MergeOptions",
     "Merged",
+    "MergedAdapter",
     "Plan",
     "Recipe",
     "TokenizerSpec",
     "extract_lora",
     "load_recipe",
     "merge",
+    "merge_adapters",
     "parse_recipe",
     "plan_merge",
     "recipe_yaml",

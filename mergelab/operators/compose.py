@@ -33,7 +33,7 @@ from mergelab.operators.order_statistics import (
 )
 from mergelab.operators.region import Region, TensorInfo, tensor_key, whole
 from mergelab.operators.statistics import StatisticsKind, reading_axis, statistic_fault
-from mergelab.trees import named_leaves, same_structure
+from mergelab.trees import depths, named_leaves, same_structure
 
 __all__ = ["BaseUse", "Inputs", "IntegerUse", "Merge", "chain"]
 
@@ -176,6 +176,7 @@ class _Leaf:
         base: Any,
         region: Region,
         statistics: list[Any] | None,
+        depth: float,
     ) -> None:
         self.name, self.shape = name, jnp.shape(values[0])
         reads = None
@@ -185,7 +186,7 @@ class _Leaf:
             )
             arrays = tuple(jnp.atleast_1d(jnp.asarray(s)) for s in statistics)
             region = dataclasses.replace(region, statistics=arrays)
-        self.merge = merge.at(TensorInfo(name, self.shape, statistics is not None, reads))
+        self.merge = merge.at(TensorInfo(name, self.shape, statistics is not None, reads, depth))
         self.values = tuple(jnp.atleast_1d(jnp.asarray(v)) for v in values)
         self.base = None if base is None else jnp.atleast_1d(jnp.asarray(base))
         self.region = region
@@ -249,7 +250,7 @@ def _merge_trees(
     traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((merge, trees, beside)))
     outputs: list[Any] = [None] * len(names)
     floats: list[tuple[int, _Leaf]] = []
-    for position, name in enumerate(names):
+    for position, (name, depth) in enumerate(zip(names, depths(names), strict=True)):
         values = [tree[position] for tree in leaves]
         if not all(jnp.issubdtype(jnp.result_type(v), jnp.floating) for v in values):
             outputs[position] = values[0] if merge.inputs.integers == "first" else _copied(name, values)
@@ -258,7 +259,9 @@ def _merge_trees(
         else:
             own = [tree[name] for tree in beside if name in tree]
             known = own if own and len(own) == len(models) else None
-            floats.append((position, _leaf(merge, name, values, base is not None, known, seed, traced)))
+            floats.append(
+                (position, _leaf(merge, name, values, base is not None, known, seed, traced, depth))
+            )
     for part, measure, declared in merge.steps():
         _take([leaf for _, leaf in floats], part, measure, declared, traced)
     for position, leaf in floats:
@@ -287,6 +290,7 @@ def _leaf(
     statistics: list[Any] | None,
     seed: int,
     traced: bool,
+    depth: float,
 ) -> _Leaf:
     base = values.pop() if with_base else None
     shape = jnp.shape(values[0])
@@ -300,7 +304,7 @@ def _leaf(
         # As a plain constant it would let the compiler draw all random bits itself, one by one, for minutes.
         key = jax.lax.optimization_barrier(jnp.asarray(key))
     region = whole(shape, key, "float32" if traced else "float64")
-    return _Leaf(merge, name, values, base, region, statistics)
+    return _Leaf(merge, name, values, base, region, statistics, depth)
 
 
 def _take(leaves: list[_Leaf], part: int, measure: int, declared: Measure, traced: bool) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "Absent",
     "HyperParameter",
     "Lone",
+    "OneOfModels",
     "Operator",
     "PerModel",
     "Range",
@@ -111,6 +112,11 @@ class Range:
 
 
 @dataclass(frozen=True)
+class OneOfModels:
+    """Annotation mark: the position of one of the models; a recipe may write the model's name."""
+
+
+@dataclass(frozen=True)
 class HyperParameter:
     """One hyper-parameter of a named operator.
 
@@ -124,6 +130,7 @@ class HyperParameter:
         default: the default value, or `REQUIRED`.
         low, high: the closed range of valid values.
         optional: True if `None` is a valid value.
+        one_of_models: True if the value is the position of one of the models, which a recipe may name.
     """
 
     name: str
@@ -136,6 +143,7 @@ class HyperParameter:
     optional: bool
     choices: tuple[str, ...] = ()
     clips: Clips = "neither"
+    one_of_models: bool = False
 
     @property
     def required(self) -> bool:
@@ -285,6 +293,7 @@ def _parameter(keyword: str, hint: Any, default: Any) -> HyperParameter:
         optional=optional,
         choices=choices,
         clips=bounds.clips,
+        one_of_models=any(isinstance(m, OneOfModels) for m in marks),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ __all__ = [
     "polar_factor",
     "randomized_svd",
     "rank_for_energy",
+    "resolved_svd",
     "truncated_svd",
 ]
 
@@ -47,25 +49,38 @@ def decomposed_in(dtype: str) -> str:
     return "float32" if jax.default_backend() == "tpu" else dtype
 
 
-def exact_svd(matrix: Float[Array, "rows columns"], dtype: str) -> LowRank:
-    """The thin SVD of a matrix in a wide dtype, without the triples that are nothing but rounding.
+def exact_svd(matrix: Float[Array, "rows columns"], scale: Float[Array, ""] | None = None) -> LowRank:
+    """The thin SVD of a matrix in its own dtype, without the triples that are nothing but rounding.
 
     Singular values up to `max(rows, columns)` roundings of the largest are not directions of the matrix:
     their vectors, which another program may choose otherwise, are zeros here.
 
     Args:
         matrix: `[rows, columns]`, float32 or wider.
-        dtype: what it is computed in, as far as `decomposed_in` allows.
+        scale: the size of what the matrix was computed from, where it may be nothing but the rounding of it;
+            the largest singular value if None.
     """
-    x = matrix.astype(decomposed_in(dtype))
-    left, singular, right = jnp.linalg.svd(x, full_matrices=False)
-    kept = (singular > max(x.shape) * jnp.finfo(x.dtype).eps * singular[0]).astype(x.dtype)
+    left, singular, right = jnp.linalg.svd(matrix, full_matrices=False)
+    noise = max(matrix.shape) * jnp.finfo(matrix.dtype).eps * (singular[0] if scale is None else scale)
+    kept = (singular > noise).astype(matrix.dtype)
     return LowRank(left * kept[None, :], singular * kept, right * kept[:, None])
 
 
-def polar_factor(matrix: Float[Array, "rows columns"], dtype: str) -> Float[Array, "rows columns"]:
+def resolved_svd(matrix: Float[Array, "rows columns"]) -> LowRank:
+    """The thin SVD without the triples that the rounding of float32 entries may have made.
+
+    The product of two thin factors has their rank again, though it was rounded.
+    """
+    # Independent roundings of all entries have a norm of about (sqrt(rows) + sqrt(columns)) times one.
+    left, singular, right = jnp.linalg.svd(matrix, full_matrices=False)
+    noise = 8 * math.sqrt(max(matrix.shape)) * 2.0**-24 * singular[0]
+    kept = (singular > noise).astype(matrix.dtype)
+    return LowRank(left * kept[None, :], singular * kept, right * kept[:, None])
+
+
+def polar_factor(matrix: Float[Array, "rows columns"]) -> Float[Array, "rows columns"]:
     """The orthogonal factor `P Q^T` of a matrix `P S Q^T`: the nearest whose singular values are 1 (or 0)."""
-    left, _, right = exact_svd(matrix, dtype)
+    left, _, right = exact_svd(matrix)
     return jnp.matmul(left, right, precision="highest")
 
 

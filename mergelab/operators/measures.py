@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,7 @@ __all__ = [
     "Rank",
     "RowOrder",
     "Sum",
+    "of_inner",
     "pack_masks",
     "pack_masks_on_host",
     "unpack_mask",
@@ -123,3 +125,14 @@ class PerBlock:
 
 
 Measure = Sum | Rank | RowOrder | PerBlock
+
+
+def of_inner(measure: Measure) -> Measure:
+    """An inner part's measure as its wrapper declares it: its functions still receive the inner part."""
+
+    def hide(call: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda part, *arguments: call(part.inner, *arguments)
+
+    fields = [f for f in ("of", "finish", "counts", "needed") if getattr(measure, f, None) is not None]
+    hidden = {field: hide(getattr(measure, field)) for field in fields}
+    return dataclasses.replace(measure, **hidden)

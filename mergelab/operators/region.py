@@ -25,12 +25,14 @@ class TensorInfo:
         statistics: whether every model has a statistic of it (see `Region.statistics`).
         reads: the axis of a matrix along which its inputs lie, where its Gram matrix or its model's table
             says so.
+        depth: how deep the tensor's block is in its model, from 0 (the first, and what is in no block) to 1.
     """
 
     name: str
     shape: tuple[int, ...]
     statistics: bool = False
     reads: int | None = None
+    depth: float = 0.0
 
     @property
     def role(self) -> TensorRole:

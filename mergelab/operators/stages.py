@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from mergelab.operators.algebra import Arrays, Granularity, Known, Stage, algebraic
-from mergelab.operators.arithmetic import add_scaled, coefficient
+from mergelab.operators.arithmetic import add_scaled, coefficient, rounded
 from mergelab.operators.measures import (
     Measure,
     MeasureScope,
@@ -19,6 +19,7 @@ from mergelab.operators.measures import (
     Rank,
     RowOrder,
     Sum,
+    of_inner,
     pack_masks,
     unpack_mask,
 )
@@ -135,43 +136,60 @@ def _float32(value: Any) -> jax.Array:
     return jnp.asarray(value, jnp.float32)
 
 
+def _salt(stage: int, draw: int) -> int:
+    """The salt of a stage's n-th draw; the first is the stage's alone."""
+    return stage + (draw << 8)
+
+
+def _kept(x: jax.Array, masks: tuple[jax.Array, ...], model: int, models: int, draws: int) -> jax.Array:
+    """`x` times the fraction of the model's masks that keep an entry."""
+    if draws == 1:
+        return jnp.where(unpack_mask(masks, model), x, jnp.float32(0))
+    count = sum(unpack_mask(masks, draw * models + model).astype(jnp.float32) for draw in range(draws))
+    return jnp.where(count > 0, rounded(x * count) / jax.lax.optimization_barrier(jnp.float32(draws)), 0)
+
+
 @algebraic
 class Drop(Stage):
     """Keeps each entry with probability `density`, independently, and zeroes the others.
 
     `rescale` divides what is kept by `density`, so that the expected value is unchanged (the paper's form;
-    mergekit instead matches the L1 norm, see `RescaleL1`).
+    mergekit instead matches the L1 norm, see `RescaleL1`), or by `q`, if there is one (DAREx). With
+    `draws` an entry is multiplied by the fraction of so many masks that keep it.
 
     Reference: Yu et al., "Language Models are Super Mario" (DARE), arXiv 2311.03099.
     """
 
     density: Any
     rescale: bool = dataclasses.field(default=True, metadata={"static": True})
+    q: Any = None
+    draws: int = dataclasses.field(default=1, metadata={"static": True})
 
-    per_model: ClassVar[tuple[str, ...]] = ("density",)
+    per_model: ClassVar[tuple[str, ...]] = ("density", "q")
 
     def measures(self) -> tuple[Measure, ...]:
         return (PerBlock(Drop.draw),)
 
     def draw(self, xs: Arrays, base: Any, region: Region, known: Known) -> tuple[jax.Array, ...]:
-        """Which entries are kept, packed by model."""
+        """Which entries are kept, packed by draw and model."""
         return pack_masks(
             [
-                uniform(region.random_bits(_DARE, i)) < _float32(of_model(self.density, i))
+                uniform(region.random_bits(_salt(_DARE, draw), i)) < _float32(of_model(self.density, i))
+                for draw in range(self.draws)
                 for i in range(len(xs))
             ]
         )
 
     def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> Arrays:
-        return tuple(
-            jnp.where(unpack_mask(known[0], i), self._rescaled(x, i), jnp.float32(0))
-            for i, x in enumerate(xs)
-        )
+        return tuple(_kept(self._rescaled(x, i), known[0], i, len(xs), self.draws) for i, x in enumerate(xs))
 
     def _rescaled(self, x: jax.Array, model: int) -> jax.Array:
         if not self.rescale:
             return x
-        density = _float32(of_model(self.density, model))
+        if self.q is not None:
+            # Compilers multiply by the reciprocal of what they know to be constant, which rounds otherwise.
+            return x / jax.lax.optimization_barrier(_float32(of_model(self.q, model)))
+        density = jax.lax.optimization_barrier(_float32(of_model(self.density, model)))
         return x / jnp.where((density > 0) & (density < 1), density, jnp.float32(1))
 
 
@@ -182,13 +200,15 @@ class MagPrune(Stage):
     The smallest entry of a row is kept with probability `density - epsilon`, the largest with
     `density + epsilon`, linearly between; rows are taken along the last axis, and a row of one entry is
     kept with probability `density`. Equal magnitudes share the mean probability of the ranks they take up, so
-    nothing depends on their order. At density 1 or above nothing is dropped, at 0 or below everything.
+    nothing depends on their order. At density 1 or above nothing is dropped, at 0 or below everything. With
+    `draws` an entry is multiplied by the fraction of so many masks that keep it.
 
     Reference: Deep et al., "DELLA-Merging", arXiv 2406.11617.
     """
 
     density: Any
     epsilon: Any = 0.15
+    draws: int = dataclasses.field(default=1, metadata={"static": True})
 
     granularity: ClassVar[Granularity] = "row"
     per_model: ClassVar[tuple[str, ...]] = ("density", "epsilon")
@@ -198,10 +218,13 @@ class MagPrune(Stage):
 
     def ask(self, xs: Arrays, base: Any, region: Region, known: Known) -> tuple[RowQuestion, ...]:
         """Whether each entry is kept, as a comparison of magnitudes that its random number chooses."""
-        return tuple(self._ask(magnitude_key(jax.lax.stop_gradient(x)), region, i) for i, x in enumerate(xs))
+        keys = [magnitude_key(jax.lax.stop_gradient(x)) for x in xs]
+        return tuple(
+            self._ask(key, region, i, draw) for draw in range(self.draws) for i, key in enumerate(keys)
+        )
 
-    def _ask(self, keys: jax.Array, region: Region, model: int) -> RowQuestion:
-        """The comparison that decides each entry of one model.
+    def _ask(self, keys: jax.Array, region: Region, model: int, draw: int) -> RowQuestion:
+        """The comparison that decides each entry of one model in one draw.
 
         `reach` is the number of ranks whose probability exceeds the entry's random number. An entry is kept
         if fewer others than that are larger, which is to say: if it is not below the key at that rank. Half
@@ -211,7 +234,7 @@ class MagPrune(Stage):
         density, epsilon = (
             _float32(of_model(jax.lax.stop_gradient(value), model)) for value in (self.density, self.epsilon)
         )
-        bits, columns = region.random_bits(_DELLA, model), keys.shape[-1]
+        bits, columns = region.random_bits(_salt(_DELLA, draw), model), keys.shape[-1]
         margin = density - uniform(bits)
         reach = jnp.where(margin > 0, columns, 0)
         if columns > 1:
@@ -225,7 +248,7 @@ class MagPrune(Stage):
         return RowQuestion(keys, place, jnp.where(reach == 0, jnp.uint32(0), mine))
 
     def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> Arrays:
-        return tuple(jnp.where(unpack_mask(known[0], i), x, jnp.float32(0)) for i, x in enumerate(xs))
+        return tuple(_kept(x, known[0], i, len(xs), self.draws) for i, x in enumerate(xs))
 
 
 Ballot = Literal["sum", "count"]
@@ -312,7 +335,7 @@ class RescaleL1(Stage):
         self.inner.check_models(models, operator)
 
     def measures(self) -> tuple[Measure, ...]:
-        return (*(_inward(m) for m in self.inner.measures()), Sum(RescaleL1.norms, RescaleL1.ratios))
+        return (*(of_inner(m) for m in self.inner.measures()), Sum(RescaleL1.norms, RescaleL1.ratios))
 
     def norms(self, xs: Arrays, base: Any, region: Region, known: Known) -> Any:
         """L1 norms of every model before and after `inner`."""
@@ -332,14 +355,3 @@ class RescaleL1(Stage):
         *inner_known, factors = known
         kept = self.inner.apply(xs, base, region, tuple(inner_known))
         return tuple(x * factor for x, factor in zip(kept, factors, strict=True))
-
-
-def _inward(measure: Measure) -> Measure:
-    """The inner stage's measure as the wrapper declares it: its functions still receive the inner stage."""
-
-    def hide(call: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda part, *arguments: call(part.inner, *arguments)
-
-    fields = [f for f in ("of", "finish", "counts", "needed") if getattr(measure, f, None) is not None]
-    hidden = {field: hide(getattr(measure, field)) for field in fields}
-    return dataclasses.replace(measure, **hidden)

@@ -54,6 +54,7 @@ PAPER_FORMS = {
     "dare_linear": {"rescale_by"},
     "dare_ties": {"rescale_by"},
 }
+DRAWS = {"dare_linear", "dare_ties", "della", "della_linear"}
 
 
 def defined() -> Iterator[tuple[str, Operator]]:
@@ -77,7 +78,8 @@ def test_the_declaration_is_mergekits(name: str) -> None:
     operator = OPERATORS[name]
     base, fewest, most, defaults = MERGEKIT[name]
     assert (operator.base, operator.min_models, operator.max_models) == (base, fewest, most)
-    ours = {p.name: p.default for p in operator.parameters if p.name not in PAPER_FORMS.get(name, ())}
+    own = PAPER_FORMS.get(name, set()) | ({"draws"} if name in DRAWS else set())
+    ours = {p.name: p.default for p in operator.parameters if p.name not in own}
     assert ours == defaults
     per_model = {p.name for p in operator.parameters if p.per_model}
     takes_epsilon_per_model = {"epsilon"} if name.startswith("della") else set()

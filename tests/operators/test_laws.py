@@ -48,6 +48,9 @@ SYMMETRIC = {
     "sce": ({"select_topk": 0.5}, True),
     "ram": ({"epsilon": 0.3}, True),
     "ramplus_tl": ({"epsilon": 0.3}, True),
+    "consensus": ({"agree": 2}, True),
+    "magmax": ({}, True),
+    "emr": ({}, True),
 }
 
 

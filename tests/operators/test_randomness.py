@@ -178,3 +178,26 @@ def test_densities_zero_and_one_draw_nothing(name: str, density: float, survives
     x = np.random.default_rng(0).standard_normal((SIDE, SIDE)).astype(np.float32)
     out = drawn(ops.OPERATORS[name](weight=1.0, density=density), x)
     np.testing.assert_array_equal(out, x if survives else np.zeros_like(x))
+
+
+@pytest.mark.parametrize("name", ["dare_linear", "della_linear"])
+def test_the_mean_of_many_masks_approaches_the_mean(name: str) -> None:
+    """An entry kept with probability p by each of n masks is off by p (1 - p) / n in the mean square."""
+    density, draws = 0.3, 64
+    x = np.random.default_rng(0).standard_normal((SIDE, SIDE)).astype(np.float32)
+    form = {"rescale_by": "density"} if name == "dare_linear" else {"rescale": False, "epsilon": 0.0}
+    off = []
+    for n in (1, draws):
+        out = drawn(ops.OPERATORS[name](weight=1.0, density=density, draws=n, **form), x)
+        share = out / x * (density if name == "dare_linear" else 1)
+        assert abs(share.mean(dtype=np.float64) - density) < 4 * np.sqrt(density * (1 - density) / n / SIZE)
+        off.append(np.mean(np.square(share - density, dtype=np.float64)))
+    np.testing.assert_allclose(off[0], density * (1 - density), rtol=0.02)
+    np.testing.assert_allclose(off[1], density * (1 - density) / draws, rtol=0.05)
+
+
+def test_the_first_of_many_masks_is_the_only_one_of_one() -> None:
+    x = np.random.default_rng(0).standard_normal((SIDE, SIDE)).astype(np.float32)
+    one, two = (drawn(ops.dare_linear(weight=1.0, density=0.5, rescale=False, draws=n), x) for n in (1, 2))
+    assert set(np.unique(two / x).tolist()) == {0.0, 0.5, 1.0}
+    assert (two[one != 0] != 0).all() and (two[one == 0] != x[one == 0]).all()

@@ -32,6 +32,7 @@ class Job:
         statistics: one statistic of the tensor per model (a Gram matrix, a Fisher); empty where the merge
             takes none, or some model has none of this tensor.
         reads: the axis along which the tensor's inputs lie, where its statistics need to know.
+        depth: how deep its block is in the model, from 0 to 1; 0 in no block.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Job:
     model_names: tuple[str, ...] = field(default=())
     statistics: tuple[TensorSource, ...] = ()
     reads: int | None = None
+    depth: float = 0.0
 
     @property
     def size(self) -> int:
@@ -59,7 +61,8 @@ class Job:
         """The merge as it acts on this tensor."""
         if self.merge is None:
             return None
-        return self.merge.at(TensorInfo(self.name, self.shape, bool(self.statistics), self.reads))
+        tensor = TensorInfo(self.name, self.shape, bool(self.statistics), self.reads, self.depth)
+        return self.merge.at(tensor)
 
     @property
     def bytes_in(self) -> int:

@@ -66,7 +66,8 @@ def _rank(runs: Sequence[TensorRun], part: int, measure: int, declared: Rank) ->
     size = sum(run.job.size for run in runs)
     counts = runs[0].counts(part, declared, size)
     pooled = [
-        [_select(runs, part, measure, s, count, size) for count in stream] for s, stream in enumerate(counts)
+        [_select(runs, part, measure, s, count, size, values=declared.values) for count in stream]
+        for s, stream in enumerate(counts)
     ]
     offset = 0
     for run in runs:
@@ -76,9 +77,9 @@ def _rank(runs: Sequence[TensorRun], part: int, measure: int, declared: Rank) ->
 
 
 def _select(
-    runs: Sequence[TensorRun], part: int, measure: int, stream: int, count: int, size: int
+    runs: Sequence[TensorRun], part: int, measure: int, stream: int, count: int, size: int, *, values: bool
 ) -> Selection:
-    if (trivial := trivial_selection(count, size)) is not None:
+    if (trivial := trivial_selection(count, size, values=values)) is not None:
         return trivial
     places = [(run, block) for run in runs for block in run.blocks]
 

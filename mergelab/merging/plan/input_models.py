@@ -29,6 +29,7 @@ __all__ = [
     "PlannedTensor",
     "find_models",
     "is_planned",
+    "locate_adapters",
     "with_results",
 ]
 
@@ -159,6 +160,35 @@ def find_models(
             raise
         except MergelabError as error:
             faults.append(origin.sentence(path, str(error)))
+    raise_faults(faults)
+    return found
+
+
+def locate_adapters(
+    texts: Iterable[str], origin: Origin, base_dir: str | Path | None = None
+) -> dict[str, Path]:
+    """The local folders of adapters by their references, `adapter` or `base+adapter`, found as models are.
+
+    Raises:
+        RecipeError: adapters that cannot be found, all named at once.
+    """
+    own = origin.folder if base_dir is None else Path(base_dir)
+    folders = [Path.cwd(), *([] if own is None else [own])]
+    found: dict[str, Path] = {}
+    faults: list[str] = []
+    for text in texts:
+        reference = parse_model_ref(text)
+        if any(exists(folder / text) for folder in folders):
+            reference = ModelRef(text)  # a folder whose own name holds '@' or '+'
+        name, revision = reference.adapter, reference.adapter_revision
+        if name is None:
+            name, revision = reference.path, reference.revision
+        try:
+            found[text] = _locate(name, revision, folders, [])[0]
+        except DependencyError:
+            raise
+        except MergelabError as error:
+            faults.append(str(error))
     raise_faults(faults)
     return found
 

@@ -266,7 +266,10 @@ class JobBuilder:
             self._merges[setting] = self.operator(**arguments)
         merge, beside = self._merges[setting], tuple(statistic for statistic, _ in found.statistics)
         reads = self._check_statistics(place, found, shape, owners)
-        return Job(place.name, shape, dtype, tuple(inputs), found.base, merge, tuple(owners), beside, reads)
+        names = tuple(owners)
+        return Job(
+            place.name, shape, dtype, tuple(inputs), found.base, merge, names, beside, reads, depth=place.t
+        )
 
     def _check_statistics(
         self, place: OutputPlace, found: Ingredients, shape: tuple[int, ...], owners: list[str]

@@ -170,6 +170,8 @@ def resolve(
                 if parameter.required:
                     raise RecipeError(_unset(operator, parameter, output_name, ""))
                 continue
+            if parameter.one_of_models and isinstance(value, str):
+                value = position_of(value, [source.model for source, _ in inputs])
             found[parameter.keyword] = convert(parameter, value)
             continue
         values = [_first((s.parameters, *piece.shared), parameter.name, name, t) for s, name in inputs]
@@ -182,6 +184,13 @@ def resolve(
                 for value in values
             ]
     return found
+
+
+def position_of(name: str, models: Sequence[str]) -> int | None:
+    """The position of the one model that is written so, or whose folder or file is called so; else None."""
+    found = [i for i, model in enumerate(models) if name == model]
+    found = found or [i for i, model in enumerate(models) if name == os.path.basename(model.rstrip("/"))]
+    return found[0] if len(found) == 1 else None
 
 
 def _first(scopes: Iterable[Scope], name: str, tensor_name: str, t: float) -> Scalar | Unset:
@@ -225,6 +234,8 @@ def value_fault(parameter: HyperParameter, value: Scalar) -> str | None:
         return None if fine else f"expected true or false, found {quoted(value)}{hint}"
     if parameter.type is str:
         return None if isinstance(value, str) else f"expected a word, found {quoted(value)}"
+    if parameter.one_of_models and isinstance(value, str):
+        return None
     if isinstance(value, bool | str) or not _is_finite(value):
         return f"expected {_expected(parameter)}, found {quoted(value)}"
     if parameter.type is int and value != int(value):
@@ -410,6 +421,8 @@ def _slice_faults(operator: Operator, piece: ScopedSlice) -> Iterator[Located]:
         )
     yield from _statistics_faults(operator, piece)
     for parameter in operator.parameters:
+        if parameter.one_of_models:
+            yield from _unknown_models(parameter, piece, names)
         if not parameter.required or any(parameter.name in scope for scope in piece.shared):
             continue
         if not parameter.per_model:
@@ -421,6 +434,18 @@ def _slice_faults(operator: Operator, piece: ScopedSlice) -> Iterator[Located]:
                     (*source.path, "parameters", parameter.name),
                     f"{operator.name!r} needs this parameter for model {quoted(source.model)}: set it here, "
                     "or for all models in the top-level 'parameters'",
+                )
+
+
+def _unknown_models(parameter: HyperParameter, piece: ScopedSlice, names: list[str]) -> Iterator[Located]:
+    """Values that should name one of the models and do not."""
+    for scope in piece.shared:
+        for value in scope[parameter.name].scalars() if parameter.name in scope else ():
+            if isinstance(value, str) and position_of(value, names) is None:
+                yield (
+                    ("parameters", parameter.name),
+                    f"{quoted(value)} names none, or more than one, of the models: write one of "
+                    f"{shortened(', '.join(names[:20]), 400)}",
                 )
 
 

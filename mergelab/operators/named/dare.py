@@ -17,6 +17,7 @@ __all__ = ["dare_linear", "dare_ties", "della", "della_linear"]
 
 RescaleBy = Literal["l1", "density"]
 Probability = Annotated[float, PerModel(), Range(0.0, float("inf"))]
+Draws = Annotated[int, Range(1, 1000)]
 _REFERENCE = "Yu et al., 'Language Models are Super Mario' (DARE), arXiv 2311.03099"
 
 
@@ -27,9 +28,10 @@ def _dare(
     rescale: bool,
     lambda_: Any,
     rescale_by: RescaleBy,
+    draws: int,
     elect: bool,
 ) -> Merge:
-    drop = Drop(exact(density), rescale=rescale and rescale_by == "density")
+    drop = Drop(exact(density), rescale=rescale and rescale_by == "density", draws=int(draws))
     return task_vector_merge(
         weight, drop, normalize=normalize, scale=lambda_, elect=elect, rescale=rescale and rescale_by == "l1"
     )
@@ -44,13 +46,15 @@ def dare_linear(
     lambda_: float = 1.0,
     int8_mask: bool = False,
     rescale_by: RescaleBy = "l1",
+    draws: Draws = 1,
 ) -> Merge:
     """DARE: keep each entry of each task vector with probability `density`, rescale, add up.
 
     `rescale_by="l1"` matches each tensor's L1 norm (mergekit); `density` divides by `density`, which is the
-    paper's unbiased `1 / (1 - p)`. `int8_mask` is accepted for compatibility and changes nothing.
+    paper's unbiased `1 / (1 - p)`. `draws` masks are averaged: the more, the nearer to task arithmetic.
+    `int8_mask` is accepted for compatibility and changes nothing.
     """
-    return _dare(weight, density, normalize, rescale, lambda_, rescale_by, elect=False)
+    return _dare(weight, density, normalize, rescale, lambda_, rescale_by, draws, elect=False)
 
 
 @operator(base="required", min_models=0, reference=_REFERENCE, shares="elected")
@@ -62,9 +66,13 @@ def dare_ties(
     lambda_: float = 1.0,
     int8_mask: bool = False,
     rescale_by: RescaleBy = "l1",
+    draws: Draws = 1,
 ) -> Merge:
-    """DARE, then TIES's sign election: entries that disagree with the elected sign are dropped."""
-    return _dare(weight, density, normalize, rescale, lambda_, rescale_by, elect=True)
+    """DARE, then TIES's sign election: entries that disagree with the elected sign are dropped.
+
+    `draws` masks are averaged before the election.
+    """
+    return _dare(weight, density, normalize, rescale, lambda_, rescale_by, draws, elect=True)
 
 
 Epsilon = Annotated[float, PerModel(), Range(0.0, 0.5)]
@@ -93,13 +101,19 @@ def _values(values: Any) -> list[Any]:
 
 
 def _della(
-    weight: Any, density: Any, epsilon: Any, normalize: bool, rescale: bool, lambda_: Any, elect: bool
+    weight: Any,
+    density: Any,
+    epsilon: Any,
+    normalize: bool,
+    rescale: bool,
+    lambda_: Any,
+    draws: int,
+    elect: bool,
 ) -> Merge:
     density, epsilon = exact(density), exact(epsilon)
     _check(density, epsilon)
-    return task_vector_merge(
-        weight, MagPrune(density, epsilon), normalize=normalize, scale=lambda_, elect=elect, rescale=rescale
-    )
+    prune = MagPrune(density, epsilon, int(draws))
+    return task_vector_merge(weight, prune, normalize=normalize, scale=lambda_, elect=elect, rescale=rescale)
 
 
 @operator(base="required", min_models=0, reference=_REFERENCE, shares="elected")
@@ -111,17 +125,19 @@ def della(
     lambda_: float = 1.0,
     int8_mask: bool = False,
     epsilon: Epsilon = 0.15,
+    draws: Draws = 1,
 ) -> Merge:
     """DELLA: keep entries with a probability that grows with their magnitude rank, elect signs, average.
 
     Keep probabilities run from `density - epsilon` for the smallest entry of a row to `density + epsilon`
     for the largest; equal magnitudes share the mean of theirs, where mergekit orders them arbitrarily.
-    `int8_mask` is accepted for compatibility and changes nothing.
+    `draws` masks are averaged before the election. `int8_mask` is accepted for compatibility and changes
+    nothing.
 
     Raises:
         OperatorError: `density - epsilon` or `density + epsilon` leaves (0, 1).
     """
-    return _della(weight, density, epsilon, normalize, rescale, lambda_, elect=True)
+    return _della(weight, density, epsilon, normalize, rescale, lambda_, draws, elect=True)
 
 
 @operator(base="required", min_models=0, reference=_REFERENCE)
@@ -133,6 +149,10 @@ def della_linear(
     lambda_: float = 1.0,
     int8_mask: bool = False,
     epsilon: Epsilon = 0.15,
+    draws: Draws = 1,
 ) -> Merge:
-    """DELLA without the sign election: prune by rank at random, rescale, add up."""
-    return _della(weight, density, epsilon, normalize, rescale, lambda_, elect=False)
+    """DELLA without the sign election: prune by rank at random, rescale, add up.
+
+    `draws` masks are averaged.
+    """
+    return _della(weight, density, epsilon, normalize, rescale, lambda_, draws, elect=False)

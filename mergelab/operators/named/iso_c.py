@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Self
-
 import jax
 import jax.numpy as jnp
 
-from mergelab.operators.algebra import Arrays, Granularity, Known, Reduction, algebraic
+from mergelab.operators.algebra import Arrays, algebraic
 from mergelab.operators.compose import Merge
 from mergelab.operators.declare import operator, weights
 from mergelab.operators.low_rank import exact_svd
-from mergelab.operators.reductions import Mean
-from mergelab.operators.region import Region, TensorInfo
+from mergelab.operators.whole_matrices import MatrixReduction
 
 __all__ = ["Isotropic", "iso_c"]
 
 
 @algebraic
-class Isotropic(Reduction):
+class Isotropic(MatrixReduction):
     """`mean(S) U V^T` of `sum_i x_i = U diag(S) V^T`; tensors that are not matrices are averaged.
 
     The mean is over all `min(m, n)` singular values; directions whose singular value is zero to rounding
     are not directions of the sum and stay zero.
     """
-
-    matrix: bool = dataclasses.field(default=True, metadata={"static": True})
-
-    @property
-    def grain(self) -> Granularity:
-        return "tensor" if self.matrix else "element"
-
-    def at(self, tensor: TensorInfo) -> Self:
-        return dataclasses.replace(self, matrix=tensor.role == "matrix")
 
     def workspace(self, shape: tuple[int, ...], models: int) -> int:
         """The sum and its factors in float64, with what LAPACK needs to decompose it."""
@@ -41,15 +28,16 @@ class Isotropic(Reduction):
         rank = min(shape)
         return 8 * (rows * columns + rank * (rows + columns) + 5 * rank * rank)
 
-    def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> jax.Array:
-        if not self.matrix:
-            return Mean().apply(xs, base, region, ((),))
-        wide = [x.astype(region.wide) for x in xs]
-        left, singular, right = exact_svd(sum(wide[1:], wide[0]), region.wide)
-        return (jnp.mean(singular) * jnp.matmul(left, right, precision="highest")).astype(jnp.float32)
+    def of_matrices(self, deltas: Arrays) -> jax.Array:
+        left, singular, right = exact_svd(sum(deltas[1:], deltas[0]))
+        return jnp.mean(singular) * jnp.matmul(left, right, precision="highest")
 
 
 @operator(base="required", reference="Marczak et al., 'No Task Left Behind' (Iso-C), arXiv 2502.04959")
 def iso_c(lambda_: float = 1.0) -> Merge:
-    """Isotropic merging: the sum of the task vectors, with its singular values replaced by their mean."""
+    """Isotropic merging: the sum of the task vectors, with its singular values replaced by their mean.
+
+    `B + lambda mean(S) U V^T` of `sum_i x_i = U S V^T`. Gives directions that few tasks use as much room as
+    shared ones; helps with several tasks, and costs one decomposition of each matrix.
+    """
     return Merge((), Isotropic(), weights(lambda_))

@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Self
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from mergelab.operators.algebra import Arrays, Granularity, Known, Reduction, algebraic
+from mergelab.operators.algebra import Arrays, algebraic
 from mergelab.operators.compose import Merge
 from mergelab.operators.declare import operator, weights
-from mergelab.operators.low_rank import exact_svd, polar_factor
-from mergelab.operators.reductions import Mean
-from mergelab.operators.region import Region, TensorInfo
+from mergelab.operators.low_rank import LowRank, exact_svd, polar_factor
+from mergelab.operators.whole_matrices import MatrixReduction
 
-__all__ = ["TaskSingularVectors", "tsv_m"]
+__all__ = ["TaskSingularVectors", "leading_directions", "tsv_m"]
+
+Matrix = Float[Array, "rows columns"]
 
 
 @algebraic
-class TaskSingularVectors(Reduction):
+class TaskSingularVectors(MatrixReduction):
     """`polar([U_1 ... U_T]) diag(S_1 ... S_T) polar([V_1 ... V_T])^T` of the task vectors' leading triples.
 
     Each of the T matrices contributes its `min(m, n) // T` largest singular triples; the polar factors are
     the nearest matrices with orthonormal columns, so that no task's directions interfere with another's.
     Tensors that are not matrices, or have fewer rows or columns than there are tasks, are averaged.
     """
-
-    matrix: bool = dataclasses.field(default=True, metadata={"static": True})
-
-    @property
-    def grain(self) -> Granularity:
-        return "tensor" if self.matrix else "element"
-
-    def at(self, tensor: TensorInfo) -> Self:
-        return dataclasses.replace(self, matrix=tensor.role == "matrix")
 
     def workspace(self, shape: tuple[int, ...], models: int) -> int:
         """All models' factors in float64, with what LAPACK needs for one decomposition."""
@@ -43,15 +35,22 @@ class TaskSingularVectors(Reduction):
         factors = max(models, 3) * rank * (rows + columns)
         return 8 * (2 * rows * columns + factors + 5 * rank * rank)
 
-    def apply(self, xs: Arrays, base: jax.Array | None, region: Region, known: Known) -> jax.Array:
-        rank = min(region.shape) // len(xs) if self.matrix else 0
-        if rank == 0:
-            return Mean().apply(xs, base, region, ((),))
-        factors = [exact_svd(x, region.wide).cut(rank) for x in xs]
-        left = polar_factor(jnp.concatenate([f.left for f in factors], axis=1), region.wide)
-        right = polar_factor(jnp.concatenate([f.right for f in factors], axis=0), region.wide)
-        singular = jnp.concatenate([f.singular for f in factors])
-        return jnp.matmul(left * singular[None, :], right, precision="highest").astype(jnp.float32)
+    def of_matrices(self, deltas: Arrays) -> jax.Array | None:
+        return leading_directions(deltas)
+
+
+def leading_directions(
+    deltas: Sequence[Matrix], decompose: Callable[[Matrix], LowRank] = exact_svd
+) -> Matrix | None:
+    """The matrices' leading triples, made orthogonal and added; None where there is none for each."""
+    rank = min(deltas[0].shape) // len(deltas)
+    if rank == 0:
+        return None
+    factors = [decompose(x).cut(rank) for x in deltas]
+    left = polar_factor(jnp.concatenate([f.left for f in factors], axis=1))
+    right = polar_factor(jnp.concatenate([f.right for f in factors], axis=0))
+    singular = jnp.concatenate([f.singular for f in factors])
+    return jnp.matmul(left * singular[None, :], right, precision="highest")
 
 
 @operator(
@@ -59,5 +58,9 @@ class TaskSingularVectors(Reduction):
     reference="Gargiulo et al., 'Task Singular Vectors' (TSV-Merge), arXiv 2412.00081",
 )
 def tsv_m(lambda_: float = 1.0) -> Merge:
-    """TSV-Merge: adds the tasks' leading singular directions, each made orthogonal to all others."""
+    """TSV-Merge: adds the tasks' leading singular directions, each made orthogonal to all others.
+
+    `B + lambda polar([U_1 ... U_T]) diag(S_1 ... S_T) polar([V_1 ... V_T])^T` of the `min(m, n) // T` leading
+    triples of each task vector. Needs no data; the best data-free operator here with many tasks.
+    """
     return Merge((), TaskSingularVectors(), weights(lambda_))

@@ -22,6 +22,7 @@ from mergelab.errors import CheckpointError, MergelabError, OutputError, SAEErro
 from mergelab.processes import agree, together
 from mergelab.sae.training.config import TrainConfig, plain_settings
 from mergelab.sae.training.inputs import check_same, fingerprint, input_paths
+from mergelab.sae.training.start_sample import START_SAMPLE, StartSample
 
 __all__ = ["KnownOfRun", "RunFolder", "known_of_run"]
 
@@ -224,11 +225,17 @@ class RunFolder:
             settings = self._settings.model_dump(mode="json")
             write_whole(self.path / _CONFIG, yaml.safe_dump(settings, sort_keys=False))
 
+    def keep(self, sample: StartSample) -> None:
+        """Keeps the start sample, so that a run that is resumed need not read it again."""
+        if self._first:
+            with disk_errors(self.path):
+                sample.write(self.path)
+
     def disclaim(self) -> None:
         """Takes back what `claim` wrote: the data was found bad before anything could be kept."""
         if not self._first or self.begun:
             return
-        for name in (_CONFIG, _INPUTS, "metrics.jsonl", "wandb-id"):
+        for name in (_CONFIG, _INPUTS, START_SAMPLE, "metrics.jsonl", "wandb-id"):
             (self.path / name).unlink(missing_ok=True)
         for name in ("checkpoints", "tensorboard", "wandb"):
             shutil.rmtree(self.path / name, ignore_errors=True)

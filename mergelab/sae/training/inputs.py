@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from mergelab.activations import ActivationFiles, ActivationSource, find_activation_files
 from mergelab.checkpoints.folder import bounded_digest
 from mergelab.checkpoints.locations import local_path
@@ -94,6 +96,8 @@ def changed_input(before: Any, now: Mapping[str, Any]) -> str | None:
 def read_once(*sources: ActivationSource | None) -> None:
     """Reads all rows of activation files, if they are not too many, so that bad ones are known at once.
 
+    Each of several processes reads an equal share.
+
     Raises:
         NonFiniteError: a row holds NaN or infinity.
         CheckpointError: a file cannot be read.
@@ -101,9 +105,11 @@ def read_once(*sources: ActivationSource | None) -> None:
     files = [source for source in sources if isinstance(source, ActivationFiles)]
     if sum(source.rows * source.d_in * 4 for source in files) > _READ_BYTES:
         return
+    process, processes = jax.process_index(), jax.process_count()
     for source in files:
-        for start in range(0, source.rows, _ROWS):
-            source.read(start, min(start + _ROWS, source.rows))
+        first, end = (source.rows * one // processes for one in (process, process + 1))
+        for start in range(first, end, _ROWS):
+            source.read(start, min(start + _ROWS, end))
 
 
 def check_same(folder: Path, before: Any, now: Mapping[str, Any]) -> None:

@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import numpy as np
 
 from mergelab.activations.kept import DEFAULT_RULE, row_norms
 from mergelab.activations.left_out import LeftOut
-from mergelab.activations.stream import ActivationStream, Batch
+from mergelab.activations.stream import ActivationStream, Batch, lanes_of
 from mergelab.errors import SAEError
+from mergelab.exchange import gathered_rows
+from mergelab.processes import together
 
 __all__ = ["Overview", "draw_sample"]
 
@@ -92,6 +95,8 @@ def draw_sample(
 ) -> tuple[Batch, Overview]:
     """Rows drawn like a batch, less those that are too long, and what they look like.
 
+    Each of several processes reads an equal share, and all get the whole; every process must make the call.
+
     Args:
         stream: the training's; its place stays what it is.
         count: rows to draw, at most as many as there are.
@@ -104,16 +109,27 @@ def draw_sample(
     """
     kept, source = stream.kept, stream.source
     every = replace(kept, limit=math.inf, target_limit=math.inf)
-    drawn = next(
-        ActivationStream(
-            source,
-            min(stream.rows, count),
-            seed=seed,
-            target=stream.target,
-            buffer_rows=buffer_rows,
-            kept=every,
+    size, distributed = min(stream.rows, count), jax.process_count() > 1
+    lanes = lanes_of(size, jax.process_count())  # whole ones, so that each row is read once
+    rows = np.arange(size).reshape(lanes, -1)
+    share = np.array_split(rows, jax.process_count())[jax.process_index()].reshape(-1)
+    with together("reading the start sample", distributed=distributed):
+        drawn = next(
+            ActivationStream(
+                source,
+                size,
+                seed=seed,
+                target=stream.target,
+                buffer_rows=buffer_rows,
+                part=share,
+                readers=jax.process_count(),
+                kept=every,
+            )
         )
-    )
+    if distributed:
+        x = gathered_rows(drawn.input)
+        y = x if drawn.target is drawn.input else gathered_rows(drawn.target)
+        drawn = Batch(x, y, gathered_rows(drawn.rows))
     short = kept.short_enough(drawn.input, drawn.target)
     left_out = LeftOut()
     if short.all():

@@ -14,9 +14,10 @@ from mergelab.activations import ActivationStream, Batch
 from mergelab.errors import SAEError
 from mergelab.sae.training.config import TrainConfig, TrainingRecipe
 from mergelab.sae.training.data import TrainingRows
-from mergelab.sae.training.initialize import SAMPLE_ROWS, initialize
+from mergelab.sae.training.initialize import SAMPLE_ROWS, initialize, state_shapes
 from mergelab.sae.training.memory import check_memory
 from mergelab.sae.training.overview import Overview, draw_sample
+from mergelab.sae.training.start_sample import StartSample
 from mergelab.sae.training.state import TrainState, batch_part, place_batch
 from mergelab.sae.variants import Variant
 
@@ -46,21 +47,35 @@ class Start:
 
         The same in every process.
         """
-        seed = self.settings.train.seed
-        sample, overview = draw_sample(
-            self.stream,
-            SAMPLE_ROWS,
-            seed + 2**31,  # not the order of the training itself
-            buffer_rows=self.settings.data.buffer_rows,
-            tokens=self.recipe.tokens,
+        sample = self.draw()
+        return self.state_from(sample.batch), sample.overview
+
+    def draw(self) -> StartSample:
+        """The sample from which the state before the first step is made, the same in every process.
+
+        Several processes read a share of it each.
+        """
+        seed = self.settings.train.seed + 2**31  # not the order of the training itself
+        rows = self.settings.data.buffer_rows
+        return StartSample(
+            *draw_sample(self.stream, SAMPLE_ROWS, seed, buffer_rows=rows, tokens=self.recipe.tokens)
         )
+
+    def state_from(self, sample: Batch) -> TrainState:
+        """The state before the first step that a sample gives."""
         target = None if self.variant.d_out is None else sample.target
-        key = jax.random.key(seed)
-        return initialize(self.variant, self.recipe, key, sample.input, target, mesh=self.mesh), overview
+        key = jax.random.key(self.settings.train.seed)
+        return initialize(self.variant, self.recipe, key, sample.input, target, mesh=self.mesh)
+
+    def shapes(self) -> TrainState:
+        """Shapes and places of a state, as a checkpoint is restored to; reads nothing."""
+        return state_shapes(self.variant, self.recipe, self.mesh)
 
     def place(self, batch: Batch) -> tuple[Array, Array]:
         """Inputs and targets of a batch on the devices; one array where they are the same rows."""
-        put = jnp.asarray if self.mesh is None else partial(place_batch, mesh=self.mesh)
+        put = jnp.asarray
+        if self.mesh is not None:
+            put = partial(place_batch, mesh=self.mesh, batch_size=self.recipe.batch_size)
         x = put(batch.input)
         return x, x if batch.target is batch.input else put(batch.target)
 
@@ -80,15 +95,14 @@ def start_training(settings: TrainConfig, data: TrainingRows, mesh: Mesh | None)
             f"train.batch_size is {recipe.batch_size}, which {parts} devices cannot share; change one."
         )
     check_memory(variant, recipe, mesh, min(settings.data.buffer_rows, source.rows))
-    part, processes = batch_part(mesh)
     stream = ActivationStream(
         source,
         recipe.batch_size,
         seed=settings.train.seed,
         target=target,
         buffer_rows=settings.data.buffer_rows,
-        process=part,
-        processes=processes,
+        part=batch_part(mesh, recipe.batch_size),
+        readers=jax.process_count(),
         kept=kept,
     )
     return Start(settings, recipe, variant, stream, mesh)

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from mergelab.activations import Prefetch, Trace
 from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.errors import CheckpointError, SAEError
+from mergelab.exchange import gathered_facts
 from mergelab.processes import Terminated, preempted, together
 from mergelab.sae.formats import load_sae, save_sae
 from mergelab.sae.sae import SAE, SAEConfig, sae_shardings
@@ -31,6 +32,7 @@ from mergelab.sae.training.folder import KnownOfRun, RunFolder
 from mergelab.sae.training.inputs import read_once
 from mergelab.sae.training.overview import Overview
 from mergelab.sae.training.start import Start, start_training
+from mergelab.sae.training.start_sample import StartSample, kept_overview
 from mergelab.sae.training.state import TrainState
 from mergelab.sae.training.step import Metrics, Step, make_step
 from mergelab.sae.training.tracking import Logger, MetricsFile, open_loggers
@@ -179,7 +181,7 @@ def _train(
     distributed = jax.process_count() > 1
     with together("reading the data", distributed=distributed):
         folder.check_inputs()
-        if jax.process_index() == 0:
+        if not folder.begun:  # a run that has begun knows its inputs
             read_once(data.source, data.target)
     # An SAE remembers whose features it holds, so that it is never judged on another model. The process
     # that writes this asks alone: a model's digest takes reading all of it.
@@ -187,20 +189,27 @@ def _train(
     known = {**host, **told_of_tokens(data.kept), **settings.metadata}
     # Sites that contradict the data are an error now, not after the training.
     SAEConfig("relu", sites=variant.sites, transcoder=transcodes(variant, known), metadata=known)
-    state, overview = start.begin()
-    if settings.start_from is not None:
-        state = started_from(settings.start_from, variant, recipe, state, notice)
+    overview = kept_overview(out, start.stream, recipe.tokens) if folder.begun else None
+    sample = start.draw() if overview is None else None
+    overview = overview or sample.overview  # pyright: ignore[reportOptionalMemberAccess]
     if tell is not None and jax.process_index() == 0:
         for line in overview.lines():
             tell(line)
     step = make_step(variant, recipe, mesh)
+    # What is bad is found before anything is written; a run that has begun may have a checkpoint.
+    state = None if folder.begun else _first_state(start, sample, notice)
     with together("writing the run's folder", distributed=distributed):
         folder.claim(KnownOfRun(variant.d_in, variant.d_out, known))
+        if sample is not None:
+            folder.keep(sample)
+            sample = None  # it is large
     with Checkpoints(out / "checkpoints", settings.checkpoint.keep) as checkpoints:
         done = _done(checkpoints, folder, notice) if folder.begun else None
         if done is not None:
-            state, place = _restored(checkpoints, done, start, state)
+            state, place = _restored(checkpoints, done, start, start.shapes())
             start.stream.restore(place)
+        elif state is None:
+            state = _first_state(start, StartSample.read(out, overview), notice)
         run = _Run(start, overview, step, checkpoints, out, progress)
         try:
             state, trace = run.steps(state, done or 0)
@@ -215,6 +224,16 @@ def _train(
     with together("noting the result", distributed=distributed):
         folder.record(recipe.steps, run.last)
     return Result(out / "final", sae, recipe.steps, run.last, trace)
+
+
+def _first_state(start: Start, sample: StartSample | None, notice: Callable[[str], None]) -> TrainState:
+    """The state before the first step: of the sample that is kept, or of one that is drawn."""
+    if not all(gathered_facts(sample is not None)) or sample is None:
+        sample = start.draw()
+    state, settings = start.state_from(sample.batch), start.settings
+    if settings.start_from is not None:
+        state = started_from(settings.start_from, start.variant, start.recipe, state, notice)
+    return state
 
 
 def _restored(

@@ -74,15 +74,15 @@ class ActivationStream:
         target: what to reconstruct, row by row, for a transcoder; by default the input itself.
         buffer_rows: rows of a group, at least; the memory of the stream over all processes is about this many
             rows.
-        part: places in the batch whose rows this process reads, ascending; all by default. Whatever the parts,
-            side by side they are the batch that one process would read.
+        part: places in the batch whose rows this process reads, ascending; all by default. Side by
+            side the parts are the batch that one process would read.
         readers: how many processes share a batch, any number: each reads the lanes that its part touches.
         kept: which rows count; all by default.
 
     Attributes:
         rows: rows of an epoch: those that count by their place.
-        lanes: how many rows are taken from each batch side by side: the largest divisor of the batch up to 64,
-            or up to the number of readers where they are more. Fewer rows than there are lanes may be left
+        lanes: how many rows are taken side by side: the largest divisor of the batch up to 64, or up to the
+            number of readers where they are more. Fewer rows than there are lanes may be left
             out of an epoch, others each time. A stream that is restored has those of the run.
 
     Raises:
@@ -126,7 +126,7 @@ class ActivationStream:
         self._lay_lanes(lanes_of(batch_size, readers))
 
     def _lay_lanes(self, lanes: int) -> None:
-        """Splits each group into lanes, of which this process reads those that its part of the batch touches."""
+        """Splits each group into lanes, of which this process reads those that its part touches."""
         self.lanes = lanes
         at_once = self.batch_size // lanes
         touched, inverse = np.unique(self.part // at_once, return_inverse=True)

@@ -105,8 +105,8 @@ def command(
     from mergelab.activations.model_activations import open_model_activations
     from mergelab.activations.store import write_store
     from mergelab.checkpoints.locations import local_path
-    from mergelab.checkpoints.publish import WorkFolder
     from mergelab.checkpoints.remote_output import local_output, shown
+    from mergelab.checkpoints.shared_work import SharedWorkFolder
     from mergelab.text.corpus import TextOptions
     from mergelab.text.corpus_files import corpus_files
 
@@ -115,7 +115,7 @@ def command(
     read = [file.path for file in files if file.path is not None]
     with (
         local_output(out) as folder,
-        WorkFolder(folder, inputs=[model, *read]) as work,
+        SharedWorkFolder(folder, inputs=[model, *read]) as work,
         count_bar("row", quiet=as_json) as bar,
     ):
         rule = token_rule(given, DEFAULT_RULE)

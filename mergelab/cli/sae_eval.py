@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergelab.cli.numbers import Seed, WholeNumber
-from mergelab.cli.options import MESH, TEXT, judged_text, text_options, token_options, token_rule
+from mergelab.cli.options import (
+    LOCAL_PATH,
+    MESH,
+    TEXT,
+    judged_text,
+    text_options,
+    token_options,
+    token_rule,
+)
 
 if TYPE_CHECKING:
     from mergelab.activations import ActivationFiles
@@ -88,19 +96,19 @@ class MetricsOption(click.Option):
 )
 @click.option(
     "--curve",
-    type=click.Path(path_type=Path),
+    type=LOCAL_PATH,
     help="Loss curve of the model's own training: a folder of checkpoints in folders named by step, or JSON "
     "[[step, loss], ...].",
 )
 @click.option(
     "--latents",
     "latents_file",
-    type=click.Path(path_type=Path),
+    type=LOCAL_PATH,
     help="New CSV file with a row for each latent of the one SOURCE (with --model): density, norms, cosines.",
 )
 @click.option(
     "--keep",
-    type=click.Path(path_type=Path),
+    type=LOCAL_PATH,
     help="File that keeps scores; those it holds are not computed again.",
 )
 @click.option("--mesh", type=MESH, metavar="AXES", help="Device mesh for the model, such as tensor=8.")

@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mergelab.aot import Chip, ChipReport, Roofline, chip_of, compile_for_topology, is_one_chip, roofline
 from mergelab.errors import SAEError
 from mergelab.sae.training.config import TrainConfig, TrainingRecipe
-from mergelab.sae.training.initialize import fresh_state, sample_shapes
-from mergelab.sae.training.state import mesh_axes, state_shardings
+from mergelab.sae.training.initialize import fresh_state, sample_shapes, state_shapes
+from mergelab.sae.training.state import mesh_axes
 from mergelab.sae.training.step import make_step
 from mergelab.sae.variants import make_variant
 

@@ -26,9 +26,10 @@ from mergelab.models.families import model_from_config
 from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params
 from mergelab.models.token_checks import check_tokens, window_length
-from mergelab.text.contexts import StoredTokens, TextContexts, text_contexts
+from mergelab.text.contexts import TextContexts, text_contexts
 from mergelab.text.corpus import TextOptions, documents, documents_of_texts
 from mergelab.text.corpus_files import CorpusFile, corpus_files
+from mergelab.text.token_rows import StoredTokens
 from mergelab.text.tokenizer import load_tokenizer
 
 __all__ = [

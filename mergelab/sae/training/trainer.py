@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 from mergelab.activations import Prefetch, Trace
 from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.errors import CheckpointError, SAEError
-from mergelab.processes import Terminated, preempted, together
+from mergelab.processes.agreement import preempted, together
+from mergelab.processes.termination import Terminated
 from mergelab.sae.formats import load_sae, save_sae
 from mergelab.sae.sae import SAE, SAEConfig, sae_shardings
 from mergelab.sae.training.checkpoints import TOKENS, Checkpoints

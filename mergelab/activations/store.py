@@ -44,7 +44,7 @@ from mergelab.checkpoints.remote import fetch_files
 from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.checkpoints.shared_work import SharedWorkFolder
 from mergelab.errors import CheckpointError, NonFiniteError, OutputError
-from mergelab.processes import together
+from mergelab.processes.agreement import together
 
 __all__ = ["ActivationFiles", "find_activation_files", "open_activation_files", "quantized", "write_store"]
 

@@ -12,8 +12,8 @@ import jax
 from mergelab.activations.left_out import LeftOut
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import MeshError
-from mergelab.exchange import gathered_facts
-from mergelab.processes import together
+from mergelab.processes.agreement import together
+from mergelab.processes.exchange import gathered_facts
 
 __all__ = ["agreed_digest", "journals", "own_journal", "own_pieces", "write_shards"]
 

@@ -167,7 +167,7 @@ def fetch_url(url: str, need: Need = "model") -> Path:
 
 
 def fetch_files(pattern: str) -> list[Path]:
-    """Local copies of the files that a URL with `*` matches, or of those in a folder, in order of their names.
+    """Local copies of the files that a URL with `*` matches, or of those in a folder, by their names.
 
     Raises:
         CheckpointError: none does, or one cannot be read.

@@ -10,7 +10,7 @@ from typing import Self
 import jax
 
 from mergelab.checkpoints.publish import WorkFolder
-from mergelab.processes import agree, together
+from mergelab.processes.agreement import agree, together
 
 __all__ = ["SharedWorkFolder"]
 

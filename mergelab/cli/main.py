@@ -18,7 +18,7 @@ from mergelab.accelerators import idle_accelerator
 from mergelab.cli.failures import ClosedPipe, Failure, Interrupted, Stopped, failure_of
 from mergelab.cli.guard import guarded
 from mergelab.errors import did_you_mean
-from mergelab.processes import Terminated
+from mergelab.processes.termination import Terminated
 from mergelab.version import __version__
 
 __all__ = ["SECTIONS", "CommandTable", "Failure", "cli", "main", "run"]

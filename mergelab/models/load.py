@@ -21,7 +21,7 @@ from mergelab.models.layout import Box, box_size, normalize, whole
 from mergelab.models.model import Model, Params
 from mergelab.models.shard_reader import Reading, ShardReader
 from mergelab.models.table import Leaf, stored_shapes, tree_from_leaves
-from mergelab.processes import span_processes, together
+from mergelab.processes.agreement import span_processes, together
 from mergelab.sharding import DEFAULT_RULES, Rules, named_sharding
 
 __all__ = ["check_dtype", "load_model", "load_params", "parameter_shapes"]

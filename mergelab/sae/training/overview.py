@@ -14,8 +14,8 @@ from mergelab.activations.kept import DEFAULT_RULE, row_norms
 from mergelab.activations.left_out import LeftOut
 from mergelab.activations.stream import ActivationStream, Batch, lanes_of
 from mergelab.errors import SAEError
-from mergelab.exchange import gathered_rows
-from mergelab.processes import together
+from mergelab.processes.agreement import together
+from mergelab.processes.exchange import gathered_rows
 
 __all__ = ["Overview", "draw_sample"]
 

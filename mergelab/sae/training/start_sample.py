@@ -20,7 +20,7 @@ from mergelab.checkpoints.new_files import write_tensors
 from mergelab.checkpoints.publish import sync_path
 from mergelab.checkpoints.safetensors_file import open_safetensors
 from mergelab.errors import CheckpointError
-from mergelab.exchange import gathered_facts
+from mergelab.processes.exchange import gathered_facts
 from mergelab.sae.training.overview import Overview
 
 __all__ = ["START_SAMPLE", "StartSample", "kept_overview"]

@@ -11,7 +11,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mergelab.errors import MeshError
-from mergelab.processes import span_processes
+from mergelab.processes.agreement import span_processes
 from mergelab.sae.variants.variant import Params
 from mergelab.sharding import put
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from mergelab.processes import span_processes
+from mergelab.processes.agreement import span_processes
 from mergelab.sae.kernels.collectives import Shards
 from mergelab.sae.normalizations import layer_norm
 from mergelab.sae.training.aux_k import aux_k_gradients

@@ -20,8 +20,9 @@ from jax.sharding import Mesh
 from mergelab.activations import Prefetch, Trace
 from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.errors import CheckpointError, SAEError
-from mergelab.exchange import gathered_facts
-from mergelab.processes import Terminated, preempted, together
+from mergelab.processes.agreement import preempted, together
+from mergelab.processes.exchange import gathered_facts
+from mergelab.processes.termination import Terminated
 from mergelab.sae.formats import load_sae, save_sae
 from mergelab.sae.sae import SAE, SAEConfig, sae_shardings
 from mergelab.sae.training.checkpoints import TOKENS, Checkpoints

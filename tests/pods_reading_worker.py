@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from mergelab.activations import store
-from mergelab.activations.model_activations import open_model_activations
+from mergelab.activations.model_activations import ModelActivations, open_model_activations
 from mergelab.activations.store import ActivationFiles, write_store
 from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.errors import MergelabError
@@ -58,6 +58,20 @@ def config(folder: Path, mesh: dict[str, int] | None) -> dict[str, Any]:
     }
 
 
+def text_config(folder: Path, mesh: dict[str, int] | None, model_mesh: dict[str, int] | None = None) -> Any:
+    """A training on what a model computes of a text, in less than an epoch."""
+    return {
+        "sae": {"variant": "topk", "n_latents": 48, "k": 4},
+        "data": {
+            "kind": "model", "model": str(folder / "model"), "site": SITES[0],
+            "text": str(folder / "text.txt"), "context": 16, "buffer_rows": 1024, "model_mesh": model_mesh,
+        },
+        "train": {"batch_size": 24, "tokens": 24 * 20, "lr": 3e-3, "dead_after_tokens": 256},
+        "checkpoint": {"every": 10, "log_every": 5},
+        "mesh": mesh,
+    }  # fmt: skip
+
+
 class Stopped(Exception):
     """Stands for a run that is killed."""
 
@@ -94,6 +108,27 @@ def trainings(folder: Path, count: list[int]) -> dict[str, Any]:
     count[0] = 0
     train(config(folder, MESHES["across"]), folder / "resumed", resume=True)
     report["resumed"] = count[0]
+    return report
+
+
+def texts(folder: Path) -> dict[str, Any]:
+    count, read = [0], ModelActivations._compute
+
+    def counted(self: ModelActivations, start: int, stop: int) -> Any:
+        count[0] += stop - start
+        return read(self, start, stop)
+
+    ModelActivations._compute = counted  # type: ignore[method-assign]
+    train(text_config(folder, {"data": 6}, {"tensor": 2}), folder / "text")
+    report: dict[str, Any] = {"rows": count[0]}
+    for name in ("text-alone", "text-together"):
+        with contextlib.suppress(Stopped):
+            train(text_config(folder, {"data": 6}), folder / name, progress=stop_at(15))
+    train(text_config(folder, {"latents": 6}, {"data": 2}), folder / "text-together", resume=True)
+    try:
+        train(text_config(folder, {"data": 6}, {"rows": 2}), folder / "no-mesh")
+    except MergelabError as error:
+        report["axis"] = str(error)
     return report
 
 
@@ -165,6 +200,7 @@ def main(port: str, process: int, folder: Path, part: str = "all") -> None:
         )  # fmt: skip
     report["loading"] = loading(folder, process)
     report["trainings"] = trainings(folder, count_rows())
+    report["texts"] = texts(folder)
     report["stores"] = stores(folder, process)
     (folder / f"report-{process}.json").write_text(json.dumps(report))
     jax.distributed.shutdown()

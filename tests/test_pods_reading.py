@@ -27,6 +27,7 @@ from tests.pods_reading_worker import (
     SHARD_ROWS,
     SITES,
     config,
+    text_config,
 )
 from tests.two_processes import run_together
 
@@ -91,6 +92,25 @@ def test_a_row_is_read_by_one_process_and_handed_on(reports: list[Any], name: st
 def test_a_resumed_run_reads_no_sample_and_nothing_that_came_before(reports: list[Any]) -> None:
     read = sum(report["trainings"]["resumed"] for report in reports)
     assert 0 < read <= ROWS - 20 * 96 + 2 * BUFFER < 2 * ROWS
+
+
+@pytest.mark.parametrize("name", ["text-alone", "text-together"])
+def test_a_run_on_text_goes_on_with_other_processes(folder: Path, reports: list[Any], name: str) -> None:
+    if name == "text-alone":
+        train(text_config(folder, None), folder / name, resume=True)
+    whole = load_file(folder / "text" / "final" / "sae.safetensors")
+    found = load_file(folder / name / "final" / "sae.safetensors")
+    for tensor, value in whole.items():
+        # The model's products are split otherwise, too.
+        np.testing.assert_allclose(found[tensor], value, rtol=0, atol=1e-4)
+
+
+def test_each_process_computes_its_share_of_the_text(reports: list[Any], source: ModelActivations) -> None:
+    read = [report["texts"]["rows"] for report in reports]
+    # The start sample and the lanes of a batch are all of the rows each, and norms are of one lane.
+    assert source.rows < sum(read) <= 2.2 * source.rows
+    assert max(read) <= 1.2 * sum(read) / PROCESSES
+    assert all("data.model_mesh has an axis 'rows'" in report["texts"]["axis"] for report in reports)
 
 
 def test_columns_are_read_by_rows_and_handed_on(reports: list[Any]) -> None:

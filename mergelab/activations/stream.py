@@ -11,10 +11,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
+import jax
 import numpy as np
 
 from mergelab.activations.kept import KeptRows
 from mergelab.errors import SAEError
+from mergelab.processes.agreement import together
+from mergelab.processes.exchange import gathered_rows
 
 __all__ = ["ActivationSource", "ActivationStream", "Batch", "Prefetch", "Trace", "lanes_of"]
 
@@ -168,10 +171,44 @@ class ActivationStream:
                     f"the data stood at {name}={state.get(name)}, but now {name} is {value}: its batches "
                     "would be others; resume with the data and settings the run began with."
                 )
-        limits = [math.inf if one is None else float(one) for one in state["limits"]]
-        self.kept = replace(self.kept, limit=limits[0], target_limit=limits[1])
+        self.go_to(int(state["position"]), state["limits"])
+
+    def go_to(self, position: int, limits: Sequence[float | None]) -> None:
+        """Goes to a place in the rows of all epochs, with limits of norms; None is no limit."""
+        known = [math.inf if one is None else float(one) for one in limits]
+        self.kept = replace(self.kept, limit=known[0], target_limit=known[1])
         self._group.cache_clear()
-        self.position = int(state["position"])
+        self.position = position
+
+    def draw(self, count: int, seed: int, buffer_rows: int) -> Batch:
+        """Rows drawn like a batch, however long they are, the same in every process.
+
+        Each of several processes reads an equal share, and all get the whole; every one must make the call.
+
+        Args:
+            count: rows to draw, at most as many as there are.
+            seed: seed of the order.
+            buffer_rows: rows that are shuffled together.
+        """
+        size, processes = min(self.rows, count), jax.process_count()
+        lanes = lanes_of(size, processes)  # whole ones, so that each row is read once
+        share = np.array_split(np.arange(size).reshape(lanes, -1), processes)[jax.process_index()]
+        with together("reading the start sample", distributed=processes > 1):
+            drawn = next(
+                ActivationStream(
+                    self.source,
+                    size,
+                    seed=seed,
+                    target=self.target,
+                    buffer_rows=buffer_rows,
+                    part=share.reshape(-1),
+                    readers=processes,
+                    kept=replace(self.kept, limit=math.inf, target_limit=math.inf),
+                )
+            )
+        x = gathered_rows(drawn.input)
+        y = x if drawn.target is drawn.input else gathered_rows(drawn.target)
+        return Batch(x, y, gathered_rows(drawn.rows))
 
     def __iter__(self) -> ActivationStream:
         return self

@@ -70,7 +70,7 @@ class Share:
             )
 
     @property
-    def mine(self) -> range:
+    def mine(self) -> Sequence[int]:
         """The lanes of this process."""
         begin, end = (self.lanes * number // self.count for number in (self.index, self.index + 1))
         return range(begin, end)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
 
 from mergelab.activations import (
     ActivationFiles,
@@ -14,6 +17,7 @@ from mergelab.activations import (
     open_activation_files,
 )
 from mergelab.activations.kept import KeptRows, TokenRule
+from mergelab.activations.lane_rows import TextShare, open_lane_activations
 from mergelab.activations.model_activations import DEFAULT_CONTEXT, open_model_activations
 from mergelab.activations.stored_tokens import kept_of_files, store_facts_of
 from mergelab.checkpoints.companions import has_companion
@@ -21,19 +25,21 @@ from mergelab.checkpoints.folder import open_checkpoint, weights_sha256
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.locations import local_path
 from mergelab.checkpoints.model_card import portable_name
-from mergelab.errors import CheckpointError, SAEError, did_you_mean, shortened
+from mergelab.errors import CheckpointError, MeshError, SAEError, did_you_mean, shortened
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model
 from mergelab.sae.toy import ToyGroundTruth
 from mergelab.sae.training.config import DataSection, TrainConfig
 from mergelab.sae.training.memory import machine_memory, readable_bytes
 from mergelab.sae.variants.options import checked_options
+from mergelab.sharding import make_mesh
 from mergelab.text.corpus_tokens import bos_of
 from mergelab.text.tokenizer import load_tokenizer
 
 __all__ = [
     "TrainingRows",
     "host_metadata",
+    "model_mesh",
     "open_data",
     "portable_data",
     "sae_metadata",
@@ -187,7 +193,25 @@ def written_rule(files: ActivationFiles) -> TokenRule | None:
     return known[0].strictest(*known) if known else None
 
 
-def open_data(section: DataSection, tokens: int) -> TrainingRows:
+def model_mesh(section: DataSection) -> Mesh | None:
+    """The mesh of a data section's model, over devices of this process alone; None for its first device.
+
+    Raises:
+        MeshError: the sizes do not multiply to the number of the process's devices, or an axis is unknown.
+    """
+    if section.model_mesh is None:
+        return None
+    axes = ("data", "fsdp", "tensor")
+    for axis in section.model_mesh:
+        if axis not in axes:
+            raise MeshError(
+                f"data.model_mesh has an axis {shortened(axis)!r}{did_you_mean(axis, axes)}; a model is "
+                "spread over data, fsdp and tensor."
+            )
+    return make_mesh(section.model_mesh, jax.local_devices())
+
+
+def open_data(section: DataSection, tokens: int, share: TextShare | None = None) -> TrainingRows:
     """The activations, the targets where they are others, and which rows count.
 
     Generated rows all count.
@@ -196,6 +220,8 @@ def open_data(section: DataSection, tokens: int) -> TrainingRows:
         section: section of a training's configuration.
         tokens: number of rows of a generated source, if the section does not say; of a text, the number of
             tokens after which no more is read.
+        share: the lanes of a text that this process reads, where processes share it; then every process must
+            make the call.
 
     Raises:
         CheckpointError: files are missing or malformed.
@@ -226,8 +252,30 @@ def open_data(section: DataSection, tokens: int) -> TrainingRows:
         length = None if section.context == DEFAULT_CONTEXT else section.context
         # No more text than the training reads, of which some rows are left out, but enough to shuffle.
         text = section.text_options(max(tokens + tokens // 4, section.buffer_rows))
+        mesh = model_mesh(section)
+        if share is not None:
+            lanes = open_lane_activations(
+                section.model,
+                sites,
+                section.texts,
+                share,
+                length=length,
+                dtype=section.dtype,
+                mesh=mesh,
+                rule=section.rule(),
+                text=text,
+            )
+            of_lanes = replace(next(iter(lanes[0].kept.values())), by_place=None)
+            return TrainingRows(lanes[0], lanes[1] if section.target_site else None, of_lanes)
         found = open_model_activations(
-            section.model, sites, section.texts, length=length, rule=section.rule(), text=text
+            section.model,
+            sites,
+            section.texts,
+            length=length,
+            dtype=section.dtype,
+            mesh=mesh,
+            rule=section.rule(),
+            text=text,
         )
         target = found.at(section.target_site) if section.target_site else None
         return TrainingRows(

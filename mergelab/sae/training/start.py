@@ -7,10 +7,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
 from mergelab.activations import ActivationStream, Batch
+from mergelab.activations.lane_rows import LaneRows, LaneStream, TextShare
+from mergelab.activations.stream import lanes_of
 from mergelab.errors import SAEError
 from mergelab.sae.training.config import TrainConfig, TrainingRecipe
 from mergelab.sae.training.data import TrainingRows
@@ -21,7 +24,7 @@ from mergelab.sae.training.start_sample import StartSample
 from mergelab.sae.training.state import TrainState, batch_part, place_batch
 from mergelab.sae.variants import Variant
 
-__all__ = ["Start", "start_training"]
+__all__ = ["Start", "check_parts", "start_training", "text_share"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Start:
     settings: TrainConfig
     recipe: TrainingRecipe
     variant: Variant
-    stream: ActivationStream
+    stream: ActivationStream | LaneStream
     mesh: Mesh | None
 
     def begin(self) -> tuple[TrainState, Overview]:
@@ -89,20 +92,55 @@ def start_training(settings: TrainConfig, data: TrainingRows, mesh: Mesh | None)
     source, target, kept = data
     recipe = settings.train.build()
     variant = settings.sae.build(source.d_in, None if target is None else target.d_in)
-    parts = 1 if mesh is None else mesh.shape.get("data", 1)
-    if recipe.batch_size % parts:
-        raise SAEError(
-            f"train.batch_size is {recipe.batch_size}, which {parts} devices cannot share; change one."
+    check_parts(recipe.batch_size, mesh)
+    buffer_rows = settings.data.buffer_rows
+    check_memory(variant, recipe, mesh, min(buffer_rows, source.rows))
+    part, seed = batch_part(mesh, recipe.batch_size), settings.train.seed
+    if isinstance(source, LaneRows):
+        assert target is None or isinstance(target, LaneRows)
+        stream: ActivationStream | LaneStream = LaneStream(
+            source, recipe.batch_size, seed=seed, target=target, buffer_rows=buffer_rows, part=part
         )
-    check_memory(variant, recipe, mesh, min(settings.data.buffer_rows, source.rows))
-    stream = ActivationStream(
-        source,
-        recipe.batch_size,
-        seed=settings.train.seed,
-        target=target,
-        buffer_rows=settings.data.buffer_rows,
-        part=batch_part(mesh, recipe.batch_size),
-        readers=jax.process_count(),
-        kept=kept,
-    )
+    else:
+        stream = ActivationStream(
+            source,
+            recipe.batch_size,
+            seed=seed,
+            target=target,
+            buffer_rows=buffer_rows,
+            part=part,
+            readers=jax.process_count(),
+            kept=kept,
+        )
     return Start(settings, recipe, variant, stream, mesh)
+
+
+def check_parts(batch_size: int, mesh: Mesh | None) -> None:
+    """Refuses a batch that the devices along the axis `data` cannot share.
+
+    Raises:
+        SAEError: they cannot.
+    """
+    parts = 1 if mesh is None else mesh.shape.get("data", 1)
+    if batch_size % parts:
+        raise SAEError(f"train.batch_size is {batch_size}, which {parts} devices cannot share; change one.")
+
+
+def text_share(settings: TrainConfig, mesh: Mesh | None, lanes: int | None) -> TextShare | None:
+    """What this process reads of a text that processes share; None where each has all of it.
+
+    Args:
+        settings: configuration of the run.
+        mesh: the mesh of the training.
+        lanes: the lanes of a run that has begun, 0 for none; None for a new run.
+
+    Raises:
+        SAEError: the devices cannot share a batch.
+    """
+    if settings.data.kind != "model" or lanes == 0 or (lanes is None and jax.process_count() == 1):
+        return None
+    size = settings.train.batch_size
+    check_parts(size, mesh)
+    lanes = lanes or lanes_of(size, jax.process_count())
+    touched = np.unique(batch_part(mesh, size) // (size // lanes))
+    return TextShare(lanes=lanes, chosen=tuple(touched.tolist()))

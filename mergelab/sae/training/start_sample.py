@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mergelab.activations import ActivationStream, Batch
+from mergelab.activations.lane_rows import LaneStream
 from mergelab.activations.left_out import LeftOut
 from mergelab.checkpoints.json_data import parse_json_object
 from mergelab.checkpoints.new_files import write_tensors
@@ -80,7 +81,7 @@ class StartSample:
             return None
 
 
-def kept_overview(folder: Path, stream: ActivationStream, tokens: int) -> Overview | None:
+def kept_overview(folder: Path, stream: ActivationStream | LaneStream, tokens: int) -> Overview | None:
     """What the start sample in a run's folder looks like, without reading its rows; None if there is none.
 
     Process 0 looks, and tells the others.

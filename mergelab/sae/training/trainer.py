@@ -32,14 +32,14 @@ from mergelab.sae.training.finish import finished_sae, transcodes
 from mergelab.sae.training.folder import KnownOfRun, RunFolder
 from mergelab.sae.training.inputs import read_once
 from mergelab.sae.training.overview import Overview
-from mergelab.sae.training.start import Start, start_training
+from mergelab.sae.training.start import Start, start_training, text_share
 from mergelab.sae.training.start_sample import StartSample, kept_overview
 from mergelab.sae.training.state import TrainState
 from mergelab.sae.training.step import Metrics, Step, make_step
 from mergelab.sae.training.tracking import Logger, MetricsFile, open_loggers
 from mergelab.sae.training.warm_start import extended_state, started_from
 from mergelab.sae.variants import Variant
-from mergelab.sharding import make_mesh
+from mergelab.sharding import DISPATCH, make_mesh
 
 __all__ = ["Progress", "Result", "Termination", "finish_training", "train"]
 
@@ -175,8 +175,9 @@ def _train(
     notice: Callable[[str], None],
     tell: Callable[[str], None] | None,
 ) -> Result:
-    data = open_data(settings.data, settings.train.build().tokens)
     mesh = None if settings.mesh is None else make_mesh(settings.mesh)
+    share = text_share(settings, mesh, folder.text_lanes())
+    data = open_data(settings.data, settings.train.build().tokens, share)
     start = start_training(settings, data, mesh)
     variant, recipe = start.variant, start.recipe
     distributed = jax.process_count() > 1
@@ -200,7 +201,8 @@ def _train(
     # What is bad is found before anything is written; a run that has begun may have a checkpoint.
     state = None if folder.begun else _first_state(start, sample, notice)
     with together("writing the run's folder", distributed=distributed):
-        folder.claim(KnownOfRun(variant.d_in, variant.d_out, known))
+        lanes = 0 if share is None else share.lanes
+        folder.claim(KnownOfRun(variant.d_in, variant.d_out, known), lanes)
         if sample is not None:
             folder.keep(sample)
             sample = None  # it is large
@@ -297,7 +299,8 @@ class _Run:
             with Prefetch(self.start.stream, self.start.place) as batches, Termination() as termination:
                 for number in range(done + 1, self.recipe.steps + 1):
                     x, y = next(batches)
-                    state, metrics = self.step(state, x, y)
+                    with DISPATCH:
+                        state, metrics = self.step(state, x, y)
                     termination.unsaved = True
                     end = number == self.recipe.steps
                     stop = termination.due(number) and not end

@@ -31,7 +31,6 @@ PROCESSES = 3
 ROWS, BATCH, BUFFER = 2880, 96, 1024
 MESHES: dict[str, dict[str, int]] = {
     "data": {"data": 6},
-    "pairs": {"data": 3, "latents": 2},
     "across": {"data": 2, "latents": 3},
     "latents": {"latents": 6},
 }
@@ -198,10 +197,15 @@ def main(port: str, process: int, folder: Path, part: str = "all") -> None:
             source, folder / "killed", model=folder / "model",
             progress=lambda done, total: os._exit(9) if done > 4 * SHARD_ROWS else None,
         )  # fmt: skip
-    report["loading"] = loading(folder, process)
-    report["trainings"] = trainings(folder, count_rows())
-    report["texts"] = texts(folder)
-    report["stores"] = stores(folder, process)
+    parts = {
+        "loading": lambda: loading(folder, process),
+        "trainings": lambda: trainings(folder, count_rows()),
+        "texts": lambda: texts(folder),
+        "stores": lambda: stores(folder, process),
+    }
+    for name, run in parts.items():
+        if part in ("all", name):
+            report[name] = run()
     (folder / f"report-{process}.json").write_text(json.dumps(report))
     jax.distributed.shutdown()
 

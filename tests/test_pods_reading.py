@@ -38,7 +38,11 @@ TEXT = "def add(a, b):\n    return a + b\n\nfor number in range(10):\n    print(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("pods")
+    return prepared(tmp_path_factory.mktemp("pods"))
+
+
+def prepared(path: Path) -> Path:
+    """A folder with all that the processes read."""
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(ROWS, 8)).astype(np.float32)
     rows[:, 0] = np.arange(ROWS) / ROWS  # the planted number of each row

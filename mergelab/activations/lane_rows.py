@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -49,6 +49,15 @@ class TextShare(Share):
         return self.chosen
 
 
+@runtime_checkable
+class SitesOfLane(Protocol):
+    """What `ModelActivations` is to a lane: sources by site."""
+
+    def at(self, site: str) -> ActivationSource:
+        """One of the sites."""
+        ...
+
+
 @dataclass(frozen=True)
 class LaneRows:
     """One site of a model on the lanes that this process reads of a text.
@@ -63,7 +72,7 @@ class LaneRows:
     """
 
     count: int
-    lanes: Mapping[int, ModelActivations]
+    lanes: Mapping[int, SitesOfLane]
     site: str
     kept: Mapping[int, KeptRows]
     rows: int

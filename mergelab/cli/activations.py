@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from mergelab.cli.joined import joins_run
 from mergelab.cli.numbers import WholeNumber
 from mergelab.cli.options import TEXT, text_options, token_options, token_rule
 from mergelab.cli.output import count_bar, print_result
@@ -73,6 +74,7 @@ PART = _Part()
     help="Share of the documents: every COUNT-th, from the N-th on; each machine has an OUT of its own.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@joins_run
 def command(
     model: Path,
     sites: tuple[str, ...],

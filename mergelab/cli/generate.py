@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergelab.cli.joined import joins_run
 from mergelab.cli.numbers import SEED, Number, WholeNumber
 from mergelab.cli.options import MESH, load_either, read_model
 from mergelab.errors import quoted
@@ -70,6 +71,7 @@ class _TokenIds(click.ParamType):
 )
 @click.option("--mesh", type=MESH, metavar="AXES", help="Mesh to spread the model over: tensor=8.")
 @click.option("--json", "as_json", is_flag=True, help="Print token ids and text as JSON.")
+@joins_run
 def command(
     path: Path,
     prompt: str | None,

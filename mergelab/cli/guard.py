@@ -137,6 +137,8 @@ class Guard:
                 time.sleep(_GRACE)
         _say_interrupted()
         assert self.status is not None
+        if joining := sys.modules.get("mergelab.processes.joining"):
+            joining.last_word("terminated" if self.status == EXIT_TERMINATED else "interrupted")
         os._exit(self.status)
 
     def _disarm(self) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergelab.cli.joined import joins_run
 from mergelab.cli.numbers import Seed, WholeNumber
 from mergelab.cli.options import (
     LOCAL_PATH,
@@ -116,6 +117,7 @@ class MetricsOption(click.Option):
 @click.option("--seed", type=Seed(0), default=0, show_default=True, help="Random seed.")
 @token_options
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
+@joins_run
 def command(sources: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Judge SAEs on activations or text they were not trained on.
 

@@ -8,15 +8,16 @@ import signal
 import sys
 import threading
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mergelab.compat import cluster_facts, leave_signals_alone
 from mergelab.errors import MeshError
-from mergelab.processes.launch import Launch, find_launch
-from mergelab.processes.run import Run
+from mergelab.processes.launch import Detected, Launch, find_launch
 from mergelab.version import __version__
 
-__all__ = ["current_run", "join_run"]
+if TYPE_CHECKING:
+    from mergelab.processes.run import Run
+
+__all__ = ["current_run", "join_run", "last_word", "leave_run"]
 
 _joined: list[Run] = []
 
@@ -58,11 +59,13 @@ def join_run(
         if not 1 <= value <= 1e6:
             raise MeshError(f"{name} is {value!r}, not a number of seconds from 1 on")
     given = {"coordinator": coordinator, "processes": processes, "process_id": process_id}
-    launch = find_launch(given, os.environ, lambda: cluster_facts(int(join_timeout)))
+    launch = find_launch(given, os.environ, lambda: _ask_cluster(int(join_timeout)))
     if launch is None:
         return None
     import jax
     import jax.distributed
+
+    from mergelab.processes.run import Run
 
     if jax.distributed.is_initialized():
         raise MeshError("jax.distributed.initialize was called before join_run; leave it out")
@@ -76,6 +79,8 @@ def join_run(
 
 def _tell_jax(run: Run, launch: Launch) -> None:
     import jax
+
+    from mergelab.compat import leave_signals_alone
 
     # JAX would take SIGTERM for itself; here the step at which all stop is agreed on by `Run.stops_at`.
     main = threading.current_thread() is threading.main_thread()
@@ -107,10 +112,15 @@ def _follow(run: Run) -> None:
     usual = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> Any:
-        usual(kind, error, trace)
         failed.append(True)
-        first = f"{kind.__name__}: {error}".strip(": ")
-        run.fail(first, "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed")
+        if run.follows(error):
+            run.cause()
+        said = f"{kind.__name__}: {error}".strip(": ")
+        ended = run.fail(said, "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed")
+        if ended is None:
+            usual(kind, error, trace)
+        elif sys.stderr is not None:
+            sys.stderr.writelines(f"error: {line}\n" for line in run.lines(ended))
 
     sys.excepthook = hook
 
@@ -131,3 +141,15 @@ def leave_run(run: Run, timeout: float | None = None) -> bool:
     import jax
 
     return run.leave(jax.distributed.shutdown, timeout)
+
+
+def last_word(kind: str) -> None:
+    """Tells the others, without waiting, that a signal ends this process."""
+    if _joined:
+        _joined[0].last_word(kind)
+
+
+def _ask_cluster(timeout: int) -> Detected:
+    from mergelab.compat import cluster_facts
+
+    return cluster_facts(timeout)

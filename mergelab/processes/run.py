@@ -11,15 +11,22 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from mergelab.errors import MeshError
+from mergelab.processes.grace import EXIT_TERMINATED, out_of_time
 from mergelab.processes.hub import Hub
 from mergelab.processes.launch import Launch
 from mergelab.processes.link import Link
 from mergelab.processes.messages import Ended
 
-__all__ = ["EXIT_STATUS", "Run"]
+__all__ = ["Run"]
 
-EXIT_STATUS = {"terminated": 143, "interrupted": 130}
+_STATUS = {"terminated": EXIT_TERMINATED, "interrupted": 130}
 """Exit status of a process whose run has ended for a reason; 2 for all other reasons."""
+
+_BROKEN_OFF = (
+    *("Gloo", "NCCL", "RCCL", "onnection", "Socket closed", "peer", "heartbeat", "coordination service"),
+    *("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED"),
+)
+"""Words of JAX's errors where another process was waited for."""
 
 _PATIENCE = 1.5
 """Seconds a process has to end by itself after the run has; then it is ended."""
@@ -65,7 +72,7 @@ class Run:
         self._link = Link(target, self._port, self.process, heartbeat=heartbeat, hear=self._hear)
         self._whole, self._over, self._may_leave = threading.Event(), threading.Event(), threading.Event()
         self._state = threading.Condition()
-        self._step, self._frozen = 0, False
+        self._step, self._step_asked, self._frozen = 0, 0, False
         self._stop_at: int | None = None
         self._grace: float | None = None
         self._concluding = self._left = False
@@ -129,7 +136,7 @@ class Run:
                 self._frozen, self._grace = True, message.get("grace")
                 self._link.say(at=self._step)
             if self._grace is not None:
-                self._loop.call_later(self._grace, self._out_of_time)
+                self._loop.call_later(self._grace, out_of_time, self._grace)
         elif "stop_at" in message:
             with self._state:
                 self._stop_at = int(message["stop_at"])
@@ -152,6 +159,7 @@ class Run:
         Every process must ask after every step, counted alike. While the step is being found it waits.
         """
         with self._state:
+            self._step_asked = step
             if not self._frozen:
                 self._step = step
                 return False
@@ -175,6 +183,13 @@ class Run:
             self._wait(lambda: self._hub is None or self._hub.here() <= 1, _LAST_WORDS)
         first = self.ended
         return None if first is None or first.process == self.process else first
+
+    def last_word(self, kind: str) -> None:
+        """Tells the others that a signal ends this process, in a fifth of a second."""
+        if not self._left and self.ended is None:
+            mine = Ended(self.process, socket.gethostname(), kind, "")  # pyright: ignore[reportArgumentType]
+            self._loop.call_soon_threadsafe(lambda: self._link.say(ended=mine.facts()))
+            self._over.wait(0.2)
 
     def cause(self, timeout: float | None = None) -> Ended | None:
         """Why the run has ended, waited for: what failed here may only follow from it.
@@ -207,6 +222,24 @@ class Run:
         if self._hub is not None:
             self._wait(lambda: self._hub is None or self._hub.here() == 0, 2 * _LAST_WORDS)
         return True
+
+    @property
+    def stopped(self) -> bool:
+        """Whether all processes have stopped at one step, as `request_stop` asked."""
+        return self._stop_at is not None and self._step_asked >= self._stop_at
+
+    @staticmethod
+    def follows(error: BaseException) -> bool:
+        """Whether an exception may only follow from another's end: an exchange of arrays broke off."""
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        return bool(kinds & {"JaxRuntimeError", "XlaRuntimeError"}) and any(
+            word in str(error) for word in _BROKEN_OFF
+        )
+
+    @staticmethod
+    def status(ended: Ended) -> int:
+        """Exit status of a process whose run has ended."""
+        return _STATUS.get(ended.kind, 2)
 
     def lines(self, ended: Ended) -> list[str]:
         """What to say in this process of an end that came from another: one sentence a line."""
@@ -244,17 +277,12 @@ class Run:
         if not self._left:
             self._exit(self.ended, quiet=concluding)
 
-    def _out_of_time(self) -> None:
-        said = f"no checkpoint could be written within the grace period of {self._grace:g} s"
-        self._exit(Ended(self.process, "", "terminated", said), own=said)
-
-    def _exit(self, ended: Ended, *, quiet: bool = False, own: str | None = None) -> NoReturn:
+    def _exit(self, ended: Ended, *, quiet: bool = False) -> NoReturn:
         """Speaks past Python's streams, whose locks others may hold, and ends this process."""
         if not quiet:
-            lines = [own] if own is not None else self.lines(ended)
-            text = "".join(f"error: {line}\n" for line in lines)
-            if ended.kind in EXIT_STATUS:
+            text = "".join(f"error: {line}\n" for line in self.lines(ended))
+            if ended.kind in _STATUS:
                 text += "interrupted\n"
             with contextlib.suppress(OSError):
                 os.write(2, text.encode("utf-8", "backslashreplace"))
-        os._exit(EXIT_STATUS.get(ended.kind, 2))
+        os._exit(self.status(ended))

@@ -36,7 +36,7 @@ def bucket(environment: dict[str, str], tmp_path: Path) -> Iterator[Path]:
     for name, place in (("disk", str(tmp_path / "acts")), ("s3", "s3://runs/acts")):
         config = {**CONFIG, "data": {**CONFIG["data"], "path": place}}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
-    put = f"{S3}s3.mkdir('runs'); s3.put(sys.argv[1], 'runs/acts', recursive=True)"
+    put = f"{S3}s3.exists('runs') or s3.mkdir('runs'); s3.put(sys.argv[1], 'runs/acts', recursive=True)"
     done = run(environment, tmp_path, "-c", put, str(tmp_path / "acts"))
     assert done.returncode == 0, done.stderr
     yield tmp_path

@@ -13,6 +13,7 @@ from mergelab.activations import ActivationFiles, ActivationSource, find_activat
 from mergelab.checkpoints.folder import bounded_digest
 from mergelab.checkpoints.locations import local_path
 from mergelab.checkpoints.manifest import Entry
+from mergelab.checkpoints.remote import cache_folder
 from mergelab.errors import CheckpointError, SAEError
 from mergelab.sae.training.config import DataSection
 from mergelab.sae.training.warm_start import dictionary_folder
@@ -62,10 +63,16 @@ def fingerprint(data: DataSection, start_from: str | None = None) -> dict[str, A
     found = {file.name: asdict(Entry(0, "")) for file in _texts(data) if file.path is None}
     for path in files:
         try:
-            found[str(path)] = asdict(Entry(path.stat().st_size, bounded_digest(path, share)))
+            found[_named(path)] = asdict(Entry(path.stat().st_size, bounded_digest(path, share)))
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     return found
+
+
+def _named(path: Path) -> str:
+    """A file's path, or what stands for one of a URL on every machine: its place in the cache of copies."""
+    cache = cache_folder()
+    return f"cache:{path.relative_to(cache).as_posix()}" if cache in path.parents else str(path)
 
 
 def _model_files(folder: Path) -> list[Path]:

@@ -50,7 +50,12 @@ def config(folder: Path, mesh: dict[str, int] | None) -> dict[str, Any]:
     """A training of one epoch."""
     return {
         "sae": {"variant": "topk", "n_latents": 48, "k": 4},
-        "data": {"kind": "files", "path": str(folder / "rows.npy"), "buffer_rows": BUFFER},
+        "data": {
+            "kind": "files",
+            "path": str(folder / "rows.npy"),
+            "buffer_rows": BUFFER,
+            "max_norm_multiple": None,
+        },  # a limit takes a sample of rows, which process 0 reads
         "train": {"batch_size": BATCH, "tokens": ROWS, "lr": 3e-3, "dead_after_tokens": 256},
         "checkpoint": {"every": 10, "log_every": 5},
         "mesh": mesh,

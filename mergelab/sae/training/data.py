@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -28,6 +29,8 @@ from mergelab.checkpoints.model_card import portable_name
 from mergelab.errors import CheckpointError, MeshError, SAEError, did_you_mean, shortened
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model
+from mergelab.processes.agreement import together
+from mergelab.processes.exchange import gathered_facts
 from mergelab.sae.toy import ToyGroundTruth
 from mergelab.sae.training.config import DataSection, TrainConfig
 from mergelab.sae.training.memory import machine_memory, readable_bytes
@@ -283,8 +286,15 @@ def open_data(section: DataSection, tokens: int, share: TextShare | None = None)
         )
     if section.path is None:
         raise SAEError("data.path is missing: data of kind 'files' needs the files' path or glob.")
-    target = None if section.target_path is None else open_activation_files(section.target_path)
-    source = open_activation_files(section.path)
-    if target is not None and target.rows != source.rows:
-        return TrainingRows(source, target, KeptRows())  # which the stream refuses
-    return TrainingRows(source, target, kept_of_files(source, section.rule(written_rule(source)), target))
+    with together("opening the data", distributed=jax.process_count() > 1):
+        target = None if section.target_path is None else open_activation_files(section.target_path)
+        source = open_activation_files(section.path)
+        if target is not None and target.rows != source.rows:
+            return TrainingRows(source, target, KeptRows())  # which the stream refuses
+        rule = section.rule(written_rule(source))
+        # A limit takes reading a sample of rows, which one process does for all.
+        sampled = rule if jax.process_index() == 0 else replace(rule, max_norm_multiple=None)
+        kept = kept_of_files(source, sampled, target)
+    limits = [one if math.isfinite(one) else None for one in (kept.limit, kept.target_limit)]
+    known = [math.inf if one is None else one for one in gathered_facts(limits)[0]]
+    return TrainingRows(source, target, replace(kept, limit=known[0], target_limit=known[1], rule=rule))

@@ -35,7 +35,7 @@ Errors
 
 Rooms, each with more names
     models, text, decoding, activations, operators, merging, checkpoints, sae, interp, abliteration, report,
-    quickstart, aot; sharding, trees, processes
+    quickstart, aot, processes; sharding, trees
 
 Names load when they are first used, so that the import itself takes no time. docs/coming_from.md lists what
 other libraries call these things.

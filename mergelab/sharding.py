@@ -7,6 +7,7 @@ shard a model otherwise, pass other rules: `{**DEFAULT_RULES, "embed": None}`.
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -21,6 +22,7 @@ from mergelab.errors import MeshError, did_you_mean, quoted
 
 __all__ = [
     "DEFAULT_RULES",
+    "DISPATCH",
     "MODEL_AXES",
     "SAE_AXES",
     "Rules",
@@ -37,6 +39,10 @@ __all__ = [
     "rule_axes",
     "shown_sizes",
 ]
+
+DISPATCH = threading.RLock()
+"""Held while a program that spans devices is started in one of several threads: devices that are given two
+programs in different orders wait for each other."""
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 

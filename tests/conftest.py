@@ -14,9 +14,6 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-# Where bytecode is not kept, each of the several hundred processes that tests start compiles the package again.
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-sys.dont_write_bytecode = False
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -31,6 +28,9 @@ from tests.goldens.models import write_models
 
 def pytest_configure(config: pytest.Config) -> None:
     """Compiles light tests quickly, unless told otherwise by MERGELAB_TESTS_OPTIMIZED=1 (`.ci/run slow`)."""
+    # Where bytecode is not kept, each of the several hundred processes that tests start compiles the package anew.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     quick = "not slow" in config.option.markexpr and not os.environ.get("MERGELAB_TESTS_OPTIMIZED")
     if quick:
         compile_quickly()

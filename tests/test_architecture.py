@@ -196,6 +196,8 @@ PARSERS = {
     "checkpoints/output_target.py",
     "text/chat_sandbox.py",
     "text/chat_worker.py",
+    "processes/exchange.py",
+    "processes/messages.py",
     "sae/training/tracking.py",
     "aot/compiler.py",
     "aot/worker.py",

@@ -1,4 +1,4 @@
-"""Two real processes of one `jax.distributed` run on this machine."""
+"""Real processes of one `jax.distributed` run on this machine."""
 
 from __future__ import annotations
 
@@ -17,6 +17,24 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 def run_two(module: str, folder: Path) -> list[dict[str, Any]]:
     """Runs `python -m MODULE PORT PROCESS FOLDER` twice; returns the `report-PROCESS.json` of each."""
+    return run_together(module, folder, 2)
+
+
+def run_together(
+    module: str, folder: Path, count: int, *arguments: str, codes: int | None = 0
+) -> list[dict[str, Any]]:
+    """Runs `python -m MODULE PORT PROCESS FOLDER ARGUMENTS` for each of `count` processes.
+
+    Args:
+        module: what to run.
+        folder: its folder.
+        count: number of processes.
+        arguments: what else it is given.
+        codes: exit status that all must have; None for processes that are to be killed.
+
+    Returns:
+        The `report-PROCESS.json` of each; none where they are to be killed.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -24,19 +42,22 @@ def run_two(module: str, folder: Path) -> list[dict[str, Any]]:
     env = {**os.environ, "XLA_FLAGS": flags_without_devices()}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", module, str(port), str(process), str(folder)],
+            [sys.executable, "-m", module, str(port), str(process), str(folder), *arguments],
             cwd=REPOSITORY,
             env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for process in range(2)
+        for process in range(count)
     ]
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(o[-3000:] for o in outputs)
-    return [json.loads((folder / f"report-{process}.json").read_text()) for process in range(2)]
+    if codes is None:
+        return []
+    told = "\n".join(o[-3000:] for o in outputs)
+    assert [process.returncode for process in processes] == [codes] * count, told
+    return [json.loads((folder / f"report-{process}.json").read_text()) for process in range(count)]

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding
 
 from mergelab.activations.batches import filled_batches
 from mergelab.activations.kept import DEFAULT_RULE, KeptRows, TokenRule, median_norm, row_norms
@@ -26,9 +27,11 @@ from mergelab.models.families import model_from_config
 from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params
 from mergelab.models.token_checks import check_tokens, window_length
-from mergelab.text.contexts import StoredTokens, TextContexts, text_contexts
+from mergelab.sharding import DISPATCH, named_sharding
+from mergelab.text.contexts import TextContexts, text_contexts
 from mergelab.text.corpus import TextOptions, documents, documents_of_texts
 from mergelab.text.corpus_files import CorpusFile, corpus_files
+from mergelab.text.token_rows import StoredTokens
 from mergelab.text.tokenizer import load_tokenizer
 
 __all__ = [
@@ -126,6 +129,15 @@ class ModelActivations:
     def _forward(self, params: Any, tokens: Array) -> list[Array]:
         return _site_rows(params, tokens, model=self.model, sites=self.sites)
 
+    def _run(self, tokens: np.ndarray) -> list[Array]:
+        """The sites of some contexts, which the devices of the model's mesh share where they divide."""
+        sharding = jax.tree.leaves(self.params)[0].sharding
+        if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+            return self._forward(self.params, jnp.asarray(tokens, jnp.int32))
+        split = named_sharding(sharding.mesh, tokens.shape, ("batch", "length"))
+        with DISPATCH:
+            return self._forward(self.params, jax.device_put(np.asarray(tokens, np.int32), split))
+
     @cached_property
     def widths(self) -> tuple[int, ...]:
         """Width of each site."""
@@ -149,7 +161,7 @@ class ModelActivations:
         first, end = start // length, -(-stop // length)
         parts: list[list[np.ndarray]] = []
         for (tokens,), count in filled_batches(self.batch, self.tokens[first:end]):
-            found = self._forward(self.params, jnp.asarray(tokens, jnp.int32))
+            found = self._run(tokens)
             parts.append([np.asarray(x)[:count].reshape(-1, x.shape[-1]) for x in found])
         rows = [np.concatenate(site) for site in zip(*parts, strict=True)]
         rows = [site[start - first * length : stop - first * length] for site in rows]
@@ -170,7 +182,7 @@ class ModelActivations:
         chosen = np.unique(np.linspace(0, contexts - 1, min(self.batch, contexts)).astype(int))
         ((tokens,), count) = next(filled_batches(self.batch, self.tokens[chosen]))
         there = self.by_place[chosen].reshape(-1)
-        found = self._forward(self.params, jnp.asarray(tokens, jnp.int32))
+        found = self._run(tokens)
         rows = [np.asarray(site)[:count].reshape(-1, site.shape[-1]) for site in found]
         return tuple(median_norm(row_norms(site)[there]) for site in rows)
 

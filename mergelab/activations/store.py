@@ -8,20 +8,29 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
-from itertools import accumulate
+from functools import cached_property, partial
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
 from mergelab.activations.left_out import LeftOut
 from mergelab.activations.model_activations import ModelActivations
 from mergelab.activations.store_pieces import read_in_pieces
+from mergelab.activations.store_shares import (
+    agreed_digest,
+    journals,
+    own_journal,
+    own_pieces,
+    write_shards,
+)
 from mergelab.checkpoints import TensorSource, open_safetensors
 from mergelab.checkpoints.folder import weights_sha256
 from mergelab.checkpoints.json_data import parse_json_object, read_json
@@ -33,7 +42,9 @@ from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.publish import WorkFolder, sync_path
 from mergelab.checkpoints.remote import fetch_files
 from mergelab.checkpoints.remote_output import writes_anywhere
+from mergelab.checkpoints.shared_work import SharedWorkFolder
 from mergelab.errors import CheckpointError, NonFiniteError, OutputError
+from mergelab.processes.agreement import together
 
 __all__ = ["ActivationFiles", "find_activation_files", "open_activation_files", "quantized", "write_store"]
 
@@ -145,7 +156,9 @@ def find_activation_files(patterns: str | Path | Sequence[str | Path]) -> list[P
     paths: list[Path] = []
     for pattern in map(str, [patterns] if isinstance(patterns, str | Path) else patterns):
         if is_url(pattern):
-            found = fetch_files(location_text(pattern))
+            found = fetch_files(location_text(pattern).rstrip("/"))
+            if not any(char in pattern for char in "*?["):
+                found = [path for path in found if path.suffix in (".npy", ".safetensors")]
         elif os.path.isdir(pattern):
             found = sorted(p for p in Path(pattern).iterdir() if p.suffix in (".npy", ".safetensors"))
         else:
@@ -218,7 +231,8 @@ def write_store(
     norm, by which readers take the rows that count.
 
     The folder appears under its name when it is complete. A writing that was stopped goes on with the shards
-    that are as they were written.
+    that are as they were written. In a distributed run every process makes this call, with a source of the
+    same text, on a file system that all see: each computes and writes its shards, and process 0 publishes.
 
     Args:
         source: the activations.
@@ -241,13 +255,14 @@ def write_store(
     length = source.tokens.shape[1]
     total = source.rows if rows is None else max(min(rows, source.rows) // length, 1) * length
     given = isinstance(out, WorkFolder)
-    with contextlib.nullcontext(out) if given else WorkFolder(out, inputs=[model]) as work:
+    with contextlib.nullcontext(out) if given else SharedWorkFolder(out, inputs=[model]) as work:
         tokens = source.tokens.reshape(-1)[:total].astype(np.int32, copy=False)
+        tokens_digest = hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest()
         facts: dict[str, Any] = {
             "format": "mergelab-activations-1",
             "model": str(model),
-            "model_sha256": weights_sha256(model),
-            "tokens_sha256": hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest(),
+            "model_sha256": agreed_digest(partial(weights_sha256, model), tokens_digest),
+            "tokens_sha256": tokens_digest,
             "sites": {site: width for site, width in zip(source.sites, source.widths, strict=True)},
             "rows": total,
             "context": length,
@@ -261,7 +276,6 @@ def write_store(
             facts["counted_sha256"] = hashlib.sha256(counted.tobytes()).hexdigest()
         identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         if not work.finished(identity):
-            check_new_folder(work.out)
             work.prepare(_bytes(facts))
             left_out = LeftOut() if left_out is None else left_out
             _fill(work, source, facts, tokens, progress, notice or _warn, left_out)
@@ -301,37 +315,47 @@ def _fill(
     """Makes all files in the work folder, but for those of a begun one that are whole."""
     total, dtype = len(tokens), facts["dtype"]
     by_place, context = source.by_place.reshape(-1), facts["context"]
+    starts = range(0, total, _SHARD_ROWS)
+    files = [[f"{site}-{number:05d}.safetensors" for site in source.sites] for number in range(len(starts))]
+    first, distributed = jax.process_index() == 0, jax.process_count() > 1
+    pieces, journal = own_pieces(work), own_journal(work)
+    with together("preparing the output", distributed=distributed), disk_errors(work.out):
+        if first:
+            check_new_folder(work.out)
+            _claim(work, facts, notice)
+    known = {name: entry for path in journals(work) for name, entry in _receipts(path).items()}
+
+    def write(number: int) -> LeftOut:
+        start, stop = starts[number], min(starts[number] + _SHARD_ROWS, total)
+        wanted = {name: known.get(name) for name in files[number]}
+        fault = file_fault(work.path, wanted) if all(wanted.values()) else "is new"
+        if fault is not None:
+            if fault != "is new":
+                notice(f"the begun {work.out.name} {fault}; it is written again")
+            rows = read_in_pieces(source, start, stop, pieces, lambda done: progress(done, total))
+            for name, values in zip(files[number], rows, strict=True):
+                _write(_stored(values, dtype), work.path / name)
+                _note(journal, name, asdict(Entry.of(work.path / name)))
+            shutil.rmtree(pieces, ignore_errors=True)
+        else:
+            rows = tuple(_open(work.path / name).read(0, stop - start) for name in files[number])
+        found = LeftOut()
+        found.add(source.kept_among(rows, start), by_place[start:stop], first=start, context=context)
+        progress(stop, total)
+        return found
+
     with disk_errors(work.out):
-        _claim(work, facts, notice)
-        known = _receipts(work.journal)
-        names = [_FACTS, _TOKENS]
-        for number, start in enumerate(range(0, total, _SHARD_ROWS)):
-            stop = min(start + _SHARD_ROWS, total)
-            files = [f"{site}-{number:05d}.safetensors" for site in source.sites]
-            names += files
-            wanted = {name: known.get(name) for name in files}
-            fault = file_fault(work.path, wanted) if all(wanted.values()) else "is new"
-            if fault is not None:
-                if fault != "is new":
-                    notice(f"the begun {work.out.name} {fault}; it is written again")
-                rows = read_in_pieces(source, start, stop, work.stages, lambda done: progress(done, total))
-                for name, values in zip(files, rows, strict=True):
-                    _write(_stored(values, dtype), work.path / name)
-                    _note(work.journal, name, asdict(Entry.of(work.path / name)))
-                work.clear_stages()
-            else:
-                rows = tuple(_open(work.path / name).read(0, stop - start) for name in files)
-            kept = source.kept_among(rows, start)
-            left_out.add(kept, by_place[start:stop], first=start, context=context)
-            progress(stop, total)
-        held = {"tokens": tokens}
-        if source.counted is not None:
-            held["counted"] = source.counted.reshape(-1)[:total].astype(np.uint8)
-        _write(held, work.path / _TOKENS)
-        medians = dict(zip(source.sites, source.median_norms, strict=True))
-        told = {**facts, "median_norms": medians, "left_out": left_out.facts()}
-        write_whole(work.path / _FACTS, json.dumps(told, indent=2) + "\n")
-        work.keep_only(names)
+        write_shards(len(starts), write, left_out)
+    with together("completing the output", distributed=distributed), disk_errors(work.out):
+        if first:
+            held = {"tokens": tokens}
+            if source.counted is not None:
+                held["counted"] = source.counted.reshape(-1)[:total].astype(np.uint8)
+            _write(held, work.path / _TOKENS)
+            medians = dict(zip(source.sites, source.median_norms, strict=True))
+            told = {**facts, "median_norms": medians, "left_out": left_out.facts()}
+            write_whole(work.path / _FACTS, json.dumps(told, indent=2) + "\n")
+            work.keep_only([_FACTS, _TOKENS, *chain.from_iterable(files)])
 
 
 def _claim(work: WorkFolder, facts: Mapping[str, Any], notice: Callable[[str], None]) -> None:
@@ -353,7 +377,8 @@ def _claim(work: WorkFolder, facts: Mapping[str, Any], notice: Callable[[str], N
             )
     work.journal.unlink(missing_ok=True)
     work.clear()
-    work.clear_stages()
+    for pieces in work.stages.glob("rows*"):
+        shutil.rmtree(pieces, ignore_errors=True)
     write_whole(path, json.dumps(facts, indent=2) + "\n")
 
 

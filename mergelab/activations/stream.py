@@ -6,17 +6,20 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
+import jax
 import numpy as np
 
 from mergelab.activations.kept import KeptRows
 from mergelab.errors import SAEError
+from mergelab.processes.agreement import together
+from mergelab.processes.exchange import gathered_rows
 
-__all__ = ["ActivationSource", "ActivationStream", "Batch", "Prefetch", "Trace"]
+__all__ = ["ActivationSource", "ActivationStream", "Batch", "Prefetch", "Trace", "lanes_of"]
 
 
 @runtime_checkable
@@ -42,7 +45,7 @@ class ActivationSource(Protocol):
 
 
 _BLOCK_ROWS = 1024
-_LANES = 64  # at most, and so the most processes that can share a batch
+_LANES = 64  # at most, unless more processes than that share a batch
 _GAP = 256  # rows between two that are wanted which are read with them, and not asked for apart
 
 
@@ -74,14 +77,16 @@ class ActivationStream:
         target: what to reconstruct, row by row, for a transcoder; by default the input itself.
         buffer_rows: rows of a group, at least; the memory of the stream over all processes is about this many
             rows.
-        process: which part of each batch this process reads, of `processes` equal ones. Side by side the
-            parts are the batch that one process would read.
-        processes: how many share a batch, a power of two. Fewer rows than there are lanes may be left out
-            of an epoch, others each time.
+        part: places in the batch whose rows this process reads, ascending; all by default. Side by
+            side the parts are the batch that one process would read.
+        readers: how many processes share a batch, any number: each reads the lanes that its part touches.
         kept: which rows count; all by default.
 
     Attributes:
         rows: rows of an epoch: those that count by their place.
+        lanes: how many rows are taken side by side: the largest divisor of the batch up to 64, or up to the
+            number of readers where they are more. Fewer rows than there are lanes may be left
+            out of an epoch, others each time. A stream that is restored has those of the run.
 
     Raises:
         SAEError: fewer rows count than a batch has, or sizes do not fit.
@@ -95,8 +100,8 @@ class ActivationStream:
         seed: int = 0,
         target: ActivationSource | None = None,
         buffer_rows: int = 65_536,
-        process: int = 0,
-        processes: int = 1,
+        part: np.ndarray | None = None,
+        readers: int = 1,
         kept: KeptRows | None = None,
     ) -> None:
         self.kept = KeptRows() if kept is None else kept
@@ -113,23 +118,27 @@ class ActivationStream:
             raise SAEError(
                 f"inputs have {source.rows} rows but targets {target.rows}; they must be the same tokens."
             )
-        lanes = math.gcd(batch_size, _LANES)
-        if lanes % processes:
-            raise SAEError(
-                f"batch_size is {batch_size}, which {processes} processes cannot share equally; a power of "
-                f"two of them, up to {_LANES}, can share a multiple of their number."
-            )
         self.source, self.target = source, target
         self.batch_size, self.seed = batch_size, seed
-        self.process, self.processes, self.lanes = process, processes, lanes
+        self.part = np.arange(batch_size) if part is None else np.asarray(part, np.int64)
         self.blocks_at_once = max(-(-buffer_rows // _BLOCK_ROWS), -(-batch_size // _BLOCK_ROWS))
         self.position = 0
         self._counts = counts
-        self._group_ends = self._ends_of_groups()
-        lane_rows = np.diff(self._group_ends, prepend=0) // lanes
-        self._starts = np.concatenate([[0], np.cumsum(lane_rows)])
         self._group = lru_cache(maxsize=2)(self._read_group)
         self._order = lru_cache(maxsize=2)(self._shuffle_blocks)
+        self._lay_lanes(lanes_of(batch_size, readers))
+
+    def _lay_lanes(self, lanes: int) -> None:
+        """Splits each group into lanes, of which this process reads those that its part touches."""
+        self.lanes = lanes
+        at_once = self.batch_size // lanes
+        touched, inverse = np.unique(self.part // at_once, return_inverse=True)
+        self._mine = touched
+        whole = len(self.part) == len(touched) * at_once
+        self._taken = None if whole else (inverse, self.part % at_once)
+        self._group_ends = self._ends_of_groups()
+        self._starts = np.concatenate([[0], np.cumsum(np.diff(self._group_ends, prepend=0) // lanes)])
+        self._group.cache_clear()
 
     def state(self) -> dict[str, Any]:
         """The place of the next batch and what it depends on: plain JSON."""
@@ -152,6 +161,9 @@ class ActivationStream:
         Raises:
             SAEError: the state is of another source, seed or buffer, whose batches would be others.
         """
+        lanes = state.get("lanes")
+        if isinstance(lanes, int) and lanes > 0 and self.batch_size % lanes == 0:
+            self._lay_lanes(lanes)  # those of the processes that the run began with
         mine = self.state()
         for name, value in mine.items():
             if name not in ("position", "limits") and state.get(name) != value:
@@ -159,25 +171,69 @@ class ActivationStream:
                     f"the data stood at {name}={state.get(name)}, but now {name} is {value}: its batches "
                     "would be others; resume with the data and settings the run began with."
                 )
-        limits = [math.inf if one is None else float(one) for one in state["limits"]]
-        self.kept = replace(self.kept, limit=limits[0], target_limit=limits[1])
+        self.go_to(int(state["position"]), state["limits"])
+
+    def go_to(self, position: int, limits: Sequence[float | None]) -> None:
+        """Goes to a place in the rows of all epochs, with limits of norms; None is no limit."""
+        known = [math.inf if one is None else float(one) for one in limits]
+        self.kept = replace(self.kept, limit=known[0], target_limit=known[1])
         self._group.cache_clear()
-        self.position = int(state["position"])
+        self.position = position
+
+    def draw(self, count: int, seed: int, buffer_rows: int) -> Batch:
+        """Rows drawn like a batch, however long they are, the same in every process.
+
+        Each of several processes reads an equal share, and all get the whole; every one must make the call.
+
+        Args:
+            count: rows to draw, at most as many as there are.
+            seed: seed of the order.
+            buffer_rows: rows that are shuffled together.
+        """
+        size, processes = min(self.rows, count), jax.process_count()
+        lanes = lanes_of(size, processes)  # whole ones, so that each row is read once
+        share = np.array_split(np.arange(size).reshape(lanes, -1), processes)[jax.process_index()]
+        with together("reading the start sample", distributed=processes > 1):
+            drawn = next(
+                ActivationStream(
+                    self.source,
+                    size,
+                    seed=seed,
+                    target=self.target,
+                    buffer_rows=buffer_rows,
+                    part=share.reshape(-1),
+                    readers=processes,
+                    kept=replace(self.kept, limit=math.inf, target_limit=math.inf),
+                )
+            )
+        x = gathered_rows(drawn.input)
+        y = x if drawn.target is drawn.input else gathered_rows(drawn.target)
+        return Batch(x, y, gathered_rows(drawn.rows))
 
     def __iter__(self) -> ActivationStream:
         return self
 
     def __next__(self) -> Batch:
+        if not len(self.part):  # a batch of fewer rows than there are devices
+            self.position += self.batch_size
+            x = np.empty((0, self.source.d_in), np.float32)
+            y = x if self.target is None else np.empty((0, self.target.d_in), np.float32)
+            return Batch(x, y, np.empty(0, np.int64))
         place, wanted = self.position // self.lanes, self.batch_size // self.lanes
         pieces = []
         while wanted:
             pieces.append(self._from(place, wanted))
             taken = pieces[-1][2].shape[1]
             place, wanted = place + taken, wanted - taken
-        x, y, rows = (np.concatenate(parts, axis=1) for parts in zip(*pieces, strict=True))
+        xs, ys, rows = zip(*pieces, strict=True)
         self.position += self.batch_size
-        x = x.reshape(-1, x.shape[-1])
-        return Batch(x, x if self.target is None else y.reshape(-1, y.shape[-1]), rows.reshape(-1))
+        x = self._of_part(xs)
+        return Batch(x, x if self.target is None else self._of_part(ys), self._of_part(rows))
+
+    def _of_part(self, pieces: Sequence[np.ndarray]) -> np.ndarray:
+        """Pieces `[lanes, rows, ...]` of the lanes that are read, as the rows of this process's part."""
+        found = np.concatenate(pieces, axis=1)
+        return found.reshape(-1, *found.shape[2:]) if self._taken is None else found[self._taken]
 
     def _from(self, place: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The next rows of this process's lanes, `wanted` at most, as far as their group goes."""
@@ -189,11 +245,15 @@ class ActivationStream:
         return x[:, taken], y[:, taken], rows[:, taken]
 
     def _ends_of_groups(self) -> np.ndarray:
-        """The place in an epoch's rows at which each group ends: of whole blocks, where all rows count."""
+        """The place in an epoch's rows at which each group ends: of whole blocks, where lanes divide them.
+
+        All groups but the first are of whole lanes, so that only what is left of an epoch is left out.
+        """
         blocks = -(-self.rows // _BLOCK_ROWS)
         sizes = np.full(blocks, _BLOCK_ROWS)
         sizes[0] = self.rows - (blocks - 1) * _BLOCK_ROWS
-        return np.cumsum(np.add.reduceat(sizes, np.arange(0, blocks, self.blocks_at_once)))
+        ends = np.cumsum(np.add.reduceat(sizes, np.arange(0, blocks, self.blocks_at_once)))
+        return self.rows - (self.rows - ends) // self.lanes * self.lanes
 
     def _shuffle_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The blocks of an epoch in order, and the place in its rows at which each ends.
@@ -229,8 +289,8 @@ class ActivationStream:
                 numbers, np.random.default_rng([self.seed, epoch, group]).integers(len(numbers))
             )
         length = len(numbers) // self.lanes
-        lanes = np.arange(self.lanes).reshape(self.processes, -1)[self.process]
-        mine = numbers[lanes[0] * length : (lanes[-1] + 1) * length]
+        lanes = self._mine
+        mine = np.concatenate([numbers[lane * length : (lane + 1) * length] for lane in lanes])
         x, y, short = self._read_rows(mine)
         chosen = []
         for place, lane in enumerate(lanes):
@@ -271,9 +331,10 @@ class ActivationStream:
         )
 
 
-def _finite(limit: float) -> float | None:
-    """A limit as JSON has it, which knows no infinity."""
-    return limit if math.isfinite(limit) else None
+def lanes_of(batch_size: int, readers: int = 1) -> int:
+    """How many rows a stream takes from a batch side by side: the largest divisor up to 64, or `readers`."""
+    most = min(batch_size, max(_LANES, readers))
+    return next(one for one in range(most, 0, -1) if batch_size % one == 0)
 
 
 def _read(source: ActivationSource, numbers: np.ndarray) -> np.ndarray:

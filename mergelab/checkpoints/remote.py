@@ -167,7 +167,7 @@ def fetch_url(url: str, need: Need = "model") -> Path:
 
 
 def fetch_files(pattern: str) -> list[Path]:
-    """Local copies of the files that a URL with `*` matches, in the order of their names.
+    """Local copies of the files that a URL with `*` matches, or of those in a folder, by their names.
 
     Raises:
         CheckpointError: none does, or one cannot be read.
@@ -176,6 +176,8 @@ def fetch_files(pattern: str) -> list[Path]:
     store = open_store(parent)
     found = store.find()
     names = sorted(name for name in found if "/" not in name and fnmatch.fnmatchcase(name, last))
+    if not names and any(name.startswith(f"{last}/") for name in found):
+        return fetch_files(f"{pattern}/*")
     if not names:
         raise CheckpointError(f"{pattern}: no file matches; check the address")
     beside = [name for name in found if "/" not in name and name.endswith(".json")]

@@ -20,7 +20,7 @@ from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.shard_plan import ShardPlan
 from mergelab.errors import OutputError
 from mergelab.platform import reserve, write_at
-from mergelab.processes import together
+from mergelab.processes.agreement import together
 
 __all__ = ["SharedWriter"]
 

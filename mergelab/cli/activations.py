@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from mergelab.cli.joined import joins_run
 from mergelab.cli.numbers import WholeNumber
 from mergelab.cli.options import TEXT, text_options, token_options, token_rule
 from mergelab.cli.output import count_bar, print_result
@@ -73,6 +74,7 @@ PART = _Part()
     help="Share of the documents: every COUNT-th, from the N-th on; each machine has an OUT of its own.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@joins_run
 def command(
     model: Path,
     sites: tuple[str, ...],
@@ -105,8 +107,8 @@ def command(
     from mergelab.activations.model_activations import open_model_activations
     from mergelab.activations.store import write_store
     from mergelab.checkpoints.locations import local_path
-    from mergelab.checkpoints.publish import WorkFolder
     from mergelab.checkpoints.remote_output import local_output, shown
+    from mergelab.checkpoints.shared_work import SharedWorkFolder
     from mergelab.text.corpus import TextOptions
     from mergelab.text.corpus_files import corpus_files
 
@@ -115,7 +117,7 @@ def command(
     read = [file.path for file in files if file.path is not None]
     with (
         local_output(out) as folder,
-        WorkFolder(folder, inputs=[model, *read]) as work,
+        SharedWorkFolder(folder, inputs=[model, *read]) as work,
         count_bar("row", quiet=as_json) as bar,
     ):
         rule = token_rule(given, DEFAULT_RULE)

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from mergelab.cli.joined import joins_run
 from mergelab.cli.options import MESH, SIZE, load_either, read_model, readable
 
 __all__ = ["command"]
@@ -34,6 +35,7 @@ __all__ = ["command"]
 @click.option("--mesh", type=MESH, metavar="AXES", help="Mesh to spread the model over on the way: fsdp=8.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@joins_run
 def command(
     source: Path,
     out: Path,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergelab.cli.joined import joins_run
 from mergelab.cli.numbers import SEED, Number, WholeNumber
 from mergelab.cli.options import MESH, load_either, read_model
 from mergelab.errors import quoted
@@ -80,6 +81,7 @@ class _TokenIds(click.ParamType):
     "--mesh", type=MESH, metavar="AXES", help="Mesh to spread the model and batches over: data=2,tensor=4."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print token ids and text as JSON.")
+@joins_run
 def command(
     path: Path,
     prompt: str | None,

@@ -111,7 +111,7 @@ class Guard:
         # An extension module that is interrupted while it initializes crashes the process.
         if self._leaving or _imports(frame):
             self._end()
-        processes = sys.modules.get("mergelab.processes")
+        processes = sys.modules.get("mergelab.processes.termination")
         kind = getattr(processes, "Terminated", KeyboardInterrupt)
         raise kind if number == signal.SIGTERM else KeyboardInterrupt
 
@@ -137,6 +137,8 @@ class Guard:
                 time.sleep(_GRACE)
         _say_interrupted()
         assert self.status is not None
+        if joining := sys.modules.get("mergelab.processes.joining"):
+            joining.last_word("terminated" if self.status == EXIT_TERMINATED else "interrupted")
         os._exit(self.status)
 
     def _disarm(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
 import os
@@ -17,8 +16,9 @@ import click
 from mergelab.accelerators import idle_accelerator
 from mergelab.cli.failures import ClosedPipe, Failure, Interrupted, Stopped, failure_of
 from mergelab.cli.guard import guarded
+from mergelab.cli.joined import end_together, show_failure
 from mergelab.errors import did_you_mean
-from mergelab.processes import Terminated
+from mergelab.processes.termination import Terminated
 from mergelab.version import __version__
 
 __all__ = ["SECTIONS", "CommandTable", "Failure", "cli", "main", "run"]
@@ -151,6 +151,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
         status = cli.main(arguments, prog_name="mergelab", standalone_mode=False)
+        end_together()
         return status if isinstance(status, int) else 0
     except click.Abort:
         raise KeyboardInterrupt from None
@@ -166,10 +167,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def _shown(failure: click.ClickException) -> int:
     if isinstance(failure, Interrupted):
+        end_together(failure)
         raise (Terminated if isinstance(failure, Stopped) else KeyboardInterrupt) from failure
-    with contextlib.suppress(OSError):  # nobody listens on standard error
-        failure.show()
-    return failure.exit_code
+    try:
+        return show_failure(failure)
+    except OSError:  # nobody listens on standard error
+        return failure.exit_code
 
 
 def _quiet_libraries() -> None:

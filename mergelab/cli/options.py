@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mergelab.sae.sae import SAE
 
 __all__ = [
+    "LOCAL_PATH",
     "MESH",
     "PUSH",
     "SIZE",
@@ -71,6 +72,20 @@ class _Size(click.ParamType):
 
 
 SIZE = _Size()
+
+
+class _LocalPath(click.Path):
+    """A path of this machine; a URL is refused before it becomes a folder called `gs:`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from mergelab.checkpoints.locations import is_url
+
+        if is_url(value):
+            self.fail(f"{quoted(str(value))} is a URL; give a path of this machine", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+LOCAL_PATH = _LocalPath(path_type=Path)
 
 
 def readable(count: float) -> str:

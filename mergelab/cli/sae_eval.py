@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergelab.cli.joined import joins_run
 from mergelab.cli.numbers import Seed, WholeNumber
 from mergelab.cli.options import (
+    LOCAL_PATH,
     MESH,
     TEXT,
     judged_text,
@@ -96,19 +98,19 @@ class MetricsOption(click.Option):
 )
 @click.option(
     "--curve",
-    type=click.Path(path_type=Path),
+    type=LOCAL_PATH,
     help="Loss curve of the model's own training: a folder of checkpoints in folders named by step, or JSON "
     "[[step, loss], ...].",
 )
 @click.option(
     "--latents",
     "latents_file",
-    type=click.Path(path_type=Path),
+    type=LOCAL_PATH,
     help="New CSV file with a row for each latent of the one SOURCE (with --model): density, norms, cosines.",
 )
 @click.option(
     "--keep",
-    type=click.Path(path_type=Path),
+    type=LOCAL_PATH,
     help="File that keeps scores; those it holds are not computed again.",
 )
 @click.option("--mesh", type=MESH, metavar="AXES", help="Device mesh for the model, such as tensor=8.")
@@ -116,6 +118,7 @@ class MetricsOption(click.Option):
 @click.option("--seed", type=Seed(0), default=0, show_default=True, help="Random seed.")
 @token_options
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
+@joins_run
 def command(sources: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Judge SAEs on activations or text they were not trained on.
 

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from mergelab.checkpoints.locations import location_text
+from mergelab.cli.joined import DURATION, joins_run
 from mergelab.cli.options import PUSH, check_push_option, push_output
 from mergelab.cli.output import count_bar
 
@@ -34,14 +35,20 @@ __all__ = ["command"]
     "--from", "start_from", metavar="SAE",
     help="SAE to start from (fine-tuning), of any readable format (default: from random parameters).",
 )  # fmt: skip
+@click.option(
+    "--grace", type=DURATION, default="60s", show_default=True,
+    help="Time after SIGTERM within which a checkpoint is written; then the run is ended.",
+)  # fmt: skip
 @PUSH
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@joins_run
 def command(
     config: Path,
     out: Path,
     overrides: tuple[str, ...],
     resume: bool,
     start_from: str | None,
+    grace: float,
     push_to: str | None,
     as_json: bool,
 ) -> None:
@@ -94,6 +101,7 @@ def command(
             progress=progress,
             notice=notice,
             tell=None if as_json else tell,
+            grace=grace,
         )
     path = location_text(result.path)
     push_output(result.path, push_to)

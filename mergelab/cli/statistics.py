@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from mergelab.cli.joined import joins_run
 from mergelab.cli.numbers import WholeNumber
 from mergelab.cli.options import TEXT, text_options
 
@@ -39,6 +40,7 @@ __all__ = ["command"]
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT if mergelab wrote it.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@joins_run
 def command(
     model: Path,
     texts: tuple[str, ...],

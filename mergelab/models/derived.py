@@ -116,8 +116,8 @@ def derive(module: nn.Module) -> Derived:
 def draw(module: nn.Module, key: Array) -> dict[str, Any]:
     """Fresh parameters of a module that is called as `Model` calls it, drawn with a key that is not traced.
 
-    The pass is abstract. Only the draws are computed, each by itself: one small program for each shape, where a
-    program of the whole would hold the generator once for every parameter and take seconds to compile.
+    The pass is abstract. Only the draws are computed, each by itself: one small program for each shape, where
+    a program of the whole would hold the generator once for every parameter and take seconds to compile.
     """
     made: dict[str, Any] = {}
 

@@ -16,12 +16,13 @@ from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.checkpoints.source import Checkpoint, TensorSource
 from mergelab.errors import CheckpointError, did_you_mean, first_faults
 from mergelab.models.families import model_from_config
-from mergelab.models.layout import Box, normalize, whole
+from mergelab.models.handed_on import RowShares, row_shares
+from mergelab.models.layout import Box, box_size, normalize, whole
 from mergelab.models.model import Model, Params
 from mergelab.models.shard_reader import Reading, ShardReader
 from mergelab.models.table import Leaf, stored_shapes, tree_from_leaves
 from mergelab.platform import trim_memory
-from mergelab.processes import span_processes, together
+from mergelab.processes.agreement import span_processes, together
 from mergelab.sharding import DEFAULT_RULES, Rules, check_axes, named_sharding, rule_axes
 
 __all__ = ["check_dtype", "load_model", "load_params", "parameter_shapes"]
@@ -137,28 +138,100 @@ def load_params(
     """
     rules = DEFAULT_RULES if rules is None else rules
     distributed = mesh is not None and span_processes(mesh.devices.flat)
-    arrays: dict[Leaf, jax.Array] = {}
-    with together("loading the model", distributed=distributed), ShardReader(tensors) as reader:
+    with together("loading the model", distributed=distributed):
         dtypes = _check(tensors, table, place, unused, None if dtype is None else check_dtype(dtype))
         shardings = {
             leaf: None if mesh is None else named_sharding(mesh, leaf.shape, leaf.axes, rules)
             for leaf in table
         }
+        handed = _handed_on(tensors, shardings) if distributed else {}
+    with together("loading the model", distributed=distributed), ShardReader(tensors) as reader:
+        work = _Loading(reader, dtypes, shardings, handed)
         # One leaf is read while the one before it goes to the devices.
-        pending: tuple[Leaf, Reading] | None = None
+        pending: tuple[Leaf, Reading | None] | None = None
         untrimmed = 0
         for leaf in table:
-            following = leaf, reader.start(leaf, _boxes(leaf, shardings[leaf]), dtypes[leaf])
+            following = leaf, work.start(leaf)
             if pending is not None:
-                arrays[pending[0]] = _to_devices(reader, *pending, shardings[pending[0]])
-                untrimmed += arrays[pending[0]].nbytes
+                work.finish(*pending)
+                untrimmed += work.arrays[pending[0]].nbytes if pending[0] in work.arrays else 0
             if untrimmed >= _TRIMMED:
                 trim_memory()
                 untrimmed = 0
             pending = following
         if pending is not None:
-            arrays[pending[0]] = _to_devices(reader, *pending, shardings[pending[0]])
-    return tree_from_leaves(arrays)
+            work.finish(*pending)
+        if work.error is not None:
+            raise work.error
+    return tree_from_leaves(work.arrays)
+
+
+class _Loading:
+    """Leaves on their way to the devices, and the error that ends it.
+
+    Where leaves are handed on, a process that cannot read takes part to the end, with zeros: the others wait
+    for it, and hear of the error when all are through.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        dtypes: Mapping[Leaf, np.dtype[Any]],
+        shardings: Mapping[Leaf, NamedSharding | None],
+        handed: Mapping[Leaf, RowShares],
+    ) -> None:
+        self.reader, self.dtypes, self.shardings, self.handed = reader, dtypes, shardings, handed
+        self.arrays: dict[Leaf, jax.Array] = {}
+        self.error: Exception | None = None
+
+    def start(self, leaf: Leaf) -> Reading | None:
+        if self.error is not None:
+            return None
+        if leaf in self.handed:
+            boxes = [box for box in self.handed[leaf].boxes.values() if box_size(box)]
+        else:
+            boxes = _boxes(leaf, self.shardings[leaf])
+        try:
+            return self.reader.start(leaf, boxes, self.dtypes[leaf])
+        except Exception as caught:
+            self._fail(caught)
+            return None
+
+    def finish(self, leaf: Leaf, reading: Reading | None) -> None:
+        read: Mapping[Box, np.ndarray] | None = None
+        if reading is not None and self.error is None:
+            try:
+                read = reading.wait()
+            except Exception as caught:
+                self._fail(caught)
+        if leaf in self.handed:
+            array = self.handed[leaf].hand_on(read, self.dtypes[leaf])
+        elif read is not None:
+            array = _to_devices(leaf, read, self.shardings[leaf])
+        else:
+            return
+        jax.block_until_ready(array)  # only two leaves are on the host at a time
+        self.arrays[leaf] = array
+        for part in (read or {}).values():
+            self.reader.give_back(part)
+
+    def _fail(self, error: Exception) -> None:
+        if not self.handed:
+            raise error
+        self.error = error
+
+
+def _handed_on(
+    tensors: Mapping[str, TensorSource], shardings: Mapping[Leaf, NamedSharding | None]
+) -> dict[Leaf, RowShares]:
+    """The leaves that would be read in short runs, and how they are read instead."""
+    found = {}
+    for leaf, sharding in shardings.items():
+        assert sharding is not None
+        itemsize = tensors[leaf.hf_names[0]].dtype.itemsize
+        if (shares := row_shares(leaf, sharding, itemsize)) is not None:
+            found[leaf] = shares
+    return found
 
 
 def _boxes(leaf: Leaf, sharding: NamedSharding | None) -> list[Box]:
@@ -169,27 +242,19 @@ def _boxes(leaf: Leaf, sharding: NamedSharding | None) -> list[Box]:
     return list(dict.fromkeys(normalize(index, leaf.shape) for index in indices if index is not None))
 
 
-def _to_devices(
-    reader: ShardReader, leaf: Leaf, reading: Reading, sharding: NamedSharding | None
-) -> jax.Array:
-    """Puts what was read on the devices, and waits for it: only two leaves are on the host at a time."""
+def _to_devices(leaf: Leaf, read: Mapping[Box, np.ndarray], sharding: NamedSharding | None) -> jax.Array:
+    """Puts what was read on the devices."""
     # On a CPU the memory becomes the array's own, unless it is transposed: JAX transposes on the way to the
     # device, several times as fast as numpy could.
-    read = reading.wait()
     if sharding is None:
-        array = jax.device_put(read[whole(leaf.shape)], may_alias=True)
-    else:
-        parts = [
-            jax.device_put(read[normalize(index, leaf.shape)], device, may_alias=True)
-            for device, index in sharding.addressable_devices_indices_map(leaf.shape).items()
-            if index is not None
-        ]
-        dtype = next(iter(read.values())).dtype if read else None
-        array = jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts, dtype=dtype)
-    jax.block_until_ready(array)
-    for part in read.values():
-        reader.give_back(part)
-    return array
+        return jax.device_put(read[whole(leaf.shape)], may_alias=True)
+    parts = [
+        jax.device_put(read[normalize(index, leaf.shape)], device, may_alias=True)
+        for device, index in sharding.addressable_devices_indices_map(leaf.shape).items()
+        if index is not None
+    ]
+    dtype = next(iter(read.values())).dtype if read else None
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts, dtype=dtype)
 
 
 def check_dtype(dtype: Any) -> np.dtype[Any]:

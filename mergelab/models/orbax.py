@@ -28,7 +28,7 @@ from mergelab.models.families import model_from_config
 from mergelab.models.load import check_dtype
 from mergelab.models.model import Model, Params
 from mergelab.models.table import get_leaf, stored_shapes, tree_from_leaves
-from mergelab.processes import span_processes, together
+from mergelab.processes.agreement import span_processes, together
 from mergelab.refusals import one_line, refusal
 from mergelab.sharding import DEFAULT_RULES, Rules, check_axes, named_sharding, rule_axes
 

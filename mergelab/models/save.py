@@ -36,7 +36,7 @@ from mergelab.models.layout import (
 from mergelab.models.model import Model
 from mergelab.models.table import Leaf, Piece, get_leaf, stored_shapes
 from mergelab.platform import usable_cores
-from mergelab.processes import together
+from mergelab.processes.agreement import together
 
 __all__ = ["SHARD_BYTES", "copy", "save_model", "save_params"]
 

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from mergelab.text.chat import Message, chat_ids, chat_text, render_chat, turn_end_ids
     from mergelab.text.contexts import TextContexts, text_contexts
     from mergelab.text.corpus import Document, TextOptions, documents
+    from mergelab.text.kept_contexts import Share, corpus_contexts, lane_contexts
     from mergelab.text.packing import (
         Contexts,
         EvaluationWindows,
@@ -24,13 +25,16 @@ __all__ = [
     "Document",
     "EvaluationWindows",
     "Message",
+    "Share",
     "TextContexts",
     "TextOptions",
     "Tokenizer",
     "chat_ids",
     "chat_text",
+    "corpus_contexts",
     "documents",
     "evaluation_windows",
+    "lane_contexts",
     "load_tokenizer",
     "pack_stream",
     "pack_whole",

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from mergelab.checkpoints.output_target import disk_errors
-from mergelab.checkpoints.remote import cache_folder
 from mergelab.errors import CorpusError
-from mergelab.platform import trim_memory
 from mergelab.text.corpus import Document, TextOptions
 from mergelab.text.corpus_tokens import TokenPiece, bos_of, token_pieces
+from mergelab.text.token_rows import TokenRows
 from mergelab.text.tokenizer import Tokenizer
 
-__all__ = ["StoredTokens", "TextContexts", "cut_pieces", "text_contexts"]
-
-_HELD = 1 << 22
-"""Elements that are held in memory; of more, all are in a file."""
-
-
-class StoredTokens(np.memmap):
-    """Token ids in a file, which were checked as they were written; so are those of slices of it."""
+__all__ = ["Cutter", "TextContexts", "cut_pieces", "text_contexts"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +25,8 @@ class TextContexts:
     """Contexts of a corpus.
 
     Attributes:
-        tokens: int32 `[contexts, length]`; a `StoredTokens` where they are many.
+        tokens: int32 `[contexts, length]`; a `mergelab.text.token_rows.StoredTokens` where
+            they are many.
         counted: bool `[contexts, length]`, False for padding and for turns that were not asked for; None
             where all tokens count.
         bos: token that begins texts and contexts; None for none.
@@ -94,56 +87,34 @@ def cut_pieces(
     """Pieces, each with int32 values beside its ids or None, as contexts; arguments as of `text_contexts`."""
     held = iter(pieces)
     begun = next(held, None)
-    cutter = _Cutter(tokenizer, length, options, check, valued=begun is not None and begun[1] is not None)
+    cutter = Cutter(tokenizer, length, options, check, valued=begun is not None and begun[1] is not None)
     exhausted = True
-    for piece, values in chain([] if begun is None else [begun], held):
-        cutter.add(piece, values)
-        progress(cutter.tokens.count)
-        if options.tokens is not None and cutter.sum_counted >= options.tokens:
-            exhausted = False
-            break
-    return cutter.finished(exhausted)
+    with closing(cutter):
+        for piece, values in chain([] if begun is None else [begun], held):
+            cutter.add(piece, values)
+            progress(cutter.tokens.count)
+            if cutter.full:
+                exhausted = False
+                break
+        return cutter.finished(exhausted)
 
 
-class _Channel:
-    """Rows of one kind, in memory or, where they are many, in a file without a name."""
+class Cutter:
+    """Cuts pieces, with what stands between and around; columns are ids, whether they count, and values.
 
-    def __init__(self, dtype: Any) -> None:
-        self.count = 0
-        self._dtype, self._rows, self._size = np.dtype(dtype), [], 0
-        self._file: IO[bytes] | None = None
+    Args:
+        tokenizer: the model's.
+        length: tokens of a context.
+        options: how texts become contexts.
+        check: function that is called with all ids once.
+        valued: whether there are values beside the ids.
+        folder: folder of the files that are kept; None keeps none.
+        held: elements of each kind that are held in memory.
 
-    def add(self, rows: np.ndarray) -> None:
-        self._rows.append(rows.astype(self._dtype))
-        self._size += rows.size
-        self.count += rows.size
-        if self._size > _HELD:
-            folder = cache_folder().with_name("tokens")
-            with disk_errors(folder):
-                if self._file is None:
-                    folder.mkdir(parents=True, exist_ok=True)
-                    self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by `array`
-                self._drain(self._file)
-            trim_memory()  # tokenizing frees small pieces, of which a C library keeps ever more
-
-    def _drain(self, file: IO[bytes]) -> None:
-        for rows in self._rows:
-            file.write(rows.tobytes())
-        file.flush()
-        self._rows, self._size = [], 0
-
-    def array(self, length: int) -> np.ndarray:
-        """All rows, `[rows, length]`."""
-        if self._file is None:
-            return np.concatenate(self._rows).reshape(-1, length)
-        with self._file as file, disk_errors(cache_folder()):
-            self._drain(file)
-            found = np.memmap(file, self._dtype, "r", shape=(self.count // length, length))
-        return found.view(StoredTokens)
-
-
-class _Cutter:
-    """Cuts pieces, with what stands between and around; columns are ids, whether they count, and values."""
+    Attributes:
+        tokens: ids of the contexts so far.
+        sum_counted: how many of them count.
+    """
 
     def __init__(
         self,
@@ -152,7 +123,9 @@ class _Cutter:
         options: TextOptions,
         check: Callable[[np.ndarray], None],
         *,
-        valued: bool,
+        valued: bool = False,
+        folder: Path | None = None,
+        held: int | None = None,
     ) -> None:
         if length < 1:
             raise CorpusError(f"contexts were asked to be {length} tokens long; give a length of at least 1.")
@@ -165,7 +138,12 @@ class _Cutter:
                 f"{tokenizer.folder} is an encoder's tokenizer, whose model would look at padding; set "
                 "packing: packed"
             )
-        self.tokens, self._counts, self._values = _Channel(np.int32), _Channel(np.bool_), _Channel(np.int32)
+
+        def rows(name: str, dtype: Any) -> TokenRows:
+            return TokenRows(dtype, None if folder is None else folder / name, held)
+
+        self.tokens, self._counts = rows("tokens", np.int32), rows("counted", np.bool_)
+        self._values = rows("values", np.int32)
         self._counts_some = self._alone or options.roles != "all"
         self._valued = valued
         self.sum_counted = 0
@@ -192,6 +170,32 @@ class _Cutter:
             filler[:, 0] = 0 if self._end is None else self._end
             self._give(np.concatenate([rest, filler])[None])
             self._rest = self._rest[:0]
+
+    @property
+    def full(self) -> bool:
+        """Whether there are as many tokens that count as were asked for."""
+        return self._options.tokens is not None and self.sum_counted >= self._options.tokens
+
+    def save(self) -> dict[str, Any]:
+        """Puts the contexts so far on the disk, and tells what else `restore` needs: plain JSON."""
+        for rows in self._kinds():
+            rows.save()
+        return {"tokens": self.tokens.count, "counted": self.sum_counted, "rest": self._rest.tolist()}
+
+    def restore(self, saved: Mapping[str, Any]) -> bool:
+        """Goes on where `save` was called; False where the files do not hold that much."""
+        self.sum_counted = int(saved["counted"])
+        self._rest = np.array(saved["rest"], np.int32).reshape(-1, 3)
+        return all([rows.restore(int(saved["tokens"])) for rows in self._kinds()])
+
+    def close(self) -> None:
+        """Gives up the files."""
+        for rows in self._kinds():
+            rows.close()
+
+    def _kinds(self) -> list[TokenRows]:
+        counts, values = [self._counts] * self._counts_some, [self._values] * self._valued
+        return [self.tokens, *counts, *values]
 
     def _one(self, token: int) -> np.ndarray:
         """A token that belongs to no turn."""

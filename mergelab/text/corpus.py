@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +14,21 @@ from mergelab.errors import CheckpointError, CorpusError, MergelabError, did_you
 from mergelab.text.corpus_files import CorpusFile, corpus_files
 from mergelab.text.text_file_pieces import data_package, file_head, text_lines, text_pieces
 
-__all__ = ["Document", "TextOptions", "documents", "documents_of_texts"]
+__all__ = [
+    "START",
+    "CorpusPosition",
+    "Document",
+    "TextOptions",
+    "corpus_places",
+    "documents",
+    "documents_of_texts",
+    "sections",
+]
 
 _TEXT, _CHATS = "text", ("messages", "conversations")
 _LONGEST_ARRAY = 1 << 30
+_SECTION = 1 << 17
+"""Characters of a section, at most; that many are tokenized whole."""
 _BATCH_ROWS = 256
 _SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
 
@@ -51,6 +63,30 @@ class TextOptions:
 
 
 @dataclass(frozen=True)
+class CorpusPosition:
+    """A place in a corpus from which its documents can be read on: whole numbers, that is plain JSON.
+
+    Attributes:
+        file: files that are done.
+        record: records of the next file that are done.
+        index: documents that are done, of all parts.
+        units: documents or sections that were given.
+        characters: characters that are done of the next document, where it is a long text.
+        tokens: tokens behind them that are done too.
+    """
+
+    file: int = 0
+    record: int = 0
+    index: int = 0
+    units: int = 0
+    characters: int = 0
+    tokens: int = 0
+
+
+START = CorpusPosition()
+
+
+@dataclass(frozen=True)
 class Document:
     """A text, or a conversation.
 
@@ -59,16 +95,24 @@ class Document:
         pieces: the text, to be read once; a large file comes in several pieces.
         messages: turns of a conversation, oldest first; None for a text.
         path: the file on this machine; None for a text from memory.
+        before: position at which it, or the rest of it, begins.
+        after: position behind it.
+        begun: whether `pieces` are the rest of a text of which the characters of `before` are done.
     """
 
     place: str
     pieces: Iterable[str] = ()
     messages: Sequence[Mapping[str, Any]] | None = None
     path: Path | None = None
+    before: CorpusPosition = START
+    after: CorpusPosition = START
+    begun: bool = False
 
 
 def documents(
-    places: str | Path | Sequence[str | Path] | Sequence[CorpusFile], options: TextOptions | None = None
+    places: str | Path | Sequence[str | Path] | Sequence[CorpusFile],
+    options: TextOptions | None = None,
+    start: CorpusPosition | None = None,
 ) -> Iterator[Document]:
     """The documents that places hold, in a fixed order; only the one under way is in memory.
 
@@ -78,24 +122,77 @@ def documents(
     Args:
         places: what `mergelab.text.corpus_files.corpus_files` takes, or gives.
         options: field and part that are read.
+        start: position of an earlier reading of the same places, from which it goes on: files before it are
+            not opened, records before it not taken apart.
 
     Raises:
         CorpusError: a file cannot be read, or a record lacks the field.
         DependencyError: a package that reads such files is missing.
     """
-    options = options or TextOptions()
-    files = _files(places)
+    options, at = options or TextOptions(), start or START
     number, count = options.part
-    index = 0
-    for file in files:
-        path = file.local()
-        for document in _of_file(path, options):
-            if index % count == number:
-                yield document
-            index += 1
+    for n, file in enumerate(corpus_places(places)):
+        if n < at.file:
+            continue
+        for record, document in _of_file(file.local(), options, at.record):
+            if at.index % count != number:
+                at = CorpusPosition(n, record, at.index + 1, at.units)
+                continue
+            after = CorpusPosition(n, record, at.index + 1, at.units + 1)
+            pieces = document.pieces
+            if at.characters:
+                pieces = _without_first(pieces, at.characters)
+            yield replace(document, pieces=pieces, before=at, after=after, begun=at.characters > 0)
+            at = after
+        at = CorpusPosition(n + 1, 0, at.index, at.units)
 
 
-def _files(places: Any) -> list[CorpusFile]:
+def _without_first(pieces: Iterable[str], characters: int) -> Iterator[str]:
+    """A text without its first characters."""
+    for piece in pieces:
+        if len(piece) > characters:
+            yield piece[characters:]
+        characters = max(characters - len(piece), 0)
+
+
+def sections(read: Iterable[Document]) -> Iterator[Document]:
+    """The documents, of which long ones are cut into sections: documents of at most 131,072 characters.
+
+    They end with a line. Where documents are dealt out, one long text is dealt out too.
+
+    Args:
+        read: what `documents` gives, from its beginning or from the position of a section.
+    """
+    units = None
+    for document in read:
+        units = document.before.units if units is None else units
+        before, text = replace(document.before, units=units), ""
+        for piece in document.pieces:
+            text += piece
+            begin = 0
+            while len(text) - begin > _SECTION:
+                end = _line_end(text, begin)
+                units += 1
+                after = replace(before, units=units, characters=before.characters + end - begin)
+                section = [text[begin:end]]
+                yield replace(document, pieces=section, before=before, after=after, begun=False)
+                before, begin = after, end
+            text = text[begin:]
+        units += 1
+        after = replace(document.after, units=units)
+        yield replace(document, pieces=[text], before=before, after=after, begun=False)
+
+
+def _line_end(text: str, begin: int) -> int:
+    """Where a section ends: behind a line, else a word, in its second half."""
+    for sign in ("\n", " "):
+        if (found := text.rfind(sign, begin + _SECTION // 2, begin + _SECTION)) >= 0:
+            return found + 1
+    return begin + _SECTION
+
+
+def corpus_places(places: Any) -> list[CorpusFile]:
+    """The files of places that `documents` takes."""
     given = [places] if isinstance(places, str | Path) else list(places)
     found: list[CorpusFile] = []
     for place in given:
@@ -109,7 +206,8 @@ def documents_of_texts(texts: str | Sequence[str]) -> Iterator[Document]:
         yield Document(f"text {number}", [text])
 
 
-def _of_file(path: Path, options: TextOptions) -> Iterator[Document]:
+def _of_file(path: Path, options: TextOptions, skip: int) -> Iterator[tuple[int, Document]]:
+    """The documents of a file behind its first records, each with the number of its record, from 1 on."""
     head = file_head(path)
     ending = next((e for e in _RECORD_READERS if _plain_name(path).endswith(e)), "")
     if head[:4] == b"PAR1":
@@ -123,12 +221,13 @@ def _of_file(path: Path, options: TextOptions) -> Iterator[Document]:
     elif ending:
         read = _json_lines
     else:
-        yield Document(str(path), text_pieces(path), path=path)
+        if not skip:
+            yield 1, Document(str(path), text_pieces(path), path=path)
         return
-    for number, record in enumerate(read(path, options), 1):
+    for number, record in enumerate(read(path, options, skip), skip + 1):
         place = f"{path}: record {number}"
         if (found := _document(record, options, place, path)) is not None:
-            yield found
+            yield number, found
 
 
 _RECORD_READERS = (".parquet", ".arrow", ".jsonl", ".ndjson", ".json")
@@ -196,20 +295,22 @@ def _messages(value: Any) -> list[dict[str, Any]] | None:
     return found
 
 
-def _json_lines(path: Path, options: TextOptions) -> Iterator[Any]:
-    for number, line in enumerate(text_lines(path), 1):
-        if line.strip():
-            yield _parsed(line, f"{path}: line {number:,}")
+def _json_lines(path: Path, options: TextOptions, skip: int) -> Iterator[Any]:
+    filled = (
+        (number, line) for number, line in enumerate(text_lines(path), 1) if not line.isspace() and line
+    )
+    for number, line in islice(filled, skip, None):
+        yield _parsed(line, f"{path}: line {number:,}")
 
 
-def _json_array(path: Path, options: TextOptions) -> Iterator[Any]:
+def _json_array(path: Path, options: TextOptions, skip: int) -> Iterator[Any]:
     pieces, length = [], 0
     for piece in text_pieces(path):
         pieces.append(piece)
         length += len(piece)
         if length > _LONGEST_ARRAY:
             raise CorpusError(f"{path} is a list of more than {_LONGEST_ARRAY:,} characters; give JSON lines")
-    yield from _parsed("".join(pieces), str(path))
+    yield from _parsed("".join(pieces), str(path))[skip:]
 
 
 def _parsed(text: str, place: str) -> Any:
@@ -219,15 +320,23 @@ def _parsed(text: str, place: str) -> Any:
         raise CorpusError(str(error)) from None
 
 
-def _parquet(path: Path, options: TextOptions) -> Iterator[Any]:
+def _parquet(path: Path, options: TextOptions, skip: int) -> Iterator[Any]:
     package = data_package("pyarrow.parquet", f"{path}, a parquet file,")
     with _arrow_errors(path), package.ParquetFile(str(path), pre_buffer=False) as file:
         name = _field(list(file.schema_arrow.names), options, str(path))
-        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[name], use_threads=False):
-            yield from batch.column(0).to_pylist()
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if skip >= rows:
+                skip -= rows
+                continue
+            for batch in file.iter_batches(
+                batch_size=_BATCH_ROWS, row_groups=[group], columns=[name], use_threads=False
+            ):
+                yield from batch.column(0).slice(skip).to_pylist()
+                skip = max(skip - batch.num_rows, 0)
 
 
-def _arrow(path: Path, options: TextOptions) -> Iterator[Any]:
+def _arrow(path: Path, options: TextOptions, skip: int) -> Iterator[Any]:
     package = data_package("pyarrow", f"{path}, an arrow file,")
     package = data_package("pyarrow.ipc", f"{path}, an arrow file,")
     stream = file_head(path)[:6] != b"ARROW1"
@@ -237,8 +346,9 @@ def _arrow(path: Path, options: TextOptions) -> Iterator[Any]:
         index = opened.schema.get_field_index(name)
         batches = opened if stream else map(opened.get_batch, range(opened.num_record_batches))
         for batch in batches:
-            for start in range(0, batch.num_rows, _BATCH_ROWS):
+            for start in range(min(skip, batch.num_rows), batch.num_rows, _BATCH_ROWS):
                 yield from batch.column(index).slice(start, _BATCH_ROWS).to_pylist()
+            skip = max(skip - batch.num_rows, 0)
 
 
 @contextlib.contextmanager

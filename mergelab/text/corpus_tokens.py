@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from mergelab.errors import ChatTemplateError, CorpusError
 from mergelab.text.chat import chat_text, turn_end_ids
-from mergelab.text.corpus import Document, TextOptions
+from mergelab.text.corpus import START, CorpusPosition, Document, TextOptions
 from mergelab.text.tokenizer import Tokenizer
 
 __all__ = ["TokenPiece", "bos_of", "conversation_piece", "token_pieces"]
@@ -41,6 +41,7 @@ class TokenPiece:
         first: whether the document begins here.
         last: whether it ends here.
         conversation: whether it is one, whose template says how it begins and ends.
+        after: position behind it, from which the corpus can be read on.
     """
 
     ids: np.ndarray
@@ -48,6 +49,7 @@ class TokenPiece:
     first: bool = True
     last: bool = True
     conversation: bool = False
+    after: CorpusPosition = START
 
 
 def bos_of(tokenizer: Tokenizer, asked: bool | str = "auto") -> int | None:
@@ -89,13 +91,13 @@ def token_pieces(
     """
     options = options or TextOptions()
     chat = _Chat(tokenizer, options)
-    waiting: list[str] = []
+    waiting: list[tuple[str, CorpusPosition]] = []
     size = 0
     for document in documents:
         if document.messages is not None:
             yield from _whole(tokenizer, waiting)
             waiting, size = [], 0
-            yield chat.piece(document)[0]
+            yield replace(chat.piece(document)[0], after=document.after)
             continue
         begun: list[str] = []
         pieces = iter(document.pieces)
@@ -106,12 +108,12 @@ def token_pieces(
             if length > WINDOW:
                 break
         text = "".join(begun)
-        if length > WINDOW:
+        if length > WINDOW or document.begun:
             yield from _whole(tokenizer, waiting)
             waiting, size = [], 0
-            yield from _ends(_windowed(tokenizer, chain([text], pieces)))
+            yield from _long(tokenizer, document, chain([text], pieces))
             continue
-        waiting.append(text)
+        waiting.append((text, document.after))
         size += length
         if size >= _BATCH or len(waiting) >= 1024:
             yield from _whole(tokenizer, waiting)
@@ -119,19 +121,21 @@ def token_pieces(
     yield from _whole(tokenizer, waiting)
 
 
-def _whole(tokenizer: Tokenizer, texts: list[str]) -> Iterator[TokenPiece]:
+def _whole(tokenizer: Tokenizer, texts: list[tuple[str, CorpusPosition]]) -> Iterator[TokenPiece]:
     if texts:
-        for encoding in tokenizer.backend.encode_batch(texts, add_special_tokens=False):
-            yield TokenPiece(np.array(encoding.ids, np.int32))
+        found = tokenizer.backend.encode_batch([text for text, _ in texts], add_special_tokens=False)
+        for (_, after), encoding in zip(texts, found, strict=True):
+            yield TokenPiece(np.array(encoding.ids, np.int32), after=after)
 
 
-def _ends(pieces: Iterator[np.ndarray]) -> Iterator[TokenPiece]:
-    """Marks the first and the last piece of a document."""
-    first, held = True, next(pieces)
-    for piece in pieces:
-        yield TokenPiece(held, first=first, last=False)
-        first, held = False, piece
-    yield TokenPiece(held, first=first, last=True)
+def _long(tokenizer: Tokenizer, document: Document, pieces: Iterable[str]) -> Iterator[TokenPiece]:
+    """The tokens of a long text, or of the rest of one."""
+    start = document.before if document.begun else replace(document.before, characters=0, tokens=0)
+    first = not document.begun
+    for ids, at, skipped in _windowed(tokenizer, pieces, start.characters, start.tokens):
+        after = document.after if at is None else replace(start, characters=at, tokens=skipped)
+        yield TokenPiece(ids, first=first, last=at is None, after=after)
+        first = False
 
 
 @dataclass
@@ -154,17 +158,22 @@ class _Window:
         return self.at + len(self.text)
 
 
-def _windowed(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+def _windowed(
+    tokenizer: Tokenizer, pieces: Iterable[str], at: int, skipped: int
+) -> Iterator[tuple[np.ndarray, int | None, int]]:
     """The tokens of a long text: those of overlapping windows, joined where both say the same.
+
+    With each go the place of the next window (None behind the last) and the tokens of it that are done:
+    `at` and `skipped` of a call that goes on there.
 
     Splitting and merging look at a few characters around, so that two windows that agree on many tokens go on
     alike; what the start of a window does to its first tokens (a space that is put before a text) is in the
     part that is not taken.
     """
     left: _Window | None = None
-    for right in _windows(tokenizer, pieces):
+    for right in _windows(tokenizer, pieces, at):
         if left is None:
-            left = right
+            left, left.skipped = right, skipped
             continue
         cut = _agreement(left, right)
         if cut is None and len(left.text) < _LARGEST:
@@ -175,16 +184,16 @@ def _windowed(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[np.ndarra
             continue
         if cut is None:
             cut = int(np.searchsorted(left.starts, right.at)), 0
-        yield left.ids[left.skipped : cut[0]]
+        yield left.ids[left.skipped : cut[0]], right.at, cut[1]
         left, left.skipped = right, cut[1]
     if left is not None:
-        yield left.ids[left.skipped :]
+        yield left.ids[left.skipped :], None, 0
 
 
-def _windows(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[_Window]:
-    """Windows of `WINDOW` characters that overlap, tokenized several at a time."""
+def _windows(tokenizer: Tokenizer, pieces: Iterable[str], at: int) -> Iterator[_Window]:
+    """Windows of `WINDOW` characters that overlap, tokenized several at a time; the text begins at `at`."""
     batch: list[tuple[str, int]] = []
-    text, at = "", 0
+    text = ""
 
     def encoded() -> Iterator[_Window]:
         found = tokenizer.backend.encode_batch([one for one, _ in batch], add_special_tokens=False)

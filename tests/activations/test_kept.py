@@ -157,8 +157,8 @@ def test_long_rows_are_replaced_by_others_of_their_lane_and_a_resumed_stream_goe
     again.restore(first.state())  # the limit is that of the beginning
     assert (next(again).rows == whole[3].rows).all()
     processes = [
-        ActivationStream(source, 64, seed=seed, buffer_rows=1024, kept=kept, process=p, processes=4)
-        for p in range(4)
+        ActivationStream(source, 64, seed=seed, buffer_rows=1024, kept=kept, part=part, readers=4)
+        for part in np.arange(64).reshape(4, 16)
     ]
     for batch in whole[:5]:
         assert (np.concatenate([next(one).rows for one in processes]) == batch.rows).all()

@@ -79,18 +79,46 @@ def test_a_stream_goes_on_where_it_stood(at: int, batch: int) -> None:
     assert source.read_rows <= 5000 + 3 * batch + 6 * 2048  # nothing that came before was read
 
 
-@pytest.mark.parametrize("processes", [2, 4, 32])
-def test_processes_share_a_batch_and_the_reading(processes: int) -> None:
-    whole = ActivationStream(Numbered(50_000), 64, seed=3, buffer_rows=8192)
-    sources = [Numbered(50_000) for _ in range(processes)]
+@pytest.mark.parametrize(
+    ("batch", "processes"), [(64, 2), (64, 32), (63, 3), (60, 5), (96, 6), (384, 96), (512, 128)]
+)
+def test_any_number_of_processes_shares_a_batch_and_the_reading(batch: int, processes: int) -> None:
+    order = {"seed": 3, "buffer_rows": 8192}
+    sources = [Numbered(20_000) for _ in range(processes)]
     parts = [
-        ActivationStream(source, 64, seed=3, buffer_rows=8192, process=i, processes=processes)
-        for i, source in enumerate(sources)
+        ActivationStream(source, batch, **order, part=part, readers=processes)
+        for source, part in zip(sources, np.arange(batch).reshape(processes, -1), strict=True)
     ]
-    for _ in range(780):
-        together = np.concatenate([next(part).rows for part in parts])
-        np.testing.assert_array_equal(together, next(whole).rows)
-    assert [source.read_rows for source in sources] == [50_000 // 64 * 64 // processes] * processes
+    whole = ActivationStream(Numbered(20_000), batch, **order)
+    whole.restore(parts[0].state())  # a resume in one process: more than 64 had lanes of their own
+    lanes = whole.lanes
+    assert lanes == 64 or processes > 64 or batch % 64
+    seen = []
+    for _ in range(20_000 // batch):
+        found = next(whole).rows
+        np.testing.assert_array_equal(np.concatenate([next(part).rows for part in parts]), found)
+        seen.append(found)
+    assert len(np.unique(np.concatenate(seen))) == 20_000 // batch * batch  # none is given twice
+    read = [source.read_rows for source in sources]
+    assert sum(read) <= 20_000 and max(read) <= -(-20_000 // processes)  # nor read twice
+
+
+def test_a_part_of_a_lane_is_taken_from_the_whole_of_it() -> None:
+    whole = ActivationStream(Numbered(5000), 64, seed=1, buffer_rows=2048)
+    parts = np.array_split(np.random.default_rng(0).permutation(64), 3)
+    again = [
+        ActivationStream(Numbered(5000), 64, seed=1, buffer_rows=2048, part=np.sort(part), readers=3)
+        for part in parts
+    ]
+    state = {**whole.state(), "lanes": 4}
+    for stream in (whole, *again):
+        stream.restore(state)
+    for _ in range(100):
+        expected = next(whole)
+        for stream in again:
+            found = next(stream)
+            np.testing.assert_array_equal(found.rows, expected.rows[stream.part])
+            np.testing.assert_array_equal(found.input[:, 0], found.rows)
 
 
 def test_rows_of_far_blocks_meet() -> None:
@@ -104,9 +132,6 @@ def test_what_cannot_be_shuffled_or_resumed_is_refused() -> None:
         ActivationStream(Numbered(10), 11)
     with pytest.raises(SAEError, match="same tokens"):
         ActivationStream(Numbered(10), 2, target=Numbered(11))
-    for batch, processes in ((4, 3), (6, 4)):
-        with pytest.raises(SAEError, match=f"{processes} processes cannot share"):
-            ActivationStream(Numbered(10), batch, processes=processes)
     state = ActivationStream(Numbered(10), 2, seed=1).state()
     with pytest.raises(SAEError, match="seed=1"):
         ActivationStream(Numbered(10), 2, seed=2).restore(state)

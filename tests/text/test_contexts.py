@@ -13,12 +13,12 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from mergelab.errors import CorpusError
 from mergelab.quickstart.family import train_bpe
-from mergelab.text import contexts as contexts_module
-from mergelab.text import corpus_tokens
-from mergelab.text.contexts import StoredTokens, text_contexts
+from mergelab.text import corpus_tokens, token_rows
+from mergelab.text.contexts import text_contexts
 from mergelab.text.corpus import Document, TextOptions, documents_of_texts
 from mergelab.text.corpus_tokens import bos_of, token_pieces
 from mergelab.text.packing import pack_stream
+from mergelab.text.token_rows import StoredTokens
 from mergelab.text.tokenizer import Tokenizer
 
 PROSE = Path(__file__).read_text("utf-8") + Path(__file__).with_name("test_chat.py").read_text("utf-8")
@@ -207,7 +207,7 @@ def test_many_contexts_lie_in_a_file_and_not_in_memory(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     expected = text_contexts(plain, documents_of_texts(PROSE), 16)
-    monkeypatch.setattr(contexts_module, "_HELD", 1000)
+    monkeypatch.setattr(token_rows, "HELD", 1000)
     found = text_contexts(plain, documents_of_texts(PROSE), 16)
     assert isinstance(found.tokens, StoredTokens) and not isinstance(expected.tokens, StoredTokens)
     np.testing.assert_array_equal(found.tokens, expected.tokens)

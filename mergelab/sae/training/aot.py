@@ -25,13 +25,12 @@ from mergelab.aot import (
 )
 from mergelab.errors import SAEError
 from mergelab.sae.training.config import TrainConfig, TrainingRecipe
-from mergelab.sae.training.initialize import fresh_state, sample_shapes
+from mergelab.sae.training.initialize import fresh_state, sample_shapes, state_shapes
 from mergelab.sae.training.state import (
     TrainState,
     batch_fault,
     latents_fault,
     mesh_axes,
-    state_shardings,
     state_specs,
 )
 from mergelab.sae.training.step import make_step
@@ -217,12 +216,7 @@ def lower_step(mesh: Mesh, request: Mapping[str, Any]) -> jax.stages.Lowered:
     name: Any = options.pop("name")
     variant = make_variant(name, **options)
     recipe = TrainingRecipe(**request["recipe"])
-    shapes = jax.eval_shape(partial(fresh_state, variant, recipe), _key_shape(), sample_shapes(variant))
-    state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        state_shardings(shapes, mesh),
-    )
+    state = state_shapes(variant, recipe, mesh)
     rows = NamedSharding(mesh, PartitionSpec(mesh_axes(mesh)[0], None))
     x = jax.ShapeDtypeStruct((recipe.batch_size, variant.d_in), jnp.float32, sharding=rows)
     y = jax.ShapeDtypeStruct((recipe.batch_size, variant.width_out), jnp.float32, sharding=rows)

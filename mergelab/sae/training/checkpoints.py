@@ -21,7 +21,8 @@ from mergelab.checkpoints.orbax_calls import call_orbax, orbax_reason
 from mergelab.checkpoints.publish import sync_path
 from mergelab.checkpoints.remote_output import mirror
 from mergelab.errors import CheckpointError, MergelabError, OutputError
-from mergelab.processes import Terminated, agree, together
+from mergelab.processes.agreement import agree, together
+from mergelab.processes.termination import Terminated
 from mergelab.sae.training.config import TrainingRecipe, TrainSection
 from mergelab.sae.training.state import TrainState
 

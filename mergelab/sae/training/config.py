@@ -256,6 +256,9 @@ class DataSection(_Section):
         packing: `packed` texts, or `documents` kept apart, of `model`.
         roles: tokens of conversations that count, of `model`: `all`, or those of the `assistant`.
         context: number of tokens in a context, of `model`; at most the model's positions.
+        model_mesh: devices of each process that `model` is spread over, sizes of the axes `data`, `fsdp` and
+            `tensor`; the first device of each process if omitted. Each process computes the rows it reads.
+        dtype: dtype of the weights of `model`; the stored one if omitted.
         toy: options of `toy`, those of `mergelab.sae.toy.ToyGroundTruth`.
         buffer_rows: number of rows that are shuffled together.
         skip_positions: number of first positions of each context that are left out
@@ -278,6 +281,8 @@ class DataSection(_Section):
     packing: Literal["packed", "documents"] = "packed"
     roles: Literal["all", "assistant"] = "all"
     context: Count = 64
+    model_mesh: dict[str, Annotated[Whole, Field(ge=-1, le=_MOST)]] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     toy: dict[str, Any] = Field(default_factory=dict)
     buffer_rows: Count = 65_536
     skip_positions: Annotated[Whole, Field(ge=0, le=_MOST)] | Literal["auto"] = "auto"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
 
 from mergelab.activations import (
     ActivationFiles,
@@ -14,6 +18,7 @@ from mergelab.activations import (
     open_activation_files,
 )
 from mergelab.activations.kept import KeptRows, TokenRule
+from mergelab.activations.lane_rows import TextShare, open_lane_activations
 from mergelab.activations.model_activations import DEFAULT_CONTEXT, open_model_activations
 from mergelab.activations.stored_tokens import kept_of_files, store_facts_of
 from mergelab.checkpoints.companions import has_companion
@@ -21,19 +26,23 @@ from mergelab.checkpoints.folder import open_checkpoint, weights_sha256
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.locations import local_path
 from mergelab.checkpoints.model_card import portable_name
-from mergelab.errors import CheckpointError, SAEError, did_you_mean, shortened
+from mergelab.errors import CheckpointError, MeshError, SAEError, did_you_mean, shortened
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model
+from mergelab.processes.agreement import together
+from mergelab.processes.exchange import gathered_facts
 from mergelab.sae.toy import ToyGroundTruth
 from mergelab.sae.training.config import DataSection, TrainConfig
 from mergelab.sae.training.memory import machine_memory, readable_bytes
 from mergelab.sae.variants.options import checked_options
+from mergelab.sharding import make_mesh
 from mergelab.text.corpus_tokens import bos_of
 from mergelab.text.tokenizer import load_tokenizer
 
 __all__ = [
     "TrainingRows",
     "host_metadata",
+    "model_mesh",
     "open_data",
     "portable_data",
     "sae_metadata",
@@ -187,7 +196,25 @@ def written_rule(files: ActivationFiles) -> TokenRule | None:
     return known[0].strictest(*known) if known else None
 
 
-def open_data(section: DataSection, tokens: int) -> TrainingRows:
+def model_mesh(section: DataSection) -> Mesh | None:
+    """The mesh of a data section's model, over devices of this process alone; None for its first device.
+
+    Raises:
+        MeshError: the sizes do not multiply to the number of the process's devices, or an axis is unknown.
+    """
+    if section.model_mesh is None:
+        return None
+    axes = ("data", "fsdp", "tensor")
+    for axis in section.model_mesh:
+        if axis not in axes:
+            raise MeshError(
+                f"data.model_mesh has an axis {shortened(axis)!r}{did_you_mean(axis, axes)}; a model is "
+                "spread over data, fsdp and tensor."
+            )
+    return make_mesh(section.model_mesh, jax.local_devices())
+
+
+def open_data(section: DataSection, tokens: int, share: TextShare | None = None) -> TrainingRows:
     """The activations, the targets where they are others, and which rows count.
 
     Generated rows all count.
@@ -196,6 +223,8 @@ def open_data(section: DataSection, tokens: int) -> TrainingRows:
         section: section of a training's configuration.
         tokens: number of rows of a generated source, if the section does not say; of a text, the number of
             tokens after which no more is read.
+        share: the lanes of a text that this process reads, where processes share it; then every process must
+            make the call.
 
     Raises:
         CheckpointError: files are missing or malformed.
@@ -226,8 +255,30 @@ def open_data(section: DataSection, tokens: int) -> TrainingRows:
         length = None if section.context == DEFAULT_CONTEXT else section.context
         # No more text than the training reads, of which some rows are left out, but enough to shuffle.
         text = section.text_options(max(tokens + tokens // 4, section.buffer_rows))
+        mesh = model_mesh(section)
+        if share is not None:
+            lanes = open_lane_activations(
+                section.model,
+                sites,
+                section.texts,
+                share,
+                length=length,
+                dtype=section.dtype,
+                mesh=mesh,
+                rule=section.rule(),
+                text=text,
+            )
+            of_lanes = replace(next(iter(lanes[0].kept.values())), by_place=None)
+            return TrainingRows(lanes[0], lanes[1] if section.target_site else None, of_lanes)
         found = open_model_activations(
-            section.model, sites, section.texts, length=length, rule=section.rule(), text=text
+            section.model,
+            sites,
+            section.texts,
+            length=length,
+            dtype=section.dtype,
+            mesh=mesh,
+            rule=section.rule(),
+            text=text,
         )
         target = found.at(section.target_site) if section.target_site else None
         return TrainingRows(
@@ -235,8 +286,15 @@ def open_data(section: DataSection, tokens: int) -> TrainingRows:
         )
     if section.path is None:
         raise SAEError("data.path is missing: data of kind 'files' needs the files' path or glob.")
-    target = None if section.target_path is None else open_activation_files(section.target_path)
-    source = open_activation_files(section.path)
-    if target is not None and target.rows != source.rows:
-        return TrainingRows(source, target, KeptRows())  # which the stream refuses
-    return TrainingRows(source, target, kept_of_files(source, section.rule(written_rule(source)), target))
+    with together("opening the data", distributed=jax.process_count() > 1):
+        target = None if section.target_path is None else open_activation_files(section.target_path)
+        source = open_activation_files(section.path)
+        if target is not None and target.rows != source.rows:
+            return TrainingRows(source, target, KeptRows())  # which the stream refuses
+        rule = section.rule(written_rule(source))
+        # A limit takes reading a sample of rows, which one process does for all.
+        sampled = rule if jax.process_index() == 0 else replace(rule, max_norm_multiple=None)
+        kept = kept_of_files(source, sampled, target)
+    limits = [one if math.isfinite(one) else None for one in (kept.limit, kept.target_limit)]
+    known = [math.inf if one is None else one for one in gathered_facts(limits)[0]]
+    return TrainingRows(source, target, replace(kept, limit=known[0], target_limit=known[1], rule=rule))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -19,13 +20,15 @@ from mergelab.checkpoints.output_target import OutputLock, check_target, disk_er
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.text_file import read_text
 from mergelab.errors import CheckpointError, MergelabError, OutputError, SAEError
-from mergelab.processes import agree, together
+from mergelab.processes.agreement import agree, together
 from mergelab.sae.training.config import TrainConfig, plain_settings
 from mergelab.sae.training.inputs import check_same, fingerprint, input_paths
+from mergelab.sae.training.start_sample import START_SAMPLE, StartSample
 
 __all__ = ["KnownOfRun", "RunFolder", "known_of_run"]
 
 _CONFIG, _INPUTS, _RESULT, _FINAL = "config.yaml", "inputs.json", "result.json", "final"
+_LANES = "text_lanes"
 _THEN = "go on with --resume"
 
 
@@ -200,11 +203,25 @@ class RunFolder:
             ) from error
         check_same(self.path, before, self._inputs)
 
-    def claim(self, known: KnownOfRun | None = None) -> None:
+    def text_lanes(self) -> int | None:
+        """Lanes in which the processes that began the run share its text, 0 for none; None for a new run.
+
+        The same in every process, each of which must ask.
+        """
+        lanes = 0
+        if self._first and self.begun:
+            with contextlib.suppress(CheckpointError):
+                said = read_json_object(self.path / _INPUTS).get(_LANES)
+                lanes = said if isinstance(said, int) and said > 0 else 0
+        lanes = agree(lanes, distributed=self._distributed)
+        return lanes if self.begun else None
+
+    def claim(self, known: KnownOfRun | None = None, text_lanes: int = 0) -> None:
         """Says in the folder what run it holds, if it does not yet: from here on it is resumed.
 
         Args:
             known: what is known of what it reads, for those who look at its checkpoints.
+            text_lanes: lanes in which processes share its text; 0 for none.
         """
         if not self._first or (self.begun and self._before is None):
             return
@@ -213,6 +230,7 @@ class RunFolder:
                 self._made = not self.path.exists()
                 self.path.mkdir(exist_ok=True)
                 said = {"files": self._inputs} | ({} if known is None else {"known": asdict(known)})
+                said |= {_LANES: text_lanes} if text_lanes else {}
                 text = json.dumps(said, indent=1) + "\n"
                 write_whole(self.path / _INPUTS, text)
             else:
@@ -224,11 +242,17 @@ class RunFolder:
             settings = self._settings.model_dump(mode="json")
             write_whole(self.path / _CONFIG, yaml.safe_dump(settings, sort_keys=False))
 
+    def keep(self, sample: StartSample) -> None:
+        """Keeps the start sample, so that a run that is resumed need not read it again."""
+        if self._first:
+            with disk_errors(self.path):
+                sample.write(self.path)
+
     def disclaim(self) -> None:
         """Takes back what `claim` wrote: the data was found bad before anything could be kept."""
         if not self._first or self.begun:
             return
-        for name in (_CONFIG, _INPUTS, "metrics.jsonl", "wandb-id"):
+        for name in (_CONFIG, _INPUTS, START_SAMPLE, "metrics.jsonl", "wandb-id"):
             (self.path / name).unlink(missing_ok=True)
         for name in ("checkpoints", "tensorboard", "wandb"):
             shutil.rmtree(self.path / name, ignore_errors=True)
@@ -268,7 +292,7 @@ def _first_difference(before: Any, now: Any, path: str = "") -> str | None:
         for key in (*before, *(key for key in now if key not in before)):
             place = f"{path}.{key}" if path else str(key)
             # Where a run may go on differently: its devices, and what is kept on the way.
-            if place not in ("mesh", "checkpoint", "log_to"):
+            if place not in ("mesh", "data.model_mesh", "checkpoint", "log_to"):
                 found = _first_difference(before.get(key), now.get(key), place)
                 if found is not None:
                     return found

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 from scipy.special import betaincinv
 
 from mergelab.errors import SAEError
@@ -30,6 +30,7 @@ __all__ = [
     "initial_params",
     "initialize",
     "sample_shapes",
+    "state_shapes",
 ]
 
 
@@ -151,6 +152,20 @@ def initialize(
     arguments = jax.tree.map(np.asarray, (jax.random.key_data(key), facts))
     shardings = None if mesh is None else state_shardings(jax.eval_shape(build, *arguments), mesh)
     return jax.jit(build, out_shardings=shardings)(*arguments)
+
+
+def state_shapes(variant: Variant, recipe: TrainingRecipe, mesh: Mesh | None = None) -> TrainState:
+    """A tree of `jax.ShapeDtypeStruct` like a state, with the shardings that `initialize` gives it."""
+    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    shapes = jax.eval_shape(partial(fresh_state, variant, recipe), key, sample_shapes(variant))
+    if mesh is None:
+        here = SingleDeviceSharding(jnp.zeros(()).device)
+        places = jax.tree.map(lambda leaf: here, shapes)
+    else:
+        places = state_shardings(shapes, mesh)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
+    )
 
 
 def fresh_state(variant: Variant, recipe: TrainingRecipe, key_data: Array, facts: SampleFacts) -> TrainState:

@@ -7,10 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from mergelab.activations import ActivationFiles, ActivationSource, find_activation_files
 from mergelab.checkpoints.folder import bounded_digest
 from mergelab.checkpoints.locations import local_path
 from mergelab.checkpoints.manifest import Entry
+from mergelab.checkpoints.remote import cache_folder
 from mergelab.errors import CheckpointError, SAEError
 from mergelab.sae.training.config import DataSection
 from mergelab.sae.training.warm_start import dictionary_folder
@@ -60,10 +63,16 @@ def fingerprint(data: DataSection, start_from: str | None = None) -> dict[str, A
     found = {file.name: asdict(Entry(0, "")) for file in _texts(data) if file.path is None}
     for path in files:
         try:
-            found[str(path)] = asdict(Entry(path.stat().st_size, bounded_digest(path, share)))
+            found[_named(path)] = asdict(Entry(path.stat().st_size, bounded_digest(path, share)))
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     return found
+
+
+def _named(path: Path) -> str:
+    """A file's path, or what stands for one of a URL on every machine: its place in the cache of copies."""
+    cache = cache_folder()
+    return f"cache:{path.relative_to(cache).as_posix()}" if cache in path.parents else str(path)
 
 
 def _model_files(folder: Path) -> list[Path]:
@@ -94,6 +103,8 @@ def changed_input(before: Any, now: Mapping[str, Any]) -> str | None:
 def read_once(*sources: ActivationSource | None) -> None:
     """Reads all rows of activation files, if they are not too many, so that bad ones are known at once.
 
+    Each of several processes reads an equal share.
+
     Raises:
         NonFiniteError: a row holds NaN or infinity.
         CheckpointError: a file cannot be read.
@@ -101,9 +112,11 @@ def read_once(*sources: ActivationSource | None) -> None:
     files = [source for source in sources if isinstance(source, ActivationFiles)]
     if sum(source.rows * source.d_in * 4 for source in files) > _READ_BYTES:
         return
+    process, processes = jax.process_index(), jax.process_count()
     for source in files:
-        for start in range(0, source.rows, _ROWS):
-            source.read(start, min(start + _ROWS, source.rows))
+        first, end = (source.rows * one // processes for one in (process, process + 1))
+        for start in range(first, end, _ROWS):
+            source.read(start, min(start + _ROWS, end))
 
 
 def check_same(folder: Path, before: Any, now: Mapping[str, Any]) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mergelab.activations.kept import DEFAULT_RULE, row_norms
+from mergelab.activations.lane_rows import LaneStream
 from mergelab.activations.left_out import LeftOut
 from mergelab.activations.stream import ActivationStream, Batch
 from mergelab.errors import SAEError
@@ -88,9 +89,11 @@ class Overview:
 
 
 def draw_sample(
-    stream: ActivationStream, count: int, seed: int, *, buffer_rows: int, tokens: int
+    stream: ActivationStream | LaneStream, count: int, seed: int, *, buffer_rows: int, tokens: int
 ) -> tuple[Batch, Overview]:
     """Rows drawn like a batch, less those that are too long, and what they look like.
+
+    The same in every process; every process must make the call.
 
     Args:
         stream: the training's; its place stays what it is.
@@ -102,18 +105,8 @@ def draw_sample(
     Raises:
         SAEError: all of the rows are too long.
     """
-    kept, source = stream.kept, stream.source
-    every = replace(kept, limit=math.inf, target_limit=math.inf)
-    drawn = next(
-        ActivationStream(
-            source,
-            min(stream.rows, count),
-            seed=seed,
-            target=stream.target,
-            buffer_rows=buffer_rows,
-            kept=every,
-        )
-    )
+    kept = stream.kept
+    drawn = stream.draw(count, seed, buffer_rows)
     short = kept.short_enough(drawn.input, drawn.target)
     left_out = LeftOut()
     if short.all():
@@ -135,7 +128,9 @@ def draw_sample(
     return sample, _overview(stream, sample.input, left_out, tokens)
 
 
-def _overview(stream: ActivationStream, x: np.ndarray, left_out: LeftOut, tokens: int) -> Overview:
+def _overview(
+    stream: ActivationStream | LaneStream, x: np.ndarray, left_out: LeftOut, tokens: int
+) -> Overview:
     mean = x.mean(axis=0, dtype=np.float64)
     norms = row_norms(x)
     square = float((norms * norms).mean()) - float(mean @ mean)

@@ -11,6 +11,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mergelab.errors import MeshError
+from mergelab.processes.agreement import span_processes
 from mergelab.sae.variants.variant import Params
 from mergelab.sharding import SAE_AXES, check_axes, put
 
@@ -20,12 +21,14 @@ __all__ = [
     "TrainState",
     "batch_fault",
     "batch_part",
+    "handed_on",
     "latents_fault",
     "mesh_axes",
     "place_batch",
     "place_state",
     "state_shardings",
     "state_specs",
+    "whole_batch",
 ]
 
 REPLICATED = frozenset({"decoder_bias", "skip"})
@@ -141,14 +144,18 @@ def place_state(state: TrainState, mesh: Mesh) -> TrainState:
     return jax.tree.map(put, state, state_shardings(state, mesh))
 
 
-def batch_part(mesh: Mesh | None) -> tuple[int, int]:
-    """Which part of every batch this process reads, of how many: those of its devices' shards of data.
+def batch_part(mesh: Mesh | None, batch_size: int) -> np.ndarray:
+    """Which rows of every batch this process reads: int64, ascending, a piece for each of its devices.
 
-    Processes that hold other latents of the same tokens read the same part.
+    Each row is read by one process. Where devices of several processes hold other latents of the same rows,
+    each device is given an equal share of them, and the step hands the shares on (`whole_batch`).
+
+    Args:
+        mesh: axes `data` and `latents`; None is one device.
+        batch_size: rows of a batch, a multiple of the axis `data`.
 
     Raises:
-        MeshError: this process's devices hold shards of data that are not neighbors, or there are several
-            processes and no mesh.
+        MeshError: the mesh has no device of this process, or there are several processes and no mesh.
     """
     if mesh is None:
         if jax.process_count() > 1:
@@ -156,28 +163,78 @@ def batch_part(mesh: Mesh | None) -> tuple[int, int]:
                 f"{jax.process_count()} processes train together: say how, with a mesh such as "
                 f"{{data: {jax.device_count()}}}."
             )
-        return 0, 1
-    data, _ = mesh_axes(mesh)
-    size = mesh.shape[data] if data else 1
-    held = NamedSharding(mesh, PartitionSpec(data)).addressable_devices_indices_map((size,)).values()
-    places = sorted({range(size)[index[0]][0] for index in held if index is not None})
-    first, count = places[0], len(places)
-    if places != list(range(first, first + count)) or size % count or first % count:
+        return np.arange(batch_size)
+    mine = _pieces(mesh, batch_size)
+    if not mine:
         raise MeshError(
-            f"the devices of one process hold parts {places} of {size} of a batch, which are not one piece; "
-            "choose another size for the mesh's axis 'data'."
+            f"the mesh {dict(mesh.shape)} has no device of process {jax.process_index()}; lay it over the "
+            "devices of all processes."
         )
-    return first // count, size // count
+    return np.unique(np.concatenate([np.arange(*piece) for piece in mine.values()]))
 
 
-def place_batch(batch: np.ndarray, mesh: Mesh) -> Array:
-    """Puts this process's rows of a batch on the mesh, split over the axis `data`.
+def place_batch(batch: np.ndarray, mesh: Mesh, batch_size: int | None = None) -> Array:
+    """Puts this process's rows of a batch on the mesh, split over the axis `data`, or as they are handed on.
 
     Args:
-        batch: `[tokens of this process, d]`: the part of the batch that `batch_part` names.
+        batch: `[rows of this process, d]`: those that `batch_part` names.
         mesh: the mesh.
+        batch_size: rows of the whole batch; by default it is all here.
     """
-    data, _ = mesh_axes(mesh)
-    sharding = NamedSharding(mesh, PartitionSpec(data, None))
-    rows = batch.shape[0] * batch_part(mesh)[1]
-    return jax.make_array_from_process_local_data(sharding, batch, (rows, batch.shape[1]))
+    size = len(batch) if batch_size is None else batch_size
+    data, latents = mesh_axes(mesh)
+    if not span_processes(mesh.devices.flat):
+        sharding = NamedSharding(mesh, PartitionSpec(data, None))
+        return jax.make_array_from_process_local_data(sharding, batch, (size, batch.shape[1]))
+    mine = _pieces(mesh, size)
+    part = np.unique(np.concatenate([np.arange(*piece) for piece in mine.values()]))
+    handed, parts = handed_on(mesh), _data_size(mesh)
+    shares = mesh.size // parts if handed else 1
+    rows = -(-(size // parts) // shares)  # the last share of a part is filled up where they do not divide
+    arrays = []
+    for device, (start, stop) in mine.items():
+        first = int(np.searchsorted(part, start))
+        piece = batch[first : first + stop - start]
+        if len(piece) < rows:
+            piece = np.concatenate([piece, np.zeros((rows - len(piece), batch.shape[1]), batch.dtype)])
+        arrays.append(jax.device_put(piece, device))
+    spec = PartitionSpec(tuple(axis for axis in (data, latents) if axis) if handed else data, None)
+    shape = (rows * shares * parts, batch.shape[1])
+    return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, spec), arrays)
+
+
+def whole_batch(x: Array, mesh: Mesh, batch_size: int) -> Array:
+    """A batch as `place_batch` laid it, without what fills it up; for use under `jit`, which hands it on."""
+    if x.shape[0] == batch_size:
+        return x
+    parts = _data_size(mesh)
+    return x.reshape(parts, -1, x.shape[1])[:, : batch_size // parts].reshape(batch_size, x.shape[1])
+
+
+def handed_on(mesh: Mesh) -> bool:
+    """Whether devices of several processes hold other latents of the same rows."""
+    return any(span_processes(row) for row in _by_data(mesh))
+
+
+def _data_size(mesh: Mesh) -> int:
+    return mesh.shape.get("data", 1)
+
+
+def _by_data(mesh: Mesh) -> np.ndarray:
+    """The devices of a mesh, `[data, latents]`."""
+    data, latents = mesh_axes(mesh)
+    order = [mesh.axis_names.index(axis) for axis in (data, latents) if axis]
+    return mesh.devices.transpose(order).reshape(_data_size(mesh), -1)
+
+
+def _pieces(mesh: Mesh, batch_size: int) -> dict[Any, tuple[int, int]]:
+    """The rows of a batch, from and to, that each device of this process is given."""
+    devices, here = _by_data(mesh), jax.process_index()
+    rows = batch_size // len(devices)
+    share = -(-rows // devices.shape[1]) if handed_on(mesh) else 0
+    found = {}
+    for (part, place), device in np.ndenumerate(devices):
+        if device.process_index == here:
+            start, stop = (place * share, (place + 1) * share) if share else (0, rows)
+            found[device] = (part * rows + min(start, rows), part * rows + min(stop, rows))
+    return found

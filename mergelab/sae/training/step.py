@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
+from mergelab.processes.agreement import span_processes
 from mergelab.sae.kernels.collectives import Shards
 from mergelab.sae.normalizations import layer_norm
 from mergelab.sae.training.aux_k import aux_k_gradients
 from mergelab.sae.training.config import TrainingRecipe
-from mergelab.sae.training.state import TrainState, mesh_axes, state_specs
+from mergelab.sae.training.state import TrainState, mesh_axes, state_specs, whole_batch
 from mergelab.sae.training.update import update
 from mergelab.sae.variants.variant import Context, Variant
 
@@ -122,8 +123,12 @@ def make_step(
     if mesh is None:
         return jax.jit(part, donate_argnums=0)
 
+    spans = span_processes(mesh.devices.flat)
+
     def on_mesh(state: TrainState, x: Array, y: Array) -> tuple[TrainState, Metrics]:
         specs = state_specs(state, latents)
+        if spans:
+            x, y = (whole_batch(rows, mesh, recipe.batch_size) for rows in (x, y))
         rows = PartitionSpec(data, None)
         run = jax.shard_map(
             part, mesh=mesh, in_specs=(specs, rows, rows), out_specs=(specs, PartitionSpec()), check_vma=False

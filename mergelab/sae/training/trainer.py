@@ -20,7 +20,11 @@ from jax.sharding import Mesh
 from mergelab.activations import Prefetch, Trace
 from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.errors import CheckpointError, SAEError
-from mergelab.processes import Terminated, preempted, together
+from mergelab.processes.agreement import check_shared, preempted, together
+from mergelab.processes.exchange import gathered_facts
+from mergelab.processes.grace import end_after
+from mergelab.processes.joining import current_run
+from mergelab.processes.termination import Terminated
 from mergelab.sae.formats import load_sae, save_sae
 from mergelab.sae.sae import SAE, SAEConfig, sae_shardings
 from mergelab.sae.training.checkpoints import TOKENS, Checkpoints
@@ -30,13 +34,14 @@ from mergelab.sae.training.finish import finished_sae, transcodes
 from mergelab.sae.training.folder import KnownOfRun, RunFolder
 from mergelab.sae.training.inputs import read_once
 from mergelab.sae.training.overview import Overview
-from mergelab.sae.training.start import Start, start_training
+from mergelab.sae.training.start import Start, start_training, text_share
+from mergelab.sae.training.start_sample import StartSample, kept_overview
 from mergelab.sae.training.state import TrainState
 from mergelab.sae.training.step import Metrics, Step, make_step
 from mergelab.sae.training.tracking import Logger, MetricsFile, open_loggers
 from mergelab.sae.training.warm_start import extended_state, started_from
 from mergelab.sae.variants import Variant
-from mergelab.sharding import make_mesh
+from mergelab.sharding import DISPATCH, make_mesh
 
 __all__ = ["Progress", "Result", "Termination", "finish_training", "train"]
 
@@ -44,20 +49,28 @@ __all__ = ["Progress", "Result", "Termination", "finish_training", "train"]
 class Termination:
     """Notes SIGTERM instead of obeying it; a context manager that puts the earlier handler back.
 
-    Only the main thread of a process can take signals; elsewhere nothing is changed. In a distributed run JAX
-    takes the signal and finds a step at which all processes stop.
+    Only the main thread of a process can take signals; elsewhere nothing is changed. In a run of several
+    processes the step at which all of them stop is found together (`mergelab.processes.preempted`).
 
     Attributes:
-        unsaved: whether a step has been made that no checkpoint holds; without one the signal is obeyed at
-            once.
+        unsaved: whether a step has been made that no checkpoint holds; without one a process that trains
+            alone obeys the signal at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grace: float | None = None) -> None:
+        """Touches nothing yet.
+
+        Args:
+            grace: seconds after the signal at which the process is ended, kept or not; None for no limit.
+        """
         self.unsaved = False
         self._came = False
+        self._grace = grace
+        self._run = current_run()
         self._distributed = jax.process_count() > 1
         self._before: Any = None
         self._installed = False
+        self._clock: threading.Timer | None = None
 
     def due(self, step: int) -> bool:
         """Whether the run is to be kept and ended after this step; every process gets the same answer."""
@@ -65,11 +78,18 @@ class Termination:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         came, self._came = self._came, True
-        if not self.unsaved and not came:  # a second one does not disturb the end
+        if came:  # a second one does not disturb the end
+            return
+        if self._run is not None:
+            self._run.request_stop(self._grace)
+        elif not self.unsaved:
             raise Terminated
+        elif self._grace is not None:
+            self._clock = end_after(self._grace)
 
     def __enter__(self) -> Self:
-        if not self._distributed and threading.current_thread() is threading.main_thread():
+        alone_or_joined = not self._distributed or self._run is not None
+        if alone_or_joined and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._on_signal)
             self._installed = True
         return self
@@ -77,6 +97,8 @@ class Termination:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
         if self._installed:
             self._installed = False
             # None stands for a handler that Python did not install and cannot put back.
@@ -121,6 +143,7 @@ def train(
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
     tell: Callable[[str], None] | None = None,
+    grace: float | None = None,
 ) -> Result:
     """Trains a sparse autoencoder and writes it to `OUT/final`.
 
@@ -139,6 +162,8 @@ def train(
         notice: function that is told what the user should know, such as a damaged checkpoint that was passed
             over; a Python warning if None.
         tell: function that is told, line by line, what the rows look like before the first step.
+        grace: seconds after SIGTERM at which the process is ended, whether or not its checkpoint is written
+            by then; None for no limit.
 
     Raises:
         SAEError: the configuration or the data is wrong, or another than that of the run to resume, or the
@@ -157,7 +182,7 @@ def train(
             steps, metrics = known
             found = load_sae(folder.final, mesh=mesh)
             return Result(Path(out) / "final", found, steps, metrics, Trace(), resumed=True)
-        return _train(settings, Path(out), folder, progress, notice, tell)
+        return _train(settings, Path(out), folder, progress, notice, tell, grace)
 
 
 def _warn(message: str) -> None:
@@ -171,15 +196,17 @@ def _train(
     progress: Progress | None,
     notice: Callable[[str], None],
     tell: Callable[[str], None] | None,
+    grace: float | None,
 ) -> Result:
-    data = open_data(settings.data, settings.train.build().tokens)
     mesh = None if settings.mesh is None else make_mesh(settings.mesh)
+    share = text_share(settings, mesh, folder.text_lanes())
+    data = open_data(settings.data, settings.train.build().tokens, share)
     start = start_training(settings, data, mesh)
     variant, recipe = start.variant, start.recipe
     distributed = jax.process_count() > 1
     with together("reading the data", distributed=distributed):
         folder.check_inputs()
-        if jax.process_index() == 0:
+        if not folder.begun:  # a run that has begun knows its inputs
             read_once(data.source, data.target)
     # An SAE remembers whose features it holds, so that it is never judged on another model. The process
     # that writes this asks alone: a model's digest takes reading all of it.
@@ -187,21 +214,30 @@ def _train(
     known = {**host, **told_of_tokens(data.kept), **settings.metadata}
     # Sites that contradict the data are an error now, not after the training.
     SAEConfig("relu", sites=variant.sites, transcoder=transcodes(variant, known), metadata=known)
-    state, overview = start.begin()
-    if settings.start_from is not None:
-        state = started_from(settings.start_from, variant, recipe, state, notice)
+    overview = kept_overview(out, start.stream, recipe.tokens) if folder.begun else None
+    sample = start.draw() if overview is None else None
+    overview = overview or sample.overview  # pyright: ignore[reportOptionalMemberAccess]
     if tell is not None and jax.process_index() == 0:
         for line in overview.lines():
             tell(line)
     step = make_step(variant, recipe, mesh)
+    # What is bad is found before anything is written; a run that has begun may have a checkpoint.
+    state = None if folder.begun else _first_state(start, sample, notice)
     with together("writing the run's folder", distributed=distributed):
-        folder.claim(KnownOfRun(variant.d_in, variant.d_out, known))
+        lanes = 0 if share is None else share.lanes
+        folder.claim(KnownOfRun(variant.d_in, variant.d_out, known), lanes)
+        if sample is not None:
+            folder.keep(sample)
+            sample = None  # it is large
+    check_shared(folder.path, distributed=distributed)
     with Checkpoints(out / "checkpoints", settings.checkpoint.keep) as checkpoints:
         done = _done(checkpoints, folder, notice) if folder.begun else None
         if done is not None:
-            state, place = _restored(checkpoints, done, start, state)
+            state, place = _restored(checkpoints, done, start, start.shapes())
             start.stream.restore(place)
-        run = _Run(start, overview, step, checkpoints, out, progress)
+        elif state is None:
+            state = _first_state(start, StartSample.read(out, overview), notice)
+        run = _Run(start, overview, step, checkpoints, out, progress, grace)
         try:
             state, trace = run.steps(state, done or 0)
         except CheckpointError:
@@ -215,6 +251,16 @@ def _train(
     with together("noting the result", distributed=distributed):
         folder.record(recipe.steps, run.last)
     return Result(out / "final", sae, recipe.steps, run.last, trace)
+
+
+def _first_state(start: Start, sample: StartSample | None, notice: Callable[[str], None]) -> TrainState:
+    """The state before the first step: of the sample that is kept, or of one that is drawn."""
+    if not all(gathered_facts(sample is not None)) or sample is None:
+        sample = start.draw()
+    state, settings = start.state_from(sample.batch), start.settings
+    if settings.start_from is not None:
+        state = started_from(settings.start_from, start.variant, start.recipe, state, notice)
+    return state
 
 
 def _restored(
@@ -255,11 +301,12 @@ class _Run:
         checkpoints: Checkpoints,
         out: Path,
         progress: Progress | None,
+        grace: float | None,
     ) -> None:
         self.start, self.recipe, self.step, self.checkpoints = start, start.recipe, step, checkpoints
         self.overview = overview
         self.every, self.log_every = start.settings.checkpoint.every, start.settings.checkpoint.log_every
-        self.out, self.progress = out, progress
+        self.out, self.progress, self.grace = out, progress, grace
         self.last: dict[str, float] = {}
         self._loggers: list[Logger] = []
         self._file: MetricsFile | None = None
@@ -274,10 +321,14 @@ class _Run:
         waiting: tuple[int, Metrics] | None = None
         self._began = (time.perf_counter(), done)
         try:
-            with Prefetch(self.start.stream, self.start.place) as batches, Termination() as termination:
+            with (
+                Prefetch(self.start.stream, self.start.place) as batches,
+                Termination(self.grace) as termination,
+            ):
                 for number in range(done + 1, self.recipe.steps + 1):
                     x, y = next(batches)
-                    state, metrics = self.step(state, x, y)
+                    with DISPATCH:
+                        state, metrics = self.step(state, x, y)
                     termination.unsaved = True
                     end = number == self.recipe.steps
                     stop = termination.due(number) and not end

@@ -29,6 +29,7 @@ from mergelab.sae.training.data import host_metadata, open_data, sae_metadata, t
 from mergelab.sae.training.finish import finished_sae, transcodes
 from mergelab.sae.training.folder import KnownOfRun, RunFolder
 from mergelab.sae.training.inputs import read_once
+from mergelab.sae.training.model_loss import ModelLoss, hold_out
 from mergelab.sae.training.overview import Overview
 from mergelab.sae.training.start import Start, start_training
 from mergelab.sae.training.state import TrainState
@@ -173,6 +174,7 @@ def _train(
     tell: Callable[[str], None] | None,
 ) -> Result:
     data = open_data(settings.data, settings.train.build().tokens)
+    data, held_out = hold_out(settings, data)
     mesh = None if settings.mesh is None else make_mesh(settings.mesh)
     start = start_training(settings, data, mesh)
     variant, recipe = start.variant, start.recipe
@@ -193,6 +195,12 @@ def _train(
     if tell is not None and jax.process_index() == 0:
         for line in overview.lines():
             tell(line)
+    losses = None
+    if held_out is not None:
+        losses = ModelLoss(settings.train.model_loss_every, held_out, variant, recipe, known, mesh)
+        line = losses.begin(state)
+        if tell is not None and line:
+            tell(line)
     step = make_step(variant, recipe, mesh)
     with together("writing the run's folder", distributed=distributed):
         folder.claim(KnownOfRun(variant.d_in, variant.d_out, known))
@@ -201,7 +209,7 @@ def _train(
         if done is not None:
             state, place = _restored(checkpoints, done, start, state)
             start.stream.restore(place)
-        run = _Run(start, overview, step, checkpoints, out, progress)
+        run = _Run(start, overview, step, checkpoints, out, progress, losses)
         try:
             state, trace = run.steps(state, done or 0)
         except CheckpointError:
@@ -255,7 +263,9 @@ class _Run:
         checkpoints: Checkpoints,
         out: Path,
         progress: Progress | None,
+        losses: ModelLoss | None = None,
     ) -> None:
+        self.losses = losses
         self.start, self.recipe, self.step, self.checkpoints = start, start.recipe, step, checkpoints
         self.overview = overview
         self.every, self.log_every = start.settings.checkpoint.every, start.settings.checkpoint.log_every
@@ -271,7 +281,7 @@ class _Run:
             self._file = MetricsFile(self.out / "metrics.jsonl", done)
             self._loggers = [self._file]
             self._loggers = [*open_loggers(self.start.settings.log_to, self.out, config, done), self._file]
-        waiting: tuple[int, Metrics] | None = None
+        waiting: tuple[int, Metrics, Mapping[str, float]] | None = None
         self._began = (time.perf_counter(), done)
         try:
             with Prefetch(self.start.stream, self.start.place) as batches, Termination() as termination:
@@ -282,11 +292,13 @@ class _Run:
                     end = number == self.recipe.steps
                     stop = termination.due(number) and not end
                     save = (number % self.every == 0 or stop) and not end
-                    if number % self.log_every == 0 or save or end:
+                    measured = self.losses is not None and self.losses.due(number)
+                    losses = self.losses.figures(state) if self.losses is not None and measured else {}
+                    if number % self.log_every == 0 or save or end or measured:
                         # The step before is read while this one runs; the device never waits for the log.
                         if waiting is not None:
                             self._log(*waiting)
-                        waiting = (number, metrics)
+                        waiting = (number, metrics, losses)
                     if waiting is not None and (save or end):
                         self._log(*waiting)
                         waiting = None
@@ -306,7 +318,7 @@ class _Run:
             self._file.sync()  # lines before a checkpoint are never written again
         self.checkpoints.save(number, state, {**place, TOKENS: self.start.settings.train.tokens})
 
-    def _log(self, number: int, metrics: Metrics) -> None:
+    def _log(self, number: int, metrics: Metrics, losses: Mapping[str, float]) -> None:
         self.checkpoints.check()
         line = {name: float(np.asarray(value)) for name, value in metrics.items()}
         if not np.isfinite(list(line.values())).all() or line["nmse"] > DIVERGED:
@@ -323,6 +335,7 @@ class _Run:
             "step": number,
             "tokens": number * self.recipe.batch_size,
             **line,
+            **losses,
             "tokens_per_second": rate,
         }
         for logger in self._loggers:

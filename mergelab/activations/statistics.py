@@ -141,7 +141,7 @@ def fisher(
         contexts: token ids, as `capture` takes them; each is one sequence.
         mask: True for real tokens; all by default.
         batch: sequences in one compiled call.
-        rule: of which tokens the logarithms are taken, as far as their place and id decide; all by default.
+        rule: which tokens have their logarithms taken, as far as place and id decide; all by default.
         special_ids: ids of special tokens, for the rule.
 
     Raises:

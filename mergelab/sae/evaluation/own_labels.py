@@ -73,7 +73,7 @@ class LabeledContexts:
         return replace(like, tokens=self.tokens, counted=self.counted, framed=self.framed, text=self.options)
 
     def some(self, contexts: int, seed: int = 0) -> LabeledContexts:
-        """At most so many of the contexts, drawn at random: files are often sorted by class."""
+        """Some of the contexts, that many at most, drawn at random: files are often sorted by class."""
         if contexts >= len(self.tokens):
             return self
         chosen = np.sort(np.random.default_rng(seed).permutation(len(self.tokens))[:contexts])

@@ -28,7 +28,7 @@ from tests.goldens.models import write_models
 
 def pytest_configure(config: pytest.Config) -> None:
     """Compiles light tests quickly, unless told otherwise by MERGELAB_TESTS_OPTIMIZED=1 (`.ci/run slow`)."""
-    # Where bytecode is not kept, each of the several hundred processes that tests start compiles the package anew.
+    # Where bytecode is not kept, each of the hundreds of processes that tests start compiles the package.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
     quick = "not slow" in config.option.markexpr and not os.environ.get("MERGELAB_TESTS_OPTIMIZED")

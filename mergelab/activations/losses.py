@@ -17,12 +17,20 @@ from mergelab.models.residual_stream import logits_of
 from mergelab.models.sites import Edit, as_partials
 from mergelab.models.token_checks import check_ids, check_length
 
-__all__ = ["UNEMBEDDED", "kl_divergence", "kl_of_log_probabilities", "summed_loss", "token_losses"]
+__all__ = [
+    "LOGIT_BYTES",
+    "UNEMBEDDED",
+    "kl_divergence",
+    "kl_of_log_probabilities",
+    "summed_loss",
+    "token_losses",
+]
 
 UNEMBEDDED = "unembed.input"
 """The site that the unembedding reads."""
 
-_LOGIT_BYTES = 2**28
+LOGIT_BYTES = 2**28
+"""Bytes of logits that are held at once, of all passes that are compared together."""
 
 
 def kl_divergence(
@@ -62,7 +70,7 @@ def token_losses(
     """
     passes, batch, length, width = hidden.shape
     rows = batch * length
-    piece = max(1, min(rows, _LOGIT_BYTES // (4 * passes * model.config.vocab_size)))
+    piece = max(1, min(rows, LOGIT_BYTES // (4 * passes * model.config.vocab_size)))
     pieces = -(-rows // piece)
 
     def padded(x: Array) -> Array:

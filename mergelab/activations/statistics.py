@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,16 +17,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mergelab.activations.batches import batches
 from mergelab.activations.capture import check_prompts
+from mergelab.activations.kept import EVERY_TOKEN, TokenRule, median_norm, short_enough
 from mergelab.checkpoints.new_files import write_tensors
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.publish import WorkFolder
-from mergelab.errors import NonFiniteError
+from mergelab.errors import NonFiniteError, SiteError
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import require_decoder
 from mergelab.models.save import save_params
 from mergelab.models.table import Leaf, tree_from_leaves
 
-__all__ = ["Kind", "Statistics", "fisher", "gram", "write_statistics"]
+__all__ = ["Kind", "Statistics", "counted_tokens", "fisher", "gram", "write_statistics"]
 
 Kind = Literal["gram", "fisher"]
 Progress = Callable[[int, int], None]
@@ -49,7 +51,16 @@ class Statistics:
     tokens: int
 
 
-def gram(model: Model, params: Params, contexts: Any, *, mask: Any = None, batch: int = 8) -> Statistics:
+def gram(
+    model: Model,
+    params: Params,
+    contexts: Any,
+    *,
+    mask: Any = None,
+    batch: int = 8,
+    rule: TokenRule = EVERY_TOKEN,
+    special_ids: Sequence[int] = (),
+) -> Statistics:
     """`mean over tokens of x x^T`, where `x` is what a matrix reads: `[in, in]` for each matrix.
 
     Sums run in float32 with the rounding of each addition carried along. Matrices that read one site share
@@ -61,9 +72,11 @@ def gram(model: Model, params: Params, contexts: Any, *, mask: Any = None, batch
         contexts: token ids, as `capture` takes them.
         mask: True for real tokens, the others count for nothing; all by default.
         batch: contexts in one forward pass.
+        rule: which of the real tokens count, at each site by the norms there; all by default.
+        special_ids: ids of special tokens, for the rule.
 
     Raises:
-        SiteError, TokenError: as `capture`.
+        SiteError, TokenError: as `capture`, or no token counts by the rule.
         NonFiniteError: a site holds NaN or infinity.
 
     Example:
@@ -77,14 +90,45 @@ def gram(model: Model, params: Params, contexts: Any, *, mask: Any = None, batch
         ((32, 32), 5)
     """
     tokens, real = check_prompts(model, contexts, mask)
+    kept = _counted(tokens, real, rule, special_ids)
     leaves = [leaf for leaf in model.table() if leaf.reads is not None]
     sites = tuple(dict.fromkeys(leaf.reads for leaf in leaves if leaf.reads))
-    grams = _grams(model, params, tokens, real, sites, batch=batch)
+    grams = _grams(model, params, tokens, real, kept, sites, rule=rule, batch=batch)
     tree = tree_from_leaves({leaf: grams[leaf.reads or ""] for leaf in leaves})
-    return Statistics("gram", tree, int(real.sum()))
+    return Statistics("gram", tree, int(kept.sum()))
 
 
-def fisher(model: Model, params: Params, contexts: Any, *, mask: Any = None, batch: int = 8) -> Statistics:
+def counted_tokens(
+    tokens: np.ndarray, mask: np.ndarray | None, rule: TokenRule, special_ids: Sequence[int] = ()
+) -> int:
+    """How many tokens `[contexts, length]` count as far as their place and id decide."""
+    real = np.ones(tokens.shape, bool) if mask is None else mask
+    return int(_counted(tokens, real, rule, special_ids).sum())
+
+
+def _counted(tokens: np.ndarray, real: np.ndarray, rule: TokenRule, special_ids: Sequence[int]) -> np.ndarray:
+    """The real tokens that count as far as their place and id decide: bool `[contexts, length]`."""
+    # Prompts of several lengths are padded on the left: positions are those of real tokens.
+    later = real & (np.cumsum(real, axis=1) > rule.skip_positions)
+    kept = later & replace(rule, skip_positions=0).by_place(tokens, special_ids)
+    if not kept.any():
+        raise SiteError(
+            "no token of the text counts by the rule for tokens (skip_positions, skip_special); relax it, or "
+            "give longer contexts."
+        )
+    return kept
+
+
+def fisher(
+    model: Model,
+    params: Params,
+    contexts: Any,
+    *,
+    mask: Any = None,
+    batch: int = 8,
+    rule: TokenRule = EVERY_TOKEN,
+    special_ids: Sequence[int] = (),
+) -> Statistics:
     """`mean over sequences of (d log p(sequence) / d parameter)^2`, in the shape of each parameter.
 
     The logarithm is the sum over a sequence of `ln p(token | the tokens before it)`: the diagonal of the
@@ -97,15 +141,18 @@ def fisher(model: Model, params: Params, contexts: Any, *, mask: Any = None, bat
         contexts: token ids, as `capture` takes them; each is one sequence.
         mask: True for real tokens; all by default.
         batch: sequences in one compiled call.
+        rule: which tokens have their logarithms taken, as far as place and id decide; all by default.
+        special_ids: ids of special tokens, for the rule.
 
     Raises:
-        SiteError, TokenError: as `capture`, or the model is not a decoder.
+        SiteError, TokenError: as `capture`, the model is not a decoder, or no token counts by the rule.
         NonFiniteError: a gradient is NaN or infinite.
     """
     require_decoder(model)
     tokens, real = check_prompts(model, contexts, mask)
-    tree = _fisher(model, params, tokens, real, batch, lambda done: None)
-    return Statistics("fisher", tree, int(real.sum()))
+    kept = _counted(tokens, real, rule, special_ids)
+    tree = _fisher(model, params, tokens, real, kept, batch, lambda done: None)
+    return Statistics("fisher", tree, int(kept.sum()))
 
 
 def write_statistics(
@@ -121,11 +168,14 @@ def write_statistics(
     overwrite: bool = False,
     identity: str = "",
     progress: Progress = lambda done, total: None,
+    rule: TokenRule = EVERY_TOKEN,
+    special_ids: Sequence[int] = (),
 ) -> int:
     """Writes safetensors files with one float32 tensor for each HF tensor, under its name.
 
     A Gram matrix is `[in, in]`, one for a tensor that fuses several parameters; a Fisher has the HF tensor's
-    shape. The files' `__metadata__` tells `kind` and `tokens`. The folder appears when it is complete.
+    shape. The files' `__metadata__` tells `kind`, `tokens` and, where some do not count, the `rule`. The
+    folder appears when it is complete.
 
     Args:
         model: the model; a decoder for `fisher`.
@@ -139,6 +189,8 @@ def write_statistics(
         overwrite: replace a folder that mergelab wrote.
         identity: SHA-256 of all that decides the content, where the caller can tell.
         progress: called with contexts done and contexts in all, those of further passes among them.
+        rule: which of the real tokens count; all by default.
+        special_ids: ids of special tokens, for the rule.
 
     Returns:
         How many tensors were written.
@@ -150,20 +202,23 @@ def write_statistics(
     if kind == "fisher":
         require_decoder(model)
     tokens, real = check_prompts(model, contexts, mask)
-    metadata = {"kind": kind, "tokens": str(int(real.sum()))}
+    kept = _counted(tokens, real, rule, special_ids)
+    metadata = {"kind": kind, "tokens": str(int(kept.sum()))}
+    if rule != EVERY_TOKEN:
+        metadata["rule"] = json.dumps(rule.facts())
     given = isinstance(out, WorkFolder)
     with contextlib.nullcontext(out) if given else WorkFolder(out, overwrite=overwrite) as work:
         leaves = [leaf for leaf in model.table() if kind == "fisher" or leaf.reads is not None]
         if not work.finished(identity):
             try:
                 if kind == "gram":
-                    run = partial(_grams, model, params, tokens, real, batch=batch)
+                    run = partial(_grams, model, params, tokens, real, kept, rule=rule, batch=batch)
                     _write_grams(model, leaves, run, len(tokens), work, group_bytes, metadata, progress)
                     work.publish(identity)
                 else:
                     work.prepare()
                     tree = _fisher(
-                        model, params, tokens, real, batch, lambda done: progress(done, len(tokens))
+                        model, params, tokens, real, kept, batch, lambda done: progress(done, len(tokens))
                     )
                     options: dict[str, Any] = {"stem": "fisher", "identity": identity, "metadata": metadata}
                     save_params(tree, leaves, work, files={}, **options)
@@ -230,26 +285,63 @@ def _grams(
     params: Params,
     tokens: np.ndarray,
     real: np.ndarray,
+    kept: np.ndarray,
     sites: Sequence[str],
     *,
+    rule: TokenRule,
     batch: int,
     advance: Callable[[int], None] = lambda done: None,
 ) -> dict[str, np.ndarray]:
     """The Gram matrix of each site, on the host."""
+    limits = _limits(model, params, tokens, real, kept, tuple(sites), rule, batch)
     zeros = {site: jnp.zeros((_width(model, site),) * 2, jnp.float32) for site in sites}
     sums = zeros, jax.tree.map(jnp.copy, zeros)
+    numbers = {site: jnp.zeros((), jnp.int32) for site in sites}
     done = 0
     for rows, count in batches(len(tokens), batch):
-        counted = real[rows] & (np.arange(len(rows)) < count)[:, None]
-        sums = _add_grams(model, params, tokens[rows], real[rows], counted, tuple(sites), sums)
+        counted = kept[rows] & (np.arange(len(rows)) < count)[:, None]
+        sums, added = _add_grams(model, params, tokens[rows], real[rows], counted, tuple(sites), limits, sums)
+        numbers = jax.tree.map(jnp.add, numbers, added)
         done += count
         jax.block_until_ready(sums)
         advance(done)
-    found = {site: np.asarray(_mean(sums[0][site], sums[1][site], int(real.sum()))) for site in sites}
+    found = {site: np.asarray(_mean(sums[0][site], sums[1][site], int(numbers[site]))) for site in sites}
     for site, matrix in found.items():
         if not np.isfinite(matrix).all():
             raise NonFiniteError(f"activations of the site {site!r} are not finite; try float32 weights")
     return found
+
+
+def _limits(
+    model: Model,
+    params: Params,
+    tokens: np.ndarray,
+    real: np.ndarray,
+    kept: np.ndarray,
+    sites: tuple[str, ...],
+    rule: TokenRule,
+    batch: int,
+) -> dict[str, Array] | None:
+    """The largest norm of a row that counts, of each site, by contexts spread evenly; None for no limit."""
+    if rule.max_norm_multiple is None:
+        return None
+    chosen = np.unique(np.linspace(0, len(tokens) - 1, min(batch, len(tokens))).astype(int))
+    norms = _norms(model, params, tokens[chosen], real[chosen], sites)
+    return {
+        site: jnp.float32(rule.norm_limit(median_norm(np.asarray(norms[site], np.float64)[kept[chosen]])))
+        for site in sites
+    }
+
+
+@partial(jax.jit, static_argnames=("model", "sites"))
+def _norms(
+    model: Model, params: Params, tokens: Array, mask: Array, sites: tuple[str, ...]
+) -> dict[str, Array]:
+    found = model.apply(params, tokens, mask=mask, capture=sites, logits=False).captured
+    return {
+        site: jnp.linalg.norm(found[site].astype(jnp.float32).reshape(*tokens.shape, -1), axis=-1)
+        for site in sites
+    }
 
 
 @partial(jax.jit, static_argnames=("model", "sites"), donate_argnames="sums")
@@ -260,15 +352,21 @@ def _add_grams(
     mask: Bool[Array, "batch length"],
     counted: Bool[Array, "batch length"],
     sites: tuple[str, ...],
+    limits: dict[str, Array] | None,
     sums: tuple[dict[str, Array], dict[str, Array]],
-) -> tuple[dict[str, Array], dict[str, Array]]:
+) -> tuple[tuple[dict[str, Array], dict[str, Array]], dict[str, Array]]:
+    """The sums with those of some contexts, and how many rows of each site these are."""
     found = model.apply(params, tokens, mask=mask, capture=sites, logits=False).captured
-    added = {}
+    added, numbers = {}, {}
     for site in sites:
         x = found[site].astype(jnp.float32).reshape(tokens.size, -1)
-        x = jnp.where(counted.reshape(-1, 1), x, 0.0)
+        kept = counted.reshape(-1)
+        if limits is not None:
+            kept = kept & short_enough(x, limits[site])
+        x = jnp.where(kept[:, None], x, 0.0)
         added[site] = jnp.matmul(x.T, x, precision="highest")
-    return _add(sums, added)
+        numbers[site] = kept.sum(dtype=jnp.int32)
+    return _add(sums, added), numbers
 
 
 def _fisher(
@@ -276,6 +374,7 @@ def _fisher(
     params: Params,
     tokens: np.ndarray,
     real: np.ndarray,
+    kept: np.ndarray,
     batch: int,
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
@@ -287,7 +386,7 @@ def _fisher(
     done = 0
     for rows, count in batches(len(tokens), batch):
         counted = np.arange(len(rows)) < count
-        sums = _add_squares(model, params, tokens[rows], real[rows], counted, sums)
+        sums = _add_squares(model, params, tokens[rows], real[rows], kept[rows], counted, sums)
         done += count
         jax.block_until_ready(sums)
         advance(done)
@@ -305,28 +404,33 @@ def _add_squares(
     params: Params,
     tokens: Int[Array, "batch length"],
     mask: Bool[Array, "batch length"],
+    kept: Bool[Array, "batch length"],
     counted: Bool[Array, " batch"],
     sums: tuple[Params, Params],
 ) -> tuple[Params, Params]:
     def step(sums: Any, row: Any) -> tuple[Any, None]:
-        tokens, mask, counted = row
-        gradient = jax.grad(partial(_log_likelihood, model))(params, tokens, mask)
+        tokens, mask, kept, counted = row
+        gradient = jax.grad(partial(_log_likelihood, model))(params, tokens, mask, kept)
         squares = jax.tree.map(lambda g: jnp.where(counted, jnp.square(g.astype(jnp.float32)), 0.0), gradient)
         return _add(sums, squares), None
 
     # One sequence after the other: side by side each would need gradients of its own.
-    return jax.lax.scan(step, sums, (tokens, mask, counted))[0]
+    return jax.lax.scan(step, sums, (tokens, mask, kept, counted))[0]
 
 
 def _log_likelihood(
-    model: Model, params: Params, tokens: Int[Array, " length"], mask: Bool[Array, " length"]
+    model: Model,
+    params: Params,
+    tokens: Int[Array, " length"],
+    mask: Bool[Array, " length"],
+    kept: Bool[Array, " length"],
 ) -> Float[Array, ""]:
-    """`sum of ln p(token | the tokens before it)` of one sequence."""
+    """`sum of ln p(token | the tokens before it)` of one sequence, over tokens that are kept."""
     logits = model.apply(params, tokens[None], mask=mask[None]).logits
     assert logits is not None
     logits = logits[0, :-1].astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[1:, None], axis=-1)[:, 0]
-    return jnp.sum(jnp.where(mask[:-1] & mask[1:], chosen - jax.nn.logsumexp(logits, axis=-1), 0.0))
+    return jnp.sum(jnp.where(mask[:-1] & kept[1:], chosen - jax.nn.logsumexp(logits, axis=-1), 0.0))
 
 
 def _add(sums: tuple[Any, Any], added: Any) -> tuple[Any, Any]:

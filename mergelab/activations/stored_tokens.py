@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from mergelab.checkpoints import TensorSource, open_safetensors
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.errors import CheckpointError
 
-__all__ = ["kept_of_files", "kept_of_rows", "store_facts_of"]
+__all__ = ["StoredContexts", "first_contexts", "kept_of_files", "kept_of_rows", "store_facts_of"]
 
 FORMAT = "mergelab-activations"
 
@@ -117,6 +117,51 @@ def kept_of_files(files: ActivationFiles, rule: TokenRule, target: ActivationFil
     limit = _limit(files, rule, by_place)
     target_limit = math.inf if target is None else _limit(target, rule, by_place)
     return KeptRows(by_place, limit, target_limit, rule, None if tokens is None else tokens[0].context)
+
+
+@dataclass(frozen=True)
+class StoredContexts:
+    """Contexts of which activations are stored.
+
+    Attributes:
+        tokens: int32 `[contexts, length]`.
+        counted: bool `[contexts, length]`, False for tokens that never count; None where all may.
+        special_ids: ids of special tokens.
+        rows: number of the files' first row that belongs to none of these contexts.
+        facts: what the store says of itself.
+    """
+
+    tokens: np.ndarray
+    counted: np.ndarray | None
+    special_ids: tuple[int, ...]
+    rows: int
+    facts: Mapping[str, Any]
+
+
+def first_contexts(files: ActivationFiles, count: Callable[[int, int], int]) -> StoredContexts | None:
+    """The first whole contexts of files, those of one file; None where their tokens are not known.
+
+    Args:
+        files: the activations.
+        count: number of contexts, by how many there are and how long they are.
+
+    Raises:
+        CheckpointError: what a store says of its tokens is damaged.
+    """
+    tokens = _tokens_of(files)
+    if tokens is None:
+        return None
+    part, path = tokens[0], Path(files.shards[0].path)
+    length = part.context
+    first = -(-part.first // length)
+    there = (part.first + part.rows) // length - first
+    if there < 1:
+        return None
+    begin, end = first * length, (first + min(count(files.rows // length, length), there)) * length
+    counted = part._read("counted", begin, end).astype(bool) if "counted" in part._tensors else None
+    return StoredContexts(
+        part._read("tokens", begin, end), counted, part.special_ids, end - part.first, store_facts_of(path)
+    )
 
 
 def _by_place(tokens: list[_Tokens], rule: TokenRule, start: int, stop: int) -> np.ndarray:

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from mergelab.cli.joined import joins_run
 from mergelab.cli.numbers import Seed, WholeNumber
-from mergelab.cli.options import (
-    LOCAL_PATH,
-    MESH,
-    TEXT,
-    judged_text,
-    model_mesh,
-    text_options,
-    token_options,
-    token_rule,
-)
+from mergelab.cli.options import LOCAL_PATH, MESH, TEXT, judged_text, model_mesh, token_options
 
 if TYPE_CHECKING:
-    from mergelab.activations import ActivationFiles
     from mergelab.sae.evaluation.scorecard import Scorecard
     from mergelab.sae.sae import SAE
 
@@ -97,6 +88,22 @@ class MetricsOption(click.Option):
     help="Training steps of each control.",
 )
 @click.option(
+    "--labels",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Texts with labels of your own, to be probed: records (JSON lines, JSON, CSV, TSV, parquet) with "
+    "text and label, or labels of its tokens, words or spans; alone, or beside --text.",
+)
+@click.option(
+    "--label-field", metavar="NAME", help="Field with the label or labels (default: label, labels)."
+)
+@click.option(
+    "--balance/--no-balance",
+    default=True,
+    show_default=True,
+    help="Whether both answers to a question weigh the same in the accuracy of probes.",
+)
+@click.option(
     "--curve",
     type=LOCAL_PATH,
     help="Loss curve of the model's own training: a folder of checkpoints in folders named by step, or JSON "
@@ -135,20 +142,24 @@ def command(sources: tuple[Path, ...], as_json: bool, **options: Any) -> None:
       mergelab sae eval run --data 'held-out/*.npy'
       mergelab sae eval run --model model --text held-out.py --controls
       mergelab sae eval seed0 seed1 seed2 --model model --text a.txt --metrics downstream --json
+      mergelab sae eval run --model model --labels reviews.csv --metrics labels
     """
-    if bool(options["data"]) == bool(options["model"] and options["texts"]):
-        raise click.UsageError("give either --data, or both --model and --text.")
-    if options["latents_file"] is not None and (options["data"] or sources[1:]):
+    if bool(options["data"]) == bool(options["model"] and (options["texts"] or options["labels"])):
+        raise click.UsageError("give either --data, or both --model and --text (or --labels).")
+    _check_given("--data" if options["data"] else "--model")
+    if options["label_field"] and not options["labels"]:
+        raise click.UsageError("--label-field goes with --labels.")
+    if options["latents_file"] is not None and sources[1:]:
         raise click.UsageError("--latents goes with --model and one SOURCE.")
     if options["latents_file"] is not None and options["latents_file"].exists():
         raise click.UsageError(f"--latents {options['latents_file']}: is there already; choose a new file.")
-    if options["target_data"] and not options["data"]:
-        raise click.UsageError("--target-data goes with --data; with --model it is --target-site.")
     if options["data"]:
         source, *others = sources
         if others:
             raise click.UsageError("--data judges one SOURCE; with --model and --text there may be several.")
-        figures, judged = _on_files(source, options)
+        from mergelab.cli.sae_eval_data import judge_files
+
+        figures, judged = judge_files(source, options)
         if as_json:
             told = {"transcoder": not judged.is_autoencoder, "target_known": judged.target_known}
             click.echo(json.dumps({**figures, **told}))
@@ -158,6 +169,7 @@ def command(sources: tuple[Path, ...], as_json: bool, **options: Any) -> None:
         if not judged.target_known:
             click.echo(_taken(source, judged))
         return
+    _check_metrics(options["metrics"])
     columns, seconds, checked, opened = _on_text(sources, options, quiet=as_json)
     unlike = _unlike(opened)
     if as_json:
@@ -180,96 +192,34 @@ def command(sources: tuple[Path, ...], as_json: bool, **options: Any) -> None:
         click.echo("The SAE does not say which weights it belongs to, or they are others.")
 
 
-def _on_files(source: Path, options: Mapping[str, Any]) -> tuple[dict[str, float], SAE]:
-    """Reconstruction on stored activations, and the SAE as what it was judged."""
-    import numpy as np
-
-    from mergelab.activations import open_activation_files
-    from mergelab.activations.stored_tokens import kept_of_files
-    from mergelab.cli.options import open_sae
-    from mergelab.errors import SAEError
-    from mergelab.sae.evaluation.reconstruction import kept_reconstruction
-    from mergelab.sae.sae import at_sites
-    from mergelab.sae.subject_model import judging_rule
-    from mergelab.sae.training.data import store_facts, written_rule
-
-    sae = open_sae(source)
-    if options["site"] or options["target_site"]:
-        sae = at_sites(sae, options["site"], options["target_site"])
-    data = list(options["data"])
-    files = open_activation_files(data)
-    if files.d_in != sae.d_in:
-        raise SAEError(
-            f"{source}: the SAE reads activations {sae.d_in} wide, but the data is "
-            f"{files.d_in} wide; give activations of the site it was trained on."
-        )
-    found = store_facts(data).get("site")
-    reads = sae.config.reads
-    if found is not None and reads is not None and found != reads[0]:
-        raise SAEError(
-            f"{source}: the SAE reads {reads[0]}, but the data is of {found}; give activations of its "
-            "site, or say that it is to be judged there (--site)."
-        )
-    sae, target = _targets(source, sae, data, list(options["target_data"]))
-    if target is not None and (target.rows, target.d_in) != (files.rows, sae.d_out):
-        raise SAEError(
-            f"{source}: the targets are {target.rows} rows, {target.d_in} wide, but the SAE writes "
-            f"activations {sae.d_out} wide, and the data has {files.rows} rows; give the targets "
-            "of the same tokens."
-        )
-    count = min(options["rows"] or files.rows, files.rows)
-    batch = min(options["batch"], count)
-    rule = token_rule(options, judging_rule(sae).strictest(written_rule(files)))
-    rows = kept_of_files(files, rule, target)
-
-    def pieces() -> Iterator[tuple[Any, Any, np.ndarray, np.ndarray]]:
-        for start in range(0, count, batch):
-            stop = min(start + batch, count)
-            x = files.read(start, stop)
-            y = x if target is None else target.read(start, stop)
-            place = np.ones(len(x), bool) if rows.by_place is None else rows.by_place(start, stop)
-            yield x, y, place & rows.short_enough(x, y), place
-
-    both = kept_reconstruction(sae, pieces(), rows=batch, context=rows.context)
-    found = both.kept.scalars()
-    if both.every is not None:
-        found["left_out"] = 1 - both.left_out.kept / both.left_out.rows
-        found |= {f"{name}_all": value for name, value in both.every.scalars().items()}
-    return found, sae
+def _asked(metrics: str | None) -> list[str] | None:
+    """The names of metrics that were given."""
+    return None if metrics is None else [name.strip() for name in metrics.split(",")]
 
 
-def _targets(
-    source: Path, sae: SAE, data: list[str], target_data: list[str]
-) -> tuple[SAE, ActivationFiles | None]:
-    """What a transcoder is compared with, None for an autoencoder; and the SAE as the one it is."""
-    import glob
-    from dataclasses import replace
+def _check_metrics(metrics: str | None) -> None:
+    """Checks the names before a model is opened."""
+    from mergelab.sae.evaluation.scorecard import check_metrics
 
-    from mergelab.activations import find_activation_files, open_activation_files
-    from mergelab.errors import SAEError
+    check_metrics(_asked(metrics))
 
-    if target_data:
-        if sae.is_autoencoder and sae.target_known:
-            raise SAEError(
-                f"{source}: the SAE is an autoencoder, which is compared with what it reads; omit "
-                "--target-data."
-            )
-        config = sae.config
-        if not sae.target_known:
-            sae = replace(sae, config=replace(config, transcoder=True))
-        return sae, open_activation_files(target_data)
-    if sae.is_autoencoder:
-        return sae, None
-    writes = sae.config.writes
-    if writes is not None:
-        folders = sorted({file.parent for file in find_activation_files(data)})
-        beside = [str(folder / f"{writes[0]}-*.safetensors") for folder in folders]
-        if all((folder / "store.json").is_file() for folder in folders) and all(map(glob.glob, beside)):
-            return sae, open_activation_files(beside)
-    raise SAEError(
-        f"{source}: the SAE is a transcoder ({sae.mapping()}), so its output is not to be "
-        "compared with the data it reads; give what it is to write of the same tokens (--target-data)."
-    )
+
+_OF_DATA = ("target_data", "rows", "batch")
+_OF_BOTH = ("data", "site", "target_site", "any_model", "as_json")
+_OF_BOTH += ("skip_positions", "skip_special", "max_norm_multiple")
+
+
+def _check_given(kind: str) -> None:
+    """Refuses options of the other kind of evaluation: what is passed over would seem to be measured."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        given = context.get_parameter_source(option.name or "") == ParameterSource.COMMANDLINE
+        if not given or not isinstance(option, click.Option) or option.name in _OF_BOTH:
+            continue
+        if (option.name in _OF_DATA) != (kind == "--data"):
+            other = "--model" if kind == "--data" else "--data"
+            more = "; with --model it is --target-site" if option.name == "target_data" else ""
+            raise click.UsageError(f"{option.opts[0]} goes with {other}, not with {kind}{more}.")
 
 
 def _unlike(saes: Sequence[SAE]) -> list[str]:
@@ -318,6 +268,7 @@ def _on_text(
     from mergelab.checkpoints.folder import weights_sha256
     from mergelab.checkpoints.locations import local_path
     from mergelab.cli.options import open_sae
+    from mergelab.cli.subject import open_labels
     from mergelab.sae.belonging import warn_where_foreign
     from mergelab.sae.evaluation.controls import CONTROLS
     from mergelab.sae.evaluation.metric import Evidence, Options
@@ -329,49 +280,36 @@ def _on_text(
         scorecard,
     )
     from mergelab.sae.sae import at_sites
-    from mergelab.sae.subject_model import (
-        check_subject_model,
-        check_target,
-        judging_rule,
-        open_subject_model,
-    )
+    from mergelab.sae.subject_model import check_subject_model, check_target
     from mergelab.text.tokenizer import load_tokenizer
 
-    model, texts, length = local_path(options["model"]), options["texts"], options["context"]
+    model, texts = local_path(options["model"]), options["texts"]
     mesh = None if options["mesh"] is None else model_mesh(options["mesh"])
     opened = [open_sae(source) for source in sources]
     opened = [at_sites(one, options["site"], options["target_site"]) for one in opened]
     first = opened[0]
     _check_same_sites(sources, opened)
     any_model = options["any_model"]
-    rule, asked_text = token_rule(options, judging_rule(*opened)), text_options(options)
-    subject = open_subject_model(
-        first,
-        model,
-        texts,
-        length=length,
-        contexts=options["contexts"],
-        any_model=any_model,
-        mesh=mesh,
-        rule=rule,
-        text=asked_text,
-    )
+    subject, labeled = open_labels(opened, model, texts, {**options, "mesh": mesh})
     checked = [check_subject_model(one, model, any_model=any_model) for one in opened]
     for one, known in zip(opened, checked, strict=True):
         check_target(one, subject)
         if one is not first and not known and not any_model:
             warn_where_foreign(one, subject)
-    asked = None if options["metrics"] is None else [name.strip() for name in options["metrics"].split(",")]
+    asked = _asked(options["metrics"])
     count, size = subject.tokens.shape
-    labels = label_texts(model, texts, size, subject.text).labels
+    # The answers that texts give themselves; labeled texts have others.
+    labels = label_texts(model, texts, size, subject.text).labels if texts else {}
     resources = {
-        "labels": {task: answers[:count] for task, answers in labels.items()},
+        "labels": {task: answers[:count] for task, answers in labels.items()} or None,
+        "own_labels": labeled,
         "mask_token": load_tokenizer(model).mask_id,
         "curve": _curve(options["curve"], subject, mesh),
     }
     if options["latents_file"] is not None:
         _write_latents(options["latents_file"], sources, first, subject, texts)
-    evidence, how = Evidence(subject, resources), Options(metrics=asked, seed=options["seed"])
+    evidence = Evidence(subject, resources)
+    how = Options(metrics=asked, seed=options["seed"], balance=options["balance"])
     weights = weights_sha256(model) if options["keep"] else ""
 
     def memory(sae: Any, *settings: Any) -> Any:

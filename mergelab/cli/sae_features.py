@@ -9,15 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergelab.cli.numbers import WholeNumber
-from mergelab.cli.options import (
-    MESH,
-    TEXT,
-    judged_text,
-    model_mesh,
-    text_options,
-    token_options,
-    token_rule,
-)
+from mergelab.cli.options import MESH, TEXT, judged_text, model_mesh, token_options
 
 if TYPE_CHECKING:
     from mergelab.sae.sae import SAE
@@ -104,6 +96,7 @@ def command(
     from mergelab.checkpoints.locations import local_path
     from mergelab.checkpoints.new_files import Content, NewFiles
     from mergelab.cli.options import open_sae
+    from mergelab.cli.subject import open_subject
     from mergelab.report.pages import render_features
     from mergelab.sae.features.gallery import (
         explain_gallery,
@@ -114,7 +107,7 @@ def command(
     from mergelab.sae.features.neuronpedia import neuronpedia_batch
     from mergelab.sae.formats import sae_path
     from mergelab.sae.sae import at_sites
-    from mergelab.sae.subject_model import check_subject_model, judging_rule, open_subject_model
+    from mergelab.sae.subject_model import check_subject_model
     from mergelab.text.corpus_files import corpus_files
     from mergelab.text.tokenizer import load_tokenizer
 
@@ -143,18 +136,8 @@ def command(
     ) as new_files:
         sae = at_sites(open_sae(source), site, target_site)
         devices = None if mesh is None else model_mesh(mesh)
-        rule, asked = token_rule(given, judging_rule(sae)), text_options(given)
-        subject = open_subject_model(
-            sae,
-            model,
-            texts,
-            length=context,
-            contexts=given["contexts"],
-            any_model=any_model,
-            mesh=devices,
-            rule=rule,
-            text=asked,
-        )
+        asked = {**given, "context": context, "mesh": devices, "any_model": any_model}
+        subject = open_subject([sae], model, texts, asked)
         tokenizer = load_tokenizer(model)
 
         @cache

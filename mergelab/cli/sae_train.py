@@ -72,14 +72,19 @@ def command(
     if start_from is not None:
         overrides = (*overrides, f"start_from={json.dumps(start_from)}")
 
+    spliced: dict[str, str] = {}  # of the last step at which the model's losses were taken
+
     with count_bar("step", quiet=as_json) as bar:
 
         def progress(done: int, total: int, metrics: Mapping[str, float]) -> None:
             bar.total = total
+            if "delta_ce" in metrics:
+                spliced["delta_ce"] = f"{metrics['delta_ce']:.3f}"
             bar.set_postfix(
                 loss=f"{metrics['loss']:.4f}",
                 nmse=f"{metrics['nmse']:.4f}",
                 dead=f"{metrics['dead_fraction']:.1%}",
+                **spliced,
                 tok_s=f"{metrics['tokens_per_second']:,.0f}",
                 refresh=False,
             )
@@ -116,6 +121,12 @@ def command(
     if result.resumed:
         click.echo("the run has finished before; nothing was left to train")
     last = result.metrics
+    if "delta_ce" in last:
+        click.echo(
+            f"model loss {last['ce']:.4f}, spliced {last['ce_spliced']:.4f} (+{last['delta_ce']:.4f}): "
+            f"{last.get('recovered_mean', float('nan')):.1%} recovered of what the mean costs, on held-out "
+            "contexts"
+        )
     click.echo(
         f"nmse {last['nmse']:.4f}  L0 {last['l0']:.1f}  dead {last['dead_fraction']:.2%}  "
         f"{last['tokens']:,.0f} tokens at {last['tokens_per_second']:,.0f} a second\n{path}"

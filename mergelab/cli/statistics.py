@@ -10,7 +10,7 @@ import click
 
 from mergelab.cli.joined import joins_run
 from mergelab.cli.numbers import WholeNumber
-from mergelab.cli.options import TEXT, text_options
+from mergelab.cli.options import TEXT, text_options, token_options, token_rule
 
 __all__ = ["command"]
 
@@ -38,6 +38,7 @@ __all__ = ["command"]
 @click.option(
     "--tokens", type=WholeNumber(1, 2**62), help="Upper limit on tokens; all of the text if not given."
 )
+@token_options
 @click.option("--overwrite", is_flag=True, help="Replace OUT if mergelab wrote it.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @joins_run
@@ -59,6 +60,10 @@ def command(
     [in, in] for each matrix whose input has one site, for `fisher` the tensor's own shape. A recipe names the
     folder beside the model: `models: [{model: MODEL, statistics: OUT}]`.
 
+    Of gram, the tokens that count are those of `mergelab sae eval`: not the first of each context, special
+    ones, or those far longer than the others, at the input of each matrix. Of fisher, every token counts that
+    no option leaves out.
+
     \b
     Examples:
       mergelab statistics model --text corpus.txt --kind gram --out stats/model
@@ -68,8 +73,9 @@ def command(
 
     from tqdm import tqdm
 
+    from mergelab.activations.kept import DEFAULT_RULE, EVERY_TOKEN
     from mergelab.activations.model_activations import open_model_activations
-    from mergelab.activations.statistics import write_statistics
+    from mergelab.activations.statistics import counted_tokens, write_statistics
     from mergelab.checkpoints.folder import stat_sha256
     from mergelab.checkpoints.locations import local_path
     from mergelab.checkpoints.publish import WorkFolder
@@ -87,7 +93,8 @@ def command(
         tqdm(unit="context", disable=as_json or None, dynamic_ncols=True) as bar,
     ):
         names = [file.name for file in files]
-        options = (stat_sha256(*inputs), names, sorted(asked.items()), kind, context, tokens)
+        rule = token_rule(given, DEFAULT_RULE if kind == "gram" else EVERY_TOKEN)
+        options = (stat_sha256(*inputs), names, sorted(asked.items()), kind, context, tokens, rule)
         identity = hashlib.sha256(repr(options).encode()).hexdigest()
         if not work.finished(identity):
             work.prepare()
@@ -112,8 +119,10 @@ def command(
             batch=batch,
             identity=identity,
             progress=progress,
+            rule=rule,
+            special_ids=source.special_ids,
         )
-    used = contexts.size if mask is None else int(mask.sum())
+        used = counted_tokens(contexts, mask, rule, source.special_ids)
     if as_json:
         facts = {"path": shown(out), "kind": kind, "tensors": count, "tokens": used}
         click.echo(json.dumps(facts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -72,6 +73,7 @@ def steering_vector(
     method: Literal["mean", "pca"] = "mean",
     batch: int = 32,
     rule: TokenRule = DEFAULT_RULE,
+    special_ids: Sequence[int] = (),
 ) -> SteeringVector:
     """A steering vector from what a site holds on two sets of prompts.
 
@@ -87,8 +89,9 @@ def steering_vector(
         method: `mean` of the differences (contrastive activation addition, arXiv:2312.06681), or their first
             principal axis (arXiv:2310.01405).
         batch: prompts in one pass.
-        rule: which tokens count where all are read: the first of each prompt does not, nor do attention
-            sinks, which are many times as long as other tokens. Ids of special tokens are not known here.
+        rule: which tokens count where all are read: the first of each prompt does not, nor do special tokens
+            and attention sinks, which are many times as long as other tokens.
+        special_ids: ids of special tokens, such as `tokenizer.special_ids`.
 
     Raises:
         SiteError: the site is not a stream of vectors, or the sets do not pair up for `pca`.
@@ -98,13 +101,15 @@ def steering_vector(
             f"the site {site!r} has shape {list(model.sites()[site])}; a vector is added to [batch, length, "
             "width]."
         )
-    held, real = [], []
+    held, real, ordinary = [], [], []
     for tokens, mask in zip((positive, negative), masks, strict=True):
         tokens, there = check_prompts(model, tokens, mask)
         held.append(capture(model, params, tokens, site, mask=there, position=position, batch=batch)[site])
         real.append(there)
+        special = np.isin(tokens, special_ids) if rule.skip_special and len(special_ids) else ~there
+        ordinary.append(there & ~special)
     if position is None:
-        kept = _counted(held, real, rule, paired=method == "pca")
+        kept = _counted(held, real, ordinary, rule, paired=method == "pca")
         held = [rows[there] for rows, there in zip(held, kept, strict=True)]
     read = [jnp.asarray(rows) for rows in held]
     vector = (mean_difference if method == "mean" else principal_difference)(read[0], read[1])
@@ -112,17 +117,22 @@ def steering_vector(
 
 
 def _counted(
-    held: list[np.ndarray], real: list[np.ndarray], rule: TokenRule, *, paired: bool
+    held: list[np.ndarray],
+    real: list[np.ndarray],
+    ordinary: list[np.ndarray],
+    rule: TokenRule,
+    *,
+    paired: bool,
 ) -> list[np.ndarray]:
     """Which tokens of the two sets count, bool `[prompts, length]` each.
 
-    A set none of whose prompts is longer than the positions that are skipped keeps them. Of pairs both count
-    or neither does.
+    A set in which no ordinary token stands behind the positions that are skipped keeps what it has. Of pairs
+    both count or neither does.
     """
     kept = []
-    for there in real:
-        later = there & (np.cumsum(there, axis=1) > rule.skip_positions)
-        kept.append(later if later.any() else there)
+    for there, plain in zip(real, ordinary, strict=True):
+        later = plain & (np.cumsum(there, axis=1) > rule.skip_positions)
+        kept.append(later if later.any() else plain if plain.any() else there)
     norms = [np.linalg.norm(rows, axis=-1) for rows in held]
     pooled = np.concatenate([lengths[there] for lengths, there in zip(norms, kept, strict=True)])
     limit = rule.norm_limit(median_norm(pooled))

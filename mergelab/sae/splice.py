@@ -24,6 +24,7 @@ __all__ = [
     "encode",
     "encode_and_reconstruct",
     "encode_batches",
+    "hold_at",
     "kept_in_pass",
     "limits_of",
     "mean_activation",
@@ -146,6 +147,15 @@ def where_kept(kept: Array, new: Array, old: Array) -> Array:
     flat = side_by_side(old)
     there = jnp.broadcast_to(new, flat.shape).astype(old.dtype)
     return jnp.where(kept[..., None], there, flat).reshape(old.shape)
+
+
+def hold_at(kept: Array, value: Array | float) -> Edit:
+    """The edit that puts one vector `[d]`, or one number, at tokens that count: an ablation.
+
+    `kept` is bool `[batch, length]`; the other tokens stay as they are.
+    """
+    new = jnp.asarray(value, jnp.float32).reshape(1, 1, -1)
+    return lambda y: where_kept(kept, new, y)
 
 
 def mean_activation(

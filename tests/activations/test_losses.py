@@ -61,7 +61,7 @@ def losses_of(model: Model, params: Params, tokens: jax.Array) -> tuple[jax.Arra
 def test_losses_a_few_logits_at_a_time_are_those_of_all(
     monkeypatch: pytest.MonkeyPatch, bytes_at_once: int
 ) -> None:
-    monkeypatch.setattr("mergelab.activations.losses._LOGIT_BYTES", bytes_at_once)  # 1, 4 and all tokens
+    monkeypatch.setattr("mergelab.activations.losses.LOGIT_BYTES", bytes_at_once)  # 1, 4 and all tokens
     model = model_of(50)
     params = model.init(0)
     tokens = jnp.asarray(np.random.default_rng(2).integers(0, 50, (3, 6)), jnp.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from mergelab.activations.capture import capture
+from mergelab.activations.kept import TokenRule
 from mergelab.activations.statistics import fisher, gram, write_statistics
+from mergelab.errors import SiteError
 from mergelab.models.table import get_leaf, stored_shapes
 from tests.models.tiny_models import tiny
 
@@ -38,6 +41,31 @@ def test_a_gram_is_the_mean_over_real_tokens_of_what_the_matrix_reads(name: str)
     block = found.tree["blocks_0"]["attn"]
     assert block["q"]["kernel"] is block["k"]["kernel"]  # one computation
     assert np.abs(block["q"]["kernel"] - found.tree["blocks_0"]["mlp"]["up"]["kernel"]).max() > 1e-2
+
+
+def test_tokens_that_do_not_count_are_left_out_of_means_and_still_read() -> None:
+    model, params = tiny("llama")
+    tokens = np.arange(3, 43).reshape(5, 8)
+    site, rule = "blocks.1.mlp.post", TokenRule(2, True, None)
+    kept = (np.arange(8)[None] >= 2) & ~np.isin(tokens, [7, 22])
+    rows = capture(model, params, tokens, [site])[site]
+    limit = np.median(np.linalg.norm(rows[kept], axis=-1)) * 1.5
+    short = kept & (np.linalg.norm(rows, axis=-1) <= limit)
+    assert kept.sum() == 5 * 6 - 2 and short.sum() < kept.sum()
+    for chosen, multiple in ((kept, None), (short, 1.5)):
+        given = replace(rule, max_norm_multiple=multiple)
+        found = gram(model, params, tokens, batch=5, rule=given, special_ids=(7, 22))
+        x = rows[chosen].astype(np.float64)
+        assert found.tokens == kept.sum()
+        got = found.tree["blocks_1"]["mlp"]["down"]["kernel"]
+        np.testing.assert_allclose(got, x.T @ x / len(x), rtol=1e-5, atol=1e-6 * (x * x).mean())
+    some = fisher(model, params, tokens, batch=5, rule=rule, special_ids=(7, 22))
+    every = fisher(model, params, tokens, batch=5)
+    assert some.tokens == kept.sum() < every.tokens
+    left, right = (one.tree["final_norm"]["scale"] for one in (some, every))
+    assert np.abs(left).max() > 0 and np.abs(left - right).max() > 0.01 * np.abs(right).max()
+    with pytest.raises(SiteError, match="no token of the text counts"):
+        gram(model, params, tokens[:, :2], rule=rule)
 
 
 def test_sums_keep_what_additions_round_off() -> None:

@@ -17,6 +17,8 @@ from mergelab.models.load import load_model
 from mergelab.models.table import stored_shapes
 from tests.models.tiny_models import tiny, write
 
+EVERY = ("--skip-positions", "0", "--keep-special", "--max-norm-multiple", "none")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -37,7 +39,7 @@ def run(folder: Path, *options: str, status: int = 0) -> str:
 
 
 def test_a_gram_and_then_a_fisher_in_its_place(folder: Path) -> None:
-    said = json.loads(run(folder, "--kind", "gram", "--context", "8", "--tokens", "50", "--json"))
+    said = json.loads(run(folder, "--kind", "gram", "--context", "8", "--tokens", "50", *EVERY, "--json"))
     model, params = load_model(folder / "model")
     expected = gram(model, params, (np.arange(48) % 40).reshape(6, 8))
     assert said["tokens"] == expected.tokens == 48 and said["kind"] == "gram"
@@ -50,6 +52,10 @@ def test_a_gram_and_then_a_fisher_in_its_place(folder: Path) -> None:
             found, expected.tree["blocks_1"][group][layer]["kernel"], rtol=1e-5, atol=1e-6
         )
 
+    usual = run(folder, "--kind", "gram", "--context", "8", "--tokens", "50", "--overwrite", "--json")
+    assert json.loads(usual)["tokens"] == 40  # without the first of each context and two special ones
+    with safe_open(folder / "out" / "gram-00000.safetensors", "np") as opened:
+        assert json.loads(opened.metadata()["rule"])["skip_positions"] == 1
     assert "pass --overwrite" in run(folder, "--kind", "fisher", status=2)
     assert f"fisher of {len(stored_shapes(model.table()))} tensors on 64 tokens" in run(
         folder, "--kind", "fisher", "--overwrite"

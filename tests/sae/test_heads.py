@@ -17,11 +17,11 @@ from mergelab.errors import SAEError
 from mergelab.interp.latent_edits import ablate
 from mergelab.interp.latent_edits import splice as splice_at
 from mergelab.models import model_from_config
-from mergelab.sae.evaluation.downstream import evaluate_downstream
 from mergelab.sae.evaluation.sparsity import channel_sparsity, latent_sparsity
 from mergelab.sae.formats import load_sae, save_sae
 from mergelab.sae.sae import SAE, SAEConfig
 from mergelab.sae.splice import splice
+from mergelab.sae.spliced_losses import evaluate_downstream
 
 SITE, HEADS, D = "blocks.0.attn.z", 4, 16
 CONFIG = {

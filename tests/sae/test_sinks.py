@@ -23,7 +23,6 @@ from mergelab.activations.store import open_activation_files, write_store
 from mergelab.activations.stored_tokens import kept_of_files
 from mergelab.cli.main import cli
 from mergelab.interp.steering import latent_direction, steering_vector
-from mergelab.sae.evaluation.downstream import evaluate_downstream
 from mergelab.sae.evaluation.evaluate import evaluate_sae
 from mergelab.sae.evaluation.metric import Evidence, Options
 from mergelab.sae.evaluation.probing import rows_with_labels
@@ -32,6 +31,7 @@ from mergelab.sae.features.gallery import make_gallery
 from mergelab.sae.features.survey import survey
 from mergelab.sae.formats import save_sae
 from mergelab.sae.sae import SAE
+from mergelab.sae.spliced_losses import evaluate_downstream
 from mergelab.sae.subject_model import judging_rule
 from mergelab.sae.training import train_sae
 from mergelab.sae.training.config import DataSection, load_config
@@ -204,6 +204,11 @@ def test_units_of_steering_are_those_of_ordinary_tokens(
     assert float(found.norm) == pytest.approx(norms[: 16 * LENGTH][kept].mean(), rel=1e-5)
     every = steering_vector(model, params, SITE, tokens[:8], tokens[8:], position=None, rule=EVERY_TOKEN)
     assert float(every.norm) > 5 * float(found.norm)
+    special = steering_vector(
+        model, params, SITE, tokens[:8], tokens[8:], position=None, special_ids=range(40)
+    )
+    ordinary = ((tokens != SINK) & (tokens >= 40)).reshape(-1)
+    assert float(special.norm) == pytest.approx(norms[: 16 * LENGTH][ordinary].mean(), rel=1e-5)
     pairs = steering_vector(model, params, SITE, tokens[:8], tokens[8:], position=None, method="pca")
     assert float(pairs.norm) == pytest.approx(float(found.norm), rel=0.05)
 

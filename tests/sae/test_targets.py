@@ -32,7 +32,6 @@ from mergelab.models.families import model_from_config
 from mergelab.models.save import save_model
 from mergelab.quickstart.family import train_bpe
 from mergelab.sae.evaluation.absorption import absorption
-from mergelab.sae.evaluation.downstream import evaluate_downstream
 from mergelab.sae.evaluation.metric import Evidence, Options
 from mergelab.sae.evaluation.progressive import progressive_recovery
 from mergelab.sae.evaluation.reconstruction import evaluate_reconstruction, reconstruction_on_model
@@ -42,6 +41,7 @@ from mergelab.sae.evaluation.sparsity import latent_sparsity
 from mergelab.sae.formats import load_sae, save_sae
 from mergelab.sae.sae import SAE, SAEConfig, at_sites
 from mergelab.sae.splice import splice
+from mergelab.sae.spliced_losses import evaluate_downstream
 from mergelab.sae.subject_model import check_modules, check_target, open_subject_model
 from tests.models.tiny_models import tiny
 

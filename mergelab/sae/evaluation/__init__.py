@@ -17,10 +17,16 @@ from mergelab.sae.evaluation.scorecard import (
 
 if TYPE_CHECKING:
     from mergelab.sae.evaluation.controls import CONTROLS, control_sae, random_model
-    from mergelab.sae.evaluation.downstream import Downstream, evaluate_downstream
     from mergelab.sae.evaluation.evaluate import evaluate_sae
     from mergelab.sae.evaluation.explanation_loss import ExplanationScore, score_explanations
+    from mergelab.sae.evaluation.label_files import LabeledText, labeled_texts, read_labeled_texts
     from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Score
+    from mergelab.sae.evaluation.own_labels import (
+        LabeledContexts,
+        LabelProbes,
+        label_contexts,
+        probe_labels,
+    )
     from mergelab.sae.evaluation.probing import SparseProbe, best_probes, probe_losses, sparse_probe
     from mergelab.sae.evaluation.probing_tasks import TASKS, character_labels, label_texts
     from mergelab.sae.evaluation.progressive import (
@@ -59,6 +65,7 @@ if TYPE_CHECKING:
         loss_curve,
         open_loss_curve,
     )
+    from mergelab.sae.spliced_losses import Downstream, evaluate_downstream
 
 __all__ = [
     "CONTROLS",
@@ -72,6 +79,9 @@ __all__ = [
     "EvaluationJournal",
     "Evidence",
     "ExplanationScore",
+    "LabelProbes",
+    "LabeledContexts",
+    "LabeledText",
     "LossCurve",
     "Metric",
     "Options",
@@ -102,16 +112,20 @@ __all__ = [
     "evaluation_key",
     "fit_scaling_law",
     "hard_threshold",
+    "label_contexts",
     "label_texts",
+    "labeled_texts",
     "lasso",
     "latent_sparsity",
     "loss_curve",
     "matching_pursuit",
     "open_loss_curve",
     "orthogonal_matching_pursuit",
+    "probe_labels",
     "probe_losses",
     "progressive_recovery",
     "random_model",
+    "read_labeled_texts",
     "recall_against_sparsity",
     "reconstruction_on_model",
     "score_explanations",

@@ -14,12 +14,15 @@ from jaxtyping import Array, Float
 from mergelab.activations.kept import TokenRule, median_norm, row_norms
 from mergelab.activations.left_out import LeftOut
 from mergelab.activations.model_activations import ModelActivations
-from mergelab.errors import SAEError
+from mergelab.checkpoints.locations import local_path
+from mergelab.errors import NonFiniteError, SAEError, did_you_mean
 from mergelab.models.model import Model, Params
 from mergelab.models.token_checks import check_tokens, window_length
+from mergelab.sae.evaluation.label_files import LabeledText, labeled_texts, read_labeled_texts
 from mergelab.sae.evaluation.metric import Evidence, Options, Score
+from mergelab.sae.evaluation.own_labels import label_contexts, text_file
 from mergelab.sae.evaluation.reconstruction import Reconstruction, evaluate_reconstruction
-from mergelab.sae.evaluation.scorecard import Scorecard, scorecard
+from mergelab.sae.evaluation.scorecard import METRICS, Scorecard, scorecard
 from mergelab.sae.evaluation.settings import settings_of
 from mergelab.sae.formats.detect import load_sae
 from mergelab.sae.sae import SAE, at_sites
@@ -34,13 +37,15 @@ from mergelab.sae.subject_model import (
 )
 from mergelab.text.contexts import text_contexts
 from mergelab.text.corpus import documents, documents_of_texts
-from mergelab.text.tokenizer import Tokenizer
+from mergelab.text.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["evaluate_sae"]
 
 _ROWS = 4096
 
 Rows = Float[np.ndarray, "rows width"] | Float[Array, "rows width"]
+
+Labels = str | Path | Sequence[Any] | Mapping[str, np.ndarray] | None
 
 
 def evaluate_sae(
@@ -55,6 +60,7 @@ def evaluate_sae(
     target_site: str | None = None,
     length: int | None = None,
     rule: TokenRule | None = None,
+    labels: Labels = None,
     **options: Any,
 ) -> Scorecard:
     """Scores an SAE, each score with its unit and what to compare it with.
@@ -62,6 +68,7 @@ def evaluate_sae(
         evaluate_sae(sae, activations).values()["reconstruction.nmse"]
         evaluate_sae(sae, model, params, tokenizer, text, metrics=["downstream"])
         evaluate_sae("run/final", "path/to/model", text=Path("held-out.txt"))
+        evaluate_sae("run/final", "path/to/model", labels=Path("reviews.csv"), metrics=["labels"])
 
     Args:
         sae: the SAE, or its folder.
@@ -71,57 +78,107 @@ def evaluate_sae(
         params: parameters of the model.
         tokenizer: tokenizer of the model.
         text: texts the SAE was not trained on: strings, or `Path`s of files and folders (with a model's
-            folder only those).
+            folder only those). The labeled texts if None.
         targets: rows beside the activations, `[rows, d_out]` that a transcoder reconstructs.
         site: site that the SAE reads, such as `blocks.8.resid_post`; by default the one it says.
         target_site: site that a transcoder writes; by default the one it says.
         length: tokens in a context; by default that of the SAE's training, or 64.
         rule: which tokens count, or of rows which are short enough; `judging_rule` of the SAE if None.
             Opened `ModelActivations` have their own.
+        labels: labels of your own that are probed: a file, as `read_labeled_texts` reads it, what that or
+            `labeled_texts` gives, or, where `text` is a list of strings, one label or one list of labels for
+            each. Or answers for every token of opened `ModelActivations`, bool `[contexts, length]` by task.
         options: further settings where there is a model, fields of `mergelab.sae.evaluation.Options`
-            (`metrics`, `seed`, ...) and resources of `Evidence` (`labels`, `curve`, ...).
+            (`metrics`, `seed`, ...) and resources of `Evidence` (`curve`, ...).
 
     Raises:
-        SAEError: the SAE does not fit the activations or the model, its site is not known, or the text is
-            short.
+        SAEError: the SAE does not fit the activations or the model, its site is not known, the text is
+            short, or labels do not fit the texts or are of one class.
         SiteError: the model has no such site.
     """
     sae = sae if isinstance(sae, SAE) else load_sae(sae)
     texts = [] if text is None else [text] if isinstance(text, str | Path) else list(text)
-    if isinstance(on, ModelActivations):
-        return _scores_of(at_sites(sae, site, target_site), on, options)
-    if not isinstance(on, Model | str | Path):
-        if options:
-            raise SAEError(
-                f"{next(iter(options))!r} was given with activations; it needs the model they come from."
-            )
+    if not isinstance(on, Model | ModelActivations | str | Path):
+        if labels is not None or options:
+            name = "labels" if labels is not None else next(iter(options))
+            raise SAEError(f"{name!r} was given with activations; it needs the model they come from.")
         return _on_rows(sae, on, targets, judging_rule(sae) if rule is None else rule)
-    if not texts:
+    records = _records(labels, texts)
+    sae = at_sites(sae, site, target_site)
+    if isinstance(on, ModelActivations):
+        source = on
+    elif not texts and records is None:
         raise SAEError("no text was given to evaluate on; give text= that the SAE was not trained on.")
-    if not isinstance(on, Model):
+    elif not isinstance(on, Model):
         files = [item for item in texts if isinstance(item, Path)]
         if len(files) < len(texts):
             raise SAEError(
                 "with a model's folder, text is read from files; give Path objects, or a loaded model."
             )
-        source = open_subject_model(
-            sae, on, files, site=site, target_site=target_site, length=length, rule=rule
-        )
-        return _scores_of(at_sites(sae, site, target_site), source, options)
-    if params is None or tokenizer is None:
+        tokenizer = load_tokenizer(local_path(on)) if tokenizer is None and records else tokenizer
+        source = _on_folder(sae, on, files, length, rule, records, tokenizer)
+    elif params is None or tokenizer is None:
         raise SAEError(
             "a model was given without its params or tokenizer; give evaluate_sae(sae, model, params, "
             "tokenizer, text)."
         )
-    sae = at_sites(sae, site, target_site)
-    rule = judging_rule(sae) if rule is None else rule
-    return _scores_of(sae, _on_model(sae, on, params, tokenizer, texts, length, rule), options)
+    else:
+        rule = judging_rule(sae) if rule is None else rule
+        told = [one.text for one in records or ()]
+        source = _on_model(sae, on, params, tokenizer, texts or told, length, rule)
+    if records is None:
+        resources = {"labels": labels, **options}
+    elif tokenizer is None:
+        raise SAEError("labels of texts need the model's tokenizer; give it (tokenizer=).")
+    else:
+        size = length or (source.tokens.shape[1] if texts else trained_context(sae))
+        labeled = label_contexts(tokenizer, records, size, trained_text(sae))
+        source = source if texts or source is on else labeled.source(source)
+        resources = {"own_labels": labeled, **options}
+    return _scores_of(sae, source, resources)
+
+
+def _records(labels: Any, texts: Sequence[str | Path]) -> list[LabeledText] | None:
+    """Labeled texts that were given; None for none, and for answers by task."""
+    if labels is None or isinstance(labels, Mapping):
+        return None
+    if isinstance(labels, str | Path):
+        return read_labeled_texts(labels)
+    given = list(labels)
+    if given and all(isinstance(one, LabeledText) for one in given):
+        return given
+    strings = [one for one in texts if isinstance(one, str)]
+    if len(strings) < len(texts):
+        raise SAEError("a list of labels is of texts that are strings; of files, give a file with both.")
+    return labeled_texts(strings, given)
+
+
+def _on_folder(
+    sae: SAE,
+    model: str | Path,
+    files: Sequence[Path],
+    length: int | None,
+    rule: TokenRule | None,
+    records: list[LabeledText] | None,
+    tokenizer: Tokenizer | None,
+) -> ModelActivations:
+    if files or records is None or tokenizer is None:
+        return open_subject_model(sae, model, files, length=length, rule=rule)
+    with text_file(records, tokenizer) as (file, options):
+        packing = {"packing": options["packing"]}
+        contexts = options["contexts"]
+        return open_subject_model(sae, model, file, length=length, rule=rule, text=packing, contexts=contexts)
 
 
 def _scores_of(sae: SAE, source: ModelActivations, given: Mapping[str, Any]) -> Scorecard:
     """The scorecard; what is given says how to run it, or is evidence of that name."""
     how = {field.name for field in fields(Options)}
     resources = {name: value for name, value in given.items() if name not in how}
+    known = {name for metric in METRICS.values() for name in metric.needs} | {"curve", "mask_token"}
+    for name in sorted(resources.keys() - known):
+        # Evidence may have any name, but what is nearly the name of an option is meant for one.
+        if meant := did_you_mean(name, sorted(how | known)):
+            raise SAEError(f"{name!r} is no option of an evaluation{meant}.")
     return scorecard(
         sae, Evidence(source, resources), Options(**{k: v for k, v in given.items() if k in how})
     )
@@ -133,6 +190,13 @@ def _on_rows(sae: SAE, rows: Rows, targets: Rows | None, rule: TokenRule) -> Sco
     for array in arrays:
         if array.ndim != 2:
             raise SAEError(f"activations have shape {list(array.shape)}; expected [rows, width].")
+        if not len(array):
+            raise SAEError("there are no activations to evaluate on; give at least one row.")
+        finite = np.isfinite(array).all(axis=1)
+        if not finite.all():
+            raise NonFiniteError(
+                f"row {int(np.argmin(finite))} of the activations is NaN or infinite; remove it"
+            )
     if arrays[0].shape[1] != sae.d_in:
         raise SAEError(f"activations are {arrays[0].shape[1]} wide, but the SAE reads {sae.d_in}.")
     x, y = arrays[0], arrays[-1]

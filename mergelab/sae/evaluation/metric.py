@@ -16,12 +16,13 @@ from mergelab.sae.sae import SAE
 
 __all__ = ["Evidence", "Metric", "Options", "Score"]
 
-_HELD = 2**27  # numbers of codes or activations that are held at once, at most: half a gigabyte
+HELD = 2**27  # numbers of codes or activations that are held at once, at most: half a gigabyte
 
 _KNOWN = {
     "logits": "next-token logits",
     "encoder": "an encoder's embeddings of texts",
     "labels": "labels of tokens",
+    "own_labels": "labels of your own (--labels, labels=)",
     "curve": "the loss curve of the model's training",
 }  # how error messages name what evaluations need
 
@@ -46,18 +47,38 @@ class Evidence:
     """What evaluations work on: a model on a text, and named resources.
 
     A new kind of evidence is a new name among the resources; nothing that passes evidence on knows the names.
-    Today's are `labels` (answers to probing tasks, bool `[contexts, length]` by task), `curve` (steps and
-    losses of the model's own training) and `mask_token` (the token that takes the place of others in
-    explanations; 0 if absent). `logits` and `encoder` follow from the model.
+    Today's are `labels` (answers to probing tasks, bool `[contexts, length]` by task), `own_labels` (labeled
+    texts, `mergelab.sae.evaluation.own_labels.LabeledContexts`), `curve` (steps and losses of the model's own
+    training) and `mask_token` (the token that takes the place of others in explanations; 0 if absent).
+    `logits` and `encoder` follow from the model.
 
     Attributes:
         source: the model and the text, whose first half fits what must be fitted and whose second half is
             judged.
         resources: what else there is, by name.
+
+    Raises:
+        SAEError: labels of tokens are not as many as the tokens, or no answers.
     """
 
     source: ModelActivations
     resources: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wanted, faults = self.source.tokens.shape, []
+        for task, label in (self.resources.get("labels") or {}).items():
+            found = np.asarray(label)
+            if found.shape != wanted:
+                faults.append(
+                    f"the labels of {task!r} have shape {list(found.shape)}, but the tokens {list(wanted)}; "
+                    "give one for each token of each context."
+                )
+            elif found.dtype != np.bool_:
+                faults.append(
+                    f"the labels of {task!r} are {found.dtype}; expected bool, yes or no for each token."
+                )
+        if faults:
+            raise SAEError(faults)
 
     @cached_property
     def _halves(self) -> tuple[ModelActivations, ModelActivations]:
@@ -93,7 +114,7 @@ class Evidence:
     def held_contexts(self, width: int) -> int:
         """Number of judged contexts whose rows of this width fit in memory at once."""
         length = self.judge.tokens.shape[1]
-        return max(1, min(len(self.judge.tokens), _HELD // (length * width)))
+        return max(1, min(len(self.judge.tokens), HELD // (length * width)))
 
 
 @dataclass(frozen=True)
@@ -105,12 +126,15 @@ class Options:
         samples: ablations per kind of unit.
         explained: number of latents that are explained.
         seed: seed of every random draw.
+        balance: whether both answers to a question weigh the same in the accuracy of probes, however
+            frequent each is.
     """
 
     metrics: Sequence[str] | None = None
     samples: int = 256
     explained: int = 32
     seed: int = 0
+    balance: bool = True
 
 
 Scores = Iterator[tuple[str, float, str]]

@@ -53,9 +53,11 @@ class SparseProbe:
 
     Attributes:
         latents: numbers of the latents that it reads.
-        loss: held-out cross-entropy, in nats per token.
+        loss: held-out cross-entropy, in nats per row.
         accuracy: fraction of held-out rows classified correctly.
         f1: held-out F1 of the positive class; 0 where nothing is found.
+
+    Where classes are balanced, each weighs half of the held-out rows in all three.
     """
 
     latents: tuple[int, ...]
@@ -65,12 +67,13 @@ class SparseProbe:
 
 
 @jax.jit
-def fit_logistic(x: Array, y: Array) -> tuple[Array, Array, Array]:
+def fit_logistic(x: Array, y: Array, weight: Array | None = None) -> tuple[Array, Array, Array]:
     """Logistic regression by Newton's method, the step halved while it would not improve.
 
     Args:
         x: `[rows, k]`, float32; constant columns get weight 0.
         y: `[rows]`, 0 or 1.
+        weight: `[rows]`, float32, of mean 1: what each row counts; all the same if None.
 
     Returns:
         Weights `[k]`, bias (scalar), and the mean cross-entropy in nats (scalar). The weights are those of no
@@ -81,11 +84,12 @@ def fit_logistic(x: Array, y: Array) -> tuple[Array, Array, Array]:
     z = jnp.concatenate([(x - mean[None]) / scale[None], jnp.ones((len(x), 1), x.dtype)], axis=1)
     penalty = jnp.full(z.shape[1], _RIDGE, x.dtype).at[-1].set(0)
     y = y.astype(x.dtype)
-    rate = jnp.clip(y.mean(), 1e-6, 1 - 1e-6)
+    rows = jnp.ones_like(y) if weight is None else weight
+    rate = jnp.clip((rows * y).mean(), 1e-6, 1 - 1e-6)
 
     def objective(w: Array) -> Array:
         logits = z @ w
-        return (jax.nn.softplus(logits) - y * logits).mean() + 0.5 * (penalty * w * w).sum()
+        return (rows * (jax.nn.softplus(logits) - y * logits)).mean() + 0.5 * (penalty * w * w).sum()
 
     def unfinished(state: tuple[Array, ...]) -> Array:
         number, _, _, damping, decrement = state
@@ -95,9 +99,9 @@ def fit_logistic(x: Array, y: Array) -> tuple[Array, Array, Array]:
     def improve(state: tuple[Array, ...]) -> tuple[Array, ...]:
         number, w, loss, damping, _ = state
         p = jax.nn.sigmoid(z @ w)
-        gradient = z.T @ (p - y) / len(x) + penalty * w
-        weight = jnp.maximum(p * (1 - p), 1e-7)
-        hessian = (z * weight[:, None]).T @ z / len(x) + jnp.diag(penalty)
+        gradient = z.T @ (rows * (p - y)) / len(x) + penalty * w
+        curvature = rows * jnp.maximum(p * (1 - p), 1e-7)
+        hessian = (z * curvature[:, None]).T @ z / len(x) + jnp.diag(penalty)
         step = jnp.linalg.solve(hessian, gradient)
         there = w - damping * step
         value = objective(there)
@@ -111,7 +115,7 @@ def fit_logistic(x: Array, y: Array) -> tuple[Array, Array, Array]:
     state = (jnp.zeros((), jnp.int32), start, objective(start), one, one * jnp.inf)
     _, w, *_ = lax.while_loop(unfinished, improve, state)
     logits = z @ w
-    loss = (jax.nn.softplus(logits) - y * logits).mean()
+    loss = (rows * (jax.nn.softplus(logits) - y * logits)).mean()
     weights = w[:-1] / scale
     return weights, w[-1] - (weights * mean).sum(), loss
 
@@ -231,7 +235,15 @@ def best_probes(values: np.ndarray, tasks: Mapping[str, np.ndarray]) -> dict[str
     return found
 
 
-def sparse_probe(codes: np.ndarray, labels: np.ndarray, k: int, *, seed: int = 0) -> SparseProbe:
+def sparse_probe(
+    codes: np.ndarray,
+    labels: np.ndarray,
+    k: int,
+    *,
+    seed: int = 0,
+    balanced: bool = False,
+    groups: np.ndarray | None = None,
+) -> SparseProbe:
     """Fits a probe on the k latents whose means differ most between the classes (arXiv 2305.01610).
 
     Half of the rows, drawn at random, choose and fit; the other half judges.
@@ -241,30 +253,51 @@ def sparse_probe(codes: np.ndarray, labels: np.ndarray, k: int, *, seed: int = 0
         labels: `[rows]`, bool.
         k: latents it may read.
         seed: seed of the split into halves.
+        balanced: whether both classes weigh the same, in the fit and in the figures, however many rows each
+            has.
+        groups: `[rows]`, whole numbers; rows of one group stay in one half.
 
     Raises:
         SAEError: a class is missing in either half, or there are fewer than k latents.
     """
     if not 1 <= k <= codes.shape[1]:
         raise SAEError(f"k is {k}; a probe may read 1 to {codes.shape[1]} latents.")
-    order = np.random.default_rng(seed).permutation(len(codes))
-    train, test = order[: len(order) // 2], order[len(order) // 2 :]
+    train, test = _halves(len(codes), groups, seed)
     _check(codes[train], labels[train])
     _check(codes[test], labels[test])
     x, y = codes[train], labels[train]
     gap = np.abs(x[y].mean(axis=0) - x[~y].mean(axis=0))
     latents = np.argsort(-gap, kind="stable")[:k]
-    weights, bias, _ = fit_logistic(jnp.asarray(x[:, latents], jnp.float32), jnp.asarray(y))
+    weight = None if not balanced else jnp.asarray(_weights(y), jnp.float32)
+    weights, bias, _ = fit_logistic(jnp.asarray(x[:, latents], jnp.float32), jnp.asarray(y), weight)
     logits = codes[test][:, latents] @ np.asarray(weights) + float(bias)
     truth = labels[test]
-    said = logits > 0
-    hits = int((said & truth).sum())
+    said, counts = logits > 0, _weights(truth) if balanced else np.ones(len(truth))
+    hits = float(counts[said & truth].sum())
     return SparseProbe(
         latents=tuple(int(latent) for latent in latents),
-        loss=float((np.logaddexp(0, logits) - truth * logits).mean()),
-        accuracy=float((said == truth).mean()),
-        f1=2 * hits / max(int(said.sum()) + int(truth.sum()), 1),
+        loss=float((counts * (np.logaddexp(0, logits) - truth * logits)).mean()),
+        accuracy=float((counts * (said == truth)).mean()),
+        f1=2 * hits / max(float(counts[said].sum() + counts[truth].sum()), 1),
     )
+
+
+def _halves(rows: int, groups: np.ndarray | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the rows that fit, and of those that judge."""
+    rng = np.random.default_rng(seed)
+    if groups is None:
+        order = rng.permutation(rows)
+        return order[: rows // 2], order[rows // 2 :]
+    _, places = np.unique(groups, return_inverse=True)
+    order = rng.permutation(int(places.max()) + 1)
+    fits = np.isin(places, order[: len(order) // 2])
+    return np.flatnonzero(fits), np.flatnonzero(~fits)
+
+
+def _weights(labels: np.ndarray) -> np.ndarray:
+    """What rows count where both classes are to weigh half: float64 `[rows]`, of mean 1."""
+    share = labels.mean()
+    return np.where(labels, 0.5 / share, 0.5 / (1 - share))
 
 
 def _check(values: np.ndarray, labels: Sequence[bool] | np.ndarray) -> None:
@@ -312,6 +345,7 @@ def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
     if not tasks:
         raise SAEError("no probing task has both classes in the text; give other text, or more.")
     best = best_probes(pre, tasks)
+    del pre
     mean = float(np.mean([probe.loss for probe in best.values()]))
     part = float(np.mean([probe.loss / probe.prior for probe in best.values()]))
     yield "loss", mean, f"best latent of each, mean of {len(tasks)} tasks; 0 perfect"
@@ -319,16 +353,31 @@ def _scores(sae: SAE, evidence: Evidence, options: Options) -> Scores:
     codes, tasks = rows_with_labels(sae, evidence, lambda d, x: d.encode(x))
     rates = np.array([labels.mean() for labels in tasks.values()])
     always = float((2 * rates / (1 + rates)).mean())
+    majority = float(np.maximum(rates, 1 - rates).mean())
     for k in (1, 2, 5):
         f1 = [sparse_probe(codes, labels, k, seed=options.seed).f1 for labels in tasks.values()]
         against = f"probe on {k} latents, held-out; 1 perfect, {always:.3g} always saying yes"
         yield f"f1_{k}", float(np.mean(f1)), against
+    how = "classes balanced by weights, so 0.5 is always one answer"
+    how = how if options.balance else f"classes as frequent as they are, so {majority:.3g} is the majority"
+    for k in (1, 2, 5):
+        probes = [
+            sparse_probe(codes, labels, k, seed=options.seed, balanced=options.balance)
+            for labels in tasks.values()
+        ]
+        accuracy = float(np.mean([probe.accuracy for probe in probes]))
+        yield f"accuracy_{k}", accuracy, f"probe on {k} latents, held-out; {how}"
+    yield "base_rate", float(rates.mean()), "fraction of the tokens that are a yes, mean of tasks"
+    yield "majority", majority, "accuracy of always saying the more frequent, classes not balanced"
 
 
 METRIC = Metric(
     name="probing",
     about="properties of tokens that single latents tell",
-    units={"loss": "nats / token", "relative_loss": "", "f1_1": "", "f1_2": "", "f1_5": ""},
+    units={
+        "loss": "nats / token", "relative_loss": "", "f1_1": "", "f1_2": "", "f1_5": "",
+        "accuracy_1": "", "accuracy_2": "", "accuracy_5": "", "base_rate": "", "majority": "",
+    },
     measure=_scores,
     needs=("labels",),
-)
+)  # fmt: skip

@@ -23,6 +23,7 @@ from mergelab.sae.evaluation.controls import control_sae, random_model
 from mergelab.sae.evaluation.downstream import METRIC as DOWNSTREAM
 from mergelab.sae.evaluation.explanation_loss import METRIC as EXPLANATIONS
 from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Score
+from mergelab.sae.evaluation.own_labels import METRIC as LABELS
 from mergelab.sae.evaluation.probing import METRIC as PROBING
 from mergelab.sae.evaluation.progressive import METRIC as PROGRESSIVE
 from mergelab.sae.evaluation.reconstruction import METRIC as RECONSTRUCTION
@@ -40,6 +41,7 @@ __all__ = [
     "EvaluationJournal",
     "Scorecard",
     "applicable_metrics",
+    "check_metrics",
     "control_scorecard",
     "evaluation_key",
     "scorecard",
@@ -53,6 +55,7 @@ METRICS: dict[str, Metric] = {
         DOWNSTREAM,
         EMBEDDINGS,
         PROBING,
+        LABELS,
         ABSORPTION,
         SPARSITY,
         EXPLANATIONS,
@@ -158,14 +161,23 @@ def _joined(cards: Sequence[Scorecard], settings: Mapping[str, Any]) -> Scorecar
 
 def _asked(evidence: Evidence, options: Options) -> tuple[str, ...]:
     """The metrics to run, each known."""
-    if options.metrics is None:
-        return applicable_metrics(evidence)
-    for name in options.metrics:
+    check_metrics(options.metrics)
+    return applicable_metrics(evidence) if options.metrics is None else tuple(options.metrics)
+
+
+def check_metrics(names: Sequence[str] | None) -> None:
+    """Checks that there are metrics of these names; None names none.
+
+    Raises:
+        SAEError: there is none of a name, or no name is given.
+    """
+    if names is not None and not names:
+        raise SAEError(f"no metric was named; known: {', '.join(METRICS)}.")
+    for name in names or ():
         if name not in METRICS:
             raise SAEError(
                 f"there is no metric {name!r}{did_you_mean(name, METRICS)}; known: {', '.join(METRICS)}."
             )
-    return tuple(options.metrics)
 
 
 def control_scorecard(
@@ -253,9 +265,11 @@ def evaluation_key(
     source = evidence.source
     config = replace(sae.config, metadata={})
     numbers = replace(options, metrics=None, seed=0)
-    known = {"labels", "curve", "mask_token"}
+    known = {"labels", "own_labels", "curve", "mask_token"}
     other = {name: value for name, value in evidence.resources.items() if name not in known}
     more = (() if numbers == Options() else (numbers,)) + ((other,) if other else ())
+    if "own_labels" in evidence:
+        more = (*more, evidence.get("own_labels").identity())
     curve = evidence.get("curve")
     curve = curve.identity() if isinstance(curve, LossCurve) else curve
     facts = (weights, options.seed, curve, *settings, *more)

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from mergelab.activations.losses import LOGIT_BYTES, UNEMBEDDED
 from mergelab.activations.model_activations import ModelActivations, side_by_side
 from mergelab.errors import SAEError
 from mergelab.models.model import Model
-from mergelab.models.residual_stream import require_decoder
+from mergelab.models.residual_stream import logits_of, require_decoder
 from mergelab.sae.activation_functions import is_active
 from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
 from mergelab.sae.sae import SAE
@@ -144,21 +145,28 @@ def _ablate(
 ) -> tuple[Array, Array]:
     read, site = sites
     rows = jnp.arange(len(tokens))
-    plain = model.apply(params, tokens, capture=list(dict.fromkeys((read, *deciding))))
-    x = side_by_side(plain.captured[read])
+    plain = model.apply(
+        params, tokens, capture=list(dict.fromkeys((UNEMBEDDED, read, *deciding))), logits=False
+    ).captured
+    x = side_by_side(plain[read])
     difference, weight = change(sae, x[rows, position].astype(jnp.float32), lot)
 
     def changed(value: Array) -> Array:
         return value.at[rows, position].add(difference.reshape(-1, *value.shape[2:]).astype(value.dtype))
 
-    edit = {site: changed}
-    ablated = model.apply(params, tokens, edit=edit)
-    assert plain.logits is not None and ablated.logits is not None
-    moved = ablated.logits - plain.logits
-    kept = kept_in_pass(plain.captured, deciding, limits, jnp.ones(tokens.shape, bool))[rows, position]
+    edited = model.apply(params, tokens, edit={site: changed}, capture=[UNEMBEDDED], logits=False).captured
+    kept = kept_in_pass(plain, deciding, limits, jnp.ones(tokens.shape, bool))[rows, position]
     weight = jnp.where(kept, weight, 0)
-    seen = jax.vmap(lambda one, at: lax.dynamic_slice_in_dim(one, at, horizon))(moved, position)
-    return effect_sparsity(seen), weight
+    seen = jax.vmap(lambda one, at: lax.dynamic_slice_in_dim(one, at, horizon))
+    hidden = jnp.stack([seen(found[UNEMBEDDED], position) for found in (plain, edited)], axis=1)
+
+    def share(two: Array) -> Array:
+        before, after = logits_of(model, params, two)
+        return effect_sparsity(after - before)
+
+    # Logits, and what their medians sort, of a few ablations at a time.
+    piece = max(1, LOGIT_BYTES // (4 * 2 * horizon * model.config.vocab_size))
+    return lax.map(share, hidden, batch_size=min(piece, len(tokens))), weight
 
 
 def _sparsity(

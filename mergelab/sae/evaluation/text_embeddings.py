@@ -21,13 +21,13 @@ from mergelab.models.model import Model
 from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
 from mergelab.sae.sae import SAE
 from mergelab.sae.splice import (
+    hold_at,
     kept_in_pass,
     limits_of,
     mean_activation,
     place_batches,
     splice_from,
     token_batches,
-    where_kept,
 )
 from mergelab.sae.subject_model import check_target
 
@@ -150,12 +150,8 @@ def _embeddings(
 
     plain, captured = embed(None)
     kept = kept_in_pass(captured, deciding, limits, by_place)
-
-    def middle(y: Array) -> Array:
-        return where_kept(kept, mean[None, None], y)
-
     spliced = embed({site: splice_from(sae, captured[read], kept)})[0]
-    return jnp.stack([plain, spliced, embed({site: middle})[0]])
+    return jnp.stack([plain, spliced, embed({site: hold_at(kept, mean)})[0]])
 
 
 def rank_agreement(one: np.ndarray, other: np.ndarray) -> float:

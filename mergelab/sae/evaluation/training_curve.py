@@ -21,6 +21,7 @@ from mergelab.models.load import load_model
 from mergelab.models.model import Model
 from mergelab.models.residual_stream import require_decoder
 from mergelab.sae.splice import token_batches
+from mergelab.sae.spliced_losses import predicted_tokens
 
 __all__ = [
     "LossCurve",
@@ -28,7 +29,6 @@ __all__ = [
     "compute_equivalent",
     "loss_curve",
     "open_loss_curve",
-    "predicted_tokens",
 ]
 
 _COARSE = 9  # checkpoints that are always measured, evenly spread over the logarithm of the step
@@ -201,13 +201,6 @@ def loss_curve(folder: Path, source: ModelActivations, *, mesh: Any = None) -> t
         CheckpointError: one cannot be read.
     """
     return open_loss_curve(folder, source, mesh=mesh).whole()
-
-
-def predicted_tokens(source: ModelActivations) -> np.ndarray:
-    """Which tokens but the first follow text and are text themselves: int32 `[contexts, length - 1]`."""
-    if source.counted is None:
-        return np.ones((len(source.tokens), source.tokens.shape[1] - 1), np.int32)
-    return (source.counted[:, :-1] & source.counted[:, 1:]).astype(np.int32)
 
 
 @partial(jax.jit, static_argnames="model")

@@ -245,7 +245,8 @@ class DataSection(_Section):
             features.
         path: path or glob of `files`, or several.
         target_path: targets of the same tokens, of `files`, for a transcoder.
-        model: Hugging Face folder with its tokenizer, of `model`.
+        model: Hugging Face folder with its tokenizer, of `model`; of `files`, the model they are of, where it
+            is not where they say (`train.model_loss_every`).
         site: site of `model`, such as `blocks.8.resid_post`.
         target_site: site that is written, of `model`, for a transcoder.
         text: text of `model`, or several: files, globs, folders, data sets on the hub, URLs
@@ -347,12 +348,16 @@ class TrainSection(_Hyperparameters):
         tokens: tokens in all; the last, incomplete batch is omitted.
         seed: seed of parameters and order.
         lr: peak learning rate, or `auto`.
+        model_loss_every: number of steps between measurements of the model's losses with the SAE spliced in,
+            on the data's first contexts, which are then not trained on; 0 for never. Of activations of a
+            model: `kind: model`, or files of `mergelab activations`.
     """
 
     batch_size: Count
     tokens: Annotated[Whole, Field(ge=1, le=2**62)]
     seed: Annotated[Whole, Field(ge=0, le=2**63 - 1)] = 0
     lr: Fraction | Literal["auto"] = "auto"
+    model_loss_every: Annotated[Whole, Field(ge=0, le=_MOST)] = 0
 
     def build(self) -> TrainingRecipe:
         """The recipe.

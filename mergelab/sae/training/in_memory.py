@@ -22,6 +22,7 @@ from mergelab.sae.formats.detect import save_sae
 from mergelab.sae.sae import SAE
 from mergelab.sae.training.config import TrainConfig, TrainSection, load_config
 from mergelab.sae.training.data import TrainingRows, told_of_tokens
+from mergelab.sae.training.model_loss import hold_out
 from mergelab.sae.training.start import start_training
 from mergelab.sae.training.step import make_step
 from mergelab.sae.training.trainer import DIVERGED, Progress, finish_training, train
@@ -163,6 +164,7 @@ def _train(
     mesh: Mesh | None,
     progress: Progress | None,
 ) -> SAE:
+    hold_out(settings, data)  # which has no model to take losses of
     start = start_training(settings, data, mesh)
     variant, recipe = start.variant, start.recipe
     state, overview = start.begin()

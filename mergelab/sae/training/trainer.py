@@ -33,6 +33,7 @@ from mergelab.sae.training.data import host_metadata, open_data, sae_metadata, t
 from mergelab.sae.training.finish import finished_sae, transcodes
 from mergelab.sae.training.folder import KnownOfRun, RunFolder
 from mergelab.sae.training.inputs import read_once
+from mergelab.sae.training.model_loss import ModelLoss, hold_out
 from mergelab.sae.training.overview import Overview
 from mergelab.sae.training.start import Start, start_training, text_share
 from mergelab.sae.training.start_sample import StartSample, kept_overview
@@ -201,6 +202,7 @@ def _train(
     mesh = None if settings.mesh is None else make_mesh(settings.mesh)
     share = text_share(settings, mesh, folder.text_lanes())
     data = open_data(settings.data, settings.train.build().tokens, share)
+    data, held_out = hold_out(settings, data)
     start = start_training(settings, data, mesh)
     variant, recipe = start.variant, start.recipe
     distributed = jax.process_count() > 1
@@ -237,7 +239,13 @@ def _train(
             start.stream.restore(place)
         elif state is None:
             state = _first_state(start, StartSample.read(out, overview), notice)
-        run = _Run(start, overview, step, checkpoints, out, progress, grace)
+        losses = None
+        if held_out is not None:
+            losses = ModelLoss(settings.train.model_loss_every, held_out, variant, recipe, known, mesh)
+            line = losses.begin(state)
+            if tell is not None and line:
+                tell(line)
+        run = _Run(start, overview, step, checkpoints, out, progress, grace, losses)
         try:
             state, trace = run.steps(state, done or 0)
         except CheckpointError:
@@ -302,7 +310,9 @@ class _Run:
         out: Path,
         progress: Progress | None,
         grace: float | None,
+        losses: ModelLoss | None = None,
     ) -> None:
+        self.losses = losses
         self.start, self.recipe, self.step, self.checkpoints = start, start.recipe, step, checkpoints
         self.overview = overview
         self.every, self.log_every = start.settings.checkpoint.every, start.settings.checkpoint.log_every
@@ -318,7 +328,7 @@ class _Run:
             self._file = MetricsFile(self.out / "metrics.jsonl", done)
             self._loggers = [self._file]
             self._loggers = [*open_loggers(self.start.settings.log_to, self.out, config, done), self._file]
-        waiting: tuple[int, Metrics] | None = None
+        waiting: tuple[int, Metrics, Mapping[str, float]] | None = None
         self._began = (time.perf_counter(), done)
         try:
             with (
@@ -333,11 +343,13 @@ class _Run:
                     end = number == self.recipe.steps
                     stop = termination.due(number) and not end
                     save = (number % self.every == 0 or stop) and not end
-                    if number % self.log_every == 0 or save or end:
+                    measured = self.losses is not None and self.losses.due(number)
+                    losses = self.losses.figures(state) if self.losses is not None and measured else {}
+                    if number % self.log_every == 0 or save or end or measured:
                         # The step before is read while this one runs; the device never waits for the log.
                         if waiting is not None:
                             self._log(*waiting)
-                        waiting = (number, metrics)
+                        waiting = (number, metrics, losses)
                     if waiting is not None and (save or end):
                         self._log(*waiting)
                         waiting = None
@@ -357,7 +369,7 @@ class _Run:
             self._file.sync()  # lines before a checkpoint are never written again
         self.checkpoints.save(number, state, {**place, TOKENS: self.start.settings.train.tokens})
 
-    def _log(self, number: int, metrics: Metrics) -> None:
+    def _log(self, number: int, metrics: Metrics, losses: Mapping[str, float]) -> None:
         self.checkpoints.check()
         line = {name: float(np.asarray(value)) for name, value in metrics.items()}
         if not np.isfinite(list(line.values())).all() or line["nmse"] > DIVERGED:
@@ -374,6 +386,7 @@ class _Run:
             "step": number,
             "tokens": number * self.recipe.batch_size,
             **line,
+            **losses,
             "tokens_per_second": rate,
         }
         for logger in self._loggers:

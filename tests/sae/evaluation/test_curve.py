@@ -13,8 +13,8 @@ import pytest
 
 from mergelab.errors import SAEError
 from mergelab.quickstart import small_llama
-from mergelab.sae.evaluation.downstream import evaluate_downstream
 from mergelab.sae.evaluation.training_curve import LossCurve, compute_equivalent, loss_curve, open_loss_curve
+from mergelab.sae.spliced_losses import evaluate_downstream
 from mergelab.sharding import make_mesh
 from tests.sae.evaluation.trained_model import SubjectModel
 

@@ -13,11 +13,11 @@ from mergelab.activations.left_out import count_left_out
 from mergelab.errors import SAEError
 from mergelab.models.load import load_model
 from mergelab.quickstart import small_llama
-from mergelab.sae.evaluation.downstream import Downstream, evaluate_downstream
 from mergelab.sae.evaluation.scorecard import scorecard
 from mergelab.sae.evaluation.training_curve import compute_equivalent
 from mergelab.sae.features.survey import survey
 from mergelab.sae.sae import SAE, SAEConfig, at_sites
+from mergelab.sae.spliced_losses import Downstream, evaluate_downstream
 from mergelab.sae.subject_model import check_subject_model, open_subject_model
 from mergelab.sharding import make_mesh
 from tests.sae.evaluation.trained_model import LENGTH, SITE, SubjectModel

@@ -10,12 +10,12 @@ import pytest
 from mergelab.activations.model_activations import halves
 from mergelab.errors import SAEError
 from mergelab.sae.evaluation.controls import control_sae, random_model
-from mergelab.sae.evaluation.downstream import evaluate_downstream
 from mergelab.sae.evaluation.metric import Evidence, Options
 from mergelab.sae.evaluation.probing_tasks import label_texts
 from mergelab.sae.evaluation.reconstruction import densities, reconstruction_on_model
 from mergelab.sae.evaluation.scorecard import METRICS, Scorecard, control_scorecard, scorecard, seed_spread
 from mergelab.sae.sae import SAE
+from mergelab.sae.spliced_losses import evaluate_downstream
 from tests.sae.evaluation.trained_model import LENGTH, SubjectModel
 
 

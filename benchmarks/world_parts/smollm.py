@@ -30,9 +30,9 @@ TOKENS, PROMPT, NEW = 256, 32, 32
 _HELD = (
     "Checked apart from this run: of the 420 MB that a process holds after its first token in bfloat16, with "
     "programs kept, 273 MB are weights, 108 MB imported modules and XLA's backend, 24 MB what JAX keeps of "
-    "traced and compiled programs, 8 MB the tokenizer, and 7 MB the GGUF file's lists of tokens; reading adds "
-    "some 15 MB for a moment, compiling 50 MB. The first two alone are 1.42 times the weights of so small a "
-    "model; a single arena of the heap (MALLOC_ARENA_MAX=1) would save less than 10 MB."
+    "traced and compiled programs, 8 MB the tokenizer, and 7 MB the GGUF file's lists of tokens; reading "
+    "adds some 15 MB for a moment, compiling 50 MB. The first two alone are 1.42 times the weights of so "
+    "small a model; a single arena of the heap (MALLOC_ARENA_MAX=1) would save less than 10 MB."
 )
 
 

@@ -88,6 +88,7 @@ def findings(
         same = f"The edit changed nothing that was measured. {_refusals(before, after, harmful)}".rstrip()
         return [same, *_unfinished(before, after, total)]
     found = [
+        _separation(before),
         _refusals(before, after, harmful),
         _score(before, after),
         _harmless(before, after, harmless),
@@ -123,10 +124,28 @@ def _refusals(before: Behavior, after: Behavior, total: int) -> str:
     was, now = Count.of(before.harmful_refusals, total), Count.of(after.harmful_refusals, total)
     if was.count == now.count == 0:
         return (
-            f"None of the {total} harmful prompts was refused before the edit, and none after: there was "
-            "nothing to end, and these prompts do not show what the edit does to refusals."
+            f"{_none_refused(total, 'harmful')}: there was nothing to end, and these prompts do not show "
+            "what the edit does to refusals."
         )
     return _change("harmful", was, now)
+
+
+def _none_refused(total: int, kind: str) -> str:
+    if total == 1:
+        return f"The one {kind} prompt was refused neither before the edit nor after"
+    return f"None of the {total} {kind} prompts was refused before the edit, and none after"
+
+
+def _separation(before: Behavior) -> str:
+    """What a direction is worth where the model told the prompts apart by anything but refusals."""
+    harmful, harmless = before.harmful_score, before.harmless_score
+    if harmful > harmless:
+        return ""
+    return (
+        f"Before the edit harmful prompts scored no higher than harmless ones ({harmful:.4g} and "
+        f"{harmless:.4g}): the model did not seem to refuse them, and nothing here shows that the direction "
+        "has to do with refusals."
+    )
 
 
 def _change(kind: str, was: Count, now: Count) -> str:
@@ -147,7 +166,7 @@ def _borderline(before: Behavior, after: Behavior, total: int) -> str:
         return ""
     was, now = Count.of(before.borderline_refusals, total), Count.of(after.borderline_refusals, total)
     if was.count == now.count == 0:
-        return f"None of the {total} borderline prompts was refused before the edit, and none after."
+        return f"{_none_refused(total, 'borderline')}."
     return _change("borderline", was, now)
 
 

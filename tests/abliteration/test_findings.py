@@ -94,3 +94,13 @@ def test_figures_that_were_not_taken_are_not_spoken_of() -> None:
     )
     broken = said(BEFORE, replace(BEFORE, kl=math.nan))
     assert broken.startswith("Figures are not finite numbers") and "\n" not in broken
+
+
+def test_prompts_that_the_model_did_not_tell_apart_by_refusing_are_said_to_be_such() -> None:
+    """What SmolLM2-135M-Instruct, which refuses nothing, gave with --anyway."""
+    before = replace(BEFORE, harmful_refusals=0.0, harmful_score=-2.963, harmless_score=-2.895)
+    found = said(before, replace(before, harmful_score=-2.935, kl=0.03), 1)
+    assert "scored no higher than harmless ones (-2.963 and -2.895)" in found
+    assert "nothing here shows that the direction has to do with refusals" in found
+    assert "The one harmful prompt was refused neither before the edit nor after: there was nothing" in found
+    assert "scored no higher" not in said(BEFORE, replace(BEFORE, kl=0.03))

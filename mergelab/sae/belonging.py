@@ -21,9 +21,9 @@ from mergelab.sae.sae import SAE
 
 __all__ = ["Belonging", "check_belongs", "warn_where_foreign"]
 
-_SOUND, _POOR, _BETTER = 0.3, 0.7, 0.6
+_SOUND, _POOR, _BETTER = 0.3, 0.7, 0.8
 """NMSE below which nothing else is tried, and above which a warning is due; part of it that tells a better
-place."""
+place: on SmolLM2-135M the next block has 1.2 to 1.5 times the NMSE of the right one."""
 
 _ROWS, _CODES = 1024, 1 << 26
 _NEIGHBORS = ("resid_pre", "resid_mid", "resid_post", "attn.out", "mlp.input", "mlp.out")

@@ -72,7 +72,7 @@ def command(
     if start_from is not None:
         overrides = (*overrides, f"start_from={json.dumps(start_from)}")
 
-    spliced: dict[str, str] = {}  # of the last step at which the model's losses were taken
+    spliced: dict[str, Any] = {}  # of the last step at which the model's losses were taken
 
     with count_bar("step", quiet=as_json) as bar:
 

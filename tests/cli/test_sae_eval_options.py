@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -21,8 +22,7 @@ from mergelab.sae.sae import SAE, SAEConfig
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An SAE of a known model, and a store of another one's activations at its site."""
     path = tmp_path_factory.mktemp("eval")
-    eye = np.eye(4, dtype=np.float32)
-    zero = np.zeros(4, np.float32)
+    eye, zero = jnp.eye(4), jnp.zeros(4)
     metadata = {"site": "blocks.0.resid_post", "model_hash": "a" * 64}
     save_sae(SAE(eye, zero, eye, zero, SAEConfig("relu", metadata=metadata)).checked(), path / "sae")
     (path / "store").mkdir()

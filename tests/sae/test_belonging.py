@@ -79,6 +79,17 @@ def test_a_wrong_site_is_told_with_the_right_one(source: Stored, wrong: str) -> 
         warn_where_foreign(sae, replace(source, sites=(wrong,)))
 
 
+def test_the_blocks_beside_are_tried(source: Stored) -> None:
+    """Libraries count blocks from 0, from 1, or from the embeddings."""
+    model = model_from_config({**CONFIG, "num_hidden_layers": 3})
+    rng, sites = np.random.default_rng(0), [f"blocks.{n}.{name}" for n in range(3) for name in NAMES]
+    arrays = {site: rng.standard_normal((640, D)).astype(np.float32) for site in sites}
+    arrays["blocks.2.mlp.out"] = source.arrays[SITE]
+    beside = Stored(model, None, source.tokens, ("blocks.1.mlp.out",), arrays=arrays)
+    found = check_belongs(at_sites(_sae(source.arrays[SITE]), "blocks.1.mlp.out"), beside)
+    assert found.best() == "blocks.2.mlp.out" and "name that site" in str(found.warning())
+
+
 def test_another_model_is_told(source: Stored) -> None:
     other = np.random.default_rng(5).standard_normal((640, D)) * np.linspace(3, 1, D)
     found = check_belongs(_sae(other), source)

@@ -202,13 +202,13 @@ def _spans_of_words(
 
 
 def _span(given: Any, length: int, place: str, labels: str) -> Span:
-    parts = given
+    parts: Any = given
     if isinstance(given, Mapping):
         parts = [given.get("start"), given.get("end"), given.get("label")]
     whole = isinstance(parts, list | tuple) and len(parts) == 3
     if not whole or not all(isinstance(n, int) and not isinstance(n, bool) for n in parts[:2]):
         raise SAEError(f"{place}: {labels} holds {quoted(given)}; expected spans [start, end, class].")
-    start, end, label = parts
+    start, end, label = int(parts[0]), int(parts[1]), parts[2]
     if not 0 <= start < end <= length:
         raise SAEError(f"{place}: the span {quoted(given)} is not within its text of {length} characters.")
     return start, end, _class(label, place, labels)

@@ -220,34 +220,41 @@ def test_answers_for_other_tokens_are_refused(subject: SubjectModel) -> None:
         evaluate_sae(subject.sae, subject.source, labels=labeled_texts(["a", "b"], [0, 1]))
 
 
-def test_the_command_probes_a_file_alone_and_beside_a_text(
-    subject: SubjectModel, reviews: tuple[list[str], list[str]], tmp_path: Path
-) -> None:
+@pytest.fixture
+def asked(subject: SubjectModel, reviews: tuple[list[str], list[str]], tmp_path: Path) -> list[str]:
+    """The command on a file of labeled texts."""
     records = [{"text": text, "kind": kind} for text, kind in zip(*reviews, strict=True)]
     file = _write(tmp_path / "reviews.jsonl", records)
-    asked = ["sae", "eval", subject.folder.parent / "sae", "--model", subject.folder, "--labels", file]
-    asked += ["--label-field", "kind", "--context", LENGTH, "--json"]
+    given = ["sae", "eval", subject.folder.parent / "sae", "--model", subject.folder, "--labels", file]
+    return [str(part) for part in (*given, "--context", LENGTH, "--json", "--label-field")]
 
-    def run(*more: Any) -> dict[str, Any]:
-        result = CliRunner().invoke(cli, [str(part) for part in (*asked, *more)], catch_exceptions=False)
-        assert result.exit_code == 0, result.output
-        (scores,) = json.loads(result.output.splitlines()[-1])["dictionaries"].values()
-        return scores
 
-    alone = run("--metrics", "labels,reconstruction")
+def _scores(asked: list[str], *more: str) -> dict[str, Any]:
+    result = CliRunner().invoke(cli, [*asked, "kind", *more], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    (scores,) = json.loads(result.output.splitlines()[-1])["dictionaries"].values()
+    return scores
+
+
+def test_the_command_probes_a_file_alone(asked: list[str]) -> None:
+    alone = _scores(asked, "--metrics", "labels,reconstruction")
     assert alone["labels.accuracy_5"]["value"] > 0.9 and alone["reconstruction.nmse"]["value"] > 0
     assert "84 texts" in alone["labels.base_rate"]["against"]
     assert alone["labels.base_rate"]["value"] == pytest.approx(24 / 84)
     assert "balanced by weights" in alone["labels.accuracy_1"]["against"]
-    beside = run("--metrics", "labels", "--text", subject.held_out)
-    assert beside["labels.accuracy_5"] == alone["labels.accuracy_5"]
-    from_python = evaluate_sae(
-        subject.sae, subject.folder, labels=read_labeled_texts(file, label_field="kind"), length=LENGTH,
-        metrics=["labels"],
-    )  # fmt: skip
-    assert from_python.values()["labels.accuracy_5"] == alone["labels.accuracy_5"]["value"]
-    wrong = CliRunner().invoke(cli, [str(part) for part in (*asked[:-5], "--label-field", "kin")])
+    wrong = CliRunner().invoke(cli, [*asked, "kin"])
     assert wrong.exit_code == 2 and "did you mean 'kind'" in " ".join(wrong.output.split())
+
+
+@pytest.mark.slow
+def test_beside_a_text_and_from_python_the_same_is_found(subject: SubjectModel, asked: list[str]) -> None:
+    alone = _scores(asked, "--metrics", "labels")["labels.accuracy_5"]
+    beside = _scores(asked, "--metrics", "labels", "--text", str(subject.held_out))
+    assert beside["labels.accuracy_5"] == alone
+    file = Path(asked[asked.index("--labels") + 1])
+    given = read_labeled_texts(file, label_field="kind")
+    found = evaluate_sae(subject.sae, subject.folder, labels=given, length=LENGTH, metrics=["labels"])
+    assert found.values()["labels.accuracy_5"] == alone["value"]
 
 
 def test_an_option_with_a_slip_of_the_pen_is_no_new_evidence(subject: SubjectModel) -> None:

@@ -32,9 +32,8 @@ def _shape(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
 
 
 PARAMS = jax.eval_shape(lambda: MODEL.init(0))
-SAE_SHAPES = SAE(
-    _shape(D, LATENTS), _shape(LATENTS), _shape(LATENTS, D), _shape(D), SAEConfig(activation="relu")
-)
+ARRAYS: Any = (_shape(D, LATENTS), _shape(LATENTS), _shape(LATENTS, D), _shape(D))
+SAE_SHAPES = SAE(*ARRAYS, SAEConfig(activation="relu"))
 TOKENS, BY_PLACE = _shape(BATCH, LENGTH, dtype=jnp.int32), _shape(BATCH, LENGTH, dtype=jnp.bool_)
 WEIGHT, LIMITS = _shape(BATCH, LENGTH - 1, dtype=jnp.int32), _shape(1)
 HOW: dict[str, Any] = {"model": MODEL, "sites": (SITE, SITE), "deciding": (SITE,)}

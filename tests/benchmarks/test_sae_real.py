@@ -1,4 +1,4 @@
-"""The benchmark on a real model's activations: its table, what the page says, and that its scores are ours."""
+"""The benchmark on a real model's activations: its table, its page, and whose scores they are."""
 
 from __future__ import annotations
 

@@ -249,18 +249,23 @@ class Recovery:
     above: float
 
 
-def recovery(features: np.ndarray, decoder: np.ndarray, threshold: float = 0.9) -> Recovery:
+def recovery(
+    features: np.ndarray, decoder: np.ndarray, threshold: float = 0.9, *, either_sign: bool = False
+) -> Recovery:
     """Compares a decoder with the ground truth; several features may have the same nearest row.
 
     Args:
         features: `[n_features, d]`, of any norm above 0.
         decoder: `[n_latents, d]`; rows of norm 0 point nowhere and have cosine 0.
         threshold: the cosine that `above` counts from.
+        either_sign: whether a row that points the other way is as good: of an SAE with signed codes, such as
+            `abs_topk`, half of the rows do, and their codes are negative.
 
     Raises:
         SAEError: the widths differ, or a feature has norm 0.
     """
-    nearest = max_cosines(features, decoder)
+    rows = np.concatenate([decoder, -decoder]) if either_sign else decoder
+    nearest = max_cosines(features, rows)
     return Recovery(float(nearest.mean()), float((nearest > threshold).mean()))
 
 

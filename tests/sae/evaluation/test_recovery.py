@@ -35,6 +35,14 @@ def test_half_a_truth_is_half_recovered() -> None:
     assert recovery(truth, np.zeros((3, 8), np.float32)).mean_max_cosine == 0.0
 
 
+def test_rows_of_signed_codes_count_whichever_way_they_point() -> None:
+    truth = _directions(6, 8)
+    turned = truth * np.array([1, -1, 1, -1, 1, -1], np.float32)[:, None]
+    found = recovery(truth, turned, either_sign=True)
+    assert found.mean_max_cosine == pytest.approx(1, abs=1e-6) and found.above == 1
+    assert recovery(truth, turned).above == 0.5
+
+
 def test_the_threshold_is_what_above_counts_from() -> None:
     truth = np.eye(2, dtype=np.float32)
     tilted = np.array([[0.8, 0.6], [0.0, 1.0]], np.float32)

@@ -1,12 +1,13 @@
 """What a training step reads, exchanges and keeps on a pod, by compiled programs; what processes cost here.
 
-    python -m benchmarks.pods [--paper] [--processes] [--work DIR]
+    python -m benchmarks.pods [--paper [--simulated]] [--processes] [--work DIR]
 
-`--paper` compiles the step of `CONFIG` for 8, 64 and 256 chips that are not there (extra: tpu-aot) and counts what
-each host of four chips reads, exchanges and keeps, against the least that any program must. `--processes`
-trains a small SAE with 1, 2 and 4 real processes that share four simulated devices, one after the other, and
-compares the processor time of a step. Results go to benchmarks/results/pods.json, the tables to
-benchmarks/pods.md; what is not run again keeps its last results.
+`--paper` compiles the step of `CONFIG` for 8, 64 and 256 chips that are not there (extra: tpu-aot) and
+counts what a host of four chips reads, exchanges and keeps, against the least that any program must; with
+`--simulated` the compiler of this CPU does it for as many simulated devices: the exchanges, before a
+TPU's compiler joins some. `--processes` trains a small SAE with 1, 2 and 4 real processes that share four
+simulated devices, one after the other, and compares the processor time of a step. Results go to
+benchmarks/results/pods.json, the tables to benchmarks/pods.md; what is not run again keeps its last results.
 """
 
 from __future__ import annotations
@@ -20,10 +21,21 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+# Devices are simulated where --simulated asks for it; the flag is read once, when JAX starts.
+if "--simulated" in sys.argv:
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=256"
+
+import jax
 
 from benchmarks.machine import describe
+from mergelab.sharding import make_mesh
+
+if TYPE_CHECKING:
+    from mergelab.sae.training.config import TrainConfig
 
 __all__ = ["least", "main", "render"]
 
@@ -31,6 +43,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results" / "pods.json"
 PAGE = REPOSITORY / "benchmarks" / "pods.md"
 CHIPS_OF_HOST = 4
+Compiled = tuple[dict[str, tuple[int, int]], int]
+"""Kind of exchange -> count and bytes of results on a chip; bytes of temporaries."""
 CONFIG: dict[str, Any] = {
     "sae": {"variant": "topk", "d_in": 512, "n_latents": 16384, "k": 32},
     "data": {"kind": "toy"},
@@ -71,34 +85,64 @@ def least(
     }
 
 
-def on_paper(results: dict[str, Any]) -> None:
+def on_paper(results: dict[str, Any], compiler: str) -> None:
     """Compiles the step for each slice and mesh that has no result yet, and writes each down at once."""
-    from mergelab.sae.training.aot import plan_step
+    from mergelab.sae.training.aot import held_bytes, shapes_of
     from mergelab.sae.training.config import load_config
 
-    found: dict[str, Any] = results.setdefault("paper", {})
     config = load_config(CONFIG)
-    batch, width = config.train.batch_size, CONFIG["sae"]["d_in"]
+    variant, recipe, shapes = shapes_of(config, None)
+    found: dict[str, Any] = results.setdefault("paper", {})
+    batch, width = recipe.batch_size, variant.d_in
+    parameters = sum(leaf.size for leaf in shapes.params.values())
     for topology, meshes in SLICES.items():
         for sizes in meshes:
             name = f"{topology} data={sizes['data']},latents={sizes['latents']}"
             if name in found:
                 continue
-            plan = plan_step(config, topology, sizes)
-            hosts = plan.report.chips / CHIPS_OF_HOST
+            exchanged, temporaries = (_on_slice if compiler == "tpu" else _simulated)(config, topology, sizes)
+            held = held_bytes(variant, recipe, shapes, sizes)
+            chips = sizes["data"] * sizes["latents"]
             found[name] = {
                 "mesh": sizes,
                 "topology": topology,
-                "read": 4 * batch * width / hosts,  # `batch_part`, and rows handed on among hosts of a group
-                "exchanged": CHIPS_OF_HOST * sum(c.nbytes for c in plan.report.collectives),
-                "kept": CHIPS_OF_HOST * (plan.report.peak - plan.report.temporaries),
-                "temporaries": CHIPS_OF_HOST * plan.report.temporaries,
-                "collectives": {c.kind: [c.count, c.nbytes] for c in plan.report.collectives},
-                "bound_ms": 1000 * plan.bound.seconds,
-                "least": least(sizes, batch=batch, width=width, parameters=plan.parameters, state=plan.state),
+                "compiler": compiler,
+                # By the layout: each row is read by one host, and handed on within a group.
+                "read": 4 * batch * width * CHIPS_OF_HOST / chips,
+                "exchanged": CHIPS_OF_HOST * sum(nbytes for _, nbytes in exchanged.values()),
+                "kept": CHIPS_OF_HOST * (held.state + held.batch / 2),  # inputs are their own targets
+                "temporaries": CHIPS_OF_HOST * temporaries,
+                "collectives": exchanged,
+                "least": least(
+                    sizes,
+                    batch=batch,
+                    width=width,
+                    parameters=parameters,
+                    state=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)),
+                ),
             }
             _save(results)
             print(name, json.dumps(found[name]), flush=True)
+
+
+def _on_slice(config: TrainConfig, topology: str, sizes: Mapping[str, int]) -> Compiled:
+    """What the TPU compiler makes of it."""
+    from mergelab.sae.training.aot import plan_step
+
+    report = plan_step(config, topology, sizes).report
+    return {c.kind: (c.count, c.nbytes) for c in report.collectives}, report.temporaries
+
+
+def _simulated(config: TrainConfig, topology: str, sizes: Mapping[str, int]) -> Compiled:
+    """What the compiler of this CPU makes of it for as many simulated devices."""
+    from mergelab.aot.worker import collectives
+    from mergelab.sae.training.aot import lower_step, shapes_of
+
+    variant, recipe, _ = shapes_of(config, None)
+    request = {"variant": {"name": variant.name, **asdict(variant)}, "recipe": asdict(recipe)}
+    compiled = lower_step(make_mesh(sizes), request).compile()
+    analysis: Any = compiled.memory_analysis()
+    return collectives(compiled.as_text() or ""), analysis.temp_size_in_bytes
 
 
 def by_processes(results: dict[str, Any], work: Path, turns: int) -> None:
@@ -151,23 +195,21 @@ def render(results: Mapping[str, Any]) -> str:
         "",
         "Written by `python -m benchmarks.pods`. On paper: the step of TopK with "
         f"{CONFIG['sae']['n_latents']:,} latents of width {CONFIG['sae']['d_in']} and "
-        f"{CONFIG['train']['batch_size']:,} tokens, without AuxK, compiled for slices of v5e. Bytes are those "
-        "of one host of four chips and one step; what is read is by the layout, each row once; exchanged bytes "
-        "are the results of exchanges on its chips, as the compiled program lists them, those inside a loop "
-        "once. The factor is that over the least that any program of this mesh must read, exchange, or keep "
-        "(`benchmarks.pods.least`; for what is kept: with the state divided over all chips).",
+        f"{CONFIG['train']['batch_size']:,} tokens, without AuxK, compiled {_compiler(results)}. Bytes are "
+        "those of one host of four chips and one step; what is read is by layout, each row once; exchanged "
+        "bytes are the results of exchanges on its chips, as the compiled program lists them, those inside a "
+        "loop once. The factor is that over the least that any program of this mesh must read, exchange, or "
+        "keep (`benchmarks.pods.least`; for what is kept: with the state divided over all chips).",
         "",
-        "| slice | mesh | read | exchanged | kept | temporaries | bound |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| chips | mesh | read | exchanged | kept | temporaries |",
+        "|---:|---|---:|---:|---:|---:|",
     ]
     for case in results.get("paper", {}).values():
         floor = case["least"]
         cells = [_against(case[name], floor[name]) for name in ("read", "exchanged", "kept")]
         mesh = f"data={case['mesh']['data']}, latents={case['mesh']['latents']}"
-        lines.append(
-            f"| {case['topology']} | {mesh} | {' | '.join(cells)} | {case['temporaries'] / 1e6:,.1f} MB | "
-            f"{case['bound_ms']:.3g} ms |"
-        )
+        chips = case["mesh"]["data"] * case["mesh"]["latents"]
+        lines.append(f"| {chips} | {mesh} | {' | '.join(cells)} | {case['temporaries'] / 1e6:,.1f} MB |")
     if measured := results.get("processes"):
         lines += [
             "",
@@ -189,6 +231,12 @@ def render(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _compiler(results: Mapping[str, Any]) -> str:
+    kinds = {case["compiler"] for case in results.get("paper", {}).values()}
+    names = {"tpu": "for slices of v5e", "cpu": "by the compiler of a CPU for simulated devices"}
+    return " and ".join(names[kind] for kind in sorted(kinds)) or "nowhere yet"
+
+
 def _against(found: float, floor: float) -> str:
     factor = f" ({found / floor:.2f} x)" if floor else ""
     return f"{found / 1e6:,.1f} MB{factor}"
@@ -203,6 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the parts that the command line asks for; returns all results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--paper", action="store_true", help="Compiled programs.")
+    parser.add_argument("--simulated", action="store_true", help="Simulated devices in place of slices.")
     parser.add_argument("--again", action="store_true", help="Compile what has a result, too.")
     parser.add_argument("--processes", action="store_true", help="Real processes.")
     parser.add_argument("--turns", type=int, default=3, help="Number of turns of the processes.")
@@ -212,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if options.paper:
         if options.again:
             results.pop("paper", None)
-        on_paper(results)
+        on_paper(results, "cpu" if options.simulated else "tpu")
     if options.processes:
         with tempfile.TemporaryDirectory() as folder:
             by_processes(results, options.work or Path(folder), options.turns)

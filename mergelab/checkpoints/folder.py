@@ -265,7 +265,10 @@ def _find_weights(folder: Path) -> tuple[list[Path], Path | None]:
             f"{folder / ggufs[0]}"
         )
     if "adapter_config.json" in names:
-        raise CheckpointError(f"{folder} is a LoRA adapter, not a model; write the model as base+adapter")
+        raise CheckpointError(
+            f"{folder} is a LoRA adapter, not a model; write the model as base+adapter, or merge adapters "
+            "alone to one (merge --as-adapter rank=R)"
+        )
     raise CheckpointError(
         f"{folder} has no weights: expected model.safetensors, model.safetensors.index.json or "
         f"pytorch_model.bin, found {', '.join(names[:6]) or 'nothing'}; check the path or finish the download"

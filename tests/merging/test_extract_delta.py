@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 from mergelab import operators as ops
-from mergelab.checkpoints import open_checkpoint
+from mergelab.checkpoints import TensorSource, open_checkpoint
 from mergelab.checkpoints.sparse_delta import with_delta
 from mergelab.cli.main import cli
 from mergelab.errors import CheckpointError, OperatorError
@@ -50,7 +50,7 @@ def trimmed(base: np.ndarray, tuned: np.ndarray, density: float) -> np.ndarray:
     return base + kept.reshape(base.shape)
 
 
-def read(source: object, pieces: list[int]) -> np.ndarray:
+def read(source: TensorSource, pieces: list[int]) -> np.ndarray:
     """A tensor read piece by piece, the pieces in reverse."""
     bounds = [0, *pieces, int(np.prod(source.shape))]
     out = np.empty(bounds[-1], np.float32)

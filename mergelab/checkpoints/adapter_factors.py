@@ -105,7 +105,8 @@ def read_factors(path: Path | str) -> FactoredAdapter:
     for module, tensors in parts.modules.items():
         pair = next((names for names in (_LINEAR, _EMBEDDING) if tensors.keys() == set(names)), None)
         if pair is not None:
-            modules[module] = FactorPair(*(tensors[name] for name in pair), config.scale(module), pair)
+            b, a = (tensors[name] for name in pair)
+            modules[module] = FactorPair(b, a, config.scale(module), pair)
             faults += _shape_faults(module, modules[module], config)
         elif not config.use_dora:
             faults.append(f"module {module!r} has {', '.join(sorted(tensors))}, not one B and one A")

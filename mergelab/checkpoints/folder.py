@@ -267,7 +267,8 @@ def _find_weights(folder: Path) -> tuple[list[Path], Path | None]:
     if "adapter_config.json" in names:
         raise CheckpointError(
             f"{folder} is a LoRA adapter, not a model; write the model as base+adapter in a recipe, and use "
-            "elsewhere what `mergelab merge` makes of it"
+            "elsewhere what `mergelab merge` makes of it, or merge adapters alone to one (merge --as-adapter "
+            "rank=R)"
         )
     raise CheckpointError(
         f"{folder} has no weights: expected model.safetensors, model.safetensors.index.json or "

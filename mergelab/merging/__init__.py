@@ -11,6 +11,7 @@ from mergelab.lazy import lazy_names
 if TYPE_CHECKING:
     from mergelab.merging import soups, vocabulary
     from mergelab.merging.adapter_merge import MergedAdapter, merge_adapters
+    from mergelab.merging.delta_extraction import ExtractedDelta, extract_delta
     from mergelab.merging.lora_extraction import ExtractedLora, extract_lora
     from mergelab.merging.plan.planner import Plan, plan_merge
     from mergelab.merging.recipe.recipe_file import load_recipe, parse_recipe, recipe_yaml
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from mergelab.merging.soups import soup
 
 __all__ = [
+    "ExtractedDelta",
     "ExtractedLora",
     "MergeOptions",
     "Merged",
@@ -26,6 +28,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "TokenizerSpec",
+    "extract_delta",
     "extract_lora",
     "load_recipe",
     "merge",

@@ -12,6 +12,7 @@ import numpy as np
 
 from mergelab.checkpoints import dtype_from_name
 from mergelab.checkpoints.adapter_factors import FactoredAdapter, FactorPair, read_factors
+from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.model_card import CardFacts, portable_name, short_card
 from mergelab.checkpoints.output_target import MARKER
 from mergelab.checkpoints.peft import adapter_config
@@ -131,6 +132,9 @@ def merge_adapters(
         "models": " ".join(adapter.digest for adapter in adapters),
     }
     with WorkFolder(out, inputs=list(folders.values()), overwrite=overwrite) as work:
+        warnings = _base_warnings(recipe, adapters)
+        if work.finished(identity_digest(identity)):
+            return _recorded(work.out, warnings)
         work.prepare()
         jobs, ranks, errors = [], {}, {}
         depth = dict(zip(shapes, depths([f"{module}." for module in shapes]), strict=True))
@@ -144,12 +148,9 @@ def merge_adapters(
                 held = _Held(f"base_model.model.{module}.{name}", np.ascontiguousarray(factor.astype(stored)))
                 jobs.append(Job(held.name, held.shape, held.dtype, (held,)))
             progress(1)
-        warnings = _base_warnings(recipe, adapters)
         config = _config(recipe, adapters, ranks)
-        sizes: list[int] = []
 
         def files(digests: Mapping[str, str]) -> dict[str, bytes]:
-            sizes.append((work.path / f"{_STEM}.safetensors").stat().st_size)
             facts = {"mergelab": __version__, "identity": identity_digest(identity), "tensors": dict(digests)}
             told = {"ranks": ranks, "errors": errors}
             return {
@@ -160,7 +161,14 @@ def merge_adapters(
 
         size = 1 + sum(job.bytes_out for job in jobs)  # PEFT reads adapters of one file
         write_model(work, jobs, {}, identity, files, shard_bytes=size, stem=_STEM)
-        return MergedAdapter(work.out, ranks, errors, sizes[0], warnings)
+        return _recorded(work.out, warnings)
+
+
+def _recorded(out: Path, warnings: tuple[str, ...]) -> MergedAdapter:
+    """What a merge that has been published has written about itself."""
+    facts = read_json_object(out / MARKER)["merged"]
+    nbytes = (out / f"{_STEM}.safetensors").stat().st_size
+    return MergedAdapter(out, facts["ranks"], facts["errors"], nbytes, warnings)
 
 
 def _models_of(recipe: Recipe) -> ScopedSlice:
@@ -290,10 +298,11 @@ def _config(recipe: Recipe, adapters: Sequence[FactoredAdapter], ranks: Mapping[
         with_biases=False,
         keeps_tie=False,
     )
-    targets = {json.dumps(adapter.fields.get("target_modules")) for adapter in adapters}
-    alike = len(targets) == 1 and len({frozenset(adapter.modules) for adapter in adapters}) == 1
+    targets = adapters[0].fields.get("target_modules")
+    same = all(adapter.fields.get("target_modules") == targets for adapter in adapters)
+    alike = same and bool(targets) and len({frozenset(adapter.modules) for adapter in adapters}) == 1
     limited = any(adapter.fields.get("layers_to_transform") is not None for adapter in adapters)
-    config["target_modules"] = json.loads(targets.pop()) if alike and not limited else list(ranks)
+    config["target_modules"] = targets if alike and not limited else list(ranks)
     config["task_type"] = kinds.pop() if len(kinds) == 1 else None
     revisions = {adapter.fields.get("revision") for adapter in adapters}
     if len(named) == 1 and len(revisions) == 1 and base == named[0] and None not in revisions:

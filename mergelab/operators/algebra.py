@@ -99,7 +99,9 @@ class Part:
         """
         for field in self.per_model:
             values = getattr(self, field)
-            one_for_all = values is None or (not isinstance(values, list | tuple) and jnp.ndim(values) == 0)
+            if values is None:
+                continue
+            one_for_all = not isinstance(values, list | tuple) and jnp.ndim(values) == 0
             if not one_for_all and len(values) != models:
                 raise OperatorError(
                     f"{operator}: parameter {field!r} has {len(values)} value(s) for {models} model(s), "

@@ -24,6 +24,7 @@ FOLDERS = {
     "convert": "convert a --overwrite",
     "convert to orbax": "convert a --to orbax --overwrite",
     "extract-lora": "extract-lora b --base a --rank 2 --overwrite --out",
+    "extract-delta": "extract-delta b --base a --overwrite --out",
     "abliterate": "abliterate a --harmful t.txt --harmless t.txt --overwrite --out",
     "activations": "activations a --site blocks.0.resid_post --text t.txt --context 2 --out",
     "statistics": "statistics a --text t.txt --kind gram --context 2 --overwrite --out",

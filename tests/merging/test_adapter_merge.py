@@ -217,7 +217,7 @@ def test_peft_combines_adapters_to_the_same_products(here: Path, combination: st
     import torch
 
     weights = [0.6, -0.3]
-    made = [adapter(2), adapter(3, use_rslora=True)]
+    made = [adapter(2, task_type=None), adapter(3, use_rslora=True, task_type=None)]
     for i, one in enumerate(made):
         write(here / f"a{i}", one)
 

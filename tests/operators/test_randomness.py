@@ -183,7 +183,7 @@ def test_densities_zero_and_one_draw_nothing(name: str, density: float, survives
 @pytest.mark.parametrize("name", ["dare_linear", "della_linear"])
 def test_the_mean_of_many_masks_approaches_the_mean(name: str) -> None:
     """An entry kept with probability p by each of n masks is off by p (1 - p) / n in the mean square."""
-    density, draws = 0.3, 64
+    density, draws = 0.3, 8
     x = np.random.default_rng(0).standard_normal((SIDE, SIDE)).astype(np.float32)
     form = {"rescale_by": "density"} if name == "dare_linear" else {"rescale": False, "epsilon": 0.0}
     off = []

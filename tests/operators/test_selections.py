@@ -22,13 +22,17 @@ BASE = {k: np.zeros(s, np.float32) for k, s in SHAPES.items()}
 
 
 def test_equal_magnitudes_are_the_later_models() -> None:
-    models = [{"t": np.float32([1, -2, 3])}, {"t": np.float32([-1, 2, 1])}, {"t": np.float32([0, -2, -3])}]
+    models = [
+        {"t": np.array([1, -2, 3], np.float32)},
+        {"t": np.array([-1, 2, 1], np.float32)},
+        {"t": np.array([0, -2, -3], np.float32)},
+    ]
     found = ops.magmax(lambda_=1)(models, {"t": np.zeros(3, np.float32)})
     np.testing.assert_array_equal(found["t"], [-1, -2, -3])
 
 
 def test_consensus_keeps_what_enough_tasks_rely_on() -> None:
-    models = [{"t": np.float32([3, 1, 2, 0])}, {"t": np.float32([0.1, 1, 2, 0])}]
+    models = [{"t": np.array([3, 1, 2, 0], np.float32)}, {"t": np.array([0.1, 1, 2, 0], np.float32)}]
     base = {"t": np.zeros(4, np.float32)}
     for agree, kept in ((0, [3.1, 2, 4, 0]), (1, [3.1, 2, 4, 0]), (2, [0, 2, 4, 0])):
         found = ops.consensus(agree=agree, mask_lambda=0.5)(models, base)["t"]

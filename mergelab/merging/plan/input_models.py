@@ -18,6 +18,7 @@ from mergelab.checkpoints.hub import HubPlace, fetch_from_hub, hub_origin, parse
 from mergelab.checkpoints.locations import exists, is_url, local_path
 from mergelab.checkpoints.model_files import put_file
 from mergelab.checkpoints.source import TensorSource
+from mergelab.checkpoints.sparse_delta import DeltaCheckpoint, is_delta, with_delta
 from mergelab.errors import CheckpointError, DependencyError, MergelabError, did_you_mean, quoted
 from mergelab.merging.engine.job import Job
 from mergelab.merging.recipe.faults import FieldPath, Origin, raise_faults
@@ -105,7 +106,7 @@ def with_results(source: TensorSource, results: Mapping[str, Mapping[str, Tensor
 
 def is_planned(checkpoint: Checkpoint) -> bool:
     """Whether a model is the result of a merge that has not run, or an adapter on one."""
-    while isinstance(checkpoint, LoraCheckpoint):
+    while isinstance(checkpoint, LoraCheckpoint | DeltaCheckpoint):
         checkpoint = checkpoint.base
     return isinstance(checkpoint, PlannedCheckpoint)
 
@@ -207,9 +208,11 @@ def _open(text: str, folders: list[Path], stages: Mapping[str, Checkpoint]) -> F
     fingerprint = _fingerprint(checkpoint)
     if reference.adapter is not None:
         adapter, _ = _locate(reference.adapter, reference.adapter_revision, folders, [])
-        checkpoint = with_lora(checkpoint, adapter)
+        sparse = is_delta(adapter)
+        checkpoint = with_delta(checkpoint, adapter) if sparse else with_lora(checkpoint, adapter)
         paths.append(adapter)
-        parts = [fingerprint, *(_digest(p) for p in sorted(adapter.glob("adapter_*")) if p.is_file())]
+        files = sorted(adapter.glob("delta*" if sparse else "adapter_*"))
+        parts = [fingerprint, *(_digest(p) for p in files if p.is_file())]
         fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     return FoundModel(text, checkpoint, revision, fingerprint, tuple(paths))
 

@@ -17,7 +17,7 @@ __all__ = ["dare_linear", "dare_ties", "della", "della_linear"]
 
 RescaleBy = Literal["l1", "density"]
 Probability = Annotated[float, PerModel(), Range(0.0, float("inf"))]
-Draws = Annotated[int, Range(1, 1000)]
+Draws = Annotated[int, Range(1, 64)]
 _REFERENCE = "Yu et al., 'Language Models are Super Mario' (DARE), arXiv 2311.03099"
 
 

@@ -19,6 +19,7 @@ __all__ = ["LeastInterference", "wudi"]
 
 Solver = Literal["exact", "gradient"]
 Matrix = Float[Array, "rows columns"]
+_State = tuple[jax.Array, Matrix, Matrix, Matrix, jax.Array]
 
 _LOST = 1e-6
 """The fraction of the initial gradient below which descent stops: what float32 inputs resolve."""
@@ -81,14 +82,13 @@ def _inverse_transposed(z: Matrix) -> Matrix:
 
 def _descended(residual: Matrix, stacked: Matrix, steps: int) -> Matrix:
     """Conjugate gradients for `x z^T z = residual` from zero, with z the stacked matrices."""
-    State = tuple[jax.Array, Matrix, Matrix, Matrix, jax.Array]
     first = jnp.sum(residual * residual)
 
-    def going(state: State) -> jax.Array:
+    def going(state: _State) -> jax.Array:
         step, _, _, _, square = state
         return (step < steps) & (square > _LOST**2 * first)
 
-    def advanced(state: State) -> State:
+    def advanced(state: _State) -> _State:
         step, found, residual, direction, square = state
         curved = _product(_product(direction, stacked.T), stacked)
         size = square / jnp.sum(direction * curved)

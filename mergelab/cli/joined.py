@@ -91,7 +91,7 @@ def joins_run(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--heartbeat",
             type=DURATION,
-            default="60s",
+            default="100s",
             show_default=True,
             help="Time without a sign of life after which a process counts as gone, and the run ends.",
         ),

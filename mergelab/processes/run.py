@@ -49,7 +49,7 @@ class Run:
         advice: what to do when another process has ended the run, for the message.
     """
 
-    def __init__(self, launch: Launch, *, join_timeout: float = 300.0, heartbeat: float = 60.0) -> None:
+    def __init__(self, launch: Launch, *, join_timeout: float = 300.0, heartbeat: float = 100.0) -> None:
         """Touches nothing yet.
 
         Args:

@@ -17,9 +17,9 @@ WORSE = 3.0
 class DivergenceGuard:
     """Tells a training that diverges from one that begins badly.
 
-    A dense variant with many latents on narrow activations begins with errors far above 1, and falls. An error
-    is therefore compared with the lowest one so far, of which the first is that of the parameters before any
-    step: the limit is `max(HARMLESS, WORSE * lowest)`.
+    A dense variant with many latents on narrow activations begins with errors far above 1, and falls. An
+    error is therefore compared with the lowest one so far, of which the first is that of the parameters
+    before any step: the limit is `max(HARMLESS, WORSE * lowest)`.
     """
 
     def __init__(self, first: float = math.inf) -> None:

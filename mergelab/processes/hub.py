@@ -63,13 +63,14 @@ class Hub:
         for work in (self._wait_for_all(), self._listen_for_silence()):
             self._tasks.add(asyncio.create_task(work))
 
-    async def close(self) -> None:
-        """Closes what is open."""
+    def close(self) -> None:
+        """Closes what is open, and ends what goes on by itself."""
+        for task in self._tasks:
+            task.cancel()
         if self._server is not None:
             self._server.close()
         for member in self._members.values():
             member.writer.transport.abort()
-        await asyncio.sleep(0)
 
     def here(self) -> int:
         """How many members are still connected and have not left."""

@@ -234,14 +234,12 @@ class Run:
             return
 
         async def close() -> None:
-            mine = asyncio.current_task()
-            tasks = [task for task in asyncio.all_tasks() if task is not mine]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await self._link.close()
+            self._link.close()
             if self._hub is not None:
-                await self._hub.close()
+                self._hub.close()
+            mine = asyncio.current_task()
+            if tasks := [task for task in asyncio.all_tasks() if task is not mine]:
+                await asyncio.wait(tasks, timeout=_LAST_WORDS / 2)  # they see their connections end
 
         asyncio.run_coroutine_threadsafe(close(), self._loop).result(_LAST_WORDS)
         self._loop.call_soon_threadsafe(self._loop.stop)

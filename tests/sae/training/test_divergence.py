@@ -29,7 +29,7 @@ def first_diverged(start: float, errors: list[float]) -> int | None:
         (1.0, [math.nan], 0),
         (1.0, [math.inf], 0),
         (math.nan, [11.0], 0),
-        (math.inf, [9.0, 26.0], 1),
+        (math.inf, [9.0, 28.0], 1),
     ],
     ids=range(12),
 )

@@ -91,7 +91,7 @@ def joins_run(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--heartbeat",
             type=DURATION,
-            default="60s",
+            default="100s",
             show_default=True,
             help="Time without a sign of life after which a process counts as gone, and the run ends.",
         ),
@@ -103,7 +103,7 @@ def joins_run(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _perhaps() -> tuple[str, int, int, None]:
     """Stands for a cluster that has not been asked yet: `join_run` asks it."""
-    return "cluster:1", 2, 0, None
+    return "cluster:1", 1_000_000, 0, None
 
 
 def _advice() -> str:

@@ -63,6 +63,15 @@ class Hub:
         for work in (self._wait_for_all(), self._listen_for_silence()):
             self._tasks.add(asyncio.create_task(work))
 
+    def close(self) -> None:
+        """Closes what is open, and ends what goes on by itself."""
+        for task in self._tasks:
+            task.cancel()
+        if self._server is not None:
+            self._server.close()
+        for member in self._members.values():
+            member.writer.transport.abort()
+
     def here(self) -> int:
         """How many members are still connected and have not left."""
         return sum(not member.left for member in self._members.values())

@@ -33,7 +33,7 @@ def join_run(
     process_id: int | None = None,
     *,
     join_timeout: float = 300.0,
-    heartbeat: float = 60.0,
+    heartbeat: float = 100.0,
 ) -> Run | None:
     """The run that this process belongs to, joined; None where it stands alone.
 

@@ -83,6 +83,16 @@ class Link:
             with contextlib.suppress(OSError, TimeoutError):
                 await asyncio.wait_for(self._writer.drain(), 2)
 
+    def close(self) -> None:
+        """Closes what is open, and ends what goes on by itself."""
+        for task in self._tasks:
+            task.cancel()
+        if self._server is not None:
+            self._server.close()
+        for writer in (self._writer, *self._held):
+            if writer is not None:
+                writer.transport.abort()
+
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         while (message := await receive(reader)) is not None:
             self._heard = time.monotonic()

@@ -34,12 +34,12 @@ class Ended:
     sentence: str
 
     def facts(self) -> dict[str, Any]:
-        """As plain data, for a message."""
+        """Plain data, for a message."""
         return asdict(self)
 
     @staticmethod
     def of_facts(facts: dict[str, Any]) -> Ended:
-        """From what `facts` made."""
+        """The end that `facts` were made of."""
         return Ended(int(facts["process"]), str(facts["host"]), facts["kind"], str(facts["sentence"]))
 
 

@@ -49,7 +49,7 @@ class Run:
         advice: what to do when another process has ended the run, for the message.
     """
 
-    def __init__(self, launch: Launch, *, join_timeout: float = 300.0, heartbeat: float = 60.0) -> None:
+    def __init__(self, launch: Launch, *, join_timeout: float = 300.0, heartbeat: float = 100.0) -> None:
         """Touches nothing yet.
 
         Args:
@@ -63,6 +63,7 @@ class Run:
         self.advice = "start all processes again"
         self._loop = asyncio.new_event_loop()
         self._hub: Hub | None = None
+        self._thread: threading.Thread | None = None
         self._service = 0
         host, _, port = launch.coordinator.rpartition(":")
         host = host.strip("[]")
@@ -86,7 +87,8 @@ class Run:
         Raises:
             MeshError: they are not, or do not fit together.
         """
-        threading.Thread(target=self._loop.run_forever, name="run", daemon=True).start()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="run", daemon=True)
+        self._thread.start()
         try:
             asyncio.run_coroutine_threadsafe(self._open(facts), self._loop).result()
         except TimeoutError as error:
@@ -223,6 +225,29 @@ class Run:
             self._wait(lambda: self._hub is None or self._hub.here() == 0, 2 * _LAST_WORDS)
         return True
 
+    def close(self) -> None:
+        """Closes every connection; the run is over for this process."""
+        self._left = True
+        self._link.leaving = True
+        if self._thread is None:
+            self._loop.close()
+            return
+
+        async def close() -> None:
+            self._link.close()
+            if self._hub is not None:
+                self._hub.close()
+            mine = asyncio.current_task()
+            if tasks := [task for task in asyncio.all_tasks() if task is not mine]:
+                await asyncio.wait(tasks, timeout=_LAST_WORDS / 2)  # they see their connections end
+
+        asyncio.run_coroutine_threadsafe(close(), self._loop).result(_LAST_WORDS)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_LAST_WORDS)
+        self._thread = None
+        self._loop.close()
+        self._over.set()  # lets the thread that waits for an end go
+
     @property
     def stopped(self) -> bool:
         """Whether all processes have stopped at one step, as `request_stop` asked."""
@@ -268,12 +293,13 @@ class Run:
 
     def _enforce(self) -> None:
         self._over.wait()
+        if self.ended is None:  # the run was closed
+            return
         threading.Event().wait(_PATIENCE)
         with self._state:
             concluding = self._concluding
         if concluding:
             threading.Event().wait(2 * _LAST_WORDS)
-        assert self.ended is not None
         if not self._left:
             self._exit(self.ended, quiet=concluding)
 

@@ -22,10 +22,11 @@ from mergelab.sae.formats.detect import save_sae
 from mergelab.sae.sae import SAE
 from mergelab.sae.training.config import TrainConfig, TrainSection, load_config
 from mergelab.sae.training.data import TrainingRows, told_of_tokens
+from mergelab.sae.training.divergence import DivergenceGuard
 from mergelab.sae.training.model_loss import hold_out
 from mergelab.sae.training.start import start_training
-from mergelab.sae.training.step import make_step
-from mergelab.sae.training.trainer import DIVERGED, Progress, finish_training, train
+from mergelab.sae.training.step import Metrics, make_step
+from mergelab.sae.training.trainer import Progress, finish_training, train
 from mergelab.sharding import make_mesh
 
 __all__ = ["train_sae"]
@@ -170,12 +171,16 @@ def _train(
     state, overview = start.begin()
     step = make_step(variant, recipe, mesh)
     summary: dict[str, float] = {}
+    guard: DivergenceGuard | None = None
+    first: Metrics = {}
     with Prefetch(start.stream, start.place) as batches:
         for number in range(1, recipe.steps + 1):
             state, metrics = step(state, *next(batches))
+            first = first or metrics
             if number % _LOG_EVERY == 0 or number == recipe.steps:
                 summary = {name: float(np.asarray(value)) for name, value in metrics.items()}
-                if not np.isfinite(list(summary.values())).all() or summary["nmse"] > DIVERGED:
+                guard = guard or DivergenceGuard(float(np.asarray(first["nmse"])))
+                if guard.diverged(summary):
                     raise SAEError(
                         f"the training diverged at step {number} (loss {summary['loss']:.4g}, nmse "
                         f"{summary['nmse']:.4g}); begin again with a lower lr, or with clip."

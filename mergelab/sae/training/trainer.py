@@ -30,6 +30,7 @@ from mergelab.sae.sae import SAE, SAEConfig, sae_shardings
 from mergelab.sae.training.checkpoints import TOKENS, Checkpoints
 from mergelab.sae.training.config import TrainConfig, TrainingRecipe, load_config
 from mergelab.sae.training.data import host_metadata, open_data, sae_metadata, told_of_tokens
+from mergelab.sae.training.divergence import DivergenceGuard
 from mergelab.sae.training.finish import finished_sae, transcodes
 from mergelab.sae.training.folder import KnownOfRun, RunFolder
 from mergelab.sae.training.inputs import read_once
@@ -108,9 +109,6 @@ class Termination:
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 """Called with steps done, steps in all, and the metrics of a logged step."""
-
-DIVERGED = 10.0
-"""A normalized error this large is worse than any useful start: the training has diverged."""
 
 
 @dataclass(frozen=True)
@@ -320,6 +318,8 @@ class _Run:
         self.last: dict[str, float] = {}
         self._loggers: list[Logger] = []
         self._file: MetricsFile | None = None
+        self._first: Metrics = {}
+        self._guard: DivergenceGuard | None = None
         self._began = (0.0, 0)
 
     def steps(self, state: TrainState, done: int) -> tuple[TrainState, Trace]:
@@ -340,6 +340,7 @@ class _Run:
                     with DISPATCH:
                         state, metrics = self.step(state, x, y)
                     termination.unsaved = True
+                    self._first = self._first or metrics
                     end = number == self.recipe.steps
                     stop = termination.due(number) and not end
                     save = (number % self.every == 0 or stop) and not end
@@ -372,7 +373,9 @@ class _Run:
     def _log(self, number: int, metrics: Metrics, losses: Mapping[str, float]) -> None:
         self.checkpoints.check()
         line = {name: float(np.asarray(value)) for name, value in metrics.items()}
-        if not np.isfinite(list(line.values())).all() or line["nmse"] > DIVERGED:
+        if self._guard is None:
+            self._guard = DivergenceGuard(float(np.asarray(self._first["nmse"])))
+        if self._guard.diverged(line):
             good = self.checkpoints.latest()
             where = "no checkpoint was written yet" if good is None else f"the last good checkpoint is {good}"
             raise SAEError(

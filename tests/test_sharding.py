@@ -2,22 +2,65 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
+
 import jax
 import pytest
 from jax.sharding import PartitionSpec
 
 from mergelab.errors import MeshError
 from mergelab.processes import span_processes, together
-from mergelab.sharding import DEFAULT_RULES, make_mesh, named_sharding, partition_spec
+from mergelab.sharding import (
+    DEFAULT_RULES,
+    MODEL_AXES,
+    _first_devices,
+    fill_sizes,
+    idle_devices,
+    make_mesh,
+    named_sharding,
+    partition_spec,
+    read_sizes,
+)
 
 
-def test_a_mesh_uses_every_device_and_fills_in_one_size() -> None:
+def test_a_mesh_fills_in_one_size_and_takes_the_first_devices_where_it_is_smaller() -> None:
     assert dict(make_mesh({"data": 2, "tensor": 4}).shape) == {"data": 2, "tensor": 4}
     assert dict(make_mesh({"data": 2, "tensor": -1}).shape) == {"data": 2, "tensor": 4}
     assert dict(make_mesh({"fsdp": 3}, jax.devices()[:3]).shape) == {"fsdp": 3}
-    for sizes in ({"data": 3}, {"data": 16}, {}, {"data": 0, "tensor": 8}, {"data": -1, "tensor": -1}):
+    small = make_mesh({"data": 3})
+    assert list(small.devices) == jax.devices()[:3]
+    assert idle_devices(small) == "the mesh data=3 uses 3 of 8 devices; data=-1 would use all."
+    assert idle_devices(make_mesh({"data": -1})) is None
+    wrong = (
+        {"data": 3, "tensor": -1},
+        {"data": 16},
+        {},
+        {"data": 0, "tensor": 8},
+        {"data": -1, "tensor": -1},
+    )
+    for sizes in wrong:
         with pytest.raises(MeshError, match="over 8 devices"):
             make_mesh(sizes)
+
+
+def test_every_fault_of_a_mesh_is_named_at_once() -> None:
+    with pytest.raises(MeshError) as raised:
+        make_mesh({"model": 8, "tensr": 0}, axes=MODEL_AXES)
+    model, tensr, size = raised.value.faults
+    assert "'model'" in model and "the axes here are data, fsdp and tensor" in model
+    assert "did you mean 'tensor'" in tensr and "'tensr' is 0" in size
+    with pytest.raises(MeshError, match="it takes 4; choose sizes whose product is 8"):
+        fill_sizes({"data": 4}, 8, all_of_them=True)
+    with pytest.raises(MeshError, match=r"'b=x' is not axis=size; 'c' is not axis=size; a has -2 devices"):
+        read_sizes("b=x,c,a=-2")
+
+
+def test_several_processes_give_equally_many_devices() -> None:
+    device = namedtuple("device", ("id", "process_index"))
+    devices = [device(n, n // 4) for n in range(8)]
+    assert [d.id for d in _first_devices(devices, 4, {"data": 4})] == [0, 1, 4, 5]
+    with pytest.raises(MeshError, match="3 of the 8 devices of 2 processes"):
+        _first_devices(devices, 3, {"data": 3})
 
 
 def test_rules_map_logical_axes_to_mesh_axes() -> None:

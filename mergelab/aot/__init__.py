@@ -11,9 +11,12 @@ if TYPE_CHECKING:
         Collective,
         Fit,
         Roofline,
+        chip_kind,
         chip_of,
+        device_count,
         is_one_chip,
         roofline,
+        slices,
     )
     from mergelab.aot.compiler import compile_for_topology
 
@@ -23,10 +26,13 @@ __all__ = [
     "Collective",
     "Fit",
     "Roofline",
+    "chip_kind",
     "chip_of",
     "compile_for_topology",
+    "device_count",
     "is_one_chip",
     "roofline",
+    "slices",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__)

@@ -17,8 +17,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mergelab.aot.chips import ChipReport, Collective, slice_name
+from mergelab.aot.chips import ChipReport, Collective, device_count, slice_name
 from mergelab.errors import DependencyError, MeshError
+from mergelab.sharding import fill_sizes
 
 __all__ = ["compile_for_topology"]
 
@@ -43,8 +44,11 @@ def compile_for_topology(
 
     Raises:
         DependencyError: the TPU compiler is not installed.
-        MeshError: no such topology, a mesh that does not fit it, or a program that does not fit the chips.
+        MeshError: no such topology, or a mesh or a program that cannot be laid over it. A program that takes
+            more memory than a chip has is no error: `ChipReport.fits` says so.
     """
+    name = slice_name(topology)
+    sizes = fill_sizes(mesh, device_count(topology), all_of_them=True, place=f"chips of {topology}")
     if importlib.util.find_spec("libtpu") is None:
         raise DependencyError(
             "compiling for a TPU needs libtpu, which is not installed; install mergelab[tpu-aot], "
@@ -52,8 +56,8 @@ def compile_for_topology(
         )
     question = {
         "program": program,
-        "topology": slice_name(topology),
-        "sizes": dict(mesh),
+        "topology": name,
+        "sizes": sizes,
         "request": dict(request),
     }
     answer = _ask(question, timeout)

@@ -72,27 +72,97 @@ def _mesh(topology: str, sizes: Mapping[str, int]) -> Any:
     from jax.experimental import mesh_utils, topologies
     from jax.sharding import AxisType, Mesh
 
-    sliced = topologies.get_topology_desc(platform="tpu", topology_name=topology, **_host_bounds(topology))
+    options: dict[str, Any] = _host_bounds(topology)
+    if topology.startswith("v4:"):  # whose two cores run as one, as on the machines themselves
+        options["chip_config_name"] = "megacore"
+    sliced = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     devices = list(sliced.devices)
-    known = math.prod(size for size in sizes.values() if size != -1)
-    shape = {name: len(devices) // known if size == -1 else size for name, size in sizes.items()}
-    if math.prod(shape.values()) != len(devices):
-        raise MeshError(f"a mesh of {shape} cannot be laid over its {len(devices)} chips.")
-    grid = mesh_utils.create_device_mesh(tuple(shape.values()), devices, allow_split_physical_axes=True)
-    return Mesh(grid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+    if math.prod(sizes.values()) != len(devices):
+        raise MeshError(f"a mesh of {dict(sizes)} cannot be laid over its {len(devices)} devices.")
+    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+_PASSES = {"DEFAULT": 1, "HIGH": 3, "HIGHEST": 6}
+_PRODUCT = re.compile(
+    r"stablehlo\.dot_general (.*?) : \(tensor<([^>]*)>, tensor<([^>]*)>\) -> tensor<([^>]*)>"
+)
+
+
+def products(program: str) -> tuple[float, float]:
+    """Fraction of the operations in matrix products that are of float32, and bfloat16 passes on average.
+
+    >>> text = "stablehlo.dot_general %a, %b, contracting_dims = [1] x [0], precision = [HIGHEST, HIGHEST]"
+    >>> products(text + " : (tensor<8x4xf32>, tensor<4x2xf32>) -> tensor<8x2xf32>")
+    (1.0, 6.0)
+
+    Args:
+        program: StableHLO, as `jax.stages.Lowered.as_text` gives it.
+    """
+    total = wide = passes = 0.0
+    for options, left, right, result in _PRODUCT.findall(program):
+        sizes = {name: [int(n) for n in name.split("x")[:-1]] for name in (left, result)}
+        dims = re.search(r"contracting_dims = \[([\d, ]*)\]", options)
+        over = [int(n) for n in dims[1].split(",") if n.strip()] if dims else []
+        operations = math.prod(sizes[result]) * math.prod(sizes[left][n] for n in over)
+        precision = re.search(r"precision = \[(\w+)", options)
+        float32 = left.endswith("f32") and right.endswith("f32")
+        total += operations
+        wide += operations * float32
+        passes += operations * (_PASSES.get(precision[1] if precision else "DEFAULT", 1) if float32 else 1)
+    return (wide / total, passes / total) if total else (0.0, 1.0)
+
+
+_AMOUNT = r"([\d.]+)([KMGTP]?)i?B?"
+_SHORT = re.compile(rf"total memory required for HLO temporaries \({_AMOUNT}\)")
+_USED = re.compile(rf"Used {_AMOUNT} of {_AMOUNT}")
+_ARGUMENTS = re.compile(rf"arguments?:? +{_AMOUNT}")
+
+
+def asked_for(message: str) -> int | None:
+    """Bytes of temporaries that a compiler did not find room for, from its error; None for another error.
+
+    >>> asked_for("the total memory required for HLO temporaries (25.60G) exceeds available HBM (15.75G).")
+    27487790694
+    """
+    if found := _SHORT.search(message):
+        return _amount(found)
+    if found := _USED.search(message):
+        held = _ARGUMENTS.search(message)
+        return max(0, _amount(found) - (_amount(held) if held else 0))
+    return 0 if "RESOURCE_EXHAUSTED" in message else None
+
+
+def _amount(found: re.Match[str]) -> int:
+    return int(float(found[1].rstrip(".")) * 2 ** (10 * " KMGTP".index(found[2] or " ")))
 
 
 def _compile(program: str, topology: str, sizes: Mapping[str, int], request: Mapping[str, Any]) -> ChipReport:
     mesh = _mesh(topology, sizes)
     module, _, function = program.partition(":")
     started = time.perf_counter()
-    compiled = getattr(importlib.import_module(module), function)(mesh, request).compile()
+    lowered = getattr(importlib.import_module(module), function)(mesh, request)
+    float32, passes = products(lowered.as_text())
+    known: dict[str, Any] = {
+        "chips": mesh.devices.size,
+        "device": mesh.devices.flat[0].device_kind,
+        "float32": float32,
+        "passes": passes,
+    }
+    try:
+        compiled = lowered.compile()
+    except Exception as error:  # whose type is another in each version of jax
+        asked = asked_for(str(error))
+        if asked is None:
+            raise
+        nothing: dict[str, Any] = dict.fromkeys(("arguments", "outputs", "aliased", "flops", "traffic"), 0)
+        seconds = time.perf_counter() - started
+        return ChipReport(**known, **nothing, temporaries=asked, collectives=(), seconds=seconds, fits=False)
     seconds = time.perf_counter() - started
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     exchanged = collectives(compiled.as_text() or "")
     return ChipReport(
-        chips=mesh.devices.size,
-        device=mesh.devices.flat[0].device_kind,
+        **known,
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
         aliased=memory.alias_size_in_bytes,

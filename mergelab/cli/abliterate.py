@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mergelab.cli.numbers import ANY_NUMBER, Number, Seed, WholeNumber
-from mergelab.cli.options import MESH, PUSH, check_push_option, push_output
+from mergelab.cli.options import MESH, PUSH, check_push_option, model_mesh, push_output
 from mergelab.cli.output import StageBar, print_result
 from mergelab.errors import quoted
 
@@ -213,7 +213,6 @@ def command(
         read_prompts,
     )
     from mergelab.checkpoints.companion_files import companion_warnings, donor_files
-    from mergelab.sharding import make_mesh
 
     filters = Filters(*(options.pop(name) for name in ("max_kl", "min_induced", "max_depth", "layers")))
     if options["response_prefix"] is not None:
@@ -233,7 +232,7 @@ def command(
             settings=AbliterationSettings(filters=filters, **options),
             text=prose,
             journal=journal,
-            mesh=None if mesh is None else make_mesh(mesh),
+            mesh=None if mesh is None else model_mesh(mesh),
             dtype=dtype,
             overwrite=overwrite,
             resume=resume,

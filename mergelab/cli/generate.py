@@ -39,6 +39,14 @@ class _TokenIds(click.ParamType):
 @click.command("generate")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--prompt", help="Text to continue, or with --chat a question to answer.")
+@click.option(
+    "--prompts",
+    "prompt_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="File of prompts, one a line or .jsonl, each continued and printed as a line of JSON.",
+)
+@click.option("--batch", type=WholeNumber(1), help="Number of prompts of --prompts at a time (default: 16).")
 @click.option("--chat", is_flag=True, help="Talk in the model's chat format; without --prompt, in turns.")
 @click.option("--system", metavar="TEXT", help="Instruction at the beginning of a chat.")
 @click.option(
@@ -69,12 +77,16 @@ class _TokenIds(click.ParamType):
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype of the computation."
 )
-@click.option("--mesh", type=MESH, metavar="AXES", help="Mesh to spread the model over: tensor=8.")
+@click.option(
+    "--mesh", type=MESH, metavar="AXES", help="Mesh to spread the model and batches over: data=2,tensor=4."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print token ids and text as JSON.")
 @joins_run
 def command(
     path: Path,
     prompt: str | None,
+    prompt_file: Path | None,
+    batch: int | None,
     token_ids: list[int] | None,
     chat: bool,
     system: str | None,
@@ -94,6 +106,7 @@ def command(
       mergelab generate model --chat --system "Answer in one sentence."
       mergelab generate model --prompt "Once upon a time" --max-new-tokens 50
       mergelab generate model --prompt "def add(a, b):" --max-new-tokens 30 --greedy --stop $'\\n\\n'
+      mergelab generate model --prompts prompts.txt --batch 64 --mesh data=8 --greedy
       mergelab generate model --token-ids 1,415,2936 --max-new-tokens 8 --greedy --json
       mergelab generate model --prompt "Dear" --max-new-tokens 99 --temperature 0.8 --min-p 0.05 --seed 7
     """
@@ -101,7 +114,11 @@ def command(
         raise click.UsageError("--chat takes a text: give --prompt TEXT, and omit --token-ids")
     if system is not None and not chat:
         raise click.UsageError("--system is the instruction of a chat: add --chat")
-    if not chat and (prompt is None) == (token_ids is None):
+    if prompt_file is not None and (prompt is not None or token_ids is not None):
+        raise click.UsageError("--prompts is what to continue: omit --prompt and --token-ids")
+    if batch is not None and prompt_file is None:
+        raise click.UsageError("--batch is of a file of prompts: add --prompts FILE")
+    if not chat and prompt_file is None and (prompt is None) == (token_ids is None):
         raise click.UsageError("give what to continue: either --prompt TEXT or --token-ids 1,2,3")
     drawing = ("temperature", "top_k", "top_p", "min_p")
     if options["greedy"] and (given := [name for name in drawing if options[name] is not None]):
@@ -115,10 +132,14 @@ def command(
 
     configure_jax()
     path = local_path(path)
-    texts = prompt is not None or chat
+    texts = prompt is not None or prompt_file is not None or chat
     tokenizer = load_tokenizer(path) if texts or has_companion(path, "tokenizer.json") else None
     if options["stops"] and tokenizer is None:
         raise click.UsageError(f"--stop needs a tokenizer to read what was generated; {path} has none")
+    if prompt_file is not None:
+        assert tokenizer is not None
+        _file(path, tokenizer, prompt_file, batch or 16, chat, system, max_new_tokens, options)
+        return
     if chat:
         assert tokenizer is not None
         _chat(path, tokenizer, prompt, system, max_new_tokens, as_json, options)
@@ -198,6 +219,48 @@ def _chat(
         chat.converse(as_json=as_json)
     else:
         chat.answer(prompt, as_json=as_json)
+
+
+def _file(
+    path: Path,
+    tokenizer: Tokenizer,
+    file: Path,
+    batch: int,
+    chat: bool,
+    system: str | None,
+    max_new_tokens: int | None,
+    options: Mapping[str, Any],
+) -> None:
+    """Continues the prompts of a file, or answers them.
+
+    Raises:
+        MergelabError: the file holds no prompts.
+        DecodingError: the longest prompt and its new tokens are more than the model has positions.
+    """
+    from mergelab.checkpoints.companions import has_companion
+    from mergelab.cli.prompt_file import continuations, encoded_prompts
+    from mergelab.text.chat import turn_end_ids
+
+    if chat and "default" not in tokenizer.chat_templates:
+        raise click.UsageError(f"{path} has no chat template; omit --chat to continue the prompts as text")
+    prompts = encoded_prompts(file, tokenizer, chat=chat, system=system)
+    new = max_new_tokens or _NEW_TOKENS
+    if has_companion(path, "config.json"):  # before any weight is read
+        _check_prompt(path, max((ids for _, ids in prompts), key=len), new, from_text=True)
+    ends = () if options["ignore_end"] else turn_end_ids(tokenizer) if chat else tokenizer.end_ids
+    settings: dict[str, Any] = {"max_new_tokens": new, "sampler": _sampler(options), "key": options["seed"]}
+    model, params = load_either(path, options["mesh"], options["dtype"])
+    for line in continuations(
+        model,
+        params,
+        tokenizer,
+        prompts,
+        batch=batch,
+        stops=options["stops"],
+        ends=ends,
+        settings=settings,
+    ):
+        click.echo(line)
 
 
 def _load(

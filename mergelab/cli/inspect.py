@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -13,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergelab.aot.chips import Fit, chip_of, is_one_chip
+from mergelab.aot.chips import Fit, chip_of, device_count, is_one_chip
 from mergelab.cli.numbers import WholeNumber
 from mergelab.cli.options import MESH, readable
-from mergelab.errors import MeshError
 
 if TYPE_CHECKING:
     from mergelab.checkpoints import TensorSource
@@ -202,9 +200,14 @@ def _footprint(
 ) -> dict[str, Any]:
     from mergelab.checkpoints import dtype_from_name
     from mergelab.models.footprint import footprint
+    from mergelab.sharding import MODEL_AXES, fill_sizes
 
     assert inventory.model is not None
     wanted = None if dtype is None else dtype_from_name(dtype)
+    if -1 in mesh.values():  # the rest of the devices of this machine, as for any other command
+        import jax
+
+        mesh = fill_sizes(mesh, jax.device_count(), axes=MODEL_AXES)
     found = footprint(
         inventory.model,
         mesh,
@@ -224,13 +227,16 @@ def _compile(
     length: int | None,
     sae: Path | None,
 ) -> dict[str, Any]:
-    from mergelab.models.footprint import compile_forward
+    from mergelab.models.footprint import compile_forward, smallest_for_pass
+    from mergelab.sharding import MODEL_AXES, fill_sizes
 
+    place = f"chips of {topology}"
+    mesh = fill_sizes(mesh, device_count(topology), axes=MODEL_AXES, all_of_them=True, place=place)
     settings = None if sae is None else _training(sae, model)
     if settings is not None:  # the pass that fills one batch of the training
         length = length or settings.data.context
         batch = batch or -(-settings.train.batch_size // length)
-    pass_ = {
+    pass_: dict[str, Any] = {
         "batch": batch or mesh.get("data", 1) * mesh.get("fsdp", 1),
         "length": length or min(2048, model.config.max_length),
         "dtype": dtype or "bfloat16",
@@ -252,9 +258,22 @@ def _compile(
         needed += plan.report.arguments
         passing = max(passing, plan.report.peak - plan.report.arguments)
         found["sae"] = {"parameters": plan.parameters, "peak": plan.report.peak}
-    with contextlib.suppress(MeshError):  # a chip whose memory is not known here
-        fit = Fit(needed + passing, chip_of(topology).memory)
-        found["fit"] = {"needed": fit.needed, "memory": fit.memory, "sentence": str(fit)}
+    chip = chip_of(topology)
+    fit = Fit(needed + passing, chip.memory, chip.usable)
+    found["fit"] = {"needed": fit.needed, "memory": fit.memory, "sentence": str(fit)}
+    if report.fits:
+        return found
+
+    def tell(line: str) -> None:
+        click.echo(line, err=True)
+
+    smallest = smallest_for_pass(model, topology, **pass_, known=report, tell=tell)
+    found["smallest"] = smallest and {
+        "topology": smallest.topology,
+        "mesh": dict(smallest.mesh),
+        "peak": smallest.report.peak,
+        "memory": chip.memory,
+    }
     return found
 
 
@@ -335,19 +354,40 @@ def _footprint_lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def _compiled_lines(found: Mapping[str, Any]) -> list[str]:
+    from mergelab.sharding import shown_sizes
+
+    compiled = found["seconds"] > 0
     lines = [
         f"one forward pass of {found['batch']} x {found['length']} tokens in {found['dtype']}, on each of "
         f"the {found['chips']} chips ({found['device']}) of {found['topology']} as {_axes(found['mesh'])}",
         f"  arguments   {readable(found['arguments'])}",
-        f"  outputs     {readable(found['outputs'])}",
-        f"  temporaries {readable(found['temporaries'])}",
+        f"  outputs     {readable(found['outputs']) if found['fits'] else 'not known'}",
+        f"  temporaries {readable(found['temporaries']) if compiled else 'not compiled: no room for them'}",
         f"  together    {readable(found['peak'])}",
-        f"  operations  {found['flops']:.3g} floating-point",
     ]
+    if found["fits"]:
+        lines.append(f"  operations  {found['flops']:.3g} floating-point{_precision(found)}")
     if sae := found.get("sae"):
         lines.append(f"  SAE step    {readable(sae['peak'])} with {sae['parameters']:,} parameters")
     for exchange in found["collectives"]:
         lines.append(f"  {exchange['kind']:<18} {exchange['count']} x, {readable(exchange['nbytes'])} in all")
     what = "model, SAE and batch" if "sae" in found else "model and batch"
     lines += [f"{fit['sentence']} ({what})"] if (fit := found.get("fit")) else []
-    return [*lines, f"compiled in {found['seconds']:.1f} s; memory and exchanges, not speed"]
+    if found["fits"]:
+        return [*lines, f"compiled in {found['seconds']:.1f} s; memory and exchanges, not speed"]
+    kind = found["topology"].partition(":")[0]
+    if (smallest := found["smallest"]) is None:
+        return [*lines, f"no slice of {kind} was found that holds it; take a smaller batch or length"]
+    return [
+        *lines,
+        f"the smallest slice of {kind} that holds it: --topology {smallest['topology']} --mesh "
+        f"{shown_sizes(smallest['mesh'])} ({readable(smallest['peak'])} on each chip, compiled)",
+    ]
+
+
+def _precision(found: Mapping[str, Any]) -> str:
+    if not found["float32"]:
+        return ""
+    return (
+        f", of products {found['float32']:.0%} float32, on average in {found['passes']:.2g} bfloat16 passes"
+    )

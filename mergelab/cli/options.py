@@ -15,6 +15,8 @@ from mergelab.cli.program_cache import program_cache
 from mergelab.errors import quoted
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from mergelab.activations.kept import TokenRule
     from mergelab.sae.sae import SAE
 
@@ -28,6 +30,7 @@ __all__ = [
     "configure_jax",
     "judged_text",
     "load_either",
+    "model_mesh",
     "open_sae",
     "push_output",
     "read_model",
@@ -100,18 +103,13 @@ class _Mesh(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, int]:
         if isinstance(value, dict):
             return value
-        sizes: dict[str, int] = {}
-        for part in value.split(","):
-            name, _, size = (text.strip() for text in part.partition("="))
-            # As many devices as nine digits say are more than there are.
-            if not name.isidentifier() or not re.fullmatch("0{0,8}[1-9][0-9]{0,8}", size) or name in sizes:
-                self.fail(
-                    f"{quoted(value)} is not a mesh; write each axis once with its size, data=2,tensor=8",
-                    param,
-                    ctx,
-                )
-            sizes[name] = int(size)
-        return sizes
+        from mergelab.errors import MeshError
+        from mergelab.sharding import read_sizes
+
+        try:
+            return read_sizes(value)
+        except MeshError as error:
+            self.fail(str(error).removesuffix("."), param, ctx)
 
 
 MESH = _Mesh()
@@ -286,11 +284,24 @@ def load_either(
     """
     from mergelab.models.load import load_model
     from mergelab.models.orbax import is_orbax_model, load_orbax
-    from mergelab.sharding import make_mesh
 
-    mesh = None if sizes is None else make_mesh(sizes)
+    mesh = None if sizes is None else model_mesh(sizes)
     load = load_orbax if is_orbax_model(path) else load_model
     return load(path, mesh=mesh, dtype=dtype)
+
+
+def model_mesh(sizes: Mapping[str, int]) -> Mesh:
+    """The mesh that a model is spread over; what it leaves idle is said on stderr.
+
+    Raises:
+        MeshError: an axis is unknown, or so many devices cannot be laid out like that.
+    """
+    from mergelab.sharding import MODEL_AXES, idle_devices, make_mesh
+
+    mesh = make_mesh(sizes, axes=MODEL_AXES)
+    if sentence := idle_devices(mesh):
+        click.echo(f"note: {sentence}", err=True)
+    return mesh
 
 
 def open_sae(path: Path, step: int | None = None) -> SAE:

@@ -17,6 +17,7 @@ from mergelab.cli.options import (
     MESH,
     TEXT,
     judged_text,
+    model_mesh,
     text_options,
     token_options,
     token_rule,
@@ -334,11 +335,10 @@ def _on_text(
         judging_rule,
         open_subject_model,
     )
-    from mergelab.sharding import make_mesh
     from mergelab.text.tokenizer import load_tokenizer
 
     model, texts, length = local_path(options["model"]), options["texts"], options["context"]
-    mesh = None if options["mesh"] is None else make_mesh(options["mesh"])
+    mesh = None if options["mesh"] is None else model_mesh(options["mesh"])
     opened = [open_sae(source) for source in sources]
     opened = [at_sites(one, options["site"], options["target_site"]) for one in opened]
     first = opened[0]

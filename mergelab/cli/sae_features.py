@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergelab.cli.numbers import WholeNumber
-from mergelab.cli.options import MESH, TEXT, judged_text, text_options, token_options, token_rule
+from mergelab.cli.options import (
+    MESH,
+    TEXT,
+    judged_text,
+    model_mesh,
+    text_options,
+    token_options,
+    token_rule,
+)
 
 if TYPE_CHECKING:
     from mergelab.sae.sae import SAE
@@ -107,7 +115,6 @@ def command(
     from mergelab.sae.formats import sae_path
     from mergelab.sae.sae import at_sites
     from mergelab.sae.subject_model import check_subject_model, judging_rule, open_subject_model
-    from mergelab.sharding import make_mesh
     from mergelab.text.corpus_files import corpus_files
     from mergelab.text.tokenizer import load_tokenizer
 
@@ -135,7 +142,7 @@ def command(
         identity=hashlib.sha256(repr((stat_sha256(*inputs), options)).encode()).hexdigest(),
     ) as new_files:
         sae = at_sites(open_sae(source), site, target_site)
-        devices = None if mesh is None else make_mesh(mesh)
+        devices = None if mesh is None else model_mesh(mesh)
         rule, asked = token_rule(given, judging_rule(sae)), text_options(given)
         subject = open_subject_model(
             sae,

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 from jaxtyping import Array, Key
 
 from mergelab.activations.batches import pad_prompts
-from mergelab.decoding.generation import begin
+from mergelab.decoding.generation import begin_padded
 from mergelab.decoding.memory import Memory
 from mergelab.decoding.samplers import Sampler, greedy, row_keys
+from mergelab.decoding.spread import on_host
 from mergelab.decoding.steps import Steps
 from mergelab.decoding.stop import cut_at_strings, stop_at
 from mergelab.decoding.transforms import require
@@ -105,7 +105,10 @@ def complete(
     sampler, keys = sampler or greedy(), row_keys(key, len(ids))
     if memory is None:
         tokens, mask = pad_prompts(ids)
-        progress = begin(model, params, tokens, mask, max_new_tokens=max_new_tokens, stop=stop, edit=edit)
+        progress, spread = begin_padded(
+            model, params, tokens, mask, max_new_tokens=max_new_tokens, stop=stop, edit=edit
+        )
+        keys = keys if spread is None else spread.place_keys(keys)
     else:
         progress = memory.begin(model, params, ids[0], max_new_tokens=max_new_tokens, stop=stop)
     steps = Steps(model, params, sampler=sampler, keys=keys, stop=stop, edit=edits)
@@ -116,8 +119,8 @@ def complete(
         piece = 1 if on_text is not None else _CHUNK if stop_strings else max_new_tokens
         until = min(until + piece, max_new_tokens)
         progress = steps.advance(progress, until)
-        generated, finished = np.asarray(progress.tokens), np.asarray(progress.finished)
-        for row, length in enumerate(np.asarray(progress.lengths).tolist()):
+        generated, finished = on_host(progress.tokens), on_host(progress.finished)
+        for row, length in enumerate(on_host(progress.lengths)[: len(ids)].tolist()):
             if row in found:
                 continue
             new = generated[row, :length].tolist()

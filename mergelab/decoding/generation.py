@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mergelab.activations.batches import bucket_size, check_prompts, widen
 from mergelab.decoding.generation_state import GenerationState, on_device, start
 from mergelab.decoding.samplers import Sampler, greedy, row_keys
+from mergelab.decoding.spread import Spread, spread_of
 from mergelab.decoding.steps import Steps
 from mergelab.decoding.stop import Stop, stop_at
 from mergelab.decoding.transforms import require
@@ -20,7 +22,7 @@ from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit, as_partials, match_sites
 from mergelab.models.token_checks import learned_positions
 
-__all__ = ["Generated", "begin", "generate"]
+__all__ = ["Generated", "begin", "begin_padded", "generate"]
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +73,8 @@ def generate(
     drawn with `fold_in(row's key, n)`, and rows that have ended change no other. (Another width of padding
     may round logits differently.) Compiled once per batch size and per bucket of prompt length and
     `max_new_tokens` (`bucket_size`); settings of samplers and stop rules are arguments of the program. On one
-    CPU device layers that are alike share one program (`mergelab.models.blockwise`).
+    CPU device layers that are alike share one program (`mergelab.models.blockwise`). Where the parameters lie
+    on a mesh, its axes `data` and `fsdp` split the rows; rows that fill up the parts are in no result.
 
     Args:
         model: a decoder.
@@ -100,7 +103,7 @@ def generate(
     """
     stop, sampler, edits = stop or stop_at(), sampler or greedy(), as_partials(edit)
     require("generate(samples)", samples, samples >= 1, "at least 1")
-    progress = begin(
+    progress, spread = begin_padded(
         model,
         params,
         tokens,
@@ -112,18 +115,23 @@ def generate(
         log_probs=log_probs,
         capture=capture,
     )
-    if samples > 1:
-        progress = progress.repeat(samples)
-    keys = row_keys(key, progress.last.shape[0])
+    if spread is None:
+        progress = progress.repeat(samples) if samples > 1 else progress
+        keys = row_keys(key, progress.last.shape[0])
+    else:
+        progress, spread = spread.repeat(progress, samples) if samples > 1 else (progress, spread)
+        progress = replace(progress, finished=spread.is_padding())
+        keys = spread.place_keys(row_keys(key, spread.rows))
     steps = Steps(model, params, sampler=sampler, keys=keys, stop=stop, edit=edits)
     done = steps.advance(progress, max_new_tokens)
-    return Generated(
+    found = Generated(
         done.tokens[:, :max_new_tokens],
         done.lengths,
         done.finished,
         None if done.log_probs is None else done.log_probs[:, :max_new_tokens],
         done.captured,
     )
+    return found if spread is None else spread.without_padding(found)
 
 
 def begin(
@@ -141,10 +149,57 @@ def begin(
 ) -> GenerationState:
     """Checks prompts, pads them to a bucket, and reads them: the first half of `generate`.
 
+    On a mesh rows are split where their number divides; otherwise every device computes all of them.
+
     Raises:
         DecodingError: as `generate`.
         SiteError: as `generate`.
     """
+    return _begin(
+        model,
+        params,
+        tokens,
+        mask,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        edit=edit,
+        pad_id=pad_id,
+        log_probs=log_probs,
+        capture=capture,
+        pad=False,
+    )[0]
+
+
+def begin_padded(
+    model: Model,
+    params: Params,
+    tokens: ArrayLike,
+    mask: ArrayLike | None = None,
+    **options: Any,
+) -> tuple[GenerationState, Spread | None]:
+    """`begin` with rows added, where that lets a mesh split them; rows that were added have ended.
+
+    Returns:
+        The state, and how its rows lie on the mesh; None without one.
+    """
+    progress, spread = _begin(model, params, tokens, mask, **options, pad=True)
+    return progress if spread is None else replace(progress, finished=spread.is_padding()), spread
+
+
+def _begin(
+    model: Model,
+    params: Params,
+    tokens: ArrayLike,
+    mask: ArrayLike | None = None,
+    *,
+    max_new_tokens: int,
+    stop: Stop,
+    edit: Mapping[str, Edit] | None = None,
+    pad_id: int = 0,
+    log_probs: bool = False,
+    capture: str | Sequence[str] = (),
+    pad: bool,
+) -> tuple[GenerationState, Spread | None]:
     prompts = np.asarray(tokens)
     integral = prompts.dtype.kind in "iu"
     require("generate(tokens)", str(prompts.dtype), integral, "token ids of an integer type")
@@ -160,17 +215,20 @@ def begin(
     sites = (name for pattern in patterns for name in match_sites(model.sites(), pattern))
     width = prompts.shape[1]
     prompts, real = widen(prompts, real, bucket_size(width))
-    capacity = bucket_size(max_new_tokens)
-    return start(
+    spread = spread_of(params, len(prompts), pad=pad)
+    place = on_device if spread is None else spread.place
+    begun = start(
         model,
         params,
-        on_device(prompts.astype(np.int32)),
-        on_device(real),
-        capacity=capacity,
+        place(prompts.astype(np.int32)),
+        place(real),
+        capacity=bucket_size(max_new_tokens),
         stop=stop,
         edit=as_partials(edit),
         pad_id=pad_id,
         log_probs=log_probs,
         capture=tuple(dict.fromkeys(sites)),
         width=width,
+        sharding=None if spread is None else spread.sharding,
     )
+    return begun, spread

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
+from mergelab.decoding.spread import constrained
 from mergelab.decoding.stop import Stop
 from mergelab.models.blockwise import Blockwise, runs_by_block
 from mergelab.models.cache import Cache
@@ -89,6 +91,7 @@ def start(
     log_probs: bool = False,
     capture: tuple[str, ...] = (),
     width: int | None = None,
+    sharding: NamedSharding | None = None,
 ) -> GenerationState:
     """Reads the prompts, all but their last tokens, into a cache with room for `capacity` more.
 
@@ -104,6 +107,7 @@ def start(
         log_probs: whether log-probabilities of generated tokens are kept.
         capture: names of sites to keep of every row's last step.
         width: number of columns, those on the right, that edits count as the prompts'; all by default.
+        sharding: where rows lie on a mesh; left to the compiler if None.
 
     Raises:
         SiteError: the model was saved without a head of next tokens.
@@ -111,7 +115,8 @@ def start(
     if model.causal:  # `new_cache` refuses the others
         require_decoder(model)
     columns: Any = np.int32(tokens.shape[1] if width is None else width)
-    options = {"capacity": capacity, "log_probs": log_probs, "capture": capture}
+    options: dict[str, Any] = {"capacity": capacity, "log_probs": log_probs, "capture": capture}
+    options["sharding"] = sharding
     begun = _start if runs_by_block(model, params) else _start_at_once
     return begun(model, params, tokens, mask, columns, stop, edit, pad_id, **options)
 
@@ -129,17 +134,20 @@ def _start(
     capacity: int,
     log_probs: bool,
     capture: tuple[str, ...],
+    sharding: NamedSharding | None,
 ) -> GenerationState:
     new = unread(model, params, tokens, mask, width, stop, pad_id, capacity=capacity, log_probs=log_probs)
+    new = constrained(new, sharding)
     if tokens.shape[1] > 1:
         before, real = _but_last(tokens), _but_last(mask)
         places = _places(real, width, prompt=tokens.shape[1]) if edit else None
         cache = _read(model, params, before, real, new.cache, places, edit)
         new = replace(new, cache=cache)
-    return replace(new, captured=_nothing_captured(model, params, new.cache, edit, capture))
+    captured = _nothing_captured(model, params, new.cache, edit, capture)
+    return constrained(replace(new, captured=captured), sharding)
 
 
-_start_at_once = jax.jit(_start, static_argnames=("model", "capacity", "log_probs", "capture"))
+_start_at_once = jax.jit(_start, static_argnames=("model", "capacity", "log_probs", "capture", "sharding"))
 
 
 def unread(

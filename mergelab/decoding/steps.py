@@ -24,6 +24,7 @@ from mergelab.decoding.generation_state import (
     token_axes,
 )
 from mergelab.decoding.samplers import Sampler
+from mergelab.decoding.spread import on_host
 from mergelab.decoding.stop import Stop
 from mergelab.decoding.transforms import History
 from mergelab.models.blockwise import Blockwise, runs_by_block
@@ -101,7 +102,7 @@ class Steps:
         last = min(int(until), progress.tokens.shape[1])
         for crossing in self._crossings(progress, last):
             progress, keep = self._run(progress, crossing, keep), False
-            if int(progress.steps) == crossing and not bool(progress.finished.all()):
+            if int(progress.steps) == crossing and not on_host(progress.finished).all():
                 progress = read_again(self._model, self._params, progress, self._edit)
         return self._run(progress, last, keep)
 
@@ -110,7 +111,7 @@ class Steps:
         if not self._lengths:
             return []
         done = int(progress.steps)
-        held = np.asarray(progress.cache.mask).sum(axis=1)[~np.asarray(progress.finished)]
+        held = on_host(progress.cache.mask).sum(axis=1)[~on_host(progress.finished)]
         steps = {done + length - int(tokens) for length in self._lengths for tokens in held}
         return sorted(step for step in steps if done <= step < until)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from mergelab.aot import ChipReport, compile_for_topology
+from mergelab.aot import ChipReport, chip_kind, chip_of, compile_for_topology, device_count, slices
 from mergelab.checkpoints import FolderCheckpoint, TensorSource, open_checkpoint
 from mergelab.checkpoints.gguf.tensors import GgufTensor
 from mergelab.checkpoints.headers import headers_only
@@ -23,9 +23,26 @@ from mergelab.errors import CheckpointError, MeshError, first_faults
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model
 from mergelab.models.table import Leaf, stored_shapes, tree_from_leaves
-from mergelab.sharding import DEFAULT_RULES, Rules, named_sharding
+from mergelab.sharding import (
+    DEFAULT_RULES,
+    Rules,
+    check_axes,
+    fill_sizes,
+    named_sharding,
+    rule_axes,
+    shown_sizes,
+)
 
-__all__ = ["Footprint", "Inventory", "compile_forward", "footprint", "lower_forward", "take_inventory"]
+__all__ = [
+    "Footprint",
+    "Inventory",
+    "PassOnSlice",
+    "compile_forward",
+    "footprint",
+    "lower_forward",
+    "smallest_for_pass",
+    "take_inventory",
+]
 
 
 @dataclass(frozen=True)
@@ -156,8 +173,9 @@ def footprint(
         cache_length: slots of each sequence in the cache; 0 for no cache.
 
     Raises:
-        MeshError: a size is not positive, or a rule is missing.
+        MeshError: a size is not positive, an axis or a rule is unknown.
     """
+    check_axes(mesh, rule_axes(rules))
     if not mesh or min(mesh.values()) < 1:
         raise MeshError(f"a mesh of {dict(mesh)} has no devices; give every axis a positive size.")
     # Only the sizes of its axes are asked for: a mesh without devices is one, whatever the annotation says.
@@ -206,8 +224,15 @@ def compile_forward(
 
     Raises:
         DependencyError: the TPU compiler is not installed.
-        MeshError: no such topology, a mesh that does not fit it, or a program that does not fit the chips.
+        MeshError: no such topology, or a mesh that does not fit it. A pass that takes more memory than a chip
+            has is no error: `ChipReport.fits` says so; parameters and tokens that do are not compiled.
     """
+    devices, place = device_count(topology), f"chips of {topology}"
+    sizes = fill_sizes(mesh, devices, axes=rule_axes(rules), all_of_them=True, place=place)
+    held = footprint(model, sizes, lambda leaf: np.dtype(jnp.dtype(dtype)), rules=rules).parameters
+    if held > chip_of(topology).usable:
+        nothing = dict.fromkeys(("outputs", "aliased", "temporaries"), 0)
+        return ChipReport(devices, chip_kind(topology), held, **nothing, **_UNKNOWN, fits=False)
     request = {
         "config": dict(model.hf_config),
         "batch": batch,
@@ -215,7 +240,87 @@ def compile_forward(
         "dtype": dtype,
         "rules": {name: [to] if isinstance(to, str) else to for name, to in rules.items()},
     }
-    return compile_for_topology(f"{__name__}:lower_forward", topology, mesh, request, timeout=timeout)
+    report = compile_for_topology(f"{__name__}:lower_forward", topology, sizes, request, timeout=timeout)
+    return report if report.fits else replace(report, arguments=held)
+
+
+_UNKNOWN: dict[str, Any] = {"flops": 0.0, "traffic": 0.0, "collectives": (), "seconds": 0.0}
+
+
+@dataclass(frozen=True)
+class PassOnSlice:
+    """A forward pass as it was compiled for a slice.
+
+    Attributes:
+        topology: the slice.
+        mesh: sizes of the axes.
+        report: the compiled pass.
+    """
+
+    topology: str
+    mesh: Mapping[str, int]
+    report: ChipReport
+
+
+def smallest_for_pass(
+    model: Model,
+    kind: str,
+    *,
+    batch: int,
+    length: int,
+    dtype: str = "bfloat16",
+    known: ChipReport | None = None,
+    most: int = 256,
+    tell: Callable[[str], None] | None = None,
+) -> PassOnSlice | None:
+    """The smallest slice of a kind of chip on which a forward pass fits.
+
+    Arithmetic chooses on each slice the axes `fsdp` and `tensor` that leave a chip the fewest parameters, and
+    passes over what cannot fit; the compiler decides, four times at most.
+
+    Args:
+        model: the model.
+        kind: kind of chip, or a slice of it.
+        batch: sequences in the pass, over all chips.
+        length: tokens of each.
+        dtype: dtype of parameters and activations.
+        known: report of a pass that did not fit, whose temporaries, over all its chips, correct the estimate.
+        most: largest number of chips.
+        tell: function that is told what is compiled.
+
+    Returns:
+        None where none was found.
+
+    Raises:
+        MergelabError: as `compile_forward`.
+    """
+    usable, working, tries = chip_of(kind).usable, 0, 0
+    if known is not None:
+        working = known.temporaries * known.chips
+    for topology in slices(kind, most):
+        devices = device_count(topology)
+        # Of equals the one with most of `tensor`, which splits what is computed, too.
+        splits = [n for n in range(devices, 0, -1) if devices % n == 0]
+        sized = [
+            (footprint(model, mesh, lambda leaf: np.dtype(jnp.dtype(dtype))).parameters, mesh)
+            for mesh in ({"fsdp": devices // tensor, "tensor": tensor} for tensor in splits)
+        ]
+        held, mesh = min(sized, key=lambda pair: pair[0])
+        if held + working // devices > usable:
+            continue
+        if tell is not None:
+            tell(f"compiling for {topology} as {shown_sizes(mesh)}")
+        report = compile_forward(model, topology, mesh, batch=batch, length=length, dtype=dtype)
+        if report.fits:
+            return PassOnSlice(topology, mesh, report)
+        tries += 1
+        if tries == _TRIES:
+            return None
+        working = max(working, report.temporaries * report.chips)
+    return None
+
+
+_TRIES = 4
 
 
 def lower_forward(mesh: Mesh, request: Mapping[str, Any]) -> jax.stages.Lowered:

@@ -22,7 +22,7 @@ from mergelab.models.model import Model, Params
 from mergelab.models.shard_reader import Reading, ShardReader
 from mergelab.models.table import Leaf, stored_shapes, tree_from_leaves
 from mergelab.processes.agreement import span_processes, together
-from mergelab.sharding import DEFAULT_RULES, Rules, named_sharding
+from mergelab.sharding import DEFAULT_RULES, Rules, check_axes, named_sharding, rule_axes
 
 __all__ = ["check_dtype", "load_model", "load_params", "parameter_shapes"]
 
@@ -51,8 +51,10 @@ def load_model(
     Raises:
         CheckpointError: the folder, its config or a tensor is missing, unknown, damaged, or of another shape.
         NonFiniteError: a weight leaves the range of `dtype`.
-        MeshError: a rule is missing, or another process failed.
+        MeshError: a rule is missing, the mesh has an axis that no rule names, or another process failed.
     """
+    if mesh is not None:
+        check_axes(mesh.axis_names, rule_axes(DEFAULT_RULES if rules is None else rules))
     distributed = mesh is not None and span_processes(mesh.devices.flat)
     with together("opening the model", distributed=distributed):
         checkpoint = open_checkpoint(path) if isinstance(path, str | Path) else path

@@ -30,7 +30,7 @@ from mergelab.models.model import Model, Params
 from mergelab.models.table import get_leaf, stored_shapes, tree_from_leaves
 from mergelab.processes.agreement import span_processes, together
 from mergelab.refusals import one_line, refusal
-from mergelab.sharding import DEFAULT_RULES, Rules, named_sharding
+from mergelab.sharding import DEFAULT_RULES, Rules, check_axes, named_sharding, rule_axes
 
 __all__ = [
     "is_orbax_model",
@@ -251,6 +251,8 @@ def load_orbax(
 ) -> tuple[Model, Params]:
     """Loads what `save_orbax` wrote, onto any mesh; arguments and errors are those of `load_model`."""
     folder = local_path(path)
+    if mesh is not None:
+        check_axes(mesh.axis_names, rule_axes(DEFAULT_RULES if rules is None else rules))
     distributed = mesh is not None and span_processes(mesh.devices.flat)
     with together("opening the model", distributed=distributed):
         if not is_orbax_model(folder):

@@ -139,6 +139,24 @@ def test_texts_go_in_and_out(model: tuple[Model, Any], tmp_path: Path) -> None:
     assert (stopped["text"], stopped["stop"]) == (text.split(words[3])[0], "string")
 
 
+@pytest.mark.usefixtures("tokenizer")
+def test_a_file_of_prompts_is_continued_on_a_mesh_whatever_the_batch(
+    model: tuple[Model, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("w5 w7\n\nw1\nw2 w3\n")
+    arguments = ["--prompts", str(file), "--max-new-tokens", "5", "--greedy"]
+    alone, split = (
+        CliRunner().invoke(cli, ["generate", str(tmp_path / "model"), *arguments, *more])
+        for more in ((), ("--batch", "2", "--mesh", "data=-1"))
+    )
+    assert split.exit_code == 0, split.output
+    assert split.stdout == alone.stdout
+    lines = [json.loads(line) for line in split.stdout.splitlines()]
+    assert [line["prompt"] for line in lines] == ["w5 w7", "w1", "w2 w3"]
+    assert lines[0]["token_ids"] == by_hand(*model, [5, 7], 5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -147,6 +165,10 @@ def test_texts_go_in_and_out(model: tuple[Model, Any], tmp_path: Path) -> None:
         (["--token-ids", "1,x"], "is not a list of token ids"),
         (["--token-ids", "1", "--greedy", "--top-p", ".5"], "omit --top-p"),
         (["--token-ids", "99"], "token 99 is beyond the model's vocabulary of 24 (ids from 0 to 23)"),
+        (["--token-ids", "1", "--prompts", "x"], "omit --prompt and --token-ids"),
+        (["--token-ids", "1", "--batch", "2"], "add --prompts FILE"),
+        (["--token-ids", "1", "--mesh", "model=8"], "the axes here are data, fsdp and tensor"),
+        (["--token-ids", "1", "--mesh", "data=16"], "cannot be laid over 8 devices: it takes 16"),
         (["--token-ids", "1", "--stop", "x"], "--stop needs a tokenizer"),
         (["--prompt", "hello"], "has no tokenizer.json"),
     ],

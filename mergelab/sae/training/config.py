@@ -17,6 +17,7 @@ from mergelab.checkpoints.yaml_data import MAX_DEPTH, parse_yaml
 from mergelab.errors import SAEError, did_you_mean, quoted, shortened
 from mergelab.sae.variants import VARIANTS, Variant, make_variant
 from mergelab.sae.variants.options import checked_options
+from mergelab.sharding import known_sae_axes
 from mergelab.text.corpus import TextOptions
 
 __all__ = [
@@ -398,7 +399,9 @@ class TrainConfig(_Section):
     data: DataSection
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
-    mesh: dict[str, Annotated[Whole, Field(ge=-1, le=_MOST)]] | None = None
+    mesh: Annotated[
+        dict[str, Annotated[Whole, Field(ge=-1, le=_MOST)]] | None, BeforeValidator(known_sae_axes)
+    ] = None
     log_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     metadata: dict[str, Any] = Field(default_factory=dict)
     start_from: str | None = None

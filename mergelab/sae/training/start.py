@@ -21,7 +21,7 @@ from mergelab.sae.training.initialize import SAMPLE_ROWS, initialize, state_shap
 from mergelab.sae.training.memory import check_memory
 from mergelab.sae.training.overview import Overview, draw_sample
 from mergelab.sae.training.start_sample import StartSample
-from mergelab.sae.training.state import TrainState, batch_part, place_batch
+from mergelab.sae.training.state import TrainState, batch_fault, batch_part, place_batch
 from mergelab.sae.variants import Variant
 
 __all__ = ["Start", "check_parts", "start_training", "text_share"]
@@ -123,7 +123,7 @@ def check_parts(batch_size: int, mesh: Mesh | None) -> None:
     """
     parts = 1 if mesh is None else mesh.shape.get("data", 1)
     if batch_size % parts:
-        raise SAEError(f"train.batch_size is {batch_size}, which {parts} devices cannot share; change one.")
+        raise SAEError(batch_fault(batch_size, parts))
 
 
 def text_share(settings: TrainConfig, mesh: Mesh | None, lanes: int | None) -> TextShare | None:

@@ -13,14 +13,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mergelab.errors import MeshError
 from mergelab.processes.agreement import span_processes
 from mergelab.sae.variants.variant import Params
-from mergelab.sharding import put
+from mergelab.sharding import SAE_AXES, check_axes, put
 
 __all__ = [
     "REPLICATED",
     "Affine",
     "TrainState",
+    "batch_fault",
     "batch_part",
     "handed_on",
+    "latents_fault",
     "mesh_axes",
     "place_batch",
     "place_state",
@@ -91,12 +93,8 @@ def mesh_axes(mesh: Mesh) -> tuple[str | None, str | None]:
     Raises:
         MeshError: the mesh has another axis.
     """
-    unknown = set(mesh.axis_names) - {"data", "latents"}
-    if unknown:
-        raise MeshError(
-            f"the mesh has an axis {sorted(unknown)[0]!r}; an SAE is trained over 'data' and 'latents'."
-        )
-    return tuple(name if name in mesh.axis_names else None for name in ("data", "latents"))  # pyright: ignore
+    check_axes(mesh.axis_names, SAE_AXES)
+    return tuple(name if name in mesh.axis_names else None for name in SAE_AXES)  # pyright: ignore
 
 
 def state_specs(state: TrainState, latents: str | None = "latents") -> TrainState:
@@ -123,10 +121,18 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     _, latents = mesh_axes(mesh)
     n = state.steps_since_fired.shape[-1]
     if latents and n % mesh.shape[latents]:
-        raise MeshError(
-            f"{n} latents cannot be split over {mesh.shape[latents]} devices; choose a number that divides."
-        )
+        raise MeshError(latents_fault(n, mesh.shape[latents]))
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(state, latents))
+
+
+def latents_fault(latents: int, devices: int) -> str:
+    """Why latents cannot be split over so many devices."""
+    return f"{latents} latents cannot be split over {devices} devices; choose a number that divides."
+
+
+def batch_fault(tokens: int, devices: int) -> str:
+    """Why a batch cannot be split over so many devices."""
+    return f"train.batch_size is {tokens}, which {devices} devices cannot share; change one."
 
 
 def place_state(state: TrainState, mesh: Mesh) -> TrainState:

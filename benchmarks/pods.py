@@ -4,7 +4,7 @@
 
 `--paper` compiles the step of `CONFIG` for 8, 64 and 256 chips that are not there (extra: tpu-aot) and
 counts what a host of four chips reads, exchanges and keeps, against the least that any program must; with
-`--simulated` the compiler of this CPU does it for as many simulated devices: the program's exchanges, before a
+`--simulated` the compiler of this CPU does it for as many simulated devices: the exchanges, before a
 TPU's compiler joins some. `--processes` trains a small SAE with 1, 2 and 4 real processes that share four
 simulated devices, one after the other, and compares the processor time of a step. Results go to
 benchmarks/results/pods.json, the tables to benchmarks/pods.md; what is not run again keeps its last results.
@@ -196,7 +196,7 @@ def render(results: Mapping[str, Any]) -> str:
         "Written by `python -m benchmarks.pods`. On paper: the step of TopK with "
         f"{CONFIG['sae']['n_latents']:,} latents of width {CONFIG['sae']['d_in']} and "
         f"{CONFIG['train']['batch_size']:,} tokens, without AuxK, compiled {_compiler(results)}. Bytes are "
-        "those of one host of four chips and one step; what is read is by the layout, each row once; exchanged "
+        "those of one host of four chips and one step; what is read is by layout, each row once; exchanged "
         "bytes are the results of exchanges on its chips, as the compiled program lists them, those inside a "
         "loop once. The factor is that over the least that any program of this mesh must read, exchange, or "
         "keep (`benchmarks.pods.least`; for what is kept: with the state divided over all chips).",

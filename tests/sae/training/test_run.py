@@ -141,7 +141,8 @@ def test_a_run_is_resumed_as_it_was_begun(tmp_path: Path) -> None:
         ("data.toy.nfeatures=3", "did you mean 'n_features'"),
         ("data.kind=files", r"data\.path is missing"),
         ("sae", "expected section.key=value"),
-        ("mesh={data: 3}", "mesh of"),
+        ("mesh={data: 16}", "mesh of"),
+        ("mesh={tensor: 8}", "the axes here are data and latents"),
         ("tran.seed=1", "tran is not a known key.*'train'"),
     ],
 )

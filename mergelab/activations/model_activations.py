@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from mergelab.activations.batches import filled_batches
 from mergelab.activations.kept import DEFAULT_RULE, KeptRows, TokenRule, median_norm, row_norms
@@ -27,6 +27,7 @@ from mergelab.models.families import model_from_config
 from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params
 from mergelab.models.token_checks import check_tokens, window_length
+from mergelab.processes.agreement import span_processes
 from mergelab.sharding import DISPATCH, named_sharding
 from mergelab.text.contexts import TextContexts, text_contexts
 from mergelab.text.corpus import TextOptions, documents, documents_of_texts
@@ -131,10 +132,11 @@ class ModelActivations:
 
     def _run(self, tokens: np.ndarray) -> list[Array]:
         """The sites of some contexts, which the devices of the model's mesh share where they divide."""
-        sharding = jax.tree.leaves(self.params)[0].sharding
-        if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+        sharding = getattr(jax.tree.leaves(self.params)[0], "sharding", None)
+        mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+        if not isinstance(mesh, Mesh) or mesh.size == 1 or span_processes(mesh.devices.flat):
             return self._forward(self.params, jnp.asarray(tokens, jnp.int32))
-        split = named_sharding(sharding.mesh, tokens.shape, ("batch", "length"))
+        split = named_sharding(mesh, tokens.shape, ("batch", "length"))
         with DISPATCH:
             return self._forward(self.params, jax.device_put(np.asarray(tokens, np.int32), split))
 

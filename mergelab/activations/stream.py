@@ -351,6 +351,16 @@ def _read(source: ActivationSource, numbers: np.ndarray) -> np.ndarray:
 
 Ready = TypeVar("Ready")
 
+
+@runtime_checkable
+class _Batches(Protocol):
+    """A stream of batches that knows its place."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def __next__(self) -> Batch: ...
+
+
 _INTERRUPT_WAIT = 0.5
 """Seconds an interrupted consumer gives the batch that is being made."""
 
@@ -379,9 +389,7 @@ class Prefetch(Generic[Ready]):
         ahead: how many are kept ready.
     """
 
-    def __init__(
-        self, stream: ActivationStream, prepare: Callable[[Batch], Ready], *, ahead: int = 2
-    ) -> None:
+    def __init__(self, stream: _Batches, prepare: Callable[[Batch], Ready], *, ahead: int = 2) -> None:
         self.trace = Trace()
         self._state = stream.state()
         self._ready: queue.Queue[tuple[Any, Any, BaseException | None]] = queue.Queue(maxsize=ahead)
@@ -390,7 +398,7 @@ class Prefetch(Generic[Ready]):
         self._thread = threading.Thread(target=self._fill, args=(stream, prepare), daemon=True)
         self._thread.start()
 
-    def _fill(self, stream: ActivationStream, prepare: Callable[[Batch], Ready]) -> None:
+    def _fill(self, stream: _Batches, prepare: Callable[[Batch], Ready]) -> None:
         try:
             while not self._stop.is_set():
                 batch = prepare(next(stream))

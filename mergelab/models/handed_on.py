@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mergelab.models.layout import Box, box_shape, box_size, join, normalize, whole, widen
 from mergelab.models.table import Leaf
@@ -36,10 +36,15 @@ class RowShares:
     sharding: NamedSharding
 
     @property
+    def mesh(self) -> Mesh:
+        """The devices."""
+        return _mesh_of(self.sharding)
+
+    @property
     def boxes(self) -> dict[Any, Box]:
         """The slice of the leaf that each device of this process is to have read; some may be empty."""
         here, found = jax.process_index(), {}
-        for number, device in enumerate(self.sharding.mesh.devices.flat):
+        for number, device in enumerate(self.mesh.devices.flat):
             if device.process_index == here:
                 low, high = (min(place * self._rows, self.shape[self.axis]) for place in (number, number + 1))
                 box = whole(self.shape)
@@ -48,7 +53,7 @@ class RowShares:
 
     @property
     def _rows(self) -> int:
-        return -(-self.shape[self.axis] // self.sharding.mesh.size)
+        return -(-self.shape[self.axis] // self.mesh.size)
 
     def hand_on(self, read: Mapping[Box, np.ndarray] | None, dtype: np.dtype[Any]) -> jax.Array:
         """The leaf from what each process has read; every process must call it at the same point.
@@ -57,7 +62,7 @@ class RowShares:
             read: the arrays of `boxes`; None where reading failed, so that the others are not kept waiting.
             dtype: the leaf's.
         """
-        mesh = self.sharding.mesh
+        mesh = self.mesh
         full = list(self.shape)
         full[self.axis] = self._rows
         parts = []
@@ -83,6 +88,12 @@ def _handing(axis: int, size: int, sharding: NamedSharding) -> Any:
     return jax.jit(cut, out_shardings=sharding)
 
 
+def _mesh_of(sharding: NamedSharding) -> Mesh:
+    mesh = sharding.mesh
+    assert isinstance(mesh, Mesh), "a sharding without devices"
+    return mesh
+
+
 def row_shares(leaf: Leaf, sharding: NamedSharding, itemsize: int) -> RowShares | None:
     """How a leaf is read by rows where its shards lie in short runs; None where each reads its own shards.
 
@@ -96,12 +107,13 @@ def row_shares(leaf: Leaf, sharding: NamedSharding, itemsize: int) -> RowShares 
     if not leaf.layout.storage_order or not math.prod(leaf.shape):
         return None
     # All shards are of one shape: what the first process reads stands for all.
-    first = sharding.mesh.devices.flat[0].process_index
+    mesh = _mesh_of(sharding)
+    first = mesh.devices.flat[0].process_index
     indices = sharding.devices_indices_map(leaf.shape)
     boxes = {normalize(i, leaf.shape) for device, i in indices.items() if device.process_index == first}
     axis = leaf.layout.storage_order[0] + int(leaf.stack > 0)
     kept = sum(map(box_size, boxes))
-    if leaf.shape[axis] < sharding.mesh.size or _read_size(leaf, boxes, itemsize) <= _WASTE * kept:
+    if leaf.shape[axis] < mesh.size or _read_size(leaf, boxes, itemsize) <= _WASTE * kept:
         return None
     return RowShares(leaf.shape, axis, sharding)
 

@@ -8,6 +8,7 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -301,6 +302,7 @@ def _fill(
     """Makes all files in the work folder, but for those of a begun one that are whole."""
     total, dtype = len(tokens), facts["dtype"]
     by_place, context = source.by_place.reshape(-1), facts["context"]
+    pieces = _pieces(work)
     with disk_errors(work.out):
         _claim(work, facts, notice)
         known = _receipts(work.journal)
@@ -314,11 +316,11 @@ def _fill(
             if fault is not None:
                 if fault != "is new":
                     notice(f"the begun {work.out.name} {fault}; it is written again")
-                rows = read_in_pieces(source, start, stop, work.stages, lambda done: progress(done, total))
+                rows = read_in_pieces(source, start, stop, pieces, lambda done: progress(done, total))
                 for name, values in zip(files, rows, strict=True):
                     _write(_stored(values, dtype), work.path / name)
                     _note(work.journal, name, asdict(Entry.of(work.path / name)))
-                work.clear_stages()
+                shutil.rmtree(pieces, ignore_errors=True)
             else:
                 rows = tuple(_open(work.path / name).read(0, stop - start) for name in files)
             kept = source.kept_among(rows, start)
@@ -332,6 +334,11 @@ def _fill(
         told = {**facts, "median_norms": medians, "left_out": left_out.facts()}
         write_whole(work.path / _FACTS, json.dumps(told, indent=2) + "\n")
         work.keep_only(names)
+
+
+def _pieces(work: WorkFolder) -> Path:
+    """Where rows of the shard under way are kept; beside them may be the tokens of the text."""
+    return work.stages / "rows"
 
 
 def _claim(work: WorkFolder, facts: Mapping[str, Any], notice: Callable[[str], None]) -> None:
@@ -353,7 +360,7 @@ def _claim(work: WorkFolder, facts: Mapping[str, Any], notice: Callable[[str], N
             )
     work.journal.unlink(missing_ok=True)
     work.clear()
-    work.clear_stages()
+    shutil.rmtree(_pieces(work), ignore_errors=True)
     write_whole(path, json.dumps(facts, indent=2) + "\n")
 
 

@@ -67,7 +67,7 @@ def read_in_pieces(
 
 
 def _keep(folder: Path, first: int, end: int, rows: dict[str, np.ndarray]) -> None:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     partial = folder / ".rows"
     write_tensors(partial, rows)
     sync_path(partial)

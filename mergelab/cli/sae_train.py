@@ -86,6 +86,10 @@ def command(
             bar.clear()
             click.echo(line, err=True)
 
+        def reading(tokens: int) -> None:
+            bar.set_description(f"{tokens:,} tokens read", refresh=False)
+            bar.update(0)
+
         result = train(
             config,
             out,
@@ -94,6 +98,7 @@ def command(
             progress=progress,
             notice=notice,
             tell=None if as_json else tell,
+            reading=reading,
         )
     path = location_text(result.path)
     push_output(result.path, push_to)

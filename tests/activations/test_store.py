@@ -83,7 +83,9 @@ def test_a_killed_harvest_goes_on_within_a_shard(
     with pytest.raises(KeyboardInterrupt):
         write_store(source(SITE, OTHER), tmp_path / "acts", model=folder, progress=progress)
     assert told == list(range(32, 257, 32))  # rows, not shards
-    kept = sorted((tmp_path / ".acts.stages").iterdir(), key=lambda path: int(path.name.split("-")[0]))
+    kept = sorted(
+        (tmp_path / ".acts.stages" / "rows").iterdir(), key=lambda path: int(path.name.split("-")[0])
+    )
     assert len(kept) == 2 and not (tmp_path / "acts").exists()
     raw = bytearray(kept[-1].read_bytes())
     raw[-1] ^= 1

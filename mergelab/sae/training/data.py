@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -187,7 +187,12 @@ def written_rule(files: ActivationFiles) -> TokenRule | None:
     return known[0].strictest(*known) if known else None
 
 
-def open_data(section: DataSection, tokens: int) -> TrainingRows:
+def open_data(
+    section: DataSection,
+    tokens: int,
+    kept: Path | None = None,
+    reading: Callable[[int], object] = lambda tokens: None,
+) -> TrainingRows:
     """The activations, the targets where they are others, and which rows count.
 
     Generated rows all count.
@@ -196,6 +201,8 @@ def open_data(section: DataSection, tokens: int) -> TrainingRows:
         section: section of a training's configuration.
         tokens: number of rows of a generated source, if the section does not say; of a text, the number of
             tokens after which no more is read.
+        kept: folder in which the tokens of a text are kept, for a run that goes on after a kill.
+        reading: function that is called with the tokens of a text read so far.
 
     Raises:
         CheckpointError: files are missing or malformed.
@@ -227,7 +234,14 @@ def open_data(section: DataSection, tokens: int) -> TrainingRows:
         # No more text than the training reads, of which some rows are left out, but enough to shuffle.
         text = section.text_options(max(tokens + tokens // 4, section.buffer_rows))
         found = open_model_activations(
-            section.model, sites, section.texts, length=length, rule=section.rule(), text=text
+            section.model,
+            sites,
+            section.texts,
+            length=length,
+            rule=section.rule(),
+            text=text,
+            kept=kept,
+            reading=reading,
         )
         target = found.at(section.target_site) if section.target_site else None
         return TrainingRows(

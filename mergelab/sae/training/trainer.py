@@ -121,6 +121,7 @@ def train(
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
     tell: Callable[[str], None] | None = None,
+    reading: Callable[[int], object] = lambda tokens: None,
 ) -> Result:
     """Trains a sparse autoencoder and writes it to `OUT/final`.
 
@@ -139,6 +140,7 @@ def train(
         notice: function that is told what the user should know, such as a damaged checkpoint that was passed
             over; a Python warning if None.
         tell: function that is told, line by line, what the rows look like before the first step.
+        reading: function that is called with the tokens of a text read so far, in another thread.
 
     Raises:
         SAEError: the configuration or the data is wrong, or another than that of the run to resume, or the
@@ -157,7 +159,7 @@ def train(
             steps, metrics = known
             found = load_sae(folder.final, mesh=mesh)
             return Result(Path(out) / "final", found, steps, metrics, Trace(), resumed=True)
-        return _train(settings, Path(out), folder, progress, notice, tell)
+        return _train(settings, Path(out), folder, progress, notice, tell, reading)
 
 
 def _warn(message: str) -> None:
@@ -171,8 +173,9 @@ def _train(
     progress: Progress | None,
     notice: Callable[[str], None],
     tell: Callable[[str], None] | None,
+    reading: Callable[[int], object],
 ) -> Result:
-    data = open_data(settings.data, settings.train.build().tokens)
+    data = open_data(settings.data, settings.train.build().tokens, folder.tokens, reading)
     mesh = None if settings.mesh is None else make_mesh(settings.mesh)
     start = start_training(settings, data, mesh)
     variant, recipe = start.variant, start.recipe

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 
 from mergelab.errors import CorpusError
 from mergelab.quickstart.family import train_bpe
-from mergelab.text import corpus, corpus_tokens, kept_contexts, text_file_pieces
+from mergelab.text import corpus, corpus_tokens, kept_contexts
 from mergelab.text.contexts import TextContexts, text_contexts
 from mergelab.text.corpus import TextOptions, documents, sections
 from mergelab.text.kept_contexts import Share, corpus_contexts, lane_contexts
@@ -235,30 +234,3 @@ def test_sections_of_a_long_text_are_all_of_it_and_can_be_gone_to(tmp_path: Path
             (one.before, one.after, "".join(one.pieces)) for one in sections(documents(places, start=before))
         ]
         assert again == read[number:]
-
-
-@pytest.mark.parametrize("kind", ["lines", "gzip", "text"])
-def test_memory_does_not_depend_on_the_corpus(
-    kind: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(text_file_pieces, "_PIECE", 1 << 12)
-    monkeypatch.setattr(kept_contexts, "HELD", 1000)
-
-    def peak(repeats: int) -> tuple[int, int]:
-        text = "".join(f"{n} {PROSE[:600]}\n" for n in range(repeats))
-        if kind == "text":
-            raw = text.encode()
-        else:
-            raw = "".join(json.dumps({"text": line}) + "\n" for line in text.split("0")).encode()
-        name = {"lines": "a.jsonl", "gzip": "a.jsonl.gz", "text": "a.txt"}[kind]
-        (tmp_path / name).write_bytes(gzip.compress(raw, mtime=0) if kind == "gzip" else raw)
-        del text, raw
-        tracemalloc.start()
-        found = corpus_contexts(tokenizer, tmp_path / name, LENGTH, folder=tmp_path / "kept")
-        held = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return held, found.tokens.size
-
-    peak(20)  # what is made once
-    (small, few), (large, many) = peak(60), peak(300)
-    assert many > 4 * few and 4 * many > large and large < 1.25 * small

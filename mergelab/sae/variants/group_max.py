@@ -49,7 +49,7 @@ class GroupMax(TopK):
                 "divides k can."
             )
         pre = pre_activations(x, params["encoder"], alive_bias(params, context), context.compute_dtype)
-        function = self.activation(self.k // parts)
+        function = activation_functions.GroupMaxFunction(self.k // parts)
         values, indices = function.pairs(pre)
         if not prefers_dense(self.n_latents, self.k, context.shards.platform):
             return Encoded(SparseCodes(values, indices, pre.shape[1], context.shards))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 __all__ = [
+    "DELETES_OPEN_FILES",
     "cpu_kind",
     "exchange",
     "read_at",
@@ -23,6 +24,9 @@ __all__ = [
     "write_at",
     "writing_fault",
 ]
+
+DELETES_OPEN_FILES = sys.platform != "win32"
+"""Whether a file that is open, or mapped, can be deleted."""
 
 _CURRENT_FOLDER = -100 if sys.platform == "linux" else -2  # AT_FDCWD
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS

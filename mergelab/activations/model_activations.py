@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -30,8 +30,9 @@ from mergelab.models.token_checks import check_tokens, window_length
 from mergelab.processes.agreement import span_processes
 from mergelab.sharding import DISPATCH, named_sharding
 from mergelab.text.contexts import TextContexts, text_contexts
-from mergelab.text.corpus import TextOptions, documents, documents_of_texts
+from mergelab.text.corpus import TextOptions, documents_of_texts
 from mergelab.text.corpus_files import CorpusFile, corpus_files
+from mergelab.text.kept_contexts import corpus_contexts, forgotten_if_refused
 from mergelab.text.token_rows import StoredTokens
 from mergelab.text.tokenizer import load_tokenizer
 
@@ -270,6 +271,8 @@ def open_model_activations(
     mesh: Any = None,
     rule: TokenRule = DEFAULT_RULE,
     text: TextOptions | None = None,
+    kept: Path | None = None,
+    reading: Callable[[int], object] = lambda tokens: None,
 ) -> ModelActivations:
     """Activations of a model's folder on a corpus, which is tokenized while the weights are read.
 
@@ -283,6 +286,9 @@ def open_model_activations(
         mesh: devices to spread the model over.
         rule: which tokens count.
         text: how the texts become contexts, and how many are read.
+        kept: folder in which the tokens are kept as they are made, for a call that goes on after a kill
+            (`mergelab.text.corpus_contexts`).
+        reading: function that is called with the tokens read so far, in another thread.
 
     Raises:
         TokenError: the context is longer than the model's positions, or a token is beyond its vocabulary.
@@ -299,7 +305,7 @@ def open_model_activations(
         warnings.simplefilter("ignore")  # what there is to say of the configuration is said when it is loaded
         shape = model_from_config(checkpoint.config, str(checkpoint.path / "config.json"))
     size = window_length(shape, length, default)
-    tokenizer, stopped = load_tokenizer(model), Event()
+    stopped = Event()
 
     def check(ids: np.ndarray) -> None:
         if stopped.is_set():
@@ -309,9 +315,9 @@ def open_model_activations(
     tokenizer = load_tokenizer(model)
 
     def read() -> TextContexts:
-        return text_contexts(tokenizer, documents(files, text), size, text, check=check)
+        return corpus_contexts(tokenizer, files, size, text, folder=kept, check=check, progress=reading)
 
-    with ThreadPoolExecutor(1, thread_name_prefix="tokens") as pool:
+    with forgotten_if_refused(kept), ThreadPoolExecutor(1, thread_name_prefix="tokens") as pool:
         made = pool.submit(read)
         try:
             loaded, params = load_model(checkpoint, mesh=mesh, dtype=dtype)
@@ -319,18 +325,18 @@ def open_model_activations(
         except BaseException:
             stopped.set()
             raise
-    found = ModelActivations(
-        loaded,
-        params,
-        contexts.tokens,
-        tuple(sites),
-        framed=contexts.framed,
-        rule=rule,
-        special_ids=tokenizer.special_ids,
-        counted=contexts.counted,
-        text=replace(text, bos=contexts.bos is not None),
-    )
-    _ = found.widths  # names of sites are checked here, before anything is computed
+        found = ModelActivations(
+            loaded,
+            params,
+            contexts.tokens,
+            tuple(sites),
+            framed=contexts.framed,
+            rule=rule,
+            special_ids=tokenizer.special_ids,
+            counted=contexts.counted,
+            text=replace(text, bos=contexts.bos is not None),
+        )
+        _ = found.widths  # names of sites are checked here, before anything is computed
     return found
 
 

@@ -15,7 +15,7 @@ from mergelab.errors import MeshError
 from mergelab.processes.agreement import together
 from mergelab.processes.exchange import gathered_facts
 
-__all__ = ["agreed_digest", "journals", "own_journal", "own_pieces", "write_shards"]
+__all__ = ["agreed_digest", "journals", "own_journal", "own_pieces", "own_tokens", "write_shards"]
 
 _RECEIPTS = ".receipts-"
 
@@ -35,6 +35,12 @@ def own_pieces(work: WorkFolder) -> Path:
     """Where this process keeps rows of the shard under way."""
     process = jax.process_index()
     return work.stages / (f"rows-{process}" if process else "rows")
+
+
+def own_tokens(work: WorkFolder) -> Path:
+    """Where this process keeps the tokens of the text while it is read."""
+    process = jax.process_index()
+    return work.stages / (f"tokens-{process}" if process else "tokens")
 
 
 def agreed_digest(of_model: Callable[[], str], of_tokens: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,9 @@ def command(
     from mergelab.activations.left_out import LeftOut
     from mergelab.activations.model_activations import open_model_activations
     from mergelab.activations.store import write_store
+    from mergelab.activations.store_shares import own_tokens
     from mergelab.checkpoints.locations import local_path
+    from mergelab.checkpoints.new_files import check_new_folder
     from mergelab.checkpoints.remote_output import local_output, shown
     from mergelab.checkpoints.shared_work import SharedWorkFolder
     from mergelab.text.corpus import TextOptions
@@ -114,16 +117,27 @@ def command(
 
     model, files = local_path(model), corpus_files(texts)
     options = TextOptions(**text_options(given), tokens=tokens, part=part)
-    read = [file.path for file in files if file.path is not None]
+    places = [file.path for file in files if file.path is not None]
     with (
         local_output(out) as folder,
-        SharedWorkFolder(folder, inputs=[model, *read]) as work,
-        count_bar("row", quiet=as_json) as bar,
+        SharedWorkFolder(folder, inputs=[model, *places]) as work,
+        ExitStack() as bars,
     ):
-        rule = token_rule(given, DEFAULT_RULE)
-        source = open_model_activations(
-            model, sites, files, length=context, dtype=compute_dtype, rule=rule, text=options
-        )
+        if not work.published:
+            check_new_folder(work.out)  # before hours of work
+        with count_bar("token", quiet=as_json) as read:
+            source = open_model_activations(
+                model,
+                sites,
+                files,
+                length=context,
+                dtype=compute_dtype,
+                rule=token_rule(given, DEFAULT_RULE),
+                text=options,
+                kept=own_tokens(work),
+                reading=lambda tokens: read.update(tokens - read.n),
+            )
+        bar = bars.enter_context(count_bar("row", quiet=as_json))
         left_out = LeftOut()
 
         def progress(done: int, total: int) -> None:

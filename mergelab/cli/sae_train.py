@@ -98,6 +98,10 @@ def command(
             bar.clear()
             click.echo(line, err=True)
 
+        def reading(tokens: int) -> None:
+            bar.set_description(f"{tokens:,} tokens read", refresh=False)
+            bar.update(0)
+
         result = train(
             config,
             out,
@@ -107,6 +111,7 @@ def command(
             notice=notice,
             tell=None if as_json else tell,
             grace=grace,
+            reading=reading,
         )
     path = location_text(result.path)
     push_output(result.path, push_to)

@@ -50,7 +50,7 @@ def text_contexts(
     options: TextOptions | None = None,
     *,
     check: Callable[[np.ndarray], None] = lambda ids: None,
-    progress: Callable[[int], None] = lambda tokens: None,
+    progress: Callable[[int], object] = lambda tokens: None,
 ) -> TextContexts:
     """Documents as contexts of `length` tokens; memory does not depend on how many they are.
 
@@ -82,7 +82,7 @@ def cut_pieces(
     options: TextOptions,
     *,
     check: Callable[[np.ndarray], None] = lambda ids: None,
-    progress: Callable[[int], None] = lambda tokens: None,
+    progress: Callable[[int], object] = lambda tokens: None,
 ) -> TextContexts:
     """Pieces, each with int32 values beside its ids or None, as contexts; arguments as of `text_contexts`."""
     held = iter(pieces)

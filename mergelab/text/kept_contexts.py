@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from time import monotonic
@@ -17,7 +18,8 @@ import numpy as np
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.manifest import write_whole
 from mergelab.checkpoints.output_target import disk_errors
-from mergelab.errors import CheckpointError, CorpusError
+from mergelab.errors import CheckpointError, CorpusError, MergelabError
+from mergelab.platform import DELETES_OPEN_FILES
 from mergelab.text.contexts import Cutter, TextContexts
 from mergelab.text.corpus import (
     CorpusPosition,
@@ -32,7 +34,7 @@ from mergelab.text.corpus_tokens import token_pieces
 from mergelab.text.token_rows import HELD
 from mergelab.text.tokenizer import Tokenizer
 
-__all__ = ["Share", "corpus_contexts", "lane_contexts"]
+__all__ = ["Share", "corpus_contexts", "forgotten_if_refused", "lane_contexts"]
 
 _SAVE_EVERY = 10.0
 """Seconds of tokenizing that a kill may undo."""
@@ -76,6 +78,24 @@ class Share:
         return range(begin, end)
 
 
+@contextmanager
+def forgotten_if_refused(folder: Path | None) -> Iterator[None]:
+    """Deletes a folder of kept tokens where the work ends with an error that the same call would meet again.
+
+    What a kill or an interruption leaves stays, for the call that goes on.
+    """
+    stood = folder is not None and folder.parent.exists()
+    try:
+        yield
+    except MergelabError:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            if not stood:
+                with suppress(OSError):
+                    folder.parent.rmdir()
+        raise
+
+
 Places = str | Path | Sequence[str | Path] | Sequence[CorpusFile]
 
 
@@ -87,7 +107,7 @@ def corpus_contexts(
     *,
     folder: Path | None = None,
     check: Callable[[np.ndarray], None] = lambda ids: None,
-    progress: Callable[[int], None] = lambda tokens: None,
+    progress: Callable[[int], object] = lambda tokens: None,
 ) -> TextContexts:
     """A corpus as contexts of `length` tokens: those that `text_contexts` makes of its documents.
 
@@ -119,7 +139,7 @@ def lane_contexts(
     share: Share,
     folder: Path | None = None,
     check: Callable[[np.ndarray], None] = lambda ids: None,
-    progress: Callable[[int], None] = lambda tokens: None,
+    progress: Callable[[int], object] = lambda tokens: None,
 ) -> dict[int, TextContexts]:
     """The contexts of a process's lanes, by the lane's number; only their documents are tokenized.
 
@@ -201,10 +221,11 @@ class _Job:
     options: TextOptions
     count: int
     check: Callable[[np.ndarray], None]
-    progress: Callable[[int], None]
+    progress: Callable[[int], object]
 
     def read(self, numbers: Sequence[int], folder: Path | None) -> dict[int, TextContexts]:
         """The contexts of some of the lanes."""
+        folder = folder if DELETES_OPEN_FILES else None  # who deletes it has the tokens mapped
         identity = "" if folder is None else self._identity()
         with ExitStack() as stack:
             lanes = {}

@@ -13,14 +13,16 @@ from tokenizers import processors
 
 from mergelab.activations.model_activations import SiteActivations, halves, open_model_activations
 from mergelab.cli.main import cli
-from mergelab.errors import CorpusError
+from mergelab.errors import CorpusError, SAEError
 from mergelab.quickstart import small_llama
 from mergelab.quickstart.family import train_bpe
 from mergelab.sae.evaluation.probing_tasks import label_texts
 from mergelab.sae.sae import SAE, SAEConfig
 from mergelab.sae.subject_model import trained_text
+from mergelab.sae.training import train
 from mergelab.sae.training.config import DataSection
 from mergelab.sae.training.data import host_metadata, open_data
+from mergelab.text import corpus_tokens, kept_contexts
 from mergelab.text.corpus import TextOptions
 
 SITE = "blocks.0.resid_post"
@@ -108,3 +110,65 @@ def test_a_store_and_a_training_keep_how_the_text_was_cut(folder: Path, tmp_path
     bad = [*arguments[:-2], "3/2"]
     result = CliRunner().invoke(cli, bad)
     assert result.exit_code == 2 and "is not a part; write 1/4" in result.output
+
+
+class Killed(Exception):
+    """What ends a call in the middle."""
+
+
+def test_a_training_killed_while_it_reads_text_goes_on_and_leaves_no_tokens(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_contexts, "_SAVE_EVERY", 0.0)
+    monkeypatch.setattr(corpus_tokens, "_BATCH", 100)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{n} {TEXT}"}) + "\n" for n in range(90)))
+    data = {"kind": "model", "model": str(folder / "model"), "site": SITE, "context": 16}
+    config = {
+        "sae": {"variant": "topk", "n_latents": 8, "k": 2},
+        "data": {**data, "text": str(tmp_path / "a.jsonl"), "buffer_rows": 64},
+        "train": {"tokens": 320, "batch_size": 32},
+    }
+
+    def kill(tokens: int) -> None:
+        if tokens > 100:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(config, tmp_path / "run", reading=kill)
+    assert (tmp_path / "run" / "tokens" / "00000" / "state.json").is_file()
+    read: list[str] = []
+    original = corpus_tokens.token_pieces
+
+    def noted(tokenizer: Any, documents: Any, options: Any) -> Any:
+        return original(tokenizer, (read.append(one.place) or one for one in documents), options)
+
+    monkeypatch.setattr(kept_contexts, "token_pieces", noted)
+    result = train(config, tmp_path / "run", tell=None)
+    assert not read[0].endswith("record 1") and result.steps == 10
+    assert not (tmp_path / "run" / "tokens").exists()
+    bad = {**config, "train": {"tokens": 10**6, "batch_size": 10**6}}
+    with pytest.raises(SAEError, match="batch_size is 1000000"):
+        train(bad, tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+
+
+def test_a_harvest_keeps_its_tokens_until_it_is_published_and_none_when_it_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def harvest(text: Path, out: str) -> Any:
+        command = ["activations", folder / "model", "--site", SITE, "--text", text, "--context", "16"]
+        return CliRunner().invoke(cli, [*map(str, command), "--out", str(tmp_path / out)])
+
+    (tmp_path / "bad.txt").write_bytes(TEXT.encode() * 20 + b"\xff")
+    assert "cannot be read as UTF-8" in harvest(tmp_path / "bad.txt", "bad").output
+    assert not list(tmp_path.glob(".bad*")) and not (tmp_path / "bad").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr("mergelab.activations.store.read_in_pieces", None)  # ends it before the first row
+        assert harvest(folder / "code.py", "acts").exit_code == 70
+    kept = tmp_path / ".acts.stages" / "tokens" / "00000" / "state.json"
+    assert kept.is_file()
+    monkeypatch.setattr(corpus_tokens, "_whole", None)
+    assert harvest(folder / "code.py", "acts").exit_code == 0 and not kept.exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    assert harvest(folder / "code.py", "mine").exit_code != 0 and not list(tmp_path.glob(".mine.stages"))

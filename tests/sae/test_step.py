@@ -31,6 +31,7 @@ CASES = {
     "relu": {},
     "matryoshka": {"k": 4},
     "abs_topk": {"k": 4},
+    "group_max": {"k": 4},
 }
 
 

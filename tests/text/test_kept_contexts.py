@@ -40,6 +40,7 @@ def tokenizer() -> Tokenizer:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Saves after each piece, and windows and sections of a few hundred characters."""
     monkeypatch.setattr(kept_contexts, "_SAVE_EVERY", 0.0)
+    monkeypatch.setattr("os.fsync", lambda number: None)  # on a busy disk some thousand take minutes
     monkeypatch.setattr(corpus_tokens, "WINDOW", 600)
     monkeypatch.setattr(corpus_tokens, "_OVERLAP", 256)
     monkeypatch.setattr(corpus_tokens, "_BATCH", 600)

@@ -2,7 +2,8 @@
 
 circuit-tracer keeps two files a layer, `W_enc_{i}.safetensors` (encoder `[n, d]`, biases, thresholds) and
 `W_dec_{i}.safetensors` (`[n, layers - i, d]`), and says sites in `config.yaml`. Gemma Scope 2 keeps one,
-`params_layer_{i}.safetensors` (`w_enc [d, n]`, `w_dec [n, layers, d]`); its folder names the sites.
+`params_layer_{i}.safetensors` (`w_enc [d, n]`, `w_dec [n, layers, d]`); `config.json` says the sites, or else
+its folder's name.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import numpy as np
 from mergelab.checkpoints import TensorSource, open_safetensors, read_whole
 from mergelab.checkpoints.text_file import read_text
 from mergelab.checkpoints.yaml_data import parse_yaml
-from mergelab.errors import CheckpointError
+from mergelab.errors import CheckpointError, quoted
 from mergelab.sae.cross_layer import CrossLayerTranscoder, LayerWeights
 from mergelab.sae.formats.file_format import FileFormat, Files, Found
 from mergelab.sae.formats.hook_names import site_of
 from mergelab.sae.formats.releases import sae_path
+from mergelab.sae.formats.settings import FormatSettings, faults_at_once
 from mergelab.sae.formats.shared import check_finite
 from mergelab.sae.sae import SAE
 
@@ -30,6 +32,7 @@ __all__ = ["CROSS_LAYER", "load_cross_layer_transcoder", "tracer_settings"]
 _ENCODER = re.compile(r"W_enc_(\d{1,4})\.safetensors")
 _PARAMS = re.compile(r"params_layer_(\d{1,4})\.safetensors")
 _SETTINGS = 2**20  # bytes of a config.yaml
+_CONFIG = "config.json"
 
 
 def load_cross_layer_transcoder(place: str | Path) -> CrossLayerTranscoder:
@@ -92,6 +95,9 @@ def read_cross_layer(path: Path) -> CrossLayerTranscoder:
     settings = tracer_settings(path)
     reads, writes = _sites(path, len(layers), settings)
     metadata = {key: value for key, value in settings.items() if isinstance(value, str)}
+    if pattern is _PARAMS and (path / _CONFIG).is_file():
+        said = _scope_settings(path, range(len(layers)), layers)
+        reads, writes, metadata = said[0] or reads, said[1] or writes, metadata | said[2]
     return CrossLayerTranscoder(tuple(layers), reads, writes, metadata)
 
 
@@ -111,6 +117,9 @@ def read_layer(files: Found) -> SAE:
     settings = tracer_settings(file.parent)
     reads, _ = _sites(file.parent, number + 1, settings)
     metadata = {key: value for key, value in settings.items() if isinstance(value, str)}
+    if not tracer and (file.parent / _CONFIG).is_file():
+        said = _scope_settings(file.parent, range(number, number + 1), [layer])
+        reads, metadata = said[0] or reads, metadata | said[2]
     # Alone, it is the first of the layers it writes.
     alone = CrossLayerTranscoder((layer,), None if reads is None else (reads[-1],), None, metadata)
     return alone.transcoder(0)
@@ -191,6 +200,46 @@ def tracer_settings(folder: Path) -> dict[str, Any]:
     documents = parse_yaml(read_text(file, _SETTINGS), str(file), strict_keys=False)
     data = documents[0].data if documents else {}
     return data if isinstance(data, dict) else {}
+
+
+def _scope_settings(
+    folder: Path, numbers: range, layers: list[LayerWeights]
+) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None, dict[str, Any]]:
+    """`reads`, `writes` and metadata that `config.json` of Gemma Scope 2 says, None where it does not.
+
+    A hook point is a list with a module for each layer, or one name with `{layer}`, or with the number 0, in
+    place of the layer's.
+
+    Raises:
+        CheckpointError: what it says is of the wrong kind, or the tensors are others; all faults at once.
+    """
+    with faults_at_once(FormatSettings.read(folder / _CONFIG)) as told:
+        told.word("architecture", ("jump_relu",), "jump_relu")
+        if told.flag("affine_connection", False) and any(layer.W_skip is None for layer in layers):
+            told.refuse("affine_connection is true, but a layer has no affine_skip_connection")
+        reads = _hook_points(told, "hf_hook_point_in", numbers)
+        writes = _hook_points(told, "hf_hook_point_out", numbers)
+        metadata = {key: value for key, value in told.values.items() if isinstance(value, str)}
+    return reads, writes, metadata
+
+
+def _hook_points(told: FormatSettings, key: str, numbers: range) -> tuple[str, ...] | None:
+    said = told.values.get(key)
+    if isinstance(said, list) and len(said) >= numbers.stop and all(isinstance(one, str) for one in said):
+        names = [said[i] for i in numbers]
+    elif isinstance(said, str):
+        pattern = said.replace("{layer}", "0").replace("{}", "0")
+        if (found := re.search(r"(?<=\.)0(?=\.|$)", pattern)) is None:
+            return None  # of another layer: the folder's name may say more
+        names = [f"{pattern[: found.start()]}{i}{pattern[found.end() :]}" for i in numbers]
+    else:
+        if said is not None:
+            told.refuse(
+                f"{key} is {quoted(said)}, but a module's name for each of {numbers.stop} layers was expected"
+            )
+        return None
+    sites = tuple(site for name in names if (site := site_of(name)) is not None)
+    return sites if len(sites) == len(names) else None
 
 
 def _sites(

@@ -25,6 +25,7 @@ from mergelab.models.save import save_params
 from mergelab.models.table import Leaf
 from mergelab.sae.formats.card import sae_card
 from mergelab.sae.formats.file_format import FileFormat, Found, Signature
+from mergelab.sae.formats.settings import faults_at_once
 from mergelab.sae.formats.shared import check_finite, check_sizes
 from mergelab.sae.sae import LATENT_AXIS, SAE, SAEConfig
 
@@ -165,12 +166,13 @@ def read_own(files: Found, mesh: Mesh | None = None) -> SAE:
     if settings.pop("format", None) != FORMAT:
         raise CheckpointError(f"{cfg}: expected format {FORMAT!r}; it was written by something else")
     sizes = {name: settings.pop(name, None) for name in ("d_in", "d_out", "n_latents")}
-    settings |= {
-        "k": None if settings.get("k") is None else told.whole("k"),
-        "subtract_b_dec": told.flag("subtract_b_dec", False),
-        "sites": told.whole("sites", 1),
-        "metadata": told.mapping("metadata"),
-    }
+    with faults_at_once(told) as told:
+        settings |= {
+            "k": None if settings.get("k") is None else told.whole("k"),
+            "subtract_b_dec": told.flag("subtract_b_dec", False),
+            "sites": told.whole("sites", 1),
+            "metadata": told.mapping("metadata"),
+        }
     tensors = open_safetensors(file).tensors
     known = [field for field in SAE.__dataclass_fields__ if field != "config"]
     unknown = [name for name in tensors if name not in known]

@@ -9,7 +9,7 @@ from typing import Any
 
 from mergelab.errors import CheckpointError
 from mergelab.sae.formats.hook_names import site_of
-from mergelab.sae.formats.settings import FormatSettings
+from mergelab.sae.formats.settings import FormatSettings, faults_at_once
 
 __all__ = ["OF_THE_MODEL", "SaeLensSettings", "read_settings"]
 
@@ -79,7 +79,13 @@ def read_settings(told: FormatSettings) -> SaeLensSettings:
         CheckpointError: an architecture, function or normalization that is not supported, a value of the
             wrong type, or a top-k function without k.
     """
+    with faults_at_once(told) as told:
+        return _settings(told)
+
+
+def _settings(told: FormatSettings) -> SaeLensSettings:
     cfg = told.values
+    _refuse_temporal(told)
     architecture = told.word("architecture", _ACTIVATIONS, "standard")
     kwargs = told.inner("activation_fn_kwargs") if cfg.get("activation_fn_kwargs") else None
     function = _function(told, kwargs)
@@ -87,10 +93,10 @@ def read_settings(told: FormatSettings) -> SaeLensSettings:
         architecture = "topk"
     activation = _ACTIVATIONS[architecture]
     if function == "topk" and activation != "topk":
-        raise _unfit(told, f"activation_fn is 'topk', but the architecture is {architecture!r}")
+        told.refuse(f"activation_fn is 'topk', but the architecture is {architecture!r}")
     maps = "transcoder" in architecture
     if maps and told.flag("apply_b_dec_to_input", False):
-        raise _unfit(told, "apply_b_dec_to_input is true, which SAELens has for no transcoder")
+        told.refuse("apply_b_dec_to_input is true, which SAELens has for no transcoder")
     k = cfg.get("k")
     if activation in ("topk", "abs_topk"):
         k = kwargs.whole("k") if kwargs is not None and "k" in kwargs.values else told.whole("k")
@@ -114,8 +120,12 @@ def read_settings(told: FormatSettings) -> SaeLensSettings:
     )
 
 
-def _unfit(told: FormatSettings, what: str) -> CheckpointError:
-    return CheckpointError(f"{told.path}: {what}; correct it or get the file again")
+def _refuse_temporal(told: FormatSettings) -> None:
+    if told.values.get("architecture") == "temporal":
+        raise CheckpointError(
+            f"{told.path}: architecture is 'temporal', whose codes of a token depend on the tokens before it "
+            "through attention layers of its own; an SAE here maps each token alone, so use SAELens for it"
+        )
 
 
 def _function(told: FormatSettings, kwargs: FormatSettings | None) -> str:
@@ -123,7 +133,7 @@ def _function(told: FormatSettings, kwargs: FormatSettings | None) -> str:
     key = "activation_fn_str" if told.values.get("activation_fn_str") is not None else "activation_fn"
     function = told.word(key, ("relu", "topk"), "relu")
     if kwargs is not None and kwargs.flag("signed", False):
-        raise _unfit(told, "activation_fn_kwargs.signed is true, which SAELens itself does not compute")
+        told.refuse("activation_fn_kwargs.signed is true, which SAELens itself does not compute")
     return function
 
 
@@ -152,7 +162,7 @@ def _sites(told: FormatSettings, maps: bool) -> dict[str, Any]:
     reads, writes = reads or site_of(metadata.get("site")), writes or site_of(metadata.get("target_site"))
     reshape = told.word("reshape_activations", ("none", "hook_z"), "none")
     if reshape == "hook_z" and reads is not None and not reads.endswith(".attn.z"):
-        raise _unfit(told, f"reshape_activations is 'hook_z', but hook_name is {hook!r}")
+        told.refuse(f"reshape_activations is 'hook_z', but hook_name is {hook!r}")
     if hook is not None and target is not None:
         maps = hook != target  # also where the hooks are not sites here
     known = reads is not None and writes is not None

@@ -12,7 +12,7 @@ from mergelab.checkpoints.publish import WorkFolder
 from mergelab.sae.formats.file_format import FileFormat, Found, Signature, open_weights
 from mergelab.sae.formats.hook_names import module_of, said_or, site_of
 from mergelab.sae.formats.own import write_folder
-from mergelab.sae.formats.settings import FormatSettings
+from mergelab.sae.formats.settings import FormatSettings, faults_at_once
 from mergelab.sae.formats.shared import (
     arrays_of,
     check_sizes,
@@ -35,10 +35,16 @@ def read_sparsify(files: Found) -> SAE:
     Raises:
         CheckpointError: a file is missing, or the activation is neither top-k nor groupmax.
     """
-    settings, file = files.told, files.weights
-    activation = _ACTIVATIONS[settings.word("activation", _ACTIVATIONS, "topk")]
-    if settings.flag("signed", False):  # of early versions
-        activation = "abs_topk"
+    file = files.weights
+    with faults_at_once(files.told) as settings:
+        activation = _ACTIVATIONS[settings.word("activation", _ACTIVATIONS, "topk")]
+        if settings.flag("signed", False):  # of early versions
+            activation = "abs_topk"
+        k, transcodes, latents = (
+            settings.whole("k", 32),
+            settings.flag("transcode", False),
+            _latents(settings),
+        )
     cfg = settings.values
     wanted = {"encoder.weight": True, "encoder.bias": True, "W_dec": True, "b_dec": True, "W_skip": False}
     tensors = open_weights(file).tensors
@@ -50,7 +56,7 @@ def read_sparsify(files: Found) -> SAE:
             "W_skip": ("d", "d"),
         },
         files.settings,
-        {"d": ("d_in", cfg.get("d_in")), "n": _latents(settings)},
+        {"d": ("d_in", cfg.get("d_in")), "n": latents},
     )  # fmt: skip
     found = arrays_of(tensors, wanted, file)
     return SAE(
@@ -61,8 +67,8 @@ def read_sparsify(files: Found) -> SAE:
         W_skip=found["W_skip"].T if "W_skip" in found else None,
         config=SAEConfig(
             activation,
-            settings.whole("k", 32),
-            subtract_b_dec=not settings.flag("transcode", False),
+            k,
+            subtract_b_dec=not transcodes,
             **_sites(files.folder, cfg),
         ),
     ).checked()

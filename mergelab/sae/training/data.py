@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ from mergelab.sae.toy import ToyGroundTruth
 from mergelab.sae.training.config import DataSection, TrainConfig
 from mergelab.sae.training.memory import machine_memory, readable_bytes
 from mergelab.sae.variants.options import checked_options
-from mergelab.sharding import make_mesh
+from mergelab.sharding import MODEL_AXES, make_mesh
 from mergelab.text.corpus_tokens import bos_of
 from mergelab.text.tokenizer import load_tokenizer
 
@@ -204,17 +204,22 @@ def model_mesh(section: DataSection) -> Mesh | None:
     """
     if section.model_mesh is None:
         return None
-    axes = ("data", "fsdp", "tensor")
     for axis in section.model_mesh:
-        if axis not in axes:
+        if axis not in MODEL_AXES:
             raise MeshError(
-                f"data.model_mesh has an axis {shortened(axis)!r}{did_you_mean(axis, axes)}; a model is "
+                f"data.model_mesh has an axis {shortened(axis)!r}{did_you_mean(axis, MODEL_AXES)}; a model is "
                 "spread over data, fsdp and tensor."
             )
     return make_mesh(section.model_mesh, jax.local_devices())
 
 
-def open_data(section: DataSection, tokens: int, share: TextShare | None = None) -> TrainingRows:
+def open_data(
+    section: DataSection,
+    tokens: int,
+    share: TextShare | None = None,
+    kept: Path | None = None,
+    reading: Callable[[int], object] = lambda tokens: None,
+) -> TrainingRows:
     """The activations, the targets where they are others, and which rows count.
 
     Generated rows all count.
@@ -225,6 +230,8 @@ def open_data(section: DataSection, tokens: int, share: TextShare | None = None)
             tokens after which no more is read.
         share: the lanes of a text that this process reads, where processes share it; then every process must
             make the call.
+        kept: folder in which the tokens of a text are kept, for a run that goes on after a kill.
+        reading: function that is called with the tokens of a text read so far.
 
     Raises:
         CheckpointError: files are missing or malformed.
@@ -279,6 +286,8 @@ def open_data(section: DataSection, tokens: int, share: TextShare | None = None)
             mesh=mesh,
             rule=section.rule(),
             text=text,
+            kept=kept,
+            reading=reading,
         )
         target = found.at(section.target_site) if section.target_site else None
         return TrainingRows(

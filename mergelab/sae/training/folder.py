@@ -29,6 +29,7 @@ __all__ = ["KnownOfRun", "RunFolder", "known_of_run"]
 
 _CONFIG, _INPUTS, _RESULT, _FINAL = "config.yaml", "inputs.json", "result.json", "final"
 _LANES = "text_lanes"
+_TOKENS = "tokens"
 _THEN = "go on with --resume"
 
 
@@ -60,7 +61,7 @@ class RunFolder:
         self._distributed = jax.process_count() > 1
         self._first = jax.process_index() == 0
         self._lock: OutputLock | None = None
-        self._made = False
+        self._made = self._claimed = False
         self._inputs: dict[str, Any] | None = None
         self._before: int | None = None  # tokens of a run that is made longer
 
@@ -90,7 +91,15 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, MergelabError) and self._first and not self.begun and not self._claimed:
+            self._forget(_TOKENS)  # the same call would end the same way
         self._release()
+
+    def _forget(self, *folders: str) -> None:
+        for name in folders:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        if self._made and self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -99,6 +108,7 @@ class RunFolder:
 
     def _look(self) -> None:
         if not self.path.exists():
+            self._made = True
             return
         names = {entry.name for entry in self.path.iterdir()}
         if _FINAL in names and not self._resume:
@@ -112,7 +122,7 @@ class RunFolder:
             self.begun = True
             with WorkFolder(self.final):  # completes, or clears, what a kill left of publishing it
                 pass
-        elif names - {f".{_CONFIG}.partial", f".{_INPUTS}.partial", _INPUTS}:
+        elif names - {_TOKENS, f".{_CONFIG}.partial", f".{_INPUTS}.partial", _INPUTS}:
             # What else there may be is what a run leaves that was killed in its first moment.
             raise OutputError(f"{self._shown} is not empty and holds no run; choose another folder")
 
@@ -140,6 +150,11 @@ class RunFolder:
             return before
         self._before = tokens
         return {**before, "train": {**section, "tokens": now["train"]["tokens"]}}
+
+    @property
+    def tokens(self) -> Path | None:
+        """Folder in which a single process keeps the tokens of a text until the run has finished."""
+        return None if self._distributed else self.path / _TOKENS
 
     def finished(self) -> tuple[int, dict[str, float]] | None:
         """Steps and metrics of a run that has finished, its SAE proved to be what was written.
@@ -180,6 +195,7 @@ class RunFolder:
             with disk_errors(self.path, _THEN):
                 said = {"steps": steps, "metrics": dict(metrics), "files": list_files(self.final)}
                 write_whole(self.path / _RESULT, json.dumps(said, indent=1) + "\n")
+            shutil.rmtree(self.path / _TOKENS, ignore_errors=True)
 
     def check_inputs(self) -> None:
         """Takes the inputs' fingerprints, which must be those a begun run noted.
@@ -227,7 +243,6 @@ class RunFolder:
             return
         with disk_errors(self.path):
             if not self.begun:
-                self._made = not self.path.exists()
                 self.path.mkdir(exist_ok=True)
                 said = {"files": self._inputs} | ({} if known is None else {"known": asdict(known)})
                 said |= {_LANES: text_lanes} if text_lanes else {}
@@ -239,6 +254,7 @@ class RunFolder:
                     f"{self.path}: the run of {self._before:,} tokens is made one of {more:,}; the learning "
                     "rate goes on as a run of that length has it at this step, with the peak of before"
                 )
+            self._claimed = True
             settings = self._settings.model_dump(mode="json")
             write_whole(self.path / _CONFIG, yaml.safe_dump(settings, sort_keys=False))
 
@@ -254,10 +270,7 @@ class RunFolder:
             return
         for name in (_CONFIG, _INPUTS, START_SAMPLE, "metrics.jsonl", "wandb-id"):
             (self.path / name).unlink(missing_ok=True)
-        for name in ("checkpoints", "tensorboard", "wandb"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        if self._made and not any(self.path.iterdir()):
-            self.path.rmdir()
+        self._forget(_TOKENS, "checkpoints", "tensorboard", "wandb")
 
 
 @dataclass(frozen=True)

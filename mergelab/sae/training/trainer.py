@@ -143,6 +143,7 @@ def train(
     notice: Callable[[str], None] | None = None,
     tell: Callable[[str], None] | None = None,
     grace: float | None = None,
+    reading: Callable[[int], object] = lambda tokens: None,
 ) -> Result:
     """Trains a sparse autoencoder and writes it to `OUT/final`.
 
@@ -163,6 +164,7 @@ def train(
         tell: function that is told, line by line, what the rows look like before the first step.
         grace: seconds after SIGTERM at which the process is ended, whether or not its checkpoint is written
             by then; None for no limit.
+        reading: function that is called with the tokens of a text read so far, in another thread.
 
     Raises:
         SAEError: the configuration or the data is wrong, or another than that of the run to resume, or the
@@ -181,7 +183,7 @@ def train(
             steps, metrics = known
             found = load_sae(folder.final, mesh=mesh)
             return Result(Path(out) / "final", found, steps, metrics, Trace(), resumed=True)
-        return _train(settings, Path(out), folder, progress, notice, tell, grace)
+        return _train(settings, Path(out), folder, progress, notice, tell, grace, reading)
 
 
 def _warn(message: str) -> None:
@@ -196,10 +198,11 @@ def _train(
     notice: Callable[[str], None],
     tell: Callable[[str], None] | None,
     grace: float | None,
+    reading: Callable[[int], object],
 ) -> Result:
     mesh = None if settings.mesh is None else make_mesh(settings.mesh)
     share = text_share(settings, mesh, folder.text_lanes())
-    data = open_data(settings.data, settings.train.build().tokens, share)
+    data = open_data(settings.data, settings.train.build().tokens, share, folder.tokens, reading)
     data, held_out = hold_out(settings, data)
     start = start_training(settings, data, mesh)
     variant, recipe = start.variant, start.recipe

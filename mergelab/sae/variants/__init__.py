@@ -10,6 +10,7 @@ from mergelab.errors import SAEError, did_you_mean, quoted
 from mergelab.sae.variants.abs_top_k import AbsTopK
 from mergelab.sae.variants.batch_top_k import BatchTopK
 from mergelab.sae.variants.gated import Gated
+from mergelab.sae.variants.group_max import GroupMax
 from mergelab.sae.variants.jump_relu import JumpReLU
 from mergelab.sae.variants.matryoshka import Matryoshka
 from mergelab.sae.variants.options import checked_options
@@ -24,6 +25,7 @@ __all__ = [
     "Context",
     "Encoded",
     "Gated",
+    "GroupMax",
     "JumpReLU",
     "Matryoshka",
     "MultiTopK",
@@ -38,7 +40,8 @@ __all__ = [
 ]
 
 VARIANTS: Mapping[str, type[Variant]] = {
-    kind.name: kind for kind in (TopK, MultiTopK, BatchTopK, JumpReLU, Gated, ReLU, Matryoshka, AbsTopK)
+    kind.name: kind
+    for kind in (TopK, MultiTopK, BatchTopK, JumpReLU, Gated, ReLU, Matryoshka, AbsTopK, GroupMax)
 }
 """Variants by the name a configuration gives them."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -59,6 +61,20 @@ LAYOUTS: dict[str, tuple[str, str | None, str | None, bool]] = {
     ),
 }  # fmt: skip
 """Place, site that is read, site that is written by a transcoder, whether it is one; by recorded answer."""
+
+
+@pytest.mark.peers
+def test_the_recorded_answers_are_still_those_of_the_libraries(tmp_path: Path) -> None:
+    python = os.environ.get("MERGELAB_SAE_PEERS")
+    assert python, "set MERGELAB_SAE_PEERS to a Python with sae-lens and circuit-tracer"
+    record = RELEASED.with_name("record_releases.py")
+    subprocess.run([python, str(record), str(tmp_path / "again")], check=True, cwd=tmp_path)
+    names = sorted(path.name for path in RELEASED.glob("*.safetensors"))
+    assert len(names) > 15 and names == sorted(p.name for p in (tmp_path / "again").glob("*.safetensors"))
+    for name in names:
+        again = load_file(tmp_path / "again" / name)
+        for key, value in load_file(RELEASED / name).items():
+            np.testing.assert_allclose(again[key], value, atol=1e-5, rtol=1e-5, err_msg=f"{name}: {key}")
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

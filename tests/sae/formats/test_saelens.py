@@ -147,7 +147,7 @@ def test_a_decoder_row_of_zeros_is_no_division_by_zero(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
-        ("v3_standard", {"architecture": "temporal"}, "architecture is 'temporal', but one of standard"),
+        ("v3_standard", {"architecture": "temporal"}, "architecture is 'temporal', whose codes of a token"),
         ("v3_standard", {"activation_fn_str": "tanh-relu"}, "activation_fn_str is 'tanh-relu', but one of"),
         ("v3_topk", {"activation_fn_kwargs": {}}, "k is missing, but a whole number"),
         ("v3_topk", {"activation_fn_kwargs": {"k": 2.5}}, "activation_fn_kwargs.k is 2.5, but a whole"),

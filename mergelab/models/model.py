@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
 from mergelab.errors import CheckpointError, MergelabError
@@ -278,10 +279,11 @@ class Model:
         """Fresh float32 parameters: embeddings of deviation 0.02, norm scales 1, kernels as in `Linear`."""
         module = self.family.architecture.module(self.config)
         key = jax.random.key(seed)
-        if not isinstance(key, jax.core.Tracer):
+        if not isinstance(key, Tracer):
             return draw(module, key)
         tokens = jnp.zeros((1, 1), jnp.int32)
-        return module.init(key, tokens, tokens, None, None, Tap({}), mutable=["params"])["params"]
+        made: Any = module.init(key, tokens, tokens, None, None, Tap({}), mutable=["params"])
+        return made["params"]
 
     def apply(
         self,

@@ -106,7 +106,7 @@ class CoreSpace(MatrixReduction):
         else:
             w = jnp.broadcast_to(jnp.asarray(self.weight, cores[0].dtype), (len(cores),))
             cores = [one * core for one, core in zip(w, cores, strict=True)]
-            merged = _tsv(cores) if self.method == "tsv_m" else _isotropic(sum(cores[1:], start=cores[0]))
+            merged = _tsv(cores) if self.method == "tsv_m" else _isotropic(sum(cores[1:], cores[0]))
         return _product(_product(left, merged), right)
 
 

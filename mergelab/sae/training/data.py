@@ -207,8 +207,8 @@ def model_mesh(section: DataSection) -> Mesh | None:
     for axis in section.model_mesh:
         if axis not in MODEL_AXES:
             raise MeshError(
-                f"data.model_mesh has an axis {shortened(axis)!r}{did_you_mean(axis, MODEL_AXES)}; a model is "
-                "spread over data, fsdp and tensor."
+                f"data.model_mesh has an axis {shortened(axis)!r}{did_you_mean(axis, MODEL_AXES)}; a model "
+                "is spread over data, fsdp and tensor."
             )
     return make_mesh(section.model_mesh, jax.local_devices())
 
@@ -303,7 +303,7 @@ def open_data(
         rule = section.rule(written_rule(source))
         # A limit takes reading a sample of rows, which one process does for all.
         sampled = rule if jax.process_index() == 0 else replace(rule, max_norm_multiple=None)
-        kept = kept_of_files(source, sampled, target)
-    limits = [one if math.isfinite(one) else None for one in (kept.limit, kept.target_limit)]
+        found = kept_of_files(source, sampled, target)
+    limits = [one if math.isfinite(one) else None for one in (found.limit, found.target_limit)]
     known = [math.inf if one is None else one for one in gathered_facts(limits)[0]]
-    return TrainingRows(source, target, replace(kept, limit=known[0], target_limit=known[1], rule=rule))
+    return TrainingRows(source, target, replace(found, limit=known[0], target_limit=known[1], rule=rule))

@@ -22,7 +22,7 @@ from mergelab.models.table import Parameter, Parameters
 
 __all__ = ["Configuration", "Derived", "derive", "derive_blocks", "draw", "param"]
 
-_VALUES = "values"  # the flax collection whose presence says that parameters get values in an abstract run
+_VALUES = "values"  # the flax collection that, without the other, says that an abstract run gives values
 _AXES = "axes"  # the flax collection that an abstract run fills with the axes of every parameter
 _BATCH, _LENGTH = (2, 3), (5, 7)  # the two calls whose shapes are compared: what differs is not fixed
 T = TypeVar("T")
@@ -65,7 +65,7 @@ def param(
     """
     if module.is_mutable_collection(_AXES):
         module.put_variable(_AXES, name, axes)
-        initial = _no_values
+        return module.param(name, _no_values, shape)
     if module.is_mutable_collection(_VALUES):
         with jax.ensure_compile_time_eval():
             return module.param(name, initial, shape)

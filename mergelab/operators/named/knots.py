@@ -105,8 +105,9 @@ class CoreSpace(MatrixReduction):
             merged = _ties(cores, self.weight, self.density, size)
         else:
             w = jnp.broadcast_to(jnp.asarray(self.weight, cores[0].dtype), (len(cores),))
-            cores = [one * core for one, core in zip(w, cores, strict=True)]
-            merged = _tsv(cores) if self.method == "tsv_m" else _isotropic(sum(cores[1:], cores[0]))
+            scaled: list[Matrix] = [one * core for one, core in zip(w, cores, strict=True)]
+            total = sum(scaled[1:], scaled[0])
+            merged = _tsv(scaled) if self.method == "tsv_m" else _isotropic(total)
         return _product(_product(left, merged), right)
 
 

@@ -68,7 +68,7 @@ def agreed_digest(of_model: Callable[[], str], of_tokens: str) -> str:
 
 
 def write_shards(count: int, write: Callable[[int], LeftOut], left_out: LeftOut) -> None:
-    """Writes this process's shards, every so-manieth; all processes are through with one before the next.
+    """Writes this process's shards, every n-th of n processes; all finish one before the next.
 
     Args:
         count: number of shards.

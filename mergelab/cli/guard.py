@@ -111,7 +111,7 @@ class Guard:
         # An extension module that is interrupted while it initializes crashes the process.
         if self._leaving or _imports(frame):
             self._end()
-        processes = sys.modules.get("mergelab.processes.termination")
+        processes = sys.modules.get("mergelab.processes")
         kind = getattr(processes, "Terminated", KeyboardInterrupt)
         raise kind if number == signal.SIGTERM else KeyboardInterrupt
 

@@ -50,9 +50,11 @@ class Belonging:
     target_known: bool = True
 
     def best(self) -> str | None:
-        """What fits much better than the site, if anything does."""
+        """What fits much better than the site, and better than the mean, if anything does."""
         name = min(self.elsewhere, key=lambda one: self.elsewhere[one], default=None)
-        return name if name is not None and self.elsewhere[name] < _BETTER * self.nmse else None
+        if name is None or not self.elsewhere[name] < min(_BETTER * self.nmse, 1):
+            return None
+        return name
 
     def warning(self) -> str | None:
         """The sentence that is due; None where the SAE fits."""

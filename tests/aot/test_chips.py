@@ -47,7 +47,7 @@ def test_memory_is_counted_as_vendors_do() -> None:
         ("v5p", True),
         ("v5e:1x1", True),
         ("v5e:1x2", False),
-        ("v5p:1x1x4", False),
+        ("v5p:2x2x4", False),
         ("v6e:16x16", False),
     ],
 )

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergelab.errors import MergelabError, SAEError
-from mergelab.sae.training.config import TrainConfig, TrainingRecipe, load_config, plain_settings
+from mergelab.sae.training.config import TrainConfig, TrainingRecipe, load_config
 from mergelab.sae.training.data import open_data
 from mergelab.sae.training.memory import check_memory, state_bytes
+from mergelab.sae.training.settings_text import plain_settings
 from mergelab.sae.variants import VARIANTS, make_variant
 
 CONFIG = """sae: {variant: topk, n_latents: 32, k: 4}

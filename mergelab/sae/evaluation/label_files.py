@@ -74,16 +74,17 @@ def read_labeled_texts(
     return _of_one_form(found, str(path))
 
 
-def labeled_texts(texts: Sequence[str], labels: Sequence[Any]) -> list[LabeledText]:
-    """Texts in memory with a label, or a list of labels, for each.
+def labeled_texts(texts: str | Sequence[str], labels: Any) -> list[LabeledText]:
+    """Texts in memory, one or several, with a label, or a list of labels, for each.
 
     Raises:
         SAEError: there are more or fewer labels than texts, or a label is not one.
     """
-    if isinstance(texts, str) or len(texts) != len(labels):
-        count = 1 if isinstance(texts, str) else len(texts)
+    if isinstance(texts, str):
+        texts, labels = [texts], [labels]
+    if len(texts) != len(labels):
         raise SAEError(
-            f"{count} texts have {len(labels)} labels; give one label, or one list, for each text."
+            f"{len(texts)} texts have {len(labels)} labels; give one label, or one list, for each text."
         )
     found, faults = [], []
     for number, (text, label) in enumerate(zip(texts, labels, strict=True), 1):

@@ -13,8 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from mergelab.activations.kept import DEFAULT_RULE, TokenRule
 from mergelab.checkpoints.text_file import read_text
-from mergelab.checkpoints.yaml_data import MAX_DEPTH, parse_yaml
 from mergelab.errors import SAEError, did_you_mean, quoted, shortened
+from mergelab.sae.training.settings_text import plain_data, plain_settings, with_override
 from mergelab.sae.variants import VARIANTS, Variant, make_variant
 from mergelab.sae.variants.options import checked_options
 from mergelab.sharding import known_sae_axes
@@ -28,7 +28,6 @@ __all__ = [
     "TrainSection",
     "TrainingRecipe",
     "load_config",
-    "plain_settings",
 ]
 
 
@@ -434,14 +433,14 @@ def load_config(
     if isinstance(config, TrainConfig):
         data: Any = config.model_dump()
     elif isinstance(config, Mapping):
-        data = _plain(config, 0)
+        data = plain_data(config)
     else:
         name = shortened(str(config), 200)
         data = plain_settings(read_text(config, MAX_CONFIG, error=SAEError), name)
     if not isinstance(data, dict):
         raise SAEError(f"{name}: expected the sections sae, data and train, found {type(data).__name__}.")
     for override in [overrides] if isinstance(overrides, str) else overrides:
-        data = _with_override(data, override)
+        data = with_override(data, override)
     try:
         return TrainConfig.model_validate(data)
     except ValidationError as error:
@@ -449,42 +448,6 @@ def load_config(
         # Far more than are shown: the rest are counted, and looking for what was meant takes its time.
         explained = (f"{name}: {_sentence(fault)}" for fault in faults[:100])
         raise SAEError([*explained, *(name for _ in faults[100:])]) from error
-
-
-def plain_settings(text: str, source: str = "the configuration") -> Any:
-    """The one value of a YAML text as plain data, None if it is empty.
-
-    Raises:
-        SAEError: the text is not YAML as configurations have it, or has a second document.
-    """
-    documents = parse_yaml(text, source, SAEError)
-    if len(documents) > 1:
-        raise SAEError(f"{source}:{documents[1].line}: a second document begins here; keep one in a file.")
-    return documents[0].data if documents else None
-
-
-def _plain(value: Any, depth: int) -> Any:
-    """Mappings of any kind, and lists of them, as plain dicts and lists."""
-    if depth > MAX_DEPTH:
-        raise SAEError(f"the configuration is nested more than {MAX_DEPTH} levels deep, or contains itself.")
-    if isinstance(value, Mapping):
-        return {key: _plain(inner, depth + 1) for key, inner in value.items()}
-    return [_plain(inner, depth + 1) for inner in value] if isinstance(value, list) else value
-
-
-def _with_override(data: dict[str, Any], override: str) -> dict[str, Any]:
-    path, equals, text = override.partition("=")
-    keys = path.split(".")
-    if not equals or not all(keys):
-        raise SAEError(f"--set {shortened(override)}: expected section.key=value, such as train.seed=1.")
-    changed = dict(data)
-    here = changed
-    for key in keys[:-1]:
-        inner = here.get(key)
-        here[key] = dict(inner) if isinstance(inner, dict) else {}
-        here = here[key]
-    here[keys[-1]] = plain_settings(text, f"--set {shortened(path)}")
-    return changed
 
 
 _SECTIONS: Mapping[str, type[BaseModel]] = {

@@ -21,8 +21,9 @@ from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.text_file import read_text
 from mergelab.errors import CheckpointError, MergelabError, OutputError, SAEError
 from mergelab.processes.agreement import agree, together
-from mergelab.sae.training.config import TrainConfig, plain_settings
+from mergelab.sae.training.config import TrainConfig
 from mergelab.sae.training.inputs import check_same, fingerprint, input_paths
+from mergelab.sae.training.settings_text import plain_settings
 from mergelab.sae.training.start_sample import START_SAMPLE, StartSample
 
 __all__ = ["KnownOfRun", "RunFolder", "known_of_run"]

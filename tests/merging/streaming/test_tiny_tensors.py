@@ -54,7 +54,8 @@ def test_a_tiny_tensor_streamed_is_the_tensor_merged_in_memory(case: str) -> Non
         )
 
 
-@pytest.mark.parametrize("case", CASES)
+# Whole tensors are never padded.
+@pytest.mark.parametrize("case", [case for case in CASES if build(case)[0].grain != "tensor"])
 def test_padding_adds_nothing_to_a_sum(case: str) -> None:
     merge, count, with_base = build(case)
     (block,) = blocks_of((4,), merge.grain)

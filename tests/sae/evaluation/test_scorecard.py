@@ -29,7 +29,11 @@ def card(subject: SubjectModel) -> Scorecard:
 
 def test_every_metric_is_there_with_its_unit(card: Scorecard) -> None:
     default = {name for name, metric in METRICS.items() if metric.default}
-    assert {name.split(".")[0] for name in card.scores} == set(card.seconds) == default - {"embeddings"}
+    assert (
+        {name.split(".")[0] for name in card.scores}
+        == set(card.seconds)
+        == default - {"embeddings", "labels"}
+    )
     for name, score in card.scores.items():
         assert score.against and (np.isfinite(score.value) or name == "downstream.compute_equivalent"), name
     values = card.values()

@@ -47,6 +47,8 @@ for _number, _handler in (
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Commands that tests call in this process turn on the user's cache of programs: a test compiles what it tests.
+jax.config.update("jax_enable_compilation_cache", False)
 
 # A first example may compile for seconds, and a shared machine stalls: time says nothing about a law.
 hypothesis.settings.register_profile(

@@ -55,13 +55,20 @@ def test_every_kind_of_file_holds_the_same(tmp_path: Path) -> None:
     assert wanted == [("a, b", "1"), ('say "c"\nd', "0")]
     for name in ("a.json", "a.csv", "a.tsv"):
         assert [(one.text, one.label) for one in read_labeled_texts(tmp_path / name)] == wanted
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
-    assert [(one.text, one.label) for one in read_labeled_texts(tmp_path / "a.parquet")] == wanted
     named = _write(tmp_path / "b.jsonl", [{"sentence": "x y", "gold": True}])
     (found,) = read_labeled_texts(named, field="sentence", label_field="gold")
     assert (found.text, found.label) == ("x y", "true")
+
+
+@pytest.mark.extra
+def test_a_parquet_file_holds_the_same(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    records = [{"text": "a, b", "label": 1}, {"text": 'say "c"\nd', "label": 0}]
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    found = read_labeled_texts(tmp_path / "a.parquet")
+    assert [(one.text, one.label) for one in found] == [("a, b", "1"), ('say "c"\nd', "0")]
 
 
 def test_spans_words_and_tokens_label_the_same_tokens(subject: SubjectModel) -> None:

@@ -47,7 +47,7 @@ for _number, _handler in (
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Commands that tests call in this process turn on the user's cache of programs: a test compiles what it tests.
+# Commands that tests call in this process turn on a cache of programs: a test compiles what it tests.
 jax.config.update("jax_enable_compilation_cache", False)
 
 # A first example may compile for seconds, and a shared machine stalls: time says nothing about a law.

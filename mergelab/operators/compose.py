@@ -32,7 +32,7 @@ from mergelab.operators.order_statistics import (
     trivial_selection,
 )
 from mergelab.operators.region import Region, TensorInfo, tensor_key, whole
-from mergelab.operators.statistics import StatisticsKind, reading_axis, statistic_fault
+from mergelab.operators.statistics import StatisticsKind, axis_of_kernel, reading_axis, statistic_fault
 from mergelab.trees import depths, named_leaves, same_structure
 
 __all__ = ["BaseUse", "Inputs", "IntegerUse", "Merge", "chain"]
@@ -139,7 +139,8 @@ class Merge(Formula):
             base: the base model's pytree, where the operator uses one.
             statistics: one pytree per model of what the operator needs to know of it (Gram matrices, Fishers;
                 see `statistics.StatisticsKind`), its leaves named as the parameters they are of. A tree may
-                lack leaves; how their parameters are merged then is the operator's to say.
+                lack leaves; how their parameters are merged then is the operator's to say. A matrix reads
+                along its last axis; a leaf called `kernel`, as in trees of this library, along its first.
             seed: seeds the random draws, which also depend on tensor names and model order.
             dtype: the dtype of the result; by default each tensor's promoted input dtype.
 
@@ -206,11 +207,12 @@ def _check_shapes(
     """Checks the shapes of a tensor's statistics; returns the axis that Gram matrices belong to."""
     if kind is None:  # a composed merge: its parts know what they take
         return None
+    declared = axis_of_kernel(name)
     for position, one in enumerate(found):
-        fault = statistic_fault(kind, shape, one)
+        fault = statistic_fault(kind, shape, one, declared)
         if fault is not None:
             raise OperatorError(f"the statistic of tensor {name!r} of model {position} {fault}.")
-    return reading_axis(shape, found[0][0]) if kind == "gram" else None
+    return reading_axis(shape, found[0][0], declared) if kind == "gram" else None
 
 
 def _statistics_by_name(

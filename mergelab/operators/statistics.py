@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-__all__ = ["StatisticsKind", "reading_axis", "statistic_fault"]
+__all__ = ["StatisticsKind", "axis_of_kernel", "reading_axis", "statistic_fault"]
 
 StatisticsKind = Literal["gram", "fisher"]
 """`gram`: of a matrix, the mean over tokens of `x x^T` of what it reads, `[in, in]`; `fisher`: of any tensor,
@@ -22,6 +22,11 @@ def reading_axis(shape: tuple[int, ...], side: int, declared: int | None = None)
     """
     axes = (1, 0) if declared is None else (declared,)
     return next((axis for axis in axes if shape[axis] == side), None)
+
+
+def axis_of_kernel(name: str) -> int | None:
+    """The axis that a name declares: flax's `kernel` is [in, out] and reads along its first axis; else None."""
+    return 0 if name.rpartition(".")[2] == "kernel" else None
 
 
 def statistic_fault(

@@ -91,7 +91,7 @@ class Inputs:
             if statistics is not None and self.operator != Inputs.operator:
                 raise OperatorError(f"{self.operator} takes no statistics: call it without `statistics`.")
         elif statistics is None:
-            what = "Gram matrices" if self.statistics == "gram" else "Fishers"
+            what = "Fishers" if self.statistics == "fisher" else "Gram matrices"
             raise OperatorError(
                 f"{self.operator} weighs parameters by {what} of each model: pass `statistics`, one tree per "
                 "model, named as its parameters."
@@ -212,7 +212,7 @@ def _check_shapes(
         fault = statistic_fault(kind, shape, one, declared)
         if fault is not None:
             raise OperatorError(f"the statistic of tensor {name!r} of model {position} {fault}.")
-    return reading_axis(shape, found[0][0], declared) if kind == "gram" else None
+    return None if kind == "fisher" else reading_axis(shape, found[0][0], declared)
 
 
 def _statistics_by_name(

@@ -6,9 +6,10 @@ from typing import Literal
 
 __all__ = ["StatisticsKind", "axis_of_kernel", "reading_axis", "statistic_fault"]
 
-StatisticsKind = Literal["gram", "fisher"]
-"""`gram`: of a matrix, the mean over tokens of `x x^T` of what it reads, `[in, in]`; `fisher`: of any tensor,
-the mean over sequences of each entry's squared gradient, of the tensor's own shape."""
+StatisticsKind = Literal["gram", "merged_gram", "fisher"]
+"""`gram`: of a matrix, the mean over tokens of `x x^T` of what it reads, `[in, in]`; `merged_gram`: the same
+behind blocks that are merged already; `fisher`: of any tensor, the mean over sequences of each entry's squared
+gradient, of the tensor's own shape."""
 
 
 def reading_axis(shape: tuple[int, ...], side: int, declared: int | None = None) -> int | None:

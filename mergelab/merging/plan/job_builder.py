@@ -286,7 +286,7 @@ class JobBuilder:
                     "model with 'mergelab statistics'"
                 )
         first, axis = found.statistics[0]
-        return reading_axis(shape, first.shape[0], axis) if kind == "gram" else None
+        return None if kind == "fisher" else reading_axis(shape, first.shape[0], axis)
 
     def _dtype(self, place: OutputPlace, tensors: list[TensorSource]) -> np.dtype[Any]:
         kinds = {tensor.dtype for tensor in tensors}

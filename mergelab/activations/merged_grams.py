@@ -35,7 +35,7 @@ Grams = dict[str, np.ndarray]
 """A Gram matrix `[in, in]` by the name of the site."""
 
 Part = Callable[..., tuple[Array, dict[str, Array]]]
-"""A compiled piece of the model: parameters, what it reads, positions and mask, to the stream and its sites."""
+"""A compiled piece of the model: parameters, stream, positions and mask, to the stream and its sites."""
 
 
 @dataclass

@@ -218,8 +218,8 @@ def _joint(
     for name, one in zip(names, opened, strict=True):
         if one.model != first.model:
             raise SiteError(
-                f"{name} is not of the configuration of {names[0]}: models that are merged layer by layer have "
-                "one configuration; compare them with 'mergelab inspect'"
+                f"{name} is not of the configuration of {names[0]}: models that are merged layer by layer "
+                "have one configuration; compare them with 'mergelab inspect'"
             )
     found = merged_grams(
         first.model,

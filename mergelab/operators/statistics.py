@@ -8,8 +8,8 @@ __all__ = ["StatisticsKind", "axis_of_kernel", "reading_axis", "statistic_fault"
 
 StatisticsKind = Literal["gram", "merged_gram", "fisher"]
 """`gram`: of a matrix, the mean over tokens of `x x^T` of what it reads, `[in, in]`; `merged_gram`: the same
-behind blocks that are merged already; `fisher`: of any tensor, the mean over sequences of each entry's squared
-gradient, of the tensor's own shape."""
+behind blocks that are merged already; `fisher`: of any tensor, the mean over sequences of each entry's
+squared gradient, of the tensor's own shape."""
 
 
 def reading_axis(shape: tuple[int, ...], side: int, declared: int | None = None) -> int | None:
@@ -26,7 +26,7 @@ def reading_axis(shape: tuple[int, ...], side: int, declared: int | None = None)
 
 
 def axis_of_kernel(name: str) -> int | None:
-    """The axis that a name declares: flax's `kernel` is [in, out] and reads along its first axis; else None."""
+    """The axis that a name declares: a flax `kernel`, [in, out], reads along its first; else None."""
     return 0 if name.rpartition(".")[2] == "kernel" else None
 
 

@@ -1,4 +1,4 @@
-"""RegMean++'s statistics: the inputs of each block behind merged ones, against whole passes of mixed models."""
+"""RegMean++'s statistics: what each block reads behind merged ones, against passes of mixed models."""
 
 from __future__ import annotations
 

@@ -97,6 +97,7 @@ def command(
         prompts=prompts,
         adapters=adapters,
         dtype=dtype,
+        note=lambda sentence: click.echo(f"warning: {sentence}", err=True),
         progress=lambda name: click.echo(f"evaluating {name}", err=True),
         **settings,
     )

@@ -16,6 +16,7 @@ from mergelab.checkpoints.sparse_delta import is_delta, with_delta
 from mergelab.errors import CheckpointError, quoted
 from mergelab.models.load import load_model as load_opened
 from mergelab.models.model import Model, Params
+from mergelab.processes.agreement import span_processes, together
 from mergelab.text.tokenizer import Tokenizer
 from mergelab.text.tokenizer import load_tokenizer as load_stored_tokenizer
 
@@ -62,7 +63,10 @@ def load_model(
     Example:
         >>> model, params = load_model("ties.yaml")                                 # doctest: +SKIP
     """
-    return load_opened(_opened(path), mesh=mesh, dtype=dtype, rules=rules)
+    distributed = mesh is not None and span_processes(mesh.devices.flat)
+    with together("opening the model", distributed=distributed):
+        opened = _opened(path)
+    return load_opened(opened, mesh=mesh, dtype=dtype, rules=rules)
 
 
 def load_tokenizer(path: str | Path | Checkpoint | Recipe) -> Tokenizer:

@@ -70,7 +70,7 @@ class Comparison:
     def table(self) -> str:
         """Figures with their intervals, and differences with their probabilities, as lines for a reader."""
         flat = [_flat(one.to_dict()) for one in self.evaluations]
-        names = [name for name in _COLUMNS if name in flat[0]]
+        names = [name for name in _COLUMNS if all(name in one for one in flat)]
         rows = [[str(one["model"]), *(shown(one[name]) for name in names)] for one in flat]
         lines = [text_table(["model", *(_COLUMNS[name] for name in names)], rows)]
         if self.differences:
@@ -90,6 +90,7 @@ def compare_models(
     adapters: Sequence[str | Path] = (),
     dtype: Any = None,
     progress: Callable[[str], object] = lambda name: None,
+    note: Callable[[str], object] = lambda sentence: None,
     **settings: Any,
 ) -> Comparison:
     """Measures models on the same text, tasks and prompts, and compares every two of them unit by unit.
@@ -104,6 +105,7 @@ def compare_models(
         adapters: LoRA adapters, each measured on the first model as one model more.
         dtype: dtype of the computation; the stored one if None.
         progress: function called with the name of each model before it is measured.
+        note: function called with each sentence that the user of a recipe or an adapter should know.
         settings: `field`, `most`, and the fields of `Material`, as of `evaluate_model`.
 
     Raises:
@@ -122,6 +124,9 @@ def compare_models(
     subjects = subjects_of(named, material, faults, dtype=dtype)
     if faults:
         raise EvaluationError(faults)
+    for subject in subjects:
+        for sentence in subject.notes:
+            note(f"{subject.name}: {sentence}")
     found = []
     for subject in subjects:
         progress(subject.name)

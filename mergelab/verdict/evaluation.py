@@ -15,7 +15,7 @@ from mergelab.errors import EvaluationError, MergelabError
 from mergelab.merging.any_model import open_model
 from mergelab.models.load import load_model, parameter_shapes
 from mergelab.models.model import Model, Params
-from mergelab.models.token_checks import window_length
+from mergelab.models.token_checks import check_ids, window_length
 from mergelab.text.corpus_files import corpus_files
 from mergelab.text.prompt_file import read_prompts
 from mergelab.text.tokenizer import Tokenizer, load_tokenizer
@@ -46,6 +46,9 @@ NEW_TOKENS = 256
 """Most tokens of an answer, where nothing says how many."""
 
 Texts = str | Path | Sequence[str | Path]
+_LOOKED_AT = 10_000
+"""Characters of the text by which a tokenizer that is not the model's is told before its weights are read."""
+
 Prompts = Path | Sequence[str]
 Tasks = str | Path | Sequence[ChoiceTask | Mapping[str, Any]]
 
@@ -129,7 +132,7 @@ class Evaluation:
             }
         found: dict[str, Any] = {"model": self.name, **kinds.pop("text", {})}
         if (text := self.text) is not None:
-            found |= {"tokens": int(text.tokens.sum()), "bytes": int(round(text.bytes.sum()))}
+            found |= {"tokens": int(text.tokens.sum()), "bytes": round(float(text.bytes.sum()))}
             found |= {"context": text.context, "units": {"kind": self.by, "count": len(text.nats)}}
         if (tasks := self.tasks) is not None:
             counted = {"count": len(tasks.right), "chance": float(tasks.chance.mean())}
@@ -149,12 +152,14 @@ class Subject:
         model: the model.
         tokenizer: its tokenizer.
         load: function that gives its parameters.
+        notes: sentences that its user should know: warnings of a merge's plan, or of an adapter.
     """
 
     name: str
     model: Model
     tokenizer: Tokenizer
     load: Callable[[], Params]
+    notes: tuple[str, ...] = ()
 
 
 def evaluate_model(
@@ -272,7 +277,9 @@ def subjects_of(
             checkpoint = open_model(place, adapter)
             model, _ = parameter_shapes(checkpoint, dtype=dtype)
             tokenizer = load_tokenizer(checkpoint.path)
-            subject = Subject(name, model, tokenizer, lambda: load_model(checkpoint, dtype=dtype)[1])
+            plan = getattr(checkpoint, "plan", None)
+            notes = getattr(checkpoint if plan is None else plan, "warnings", ())
+            subject = Subject(name, model, tokenizer, lambda: load_model(checkpoint, dtype=dtype)[1], notes)
             _check_subject(subject, material, faults)
             found.append(subject)
 
@@ -288,10 +295,12 @@ def _check_subject(subject: Subject, material: Material, faults: list[str]) -> N
             f"{name} is a {model.family.model_type!r} model, which predicts no next token; evaluate a decoder"
         )
         return
-    size, known = model.config.vocab_size, subject.tokenizer.vocab_size
-    largest = max(subject.tokenizer.backend.get_vocab(with_added_tokens=True).values(), default=0)
-    if largest >= size and known > size + 1000:
-        faults.append(f"{name} has {size:,} embeddings and a tokenizer of {known:,} tokens; use its own")
+    if material.text is not None:
+        ids = subject.tokenizer.encode(material.text.texts[0][:_LOOKED_AT])
+        place = str(subject.tokenizer.folder / "tokenizer.json")
+        _try(
+            faults, lambda: check_ids(np.array(ids), model.config.vocab_size, "the model's vocabulary", place)
+        )
     _try(faults, lambda: _context(model, material, name))
     if material.prompts is not None:
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +148,7 @@ def test_a_recipe_and_adapters_are_models(here: Path, tmp_path: Path) -> None:
         context=CONTEXT,
     )
     # The adapter of `adapters` is added to the first model, the merge.
-    recipe, merged, one, alone, added, on_merge = found.evaluations
+    recipe, _, one, alone, added, on_merge = found.evaluations
     nats = [each.text.nats for each in found.evaluations if each.text is not None]
     np.testing.assert_array_equal(nats[0], nats[1])
     np.testing.assert_array_equal(nats[3], nats[4])
@@ -164,6 +166,18 @@ def test_a_recipe_and_adapters_are_models(here: Path, tmp_path: Path) -> None:
     a, b = ml.load_model("r.yaml")[1], ml.load_model(tmp_path / "merged")[1]
     assert all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b)))
     assert ml.load_tokenizer("r.yaml").encode("w7") == [7] == ml.load_tokenizer("lora").encode("w7")
+
+
+def test_what_a_plan_warns_of_is_told(here: Path, tmp_path: Path) -> None:
+    shutil.copytree("other", tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-6}))
+    (tmp_path / "r.yaml").write_text((here / "r.yaml").read_text().replace("model: other", "model: ./other"))
+    (tmp_path / "one").symlink_to(here / "one")
+    os.chdir(tmp_path)
+    notes: list[str] = []
+    ml.compare_models(["r.yaml"], tasks=here / "tasks.jsonl", note=notes.append)
+    assert any(note.startswith("r.yaml: rms_norm_eps is 1e-06 in model './other'") for note in notes)
 
 
 def run(*arguments: str) -> Any:

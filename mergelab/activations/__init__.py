@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from mergelab.activations.capture import stream_sites
     from mergelab.activations.kept import EVERY_TOKEN, KeptRows, TokenRule
     from mergelab.activations.left_out import LeftOut, count_left_out
-    from mergelab.activations.losses import summed_loss
+    from mergelab.activations.losses import summed_loss, target_scores
     from mergelab.activations.merged_grams import merged_grams
     from mergelab.activations.model_activations import (
         ModelActivations,
@@ -60,6 +60,7 @@ __all__ = [
     "pool",
     "stream_sites",
     "summed_loss",
+    "target_scores",
     "write_statistics",
     "write_store",
 ]

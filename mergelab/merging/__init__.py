@@ -2,6 +2,7 @@
 
 >>> import mergelab as ml
 >>> ml.merge(ml.load_recipe("ties.yaml"), "merged", seed=1)                      # doctest: +SKIP
+>>> model, params = ml.load_model("ties.yaml")               # never written     # doctest: +SKIP
 """
 
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from mergelab.lazy import lazy_names
 if TYPE_CHECKING:
     from mergelab.merging import soups, vocabulary
     from mergelab.merging.adapter_merge import MergedAdapter, merge_adapters
+    from mergelab.merging.any_model import load_model, load_tokenizer, open_model
     from mergelab.merging.delta_extraction import ExtractedDelta, extract_delta
     from mergelab.merging.lora_extraction import ExtractedLora, extract_lora
     from mergelab.merging.plan.planner import Plan, plan_merge
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from mergelab.merging.recipe.schema import Recipe, TokenizerSpec
     from mergelab.merging.run_merge import Merged, MergeOptions, merge
     from mergelab.merging.soups import soup
+    from mergelab.merging.unwritten_merge import UnwrittenMerge, open_merge
 
 __all__ = [
     "ExtractedDelta",
@@ -28,11 +31,16 @@ __all__ = [
     "Plan",
     "Recipe",
     "TokenizerSpec",
+    "UnwrittenMerge",
     "extract_delta",
     "extract_lora",
+    "load_model",
     "load_recipe",
+    "load_tokenizer",
     "merge",
     "merge_adapters",
+    "open_merge",
+    "open_model",
     "parse_recipe",
     "plan_merge",
     "recipe_yaml",

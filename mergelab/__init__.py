@@ -13,6 +13,7 @@ Activations
 Merging
     merge(recipe, folder), load_recipe(file), Recipe        mergekit's recipes, streamed from disk to disk
     plan_merge(recipe)                                      what a merge would read, compute and write
+    check_recipe(recipe), diff_models(a, b)                 what makes a merge meaningless; how models differ
     operators                                               the same operators, on pytrees
     soup(candidates), extract_lora(finetuned, base, folder)
 
@@ -80,7 +81,16 @@ if TYPE_CHECKING:
         steer,
         steering_vector,
     )
-    from mergelab.merging import Recipe, extract_lora, load_recipe, merge, plan_merge, soup
+    from mergelab.merging import (
+        Recipe,
+        check_recipe,
+        diff_models,
+        extract_lora,
+        load_recipe,
+        merge,
+        plan_merge,
+        soup,
+    )
     from mergelab.models import Model, load_model, model_from_config, save_model
     from mergelab.sae import SAE, evaluate_sae, latent_table, load_sae, save_sae, train_sae
     from mergelab.sharding import make_mesh
@@ -98,8 +108,10 @@ __all__ = [
     "activations",
     "aot",
     "capture",
+    "check_recipe",
     "checkpoints",
     "decoding",
+    "diff_models",
     "errors",
     "evaluate_sae",
     "extract_lora",

@@ -74,6 +74,7 @@ def test_outputs_and_losses_are_those_of_the_definitions(
     assert found.agreement == pytest.approx((a.argmax(axis=-1) == b.argmax(axis=-1)).mean())
     wanted = [-np.take_along_axis(x[:, :-1], ids[:, 1:, None], axis=-1).mean() for x in (a, b)]
     assert found.losses == pytest.approx(wanted, rel=1e-5)
+    assert found.losses is not None
     alphas, line = zip(*found.line, strict=True)
     assert line[0] == found.losses[1] and line[-1] == found.losses[0]
     straight = np.interp(alphas, [0, 1], [line[0], line[-1]])

@@ -143,9 +143,10 @@ def test_recipes_without_meaning_are_told_so(
 
 def test_sums_of_shares_are_no_fault() -> None:
     """Weights that are divided by their sum, or elected, do not add up."""
+    shrunk: dict[str, Any] = {"weight": 1.0, "lambda": 0.3}
     assert not check("ties", "a", "b", weight=1.0, density=0.5).findings
     assert not check("task_arithmetic", "a", "b", weight=5.0, normalize=True).findings
-    assert not check("task_arithmetic", "a", "b", "c", **{"weight": 1.0, "lambda": 0.3}).findings
+    assert not check("task_arithmetic", "a", "b", "c", **shrunk).findings
 
 
 def test_steps_are_checked_and_results_to_come_are_not_read(family: Path) -> None:

@@ -15,6 +15,7 @@ Merging
     merge(recipe, folder), load_recipe(file), Recipe        mergekit's recipes, streamed from disk to disk
     plan_merge(recipe)                                      what a merge would read, compute and write
     open_merge(recipe)                                      the merge as a model that is never written
+    check_recipe(recipe), diff_models(a, b)                 what makes a merge meaningless; how models differ
     operators                                               the same operators, on pytrees
     soup(candidates), extract_lora(finetuned, base, folder)
 
@@ -89,6 +90,8 @@ if TYPE_CHECKING:
     )
     from mergelab.merging import (
         Recipe,
+        check_recipe,
+        diff_models,
         extract_lora,
         load_model,
         load_recipe,
@@ -116,9 +119,11 @@ __all__ = [
     "activations",
     "aot",
     "capture",
+    "check_recipe",
     "checkpoints",
     "compare_models",
     "decoding",
+    "diff_models",
     "errors",
     "evaluate_model",
     "evaluate_sae",

@@ -4,6 +4,7 @@ Models; a folder may also be a hub id, org/name[@revision][:subfolder], or a URL
     load_model(folder), save_model(model, params, folder, tokenizer=...), Model, model_from_config
     load_tokenizer(folder), Tokenizer
     generate(model, params, tokenizer, text)                text in, text out
+    finetune(model, params, tokenizer, text, lora=16)       further training; params, record
     push(folder, "org/name")                                upload a model, adapter, SAE or file to the hub
     make_mesh({"data": 2, "tensor": 4})                     devices to spread a model over
 
@@ -35,7 +36,7 @@ Errors
 
 Rooms, each with more names
     models, text, decoding, activations, operators, merging, checkpoints, sae, interp, abliteration, report,
-    quickstart, aot, processes; sharding, trees
+    quickstart, tuning, aot, processes; sharding, trees
 
 Names load when they are first used, so that the import itself takes no time. docs/coming_from.md lists what
 other libraries call these things.
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
         sharding,
         text,
         trees,
+        tuning,
     )
     from mergelab.abliteration import abliterate
     from mergelab.activations import capture
@@ -85,6 +87,7 @@ if TYPE_CHECKING:
     from mergelab.sae import SAE, evaluate_sae, latent_table, load_sae, save_sae, train_sae
     from mergelab.sharding import make_mesh
     from mergelab.text import Tokenizer, load_tokenizer
+    from mergelab.tuning import finetune
 
 __all__ = [
     "SAE",
@@ -103,6 +106,7 @@ __all__ = [
     "errors",
     "evaluate_sae",
     "extract_lora",
+    "finetune",
     "generate",
     "interp",
     "latent_table",
@@ -135,6 +139,7 @@ __all__ = [
     "text",
     "train_sae",
     "trees",
+    "tuning",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__)

@@ -26,6 +26,7 @@ __all__ = ["SECTIONS", "CommandTable", "Failure", "cli", "main", "run"]
 SECTIONS: Mapping[str, Sequence[str]] = {
     "Start here": ("quickstart",),
     "Merge models": ("merge", "soup", "extract-lora", "extract-delta"),
+    "Train models": ("finetune",),
     "Run models": ("generate", "statistics", "convert"),
     "Train and judge features": ("activations", "sae", "abliterate"),
     "Look things up": ("inspect", "operators"),

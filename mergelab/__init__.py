@@ -15,6 +15,7 @@ Merging
     merge(recipe, folder), load_recipe(file), Recipe        mergekit's recipes, streamed from disk to disk
     plan_merge(recipe)                                      what a merge would read, compute and write
     operators                                               the same operators, on pytrees
+    explain_merge(recipe, sae, text, folder)                what it did to the parents, in latents of an SAE
     soup(candidates), extract_lora(finetuned, base, folder)
 
 Sparse autoencoders
@@ -36,7 +37,7 @@ Errors
 
 Rooms, each with more names
     models, text, decoding, activations, operators, merging, checkpoints, sae, interp, abliteration, report,
-    quickstart, tuning, aot, processes; sharding, trees
+    explain, quickstart, tuning, aot, processes; sharding, trees
 
 Names load when they are first used, so that the import itself takes no time. docs/coming_from.md lists what
 other libraries call these things.
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
         checkpoints,
         decoding,
         errors,
+        explain,
         interp,
         merging,
         models,
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
     from mergelab.activations import capture
     from mergelab.checkpoints import push
     from mergelab.decoding import generate_text as generate
+    from mergelab.explain import explain_merge
     from mergelab.interp import (
         ablate,
         load_steering,
@@ -105,6 +108,8 @@ __all__ = [
     "decoding",
     "errors",
     "evaluate_sae",
+    "explain",
+    "explain_merge",
     "extract_lora",
     "finetune",
     "generate",

@@ -25,7 +25,7 @@ __all__ = ["SECTIONS", "CommandTable", "Failure", "cli", "main", "run"]
 
 SECTIONS: Mapping[str, Sequence[str]] = {
     "Start here": ("quickstart",),
-    "Merge models": ("merge", "soup", "extract-lora", "extract-delta"),
+    "Merge models": ("merge", "soup", "extract-lora", "extract-delta", "explain"),
     "Train models": ("finetune",),
     "Run models": ("generate", "statistics", "convert"),
     "Train and judge features": ("activations", "sae", "abliterate"),

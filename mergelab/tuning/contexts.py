@@ -67,7 +67,7 @@ class Rows:
 
 def read_rows(
     model: Model,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     text: Text,
     held_out: Text | None,
     settings: TuningSettings,
@@ -79,7 +79,7 @@ def read_rows(
 
     Args:
         model: what is trained.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; None where rows of ids are given.
         text: what is learned.
         held_out: what is judged; by default the last contexts of the text, which are then not learned.
         settings: length of contexts, roles, and how much is held out and read.
@@ -104,6 +104,8 @@ def read_rows(
 
         if isinstance(given, np.ndarray):
             return Rows(_checked_rows(model, given, length))
+        if tokenizer is None:
+            raise TuningError("texts need the model's tokenizer; give it, or rows of token ids.")
         roles = _roles(given, settings)
         options = TextOptions(roles="assistant" if roles == "assistant" else "all", tokens=tokens)
         found: TextContexts

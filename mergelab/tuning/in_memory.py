@@ -45,7 +45,7 @@ class Tuned(NamedTuple):
 def finetune(
     model: Model,
     params: Params,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     text: Text,
     *,
     held_out: Text | None = None,
@@ -65,7 +65,7 @@ def finetune(
     Args:
         model: a decoder.
         params: its parameters, left as they are.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; None where the text is rows of token ids.
         text: a text; a `Path` of texts, or several; a list of texts, or of conversations
             `[{"role": ..., "content": ...}]`; or rows of token ids `[contexts, length]`. Of conversations the
             assistants' turns are learned.

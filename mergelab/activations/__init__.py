@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mergelab.activations.kept import EVERY_TOKEN, KeptRows, TokenRule
     from mergelab.activations.left_out import LeftOut, count_left_out
     from mergelab.activations.losses import summed_loss, target_scores
-    from mergelab.activations.merged_grams import merged_grams
+    from mergelab.activations.merged_statistics import merged_grams
     from mergelab.activations.model_activations import (
         ModelActivations,
         SiteActivations,

@@ -51,7 +51,7 @@ class Statistics:
     """One kind of statistics of a model on a text.
 
     Attributes:
-        kind: `gram`, `fisher`, or `merged_gram` (`mergelab.activations.merged_grams`).
+        kind: `gram`, `fisher`, or `merged_gram` (`mergelab.activations.merged_statistics`).
         tree: float32 arrays at the paths of the parameters; parameters that have none are absent.
         tokens: number of tokens they were taken on.
     """

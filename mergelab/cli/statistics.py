@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
-import numpy as np
 
 from mergelab.cli.joined import joins_run
 from mergelab.cli.numbers import Number, WholeNumber
 from mergelab.cli.options import TEXT, text_options, token_options, token_rule
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from mergelab.activations.kept import TokenRule
     from mergelab.activations.statistics import Statistics
     from mergelab.models.model import Model, Params
@@ -90,7 +91,7 @@ def command(
     from tqdm import tqdm
 
     from mergelab.activations.kept import DEFAULT_RULE, EVERY_TOKEN
-    from mergelab.activations.merged_grams import write_merged_grams
+    from mergelab.activations.merged_statistics import write_merged_grams
     from mergelab.activations.statistics import counted_tokens, write_statistics
     from mergelab.checkpoints.folder import stat_sha256
     from mergelab.checkpoints.locations import local_path
@@ -211,7 +212,9 @@ def _joint(
     progress: Callable[[int, int], None],
 ) -> dict[str, Statistics]:
     """Statistics by the name of each model's folder."""
-    from mergelab.activations.merged_grams import merged_grams
+    import numpy as np
+
+    from mergelab.activations.merged_statistics import merged_grams
     from mergelab.errors import SiteError
 
     first = opened[0]

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from mergelab import operators as ops
-from mergelab.activations.merged_grams import merged_grams
+from mergelab.activations.merged_statistics import merged_grams
 from mergelab.activations.statistics import gram
 from mergelab.cli.main import cli
 from mergelab.merging import Recipe, merge

@@ -32,7 +32,7 @@ from mergelab.operators.order_statistics import (
     trivial_selection,
 )
 from mergelab.operators.region import Region, TensorInfo, tensor_key, whole
-from mergelab.operators.statistics import StatisticsKind, axis_of_kernel, reading_axis, statistic_fault
+from mergelab.operators.statistics import StatisticsKind, axis_of_kernel, read_along, statistic_fault
 from mergelab.trees import depths, named_leaves, same_structure
 
 __all__ = ["BaseUse", "Inputs", "IntegerUse", "Merge", "chain"]
@@ -180,11 +180,10 @@ class _Leaf:
         depth: float,
     ) -> None:
         self.name, self.shape = name, jnp.shape(values[0])
-        reads = None
+        reads = axis_of_kernel(name)
         if statistics is not None:
-            reads = _check_shapes(
-                merge.inputs.statistics, name, self.shape, [jnp.shape(s) for s in statistics]
-            )
+            found = [jnp.shape(s) for s in statistics]
+            reads = _check_shapes(merge.inputs.statistics, name, self.shape, found, reads)
             arrays = tuple(jnp.atleast_1d(jnp.asarray(s)) for s in statistics)
             region = dataclasses.replace(region, statistics=arrays)
         self.merge = merge.at(TensorInfo(name, self.shape, statistics is not None, reads, depth))
@@ -202,17 +201,20 @@ class _Leaf:
 
 
 def _check_shapes(
-    kind: StatisticsKind | None, name: str, shape: tuple[int, ...], found: list[tuple[int, ...]]
+    kind: StatisticsKind | None,
+    name: str,
+    shape: tuple[int, ...],
+    found: list[tuple[int, ...]],
+    declared: int | None,
 ) -> int | None:
     """Checks the shapes of a tensor's statistics; returns the axis that Gram matrices belong to."""
     if kind is None:  # a composed merge: its parts know what they take
-        return None
-    declared = axis_of_kernel(name)
+        return declared
     for position, one in enumerate(found):
         fault = statistic_fault(kind, shape, one, declared)
         if fault is not None:
             raise OperatorError(f"the statistic of tensor {name!r} of model {position} {fault}.")
-    return None if kind == "fisher" else reading_axis(shape, found[0][0], declared)
+    return read_along(kind, shape, found[0], declared)
 
 
 def _statistics_by_name(

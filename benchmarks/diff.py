@@ -50,8 +50,6 @@ def build_pair(folder: Path, shape: Shape) -> list[Path]:
     config = {**fixed, **vars(shape), "max_position_embeddings": 32768}
     shapes = stored_shapes(model_from_config(config).table())
     folders = [folder / "base", folder / "tuned"]
-    if all((each / "config.json").is_file() for each in folders):
-        return folders
     header: dict[str, Any] = {}
     end = 0
     for name, size in shapes.items():
@@ -59,6 +57,8 @@ def build_pair(folder: Path, shape: Shape) -> list[Path]:
         header[name] = {"dtype": "BF16", "shape": list(size), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     for number, each in enumerate(folders):
+        if (each / "config.json").is_file():
+            continue
         each.mkdir(parents=True, exist_ok=True)
         draw, change = (np.random.Generator(np.random.SFC64(seed)) for seed in (0, 1))
         with (each / "model.safetensors").open("wb") as file:  # one tensor is in memory at a time

@@ -25,7 +25,7 @@ from tests.merging.recipes import write_model
 
 SHAPES = {"model.embed_tokens.weight": (40, 24), "model.norm.weight": (24,)} | {
     f"model.layers.{i}.{name}.weight": shape
-    for i in range(3)
+    for i in (0, 1, 10)
     for name, shape in (("self_attn.q_proj", (24, 24)), ("mlp.up_proj", (300, 240)), ("norm", (24,)))
 }  # up_proj has more entries than are computed on at a time
 
@@ -76,7 +76,7 @@ def test_numbers_of_two_models_are_those_of_float64(dtype: Any, place: Path) -> 
         change, size = (math.sqrt(sum(np.sum(t**2) for t in ts)) for ts in (
             [a[n] - b[n] for n in inside], [b[n] for n in inside]))  # fmt: skip
         assert layer.relations.first.relative_change == pytest.approx(change / size, rel=1e-6)
-    assert [layer.layer for layer in found.layers] == [f"model.layers.{i}" for i in range(3)]
+    assert [layer.layer for layer in found.layers] == [f"model.layers.{i}" for i in (0, 1, 10)]
 
 
 def test_several_models_are_compared_with_their_base_and_each_other(place: Path) -> None:
@@ -219,7 +219,7 @@ def test_rows_are_compared_token_by_token(place: Path) -> None:
     (place / "a" / "tokenizer.json").unlink()
     assert diff_models("a", "b").total.entries == 80
     far = diff_models("a", "b").total.first.relative_change
-    assert far is not None and far > 1
+    assert far is not None and far > 0.5
 
 
 def test_names_that_differ_by_a_prefix_and_tensors_that_one_model_lacks(place: Path) -> None:
@@ -288,7 +288,7 @@ def test_the_command_prints_the_contract_and_a_table(place: Path) -> None:
     for tensor in data["tensors"]:
         x, y = a[tensor["name"]], b[tensor["name"]]
         assert tensor["relative_change"] == pytest.approx(np.linalg.norm(x - y) / np.linalg.norm(y), rel=1e-6)
-    assert [layer["layer"] for layer in data["layers"]] == [f"model.layers.{i}" for i in range(3)]
+    assert [layer["layer"] for layer in data["layers"]] == [f"model.layers.{i}" for i in (0, 1, 10)]
     result = CliRunner().invoke(cli, ["diff", "a", "b", "--base", "base", "--out", "out"])
     assert result.exit_code == 0, result.output
     assert "all tensors" in result.stdout and "task cosine" in result.stdout

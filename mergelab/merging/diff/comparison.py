@@ -88,7 +88,7 @@ class ModelDiff:
         base: Model that task vectors are from; None where there is none.
         descent: What the weights say of the base.
         total: All tensors together.
-        layers: Layers, in the order of the first model.
+        layers: Layers, in the order of their numbers.
         tensors: Tensors, in the order of the first model.
         moved_rows: Rows of embeddings that moved most, the farthest first.
         settings: Small files of each model against those of the base, or of the first against the second.

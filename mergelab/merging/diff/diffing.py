@@ -192,7 +192,7 @@ def _of_weights(
                 relations_of(added(sums for sums, _ in inside), names, reference, has_base=has_base),
                 _mean_conflict([tensor for _, tensor in inside]),
             )
-            for layer, inside in layers.items()
+            for layer, inside in sorted(layers.items(), key=lambda item: _place(item[0], list(layers)))
         ),
         tuple(tensor for _, tensor in every),
         tuple(sorted(rows, key=lambda row: -row.relative_change)[:_ROWS]),
@@ -202,6 +202,12 @@ def _of_weights(
         None,
         sum(t.size * sum(s.dtype.itemsize for s in t.sources) for t in pairing.tensors),
     )
+
+
+def _place(layer: str, layers: Sequence[str]) -> tuple[int, int]:
+    """Where a layer stands: files list numbers as words, so that 10 comes before 2."""
+    stack, _, number = layer.rpartition(".")
+    return next(i for i, each in enumerate(layers) if each.rpartition(".")[0] == stack), int(number)
 
 
 def _tensor_diff(

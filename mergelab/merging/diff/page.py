@@ -42,21 +42,25 @@ def angle(value: float | None) -> str:
 
 def _columns(relations: Relations, conflict: Sequence[float]) -> tuple[list[str], list[str]]:
     first = relations.first
-    header = ["change", "angle", "norm ratio", "unchanged"]
-    cells = [
-        percent(first.relative_change),
-        angle(first.angle),
-        number(first.norm_ratio, 4),
-        percent(relations.unchanged),
+    if len(relations.tasks) < 2:
+        ratio, same = number(first.norm_ratio, 4), percent(relations.unchanged)
+        return ["change", "angle", "norm ratio", "unchanged"], [
+            percent(first.relative_change), angle(first.angle), ratio, same
+        ]  # fmt: skip
+    known = [cosine for _, _, cosine in relations.task_cosines if cosine is not None]
+    mean = None if not known else float(np.mean(known))
+    header = [
+        "A to B",
+        *(f"|{task.model[-16:]}|" for task in relations.tasks),
+        "task cosine",
+        "conflict at 0.2",
     ]
-    if len(relations.tasks) > 1:
-        header += [f"|{task.model[-16:]}|" for task in relations.tasks]
-        cells += [percent(task.relative) for task in relations.tasks]
-        header += ["task cosine", "conflict"]
-        known = [cosine for _, _, cosine in relations.task_cosines if cosine is not None]
-        cells.append(number(float(np.mean(known)) if known else None, 2))
-        cells.append(percent(conflict[DENSITIES.index(0.2)] if conflict else None))
-    return header, cells
+    return header, [
+        percent(first.relative_change),
+        *(percent(task.relative) for task in relations.tasks),
+        "-" if mean is None else f"{round(mean, 3) + 0:.3f}",
+        percent(conflict[DENSITIES.index(0.2)] if conflict else None),
+    ]
 
 
 def layer_rows(diff: ModelDiff) -> tuple[list[str], list[list[str]]]:
@@ -201,7 +205,8 @@ def _page(diff: ModelDiff) -> str:
 
 _EXPLAINED = (
     "Change: |A - B| / |B| of the weights as vectors, exact over all entries. Angle: between A and B. Norm "
-    "ratio: |A| / |B|. Unchanged: entries that are exactly equal.",
+    "ratio: |A| / |B|. Unchanged: entries that are exactly equal. Names between bars: norms of task "
+    "vectors, of the base's norm.",
     "Conflict: of the entries that at least two task vectors keep when each is trimmed to its largest "
     "fifth, the fraction in which their signs disagree; task cosine: mean over the pairs of task vectors. "
     "Histograms and conflicts are of 65,536 entries of each tensor.",
@@ -271,7 +276,7 @@ def _panels(diff: ModelDiff) -> list[Panel]:
 def _grid(diff: ModelDiff) -> tuple[np.ndarray, list[str], list[str]] | None:
     """Relative changes in percent: `[layers, kinds]`."""
     places = [(tensor, place) for tensor in diff.tensors if (place := layer_of(tensor.name)) is not None]
-    rows = list(dict.fromkeys(place[0] for _, place in places))
+    rows = [layer.layer for layer in diff.layers]
     columns = list(dict.fromkeys(place[1] for _, place in places))
     if not rows or len(columns) > 64:
         return None

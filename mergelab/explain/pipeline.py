@@ -128,10 +128,10 @@ def explain_merge(
         text = Contexts(
             np.asarray(source.tokens)[there], source.by_place[there], targets[there], source.sites[0], batch
         )
-        model = source.model
+        work_on = _Work(family, saes, text, source.model, dtype, seed, latents, tokenizer)
+        loaded = [source.params] if dtype is None else []
         del source
-        work_on = _Work(family, saes, text, model, dtype, seed, latents, tokenizer)
-        found = work_on.explained(work, name, lambda done: progress("reading models", done, stages))
+        found = work_on.explained(work, name, loaded, lambda done: progress("reading models", done, stages))
         said = found.to_json()
         work.clear()
         marker = {"mergelab": __version__}
@@ -169,9 +169,22 @@ class _Work:
         self.family, self.sae, self.text, self.model = family, sae, text, model
         self.dtype, self.seed, self.most, self.tokenizer = dtype, seed, most, tokenizer
 
-    def explained(self, work: WorkFolder, name: str, progress: Callable[[int], object]) -> Explanation:
-        """All of it."""
-        model, params = load_one(self.family.base.checkpoint, self.model, "the base", self.dtype)
+    def explained(
+        self, work: WorkFolder, name: str, loaded: list[Params], progress: Callable[[int], object]
+    ) -> Explanation:
+        """All of it.
+
+        Args:
+            work: the work folder, entered.
+            name: the recipe's name.
+            loaded: parameters of the base, which are taken out of the list, where they are loaded already.
+            progress: function that is told how many models have been read.
+        """
+        model = self.model
+        if loaded:
+            params = loaded.pop()
+        else:
+            model, params = load_one(self.family.base.checkpoint, model, "the base", self.dtype)
         control = rotated(self.sae, self._center(model, params), self.seed)
         base = read_model(self.sae, control, model, params, self.text)
         del params

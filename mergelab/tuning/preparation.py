@@ -58,7 +58,7 @@ def prepare(
     require_decoder(model)
     mesh = mesh_of(params)
     check_batch(mesh, settings.batch)
-    if not learned.take(slice(None))[1].any():
+    if learned.counted is not None and not learned.counted[:, 1:].any():
         raise TuningError("no token of the text counts: its conversations have no assistant turn.")
     fixed: dict[str, Any] = {}
     kind = None if settings.dtype is None else _dtype(settings.dtype)

@@ -71,6 +71,8 @@ class SpecialistStory:
         kinds = ", ".join(f"{self.fates[fate]} {fate}" for fate in FATES if self.fates.get(fate))
         control = f"a random direction set finds {self.turned}, shuffled documents {self.shuffled:.1f}"
         found = f"{self.name} gained {self.gained} latents ({control}); in the merge {kinds}."
+        if 2 * self.turned > self.gained:
+            found += " Directions of no meaning rise about as often, so single latents say little here."
         return f"{found} {self._causal()}"
 
     def _causal(self) -> str:

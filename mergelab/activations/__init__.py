@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mergelab.activations.kept import EVERY_TOKEN, KeptRows, TokenRule
     from mergelab.activations.left_out import LeftOut, count_left_out
     from mergelab.activations.losses import summed_loss, target_scores
+    from mergelab.activations.merged_statistics import merged_grams
     from mergelab.activations.model_activations import (
         ModelActivations,
         SiteActivations,
@@ -52,6 +53,7 @@ __all__ = [
     "gram",
     "halves",
     "load_sentence_encoder",
+    "merged_grams",
     "open_activation_files",
     "open_model_activations",
     "pad_prompts",

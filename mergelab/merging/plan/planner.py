@@ -134,6 +134,8 @@ class Plan:
         identities: SHA-256 of each thing that determines the output's bytes (recipe, jobs, models, ...).
         stages: Plans of the recipes this one builds on, by name, in the order they run.
         inputs: Files and folders that are read, which no output may replace.
+        summed_weights: Largest sum of the weights of models that are added up as they are, and the parameter
+            that says so; 0 where none are.
     """
 
     recipe: Recipe
@@ -147,6 +149,7 @@ class Plan:
     identities: Mapping[str, str]
     stages: Mapping[str, Plan] = field(default_factory=dict)
     inputs: tuple[Path, ...] = ()
+    summed_weights: tuple[float, str] = (0.0, "")
 
     @property
     def identity(self) -> str:
@@ -393,6 +396,7 @@ def _plan(
         identities=_identities(recipe, jobs, builder.settings, read, config, files, seed, shard_bytes),
         stages=dict(planned or {}),
         inputs=_inputs(recipe, {**found, **beside}, planned or {}),
+        summed_weights=builder.factors.most,
     )
 
 

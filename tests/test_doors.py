@@ -101,6 +101,7 @@ def test_two_models_are_merged_by_slerp_and_the_merge_is_evaluated(
     )
 
 
+@pytest.mark.slow
 def test_the_density_of_ties_is_swept_in_one_program(loaded: tuple[ml.Model, Any, ml.Tokenizer]) -> None:
     model, params, tokenizer = loaded
     tuned, tokens = [shifted(params, 1), shifted(params, 2)], jnp.asarray([tokenizer.encode("w3 w4 w5")])

@@ -61,6 +61,7 @@ CASES = {
     "convert to orbax": Case("convert a out --to orbax"),
     "adapter": Case("extract-lora b --base a --rank 2 --out out", "--resume"),
     "delta": Case("extract-delta b --base a --density 0.5 --out out"),
+    "diff": Case("diff a b --out out"),
     "abliterate": Case(
         "abliterate a --harmful bad.txt --harmless good.txt --out out --anyway"
         " --max-kl 1e9 --min-induced=-1e9",

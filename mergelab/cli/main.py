@@ -25,8 +25,9 @@ __all__ = ["SECTIONS", "CommandTable", "Failure", "cli", "main", "run"]
 
 SECTIONS: Mapping[str, Sequence[str]] = {
     "Start here": ("quickstart",),
-    "Merge models": ("merge", "soup", "extract-lora", "extract-delta"),
-    "Run models": ("generate", "statistics", "convert"),
+    "Merge models": ("merge", "soup", "check", "diff", "explain", "extract-lora", "extract-delta"),
+    "Train models": ("finetune",),
+    "Run models": ("generate", "evaluate", "statistics", "convert"),
     "Train and judge features": ("activations", "sae", "abliterate"),
     "Look things up": ("inspect", "operators"),
 }
@@ -84,7 +85,7 @@ class CommandTable(click.Group):
             raise failure_of(error, subject, output) from error
 
 
-_READS_ONLY = {"inspect", "operators", "convert"}
+_READS_ONLY = {"check", "convert", "diff", "inspect", "operators"}
 """Commands that compute nothing, and so do without an accelerator."""
 
 _RESOLVED = "mergelab.resolved"  # key of `Context.meta`: the command, its name and its arguments
@@ -116,7 +117,8 @@ def flush_output() -> None:
     sections=SECTIONS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="`mergelab COMMAND --help` shows a command's options with examples. Exit status: 0 done, "
-    "2 refused (said in a sentence), 70 a bug in mergelab, 130 interrupted, 143 terminated.",
+    "1 `check` found something, 2 refused (said in a sentence), 70 a bug in mergelab, 130 interrupted, "
+    "143 terminated.",
 )
 @click.version_option(__version__, prog_name="mergelab", message="%(prog)s %(version)s")
 @click.pass_context

@@ -157,7 +157,7 @@ def tail_confidence(confidences: ArrayLike, window: int = 2048) -> float:
     """DeepConf's tail confidence: the mean confidence of the last `window` tokens.
 
     Args:
-        confidences: confidence of each token, the negative of what `confidence_monitor` reads.
+        confidences: same as in `lowest_group_confidence`.
         window: number of tokens.
 
     Raises:

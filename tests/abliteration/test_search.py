@@ -48,6 +48,7 @@ def found(planted: Planted, space: Space) -> SearchResult:
     )
 
 
+@pytest.mark.slow
 def test_the_best_trial_ends_refusals_at_little_cost(found: SearchResult) -> None:
     assert found.baseline.refusal > 0.95 and found.baseline.kl < 1e-5
     best = found.best(max_kl=0.05)

@@ -23,6 +23,7 @@ FOLDERS = {
     "greedy soup": "soup a b --method greedy --text t.txt --overwrite --out",
     "convert": "convert a --overwrite",
     "convert to orbax": "convert a --to orbax --overwrite",
+    "diff": "diff a b --overwrite --out",
     "extract-lora": "extract-lora b --base a --rank 2 --overwrite --out",
     "extract-delta": "extract-delta b --base a --overwrite --out",
     "abliterate": "abliterate a --harmful t.txt --harmless t.txt --overwrite --out",

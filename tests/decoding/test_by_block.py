@@ -64,6 +64,7 @@ def test_generation_by_block_is_that_of_the_loop(monkeypatch: pytest.MonkeyPatch
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), found.captured, expected.captured)
 
 
+@pytest.mark.slow
 def test_compiling_does_not_grow_with_depth(caplog: pytest.LogCaptureFixture) -> None:
     def compiled(layers: int) -> list[str]:
         # A width that no other test has, so that nothing is compiled already.
@@ -142,6 +143,7 @@ CROSSING = [3, 14, 15, 9, 26]
 RECORDED = [13, 26, 21, 40, 26, 26, 26, 26, 16, 39, 41, 26]
 
 
+@pytest.mark.slow
 def test_a_text_that_outgrows_longrope_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model, params = longrope()
     assert generate(model, params, [CROSSING], max_new_tokens=12).rows() == [RECORDED]

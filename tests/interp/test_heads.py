@@ -111,6 +111,7 @@ def test_composition_and_copying_find_what_was_planted() -> None:
     assert np.abs(found[1]).max() < 0.95
 
 
+@pytest.mark.slow
 def test_a_function_vector_carries_the_task(domains: Trained) -> None:
     model, params = domains.model, domains.params
     rng = np.random.default_rng(4)

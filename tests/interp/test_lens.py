@@ -31,6 +31,7 @@ def batches() -> Iterator[np.ndarray]:
         yield np.concatenate([lines(domain, 8, seed=seed) for domain in (0, 1)])
 
 
+@pytest.mark.slow
 def test_a_tuned_lens_agrees_better_and_leaves_the_last_site_alone(domains: Trained) -> None:
     model, params = domains.model, domains.params
     text = np.concatenate([lines(domain, 10, seed=9) for domain in (0, 1)])
@@ -61,6 +62,7 @@ def test_masked_tokens_do_not_count(domains: Trained) -> None:
     assert abs(read_lens(domains.model, domains.params, text, batch=2).kl[0] - readings[0].kl[0]) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("front", [True, False])
 def test_the_logit_lens_reads_real_tokens_as_if_there_were_no_padding(front: bool) -> None:
     """The lens of a padded prompt is that of the prompt alone, whatever stands in the padding."""

@@ -87,6 +87,7 @@ def test_path_patching_keeps_the_two_ways_apart() -> None:
     assert through(0).max() < 1e-6
 
 
+@pytest.mark.slow
 def test_grids_do_not_depend_on_batches_or_on_the_mesh(domains: Trained) -> None:
     model, params = domains.model, domains.params
     source, target = lines(0, 3, 6), lines(1, 3, 6)

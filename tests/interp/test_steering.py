@@ -65,6 +65,7 @@ def test_principal_difference_is_that_of_scikit_learn_on_both_signs() -> None:
         principal_difference(jnp.asarray(positive), jnp.asarray(negative[:-1]))
 
 
+@pytest.mark.slow
 def test_steering_turns_the_text_towards_a_domain(domains: Trained) -> None:
     prompts = jnp.asarray(neutral(64))
 

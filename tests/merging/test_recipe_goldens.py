@@ -195,6 +195,7 @@ def worst_deviation(goldens: Path, name: str, ours: Mapping[str, np.ndarray]) ->
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except(["della_d05_seed42"], RANDOM))
 def test_random_draws_have_the_recorded_statistics(goldens: Path, tmp_path: Path, name: str) -> None:
     """Of 4 statistics of 39 tensors, none is 5 standard errors off by chance but once in 10,000 times."""

@@ -80,6 +80,7 @@ def test_vectors_at_an_angle_still_take_the_arc() -> None:
     assert np.linalg.norm((a + b) / 2) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [3, 1000])
 def test_spherical_means_of_opposite_vectors_are_no_noise(size: int) -> None:
     """Exact cosines are -1; from float32 products they miss it by 1e-7, which is an angle of 3e-4."""

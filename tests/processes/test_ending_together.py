@@ -31,8 +31,8 @@ SAE = "final/sae.safetensors"
 CONFIG: dict[str, Any] = {
     "sae": {"variant": "topk", "n_latents": 64, "k": 4},
     "data": {"kind": "toy", "toy": {"d_in": 16, "n_features": 32, "l0": 2.0}, "buffer_rows": 4096},
-    "train": {"batch_size": 64, "tokens": 64 * 1500, "lr": 3e-3, "dead_after_tokens": 256},
-    "checkpoint": {"every": 250, "log_every": 10},
+    "train": {"batch_size": 64, "tokens": 64 * 600, "lr": 3e-3, "dead_after_tokens": 256},
+    "checkpoint": {"every": 100, "log_every": 10},
 }
 
 
@@ -135,7 +135,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_to_the_same_bytes(
     tmp_path: Path, count: int, victim: int
 ) -> None:
     expected = undisturbed(tmp_path, count)
-    at = random.Random(count * 10 + victim).randrange(300, 1200)
+    at = random.Random(count * 10 + victim).randrange(110, 480)
     with Several(tmp_path, lambda _: command(tmp_path, count=count), count) as run:
         run.wait_until(lambda: step(tmp_path) >= at)
         run.signal(signal.SIGKILL, victim)
@@ -155,13 +155,13 @@ def test_sigterm_keeps_a_step_that_all_agree_on(tmp_path: Path, told: Sequence[i
     expected = undisturbed(tmp_path, 2)
     words = command(tmp_path, "--resume", "--grace", "240s")
     with Several(tmp_path, lambda _: words) as run:
-        run.wait_until(lambda: step(tmp_path) >= 320)
+        run.wait_until(lambda: step(tmp_path) >= 120)
         run.signal(signal.SIGTERM, *told)
         ended = run.end(PATIENCE)
     assert [process.status for process in ended] == [143, 143], run.said()
     assert all(process.err.splitlines()[-1] == "interrupted" for process in ended)
     kept = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept > 320 and kept % 250
+    assert kept > 120 and kept % 100
     with Several(tmp_path, lambda _: words) as run:  # requeued, by the same command
         assert [process.status for process in run.end()] == [0, 0], run.said()
     assert (tmp_path / "run" / SAE).read_bytes() == expected

@@ -102,6 +102,7 @@ def test_the_autoencoder_explains_the_base_model_and_is_shown_in_the_text(done: 
         assert strengths == sorted(strengths, reverse=True) and strengths[0] == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_its_checkpoints_say_what_training_the_autoencoder_is_worth(done: SimpleNamespace) -> None:
     steps = checkpoint_steps(PRESETS["tiny"].base.steps)
     assert {path.name for path in (done.out / "checkpoints").iterdir()} == {str(step) for step in steps}

@@ -43,6 +43,7 @@ def test_the_step_copies_no_array_of_the_size_of_a_parameter(clip: float | None)
     assert [line for line in lines if f"f32[{n},{d}]" in line.split(" copy(")[0] and " copy(" in line] == []
 
 
+@pytest.mark.slow
 def test_blocks_and_a_choice_of_one_program_are_the_same_step() -> None:
     d, n, batch = 64, 9001, 32  # two blocks of rows, and a rest
     variant = make_variant("topk", d_in=d, n_latents=n, k=4)

@@ -14,6 +14,7 @@ from typing import Any
 
 from mergelab.checkpoints import Checkpoint, LoraCheckpoint, dtype_from_name, open_checkpoint
 from mergelab.checkpoints.companion_files import companion_warnings, donor_files, license_differences
+from mergelab.checkpoints.source import TensorSource
 from mergelab.checkpoints.writer import identity_digest
 from mergelab.merging.engine.job import Job
 from mergelab.merging.plan.compatibility import absent, incomplete, mixed
@@ -133,6 +134,8 @@ class Plan:
         identities: SHA-256 of each thing that determines the output's bytes (recipe, jobs, models, ...).
         stages: Plans of the recipes this one builds on, by name, in the order they run.
         inputs: Files and folders that are read, which no output may replace.
+        summed_weights: Largest sum of the weights of models that are added up as they are, and the parameter
+            that says so; 0 where none are.
     """
 
     recipe: Recipe
@@ -146,6 +149,7 @@ class Plan:
     identities: Mapping[str, str]
     stages: Mapping[str, Plan] = field(default_factory=dict)
     inputs: tuple[Path, ...] = ()
+    summed_weights: tuple[float, str] = (0.0, "")
 
     @property
     def identity(self) -> str:
@@ -188,7 +192,14 @@ class Plan:
         Raises:
             CheckpointError: a result cannot be read.
         """
-        results = {name: open_checkpoint(folder).tensors for name, folder in folders.items()}
+        return self.taking({name: open_checkpoint(folder).tensors for name, folder in folders.items()})
+
+    def taking(self, results: Mapping[str, Mapping[str, TensorSource]]) -> Plan:
+        """The same plan, taking the tensors of its stages from elsewhere; nothing is planned again.
+
+        Args:
+            results: Tensors by name, by the name of the stage that makes them.
+        """
         jobs = [
             replace(
                 job,
@@ -385,6 +396,7 @@ def _plan(
         identities=_identities(recipe, jobs, builder.settings, read, config, files, seed, shard_bytes),
         stages=dict(planned or {}),
         inputs=_inputs(recipe, {**found, **beside}, planned or {}),
+        summed_weights=builder.factors.most,
     )
 
 

@@ -39,15 +39,20 @@ class FactorsSeen:
     Attributes:
         found: findings for each model and parameter, the largest factor beyond the limit, and the tensors it
             is for.
+        most: largest sum of the weights of several models that are added up, and the parameter; 0 where none
+            are.
     """
 
+    most: tuple[float, str] = (0.0, "")
     found: dict[tuple[str, str], tuple[float, list[str]]] = field(default_factory=dict)
 
     def add(
         self, operator: Operator, arguments: Mapping[str, Any], models: Sequence[str], tensor: str
     ) -> None:
         """Notes the factors of one tensor's models."""
-        parameter, factors = _factors(operator, arguments, len(models))
+        parameter, factors, summed = _factors(operator, arguments, len(models))
+        if summed and len(factors) > 1:
+            self.most = max(self.most, (math.fsum(factors), parameter))
         for model, factor in zip(models, factors, strict=False):
             if abs(factor) > MOST_FACTOR + 1e-6:
                 largest, names = self.found.get((model, parameter), (0.0, []))
@@ -67,8 +72,10 @@ class FactorsSeen:
         return found
 
 
-def _factors(operator: Operator, arguments: Mapping[str, Any], models: int) -> tuple[str, list[float]]:
-    """The parameter that says how strongly models enter, and what each one's weights or change is times."""
+def _factors(operator: Operator, arguments: Mapping[str, Any], models: int) -> tuple[str, list[float], bool]:
+    """The parameter that says how strongly models enter, what each one's weights or change is times, and
+    whether the models are added up with these factors as they are.
+    """
 
     def value(keyword: str, otherwise: Any) -> Any:
         declared = next((p for p in operator.parameters if p.keyword == keyword), None)
@@ -80,20 +87,22 @@ def _factors(operator: Operator, arguments: Mapping[str, Any], models: int) -> t
     if declared is not None and not declared.per_model:
         factor = value(operator.strength, 1.0)
         one = next((f for f in factor if f is not None), 1.0) if isinstance(factor, list) else factor
-        return operator.strength, [float(one)] * models
+        return operator.strength, [float(one)] * models, False
     weight = value(operator.strength, None)
     if weight is None:
-        return "", []
+        return "", [], False
     weights = [float(w) for w in weight] if isinstance(weight, list) else [float(weight)] * models
     scale = float(value("lambda_", 1.0))
-    if value("normalize", value("normalize_weights", operator.shares == "always")):
+    shared = bool(value("normalize", value("normalize_weights", operator.shares == "always")))
+    if shared:
         total = math.fsum(weights)
         # An election divides by the weights that won, so no share exceeds 1.
         if operator.shares == "elected":
             weights = [1.0] * models
         elif abs(total) > 1e-8:
             weights = [w / total for w in weights]
-    return ("weight" if scale == 1 else "weight and lambda"), [w * scale for w in weights]
+    named = "weight" if scale == 1 else "weight and lambda"
+    return named, [w * scale for w in weights], not shared
 
 
 def odd_relations(jobs: Iterable[Job], base: str | None, unread: Iterable[str]) -> list[str]:

@@ -61,6 +61,7 @@ def test_effects_on_logits_of_an_rms_norm(subject: SubjectModel) -> None:
         assert found.histogram[i].sum() == 384 and found.edges.shape == (3, 8)
 
 
+@pytest.mark.slow
 def test_a_layer_norm_is_centered_and_its_bias_is_no_effect() -> None:
     config = {
         "model_type": "gpt2",

@@ -40,6 +40,7 @@ def _train(change: Callable[[TrainState], Step], steps: int) -> tuple[TrainState
     return state, started, nmse
 
 
+@pytest.mark.slow
 def test_a_frozen_decoder_keeps_its_directions_and_learns_to_encode(step: Step) -> None:
     state, started, nmse = _train(lambda initial: freeze_decoder(step, initial, RECIPE.ema_decay), 300)
     np.testing.assert_array_equal(state.params["decoder"], started)

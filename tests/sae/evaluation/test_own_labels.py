@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ def test_balanced_classes_weigh_the_same() -> None:
 def test_classes_against_the_rest_and_tokens(subject: SubjectModel, reviews: Any) -> None:
     texts, _ = reviews
     spans = [
-        [(at, at + len(word), word) for word in ("def", "index") if (at := text.find(word)) >= 0]
+        [(found.start(), found.end(), found.group()) for found in re.finditer("def|index", text)]
         for text in texts
     ]
     card = evaluate_sae(
@@ -212,7 +213,8 @@ def test_classes_against_the_rest_and_tokens(subject: SubjectModel, reviews: Any
         balance=False,
     )
     values, against = card.values(), card.scores["labels.accuracy_1"].against
-    assert values["labels.accuracy_5"] > values["labels.majority"] > 0.8
+    assert values["labels.relative_loss"] < 0.8
+    assert values["labels.majority"] > 0.8
     assert "mean of 2" in against and "as frequent as they are" in against
     assert "'def'" in card.scores["labels.worst"].against or "'index'" in card.scores["labels.worst"].against
 

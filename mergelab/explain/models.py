@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergelab.checkpoints import Checkpoint, open_checkpoint
+from mergelab.checkpoints import Checkpoint
 from mergelab.checkpoints.model_card import portable_name
-from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import RecipeError
 from mergelab.merging.plan.input_models import FoundModel, find_models
 from mergelab.merging.recipe.schema import Recipe
-from mergelab.merging.run_merge import MergeOptions, merge
+from mergelab.merging.unwritten_merge import open_merge
 from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params
 
@@ -92,16 +89,6 @@ def load_one(checkpoint: Checkpoint, like: Model, name: str, dtype: Any = None) 
     return model, params
 
 
-@contextmanager
-def merged_model(
-    recipe: Recipe, work: WorkFolder, like: Model, dtype: Any = None
-) -> Iterator[tuple[Model, Params]]:
-    """The merge, loaded: it is written beside the output, under a hidden name, and deleted in the end."""
-    place = work.stages / "merge"
-    work.clear_stages()
-    work.stages.mkdir(parents=True, exist_ok=True)
-    try:
-        merge(recipe, place, MergeOptions())
-        yield load_one(open_checkpoint(place), like, "the merge", dtype)
-    finally:
-        work.clear_stages()
+def merged_model(recipe: Recipe, like: Model, dtype: Any = None) -> tuple[Model, Params]:
+    """The merge, loaded without being written; arguments and errors are those of `load_one`."""
+    return load_one(open_merge(recipe), like, "the merge", dtype)

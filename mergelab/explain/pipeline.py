@@ -131,7 +131,7 @@ def explain_merge(
         work_on = _Work(family, saes, text, source.model, dtype, seed, latents, tokenizer)
         loaded = [source.params] if dtype is None else []
         del source
-        found = work_on.explained(work, name, loaded, lambda done: progress("reading models", done, stages))
+        found = work_on.explained(name, loaded, lambda done: progress("reading models", done, stages))
         said = found.to_json()
         work.clear()
         marker = {"mergelab": __version__}
@@ -169,13 +169,10 @@ class _Work:
         self.family, self.sae, self.text, self.model = family, sae, text, model
         self.dtype, self.seed, self.most, self.tokenizer = dtype, seed, most, tokenizer
 
-    def explained(
-        self, work: WorkFolder, name: str, loaded: list[Params], progress: Callable[[int], object]
-    ) -> Explanation:
+    def explained(self, name: str, loaded: list[Params], progress: Callable[[int], object]) -> Explanation:
         """All of it.
 
         Args:
-            work: the work folder, entered.
             name: the recipe's name.
             loaded: parameters of the base, which are taken out of the list, where they are loaded already.
             progress: function that is told how many models have been read.
@@ -198,12 +195,12 @@ class _Work:
             changes[parent] = find_changes(base.mean, readings[parent].mean, seed=self.seed)
             progress(2 + number)
         codes = {parent: self._codes(parent, changes[parent].raised) for parent in readings}
-        with merged_model(self.family.recipe, work, self.model, self.dtype) as (model, params):
-            merge = read_model(self.sae, control, model, params, self.text)
-            stories = [
-                self._story(parent, base, readings, changes, merge, codes[parent], model, params)
-                for parent in readings
-            ]
+        model, params = merged_model(self.family.recipe, self.model, self.dtype)
+        merge = read_model(self.sae, control, model, params, self.text)
+        stories = [
+            self._story(parent, base, readings, changes, merge, codes[parent], model, params)
+            for parent in readings
+        ]
         progress(2 + len(readings))
         risen = set(find_changes(base.mean, merge.mean, seed=self.seed).raised.tolist())
         risen -= {latent for one in changes.values() for latent in one.raised.tolist()}

@@ -22,7 +22,7 @@ __all__ = ["SAMPLE", "Gathered", "gather"]
 SAMPLE = 1 << 16
 """Values of each tensor from which histograms and sign conflicts are taken."""
 
-_BLOCK = 1 << 19
+_BLOCK = 1 << 18
 """Entries read at a time. A constant: sums do not depend on threads or memory."""
 
 _PART = 1 << 25

@@ -43,9 +43,9 @@ SECTION = """
 
     python -m benchmarks.diff --work WORK --publish
 
-`diff.py` compares a random pair in the shape of Qwen2-1.5B, 3 GB each in bfloat16. `read` reads the same bytes
-once, by as many threads, into buffers that are used again, from the page cache, which is many times as fast
-as a disk. A comparison keeps up with a disk whose GB/s are below its own. Imports are not counted.
+`diff.py` compares a random pair in the shape of Qwen2-1.5B, 3 GB each in bfloat16. `read` reads the same
+bytes once, by as many threads, into buffers that are used again, from the page cache, which is many times as
+fast as a disk. A comparison keeps up with a disk whose GB/s are below its own. Imports are not counted.
 
 <!-- diff table -->
 <!-- end of diff table -->

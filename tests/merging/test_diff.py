@@ -174,6 +174,10 @@ def test_the_base_is_found_by_its_weights(place: Path) -> None:
     assert found.base == "base" and not found.descent.given
     assert "right angles" in found.descent.reasons[0]
     assert diff_models("a", "b", "c").base is None
+    # The average of three siblings sees one of them and the base at right angles, as a base would.
+    every = [load_file(f"{name}/model.safetensors") for name in "abc"]
+    write_model(place / "mean", {n: np.mean([x[n] for x in every], axis=0) for n in every[0]})
+    assert diff_models("mean", "a", "base").base is None
     assert diff_models("a", "base").base == "base" == diff_models("base", "a").base
     assert diff_models("a", "b").base is None
     strange = diff_models("a", "stranger")

@@ -1,9 +1,11 @@
 """The weights and the features of transformers, in JAX: `import mergelab as ml`.
 
-Models; a folder may also be a hub id, org/name[@revision][:subfolder], or a URL such as gs://bucket/model
-    load_model(folder), save_model(model, params, folder, tokenizer=...), Model, model_from_config
-    load_tokenizer(folder), Tokenizer
+Models; a place is a folder, a GGUF file, a hub id, org/name[@revision][:subfolder], a URL such as
+gs://bucket/model, an adapter, or a recipe that is merged while it is loaded
+    load_model(place), save_model(model, params, folder, tokenizer=...), Model, model_from_config
+    load_tokenizer(place), Tokenizer
     generate(model, params, tokenizer, text)                text in, text out
+    finetune(model, params, tokenizer, text, lora=16)       further training; params, record
     push(folder, "org/name")                                upload a model, adapter, SAE or file to the hub
     make_mesh({"data": 2, "tensor": 4})                     devices to spread a model over
 
@@ -13,9 +15,15 @@ Activations
 Merging
     merge(recipe, folder), load_recipe(file), Recipe        mergekit's recipes, streamed from disk to disk
     plan_merge(recipe)                                      what a merge would read, compute and write
+    open_merge(recipe)                                      the merge as a model that is never written
     check_recipe(recipe), diff_models(a, b)                 what makes a merge meaningless; how models differ
     operators                                               the same operators, on pytrees
+    explain_merge(recipe, sae, text, folder)                what it did to the parents, in latents of an SAE
     soup(candidates), extract_lora(finetuned, base, folder)
+
+Verdicts
+    evaluate_model(place, text=..., tasks=...)              bits per byte, accuracy, answers, with intervals
+    compare_models([place, place], text=...)                several models, and their paired differences
 
 Sparse autoencoders
     SAE, load_sae(folder), save_sae(sae, folder)            files of six libraries
@@ -35,8 +43,8 @@ Errors
     errors.MergelabError                                    base of every error raised on purpose
 
 Rooms, each with more names
-    models, text, decoding, activations, operators, merging, checkpoints, sae, interp, abliteration, report,
-    quickstart, aot, processes; sharding, trees
+    models, text, decoding, activations, operators, merging, tuning, verdict, explain, checkpoints, sae,
+    interp, abliteration, report, quickstart, aot, processes; sharding, trees
 
 Names load when they are first used, so that the import itself takes no time. docs/coming_from.md lists what
 other libraries call these things.
@@ -56,6 +64,7 @@ if TYPE_CHECKING:
         checkpoints,
         decoding,
         errors,
+        explain,
         interp,
         merging,
         models,
@@ -67,11 +76,14 @@ if TYPE_CHECKING:
         sharding,
         text,
         trees,
+        tuning,
+        verdict,
     )
     from mergelab.abliteration import abliterate
     from mergelab.activations import capture
     from mergelab.checkpoints import push
     from mergelab.decoding import generate_text as generate
+    from mergelab.explain import explain_merge
     from mergelab.interp import (
         ablate,
         load_steering,
@@ -86,15 +98,20 @@ if TYPE_CHECKING:
         check_recipe,
         diff_models,
         extract_lora,
+        load_model,
         load_recipe,
+        load_tokenizer,
         merge,
+        open_merge,
         plan_merge,
         soup,
     )
-    from mergelab.models import Model, load_model, model_from_config, save_model
+    from mergelab.models import Model, model_from_config, save_model
     from mergelab.sae import SAE, evaluate_sae, latent_table, load_sae, save_sae, train_sae
     from mergelab.sharding import make_mesh
-    from mergelab.text import Tokenizer, load_tokenizer
+    from mergelab.text import Tokenizer
+    from mergelab.tuning import finetune
+    from mergelab.verdict import compare_models, evaluate_model
 
 __all__ = [
     "SAE",
@@ -110,11 +127,16 @@ __all__ = [
     "capture",
     "check_recipe",
     "checkpoints",
+    "compare_models",
     "decoding",
     "diff_models",
     "errors",
+    "evaluate_model",
     "evaluate_sae",
+    "explain",
+    "explain_merge",
     "extract_lora",
+    "finetune",
     "generate",
     "interp",
     "latent_table",
@@ -129,6 +151,7 @@ __all__ = [
     "merging",
     "model_from_config",
     "models",
+    "open_merge",
     "operators",
     "patch",
     "plan_merge",
@@ -147,6 +170,8 @@ __all__ = [
     "text",
     "train_sae",
     "trees",
+    "tuning",
+    "verdict",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__)

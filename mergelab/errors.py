@@ -27,6 +27,7 @@ __all__ = [
     "SearchError",
     "SiteError",
     "TokenError",
+    "TuningError",
     "did_you_mean",
     "dotted",
     "first_faults",
@@ -112,6 +113,10 @@ class SiteError(MergelabError, ValueError):
 
 class TokenError(MergelabError, ValueError):
     """Token ids that a model has no embedding for, or more tokens than it has positions."""
+
+
+class TuningError(MergelabError, ValueError):
+    """Settings of a fine-tuning without meaning, a text too short for it, or a training that diverged."""
 
 
 class MeshError(MergelabError, ValueError):

@@ -113,6 +113,10 @@ NAMES: tuple[ForeignName, ...] = (
             "AutoConfig": "ml.models.model_from_config(config)",
             "save_pretrained": "ml.save_model(model, params, folder, tokenizer=tokenizer)",
             "pipeline": "ml.generate(model, params, tokenizer, text, max_new_tokens=32)",
+            "Trainer": "ml.finetune(model, params, tokenizer, text)",
+            "TrainingArguments": "ml.tuning.TuningSettings",
+            "SFTTrainer": "ml.finetune(model, params, tokenizer, conversations)",
+            "get_peft_model": "ml.finetune(model, params, tokenizer, text, lora=16)",
         },
     ),
     *_names(

@@ -111,8 +111,8 @@ def test_a_run_on_text_goes_on_with_other_processes(folder: Path, reports: list[
 
 def test_each_process_computes_its_share_of_the_text(reports: list[Any], source: ModelActivations) -> None:
     read = [report["texts"]["rows"] for report in reports]
-    # The start sample and the lanes of a batch are all of the rows each, and norms are of one lane.
-    assert source.rows < sum(read) <= 2.2 * source.rows
+    # What is trained on, a start sample and what is made ahead: of a text that is longer.
+    assert 24 * 20 < sum(read) < source.rows
     assert max(read) <= 1.2 * sum(read) / PROCESSES
     assert all("data.model_mesh has an axis 'rows'" in report["texts"]["axis"] for report in reports)
 

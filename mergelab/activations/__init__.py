@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from mergelab.activations.capture import stream_sites
     from mergelab.activations.kept import EVERY_TOKEN, KeptRows, TokenRule
     from mergelab.activations.left_out import LeftOut, count_left_out
-    from mergelab.activations.losses import summed_loss
+    from mergelab.activations.losses import summed_loss, target_scores
+    from mergelab.activations.merged_statistics import merged_grams
     from mergelab.activations.model_activations import (
         ModelActivations,
         SiteActivations,
@@ -52,12 +53,14 @@ __all__ = [
     "gram",
     "halves",
     "load_sentence_encoder",
+    "merged_grams",
     "open_activation_files",
     "open_model_activations",
     "pad_prompts",
     "pool",
     "stream_sites",
     "summed_loss",
+    "target_scores",
     "write_statistics",
     "write_store",
 ]

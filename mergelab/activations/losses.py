@@ -11,7 +11,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
-from mergelab.activations.batches import filled_batches
+from mergelab.activations.batches import filled_batches, map_pieces
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import logits_of
 from mergelab.models.sites import Edit, as_partials
@@ -23,6 +23,7 @@ __all__ = [
     "kl_divergence",
     "kl_of_log_probabilities",
     "summed_loss",
+    "target_scores",
     "token_losses",
 ]
 
@@ -136,3 +137,52 @@ def _summed_loss(
     chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     losses = jax.nn.logsumexp(logits, axis=-1) - chosen
     return jnp.sum(jnp.where(counted, losses, 0.0))
+
+
+def target_scores(
+    model: Model, params: Params, tokens: np.ndarray, is_target: np.ndarray, *, batch: int = 8
+) -> tuple[np.ndarray, np.ndarray]:
+    """Loss of every target, and whether the most probable token is the target; 256 MB of logits at a time.
+
+    Args:
+        model: a decoder.
+        params: its parameters, on any mesh.
+        tokens: int32 `[windows, length + 1]`; the first column is context only.
+        is_target: bool `[windows, length]`, which of the others count; padding, on the right, does not.
+        batch: windows in one forward pass.
+
+    Returns:
+        `-ln p(target | the tokens before it in its window)` in nats, float32 `[windows, length]`, 0 where
+        nothing counts; and the hits, bool `[windows, length]`, False there.
+
+    Raises:
+        TokenError: ids beyond the vocabulary, or windows longer than the model's learned positions.
+    """
+    check_ids(tokens, model.config.vocab_size, "the model's vocabulary", "windows of text")
+    check_length(model, tokens.shape[1] - 1)
+    nats, hits = [], []
+    for (rows, counted), real in filled_batches(batch, tokens, is_target):
+        found = _target_scores(model, params, rows, counted)
+        nats.append(np.asarray(found[0])[:real])
+        hits.append(np.asarray(found[1])[:real])
+    return np.concatenate(nats), np.concatenate(hits)
+
+
+@partial(jax.jit, static_argnames="model")
+def _target_scores(
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "batch length_plus_1"],
+    counted: Bool[Array, "batch length"],
+) -> tuple[Float[Array, "batch length"], Bool[Array, "batch length"]]:
+    captured = model.apply(params, tokens[:, :-1], capture=UNEMBEDDED, logits=False).captured
+    hidden = captured[UNEMBEDDED]
+
+    def score(given: tuple[Array, Array]) -> tuple[Array, Array]:
+        normed, target = given
+        logits = logits_of(model, params, normed)
+        return jax.nn.logsumexp(logits) - logits[target], jnp.argmax(logits) == target
+
+    rows = hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1)
+    nats, hits = map_pieces(score, rows, max(1, LOGIT_BYTES // (4 * model.config.vocab_size)))
+    return jnp.where(counted, nats.reshape(counted.shape), 0.0), counted & hits.reshape(counted.shape)

@@ -27,9 +27,19 @@ from mergelab.models.residual_stream import require_decoder
 from mergelab.models.save import save_params
 from mergelab.models.table import Leaf, tree_from_leaves
 
-__all__ = ["Kind", "Statistics", "counted_tokens", "fisher", "gram", "write_statistics"]
+__all__ = [
+    "Kind",
+    "Statistics",
+    "add_rounded",
+    "counted_rows",
+    "counted_tokens",
+    "fisher",
+    "gram",
+    "mean_of_sums",
+    "write_statistics",
+]
 
-Kind = Literal["gram", "fisher"]
+Kind = Literal["gram", "fisher", "merged_gram"]
 Progress = Callable[[int, int], None]
 
 GROUP_BYTES = 4 << 30
@@ -41,7 +51,7 @@ class Statistics:
     """One kind of statistics of a model on a text.
 
     Attributes:
-        kind: `gram` or `fisher`.
+        kind: `gram`, `fisher`, or `merged_gram` (`mergelab.activations.merged_statistics`).
         tree: float32 arrays at the paths of the parameters; parameters that have none are absent.
         tokens: number of tokens they were taken on.
     """
@@ -90,7 +100,7 @@ def gram(
         ((32, 32), 5)
     """
     tokens, real = check_prompts(model, contexts, mask)
-    kept = _counted(tokens, real, rule, special_ids)
+    kept = counted_rows(tokens, real, rule, special_ids)
     leaves = [leaf for leaf in model.table() if leaf.reads is not None]
     sites = tuple(dict.fromkeys(leaf.reads for leaf in leaves if leaf.reads))
     grams = _grams(model, params, tokens, real, kept, sites, rule=rule, batch=batch)
@@ -103,10 +113,12 @@ def counted_tokens(
 ) -> int:
     """How many tokens `[contexts, length]` count as far as their place and id decide."""
     real = np.ones(tokens.shape, bool) if mask is None else mask
-    return int(_counted(tokens, real, rule, special_ids).sum())
+    return int(counted_rows(tokens, real, rule, special_ids).sum())
 
 
-def _counted(tokens: np.ndarray, real: np.ndarray, rule: TokenRule, special_ids: Sequence[int]) -> np.ndarray:
+def counted_rows(
+    tokens: np.ndarray, real: np.ndarray, rule: TokenRule, special_ids: Sequence[int]
+) -> np.ndarray:
     """The real tokens that count as far as their place and id decide: bool `[contexts, length]`."""
     # Prompts of several lengths are padded on the left: positions are those of real tokens.
     later = real & (np.cumsum(real, axis=1) > rule.skip_positions)
@@ -150,7 +162,7 @@ def fisher(
     """
     require_decoder(model)
     tokens, real = check_prompts(model, contexts, mask)
-    kept = _counted(tokens, real, rule, special_ids)
+    kept = counted_rows(tokens, real, rule, special_ids)
     tree = _fisher(model, params, tokens, real, kept, batch, lambda done: None)
     return Statistics("fisher", tree, int(kept.sum()))
 
@@ -161,7 +173,7 @@ def write_statistics(
     contexts: Any,
     out: Path | WorkFolder,
     *,
-    kind: Kind,
+    kind: Literal["gram", "fisher"],
     mask: Any = None,
     batch: int = 8,
     group_bytes: int = GROUP_BYTES,
@@ -202,7 +214,7 @@ def write_statistics(
     if kind == "fisher":
         require_decoder(model)
     tokens, real = check_prompts(model, contexts, mask)
-    kept = _counted(tokens, real, rule, special_ids)
+    kept = counted_rows(tokens, real, rule, special_ids)
     metadata = {"kind": kind, "tokens": str(int(kept.sum()))}
     if rule != EVERY_TOKEN:
         metadata["rule"] = json.dumps(rule.facts())
@@ -305,7 +317,9 @@ def _grams(
         done += count
         jax.block_until_ready(sums)
         advance(done)
-    found = {site: np.asarray(_mean(sums[0][site], sums[1][site], int(numbers[site]))) for site in sites}
+    found = {
+        site: np.asarray(mean_of_sums(sums[0][site], sums[1][site], int(numbers[site]))) for site in sites
+    }
     for site, matrix in found.items():
         if not np.isfinite(matrix).all():
             raise NonFiniteError(f"activations of the site {site!r} are not finite; try float32 weights")
@@ -366,7 +380,7 @@ def _add_grams(
         x = jnp.where(kept[:, None], x, 0.0)
         added[site] = jnp.matmul(x.T, x, precision="highest")
         numbers[site] = kept.sum(dtype=jnp.int32)
-    return _add(sums, added), numbers
+    return add_rounded(sums, added), numbers
 
 
 def _fisher(
@@ -390,7 +404,7 @@ def _fisher(
         done += count
         jax.block_until_ready(sums)
         advance(done)
-    tree: dict[str, Any] = jax.tree.map(partial(_mean, count=len(tokens)), *sums)
+    tree: dict[str, Any] = jax.tree.map(partial(mean_of_sums, count=len(tokens)), *sums)
     for path, array in jax.tree.leaves_with_path(tree):
         if not bool(jnp.isfinite(array).all()):
             name = ".".join(str(key.key) for key in path)
@@ -412,7 +426,7 @@ def _add_squares(
         tokens, mask, kept, counted = row
         gradient = jax.grad(partial(_log_likelihood, model))(params, tokens, mask, kept)
         squares = jax.tree.map(lambda g: jnp.where(counted, jnp.square(g.astype(jnp.float32)), 0.0), gradient)
-        return _add(sums, squares), None
+        return add_rounded(sums, squares), None
 
     # One sequence after the other: side by side each would need gradients of its own.
     return jax.lax.scan(step, sums, (tokens, mask, kept, counted))[0]
@@ -433,7 +447,7 @@ def _log_likelihood(
     return jnp.sum(jnp.where(mask[:-1] & kept[1:], chosen - jax.nn.logsumexp(logits, axis=-1), 0.0))
 
 
-def _add(sums: tuple[Any, Any], added: Any) -> tuple[Any, Any]:
+def add_rounded(sums: tuple[Any, Any], added: Any) -> tuple[Any, Any]:
     """Sums, and what their additions have rounded off so far (Neumaier 1974), with one more term."""
     total = jax.tree.map(jnp.add, sums[0], added)
 
@@ -444,5 +458,6 @@ def _add(sums: tuple[Any, Any], added: Any) -> tuple[Any, Any]:
     return total, jax.tree.map(lost, sums[0], added, total, sums[1])
 
 
-def _mean(total: Array, lost: Array, count: int) -> Array:
+def mean_of_sums(total: Array, lost: Array, count: int) -> Array:
+    """The mean of `count` terms, from `add_rounded`'s sums."""
     return (total + lost) / jnp.float32(count)

@@ -78,7 +78,7 @@ def write_manifest(folder: Path) -> None:
     """
     files = list_files(folder)
     sync_tree(folder)
-    write_whole(folder / MANIFEST, json.dumps({"format": _FORMAT, "files": files}, indent=1) + "\n")
+    write_whole(folder / MANIFEST, json.dumps({"format": _FORMAT, "files": files}, indent=1))
 
 
 def first_fault(folder: Path) -> str | None:

@@ -25,8 +25,9 @@ __all__ = ["SECTIONS", "CommandTable", "Failure", "cli", "main", "run"]
 
 SECTIONS: Mapping[str, Sequence[str]] = {
     "Start here": ("quickstart",),
-    "Merge models": ("merge", "soup", "check", "diff", "extract-lora", "extract-delta"),
-    "Run models": ("generate", "statistics", "convert"),
+    "Merge models": ("merge", "soup", "check", "diff", "explain", "extract-lora", "extract-delta"),
+    "Train models": ("finetune",),
+    "Run models": ("generate", "evaluate", "statistics", "convert"),
     "Train and judge features": ("activations", "sae", "abliterate"),
     "Look things up": ("inspect", "operators"),
 }

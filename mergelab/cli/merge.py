@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,12 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
     callback=_rank_of,
     help="Merge LoRA adapters to one adapter of rank R instead of a model.",
 )
+@click.option(
+    "--judge",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Held-out text on which parents, base and merge are compared afterwards.",
+)
 @PUSH
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the result as JSON.")
 def command(
@@ -78,6 +85,7 @@ def command(
     as_json: bool,
     memory: int,
     as_adapter: int | None,
+    judge: Path | None,
     **options: Any,
 ) -> None:
     """Merge checkpoints as RECIPE says, a YAML file in mergekit's format.
@@ -91,6 +99,7 @@ def command(
       mergelab merge ties.yaml --dry-run
       mergelab merge dare.yaml --out merged --seed 7 --dtype bfloat16 --shard-size 2GB
       mergelab merge big.yaml --out merged --memory 500MB --resume
+      mergelab merge ties.yaml --out merged --judge held-out.txt
       mergelab merge ties.yaml --out merged --push org/merged
       mergelab merge adapters.yaml --as-adapter rank=16 --out adapter
     """
@@ -106,11 +115,13 @@ def command(
         raise click.UsageError("name the folder to write with --out DIR, or look at the plan with --dry-run")
     if as_adapter is not None and (dry_run or options["resume"] or options["sha256"]):
         raise click.UsageError("--as-adapter takes no --dry-run, --resume or --sha256")
+    if judge is not None:
+        _check_judge(out, dry_run=dry_run, as_adapter=as_adapter is not None)
     check_push_option(None if dry_run else push_to, out)
     from mergelab.cli.options import configure_jax
     from mergelab.merging.plan.planner import plan_merge
 
-    configure_jax(merging=True)
+    configure_jax(merging=judge is None)
     if as_adapter is not None:
         assert out is not None
         _merge_adapters(recipe, out, as_adapter, options, as_json=as_json)
@@ -129,6 +140,11 @@ def command(
     from mergelab.checkpoints.locations import location_text
     from mergelab.merging.run_merge import merge
 
+    trial = None
+    if judge is not None:
+        from mergelab.verdict.merge_verdict import prepare_verdict
+
+        trial = prepare_verdict(plan, judge)
     total = sum(p.bytes_out for p in (*plan.stages.values(), plan))
     with byte_bar("merging", total) as bar:
         merged = merge(
@@ -143,8 +159,14 @@ def command(
             progress=bar.update,
         )
     seconds = time.perf_counter() - started
+    verdict = None
+    if trial is not None:
+        tell = partial(click.echo, err=True)
+        verdict = trial.of_merge(merged.out, "the merge", lambda name: tell(f"judging {name}"))
+        verdict.write_to_card(merged.out)
 
     def report() -> dict[str, Any]:
+        judged = {} if verdict is None else {"verdict": verdict.to_dict()}
         return {
             "out": location_text(merged.out),
             "seconds": seconds,
@@ -156,12 +178,25 @@ def command(
             "identity": merged.plan.identity,
             "warnings": list(warnings),
             "sha256": dict(merged.sha256),
+            **judged,
         }
 
     size = readable(merged.plan.bytes_out)
     text = f"{location_text(merged.out)}: {len(merged.plan.jobs)} tensors, {size}, in {seconds:.1f} s"
+    if verdict is not None:
+        text = f"{text}\n\n{verdict.comparison.table()}\n\n{verdict.sentence}"
     print_result(report, lambda: text, as_json=as_json)
     push_output(out, push_to)
+
+
+def _check_judge(out: Path | None, *, dry_run: bool, as_adapter: bool) -> None:
+    """Refuses, before any work, a merge that cannot be judged."""
+    from mergelab.checkpoints.locations import is_url
+
+    if dry_run or as_adapter:
+        raise click.UsageError("--judge compares a model that is written: omit --dry-run and --as-adapter")
+    if out is not None and is_url(out):
+        raise click.UsageError("--judge reads what was merged: give a folder of this machine with --out")
 
 
 def _merge_adapters(recipe: Path, out: Path, rank: int, options: dict[str, Any], *, as_json: bool) -> None:

@@ -20,6 +20,7 @@ _BASE = {"required": "required", "optional": "optional", "as_input": "one more i
 
 _STATISTICS = {
     "gram": "- statistics of each model: Gram matrices of its inputs",
+    "merged_gram": "- statistics of each model: Gram matrices of its inputs behind merged layers",
     "fisher": "- statistics of each model: diagonal Fishers",
 }
 

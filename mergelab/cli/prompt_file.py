@@ -31,8 +31,8 @@ def encoded_prompts(
         MergelabError: the file cannot be read, holds no prompts, or a line is none.
         ChatTemplateError: the template refuses a message.
     """
-    from mergelab.abliteration.prompts import read_prompts
     from mergelab.text.chat import chat_ids
+    from mergelab.text.prompt_file import read_prompts
 
     first = [] if system is None else [{"role": "system", "content": system}]
     found = []

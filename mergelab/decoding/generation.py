@@ -22,7 +22,7 @@ from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit, as_partials, match_sites
 from mergelab.models.token_checks import learned_positions
 
-__all__ = ["Generated", "begin", "begin_padded", "generate"]
+__all__ = ["Generated", "begin", "begin_padded", "begin_samples", "generate", "generated_of"]
 
 
 @jax.tree_util.register_dataclass
@@ -37,6 +37,8 @@ class Generated:
         log_probs: float32 `[batch, max_new_tokens]`, what the model's logits give each token; None unless
             asked for.
         captured: the sites asked for, `[batch, ...]`, of the pass that chose each row's last token.
+        readings: float32 `[batch, max_new_tokens, readings]`, what the monitor of the stop rule read in the
+            pass that chose each token; None without one.
     """
 
     tokens: Int[Array, "batch max_new_tokens"]
@@ -44,6 +46,7 @@ class Generated:
     finished: Bool[Array, " batch"]
     log_probs: Float[Array, "batch max_new_tokens"] | None = None
     captured: dict[str, Array] = field(default_factory=dict)
+    readings: Float[Array, "batch max_new_tokens readings"] | None = None
 
     def rows(self) -> list[list[int]]:
         """The tokens of each row as a list."""
@@ -102,12 +105,13 @@ def generate(
         SiteError: `capture` or an edit names no site, or an edit changes shape or dtype.
     """
     stop, sampler, edits = stop or stop_at(), sampler or greedy(), as_partials(edit)
-    require("generate(samples)", samples, samples >= 1, "at least 1")
-    progress, spread = begin_padded(
+    progress, keys, spread = begin_samples(
         model,
         params,
         tokens,
         mask,
+        samples=samples,
+        key=key,
         max_new_tokens=max_new_tokens,
         stop=stop,
         edit=edit,
@@ -115,23 +119,44 @@ def generate(
         log_probs=log_probs,
         capture=capture,
     )
+    steps = Steps(model, params, sampler=sampler, keys=keys, stop=stop, edit=edits)
+    found = generated_of(steps.advance(progress, max_new_tokens), max_new_tokens)
+    return found if spread is None else spread.without_padding(found)
+
+
+def generated_of(done: GenerationState, max_new_tokens: int) -> Generated:
+    """What a state holds of the tokens that were asked for."""
+    cut = [None if x is None else x[:, :max_new_tokens] for x in (done.log_probs, done.readings)]
+    return Generated(
+        done.tokens[:, :max_new_tokens], done.lengths, done.finished, cut[0], done.captured, cut[1]
+    )
+
+
+def begin_samples(
+    model: Model,
+    params: Params,
+    tokens: ArrayLike,
+    mask: ArrayLike | None = None,
+    *,
+    samples: int = 1,
+    key: Key[Array, "*batch"] | int = 0,
+    **options: Any,
+) -> tuple[GenerationState, Key[Array, " batch"], Spread | None]:
+    """`begin_padded`, each prompt read once, then every row `samples` times.
+
+    Among its options is `spare`: room for so many tokens that are read and taken back.
+
+    Returns:
+        The state, a key for each of its rows, and how they lie on a mesh; None without one.
+    """
+    require("generate(samples)", samples, samples >= 1, "at least 1")
+    progress, spread = begin_padded(model, params, tokens, mask, **options)
     if spread is None:
         progress = progress.repeat(samples) if samples > 1 else progress
-        keys = row_keys(key, progress.last.shape[0])
-    else:
-        progress, spread = spread.repeat(progress, samples) if samples > 1 else (progress, spread)
-        progress = replace(progress, finished=spread.is_padding())
-        keys = spread.place_keys(row_keys(key, spread.rows))
-    steps = Steps(model, params, sampler=sampler, keys=keys, stop=stop, edit=edits)
-    done = steps.advance(progress, max_new_tokens)
-    found = Generated(
-        done.tokens[:, :max_new_tokens],
-        done.lengths,
-        done.finished,
-        None if done.log_probs is None else done.log_probs[:, :max_new_tokens],
-        done.captured,
-    )
-    return found if spread is None else spread.without_padding(found)
+        return progress, row_keys(key, progress.last.shape[0]), None
+    progress, spread = spread.repeat(progress, samples) if samples > 1 else (progress, spread)
+    progress = replace(progress, finished=spread.is_padding())
+    return progress, spread.place_keys(row_keys(key, spread.rows)), spread
 
 
 def begin(
@@ -198,6 +223,7 @@ def _begin(
     pad_id: int = 0,
     log_probs: bool = False,
     capture: str | Sequence[str] = (),
+    spare: int = 0,
     pad: bool,
 ) -> tuple[GenerationState, Spread | None]:
     prompts = np.asarray(tokens)
@@ -222,7 +248,7 @@ def _begin(
         params,
         place(prompts.astype(np.int32)),
         place(real),
-        capacity=bucket_size(max_new_tokens),
+        capacity=bucket_size(max_new_tokens + spare),
         stop=stop,
         edit=as_partials(edit),
         pad_id=pad_id,

@@ -13,10 +13,11 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from mergelab.decoding.spread import constrained
-from mergelab.decoding.stop import Stop
+from mergelab.decoding.spread import constrained, on_host
+from mergelab.decoding.stop import NO_TOKEN, Stop
 from mergelab.models.blockwise import Blockwise, runs_by_block
 from mergelab.models.cache import Cache
 from mergelab.models.model import Model, Params
@@ -43,6 +44,9 @@ __all__ = [
 class GenerationState:
     """Rows of text while they grow; a pytree of fixed shapes.
 
+    A row's tokens stand at its own length in `tokens` and `log_probs`, and in its own slots of the cache, so
+    that rows may be taken back to any of their tokens, each by itself (`rewind`).
+
     Attributes:
         cache: keys and values of every token but the last of each row.
         last: that last token, int32 `[batch]`.
@@ -51,13 +55,15 @@ class GenerationState:
         tokens: what was generated, int32 `[batch, capacity]`; `pad_id` after a row's end.
         lengths: tokens generated, those that ended a row among them, int32 `[batch]`.
         finished: bool `[batch]`, whether the row has ended.
-        steps: number of steps done, an int32 scalar.
+        steps: number of steps done, an int32 scalar; it ends a loop, and nothing that is drawn depends on it.
         prompt: the prompts as they were read, int32 `[batch, length]`.
         width: number of columns of the prompts as they were given, before padding; an int32 scalar.
         log_probs: log-probability of every generated token, float32 `[batch, capacity]`: what the model's
             logits give it, before any transform; 0 after a row's end. None where they are not kept.
         captured: sites of the pass that chose each row's last generated token, `[batch, ...]`; zeros before
             the first step. Their names are those that `advance` captures.
+        readings: what the monitor of the stop rule read in the pass that chose each generated token, float32
+            `[batch, capacity, readings]`; None without one.
     """
 
     cache: Cache
@@ -72,10 +78,51 @@ class GenerationState:
     width: Int[Array, ""]
     log_probs: Float[Array, "batch capacity"] | None = None
     captured: dict[str, Array] = field(default_factory=dict)
+    readings: Float[Array, "batch capacity readings"] | None = None
 
     def repeat(self, times: int) -> GenerationState:
         """Every row `times` times, one copy after the other: samples of one prompt that is read once."""
         return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0) if x.ndim else x, self)
+
+    def rewind(self, lengths: ArrayLike) -> GenerationState:
+        """The rows before their generated tokens beyond the first `lengths` were there.
+
+        What is read and drawn after that is what a row would have read and drawn that never went further.
+        Sites stay those of the last pass.
+
+        Args:
+            lengths: numbers of generated tokens to keep, int `[batch]`; a row with fewer stays as it is, also
+                if it has ended.
+        """
+        return _rewound(self, on_device(np.asarray(lengths, np.int32)))
+
+
+@jax.jit
+def _rewound(p: GenerationState, lengths: Int[Array, " batch"]) -> GenerationState:
+    batch, capacity = p.tokens.shape
+    rows, columns = jnp.arange(batch, dtype=jnp.int32)[:, None], jnp.arange(capacity, dtype=jnp.int32)[None]
+    vocab, length = p.seen.shape[1], p.prompt.shape[1]
+    cut, kept = lengths < p.lengths, jnp.minimum(lengths, p.lengths)
+    real = jnp.concatenate([p.cache.mask[:, : length - 1], jnp.ones((batch, 1), jnp.bool_)], axis=1)
+    ids = jnp.concatenate(
+        [jnp.where(real, p.prompt, vocab), jnp.where(columns < kept[:, None], p.tokens, vocab)], axis=1
+    )
+    width = p.recent.shape[1]
+    latest = kept[:, None] - width + jnp.arange(width, dtype=jnp.int32)[None]
+    taken = jnp.take_along_axis(p.tokens, jnp.maximum(latest, 0), axis=1)
+    last = jnp.take_along_axis(p.tokens, jnp.maximum(kept - 1, 0)[:, None], axis=1)[:, 0]
+    # One row alone stays even: it goes on in the programs that it came by.
+    slots = length - 1 + kept
+    return replace(
+        p,
+        cache=p.cache.rewind(slots[0] if batch == 1 else slots),
+        last=jnp.where(kept > 0, last, p.prompt[:, -1]),
+        seen=jnp.zeros(p.seen.shape, jnp.bool_).at[rows, ids].set(True, mode="drop"),
+        recent=jnp.where(latest >= 0, taken, NO_TOKEN),
+        lengths=kept,
+        finished=p.finished & ~cut,
+        steps=jnp.max(kept),
+    )
 
 
 def start(
@@ -207,7 +254,7 @@ def _empty(
     log_probs: bool,
 ) -> GenerationState:
     """What `unread` makes but for the cache: one program for models of every depth."""
-    batch = tokens.shape[0]
+    batch, monitor = tokens.shape[0], stop.monitor
     rows = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[:, None], tokens.shape)
     ids = jnp.where(mask, tokens, vocab)  # padding falls outside, and is dropped
     return GenerationState(
@@ -222,6 +269,7 @@ def _empty(
         prompt=tokens,
         width=width,
         log_probs=jnp.zeros((batch, capacity), jnp.float32) if log_probs else None,
+        readings=None if monitor is None else jnp.zeros((batch, capacity, monitor.readings), jnp.float32),
     )
 
 
@@ -277,10 +325,8 @@ def _places(mask: Bool[Array, "batch length"], width: Int[Array, ""], *, prompt:
 def step_places(progress: GenerationState) -> TokenPlaces:
     """Places of the token that each row reads in its next step."""
     real = jnp.ones((progress.last.shape[0], 1), jnp.bool_)
-    column = jnp.full(real.shape, progress.width - 1 + progress.steps, jnp.int32)
-    return TokenPlaces(
-        progress.cache.positions(real), real, column, jnp.broadcast_to(progress.steps > 0, real.shape)
-    )
+    written = progress.lengths[:, None]
+    return TokenPlaces(progress.cache.positions(real), real, progress.width - 1 + written, written > 0)
 
 
 def read_again(
@@ -290,17 +336,21 @@ def read_again(
 
     Where rotations depend on how long a text is, what a cache holds of its beginning does too.
     """
-    steps, length = int(progress.steps), progress.prompt.shape[1]
+    lengths, prompt = on_host(progress.lengths), progress.prompt.shape[1]
     cache = progress.cache
-    tokens = jnp.concatenate([progress.prompt, progress.tokens[:, :steps]], axis=1)
+    longest = int(lengths.max())
+    tokens = jnp.concatenate([progress.prompt, progress.tokens[:, :longest]], axis=1)
     # The last token is read as well, for its position decides, and then forgotten: the next step reads it.
-    real = jnp.ones((tokens.shape[0], 1 + steps), jnp.bool_)
-    mask = jnp.concatenate([cache.mask[:, : length - 1], real], axis=1)
-    places = _places(mask, progress.width, prompt=length) if edit else None
+    # Rows that have ended stay in step with the others where all are equally long.
+    lengths = np.full_like(lengths, longest) if cache.even else lengths
+    real = np.arange(longest + 1)[None] <= lengths[:, None]
+    mask = jnp.concatenate([cache.mask[:, : prompt - 1], on_device(real)], axis=1)
+    places = _places(mask, progress.width, prompt=prompt) if edit else None
     empty = jax.tree.map(jnp.zeros_like, cache)
     reading = _read if runs_by_block(model, params, cache) else _read_at_once
     read = reading(model, params, tokens, mask, empty, places, edit)
-    return replace(progress, cache=read.rewind(tokens.shape[1] - 1))
+    slots = prompt - 1 + lengths
+    return replace(progress, cache=read.rewind(int(slots[0]) if cache.even else on_device(slots)))
 
 
 _read_at_once = jax.jit(_read, static_argnames="model")

@@ -23,7 +23,7 @@ from mergelab.decoding.generation_state import (
     step_places,
     token_axes,
 )
-from mergelab.decoding.samplers import Sampler
+from mergelab.decoding.samplers import TokenChoice
 from mergelab.decoding.spread import on_host
 from mergelab.decoding.stop import Stop
 from mergelab.decoding.transforms import History
@@ -31,7 +31,7 @@ from mergelab.models.blockwise import Blockwise, runs_by_block
 from mergelab.models.layers.rotary import LongRopeScaling
 from mergelab.models.model import Model, Params
 
-__all__ = ["Steps", "advance", "lengths_of_rotations"]
+__all__ = ["Steps", "advance", "grown_alone", "grown_rows", "lengths_of_rotations"]
 
 
 def advance(
@@ -40,7 +40,7 @@ def advance(
     progress: GenerationState,
     until: Int[Array, ""] | int,
     *,
-    sampler: Sampler,
+    sampler: TokenChoice,
     keys: Key[Array, " batch"],
     stop: Stop,
     edit: Mapping[str, Partial],
@@ -77,7 +77,7 @@ class Steps:
         model: Model,
         params: Params,
         *,
-        sampler: Sampler,
+        sampler: TokenChoice,
         keys: Key[Array, " batch"],
         stop: Stop,
         edit: Mapping[str, Partial],
@@ -88,7 +88,12 @@ class Steps:
         self._lengths = lengths_of_rotations(model)
 
     def advance(
-        self, progress: GenerationState, until: Int[Array, ""] | int, *, keep: bool = False
+        self,
+        progress: GenerationState,
+        until: Int[Array, ""] | int,
+        *,
+        keep: bool = False,
+        sampler: TokenChoice | None = None,
     ) -> GenerationState:
         """The function `advance` with its programs at hand.
 
@@ -96,7 +101,9 @@ class Steps:
             progress: rows as they stand.
             until: number of steps in all.
             keep: whether `progress` must stay usable; else its memory becomes that of the result.
+            sampler: what chooses from now on; as before if None.
         """
+        self._sampler = self._sampler if sampler is None else sampler
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((progress, until, self._params))):
             return self._run(progress, until, keep)
         last = min(int(until), progress.tokens.shape[1])
@@ -142,7 +149,7 @@ class Steps:
             # What is not used does not pass through the program, which would copy it.
             rest = replace(progress, cache=NO_CACHE, prompt=NOTHING)
             axes = token_axes(self._model, progress.captured)
-            grown = _grown_alone(axes, rest, out.logits, out.captured, self._sampler, self._keys, self._stop)
+            grown = grown_alone(axes, rest, out.logits, out.captured, self._sampler, self._keys, self._stop)
             progress = replace(grown, prompt=progress.prompt)
             cache, done = out.cache, done + 1
         return replace(progress, cache=cache)
@@ -160,7 +167,7 @@ def _loop(
     progress: GenerationState,
     until: Int[Array, ""],
     *,
-    sampler: Sampler,
+    sampler: TokenChoice,
     keys: Key[Array, " batch"],
     stop: Stop,
     edit: Mapping[str, Partial],
@@ -177,18 +184,18 @@ def _loop(
         out = model.apply(params, p.last[:, None], cache=p.cache, edit=edit, capture=capture, places=places)
         assert out.logits is not None and out.cache is not None
         axes = token_axes(model, capture)
-        grown = _grown(axes, p, out.logits, out.captured, sampler, keys, stop)
+        grown = grown_rows(axes, p, out.logits, out.captured, sampler, keys, stop)
         return replace(grown, cache=out.cache)
 
     return jax.lax.while_loop(unfinished, step, progress)
 
 
-def _grown(
+def grown_rows(
     axes: tuple[tuple[str, int], ...],
     p: GenerationState,
     logits: Float[Array, "batch 1 vocab"],
     captured: Mapping[str, Array],
-    sampler: Sampler,
+    sampler: TokenChoice,
     keys: Key[Array, " batch"],
     stop: Stop,
 ) -> GenerationState:
@@ -196,31 +203,37 @@ def _grown(
     rows = jnp.arange(p.last.shape[0], dtype=jnp.int32)
     captured = last_token(axes, captured)
     draws = jax.vmap(jax.random.fold_in)(keys, p.lengths.astype(jnp.uint32))
-    token = sampler(logits[:, -1], History(p.seen, p.lengths, captured), draws)
+    token = sampler(logits[:, -1], History(p.seen, p.lengths, captured, p.tokens), draws)
     recent = stop.push(p.recent, token)
     grown = ~p.finished
+    vocab = p.seen.shape[1]  # where a row that has ended marks nothing
 
     def kept(new: Array, old: Array) -> Array:
         return jnp.where(grown.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
+    # A row that has ended writes nowhere: what stands there is beyond the last column, and dropped.
+    place = jnp.where(grown, p.lengths, p.tokens.shape[1])
     log_probs = p.log_probs
     if log_probs is not None:
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, -1]), token[:, None], axis=1)
-        chosen = jnp.where(grown[:, None], chosen, 0.0)
-        log_probs = jax.lax.dynamic_update_slice(log_probs, chosen, (jnp.int32(0), p.steps))
-    written = jnp.where(grown, token, p.tokens[:, p.steps])
+        log_probs = log_probs.at[rows, place].set(chosen[:, 0], mode="drop")
+    ended, readings = stop(recent, token), p.readings
+    if stop.monitor is not None and readings is not None:
+        read = stop.monitor(captured)
+        ended, readings = ended | stop.monitor.ends(read), readings.at[rows, place].set(read, mode="drop")
     return replace(
         p,
         last=jnp.where(grown, token, p.last),
-        seen=p.seen.at[rows, token].set(True),
-        recent=recent,
-        tokens=jax.lax.dynamic_update_slice(p.tokens, written[:, None], (jnp.int32(0), p.steps)),
+        seen=p.seen.at[rows, jnp.where(grown, token, vocab)].set(True, mode="drop"),
+        recent=kept(recent, p.recent),
+        tokens=p.tokens.at[rows, place].set(token, mode="drop"),
         lengths=p.lengths + grown.astype(jnp.int32),
-        finished=p.finished | stop(recent, token),
+        finished=p.finished | ended,
         steps=p.steps + 1,
         log_probs=log_probs,
         captured={site: kept(captured[site], old) for site, old in p.captured.items()},
+        readings=readings,
     )
 
 
-_grown_alone = jax.jit(_grown, static_argnames="axes")
+grown_alone = jax.jit(grown_rows, static_argnames="axes")

@@ -9,12 +9,13 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
+from mergelab.decoding.monitors import Monitor
 from mergelab.decoding.transforms import require, transform
 
 __all__ = ["Stop", "cut_at_strings", "stop_at"]
 
 _ANY = -1  # left of a sequence shorter than the longest
-_NONE = -2  # what a row's recent tokens hold before it has any
+NO_TOKEN = -2  # what a row's recent tokens hold before it has any
 
 
 @transform
@@ -24,10 +25,12 @@ class Stop:
     Attributes:
         ids: int32 `[ends]`.
         sequences: int32 `[sequences, width]`, aligned right.
+        monitor: what is read off the model in every step, which may end rows too; None for nothing.
     """
 
     ids: ArrayLike
     sequences: ArrayLike
+    monitor: Monitor | None = None
 
     @property
     def width(self) -> int:
@@ -36,7 +39,7 @@ class Stop:
 
     def no_recent(self, batch: int) -> Int[Array, "batch width"]:
         """The recent tokens of rows that have generated none: nothing of a prompt can end a row."""
-        return jnp.full((batch, self.width), _NONE, jnp.int32)
+        return jnp.full((batch, self.width), NO_TOKEN, jnp.int32)
 
     def push(
         self, recent: Int[Array, "batch width"], token: Int[Array, " batch"]
@@ -54,8 +57,13 @@ class Stop:
         return ended | matched
 
 
-def stop_at(ids: Iterable[int] = (), sequences: Iterable[Sequence[int]] = ()) -> Stop:
+def stop_at(
+    ids: Iterable[int] = (), sequences: Iterable[Sequence[int]] = (), *, monitor: Monitor | None = None
+) -> Stop:
     """The rule that ends a row after any of the tokens `ids` or any of the token `sequences`.
+
+    With a `monitor` (`mergelab.decoding.monitor`) it also ends with the token in whose pass that asks for it;
+    the readings of every step are kept.
 
     Raises:
         DecodingError: a sequence is empty, or an id is negative.
@@ -67,7 +75,8 @@ def stop_at(ids: Iterable[int] = (), sequences: Iterable[Sequence[int]] = ()) ->
         require("stop_at", token, token >= 0, "token ids of at least 0")
     width = max(map(len, sequences), default=0)
     aligned = [[_ANY] * (width - len(sequence)) + list(sequence) for sequence in sequences]
-    return Stop(np.array(ids, np.int32), np.array(aligned, np.int32).reshape(len(sequences), width))
+    stacked = np.array(aligned, np.int32).reshape(len(sequences), width)
+    return Stop(np.array(ids, np.int32), stacked, monitor)
 
 
 def cut_at_strings(text: str, strings: Iterable[str]) -> tuple[str, str | None]:

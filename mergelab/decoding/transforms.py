@@ -47,11 +47,14 @@ class History(NamedTuple):
         generated: int32 `[batch]`, tokens generated in the row so far.
         captured: the sites that `generate(capture=...)` names, of the pass that gave these logits, each
             `[batch, ...]`.
+        tokens: int32 `[batch, capacity]`, what the row generated, the first `generated` of them; None where a
+            transform is called without.
     """
 
     seen: Bool[Array, "batch vocab"]
     generated: Int[Array, " batch"]
     captured: Mapping[str, Array] = {}  # nobody adds to it
+    tokens: Int[Array, "batch capacity"] | None = None
 
 
 class LogitsTransform(Protocol):

@@ -2,6 +2,7 @@
 
 >>> import mergelab as ml
 >>> ml.merge(ml.load_recipe("ties.yaml"), "merged", seed=1)                      # doctest: +SKIP
+>>> model, params = ml.load_model("ties.yaml")               # never written     # doctest: +SKIP
 """
 
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from mergelab.lazy import lazy_names
 if TYPE_CHECKING:
     from mergelab.merging import diff, soups, vocabulary
     from mergelab.merging.adapter_merge import MergedAdapter, merge_adapters
+    from mergelab.merging.any_model import load_model, load_tokenizer, open_model
     from mergelab.merging.delta_extraction import ExtractedDelta, extract_delta
     from mergelab.merging.diff import ModelDiff, diff_models
     from mergelab.merging.lora_extraction import ExtractedLora, extract_lora
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from mergelab.merging.recipe_check import Finding, RecipeCheck, check_recipe
     from mergelab.merging.run_merge import Merged, MergeOptions, merge
     from mergelab.merging.soups import soup
+    from mergelab.merging.unwritten_merge import UnwrittenMerge, open_merge
 
 __all__ = [
     "ExtractedDelta",
@@ -33,14 +36,19 @@ __all__ = [
     "Recipe",
     "RecipeCheck",
     "TokenizerSpec",
+    "UnwrittenMerge",
     "check_recipe",
     "diff",
     "diff_models",
     "extract_delta",
     "extract_lora",
+    "load_model",
     "load_recipe",
+    "load_tokenizer",
     "merge",
     "merge_adapters",
+    "open_merge",
+    "open_model",
     "parse_recipe",
     "plan_merge",
     "recipe_yaml",

@@ -17,7 +17,7 @@ from mergelab.merging.plan.planner import Plan, plan_merge
 from mergelab.merging.provenance import model_card, provenance
 from mergelab.merging.recipe.schema import Recipe
 
-__all__ = ["MergeOptions", "Merged", "merge"]
+__all__ = ["MergeOptions", "Merged", "merge", "settled_plan"]
 
 
 def _silent(count: int) -> None:
@@ -122,15 +122,7 @@ def merge(
         >>> merge(plan_merge("ties.yaml", seed=1), "merged", resume=True)           # doctest: +SKIP
     """
     options = replace(options or MergeOptions(), **changes)
-    if isinstance(recipe, Plan):
-        plan = recipe
-        if late := [name for name, value in options.planning().items() if value != _DEFAULTS[name]]:
-            raise RecipeError(
-                f"the plan was made before {' and '.join(late)} could be heeded: give "
-                f"{'it' if len(late) == 1 else 'them'} to plan_merge in place of merge"
-            )
-    else:
-        plan = plan_merge(recipe, **options.planning())
+    plan = settled_plan(recipe, options)
     with WorkFolder(out, inputs=plan.inputs, overwrite=options.overwrite) as work:
         seconds, digests = 0.0, {}
         if _is_done(plan, work.out, options.resume) or work.finished(plan.identity):
@@ -143,6 +135,23 @@ def merge(
             work.prepare()
             seconds, digests = _write_all(plan, work, options)
     return Merged(Path(out), plan, seconds, digests)
+
+
+def settled_plan(recipe: Recipe | Plan | str | Path, options: MergeOptions) -> Plan:
+    """The plan of a recipe as the options say; or the plan that is given.
+
+    Raises:
+        RecipeError: the recipe cannot be run, or an option of planning was given beside a finished plan.
+        CheckpointError: an input cannot be read.
+    """
+    if not isinstance(recipe, Plan):
+        return plan_merge(recipe, **options.planning())
+    if late := [name for name, value in options.planning().items() if value != _DEFAULTS[name]]:
+        raise RecipeError(
+            f"the plan was made before {' and '.join(late)} could be heeded: give "
+            f"{'it' if len(late) == 1 else 'them'} to plan_merge in place of merge"
+        )
+    return recipe
 
 
 def _is_done(plan: Plan, out: Path, resume: bool) -> bool:

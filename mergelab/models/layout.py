@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import EllipsisType
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -30,6 +31,9 @@ __all__ = [
 
 Box = tuple[tuple[int, int], ...]
 """A slice of an array: the half-open range `(low, high)` taken of each axis."""
+
+AnyArray = TypeVar("AnyArray", bound=Any)
+"""An array of numpy or of jax."""
 
 
 def whole(shape: Sequence[int]) -> Box:
@@ -100,7 +104,7 @@ class Layout:
         """The parameter's axes in the order the file runs over them."""
         return tuple(sorted(range(len(self.axes)), key=lambda axis: self.axes[axis]))
 
-    def forward(self, stored: np.ndarray) -> np.ndarray:
+    def forward(self, stored: AnyArray) -> AnyArray:
         """The parameter that a stored tensor holds; a view of it where numpy can give one."""
         window = stored.reshape(self.view)[slices(self.window)]
         return window.transpose(self.order).reshape(self.shape)

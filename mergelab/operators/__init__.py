@@ -37,6 +37,7 @@ from mergelab.operators.named.opcm import OrthogonalSequence, opcm
 from mergelab.operators.named.pcb import CompetitionBalance, pcb
 from mergelab.operators.named.ram import ram, ramplus_tl
 from mergelab.operators.named.regmean import RegressionMean, regmean
+from mergelab.operators.named.regmean_pp import regmean_pp
 from mergelab.operators.named.sce import sce
 from mergelab.operators.named.spherical import karcher, multislerp, nuslerp, slerp
 from mergelab.operators.named.star import TruncateSpectrum, star
@@ -88,6 +89,7 @@ OPERATORS: dict[str, Operator] = {
         knots,
         core_space,
         regmean,
+        regmean_pp,
         fisher,
     )
 }
@@ -161,6 +163,7 @@ __all__ = [
     "ram",
     "ramplus_tl",
     "regmean",
+    "regmean_pp",
     "sce",
     "slerp",
     "star",

@@ -62,10 +62,12 @@ class Part:
             run with 64-bit types enabled wherever no user's transformation is: it may compute in
             `region.wide`.
         per_model: the fields that hold one value for all models, or a sequence of one value per model.
+        turned: whether a matrix is transposed for the part, whose `workspace` then counts with its transpose.
     """
 
     granularity: ClassVar[Granularity] = "element"
     per_model: ClassVar[tuple[str, ...]] = ()
+    turned: bool = False
 
     def measures(self) -> tuple[Measure, ...]:
         """What must be known of the whole tensor, in order; later ones may use earlier ones."""
@@ -193,7 +195,7 @@ class Formula:
 
     def workspace(self, shape: tuple[int, ...], models: int) -> int:
         """Bytes that the most demanding part holds at its peak."""
-        return max(part.workspace(shape, models) for part in self.parts)
+        return max(part.workspace(shape[::-1] if part.turned else shape, models) for part in self.parts)
 
     @property
     def transparent(self) -> bool:

@@ -32,7 +32,7 @@ from mergelab.operators.order_statistics import (
     trivial_selection,
 )
 from mergelab.operators.region import Region, TensorInfo, tensor_key, whole
-from mergelab.operators.statistics import StatisticsKind, reading_axis, statistic_fault
+from mergelab.operators.statistics import StatisticsKind, axis_of_kernel, read_along, statistic_fault
 from mergelab.trees import depths, named_leaves, same_structure
 
 __all__ = ["BaseUse", "Inputs", "IntegerUse", "Merge", "chain"]
@@ -91,7 +91,7 @@ class Inputs:
             if statistics is not None and self.operator != Inputs.operator:
                 raise OperatorError(f"{self.operator} takes no statistics: call it without `statistics`.")
         elif statistics is None:
-            what = "Gram matrices" if self.statistics == "gram" else "Fishers"
+            what = "Fishers" if self.statistics == "fisher" else "Gram matrices"
             raise OperatorError(
                 f"{self.operator} weighs parameters by {what} of each model: pass `statistics`, one tree per "
                 "model, named as its parameters."
@@ -139,7 +139,8 @@ class Merge(Formula):
             base: the base model's pytree, where the operator uses one.
             statistics: one pytree per model of what the operator needs to know of it (Gram matrices, Fishers;
                 see `statistics.StatisticsKind`), its leaves named as the parameters they are of. A tree may
-                lack leaves; how their parameters are merged then is the operator's to say.
+                lack leaves; how their parameters are merged then is the operator's to say. A matrix reads
+                along its last axis; a leaf called `kernel`, as in trees of this library, along its first.
             seed: seeds the random draws, which also depend on tensor names and model order.
             dtype: the dtype of the result; by default each tensor's promoted input dtype.
 
@@ -179,11 +180,10 @@ class _Leaf:
         depth: float,
     ) -> None:
         self.name, self.shape = name, jnp.shape(values[0])
-        reads = None
+        reads = axis_of_kernel(name)
         if statistics is not None:
-            reads = _check_shapes(
-                merge.inputs.statistics, name, self.shape, [jnp.shape(s) for s in statistics]
-            )
+            found = [jnp.shape(s) for s in statistics]
+            reads = _check_shapes(merge.inputs.statistics, name, self.shape, found, reads)
             arrays = tuple(jnp.atleast_1d(jnp.asarray(s)) for s in statistics)
             region = dataclasses.replace(region, statistics=arrays)
         self.merge = merge.at(TensorInfo(name, self.shape, statistics is not None, reads, depth))
@@ -201,16 +201,20 @@ class _Leaf:
 
 
 def _check_shapes(
-    kind: StatisticsKind | None, name: str, shape: tuple[int, ...], found: list[tuple[int, ...]]
+    kind: StatisticsKind | None,
+    name: str,
+    shape: tuple[int, ...],
+    found: list[tuple[int, ...]],
+    declared: int | None,
 ) -> int | None:
     """Checks the shapes of a tensor's statistics; returns the axis that Gram matrices belong to."""
     if kind is None:  # a composed merge: its parts know what they take
-        return None
+        return declared
     for position, one in enumerate(found):
-        fault = statistic_fault(kind, shape, one)
+        fault = statistic_fault(kind, shape, one, declared)
         if fault is not None:
             raise OperatorError(f"the statistic of tensor {name!r} of model {position} {fault}.")
-    return reading_axis(shape, found[0][0]) if kind == "gram" else None
+    return read_along(kind, shape, found[0], declared)
 
 
 def _statistics_by_name(

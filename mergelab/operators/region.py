@@ -23,8 +23,8 @@ class TensorInfo:
         name: its name, as the output spells it.
         shape: its true shape.
         statistics: whether every model has a statistic of it (see `Region.statistics`).
-        reads: the axis of a matrix along which its inputs lie, where its Gram matrix or its model's table
-            says so.
+        reads: the axis of a matrix along which its inputs lie, where its name (flax's `kernel`), its Gram
+            matrix or its model's table says so; the last one where nothing does.
         depth: how deep the tensor's block is in its model, from 0 (the first, and what is in no block) to 1.
     """
 

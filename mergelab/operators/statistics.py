@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-__all__ = ["StatisticsKind", "reading_axis", "statistic_fault"]
+__all__ = ["StatisticsKind", "axis_of_kernel", "read_along", "reading_axis", "statistic_fault"]
 
-StatisticsKind = Literal["gram", "fisher"]
-"""`gram`: of a matrix, the mean over tokens of `x x^T` of what it reads, `[in, in]`; `fisher`: of any tensor,
-the mean over sequences of each entry's squared gradient, of the tensor's own shape."""
+StatisticsKind = Literal["gram", "merged_gram", "fisher"]
+"""`gram`: of a matrix, the mean over tokens of `x x^T` of what it reads, `[in, in]`; `merged_gram`: the same
+behind blocks that are merged already; `fisher`: of any tensor, the mean over sequences of each entry's
+squared gradient, of the tensor's own shape."""
 
 
 def reading_axis(shape: tuple[int, ...], side: int, declared: int | None = None) -> int | None:
@@ -22,6 +23,25 @@ def reading_axis(shape: tuple[int, ...], side: int, declared: int | None = None)
     """
     axes = (1, 0) if declared is None else (declared,)
     return next((axis for axis in axes if shape[axis] == side), None)
+
+
+def axis_of_kernel(name: str) -> int | None:
+    """The axis that a name declares: a flax `kernel`, [in, out], reads along its first; else None."""
+    return 0 if name.rpartition(".")[2] == "kernel" else None
+
+
+def read_along(
+    kind: StatisticsKind, shape: tuple[int, ...], found: tuple[int, ...], declared: int | None
+) -> int | None:
+    """The axis of a tensor along which it reads: that of its Gram matrix; the declared one of a Fisher's.
+
+    Args:
+        kind: what is taken.
+        shape: the tensor's shape.
+        found: the statistic's shape, which fits.
+        declared: same as in `reading_axis`.
+    """
+    return declared if kind == "fisher" else reading_axis(shape, found[0], declared)
 
 
 def statistic_fault(

@@ -21,19 +21,21 @@ class MatrixReduction(Reduction):
 
     Attributes:
         matrix: whether the tensor at hand is a matrix (noted by `at`).
+        turned: whether it is [in, out], as flax and GPT-2 store it, and is transposed for the formula.
     """
 
     matrix: bool = dataclasses.field(default=True, metadata={"static": True})
+    turned: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def grain(self) -> Granularity:
         return "tensor" if self.matrix else "element"
 
     def at(self, tensor: TensorInfo) -> Self:
-        return dataclasses.replace(self, matrix=tensor.role == "matrix")
+        return dataclasses.replace(self, matrix=tensor.role == "matrix", turned=tensor.reads == 0)
 
     def of_matrices(self, deltas: Arrays) -> jax.Array | None:
-        """The merged `[rows, columns]` of the models' in the wide dtype; None to average instead."""
+        """The merged `[out, in]` of the models' in the wide dtype; None to average instead."""
         raise NotImplementedError
 
     def of_others(self, xs: Arrays, region: Region) -> jax.Array:
@@ -44,5 +46,6 @@ class MatrixReduction(Reduction):
         merged = None
         if self.matrix:
             dtype = decomposed_in(region.wide)
-            merged = self.of_matrices(tuple(x.astype(dtype) for x in xs))
+            merged = self.of_matrices(tuple((x.T if self.turned else x).astype(dtype) for x in xs))
+            merged = merged.T if merged is not None and self.turned else merged
         return self.of_others(xs, region) if merged is None else merged.astype(xs[0].dtype)

@@ -1,17 +1,19 @@
-"""Trains a language model: AdamW, linear warm-up then cosine decay, one compiled step with donated state."""
+"""Trains a small language model from windows of tokens, by the step that fine-tunes (`mergelab.tuning`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Int
+
+from mergelab.tuning.objective import WindowLoss
+from mergelab.tuning.optimizers import Optimizer
+from mergelab.tuning.steps import begin, train_step
 
 __all__ = ["TrainSettings", "next_token_loss", "train_lm"]
 
@@ -37,20 +39,19 @@ class TrainSettings:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
 
-    def optimizer(self) -> optax.GradientTransformation:
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, self.learning_rate, self.warmup_steps, self.steps, end_value=0.1 * self.learning_rate
+    def optimizer(self) -> Optimizer:
+        """AdamW by these settings."""
+        return Optimizer(
+            self.steps, self.learning_rate, self.warmup_steps, self.weight_decay, self.clip_norm, beta2=0.95
         )
-        decay = optax.adamw(schedule, b2=0.95, weight_decay=self.weight_decay, mask=_matrices)
-        return optax.chain(optax.clip_by_global_norm(self.clip_norm), decay)
 
 
 def next_token_loss(
     apply: Apply, params: Params, windows: Int[Array, "batch length_plus_1"]
 ) -> Float[Array, ""]:
     """Mean cross-entropy, in nats, of every token given those before it in its window."""
-    logits = apply(params, windows[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
+    _, nats, _, targets = WindowLoss(apply)(params, {}, windows)
+    return nats / targets
 
 
 def train_lm(
@@ -74,32 +75,13 @@ def train_lm(
     Returns:
         The trained parameters and the loss of every step, float32 `[steps]` in nats per token.
     """
-    params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)  # a step donates what it is given
-    state = settings.optimizer().init(params)
+    params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)  # a step uses up what it is given
+    loss, optimizer = WindowLoss(apply), settings.optimizer()
+    state = begin(params, optimizer)
     losses: list[Array] = []
     for number in range(1, settings.steps + 1):
-        params, state, loss = _step(params, state, next(batches), apply=apply, settings=settings)
-        losses.append(loss)
+        state, figures = train_step(state, {}, next(batches)[None], loss=loss, optimizer=optimizer)
+        losses.append(figures.loss)
         if on_step:
-            on_step(number, params)
-    return params, np.array(jax.device_get(losses), np.float32)
-
-
-@partial(jax.jit, static_argnames=("apply", "settings"), donate_argnames=("params", "state"))
-def _step(
-    params: Params,
-    state: optax.OptState,
-    windows: Int[Array, "batch length_plus_1"],
-    *,
-    apply: Apply,
-    settings: TrainSettings,
-) -> tuple[Params, optax.OptState, Float[Array, ""]]:
-    loss, gradients = jax.value_and_grad(partial(next_token_loss, apply))(params, windows)
-    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to its integer step count
-        updates, state = settings.optimizer().update(gradients, state, params)
-    return optax.apply_updates(params, updates), state, loss
-
-
-def _matrices(params: Params) -> Params:
-    """True for the leaves that weight decay applies to: all but the norms' scales."""
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+            on_step(number, state.trained)
+    return state.trained, np.array(jax.device_get(losses), np.float32)

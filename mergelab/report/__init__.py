@@ -7,6 +7,7 @@ from mergelab.lazy import lazy_names
 if TYPE_CHECKING:
     from mergelab.report.comparison import ComparedScore, Comparison, figure_files, score_figure
     from mergelab.report.curves import Panel, curves_figure
+    from mergelab.report.explanation import render_explanation
     from mergelab.report.heatmap import heatmap_figure
     from mergelab.report.pages import render_features, render_page
     from mergelab.report.sections import Section, render_sections
@@ -22,6 +23,7 @@ __all__ = [
     "heatmap_figure",
     "html_table",
     "markdown_table",
+    "render_explanation",
     "render_features",
     "render_page",
     "render_sections",

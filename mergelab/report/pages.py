@@ -10,7 +10,7 @@ from typing import Any
 
 from mergelab.report.comparison import ComparedScore, Comparison, in_reading_order, score_figure, svg
 
-__all__ = ["render_features", "render_page"]
+__all__ = ["render_features", "render_page", "visible"]
 
 
 def render_page(comparison: Comparison, title: str, recipes: Mapping[str, str]) -> str:
@@ -32,7 +32,7 @@ def render_page(comparison: Comparison, title: str, recipes: Mapping[str, str]) 
     )
     scores = in_reading_order(comparison)
     domains = list(comparison.domains)
-    environment.filters["visible"] = _visible
+    environment.filters["visible"] = visible
     return environment.get_template("comparison.html").render(
         title=title,
         comparison=comparison,
@@ -46,7 +46,7 @@ def render_page(comparison: Comparison, title: str, recipes: Mapping[str, str]) 
     )
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """White space that a reader sees, on one line; as `shown` of `features.js`."""
     text = text.replace("\n", "↵").replace("\t", "→")
     return re.sub(" {4,}", lambda run: f"␣×{len(run[0])} ", text)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         random_windows,
         token_stream,
     )
+    from mergelab.text.prompt_file import read_prompts
     from mergelab.text.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "pack_stream",
     "pack_whole",
     "random_windows",
+    "read_prompts",
     "render_chat",
     "text_contexts",
     "token_stream",

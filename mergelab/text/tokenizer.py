@@ -108,6 +108,15 @@ class Tokenizer:
         signs = bytes(_BYTES[sign] for sign in raw).decode("utf-8", errors="surrogateescape")
         return "".join(f"<0x{ord(s) - 0xDC00:02X}>" if 0xDC80 <= ord(s) <= 0xDCFF else s for s in signs)
 
+    def piece_bytes(self, token: int) -> bytes:
+        """The bytes of `piece`, also where they are not a character on their own."""
+        text, raw = self.piece(token), self.backend.id_to_token(token) or ""
+        if "\ufffd" in text and all(sign in _BYTES for sign in raw):
+            return bytes(_BYTES[sign] for sign in raw)
+        if "\ufffd" in text and len(raw) == 6 and raw.startswith("<0x"):
+            return bytes([int(raw[3:5], 16)])  # a byte of a character, in vocabularies with byte fallback
+        return text.encode()
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.
 

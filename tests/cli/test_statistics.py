@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from mergelab import operators as ops
+from mergelab.activations.merged_statistics import merged_grams
 from mergelab.activations.statistics import gram
 from mergelab.cli.main import cli
+from mergelab.merging import Recipe, merge
 from mergelab.models.load import load_model
+from mergelab.models.save import save_model
 from mergelab.models.table import stored_shapes
 from tests.models.tiny_models import tiny, write
 
@@ -66,6 +72,42 @@ def test_a_gram_and_then_a_fisher_in_its_place(folder: Path) -> None:
     ]
     with safe_open(folder / "out" / "fisher.safetensors", "np") as opened:
         assert opened.metadata() == {"kind": "fisher", "tokens": "64"}
+
+
+def test_grams_behind_merged_blocks_are_merged_by_a_recipe(folder: Path, tmp_path: Path) -> None:
+    model, params = load_model(folder / "model")
+    other = jax.tree.map(lambda x: x * 1.1, params)
+    save_model(model, other, tmp_path / "b" / "model")
+    shutil.copy(folder / "model" / "tokenizer.json", tmp_path / "b" / "model")
+    (tmp_path / "u.txt").write_text(" ".join(f"w{(3 * i) % 40}" for i in range(90)))
+    places = [folder / "model", tmp_path / "b" / "model"]
+    texts = [
+        "--text",
+        folder / "t.txt",
+        "--text",
+        tmp_path / "u.txt",
+        "--context",
+        "8",
+        "--kind",
+        "merged_gram",
+    ]
+    command = ["statistics", *places, *texts, "--out", tmp_path / "stats", *EVERY, "--json"]
+    result = CliRunner().invoke(cli, [str(word) for word in command])
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (tmp_path / "stats").glob("model-*")) == ["model-0", "model-1"]
+    contexts = [(np.arange(90) * step % 40)[:88].reshape(11, 8) for step in (1, 3)]
+    found = merged_grams(model, [params, other], contexts)
+    models = [
+        {"model": str(place), "statistics": str(tmp_path / "stats" / f"model-{i}")}
+        for i, place in enumerate(places)
+    ]
+    merge(Recipe(merge_method="regmean_pp", models=models, dtype="float32"), tmp_path / "out")
+    _, merged = load_model(tmp_path / "out")
+    expected = ops.regmean_pp()([params, other], statistics=[one.tree for one in found])
+    for one, two in zip(jax.tree.leaves(merged), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4)
+    told = CliRunner().invoke(cli, [str(word) for word in [*command[:2], *texts, "--out", tmp_path / "x"]])
+    assert told.exit_code == 2 and "found 1 and 2" in told.stderr
 
 
 def test_weights_that_are_not_finite_are_named(folder: Path) -> None:

@@ -176,7 +176,7 @@ def test_settings_and_vectors_are_arguments_of_the_compiled_program(
 
     def compiled() -> int:
         """Programs of ours; those of single operations are JAX's."""
-        names = ("(run)", "(_grown)", "(_empty)", "(_places)")
+        names = ("(run)", "(grown_rows)", "(_empty)", "(_places)")
         return sum("Finished XLA" in r.message and any(n in r.message for n in names) for r in caplog.records)
 
     with jax.log_compiles():

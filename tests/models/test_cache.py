@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from mergelab.models.cache import Cache
+from mergelab.models.families import FAMILIES, model_from_config
 from mergelab.models.model import Model, Output, Params
-from tests.models.tiny_models import MASK, TOKENS, tiny
+from tests.models.tiny_models import CONFIGS, MASK, TOKENS, tiny
 from tests.slow import slow_except
 
 # Padding on the left, and a hole, which is padding on the right of an earlier piece.
@@ -92,11 +93,25 @@ def test_half_precision_runs_in_half_precision() -> None:
     assert float(jnp.abs(output.logits - exact).mean()) < 0.1 * float(jnp.abs(exact).mean())
 
 
-def test_rows_rewound_to_different_lengths_go_on_as_if_they_had_never_been_further() -> None:
-    model, params = tiny("mistral")
+# One of each kind of attention: rotated, learned positions, windows in all layers and in some, norms of
+# queries and keys, soft caps, experts; and a rotation that turns part of a head.
+KINDS = ["llama", "gpt2", "gpt_neox", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"]
+
+
+def test_no_family_that_generates_is_left_out() -> None:
+    models = {name: model_from_config(CONFIGS[name]) for name in KINDS}
+    assert {model.family.model_type for model in models.values()} == {
+        name for name, family in FAMILIES.items() if family.architecture.causal
+    }
+
+
+@pytest.mark.parametrize("name", slow_except(["mistral", "gemma3"], KINDS))
+def test_rows_forked_and_rewound_go_on_as_each_would_alone(name: str) -> None:
+    model, params = tiny(name)
     step = jax.jit(lambda tokens, cache: model.apply(params, tokens, cache=cache))
     whole = jax.jit(lambda tokens: model.apply(params, tokens).logits)
-    far = step(jnp.asarray(TOKENS[:, :8]), model.new_cache(3, 12)).cache
+    read = step(jnp.asarray(TOKENS[:1, :8]), model.new_cache(1, 12)).cache
+    far = read.repeat(3)  # one text that is read once, to be continued in three ways
     back = far.rewind(jnp.array([3, 8, 5]))
     assert back.length.tolist() == [3, 8, 5] and not back.even
     new = jnp.asarray(TOKENS[:, 8:10])
@@ -104,7 +119,7 @@ def test_rows_rewound_to_different_lengths_go_on_as_if_they_had_never_been_furth
     assert found.cache.length.tolist() == [5, 10, 7]
     for row, kept in enumerate([3, 8, 5]):
         text = np.zeros((1, 10), np.int32)  # what follows the row's tokens, they do not see
-        text[0, : kept + 2] = [*TOKENS[row, :kept], *TOKENS[row, 8:10]]
+        text[0, : kept + 2] = [*TOKENS[0, :kept], *TOKENS[row, 8:10]]
         np.testing.assert_allclose(found.logits[row], whole(text)[0, kept : kept + 2], atol=2e-5)
     # Without rewinding, the next tokens follow other ones.
     assert np.abs(np.asarray(step(new, far).logits)[0] - np.asarray(found.logits)[0]).max() > 1e-2

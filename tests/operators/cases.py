@@ -68,6 +68,7 @@ CASES: dict[str, tuple[str, int, bool, dict[str, Any]]] = {
     "core_space": ("core_space", 3, True, {"density": 0.6}),
     "core_space_tsv": ("core_space", 2, True, {"method": "tsv_m"}),
     "regmean": ("regmean", 3, False, {"off_diagonal": 0.9}),
+    "regmean_pp": ("regmean_pp", 3, False, {"off_diagonal": 0.9}),
     "fisher": ("fisher", 3, True, {"weight": [1.0, 0.5, 2.0], "floor": 0.1}),
     "ramplus_tl": ("ramplus_tl", 3, True, {"epsilon": 0.8, "r": 0.2, "alpha": 0.3}),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,20 @@ def test_whole_tensors_are_counted_with_their_workspace_and_admitted_to_the_budg
     with admission.admitted(small):  # and both fit a larger budget's side by side
         second()
     assert order[-1] == "small"
+
+
+@pytest.mark.parametrize("name", ["iso_cts", "knots", "svc", "tsv_m", "wudi"])
+def test_a_kernel_is_merged_as_the_weight_that_it_is_the_transpose_of(name: str) -> None:
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((12, 20), np.float32)
+    models = [base + 0.3 * rng.standard_normal((12, 20), np.float32) for _ in range(3)]
+    merge = ops.OPERATORS[name]()
+    found = merge([{"q": {"weight": m}} for m in models], {"q": {"weight": base}})["q"]["weight"]
+    kernels = merge([{"q": {"kernel": m.T}} for m in models], {"q": {"kernel": base.T}})["q"]["kernel"]
+    np.testing.assert_allclose(kernels.T, found, rtol=0, atol=1e-5)
+    (job,) = jobs_for(merge, [{"w": m.T.copy()} for m in models], {"w": base.T.copy()})
+    read = streamed([dataclasses.replace(job, reads=0)])["w"]  # as GPT-2's table says of its files
+    np.testing.assert_allclose(read.T, found, rtol=0, atol=1e-5)
 
 
 def test_the_plan_states_what_whole_tensors_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,14 @@ def test_a_kernel_that_reads_along_its_first_axis_is_merged_along_it(recorded: A
     assert error(streamed(with_statistics(jobs, beside))["w"], recorded["16x16_T2/out/regmean"].T) > 1e-3
 
 
+def test_a_square_kernel_of_a_loaded_model_is_merged_along_its_inputs(recorded: Arrays) -> None:
+    models, _ = inputs(recorded, "16x16_T2")
+    grams = statistics_of(recorded, "16x16_T2", "gram")
+    trees = [{"q": {"kernel": m["w"].T}} for m in models]  # [in, out], as flax keeps it
+    found = ops.regmean()(trees, statistics=[{"q": {"kernel": g["w"]}} for g in grams])["q"]["kernel"]
+    assert error(found, recorded["16x16_T2/out/regmean"].T) < 1e-6
+
+
 def test_inputs_that_never_occur_leave_the_mean() -> None:
     """Gram matrices of few tokens have no inverse: where they say nothing, no model is better."""
     rng = np.random.default_rng(0)

@@ -65,7 +65,9 @@ def test_the_loss_is_the_mean_surprise_of_the_next_token() -> None:
 @pytest.mark.slow
 def test_weight_decay_spares_the_norms() -> None:
     params = {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(2)}
-    optimizer = TrainSettings(steps=10, learning_rate=0.1, warmup_steps=0, weight_decay=0.5).optimizer()
+    optimizer = (
+        TrainSettings(steps=10, learning_rate=0.1, warmup_steps=0, weight_decay=0.5).optimizer().build()
+    )
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = optimizer.update(optax.tree.zeros_like(params), optimizer.init(params), params)
     assert float(updates["kernel"][0, 0]) == pytest.approx(-0.1 * 0.5)

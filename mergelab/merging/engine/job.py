@@ -31,7 +31,7 @@ class Job:
         model_names: names for messages: the one of the model behind each of `sources`, then the base's.
         statistics: one statistic of the tensor per model (a Gram matrix, a Fisher); empty where the merge
             takes none, or some model has none of this tensor.
-        reads: the axis along which the tensor's inputs lie, where its statistics need to know.
+        reads: the axis along which the tensor's inputs lie, where its statistics or the merge need to know.
         depth: how deep its block is in the model, from 0 to 1; 0 in no block.
     """
 

@@ -25,10 +25,15 @@ from mergelab.platform import usable_cores
 
 __all__ = [
     "Admission",
+    "BlockThreads",
     "StreamReport",
     "TensorWriter",
+    "check_jobs",
+    "copied",
     "default_threads",
     "limits_for",
+    "looks_at_tree",
+    "measure_tree",
     "run_tree",
     "stream_jobs",
 ]
@@ -40,6 +45,13 @@ def run_tree(runs: Sequence[TensorRun], write: WriteBlock) -> None:
     Raises:
         OperatorError: the jobs do not all use the same operator.
     """
+    measure_tree(runs)
+    for run in sorted(runs, key=lambda run: run.job.name):
+        run.write(write)
+
+
+def measure_tree(runs: Sequence[TensorRun]) -> None:
+    """Takes the measures of jobs in lockstep; errors are those of `run_tree`."""
     runs = sorted(runs, key=lambda run: run.job.name)
     shape = [[(p, m, type(d)) for p, m, d in run.merge.steps()] for run in runs]
     if any(steps != shape[0] for steps in shape):
@@ -58,8 +70,6 @@ def run_tree(runs: Sequence[TensorRun], write: WriteBlock) -> None:
                 run.finish_sum(part, measure, pooled)
         elif isinstance(declared, Rank):
             _rank(runs, part, measure, declared)
-    for run in runs:
-        run.write(write)
 
 
 def _rank(runs: Sequence[TensorRun], part: int, measure: int, declared: Rank) -> None:
@@ -175,10 +185,7 @@ def stream_jobs(
             result for some tensor.
         OutputError: the output cannot be written.
     """
-    for job in jobs:
-        if job.merge is not None:
-            job.merge.check(len(job.sources), job.base is not None)
-            _check_size(job)
+    check_jobs(jobs)
     started = time.perf_counter()
     todo = [job for job in jobs if job.name not in writer.done and job.size]
     threads = threads or default_threads()
@@ -196,6 +203,19 @@ def stream_jobs(
         bytes_out=sum(job.bytes_out for job in todo),
         seconds=time.perf_counter() - started,
     )
+
+
+def check_jobs(jobs: Sequence[Job]) -> None:
+    """Checks what can be known of jobs before a weight is read.
+
+    Raises:
+        OperatorError: a merge is given other numbers of models or values than it takes, or a tensor that is
+            too large for it.
+    """
+    for job in jobs:
+        if job.merge is not None:
+            job.merge.check(len(job.sources), job.base is not None)
+            _check_size(job)
 
 
 def _check_size(job: Job) -> None:
@@ -233,6 +253,48 @@ class Admission:
                 self._changed.notify_all()
 
 
+class BlockThreads:
+    """Workers that share the blocks of large tensors.
+
+    Args:
+        threads: number of workers; a caller of `map` waits for them.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads, self._pool = threads, ThreadPoolExecutor(threads, "block")
+        self._stop = False
+
+    def stop(self) -> None:
+        """Begins no further block; those that wait for one get a `CancelledError`."""
+        self._stop = True
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self.stop()
+        self._pool.shutdown(cancel_futures=True)
+
+    def map(self, function: Callable[[TensorBlock], T], blocks: Sequence[TensorBlock]) -> Iterator[T]:
+        """Applies a function to blocks, results in order, a bounded number in flight."""
+        if len(blocks) <= 1 or self._threads == 1:
+            for block in blocks:
+                yield function(block)
+            return
+        waiting: deque[Future[T]] = deque()
+        try:
+            for block in blocks:
+                if self._stop:
+                    raise CancelledError
+                waiting.append(self._pool.submit(function, block))
+                if len(waiting) >= 2 * self._threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+            wait(waiting)
+
+
 class _Runner:
     """Two pools: one thread per tensor in progress, and workers that share the blocks of large tensors."""
 
@@ -246,27 +308,29 @@ class _Runner:
         check: bool,
         progress: Callable[[int], None],
     ) -> None:
-        self._writer, self._seed, self._limits, self._threads = writer, seed, limits, threads
+        self._writer, self._seed, self._limits = writer, seed, limits
         self._check, self._progress, self._admission = check, progress, admission
         self._buffers = Buffers()
         self._tensors = ThreadPoolExecutor(threads, "tensor")
-        self._blocks = ThreadPoolExecutor(threads, "block")
+        self._blocks = BlockThreads(threads)
         self._stop = False
 
     def close(self) -> None:
         self._stop = True
+        self._blocks.stop()
         self._tensors.shutdown(cancel_futures=True)
-        self._blocks.shutdown(cancel_futures=True)
+        self._blocks.close()
 
     def run(self, jobs: Sequence[Job]) -> None:
-        pooled = [job for job in jobs if job.merge is not None and _looks_at_tree(job.merge)]
+        pooled = [job for job in jobs if job.merge is not None and looks_at_tree(job.merge)]
         if pooled:
             run_tree([self._run_of(job) for job in pooled], self._write)
-        rest = [job for job in jobs if job.merge is None or not _looks_at_tree(job.merge)]
+        rest = [job for job in jobs if job.merge is None or not looks_at_tree(job.merge)]
         futures = [self._tensors.submit(self._one, job) for job in rest]
         _, pending = wait(futures, return_when=FIRST_EXCEPTION)
         if pending:
             self._stop = True
+            self._blocks.stop()
             for future in pending:
                 future.cancel()
         errors = [e for f in futures if not f.cancelled() and (e := f.exception()) is not None]
@@ -280,7 +344,7 @@ class _Runner:
             seed=self._seed,
             limits=self._limits,
             buffers=self._buffers,
-            map_blocks=self._map,
+            map_blocks=self._blocks.map,
             check=self._check,
         )
 
@@ -302,42 +366,29 @@ class _Runner:
         self._writer.write(name, start, array)
         self._progress(array.nbytes)
 
-    def _map(self, function: Callable[[TensorBlock], T], blocks: Sequence[TensorBlock]) -> Iterator[T]:
-        """Applies a function to blocks, results in order, a bounded number in flight."""
-        if len(blocks) <= 1 or self._threads == 1:
-            for block in blocks:
-                yield function(block)
-            return
-        waiting: deque[Future[T]] = deque()
-        try:
-            for block in blocks:
-                if self._stop:
-                    raise CancelledError
-                waiting.append(self._blocks.submit(function, block))
-                if len(waiting) >= 2 * self._threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-            wait(waiting)
-
     def _copy(self, job: Job) -> None:
         """Copies a tensor; where several models have it, all must hold the same bytes."""
-        first, *others = job.sources
         for start in range(0, job.size, BLOCK_ELEMENTS):
-            count = min(BLOCK_ELEMENTS, job.size - start)
-            piece = _read(first, start, count)
-            for position, other in enumerate(others, start=1):
-                if _read(other, start, count).tobytes() != piece.tobytes():
-                    names = job.model_names or tuple(f"model {i}" for i in range(len(job.sources)))
-                    raise CheckpointError(
-                        f"tensor {job.name!r} ({first.dtype}) cannot be averaged and differs between "
-                        f"{names[0]} and {names[position]}; make them equal, or take it from one model with "
-                        "a `modules` or `slices` recipe."
-                    )
-            self._write(job.name, start, piece if piece.dtype == job.dtype else piece.astype(job.dtype))
+            self._write(job.name, start, copied(job, start, min(BLOCK_ELEMENTS, job.size - start)))
+
+
+def copied(job: Job, start: int, count: int) -> np.ndarray:
+    """Elements `[start, start + count)` of a tensor that is copied, in the job's dtype.
+
+    Raises:
+        CheckpointError: an input cannot be read, or models hold different values there.
+    """
+    first, *others = job.sources
+    piece = _read(first, start, count)
+    for position, other in enumerate(others, start=1):
+        if _read(other, start, count).tobytes() != piece.tobytes():
+            names = job.model_names or tuple(f"model {i}" for i in range(len(job.sources)))
+            raise CheckpointError(
+                f"tensor {job.name!r} ({first.dtype}) cannot be averaged and differs between "
+                f"{names[0]} and {names[position]}; make them equal, or take it from one model with "
+                "a `modules` or `slices` recipe."
+            )
+    return piece if piece.dtype == job.dtype else piece.astype(job.dtype)
 
 
 def _read(source: Any, start: int, count: int) -> np.ndarray:
@@ -346,5 +397,6 @@ def _read(source: Any, start: int, count: int) -> np.ndarray:
     return piece
 
 
-def _looks_at_tree(merge: Any) -> bool:
+def looks_at_tree(merge: Any) -> bool:
+    """Whether a merge measures all tensors together."""
     return any(getattr(declared, "scope", "tensor") == "tree" for _, _, declared in merge.steps())

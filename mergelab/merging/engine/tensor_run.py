@@ -253,8 +253,8 @@ class TensorRun:
 
     # --- output ---------------------------------------------------------------------------------------
 
-    def write(self, write: WriteBlock) -> None:
-        """Merges and writes every block.
+    def check(self) -> None:
+        """Checks, all measures taken, that the merge has a result.
 
         Raises:
             OperatorError: the measures leave some part of the merge without a meaningful result.
@@ -262,6 +262,14 @@ class TensorRun:
         for part, known in zip(self.merge.parts, self.known, strict=True):
             if not any(result is _PER_BLOCK for result in known):
                 part.check(tuple(known), self.job.name)
+
+    def write(self, write: WriteBlock) -> None:
+        """Merges and writes every block.
+
+        Raises:
+            OperatorError: the measures leave some part of the merge without a meaningful result.
+        """
+        self.check()
         for _ in self._map(lambda block: self._write_block(block, write), self.blocks):
             pass
         if self._cache is not None:
@@ -270,6 +278,13 @@ class TensorRun:
                     self._buffers.give_back(buffer)
             self._cache = {}
         self._block_results = {}
+
+    def read(self, block: TensorBlock) -> np.ndarray:
+        """One merged block, flat and of the job's dtype, in memory of its own; all measures are taken."""
+        found: list[np.ndarray] = []
+        # What is computed may share memory with the inputs, which others fill again.
+        self._write_block(block, lambda name, start, flat: found.append(flat.copy()))
+        return found[0]
 
     def _write_block(self, block: TensorBlock, write: WriteBlock) -> None:
         dtype = self.job.dtype if self.job.dtype in _DEVICE_DTYPES else np.dtype(np.float32)

@@ -12,7 +12,7 @@ from mergelab.checkpoints import Checkpoint, is_float, promote
 from mergelab.checkpoints.source import TensorSource
 from mergelab.errors import CheckpointError, MergelabError, OperatorError
 from mergelab.merging.engine.job import Job
-from mergelab.merging.plan.found_statistics import FoundStatistics, Owner
+from mergelab.merging.plan.found_statistics import FoundStatistics, Owner, input_axes
 from mergelab.merging.plan.output_tensors import OutputPlace
 from mergelab.merging.plan.suspicions import FactorsSeen
 from mergelab.merging.recipe.scopes import ScopedSlice, ScopedSource, resolve
@@ -23,7 +23,7 @@ from mergelab.models.saved_names import is_buffer
 from mergelab.operators import WeightedSum, chain
 from mergelab.operators.compose import Merge
 from mergelab.operators.declare import Operator
-from mergelab.operators.statistics import reading_axis, statistic_fault
+from mergelab.operators.statistics import read_along, statistic_fault
 
 __all__ = ["Ingredients", "JobBuilder", "RowPrefix", "find_tensor", "outcome"]
 
@@ -153,6 +153,7 @@ class JobBuilder:
     factors: FactorsSeen = field(default_factory=FactorsSeen)
     settings: list[str] = field(default_factory=list)
     _merges: dict[str, Merge] = field(default_factory=dict)
+    _read_along: dict[str, Mapping[str, int]] = field(default_factory=dict)
 
     def build(self, place: OutputPlace) -> Job | None:
         """The job for a place, or None if there is none (a fault or a skipped tensor, then on record)."""
@@ -266,10 +267,19 @@ class JobBuilder:
             self._merges[setting] = self.operator(**arguments)
         merge, beside = self._merges[setting], tuple(statistic for statistic, _ in found.statistics)
         reads = self._check_statistics(place, found, shape, owners)
+        if reads is None and merge.grain == "tensor":
+            source, _ = found.inputs[0]
+            reads = self._axes(source.model).get(given[source.model])
         names = tuple(owners)
         return Job(
             place.name, shape, dtype, tuple(inputs), found.base, merge, names, beside, reads, depth=place.t
         )
+
+    def _axes(self, model: str) -> Mapping[str, int]:
+        """The axis along which each matrix of a model reads, as far as its table says so."""
+        if model not in self._read_along:
+            self._read_along[model] = input_axes(self.models[model])
+        return self._read_along[model]
 
     def _check_statistics(
         self, place: OutputPlace, found: Ingredients, shape: tuple[int, ...], owners: list[str]
@@ -286,7 +296,7 @@ class JobBuilder:
                     "model with 'mergelab statistics'"
                 )
         first, axis = found.statistics[0]
-        return reading_axis(shape, first.shape[0], axis) if kind == "gram" else None
+        return read_along(kind, shape, tuple(first.shape), axis)
 
     def _dtype(self, place: OutputPlace, tensors: list[TensorSource]) -> np.dtype[Any]:
         kinds = {tensor.dtype for tensor in tensors}

@@ -14,6 +14,7 @@ from typing import Any
 
 from mergelab.checkpoints import Checkpoint, LoraCheckpoint, dtype_from_name, open_checkpoint
 from mergelab.checkpoints.companion_files import companion_warnings, donor_files, license_differences
+from mergelab.checkpoints.source import TensorSource
 from mergelab.checkpoints.writer import identity_digest
 from mergelab.merging.engine.job import Job
 from mergelab.merging.plan.compatibility import absent, incomplete, mixed
@@ -191,7 +192,14 @@ class Plan:
         Raises:
             CheckpointError: a result cannot be read.
         """
-        results = {name: open_checkpoint(folder).tensors for name, folder in folders.items()}
+        return self.taking({name: open_checkpoint(folder).tensors for name, folder in folders.items()})
+
+    def taking(self, results: Mapping[str, Mapping[str, TensorSource]]) -> Plan:
+        """The same plan, taking the tensors of its stages from elsewhere; nothing is planned again.
+
+        Args:
+            results: Tensors by name, by the name of the stage that makes them.
+        """
         jobs = [
             replace(
                 job,

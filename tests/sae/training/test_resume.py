@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 import yaml
 
+from mergelab.checkpoints import state_checkpoints as checkpoints_module
 from mergelab.checkpoints.output_target import OutputLock
 from mergelab.errors import NonFiniteError, OutputError, SAEError
 from mergelab.processes import Terminated
-from mergelab.sae.training import checkpoints as checkpoints_module
 from mergelab.sae.training import train
 from mergelab.sae.training.checkpoints import Checkpoints
 from mergelab.sae.training.config import TrainingRecipe, load_config

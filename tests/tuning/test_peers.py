@@ -62,6 +62,7 @@ def test_whole_parameters_take_the_steps_of_transformers(tmp_path: Path) -> None
 
 
 @pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")  # peft's and transformers' own
 def test_factors_take_the_steps_of_peft_which_reads_the_adapter(tmp_path: Path) -> None:
     import peft
     import torch

@@ -299,7 +299,8 @@ compiles. The best rate is that of least FVU at the first seed. In bold the best
 
 {render(results)}
 
-Means over seeds (of initial parameters), ± their standard deviation. FVU of every rate at the first seed:
+Means over seeds (of initial parameters), ± their standard deviation. FVU of every rate at the first seed; if
+the best of four is the highest, one beyond it may be better:
 
 {_rates(results["cells"])}
 

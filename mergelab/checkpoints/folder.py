@@ -225,6 +225,11 @@ def _open_file(path: Path) -> SafetensorsFile | PickledFile:
         return open_safetensors(path)
     if path.suffix in PICKLED:
         return open_pickled(path)
+    if path.suffix in (".yaml", ".yml"):
+        raise CheckpointError(
+            f"{path} is a recipe by its name, not a model; write the merge first (mergelab merge), or load "
+            "it unwritten with mergelab.load_model"
+        )
     raise CheckpointError(
         f"{path} is not a weight file by its name; expected .safetensors, {SUFFIX}, {', '.join(PICKLED)} or "
         "a model folder"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergelab.cli.decoding_options import check_methods, decoding_options, uses_methods
 from mergelab.cli.joined import joins_run
 from mergelab.cli.numbers import SEED, Number, WholeNumber
 from mergelab.cli.options import MESH, load_either, read_model
@@ -74,6 +75,7 @@ class _TokenIds(click.ParamType):
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed.")
 @click.option("--stop", "stops", multiple=True, metavar="TEXT", help="Text to stop before; repeatable.")
 @click.option("--ignore-end", is_flag=True, help="Continue after the token that ends a text.")
+@decoding_options
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype of the computation."
 )
@@ -99,6 +101,8 @@ def command(
     Without --greedy, every token is sampled from the model's distribution; the same seed gives the same
     text. With --chat, the prompt is a question in the model's own chat format, and the answer alone is
     printed while it is made; without a prompt, each line of the input is a turn of one conversation.
+    --samples prints several continuations, --beams the best of a search; docs/decoding.md has a paragraph
+    for each.
 
     \b
     Examples:
@@ -109,6 +113,8 @@ def command(
       mergelab generate model --prompts prompts.txt --batch 64 --mesh data=8 --greedy
       mergelab generate model --token-ids 1,415,2936 --max-new-tokens 8 --greedy --json
       mergelab generate model --prompt "Dear" --max-new-tokens 99 --temperature 0.8 --min-p 0.05 --seed 7
+      mergelab generate model --chat --prompt "17 * 23?" --samples 16 --json
+      mergelab generate model --chat --prompt "Why?" --think-end "</think>" --think-min 64 --think-more Wait
     """
     if chat and token_ids is not None:
         raise click.UsageError("--chat takes a text: give --prompt TEXT, and omit --token-ids")
@@ -123,6 +129,9 @@ def command(
     drawing = ("temperature", "top_k", "top_p", "min_p")
     if options["greedy"] and (given := [name for name in drawing if options[name] is not None]):
         raise click.UsageError(f"--greedy does not sample: omit --{given[0].replace('_', '-')}")
+    check_methods(
+        options, turns=chat and prompt is None and prompt_file is None, file=prompt_file is not None
+    )
 
     from mergelab.checkpoints.companions import has_companion
     from mergelab.checkpoints.locations import local_path
@@ -152,16 +161,64 @@ def command(
         raise click.UsageError("the prompt is empty: it has no tokens to continue; give a text")
     if has_companion(path, "config.json"):  # before any weight is read
         _check_prompt(path, ids, new, from_text=prompt is not None)
-    settings: dict[str, Any] = {"max_new_tokens": new, "sampler": _sampler(options), "key": options["seed"]}
+    settings = _settings(path, tokenizer, options, new)
     ends = () if options["ignore_end"] or tokenizer is None else tokenizer.end_ids
-    model, params = _load(path, options, len(ids), ends, settings)
+    if uses_methods(options):
+        found = _by_method(path, tokenizer, ids, ends, options, settings)
+    else:
+        model, params = _load(path, options, len(ids), ends, settings)
+        if tokenizer is None and not options["ignore_end"]:
+            ends = _end_ids(model, path)
+        found = _continue(model, params, tokenizer, ids, ends, options["stops"], settings)
+    _print(found, ids, tokenizer, as_json=as_json)
+
+
+def _settings(
+    path: Path, tokenizer: Tokenizer | None, options: Mapping[str, Any], max_new_tokens: int
+) -> dict[str, Any]:
+    """`max_new_tokens`, `sampler` and `key`, as `complete` takes them."""
+    from mergelab.cli.generation_methods import with_token_sets
+
+    sampler = _sampler(options)
+    if options["promote"] or options["ban"]:
+        sampler = with_token_sets(sampler, tokenizer, read_model(path).config.vocab_size, options)
+    return {"max_new_tokens": max_new_tokens, "sampler": sampler, "key": options["seed"]}
+
+
+def _by_method(
+    path: Path,
+    tokenizer: Tokenizer | None,
+    ids: list[int],
+    ends: Sequence[int],
+    options: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Loads the model, and continues one prompt by the method that the options name."""
+    from mergelab.checkpoints.locations import local_path
+    from mergelab.cli.generation_methods import check_draft, continue_by_method
+
+    if options["draft"] is not None:
+        options = {**options, "draft": local_path(options["draft"])}
+        check_draft(path, read_model(path), tokenizer, options["draft"])
+    model, params = load_either(path, options["mesh"], options["dtype"])
     if tokenizer is None and not options["ignore_end"]:
         ends = _end_ids(model, path)
-    found = _continue(model, params, tokenizer, ids, ends, options["stops"], settings)
+    return continue_by_method(
+        path, model, params, tokenizer, ids, ends=ends, options=options, settings=settings
+    )
+
+
+def _print(
+    found: Mapping[str, Any], ids: Sequence[int], tokenizer: Tokenizer | None, *, as_json: bool
+) -> None:
+    """Prints what was made of a prompt: as JSON, or its text; several are parted by a line `---`."""
     if as_json:
-        click.echo(json.dumps({**found, "prompt_token_ids": ids}))
-    else:
-        click.echo(",".join(map(str, found["token_ids"])) if tokenizer is None else found["text"])
+        click.echo(json.dumps({**found, "prompt_token_ids": list(ids)}))
+        return
+    for number, one in enumerate(found.get("samples", [found])):
+        if number:
+            click.echo("---")
+        click.echo(",".join(map(str, one["token_ids"])) if tokenizer is None else one["text"])
 
 
 _NEW_TOKENS = 64
@@ -196,8 +253,15 @@ def _chat(
     ids = chat_ids(tokenizer, messages)  # before any weight is read
     if has_companion(path, "config.json"):
         _check_prompt(path, ids, max_new_tokens or 1, from_text=True)
-    settings = {"sampler": _sampler(options), "key": options["seed"]}
+    settings = _settings(path, tokenizer, options, max_new_tokens or ANSWER_TOKENS)
     ends = () if options["ignore_end"] else turn_end_ids(tokenizer)
+    if uses_methods(options):
+        room = read_model(path).config.max_length - len(ids)
+        settings["max_new_tokens"] = min(settings["max_new_tokens"], room)
+        found = _by_method(path, tokenizer, list(ids), ends, options, settings)
+        _print(found, ids, tokenizer, as_json=as_json)
+        return
+    del settings["max_new_tokens"]
     model, params = _load(
         path,
         options,
@@ -248,7 +312,7 @@ def _file(
     if has_companion(path, "config.json"):  # before any weight is read
         _check_prompt(path, max((ids for _, ids in prompts), key=len), new, from_text=True)
     ends = () if options["ignore_end"] else turn_end_ids(tokenizer) if chat else tokenizer.end_ids
-    settings: dict[str, Any] = {"max_new_tokens": new, "sampler": _sampler(options), "key": options["seed"]}
+    settings = _settings(path, tokenizer, options, new)
     model, params = load_either(path, options["mesh"], options["dtype"])
     for line in continuations(
         model,

@@ -36,6 +36,13 @@ if TYPE_CHECKING:
     )
     from mergelab.decoding.generation import Generated, begin, generate
     from mergelab.decoding.generation_state import GenerationState, start
+    from mergelab.decoding.guided_search import (
+        Found,
+        guided_beams,
+        guided_trees,
+        particle_filter,
+        systematic_resample,
+    )
     from mergelab.decoding.memory import Memory
     from mergelab.decoding.monitors import Monitor, confidence_monitor, margin_monitor, monitor
     from mergelab.decoding.routing import Route, Routing, Tier, Verifier, cheapest_routing, route_of
@@ -83,6 +90,7 @@ __all__ = [
     "Completion",
     "Contrast",
     "FirstTokens",
+    "Found",
     "Generated",
     "GenerationState",
     "History",
@@ -135,6 +143,8 @@ __all__ = [
     "generate_contrastive",
     "generate_text",
     "greedy",
+    "guided_beams",
+    "guided_trees",
     "last_number",
     "layer_contrast",
     "logit_bias",
@@ -144,6 +154,7 @@ __all__ = [
     "mixed_cost",
     "monitor",
     "pad_prompts",
+    "particle_filter",
     "pass_at_k",
     "pass_at_k_interval",
     "promote",
@@ -159,6 +170,7 @@ __all__ = [
     "step_score",
     "stop_at",
     "suppress",
+    "systematic_resample",
     "tail_confidence",
     "vote_confidence",
     "vote_is_decided",

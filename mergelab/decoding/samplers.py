@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import field
 from functools import partial
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,15 @@ from mergelab.decoding.transforms import (
 )
 from mergelab.errors import DecodingError
 
-__all__ = ["Sampler", "greedy", "row_keys", "sample", "sampler_from_options"]
+__all__ = ["Sampler", "TokenChoice", "greedy", "row_keys", "sample", "sampler_from_options"]
+
+
+class TokenChoice(Protocol):
+    """What chooses each row's next token: a `Sampler`, or a pytree that is called as one."""
+
+    def __call__(
+        self, logits: Float[Array, "batch vocab"], history: History, keys: Key[Array, " batch"]
+    ) -> Int[Array, " batch"]: ...
 
 
 @transform

@@ -23,7 +23,7 @@ from mergelab.decoding.generation_state import (
     step_places,
     token_axes,
 )
-from mergelab.decoding.samplers import Sampler
+from mergelab.decoding.samplers import TokenChoice
 from mergelab.decoding.spread import on_host
 from mergelab.decoding.stop import Stop
 from mergelab.decoding.transforms import History
@@ -40,7 +40,7 @@ def advance(
     progress: GenerationState,
     until: Int[Array, ""] | int,
     *,
-    sampler: Sampler,
+    sampler: TokenChoice,
     keys: Key[Array, " batch"],
     stop: Stop,
     edit: Mapping[str, Partial],
@@ -77,7 +77,7 @@ class Steps:
         model: Model,
         params: Params,
         *,
-        sampler: Sampler,
+        sampler: TokenChoice,
         keys: Key[Array, " batch"],
         stop: Stop,
         edit: Mapping[str, Partial],
@@ -93,7 +93,7 @@ class Steps:
         until: Int[Array, ""] | int,
         *,
         keep: bool = False,
-        sampler: Sampler | None = None,
+        sampler: TokenChoice | None = None,
     ) -> GenerationState:
         """The function `advance` with its programs at hand.
 
@@ -167,7 +167,7 @@ def _loop(
     progress: GenerationState,
     until: Int[Array, ""],
     *,
-    sampler: Sampler,
+    sampler: TokenChoice,
     keys: Key[Array, " batch"],
     stop: Stop,
     edit: Mapping[str, Partial],
@@ -195,7 +195,7 @@ def grown_rows(
     p: GenerationState,
     logits: Float[Array, "batch 1 vocab"],
     captured: Mapping[str, Array],
-    sampler: Sampler,
+    sampler: TokenChoice,
     keys: Key[Array, " batch"],
     stop: Stop,
 ) -> GenerationState:

@@ -44,6 +44,8 @@ class ActivationFunction:
     """Value of `activation` in a configuration."""
     score: ClassVar[Callable[[Array], Array] | None] = None
     """Ranks pre-activations where only the largest are kept; None ranks by their value."""
+    signed: ClassVar[bool] = False
+    """Whether codes have either sign, so that a latent stands for a direction and its opposite."""
 
     @staticmethod
     def kept(pre: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -108,6 +110,7 @@ class AbsTopKFunction(TopKFunction):
     """
 
     name: ClassVar[str] = "abs_topk"
+    signed: ClassVar[bool] = True
     score: ClassVar[Callable[[Array], Array] | None] = staticmethod(jnp.abs)
 
     @staticmethod

@@ -105,6 +105,7 @@ def test_an_end_of_several_tokens_is_taken_back_and_samples_are_rows_of_their_ow
     assert alone[0].token_ids == done[1].token_ids
 
 
+@pytest.mark.slow
 def test_a_text_that_would_end_early_thinks_on_and_ends_later() -> None:
     model, params = tiny("llama")
     end = early_end()

@@ -56,6 +56,7 @@ def test_contrastive_tokens_are_those_of_the_formula() -> None:
         assert found.rows() != generate(*strong, *pad_prompts(PROMPTS), max_new_tokens=NEW).rows()
 
 
+@pytest.mark.slow
 def test_dola_tokens_are_those_of_the_formula() -> None:
     model, params = loaded = tiny("llama")
     dola = layer_contrast(model, params, [0], alpha=0.05)

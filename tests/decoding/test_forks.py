@@ -160,6 +160,7 @@ def test_a_monitor_reads_every_step_and_ends_rows_by_what_it_reads() -> None:
         monitor(lambda captured: captured[site], above=float("nan"))
 
 
+@pytest.mark.slow
 def test_margins_and_confidences_are_those_of_the_models_distribution() -> None:
     model, params = tiny("llama")
     whole = jax.jit(lambda text: model.apply(params, text).logits)

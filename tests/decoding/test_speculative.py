@@ -86,6 +86,7 @@ def test_greedy_tokens_are_those_of_the_model_alone() -> None:
     np.testing.assert_array_equal(ended.generated.finished, expected.finished)
 
 
+@pytest.mark.slow
 def test_a_row_is_drawn_as_it_would_be_alone() -> None:
     model, params = tiny("llama")
     draft = jax.tree.map(lambda x: x * 0.9, params)

@@ -182,6 +182,16 @@ def test_the_base_is_found_by_its_weights(place: Path) -> None:
     assert "share a direction" in sibling.doubts[0]
 
 
+def test_an_average_of_siblings_is_not_their_base(place: Path) -> None:
+    """It sees one of three siblings and the base at right angles, as a base would."""
+    family(place, a=0.2, b=0.2, c=0.2)
+    every = [load_file(f"{name}/model.safetensors") for name in "abc"]
+    write_model(place / "mean", {n: np.mean([x[n] for x in every], axis=0) for n in every[0]})
+    found = diff_models("mean", "a", "base").descent
+    assert found.base is None and "'mean' lies between the others" in found.reasons[0]
+    assert diff_models("b", "a", "base").base == "base"
+
+
 def test_of_two_models_that_shrank_none_is_named(place: Path) -> None:
     """Weight decay moves along the weights, so that the change is at right angles to neither model."""
     family(place)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mergelab.checkpoints import TensorSource, open_checkpoint, read_whole
-from mergelab.errors import NonFiniteError, RecipeError
+from mergelab.errors import CheckpointError, NonFiniteError, RecipeError
 from mergelab.merging import merge, open_merge, parse_recipe, plan_merge
 from mergelab.merging.engine import blocks, on_demand
 from tests.merging.recipes import write_model
@@ -121,6 +121,12 @@ def test_faults_are_those_of_a_merge(models: Path, tmp_path: Path) -> None:
     opened = open_merge(recipe, base_dir=models)
     with pytest.raises(NonFiniteError, match=r"'model.norm.weight' of .* holds 1 NaN"):
         read_whole(opened.tensors["model.norm.weight"])
+
+
+def test_a_reader_of_models_alone_says_what_a_recipe_is(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPES["linear"])
+    with pytest.raises(CheckpointError, match=r"r\.yaml is a recipe by its name.*mergelab\.load_model"):
+        open_checkpoint(tmp_path / "r.yaml")
 
 
 def test_the_folder_of_small_files_ends_with_the_merge(models: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,7 +70,7 @@ def with_changes(models: np.ndarray, reference: int, *, pair: bool) -> np.ndarra
 
 
 class Summing:
-    """Adds up pieces of one tensor; keeps its scratch memory between pieces, so that each thread has its own.
+    """Adds up the pieces of one tensor; keeps its scratch memory, so that each thread has one of its own.
 
     Args:
         models: Number of models.
@@ -86,18 +87,28 @@ class Summing:
         self.pair, self.dtype = pair, dtype
         self.vectors = models + pair
         self._found = np.empty((self.vectors, piece), dtype)
-        self._size = np.empty(piece, dtype)
         self._flags = np.empty(piece, bool)
+        self._small = dtype.type(SMALL)
+        self.begin()
 
-    def piece(self, values: Sequence[np.ndarray], width: int = 0) -> Sums:
-        """The sums over a piece.
+    def begin(self) -> None:
+        """Forgets what was added."""
+        self._count = 0
+        self._gram = np.zeros((self.vectors, self.vectors))
+        self._unchanged = [0] * self.vectors
+        self._below = [0] * self.vectors
+        self._nonfinite = np.zeros(len(self.order), np.int64)
+        self._rows: list[np.ndarray] = []
+
+    def add(self, values: Sequence[np.ndarray], width: int = 0) -> None:
+        """Adds a piece.
 
         Args:
-            values: Entries of each model, in the order of the models, at most `PIECE`.
+            values: Entries of each model, in the order of the models, at most those of the largest piece.
             width: Length of the rows whose norms are kept; 0 for none.
         """
         n = values[0].size
-        found = self._found[:, :n]
+        found, flags = self._found[:, :n], self._flags[:n]
         for row, i in zip(found, self.order, strict=False):
             row[...] = values[i]
         with np.errstate(all="ignore"):
@@ -106,41 +117,42 @@ class Summing:
                 np.subtract(found[first], found[second], out=found[-1])
             for change in found[1 : len(self.order)]:
                 np.subtract(change, found[0], out=change)
-        gram = self._gram(found)
-        nonfinite = np.zeros(len(self.order), np.int64)
-        if not np.isfinite(gram).all():
-            nonfinite += [n - np.count_nonzero(np.isfinite(own.astype(self.dtype))) for own in values]
-            if not nonfinite.any():  # squares that leave the range of float32
-                gram = self._gram(found.astype(np.float64))
-        unchanged, small = np.zeros((2, self.vectors), np.int64)
-        size, flags = self._size[:n], self._flags[:n]
-        for i in range(1, self.vectors):
-            np.abs(found[i], out=size)
-            np.equal(size, 0, out=flags)
-            unchanged[i] = np.count_nonzero(flags)
-            np.less(size, self.dtype.type(SMALL), out=flags)
-            small[i] = np.count_nonzero(flags)
-        rows = np.zeros((self.vectors, 0))
-        if width:
-            shaped = found.reshape(self.vectors, -1, width)
-            with np.errstate(all="ignore"):
-                rows = np.sqrt(np.vecdot(shaped, shaped), dtype=np.float64)
-        return Sums(n, gram, unchanged, small, nonfinite, rows)
+            gram = _products(found)
+            if not math.isfinite(gram.sum()):
+                odd = [n - np.count_nonzero(np.isfinite(own.astype(self.dtype))) for own in values]
+                self._nonfinite += odd
+                if not any(odd):  # squares that leave the range of float32
+                    gram = _products(found.astype(np.float64))
+            self._gram += gram
+            self._count += n
+            if width:
+                shaped = found.reshape(self.vectors, -1, width)
+                self._rows.append(np.sqrt(np.vecdot(shaped, shaped), dtype=np.float64))
+            for i in range(1, self.vectors):
+                size = np.abs(found[i], out=found[i])  # no longer needed with its signs
+                self._unchanged[i] += int(np.count_nonzero(np.equal(size, 0, out=flags)))
+                self._below[i] += int(np.count_nonzero(np.less(size, self._small, out=flags)))
 
-    def _gram(self, found: np.ndarray) -> np.ndarray:
-        gram = np.empty((self.vectors, self.vectors))
-        with np.errstate(all="ignore"):
-            for i in range(self.vectors):
-                for j in range(i + 1):
-                    gram[i, j] = gram[j, i] = _inner(found[i], found[j])
-        return gram
+    def sums(self) -> Sums:
+        """The sums over all that was added."""
+        rows = np.concatenate(self._rows, axis=1) if self._rows else np.zeros((self.vectors, 0))
+        unchanged, small = (np.array(each, np.int64) for each in (self._unchanged, self._below))
+        return Sums(self._count, self._gram, unchanged, small, self._nonfinite, rows)
 
 
-def _inner(x: np.ndarray, y: np.ndarray) -> float:
-    """The inner product, in float64 beyond runs of 1,024 products.
+def _products(found: np.ndarray) -> np.ndarray:
+    """Inner products of rows, added in float64 beyond runs of 1,024 products.
 
     A run is short enough for the BLAS to stay in its caller's thread.
     """
-    whole = x.size // _RUN * _RUN
-    runs = np.vecdot(x[:whole].reshape(-1, _RUN), y[:whole].reshape(-1, _RUN))
-    return float(runs.sum(dtype=np.float64)) + float(np.vecdot(x[whole:], y[whole:]))
+    vectors, n = found.shape
+    whole = n // _RUN * _RUN
+    runs = found[:, :whole].reshape(vectors, -1, _RUN)
+    gram = np.empty((vectors, vectors))
+    for i in range(vectors):
+        for j in range(i + 1):
+            total = float(np.add.reduce(np.vecdot(runs[i], runs[j]), dtype=np.float64))
+            if whole < n:
+                total += float(np.vecdot(found[i, whole:], found[j, whole:]))
+            gram[i, j] = gram[j, i] = total
+    return gram

@@ -26,6 +26,7 @@ _APART = 0.3
 _SHARED = 0.45
 _MARGIN = 0.1
 _SURE = 0.25
+_LIKELY = 0.4
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def find_base(
         return Descent(None, False, (said,), (), strangers)
     if len(names) == 2:
         return _of_two(names, sums, reference)
-    return _of_many(names, squares)
+    return _of_many(names, squares, sums, reference)
 
 
 def _geometry(sums: Sequence[Sums], models: int, reference: int) -> tuple[np.ndarray, np.ndarray]:
@@ -110,13 +111,51 @@ def _angles(squares: np.ndarray, center: int) -> list[float]:
     ]
 
 
-def _of_many(names: Sequence[str], squares: np.ndarray) -> Descent:
+def _slope(sums: Sequence[Sums], models: int, reference: int, base: int, other: int) -> tuple[float, float]:
+    """How far the change from `base` to `other` lies along `base`, over its own square; and twice its error.
+
+    0 where training began from `base`, -1 where it ended there.
+    """
+    order = [reference, *(i for i in range(models) if i != reference)]
+    p, q = order.index(base), order.index(other)
+    along, squares = [], []
+    for each in sums:
+        gram = each.gram[:models, :models]
+        if not np.isfinite(gram).all() or gram[0, 0] <= 0:
+            continue
+        shift = gram.copy()
+        shift[0], shift[:, 0] = 0, 0
+        # Larger tensors say it more exactly, by the square root of their size.
+        weight = each.count / gram[0, 0]
+        grown = (2 * gram[0, q] if q else 0) + shift[q, q] - (2 * gram[0, p] if p else 0) - shift[p, p]
+        square = shift[p, p] + shift[q, q] - 2 * shift[p, q]
+        along.append(weight * (grown - square) / 2)  # |b|^2 = |a|^2 + 2 d.a + d.d
+        squares.append(weight * square)
+    total = float(np.sum(squares))
+    if not total > 0:
+        return 0.0, math.inf
+    slope = float(np.sum(along)) / total
+    return slope, 2 * float(np.sqrt(np.square(np.array(along) - slope * np.array(squares)).sum())) / total
+
+
+def _of_many(names: Sequence[str], squares: np.ndarray, sums: Sequence[Sums], reference: int) -> Descent:
     scores: list[float] = []
     for i in range(len(names)):
         found = _angles(squares, i)
         scores.append(float(np.mean(np.abs(found))) if found else math.inf)
     order = np.argsort(scores)
     best, second = int(order[0]), int(order[1])
+    before: list[str] = []
+    for i in range(len(names)):
+        slope, doubt = _slope(sums, len(names), reference, best, i) if i != best else (0.0, math.inf)
+        if abs(slope + 1) < _LIKELY and doubt < _LIKELY:
+            before.append(names[i])
+    if before and scores[best] < _APART:
+        said = (
+            f"{names[best]!r} lies between the others, but the change from {before[0]!r} to it is at right "
+            f"angles to {before[0]!r}, which came first: it is tuned, or a merge"
+        )
+        return Descent(None, False, (said,))
     if scores[best] < _APART and scores[second] > scores[best] + _MARGIN:
         return Descent(
             names[best],
@@ -145,16 +184,9 @@ def _shown(score: float) -> str:
 
 def _of_two(names: Sequence[str], sums: Sequence[Sums], reference: int) -> Descent:
     other = 1 - reference
-    # Larger tensors say it more exactly, by the square root of their size.
-    along, lengths = (
-        np.array([s.count * s.gram[1, k] / s.gram[0, 0] for s in sums if s.gram[0, 0] > 0]) for k in (0, 1)
-    )
-    usable = np.isfinite(along) & np.isfinite(lengths)
-    along, lengths = along[usable], lengths[usable]
-    if not lengths.sum() > 0:
+    slope, doubt = _slope(sums, 2, reference, reference, other)
+    if math.isinf(doubt):
         return Descent(None, False, ("the matrices of both models are equal",))
-    slope = float(along.sum() / lengths.sum())
-    doubt = 2 * float(np.sqrt(np.square(along - slope * lengths).sum()) / lengths.sum())
     seen = (
         f"the change projected on {names[reference]!r} is {slope:.2f} +- {doubt:.2f} of its own square (0 "
         "from the base, -1 from the model that was tuned)"

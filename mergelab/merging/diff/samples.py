@@ -49,11 +49,11 @@ def _read(source: TensorSource, starts: Sequence[int] | np.ndarray, length: int)
 
 def change_shares(change: np.ndarray) -> np.ndarray:
     """Fractions of a change's entries by magnitude, one for each bin of `EDGES`: they add up to 1."""
-    _, powers = np.frexp(np.abs(change))  # in [2^(p - 1), 2^p); 0 has power 0
-    powers = np.where(change == 0, _LOWEST, powers - 1)
-    bins = np.clip(powers - _LOWEST + 1, 0, len(EDGES) - 1)
-    bins[change == 0] = 0
-    return np.bincount(bins, minlength=len(EDGES)) / max(change.size, 1)
+    with np.errstate(over="ignore"):
+        bits = change.astype(np.float32).view(np.uint32)
+    counts = np.bincount((bits >> 23) & 0xFF, minlength=256)  # by the exponent that float32 stores
+    bins = np.clip(np.arange(256) - 127 - _LOWEST + 1, 0, len(EDGES) - 1)
+    return np.bincount(bins, weights=counts, minlength=len(EDGES)) / max(change.size, 1)
 
 
 def sign_conflict(changes: np.ndarray, densities: Sequence[float] = DENSITIES) -> list[float]:

@@ -22,7 +22,7 @@ __all__ = ["SAMPLE", "Gathered", "gather"]
 SAMPLE = 1 << 16
 """Values of each tensor from which histograms and sign conflicts are taken."""
 
-_BLOCK = 1 << 19
+_BLOCK = 1 << 18
 """Entries read at a time. A constant: sums do not depend on threads or memory."""
 
 _PART = 1 << 25
@@ -135,17 +135,15 @@ def _sum_part(
     if width:
         block, piece = (max(1, size // width) * width for size in (_BLOCK, PIECE))
     summing = _scratch(local, tensor, reference, pair, dtype, piece)
-    total: list[Sums] = []
+    summing.begin()
     for first in range(start, stop, block):
         count = min(block, stop - first)
         values = [_buffer(local, i, source.dtype, block)[:count] for i, source in enumerate(tensor.sources)]
         for source, out in zip(tensor.sources, values, strict=True):
             source.read_into(first, out)
-        total += [
-            summing.piece([value[at : at + piece] for value in values], width)
-            for at in range(0, count, piece)
-        ]
-    return reduce(add, total)
+        for at in range(0, count, piece):
+            summing.add([value[at : at + piece] for value in values], width)
+    return summing.sums()
 
 
 def _scratch(
@@ -172,4 +170,5 @@ def _sum_values(values: np.ndarray, reference: int, pair: bool) -> Sums:
     """The sums over a sample; rows of tokens are not told apart."""
     size = max(1, values.shape[1])
     summing = Summing(len(values), reference, pair=pair, dtype=values.dtype, piece=size)
-    return summing.piece(list(values))
+    summing.add(list(values))
+    return summing.sums()

@@ -30,6 +30,8 @@ __all__ = [
 _EXACT = 4096  # up to this many latents the assignment is optimal: the algorithm is cubic
 _PIECE = 1024
 
+_Measure = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
 
 @dataclass(frozen=True)
 class FeatureMatch:
@@ -37,7 +39,8 @@ class FeatureMatch:
 
     Attributes:
         latent: `[n]`, int64; -1 where one-to-one matching left none over.
-        cosine: `[n]`, float32, cosine of the decoder directions; 0 where there is no match.
+        cosine: `[n]`, float32, cosine of the decoder directions; 0 where there is no match. Of two SAEs with
+            signed codes, whose latents mean a direction and its opposite, the absolute value.
     """
 
     latent: np.ndarray
@@ -68,17 +71,23 @@ def match_features(one: SAE, other: SAE, *, one_to_one: bool = True) -> FeatureM
     a, b = _directions(one), _directions(other)
     if a.shape[1] != b.shape[1]:
         raise SAEError(f"the SAEs write {a.shape[1]} and {b.shape[1]} wide; give two of one site.")
+    signed = all(sae.activation.signed for sae in (one, other))
+    measure = _either_way if signed else np.inner
     if not one_to_one:
-        return _nearest(a, b)
+        return _nearest(a, b, measure)
     if max(len(a), len(b)) > _EXACT:
-        return _greedy(a, b)
+        return _greedy(a, b, measure)
     from scipy.optimize import linear_sum_assignment
 
-    cosines = a @ b.T
+    cosines = measure(a, b)
     rows, columns = linear_sum_assignment(cosines, maximize=True)
     latent, cosine = np.full(len(a), -1), np.zeros(len(a), np.float32)
     latent[rows], cosine[rows] = columns, cosines[rows, columns]
     return FeatureMatch(latent, cosine)
+
+
+def _either_way(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.abs(np.inner(a, b))
 
 
 def _directions(sae: SAE) -> np.ndarray:
@@ -87,21 +96,21 @@ def _directions(sae: SAE) -> np.ndarray:
     return rows / np.where(norms > 0, norms, 1)
 
 
-def _nearest(a: np.ndarray, b: np.ndarray) -> FeatureMatch:
+def _nearest(a: np.ndarray, b: np.ndarray, measure: _Measure) -> FeatureMatch:
     latent, cosine = np.zeros(len(a), np.int64), np.zeros(len(a), np.float32)
     for start in range(0, len(a), _PIECE):
         piece = slice(start, start + _PIECE)
-        cosines = a[piece] @ b.T
+        cosines = measure(a[piece], b)
         latent[piece], cosine[piece] = cosines.argmax(axis=1), cosines.max(axis=1)
     return FeatureMatch(latent, cosine)
 
 
-def _greedy(a: np.ndarray, b: np.ndarray) -> FeatureMatch:
+def _greedy(a: np.ndarray, b: np.ndarray, measure: _Measure) -> FeatureMatch:
     """Rounds: every free latent asks its nearest free one, which takes the most alike of those that ask."""
     latent, cosine = np.full(len(a), -1), np.zeros(len(a), np.float32)
     free_a, free_b = np.arange(len(a)), np.arange(len(b))
     while len(free_a) and len(free_b):
-        near = _nearest(a[free_a], b[free_b])
+        near = _nearest(a[free_a], b[free_b], measure)
         order = np.argsort(-near.cosine, kind="stable")
         _, first = np.unique(near.latent[order], return_index=True)
         won = order[first]

@@ -34,6 +34,17 @@ def _directions(n: int, d: int) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
+def test_the_opposite_direction_is_the_same_latent_where_codes_are_signed() -> None:
+    rows = _directions(30, 24)
+    turned = rows[::-1] * np.where(np.arange(30) % 2, -1, 1)[:, None]
+    plain, other = _sae(rows, 3), _sae(turned, 3)
+    assert shared_features(plain, other).shared == pytest.approx(0.5, abs=0.1)
+    signed = [replace(sae, config=SAEConfig("abs_topk", k=3)) for sae in (plain, other)]
+    assert shared_features(*signed).shared == 1.0
+    assert match_features(*signed).latent.tolist() == list(range(29, -1, -1))
+    assert shared_features(signed[0], other).shared == pytest.approx(0.5, abs=0.1)
+
+
 @pytest.mark.parametrize("exact", [4096, 8])
 def test_a_permutation_is_undone(exact: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matching, "_EXACT", exact)  # 8: the greedy rule of large SAEs

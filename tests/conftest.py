@@ -25,6 +25,9 @@ import pytest
 from tests.compilation import compile_quickly
 from tests.costs import Costs
 from tests.goldens.models import write_models
+from tests.tiers import THOROUGH
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,6 +39,14 @@ def pytest_configure(config: pytest.Config) -> None:
     if quick:
         compile_quickly()
     config.pluginmanager.register(Costs(quick), "costs")
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of thorough files."""
+    for item in items:
+        if item.path.relative_to(REPOSITORY).as_posix() in THOROUGH:
+            item.add_marker(pytest.mark.thorough)
 
 
 @pytest.hookimpl(trylast=True)
@@ -70,8 +81,6 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("mergelab")
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")

@@ -120,7 +120,7 @@ def promote(sequences: Iterable[Sequence[int]], strengths: float | Iterable[floa
     return Promote(entries, np.array(list(parts.values()), np.float32))
 
 
-def ban_texts(texts: Sequence[str], pieces: Sequence[bytes], vocab_size: int) -> BanTexts:
+def ban_texts(texts: str | Sequence[str], pieces: Sequence[bytes], vocab_size: int) -> BanTexts:
     """Forbids texts, however they are spelled in tokens: none of them is in what a row generates.
 
     Tokens are read byte by byte, and those that would complete a text are barred.
@@ -133,6 +133,7 @@ def ban_texts(texts: Sequence[str], pieces: Sequence[bytes], vocab_size: int) ->
     Raises:
         DecodingError: a text is empty.
     """
+    texts = [texts] if isinstance(texts, str) else texts
     for text in texts:
         require("ban_texts", text, bool(text), "texts that are not empty")
     step, ends = _automaton([text.encode() for text in texts])
@@ -175,7 +176,7 @@ def promote_texts(tokenizer: Tokenizer, strengths: dict[str, float]) -> Promote:
     return promote(sequences, list(strengths.values()))
 
 
-def ban_texts_of(tokenizer: Tokenizer, texts: Sequence[str], vocab_size: int) -> BanTexts:
+def ban_texts_of(tokenizer: Tokenizer, texts: str | Sequence[str], vocab_size: int) -> BanTexts:
     """`ban_texts` with the tokens of a tokenizer.
 
     Raises:

@@ -61,7 +61,7 @@ def boxed_answer(text: str) -> str | None:
     return None
 
 
-def self_consistency(texts: Sequence[str], extract: Extract = last_number) -> Vote:
+def self_consistency(texts: str | Sequence[str], extract: Extract = last_number) -> Vote:
     """The answer that most texts come to (Wang et al., arXiv:2203.11171), of equal ones the earlier.
 
     Args:
@@ -71,7 +71,7 @@ def self_consistency(texts: Sequence[str], extract: Extract = last_number) -> Vo
     Raises:
         DecodingError: there are no texts.
     """
-    answers = [extract(text) for text in texts]
+    answers = [extract(text) for text in ([texts] if isinstance(texts, str) else texts)]
     found = weighted_vote(answers, np.ones(len(answers)))
     counts = {answer: answers.count(answer) for answer in found.counts}
     return Vote(found.answer, counts, found.used)

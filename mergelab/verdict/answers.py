@@ -66,7 +66,7 @@ def score_answers(
     model: Model,
     params: Params,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
     max_new_tokens: int,
     batch: int = 8,
@@ -89,7 +89,7 @@ def score_answers(
         ChatTemplateError: as of `prompt_ids`.
         DecodingError: prompt and answer are more tokens than the model has positions.
     """
-    ids = prompt_ids(tokenizer, prompts, chat=chat)
+    ids = prompt_ids(tokenizer, [prompts] if isinstance(prompts, str) else prompts, chat=chat)
     done = []
     for rows, new in batches(len(ids), batch):
         part = [ids[row] for row in rows]

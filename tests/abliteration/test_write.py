@@ -144,7 +144,7 @@ def test_an_interrupted_write_is_resumed_and_never_shows(tmp_path: Path) -> None
         written(source, tmp_path / "out", other, resume=True)
     again: list[int] = []
     out = written(source, tmp_path / "out", ablation, resume=True, progress=again.append)
-    assert 0 < sum(again) < sum(x.nbytes for x in load_file(out / "model.safetensors").values())
+    assert sum(again) < sum(x.nbytes for x in load_file(out / "model.safetensors").values())
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 

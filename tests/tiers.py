@@ -1,0 +1,53 @@
+"""Which files' tests are thorough: they run in CI beside the light ones, which stay within minutes without them."""
+
+from __future__ import annotations
+
+THOROUGH = frozenset(
+    {
+        "tests/abliteration/test_edits.py",
+        "tests/abliteration/test_planted_refusal.py",
+        "tests/abliteration/test_search.py",
+        "tests/activations/test_losses.py",
+        "tests/activations/test_merged_statistics.py",
+        "tests/activations/test_statistics.py",
+        "tests/cli/test_generate_methods.py",
+        "tests/cli/test_sae_features.py",
+        "tests/decoding/test_beams.py",
+        "tests/decoding/test_budget_forcing.py",
+        "tests/decoding/test_edits_by_token.py",
+        "tests/decoding/test_forks.py",
+        "tests/decoding/test_memory.py",
+        "tests/decoding/test_speculative.py",
+        "tests/decoding/test_spread.py",
+        "tests/decoding/test_token_sets.py",
+        "tests/interp/test_attribution.py",
+        "tests/interp/test_coding.py",
+        "tests/interp/test_heads.py",
+        "tests/interp/test_latents.py",
+        "tests/interp/test_patching.py",
+        "tests/merging/streaming/test_tiny_tensors.py",
+        "tests/models/test_config_bounds.py",
+        "tests/models/test_load_memory.py",
+        "tests/models/test_new_family.py",
+        "tests/models/test_sites.py",
+        "tests/models/test_token_checks.py",
+        "tests/operators/test_authors.py",
+        "tests/operators/test_opposite.py",
+        "tests/operators/test_randomness.py",
+        "tests/sae/evaluation/test_activity.py",
+        "tests/sae/evaluation/test_embeddings.py",
+        "tests/sae/evaluation/test_n2g.py",
+        "tests/sae/evaluation/test_own_labels.py",
+        "tests/sae/test_finish.py",
+        "tests/sae/test_gradients.py",
+        "tests/sae/test_in_place.py",
+        "tests/sae/test_model_source.py",
+        "tests/sae/test_sinks.py",
+        "tests/sae/test_targets.py",
+        "tests/sae/training/test_longer.py",
+        "tests/sae/training/test_model_loss.py",
+        "tests/test_killed.py",
+        "tests/tuning/test_run.py",
+    }
+)
+"""Second looks at what lighter tests see from afar: every edit of every family, every control of a figure."""

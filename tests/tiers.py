@@ -1,4 +1,4 @@
-"""Which files' tests are thorough: they run in CI beside the light ones, which stay within minutes without them."""
+"""Which files are thorough: their tests run in CI beside the light ones, which take minutes without them."""
 
 from __future__ import annotations
 

@@ -64,13 +64,16 @@ def connectivity(seed: int, steps: int = 300, points: int = 11) -> Connectivity:
 
         return jax.vmap(at)(jnp.linspace(0, 1, points))
 
-    def barriers(one: PyTree, other: PyTree) -> list[float]:
+    def barriers(one: PyTree, other: PyTree) -> tuple[float, float]:
         found = []
         for values in map(np.asarray, along(one, other)):
             line = np.linspace(values[0], values[-1], points)
             found.append(float(np.max(values - line)))
-        return found
+        return found[0], found[1]
 
     outputs = [np.asarray(features(net["trunk"], test.flat) @ net["head"]) for net in (a, mirror)]
     output = float(np.max(np.abs(outputs[0] - outputs[1])) / np.max(np.abs(outputs[0])))
-    return Connectivity(*barriers(a, b), *barriers(a, stranger), *barriers(a, mirror), output)
+    (near, near_error), (far, far_error), (turned, turned_error) = (
+        barriers(a, x) for x in (b, stranger, mirror)
+    )
+    return Connectivity(near, near_error, far, far_error, turned, turned_error, output)

@@ -17,7 +17,7 @@ from mergelab.operators import Merge
 
 __all__ = ["SCALES", "SHARED", "Family", "Size", "accuracies", "family", "merges", "scores", "symmetries"]
 
-SCALES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
+SCALES = (0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 """What a merged task vector is multiplied by; the best on validation is judged on test."""
 
 SHARED = (
@@ -39,11 +39,11 @@ Trunk = PyTree[Array]
 class Size(NamedTuple):
     """The networks and their training: steps and learning rates of the base and of the specialists."""
 
-    widths: tuple[int, ...] = (64, 256, 256)
-    base_steps: int = 35
+    widths: tuple[int, ...] = (64, 384, 384)
+    base_steps: int = 32
     base_rate: float = 1e-3
     steps: int = 300
-    rate: float = 3e-4
+    rate: float = 1.5e-4
     train_images: int = 1000
 
 

@@ -96,7 +96,7 @@ def train(
             updates, state = adam.update(jax.grad(objective)(p, batch), state, p)
         return (optax.apply_updates(p, updates), state), None
 
-    start = (trunk, heads) if trains_heads else (trunk, None)
+    start: Any = (trunk, heads) if trains_heads else (trunk, None)
     (found, _), _ = jax.lax.scan(step, (start, adam.init(start)), jnp.arange(steps))
     return found[0], found[1] if trains_heads else heads
 

@@ -91,7 +91,9 @@ Specialists with 90 % of their task vector dropped at random, the rest divided b
 
 The same with one head for all tasks, so that the network must answer without being told the task.
 *individual* is a specialist on its own task; the merges and *a specialist on all tasks* answer for all
-eight.
+eight. Averaging, adding and TIES make the base worse: each specialist has moved all its answers towards
+its own task, and no factor brings back much. Merges by singular vectors stay above the base, and all are
+far from what the specialists can do: a network of mixed tasks needs to be told the task, or data of all.
 
 {_tasks(runs, "shared_head")}
 

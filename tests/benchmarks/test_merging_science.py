@@ -63,6 +63,7 @@ def made_up_run(gain: float) -> dict[str, object]:
         "base": {"plain": 0.5},
         "individual": {"plain": 0.9},
         "average": {"plain": 0.6, "tuned": 0.7, "scale": 2.0},
+        "ties": {"plain": 0.4, "tuned": 0.6, "scale": 0.2},
         "task_arithmetic": {"plain": 0.3, "tuned": 0.7, "scale": 0.25},
         "iso_c": {"plain": 0.75, "tuned": 0.75 + gain, "scale": 1.5},
         "tsv_m": {"plain": 0.8, "tuned": 0.8 + gain, "scale": 1.0},

@@ -14,6 +14,7 @@ from mergelab.cli.joined import joins_run
 from mergelab.cli.numbers import SEED, Number, WholeNumber
 from mergelab.cli.options import MESH, load_either, read_model
 from mergelab.errors import quoted
+from mergelab.processes.joining import current_run
 
 if TYPE_CHECKING:
     from mergelab.decoding import Sampler
@@ -129,9 +130,13 @@ def command(
     drawing = ("temperature", "top_k", "top_p", "min_p")
     if options["greedy"] and (given := [name for name in drawing if options[name] is not None]):
         raise click.UsageError(f"--greedy does not sample: omit --{given[0].replace('_', '-')}")
-    check_methods(
-        options, turns=chat and prompt is None and prompt_file is None, file=prompt_file is not None
-    )
+    turns = chat and prompt is None and prompt_file is None
+    if turns and (joined := current_run()) is not None and joined.processes > 1:
+        raise click.UsageError(
+            f"a conversation is held with one process, and this run has {joined.processes}: give "
+            "--prompt TEXT or --prompts FILE, or start one process"
+        )
+    check_methods(options, turns=turns, file=prompt_file is not None)
 
     from mergelab.checkpoints.companions import has_companion
     from mergelab.checkpoints.locations import local_path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import tokenizers
 from click.testing import CliRunner, Result
 
 import mergelab as ml
-from mergelab.cli import options
+from mergelab.cli import generate, options
 from mergelab.cli.main import cli
 from mergelab.decoding import complete
 from mergelab.text import chat_ids, load_tokenizer, turn_end_ids
@@ -121,6 +122,16 @@ def test_plain_prompts_of_a_chat_model_get_a_hint(folder: Path) -> None:
 def test_what_cannot_be_asked(folder: Path, arguments: list[str], message: str) -> None:
     found = run(folder, *arguments)
     assert found.exit_code == 2 and message in found.stderr and found.stdout == ""
+
+
+def test_a_conversation_in_several_processes_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "current_run", lambda: SimpleNamespace(processes=2))
+    result = run(folder, "--chat", lines="w1")
+    assert result.exit_code == 2
+    assert "a conversation is held with one process, and this run has 2" in result.stderr
+    assert run(folder, "--chat", "--prompt", "w1", "--max-new-tokens", "1", "--greedy").exit_code == 0
 
 
 def test_a_model_without_a_template_and_a_missing_folder_are_named(folder: Path, tmp_path: Path) -> None:

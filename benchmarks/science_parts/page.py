@@ -47,9 +47,6 @@ From `benchmarks/digits_soup.py` (its own program and seeds; [what it shows](../
 
 {_soups(soup)}
 
-The greedy soup beats picking the best model where siblings differ by what they have seen. On clean digits
-there is nothing to gain, and with unequal budgets it no longer wins at every seed.
-
 ## 3. Linear mode connectivity
 
 Two networks (64-128-128-10), each trained on from a base; barriers are the most by which the loss (nats)
@@ -57,10 +54,8 @@ or the error rate on the line between them exceeds the straight line between its
 
 {_connectivity(runs)}
 
-Siblings of one base can be averaged. Two networks from different starts cannot, though each is as good;
-and a network cannot be averaged with itself once its units are re-ordered, though both compute the same.
-mergelab has no matching of units (Git Re-Basin's weight matching, 2209.04836), so nothing here undoes
-that: merge what has a common base.
+Siblings are of one base; a network with its units re-ordered computes the same as before. mergelab has no
+matching of units (Git Re-Basin's weight matching, 2209.04836): merge what has a common base.
 
 ## 4. Eight tasks in one network
 
@@ -73,9 +68,8 @@ task vector multiplied by the factor that is best on validation images, which an
 
 {_tasks(runs, "eight_tasks")}
 
-The sum at 1 breaks with eight tasks, and the factor that repairs it must be searched; `average` and
-`task_arithmetic` are one operator at two factors, so they are the same once tuned. Operators that act on
-singular vectors gain most without data. TIES is not claimed to beat tuned task arithmetic. RegMean and
+`average` and `task_arithmetic` are one operator at two factors, so once tuned they differ by the grid of
+factors alone. TIES is not claimed to beat tuned task arithmetic. RegMean and
 Fisher take statistics of each task's training images; RegMean++ takes the inputs that merged layers make,
 layer by layer. EMR keeps a mask of each task, so it is told the task in the trunk too, which no other row
 is; unified alone it is one model like the others.
@@ -91,9 +85,7 @@ Specialists with 90 % of their task vector dropped at random, the rest divided b
 
 The same with one head for all tasks, so that the network must answer without being told the task.
 *individual* is a specialist on its own task; the merges and *a specialist on all tasks* answer for all
-eight. Averaging, adding and TIES make the base worse: each specialist has moved all its answers towards
-its own task, and no factor brings back much. Merges by singular vectors stay above the base, and all are
-far from what the specialists can do: a network of mixed tasks needs to be told the task, or data of all.
+eight. Each specialist has moved all its answers towards its own task.
 
 {_tasks(runs, "shared_head")}
 

@@ -33,7 +33,7 @@ __all__ = ["command"]
 def command(models: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Compare MODELS: A against B, and further ones, tensor by tensor and layer by layer.
 
-    Weights are streamed at the speed of the disk. With a base, or where one of three models or more looks
+    Weights are streamed within bounded memory. With a base, or where one of three models or more looks
     like the base of the others, their task vectors are compared too: angles, and signs that disagree.
 
     \b

@@ -10,13 +10,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mergelab.abliteration.directions import Directions
+from mergelab.compat import register_dataclass
 from mergelab.errors import MergelabError
 from mergelab.interp.vectors import unit
 
 __all__ = ["Ablation", "LayerKernel", "Space", "unit"]
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class LayerKernel:
     """Weights over layers: a tent around one of them.
@@ -46,7 +47,7 @@ class LayerKernel:
         return jnp.where(distance <= reach, inside, 0.0)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Ablation:
     """Directions to take out of what is written to the residual stream, and the share of each to take.

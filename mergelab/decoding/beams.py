@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from mergelab.compat import register_dataclass
 from mergelab.decoding.generation import begin_samples
 from mergelab.decoding.generation_state import NO_CACHE, GenerationState, step_places
 from mergelab.decoding.passes import Reader, check_one_rotation
@@ -51,7 +52,7 @@ class Beams:
         return [row[:length].tolist() for row, length, score in triples if score > _NEVER / 2]
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class _Best:
     """The best finished continuations of each prompt, `[batch, beams, ...]`; scores of `_NEVER` are none."""

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mergelab.activations.batches import bucket_size, check_prompts, widen
+from mergelab.compat import register_dataclass
 from mergelab.decoding.generation_state import GenerationState, on_device, start
 from mergelab.decoding.samplers import Sampler, greedy, row_keys
 from mergelab.decoding.spread import Spread, spread_of
@@ -25,7 +25,7 @@ from mergelab.models.token_checks import learned_positions
 __all__ = ["Generated", "begin", "begin_padded", "begin_samples", "generate", "generated_of"]
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Generated:
     """What was generated.

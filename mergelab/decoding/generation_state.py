@@ -16,6 +16,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from mergelab.compat import register_dataclass
 from mergelab.decoding.spread import constrained, on_host
 from mergelab.decoding.stop import NO_TOKEN, Stop
 from mergelab.models.blockwise import Blockwise, runs_by_block
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class GenerationState:
     """Rows of text while they grow; a pytree of fixed shapes.

@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from mergelab.compat import register_dataclass
 from mergelab.errors import DecodingError
 
 __all__ = [
@@ -72,7 +73,7 @@ def transform(cls: type[T]) -> type[T]:
     Fields are leaves, so another temperature needs no new compilation, unless declared with
     `dataclasses.field(metadata={"static": True})`.
     """
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+    return register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
 @transform

@@ -14,6 +14,7 @@ from jax import Array
 from jaxtyping import Float
 
 from mergelab.activations.batches import batches
+from mergelab.compat import register_dataclass
 from mergelab.errors import SiteError
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import norm_gain, require_decoder, unembedding
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class HeadWeights:
     """The matrices of every query head, float32; heads that share keys and values repeat theirs.

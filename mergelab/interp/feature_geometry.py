@@ -17,6 +17,7 @@ from jax import Array
 from jaxtyping import Float
 
 from mergelab.activations.batches import filled_batches
+from mergelab.compat import register_dataclass
 from mergelab.errors import SAEError
 from mergelab.sae.activation_functions import is_active
 from mergelab.sae.sae import SAE
@@ -24,7 +25,7 @@ from mergelab.sae.sae import SAE
 __all__ = ["PCA", "Manifold", "feature_manifold", "pca", "similar_latents"]
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class PCA:
     """Principal components.

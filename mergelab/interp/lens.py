@@ -22,6 +22,7 @@ from jaxtyping import Float
 from mergelab.activations.batches import batches
 from mergelab.activations.capture import Patterns, check_prompts, stream_sites
 from mergelab.activations.losses import kl_of_log_probabilities
+from mergelab.compat import register_dataclass
 from mergelab.errors import SiteError
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import readout, require_decoder
@@ -32,7 +33,7 @@ __all__ = ["LensReading", "TunedLens", "logit_lens", "read_lens", "train_tuned_l
 STREAMS = "blocks.*.resid_post"
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["kernels", "biases"], meta_fields=["sites"])
+@partial(register_dataclass, data_fields=["kernels", "biases"], meta_fields=["sites"])
 @dataclass(frozen=True)
 class TunedLens:
     """A translator `h -> h + h @ kernel + bias` for each site; zeros are the logit lens.

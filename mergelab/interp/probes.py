@@ -15,12 +15,13 @@ from jax import Array
 from jaxtyping import Float
 
 from mergelab.activations.batches import map_pieces
+from mergelab.compat import register_dataclass
 from mergelab.errors import SiteError
 
 __all__ = ["Probe", "fit_linear", "fit_logistic", "fit_ridge"]
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Probe:
     """Affine maps of activations, one for each target.

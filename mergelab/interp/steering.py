@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -15,6 +14,7 @@ from jaxtyping import Float
 
 from mergelab.activations.capture import capture, check_prompts
 from mergelab.activations.kept import DEFAULT_RULE, TokenRule, median_norm, row_norms
+from mergelab.compat import register_dataclass
 from mergelab.errors import SAEError, SiteError
 from mergelab.interp.token_selection import Columns, Generated, Tokens, chosen_tokens, select_tokens
 from mergelab.interp.vectors import mean_difference, mean_norm, principal_difference, with_strength
@@ -25,7 +25,7 @@ from mergelab.sae.sae import SAE
 __all__ = ["SteeringVector", "add_vector", "latent_direction", "steering_vector"]
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class SteeringVector:
     """A direction at a site, and the length of what is usually there.

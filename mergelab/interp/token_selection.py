@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from mergelab.compat import register_dataclass
 from mergelab.errors import SiteError
 from mergelab.models.cache import ArrayLeaf
 
@@ -24,7 +24,7 @@ Generated = Bool[Array, "batch length"] | None
 """Tokens that a generation has added, as `TokenPlaces` has them."""
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class _Selection:
     """A pytree, so that edits hold it as an argument.

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from mergelab.compat import register_dataclass
+
 __all__ = ["ArrayLeaf", "Cache", "new_cache"]
 
 # A field of a pytree. While JAX transforms the tree it also holds shapes, shardings and batched arrays, so
@@ -22,7 +24,7 @@ else:
     ArrayLeaf = Any
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Cache:
     """Keys (rotated) and values of all tokens so far, in slots of equal number per row.

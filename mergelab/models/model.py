@@ -14,6 +14,7 @@ from flax import linen as nn
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
+from mergelab.compat import register_dataclass
 from mergelab.errors import CheckpointError, MergelabError
 from mergelab.models.cache import ArrayLeaf, Cache, new_cache
 from mergelab.models.derived import Derived, derive_blocks, draw
@@ -76,7 +77,7 @@ class Family:
 Params = dict[str, Any]
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Output:
     """What a forward pass returns.

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.tree_util import Partial
 
+from mergelab.compat import register_dataclass
 from mergelab.errors import SiteError, did_you_mean
 from mergelab.models.cache import ArrayLeaf
 
@@ -23,7 +24,7 @@ Edit = Callable[..., jax.Array]
 Shape = tuple[str | int, ...]
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class TokenPlaces:
     """What edits are told of the tokens of a pass; an edit asks by a parameter of the same name.

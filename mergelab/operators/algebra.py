@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from mergelab.compat import register_dataclass
 from mergelab.errors import OperatorError
 from mergelab.operators.arithmetic import coefficient, rounded
 from mergelab.operators.measures import Measure, Sum
@@ -49,7 +50,7 @@ def algebraic(cls: type[T]) -> type[T]:
     Fields are hyper-parameters (leaves: traced, differentiable, vmappable) unless declared with
     `dataclasses.field(metadata={"static": True})`.
     """
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+    return register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
 class Part:

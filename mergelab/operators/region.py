@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mergelab.compat import register_dataclass
+
 __all__ = ["Region", "TensorInfo", "TensorRole", "tensor_key", "threefry", "uniform", "whole"]
 
 TensorRole = Literal["matrix", "vector", "stack"]
@@ -72,7 +74,7 @@ def tensor_key(seed: int, name: str) -> np.ndarray:
     return np.frombuffer(digest, dtype="<u4").astype(np.uint32)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Region:
     """A block of consecutive elements of one tensor.

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from mergelab.compat import register_dataclass
 from mergelab.errors import SAEError, did_you_mean
 from mergelab.sae.activation_functions import ACTIVATION_FUNCTIONS, ActivationFunction
 from mergelab.sae.kernels.rows import sum_of_rows
@@ -400,7 +401,7 @@ class Crosscoder(SAE):
 
 
 for _kind in (SAE, Transcoder, Crosscoder):
-    jax.tree_util.register_dataclass(_kind, data_fields=_ARRAYS, meta_fields=("config",))
+    register_dataclass(_kind, data_fields=_ARRAYS, meta_fields=("config",))
 
 
 def _of_its_kind(sae: SAE) -> SAE:

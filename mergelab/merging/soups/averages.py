@@ -15,6 +15,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Int, PyTree
 
+from mergelab.compat import register_dataclass
 from mergelab.errors import EvaluationError, OperatorError
 from mergelab.operators.arithmetic import rounded
 from mergelab.trees import named_leaves
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class RunningAverage:
     """The equal-weight mean of the trees seen so far, `mean <- mean + (tree - mean) / (count + 1)`.
@@ -80,7 +81,7 @@ class RunningAverage:
         return _narrow(self.mean, self.dtypes)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class ExponentialAverage:
     """The exponential moving average `mean <- decay * mean + (1 - decay) * tree`, started at the first tree.

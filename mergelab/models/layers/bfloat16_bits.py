@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt16
 
+from mergelab.compat import register_dataclass
+
 __all__ = ["Bits", "StackedBits", "as_bits"]
 
 _PIECE = 1 << 16
@@ -25,7 +27,7 @@ _FEWEST, _MOST = 16, 128
 """Rows of a piece, at least: every piece passes once over all sums, of which each token has its own."""
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Bits:
     """A bfloat16 matrix `[rows, columns]`, seen as integers; it takes a kernel's or a table's place.
@@ -66,7 +68,7 @@ class Bits:
         return _widen(jnp.take(self.bits, ids, axis=0)).astype(jnp.bfloat16)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class StackedBits:
     """The bfloat16 matrices of several experts `[experts, rows, columns]`, seen as integers.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from mergelab.compat import register_dataclass
 from mergelab.sae.kernels.collectives import Shards
 from mergelab.sae.kernels.largest import (
     Largest,
@@ -78,7 +79,7 @@ def _backward(platform: str, saved: tuple[Array, Array, Array], g: Array) -> tup
 _sparse_product.defvjp(_forward, _backward)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["values", "indices"], meta_fields=["n", "shards"])
+@partial(register_dataclass, data_fields=["values", "indices"], meta_fields=["n", "shards"])
 @dataclass(frozen=True)
 class SparseCodes:
     """Codes as pairs.
@@ -108,7 +109,7 @@ class SparseCodes:
         return replace(self, values=jnp.where(kept[self.indices], self.values, 0))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["shards"])
+@partial(register_dataclass, data_fields=["values"], meta_fields=["shards"])
 @dataclass(frozen=True)
 class DenseCodes:
     """Codes as a matrix.

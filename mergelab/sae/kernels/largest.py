@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from mergelab.compat import register_dataclass
 from mergelab.sae.kernels.collectives import ONE_DEVICE, Shards
 from mergelab.sae.kernels.dispatch import Forms
 from mergelab.sae.kernels.rows import dot_with_rows
@@ -114,7 +114,7 @@ def top_k_by(score: Score, x: Array, k: int, platform: str = "cpu") -> tuple[Arr
 
 
 @partial(
-    jax.tree_util.register_dataclass,
+    register_dataclass,
     data_fields=["values", "indices", "winners"],
     meta_fields=["shards"],
 )

@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, SingleDeviceSharding
 from scipy.special import betaincinv
 
+from mergelab.compat import register_dataclass
 from mergelab.errors import SAEError
 from mergelab.sae.kernels.rows import row_dot
 from mergelab.sae.normalizations import layer_norm
@@ -201,7 +202,7 @@ def fresh_state(variant: Variant, recipe: TrainingRecipe, key_data: Array, facts
     )
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class SampleFacts:
     """What a training takes from a sample of its activations.

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mergelab.compat import register_dataclass
 from mergelab.errors import MeshError
 from mergelab.processes.agreement import span_processes
 from mergelab.sae.variants.variant import Params
@@ -35,7 +36,7 @@ REPLICATED = frozenset({"decoder_bias", "skip"})
 """Parameters that every shard of latents holds whole; the others are split by their first axis."""
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Affine:
     """A normalization of activations, `(x - mean) * scale`, the same for every token.
@@ -52,7 +53,7 @@ class Affine:
         return (x - self.mean[None, :]) * self.scale
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class TrainState:
     """The state of one training.

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
+from mergelab.compat import register_dataclass
 from mergelab.errors import SAEError, quoted
 from mergelab.sae.activation_functions import ActivationFunction
 from mergelab.sae.kernels.codes import Codes
@@ -104,7 +104,7 @@ class Outcome:
     statistics: Mapping[str, Array]
 
 
-jax.tree_util.register_dataclass(Outcome, ["codes", "error", "nmse", "statistics"], [])
+register_dataclass(Outcome, ["codes", "error", "nmse", "statistics"], [])
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ Errors
     errors.MergelabError                                    base of every error raised on purpose
 
 Rooms, each with more names
-    models, text, decoding, activations, operators, merging, tuning, verdict, explain, checkpoints, sae,
-    interp, abliteration, report, quickstart, aot, processes; sharding, trees
+    models, text, decoding, activations, operators, merging, tuning, verdict, explain, reasoning, checkpoints,
+    sae, interp, abliteration, report, quickstart, aot, processes; sharding, trees
 
 Names load when they are first used, so that the import itself takes no time. docs/coming_from.md lists what
 other libraries call these things.
@@ -71,6 +71,7 @@ if TYPE_CHECKING:
         operators,
         processes,
         quickstart,
+        reasoning,
         report,
         sae,
         sharding,
@@ -158,6 +159,7 @@ __all__ = [
     "processes",
     "push",
     "quickstart",
+    "reasoning",
     "report",
     "sae",
     "save_model",

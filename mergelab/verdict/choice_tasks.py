@@ -19,7 +19,7 @@ from mergelab.models.model import Model, Params
 from mergelab.text.corpus_tokens import bos_of
 from mergelab.text.tokenizer import Tokenizer
 
-__all__ = ["ChoiceTask", "TaskScores", "check_tasks", "read_tasks", "score_tasks"]
+__all__ = ["ChoiceTask", "TaskScores", "check_tasks", "choice_index", "read_tasks", "score_tasks"]
 
 _QUESTIONS = ("question", "prompt", "query", "ctx", "context")
 _CHOICES = ("choices", "options", "endings")
@@ -137,7 +137,7 @@ def _task(record: Any, place: str) -> ChoiceTask:
     )
     if not isinstance(choices, list) or len(texts) < max(2, len(choices)):
         raise EvaluationError(f"{place}: the choices are {quoted(choices)}; expected two texts or more")
-    index = _index(answer, texts, labels if isinstance(labels, list) else [])
+    index = choice_index(answer, texts, labels if isinstance(labels, list) else [])
     if index is None:
         raise EvaluationError(
             f"{place}: the answer is {quoted(answer)}, none of {len(texts)} choices; give an index from 0 "
@@ -155,8 +155,8 @@ def _field(record: Mapping[str, Any], names: Sequence[str], place: str) -> Any:
     raise EvaluationError(f"{place} has no {names[0]!r}{near}; give one")
 
 
-def _index(answer: Any, choices: Sequence[str], labels: Sequence[Any]) -> int | None:
-    """The index that an answer means; None for none."""
+def choice_index(answer: Any, choices: Sequence[str], labels: Sequence[Any] = ()) -> int | None:
+    """The index from 0 on that an answer means: an index, a label, a letter, or a choice; None for none."""
     if isinstance(answer, bool):
         return None
     if answer in labels:

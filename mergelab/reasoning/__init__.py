@@ -6,14 +6,64 @@ from mergelab.lazy import lazy_names
 
 if TYPE_CHECKING:
     from mergelab.reasoning.answers import extract_answer, reference_answer
+    from mergelab.reasoning.preferences import (
+        bradley_terry_loss,
+        dpo_loss,
+        elo_expected,
+        elo_loss,
+        elo_update,
+        implicit_reward,
+        model_implicit_reward,
+        sequence_log_probs,
+    )
+    from mergelab.reasoning.reward_files import load_reward_model, save_reward_model
+    from mergelab.reasoning.reward_model import RewardModel, new_reward_model, score_texts
+    from mergelab.reasoning.reward_rows import RewardRows, outcome_rows, pair_rows, step_rows
+    from mergelab.reasoning.reward_scratchpads import Scratchpads, generate_scratchpads
+    from mergelab.reasoning.reward_training import RewardRecord, train_reward_model
+    from mergelab.reasoning.rewards import (
+        clipped_fraction,
+        clipped_objective,
+        group_advantages,
+        kl_estimate,
+        length_penalized_reward,
+        relative_length_reward,
+    )
     from mergelab.reasoning.tasks import Task, check_tasks, read_tasks
 
 __all__ = [
+    "RewardModel",
+    "RewardRecord",
+    "RewardRows",
+    "Scratchpads",
     "Task",
+    "bradley_terry_loss",
     "check_tasks",
+    "clipped_fraction",
+    "clipped_objective",
+    "dpo_loss",
+    "elo_expected",
+    "elo_loss",
+    "elo_update",
     "extract_answer",
+    "generate_scratchpads",
+    "group_advantages",
+    "implicit_reward",
+    "kl_estimate",
+    "length_penalized_reward",
+    "load_reward_model",
+    "model_implicit_reward",
+    "new_reward_model",
+    "outcome_rows",
+    "pair_rows",
     "read_tasks",
     "reference_answer",
+    "relative_length_reward",
+    "save_reward_model",
+    "score_texts",
+    "sequence_log_probs",
+    "step_rows",
+    "train_reward_model",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__)

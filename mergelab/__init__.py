@@ -3,6 +3,7 @@
 Models; a place is a folder, a GGUF file, a hub id, org/name[@revision][:subfolder], a URL such as
 gs://bucket/model, an adapter, or a recipe that is merged while it is loaded
     load_model(place), save_model(model, params, folder, tokenizer=...), Model, model_from_config
+    stream(place)                                           the same, its weights left in their files
     load_tokenizer(place), Tokenizer
     generate(model, params, tokenizer, text)                text in, text out
     finetune(model, params, tokenizer, text, lora=16)       further training; params, record
@@ -106,6 +107,7 @@ if TYPE_CHECKING:
         open_merge,
         plan_merge,
         soup,
+        stream,
     )
     from mergelab.models import Model, model_from_config, save_model
     from mergelab.sae import SAE, evaluate_sae, latent_table, load_sae, save_sae, train_sae
@@ -169,6 +171,7 @@ __all__ = [
     "soup",
     "steer",
     "steering_vector",
+    "stream",
     "text",
     "train_sae",
     "trees",

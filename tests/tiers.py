@@ -41,6 +41,7 @@ THOROUGH = frozenset(
         "tests/models/test_new_family.py",
         "tests/models/test_saved_names.py",
         "tests/models/test_sites.py",
+        "tests/models/test_streamed_families.py",
         "tests/models/test_token_checks.py",
         "tests/operators/test_authors.py",
         "tests/operators/test_low_rank.py",

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from mergelab.activations.batches import batches, stack_prompts
+from mergelab.activations.passes import Batch, in_float32, passes
 from mergelab.errors import SiteError
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit, match_sites
@@ -71,7 +68,7 @@ def capture(
 
     Args:
         model: the model.
-        params: its parameters, on any mesh.
+        params: its parameters, on any mesh, or streamed.
         tokens: ids of one prompt `[length]`, of prompts `[batch, length]`, or a list of prompts, of which the
             shorter ones are padded on the left.
         sites: names or patterns.
@@ -106,10 +103,12 @@ def capture(
     tokens, real = check_prompts(model, tokens, mask)
     places = None if position is None else position_columns(real, position)
     parts: list[list[np.ndarray]] = []
-    for chosen, count in batches(len(tokens), batch):
-        found = _captured(model, params, tokens[chosen], real[chosen], names, edit or {})
+    parts_of = list(batches(len(tokens), batch))
+    given = [Batch(tokens[chosen], real[chosen], edit or {}) for chosen, _ in parts_of]
+    found = passes(model, params, given, names, keep=in_float32)
+    for (chosen, count), sites_of in zip(parts_of, found, strict=True):
         keep = slice(count) if places is None else (np.arange(count), places[chosen[:count]])
-        parts.append([np.asarray(site)[keep] for site in found])
+        parts.append([np.asarray(sites_of[name])[keep] for name in names])
     arrays = {name: np.concatenate(site) for name, site in zip(names, zip(*parts, strict=True), strict=True)}
     if places is None and not real.all():
         for name, array in arrays.items():
@@ -154,14 +153,6 @@ def check_pairs(
             "do not pair up; pad them to one length with corresponding tokens in the same places."
         )
     return source, target, real
-
-
-@partial(jax.jit, static_argnames=("model", "names"))
-def _captured(
-    model: Model, params: Params, tokens: Array, mask: Array, names: tuple[str, ...], edit: dict[str, Edit]
-) -> list[Array]:
-    found = model.apply(params, tokens, mask=mask, capture=names, logits=False, edit=edit).captured
-    return [found[name].astype(jnp.float32) for name in names]
 
 
 def position_columns(real: np.ndarray, position: int) -> np.ndarray:

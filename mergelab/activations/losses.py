@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from mergelab.activations.batches import filled_batches, map_pieces
+from mergelab.activations.passes import Batch, passes
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import logits_of
-from mergelab.models.sites import Edit, as_partials
+from mergelab.models.sites import Edit
 from mergelab.models.token_checks import check_ids, check_length
 
 __all__ = [
@@ -105,7 +104,7 @@ def summed_loss(
 
     Args:
         model: a decoder.
-        params: its parameters, on any mesh.
+        params: its parameters, on any mesh, or streamed.
         tokens: int32 `[windows, length + 1]`; the first column is context only.
         is_target: bool `[windows, length]`, which of the others count.
         edit: functions by site, as in `Model.apply`.
@@ -116,25 +115,21 @@ def summed_loss(
     """
     check_ids(tokens, model.config.vocab_size, "the model's vocabulary", "windows of text")
     check_length(model, tokens.shape[1] - 1)
-    edits = as_partials(edit)
-    total = 0.0
-    for (rows, counted), _ in filled_batches(batch, tokens, is_target):  # what fills up counts for nothing
-        total += float(_summed_loss(model, params, rows, counted, edits))
-    return total
+    given = [
+        Batch(rows[:, :-1], edit=edit or {}, extra=(rows[:, 1:], counted))
+        for (rows, counted), _ in filled_batches(batch, tokens, is_target)  # what fills up counts for nothing
+    ]
+    found = passes(model, params, given, "logits", keep=_summed_nats)
+    return sum(float(one["logits"]) for one in found)
 
 
-@partial(jax.jit, static_argnames="model")
-def _summed_loss(
-    model: Model,
-    params: Params,
-    tokens: Int[Array, "batch length_plus_1"],
-    counted: Bool[Array, "batch length"],
-    edit: Mapping[str, Partial],
+def _summed_nats(
+    logits: Float[Array, "batch length vocab"],
+    extra: tuple[Int[Array, "batch length"], Bool[Array, "batch length"]],
 ) -> Float[Array, ""]:
-    logits = model.apply(params, tokens[:, :-1], edit=edit).logits
-    assert logits is not None
+    targets, counted = extra
     logits = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     losses = jax.nn.logsumexp(logits, axis=-1) - chosen
     return jnp.sum(jnp.where(counted, losses, 0.0))
 
@@ -146,7 +141,7 @@ def target_scores(
 
     Args:
         model: a decoder.
-        params: its parameters, on any mesh.
+        params: its parameters, on any mesh, or streamed.
         tokens: int32 `[windows, length + 1]`; the first column is context only.
         is_target: bool `[windows, length]`, which of the others count; padding, on the right, does not.
         batch: windows in one forward pass.
@@ -160,29 +155,30 @@ def target_scores(
     """
     check_ids(tokens, model.config.vocab_size, "the model's vocabulary", "windows of text")
     check_length(model, tokens.shape[1] - 1)
+    parts = list(filled_batches(batch, tokens, is_target))
+    given = [Batch(rows[:, :-1], extra=(rows[:, 1:], counted)) for (rows, counted), _ in parts]
     nats, hits = [], []
-    for (rows, counted), real in filled_batches(batch, tokens, is_target):
-        found = _target_scores(model, params, rows, counted)
+    for (_, real), found in zip(
+        parts, passes(model, params, given, UNEMBEDDED, read=_scored_targets), strict=True
+    ):
         nats.append(np.asarray(found[0])[:real])
         hits.append(np.asarray(found[1])[:real])
     return np.concatenate(nats), np.concatenate(hits)
 
 
-@partial(jax.jit, static_argnames="model")
-def _target_scores(
+def _scored_targets(
     model: Model,
     params: Params,
-    tokens: Int[Array, "batch length_plus_1"],
-    counted: Bool[Array, "batch length"],
+    kept: Mapping[str, Array],
+    extra: tuple[Int[Array, "batch length"], Bool[Array, "batch length"]],
 ) -> tuple[Float[Array, "batch length"], Bool[Array, "batch length"]]:
-    captured = model.apply(params, tokens[:, :-1], capture=UNEMBEDDED, logits=False).captured
-    hidden = captured[UNEMBEDDED]
+    hidden, (targets, counted) = kept[UNEMBEDDED], extra
 
     def score(given: tuple[Array, Array]) -> tuple[Array, Array]:
         normed, target = given
         logits = logits_of(model, params, normed)
         return jax.nn.logsumexp(logits) - logits[target], jnp.argmax(logits) == target
 
-    rows = hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1)
+    rows = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     nats, hits = map_pieces(score, rows, max(1, LOGIT_BYTES // (4 * model.config.vocab_size)))
     return jnp.where(counted, nats.reshape(counted.shape), 0.0), counted & hits.reshape(counted.shape)

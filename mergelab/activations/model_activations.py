@@ -19,6 +19,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from mergelab.activations.batches import filled_batches
+from mergelab.activations.harvest import Harvest, side_by_side
 from mergelab.activations.kept import DEFAULT_RULE, KeptRows, TokenRule, median_norm, row_norms
 from mergelab.checkpoints.folder import open_checkpoint
 from mergelab.checkpoints.locations import local_path
@@ -26,6 +27,8 @@ from mergelab.errors import NonFiniteError, SAEError
 from mergelab.models.families import model_from_config
 from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params
+from mergelab.models.sites import match_sites
+from mergelab.models.streamed import StreamedParams, Streaming, stream_model
 from mergelab.models.token_checks import check_tokens, window_length
 from mergelab.processes.agreement import span_processes
 from mergelab.sharding import DISPATCH, named_sharding
@@ -55,11 +58,6 @@ def _site_rows(params: Params, tokens: Array, *, model: Model, sites: tuple[str,
     return [side_by_side(found[site]).astype(jnp.float32) for site in sites]
 
 
-def side_by_side(x: Array) -> Array:
-    """What a site holds as one vector of each token: heads, `[batch, length, heads, d]`, side by side."""
-    return x.reshape(*x.shape[:2], -1) if x.ndim > 3 else x
-
-
 DEFAULT_CONTEXT = 64
 """Tokens in a context, where nothing says how many."""
 
@@ -76,7 +74,7 @@ class ModelActivations:
 
     Attributes:
         model: the model.
-        params: its parameters, on any mesh.
+        params: its parameters, on any mesh, or streamed.
         tokens: int32 `[contexts, length]`, whole contexts.
         sites: names of sites of shape `[batch, length, d]`; of those with heads, such as `blocks.3.attn.z`, a
             row has the heads side by side.
@@ -128,6 +126,13 @@ class ModelActivations:
         """How many tokens there are."""
         return self.tokens.size
 
+    @cached_property
+    def _harvest(self) -> Harvest | None:
+        """The rows of a model that is streamed from its files; None of one that is loaded."""
+        if not isinstance(self.params, StreamedParams):
+            return None
+        return Harvest(self.model, self.params, self.tokens, self.sites, self.batch)
+
     def _forward(self, params: Any, tokens: Array) -> list[Array]:
         return _site_rows(params, tokens, model=self.model, sites=self.sites)
 
@@ -144,6 +149,10 @@ class ModelActivations:
     @cached_property
     def widths(self) -> tuple[int, ...]:
         """Width of each site."""
+        if self._harvest is not None:
+            for site in self.sites:
+                match_sites(self.model.sites(), site)
+            return tuple(math.prod(map(int, self.model.sites()[site][2:])) for site in self.sites)
         shapes = jax.eval_shape(self._forward, self.params, jnp.zeros((1, self.tokens.shape[1]), jnp.int32))
         return tuple(shape.shape[-1] for shape in shapes)
 
@@ -160,6 +169,15 @@ class ModelActivations:
         return last[(start, stop)]
 
     def _compute(self, start: int, stop: int) -> tuple[np.ndarray, ...]:
+        rows = self._rows(start, stop)
+        for name, site in zip(self.sites, rows, strict=True):
+            if not np.isfinite(site).all():
+                raise NonFiniteError(f"activations of the site {name!r} are not finite; try float32 weights")
+        return tuple(rows)
+
+    def _rows(self, start: int, stop: int) -> list[np.ndarray]:
+        if self._harvest is not None:
+            return [site.astype(np.float32, copy=False) for site in self._harvest.rows(start, stop)]
         length = self.tokens.shape[1]
         first, end = start // length, -(-stop // length)
         parts: list[list[np.ndarray]] = []
@@ -167,11 +185,7 @@ class ModelActivations:
             found = self._run(tokens)
             parts.append([np.asarray(x)[:count].reshape(-1, x.shape[-1]) for x in found])
         rows = [np.concatenate(site) for site in zip(*parts, strict=True)]
-        rows = [site[start - first * length : stop - first * length] for site in rows]
-        for name, site in zip(self.sites, rows, strict=True):
-            if not np.isfinite(site).all():
-                raise NonFiniteError(f"activations of the site {name!r} are not finite; try float32 weights")
-        return tuple(rows)
+        return [site[start - first * length : stop - first * length] for site in rows]
 
     @cached_property
     def by_place(self) -> np.ndarray:
@@ -183,10 +197,15 @@ class ModelActivations:
         """The median norm of each site's rows that count by their place, in contexts spread evenly."""
         contexts = len(self.tokens)
         chosen = np.unique(np.linspace(0, contexts - 1, min(self.batch, contexts)).astype(int))
-        ((tokens,), count) = next(filled_batches(self.batch, self.tokens[chosen]))
         there = self.by_place[chosen].reshape(-1)
-        found = self._run(tokens)
-        rows = [np.asarray(site)[:count].reshape(-1, site.shape[-1]) for site in found]
+        if self._harvest is not None:
+            length = self.tokens.shape[1]
+            some = [self._rows(one * length, (one + 1) * length) for one in chosen.tolist()]
+            rows = [np.concatenate(site) for site in zip(*some, strict=True)]
+        else:
+            ((tokens,), count) = next(filled_batches(self.batch, self.tokens[chosen]))
+            found = self._run(tokens)
+            rows = [np.asarray(site)[:count].reshape(-1, site.shape[-1]) for site in found]
         return tuple(median_norm(row_norms(site)[there]) for site in rows)
 
     @property
@@ -273,6 +292,7 @@ def open_model_activations(
     text: TextOptions | None = None,
     kept: Path | None = None,
     reading: Callable[[int], object] = lambda tokens: None,
+    streamed: Streaming | None = None,
 ) -> ModelActivations:
     """Activations of a model's folder on a corpus, which is tokenized while the weights are read.
 
@@ -289,6 +309,7 @@ def open_model_activations(
         kept: folder in which the tokens are kept as they are made, for a call that goes on after a kill
             (`mergelab.text.corpus_contexts`).
         reading: function that is called with the tokens read so far, in another thread.
+        streamed: how activations wait, where the weights stay in their files; None to load them.
 
     Raises:
         TokenError: the context is longer than the model's positions, or a token is beyond its vocabulary.
@@ -320,7 +341,10 @@ def open_model_activations(
     with forgotten_if_refused(kept), ThreadPoolExecutor(1, thread_name_prefix="tokens") as pool:
         made = pool.submit(read)
         try:
-            loaded, params = load_model(checkpoint, mesh=mesh, dtype=dtype)
+            if streamed is None:
+                loaded, params = load_model(checkpoint, mesh=mesh, dtype=dtype)
+            else:
+                loaded, params = stream_model(checkpoint, mesh=mesh, dtype=dtype, **streamed._asdict())
             contexts = made.result()
         except BaseException:
             stopped.set()

@@ -11,7 +11,7 @@ import click
 
 from mergelab.cli.joined import joins_run
 from mergelab.cli.numbers import WholeNumber
-from mergelab.cli.options import TEXT, text_options, token_options, token_rule
+from mergelab.cli.options import TEXT, stream_layers, streaming, text_options, token_options, token_rule
 from mergelab.cli.output import count_bar, print_result
 from mergelab.errors import quoted
 
@@ -68,6 +68,7 @@ PART = _Part()
     "--compute-dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Dtype of the running model's weights (default: as stored); float32 is fastest on most CPUs.",
 )  # fmt: skip
+@stream_layers
 @TEXT
 @token_options
 @click.option(
@@ -102,6 +103,8 @@ def command(
           --roles assistant
       mergelab activations model --site blocks.2.mlp.pre --site blocks.2.mlp.out --text a.txt --out acts \\
           --dtype int8
+      mergelab activations a-model-of-70-billion --site blocks.40.resid_post --text a.txt --out acts \\
+          --stream-layers --spill /fast-disk
     """
     from mergelab.activations.kept import DEFAULT_RULE
     from mergelab.activations.left_out import LeftOut
@@ -115,6 +118,7 @@ def command(
     from mergelab.text.corpus import TextOptions
     from mergelab.text.corpus_files import corpus_files
 
+    streamed = streaming(given)
     model, files = local_path(model), corpus_files(texts)
     options = TextOptions(**text_options(given), tokens=tokens, part=part)
     places = [file.path for file in files if file.path is not None]
@@ -136,6 +140,7 @@ def command(
                 text=options,
                 kept=own_tokens(work),
                 reading=lambda tokens: read.update(tokens - read.n),
+                streamed=streamed,
             )
         bar = bars.enter_context(count_bar("row", quiet=as_json))
         left_out = LeftOut()

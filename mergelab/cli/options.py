@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from mergelab.activations.kept import TokenRule
+    from mergelab.models.streamed import Streaming
     from mergelab.sae.sae import SAE
 
 __all__ = [
@@ -35,6 +36,8 @@ __all__ = [
     "push_output",
     "read_model",
     "readable",
+    "stream_layers",
+    "streaming",
     "text_options",
     "token_options",
     "token_rule",
@@ -252,6 +255,36 @@ def push_output(out: Path, push_to: str | None, card: bytes | None = None) -> No
         from mergelab.checkpoints.hub_push import push
 
         click.echo(f"pushed to {push(out, push_to, card=card)}", err=True)
+
+
+def stream_layers(command: Any) -> Any:
+    """Options by which the weights of a model stay in its files; `streaming` reads them."""
+    options = (
+        click.option(
+            "--stream-layers", is_flag=True,
+            help="Weights left in their files: each block is read once for all tokens, for models that "
+            "memory cannot hold.",
+        ),
+        click.option(
+            "--spill", type=click.Path(path_type=Path, exists=True, file_okay=False),
+            help="Folder on a disk in which activations wait with --stream-layers (default: in memory).",
+        ),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def streaming(given: dict[str, Any]) -> Streaming | None:
+    """How a model is streamed, by the options of `stream_layers`, which are taken out; None to load it."""
+    wanted, spill = given.pop("stream_layers"), given.pop("spill")
+    if spill is not None and not wanted:
+        raise click.UsageError("--spill is for models whose weights stay in their files: add --stream-layers")
+    if not wanted:
+        return None
+    from mergelab.models.streamed import Streaming
+
+    return Streaming(spill)
 
 
 def read_model(path: Path) -> Any:

@@ -12,7 +12,7 @@ from mergelab.lazy import lazy_names
 if TYPE_CHECKING:
     from mergelab.merging import diff, soups, vocabulary
     from mergelab.merging.adapter_merge import MergedAdapter, merge_adapters
-    from mergelab.merging.any_model import load_model, load_tokenizer, open_model
+    from mergelab.merging.any_model import load_model, load_tokenizer, open_model, stream
     from mergelab.merging.delta_extraction import ExtractedDelta, extract_delta
     from mergelab.merging.diff import ModelDiff, diff_models
     from mergelab.merging.lora_extraction import ExtractedLora, extract_lora
@@ -54,6 +54,7 @@ __all__ = [
     "recipe_yaml",
     "soup",
     "soups",
+    "stream",
     "vocabulary",
 ]
 

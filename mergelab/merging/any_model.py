@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from mergelab.merging.recipe.schema import Recipe
+    from mergelab.models.streamed import StreamedParams
     from mergelab.sharding import Rules
 
-__all__ = ["load_model", "load_tokenizer", "open_model"]
+__all__ = ["load_model", "load_tokenizer", "open_model", "stream"]
 
 _ADAPTER = "adapter_config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -67,6 +68,41 @@ def load_model(
     with together("opening the model", distributed=distributed):
         opened = _opened(path)
     return load_opened(opened, mesh=mesh, dtype=dtype, rules=rules)
+
+
+def stream(
+    path: str | Path | Checkpoint | Recipe,
+    *,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    rules: Rules | None = None,
+    spill: str | Path | None = None,
+) -> tuple[Model, StreamedParams]:
+    """Opens a model whose weights stay in their files, for one that memory cannot hold.
+
+    It is used as a loaded model is: `model.apply(params, tokens, capture=, edit=)`, and the functions of
+    mergelab that run a model on text. Each block is read once for all tokens of such a call, while the block
+    before it computes, and dropped; what is held is two blocks, the stream of all tokens, and what one batch
+    computes. Quantized weights are dequantized, and those of a recipe merged, block by block.
+
+    Args:
+        path: what `load_model` takes.
+        mesh: where blocks go; each device reads its slices.
+        dtype: the parameters' dtype; the stored one if None.
+        rules: logical axis -> mesh axes; `mergelab.sharding.DEFAULT_RULES` if None.
+        spill: folder in which activations wait on disk; None to hold them in memory.
+
+    Raises:
+        CheckpointError: the folder, its config or a tensor is missing, unknown, or of another shape.
+        RecipeError: the recipe cannot be run (every reason at once).
+
+    Example:
+        >>> model, params = stream("a-model-of-70-billion")                         # doctest: +SKIP
+        >>> found = capture(model, params, tokens, ["blocks.40.resid_post"])        # doctest: +SKIP
+    """
+    from mergelab.models.streamed import stream_model
+
+    return stream_model(open_model(path), mesh=mesh, dtype=dtype, rules=rules, spill=spill)
 
 
 def load_tokenizer(path: str | Path | Checkpoint | Recipe) -> Tokenizer:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mergelab.models.residual_stream import ResidualWriter, norm_gain, readout, unembedding, writers
     from mergelab.models.save import save_model, save_params
     from mergelab.models.sites import Edit, Tap, TokenPlaces, match_sites
+    from mergelab.models.streamed import StreamedParams, Streaming
     from mergelab.models.table import Leaf, Parameter, build_table, stored_shapes, tree_from_leaves
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "Parameter",
     "Params",
     "ResidualWriter",
+    "StreamedParams",
+    "Streaming",
     "Tap",
     "TokenPlaces",
     "build_table",

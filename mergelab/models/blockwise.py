@@ -20,21 +20,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
+from mergelab.models.block_programs import (
+    Edits,
+    InBlock,
+    around_tap,
+    matched,
+    matched_edits,
+    names_layer,
+)
 from mergelab.models.cache import Cache
 from mergelab.models.decoder import DECODER, DecoderConfig, Entrance, Exit
 from mergelab.models.layers.bfloat16_bits import as_bits
 from mergelab.models.layers.block import AnyBlock, Pass
 from mergelab.models.model import Model, Output, Params, token_places
-from mergelab.models.sites import Edit, Tap, TokenPlaces, match_sites, takes
+from mergelab.models.sites import Edit, TokenPlaces
 
 __all__ = ["Blockwise", "runs_by_block"]
 
 Stream = Float[Array, "batch length width"]
-Edits = dict[str, tuple[Partial, ...]]
-"""Edits by site, in the order they apply."""
 
 
 def runs_by_block(model: Model, *trees: Any) -> bool:
@@ -79,14 +84,7 @@ class Blockwise:
         capture: str | Sequence[str] = (),
         edit: Mapping[str, Edit] | None = None,
     ) -> None:
-        sites = model.sites()
-        patterns = [capture] if isinstance(capture, str) else capture
-        wanted = {name for pattern in patterns for name in match_sites(sites, pattern)}
-        edits: Edits = {}
-        for pattern, function in (edit or {}).items():
-            found = function if isinstance(function, Partial) else Partial(function)
-            for name in match_sites(sites, pattern):
-                edits[name] = (*edits.get(name, ()), found)
+        sites, wanted, edits = model.sites(), matched(model, capture), matched_edits(model, edit)
         params = as_bits(params)
         config: DecoderConfig = model.config
         around = [name for name in sites if not name.startswith("blocks.")]
@@ -107,9 +105,7 @@ class Blockwise:
             kept = tuple(
                 name.removeprefix(prefix) for name in sites if name in wanted and name.startswith(prefix)
             )
-            # An edit that is told the site's name may do something else at every layer.
-            named = any(takes(function)[0] for functions in inner.values() for function in functions)
-            run = _block(spec, kept, i if named else None)
+            run = _block(spec, kept, i if names_layer(inner) else None)
             self._layers.append(_Layer(run, params[f"blocks_{i}"], inner, prefix))
 
     def __call__(
@@ -157,37 +153,6 @@ class Blockwise:
         return {name: self._outer[name] for name in names if name in self._outer}
 
 
-class _InBlock(Tap):
-    """The tap of a block that is compiled as block 0 and stands for another one.
-
-    Args:
-        layer: number that edits are told; its sites are those captured and edited.
-    """
-
-    def __init__(self, layer: int, capture: Sequence[str], edits: Edits, places: TokenPlaces | None) -> None:
-        self._prefix = f"blocks.{layer}."
-        sites = {self._prefix + name: () for name in (*capture, *edits)}
-        named = {self._prefix + name: functions for name, functions in edits.items()}
-        super().__init__(sites, [self._prefix + name for name in capture], named, places=places)
-
-    def __call__(self, site: str, value: jax.Array) -> jax.Array:
-        return super().__call__(self._renamed(site), value)
-
-    def uses(self, site: str) -> bool:
-        return super().uses(self._renamed(site))
-
-    def _renamed(self, site: str) -> str:
-        return self._prefix + site.removeprefix("blocks.0.")
-
-
-def _around_tap(
-    names: Sequence[str], capture: Sequence[str], edits: Edits, places: TokenPlaces | None
-) -> Tap:
-    """The tap of what stands around the blocks."""
-    chosen = {name: edits[name] for name in names if name in edits}
-    return Tap(dict.fromkeys(names, ()), capture, chosen, places=places)
-
-
 _Masks = tuple[Bool[Array, "batch length"] | None, Bool[Array, "batch slots"], Int[Array, " batch"]]
 """False for padding among new tokens; which slots are real, and how many are filled, before them."""
 
@@ -204,7 +169,7 @@ def _entrance(config: DecoderConfig, capture: tuple[str, ...]) -> Callable[..., 
         cache = Cache((), (), slots, filled, even=even)
         real = jnp.ones(tokens.shape, jnp.bool_) if mask is None else mask
         positions = cache.positions(real)
-        tap = _around_tap(["embed"], capture, edits, places)
+        tap = around_tap(["embed"], capture, edits, places)
         x = Entrance(config).apply({"params": params}, tokens, positions, tap)
         return x, positions, (cache.extend_mask(real), filled + tokens.shape[1]), tap.captured
 
@@ -230,7 +195,7 @@ def _block(spec: AnyBlock, capture: tuple[str, ...], layer: int | None) -> Calla
     ) -> Any:
         mask, slots, filled = masks
         cache = Cache((key,), (value,), slots, filled, even=even)
-        tap = _InBlock(layer or 0, capture, edits, places)
+        tap = InBlock(layer or 0, capture, edits, places)
         # The gain is that of initial weights.
         module = spec.module(0, 1.0, "block")
         found: Any = module.apply({"params": params}, x, Pass(positions, mask, cache, tap))
@@ -247,7 +212,7 @@ def _exit(config: DecoderConfig, capture: tuple[str, ...]) -> Callable[..., Any]
 
     @jax.jit
     def run(params: Params, x: Stream, edits: Edits, places: TokenPlaces | None) -> Any:
-        tap = _around_tap(names, capture, edits, places)
+        tap = around_tap(names, capture, edits, places)
         logits, hidden = Exit(config).apply({"params": params}, x, tap)
         return logits, hidden, tap.captured
 

@@ -169,12 +169,12 @@ class Exit(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Stream, tap: Tap) -> tuple[Float[Array, "batch length vocab"], Stream]:
-        """Returns the logits (float32) and the normalized last stream."""
+    def __call__(self, x: Stream, tap: Tap) -> tuple[Float[Array, "batch length vocab"] | None, Stream]:
+        """Returns the logits (float32), or None if the tap is done, and the normalized last stream."""
         c = self.config
         embed = Embed(c.vocab_size, c.d_model, "vocab", name="embed") if c.tied else None
         x = _normalize(c, x, tap)
-        return _unembed(c, embed, x, tap), x
+        return None if tap.done or not c.head else _unembed(c, embed, x, tap), x
 
 
 # The three make modules in the scope of the module that calls them.

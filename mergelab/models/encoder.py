@@ -16,7 +16,15 @@ from mergelab.models.layers.norms import Norm, NormKind
 from mergelab.models.model import Architecture
 from mergelab.models.sites import Tap
 
-__all__ = ["ENCODER", "Encoder", "EncoderConfig"]
+__all__ = [
+    "ENCODER",
+    "Encoder",
+    "EncoderBlock",
+    "EncoderConfig",
+    "EncoderEntrance",
+    "EncoderExit",
+    "all_visible",
+]
 
 
 @dataclass(frozen=True)
@@ -122,24 +130,75 @@ class Encoder(nn.Module):
             token_types: the segment of each token; 0 if not given.
         """
         c = self.config
-        types = jnp.zeros_like(tokens) if token_types is None else token_types
-        x = Embed(c.vocab_size, c.d_model, "vocab", name="embed")(tokens)
-        x = x + Embed(c.max_length, c.d_model, name="positions")(positions)
-        x = x + Embed(c.token_types, c.d_model, name="token_types")(types)
-        x = tap("embed", Norm(c.norm, name="embed_norm")(x, tap, "embed_norm"))
-        slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        visible = visible_keys(slots, tokens.shape[1], mask, causal=False)
+        x = _enter(c, tokens, positions, token_types, tap)
+        visible = all_visible(x, mask)
         for i in range(c.n_layers):
             if tap.done:
                 return None, None, None
             x = EncoderBlock(c, i, name=f"blocks_{i}")(x, visible, tap)
         if tap.done:
             return None, None, None
-        if c.pooler:
-            # Its two sides cannot be split along one mesh axis: the inputs are.
-            pooled = Linear(c.d_model, ("embed", None), bias=True, name="pooler")(x[:, :1])
-            tap("pooled", jnp.tanh(pooled[:, 0]))
+        _pool(c, x, tap)
         return None, x, None
+
+
+class EncoderEntrance(nn.Module):
+    """What an `Encoder` does before its blocks, with its parameters of those names."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        positions: Int[Array, "batch length"],
+        token_types: Int[Array, "batch length"] | None,
+        tap: Tap,
+    ) -> Stream:
+        """Returns what enters the first block."""
+        return _enter(self.config, tokens, positions, token_types, tap)
+
+
+class EncoderExit(nn.Module):
+    """What an `Encoder` does after its blocks, with its parameter `pooler`."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x: Stream, tap: Tap) -> Stream:
+        """Returns the last hidden state."""
+        _pool(self.config, x, tap)
+        return x
+
+
+def all_visible(x: Stream, mask: Bool[Array, "batch length"] | None) -> Bool[Array, "rows length length"]:
+    """What `EncoderBlock` takes as `visible`: every token sees all real ones."""
+    slots = jnp.arange(x.shape[1], dtype=jnp.int32)
+    return visible_keys(slots, x.shape[1], mask, causal=False)
+
+
+# The two make modules in the scope of the module that calls them.
+
+
+def _enter(
+    c: EncoderConfig,
+    tokens: Int[Array, "batch length"],
+    positions: Int[Array, "batch length"],
+    token_types: Int[Array, "batch length"] | None,
+    tap: Tap,
+) -> Stream:
+    types = jnp.zeros_like(tokens) if token_types is None else token_types
+    x = Embed(c.vocab_size, c.d_model, "vocab", name="embed")(tokens)
+    x = x + Embed(c.max_length, c.d_model, name="positions")(positions)
+    x = x + Embed(c.token_types, c.d_model, name="token_types")(types)
+    return tap("embed", Norm(c.norm, name="embed_norm")(x, tap, "embed_norm"))
+
+
+def _pool(c: EncoderConfig, x: Stream, tap: Tap) -> None:
+    if c.pooler:
+        # Its two sides cannot be split along one mesh axis: the inputs are.
+        pooled = Linear(c.d_model, ("embed", None), bias=True, name="pooler")(x[:, :1])
+        tap("pooled", jnp.tanh(pooled[:, 0]))
 
 
 ENCODER = Architecture(Encoder, causal=False)

@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +75,15 @@ class Family:
 
 
 Params = dict[str, Any]
+
+
+@runtime_checkable
+class RunsItself(Protocol):
+    """Parameters that know how a pass over them is run, such as those that stay in their files."""
+
+    def run_pass(self, tokens: Any, **given: Any) -> Output:
+        """A pass, with the arguments of `Model.apply`, which has checked them."""
+        ...
 
 
 @register_dataclass
@@ -331,6 +340,10 @@ class Model:
             raise MergelabError(f"a {self.family.model_type!r} model has no token types; omit them.")
         check_token_array(tokens)
         self._check(tokens, positions, mask, cache, token_types)
+        if type(params) is not dict and isinstance(params, RunsItself):
+            given: dict[str, Any] = {"capture": capture, "edit": edit, "cache": cache, "logits": logits}
+            tokens_given = {"positions": positions, "mask": mask, "token_types": token_types}
+            return params.run_pass(tokens, places=places, **given, **tokens_given)
         if positions is None:
             positions = self.positions(tokens, mask, cache)
         # A cache must be filled in every layer, so it carries the pass to the end.

@@ -216,6 +216,26 @@ def test_the_command_and_a_training_on_the_model(folder: Path, tmp_path: Path) -
     files = {"kind": "files", "path": str(tmp_path / "acts" / "blocks*.safetensors")}
     offline = train({"sae": sae, "data": files, "train": budget}, tmp_path / "offline")
     np.testing.assert_allclose(online.sae.W_dec, offline.sae.W_dec, atol=1e-3)
+    # The same with the weights left in their files.
+    again = [
+        *map(str, command),
+        "--out",
+        str(tmp_path / "streamed"),
+        "--stream-layers",
+        "--spill",
+        str(tmp_path),
+    ]
+    result = CliRunner().invoke(cli, again)
+    assert result.exit_code == 0, result.output
+    for file in sorted((tmp_path / "acts").glob("*.safetensors")):
+        for name, rows in load_file(file).items():
+            np.testing.assert_allclose(load_file(tmp_path / "streamed" / file.name)[name], rows, atol=1e-6)
+    out_of_core = {**model, "stream_layers": True, "spill": str(tmp_path)}
+    streamed = train({"sae": sae, "data": out_of_core, "train": budget}, tmp_path / "out_of_core")
+    np.testing.assert_allclose(online.sae.W_dec, streamed.sae.W_dec, atol=1e-3)
+    assert "spill" not in (tmp_path / "out_of_core" / "final" / "cfg.json").read_text()
+    refused = CliRunner().invoke(cli, [*again[:-3], "--spill", str(tmp_path)])
+    assert refused.exit_code == 2 and "add --stream-layers" in refused.output
     both = {**model, "target_site": SITES[1]}
     transcoder = train({"sae": sae, "data": both, "train": budget}, tmp_path / "transcoder").sae
     assert transcoder.W_dec.shape == (64, 32) and not np.allclose(transcoder.W_dec, online.sae.W_dec)

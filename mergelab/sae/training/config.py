@@ -259,6 +259,9 @@ class DataSection(_Section):
         model_mesh: devices of each process that `model` is spread over, sizes of the axes `data`, `fsdp` and
             `tensor`; the first device of each process if omitted. Each process computes the rows it reads.
         dtype: dtype of the weights of `model`; the stored one if omitted.
+        stream_layers: whether the weights of `model` stay in their files: each block is read once for all
+            tokens of the text, for models that memory cannot hold.
+        spill: folder in which the activations of `model` wait with `stream_layers`; in memory if omitted.
         toy: options of `toy`, those of `mergelab.sae.toy.ToyGroundTruth`.
         buffer_rows: number of rows that are shuffled together.
         skip_positions: number of first positions of each context that are left out
@@ -283,6 +286,8 @@ class DataSection(_Section):
     context: Count = 64
     model_mesh: dict[str, Annotated[Whole, Field(ge=-1, le=_MOST)]] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    stream_layers: bool = False
+    spill: str | None = None
     toy: dict[str, Any] = Field(default_factory=dict)
     buffer_rows: Count = 65_536
     skip_positions: Annotated[Whole, Field(ge=0, le=_MOST)] | Literal["auto"] = "auto"

@@ -29,6 +29,7 @@ from mergelab.checkpoints.model_card import portable_name
 from mergelab.errors import CheckpointError, MeshError, SAEError, did_you_mean, shortened
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model
+from mergelab.models.streamed import Streaming
 from mergelab.processes.agreement import together
 from mergelab.processes.exchange import gathered_facts
 from mergelab.sae.toy import ToyGroundTruth
@@ -142,7 +143,7 @@ def store_facts(patterns: str | Sequence[str]) -> dict[str, Any]:
 
 def portable_data(section: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration's section `data` for the files of an SAE, which others read: names, no places here."""
-    found = dict(section)
+    found = {name: value for name, value in section.items() if name != "spill"}
     if isinstance(found.get("model"), str):
         found["model"] = portable_name(found["model"])
     for key in ("text", "path", "target_path"):
@@ -263,7 +264,13 @@ def open_data(
         # No more text than the training reads, of which some rows are left out, but enough to shuffle.
         text = section.text_options(max(tokens + tokens // 4, section.buffer_rows))
         mesh = model_mesh(section)
+        streaming = Streaming(section.spill, machine_memory() // 2) if section.stream_layers else None
         if share is not None:
+            if streaming is not None:
+                raise SAEError(
+                    "data.stream_layers is for a run of one process; collect the activations first "
+                    "(`mergelab activations --stream-layers`) and train on those."
+                )
             lanes = open_lane_activations(
                 section.model,
                 sites,
@@ -288,7 +295,16 @@ def open_data(
             text=text,
             kept=kept,
             reading=reading,
+            streamed=streaming,
         )
+        if streaming is not None and section.spill is None:
+            needed = found.rows * (4 * sum(found.widths) + 4 * found.model.config.d_model)
+            if needed > streaming.memory:
+                raise SAEError(
+                    f"data.stream_layers: activations of {found.rows:,} tokens take "
+                    f"{readable_bytes(needed)}, more than half of this machine's memory; name a folder on "
+                    "disk in data.spill."
+                )
         target = found.at(section.target_site) if section.target_site else None
         return TrainingRows(
             found.at(section.site), target, found.kept_rows(section.site, section.target_site)

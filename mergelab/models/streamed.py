@@ -1,0 +1,168 @@
+"""Parameters that stay in their files: read a block at a time, the next one while this one computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from mergelab.checkpoints.source import Checkpoint
+from mergelab.errors import MergelabError
+from mergelab.models.cache import Cache
+from mergelab.models.load import parameter_shapes
+from mergelab.models.model import Model, Output, Params
+from mergelab.models.sites import Edit, TokenPlaces
+from mergelab.models.sweep import one_pass
+from mergelab.models.weights_by_part import FileWeights, MappedWeights, Weights
+from mergelab.sharding import Rules
+
+__all__ = [
+    "WAITING",
+    "StreamedParams",
+    "Streaming",
+    "stream_model",
+]
+
+WAITING = 1 << 30
+"""Bytes of activations that are held at a time, where nobody says how many."""
+
+
+class Streaming(NamedTuple):
+    """How activations wait while a model is streamed.
+
+    Attributes:
+        spill: folder in which they wait on disk; None to hold them in memory.
+        memory: bytes of them that a reader of many rows holds at a time, where they are not spilled.
+    """
+
+    spill: str | Path | None = None
+    memory: int = WAITING
+
+
+class StreamedParams(dict[str, Any]):
+    """A model's parameters that are read when they are used, in the place of a tree of arrays.
+
+    `model.apply(params, tokens, capture=, edit=)` runs block by block; the functions of mergelab that take a
+    text run each block over all of it. `params["blocks_3"]` reads a part, anew each time. What traces or
+    changes the whole tree refuses it.
+
+    Args:
+        model: the model.
+        weights: where the parts come from.
+        spill: folder in which activations wait on disk; None to hold them in memory.
+        memory: bytes of activations that a reader of many rows holds at a time, where they are not spilled.
+
+    Attributes:
+        model, weights, spill, memory: the arguments.
+    """
+
+    def __init__(
+        self, model: Model, weights: Weights, *, spill: Path | None = None, memory: int = WAITING
+    ) -> None:
+        super().__init__()
+        self.model, self.weights, self.spill, self.memory = model, weights, spill, memory
+
+    def __missing__(self, name: str) -> Any:
+        if name not in self.weights.sizes:
+            raise KeyError(name)
+        return self.weights.part(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.weights.sizes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights.sizes)
+
+    def __len__(self) -> int:
+        return len(self.weights.sizes)
+
+    def __repr__(self) -> str:
+        total = sum(self.weights.sizes.values())
+        return f"StreamedParams({len(self)} parts of {self.model!r}, {total / 1e9:.2f} GB in files)"
+
+    def outer(self) -> Params:
+        """The parameters that stand outside the blocks and behind them: final norm, unembedding."""
+        names = ["final_norm", "embed" if self.model.config.tied else "unembed"]
+        return {name: self.weights.part(name) for name in names if name in self.weights.sizes}
+
+    def mapped(self, function: Callable[..., Any], *others: StreamedParams) -> StreamedParams:
+        """Parameters made of these, and of others of one shape, part by part while they are read.
+
+        Args:
+            function: map from the name of a part, and the part of each, to that part.
+            others: parameters of the same model.
+        """
+        weights = MappedWeights(function, self.weights, *(other.weights for other in others))
+        return StreamedParams(self.model, weights, spill=self.spill, memory=self.memory)
+
+    def run_pass(
+        self,
+        tokens: Any,
+        *,
+        positions: Any,
+        mask: Any,
+        capture: str | Sequence[str],
+        edit: Mapping[str, Edit] | None,
+        cache: Cache | None,
+        logits: bool,
+        token_types: Any,
+        places: TokenPlaces | None,
+    ) -> Output:
+        """One pass, as `Model.apply`, which checks and calls it."""
+        if cache is not None or places is not None:
+            raise MergelabError(
+                "a model that is streamed from its files keeps no cache: each token would read them once; "
+                "load the model to generate."
+            )
+        given = {"positions": positions, "mask": mask, "token_types": token_types}
+        return one_pass(
+            self.model,
+            self.weights,
+            tokens,
+            spill=self.spill,
+            capture=capture,
+            edit=edit,
+            logits=logits,
+            **given,
+        )
+
+
+def _refused(params: StreamedParams) -> Any:
+    raise MergelabError(
+        "this needs all parameters of the model in memory, but they are streamed from their files "
+        "(--stream-layers); load the model instead."
+    )
+
+
+jax.tree_util.register_pytree_node(StreamedParams, _refused, lambda held, leaves: held)
+
+
+def stream_model(
+    checkpoint: Checkpoint,
+    *,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    rules: Rules | None = None,
+    spill: str | Path | None = None,
+    memory: int = WAITING,
+) -> tuple[Model, StreamedParams]:
+    """The model of an open checkpoint, and parameters that stay in it.
+
+    Args:
+        checkpoint: its headers and config are checked, and no weight is read.
+        mesh: where blocks go when they are read.
+        dtype: the parameters' dtype; the stored one if None.
+        rules: logical axis -> mesh axes; `DEFAULT_RULES` if None.
+        spill: folder in which activations wait on disk; None to hold them in memory.
+        memory: bytes of activations that a reader of many rows holds at a time, where they are not spilled.
+
+    Raises:
+        CheckpointError: the config or a tensor is missing, unknown, or of another shape.
+    """
+    model, dtypes = parameter_shapes(checkpoint, dtype=dtype)
+    options: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "rules": rules}
+    weights = FileWeights(checkpoint.tensors, model, dtypes, str(checkpoint.path), **options)
+    return model, StreamedParams(model, weights, spill=None if spill is None else Path(spill), memory=memory)

@@ -37,6 +37,7 @@ THOROUGH = frozenset(
         "tests/models/test_cache.py",
         "tests/models/test_config_bounds.py",
         "tests/models/test_family_files.py",
+        "tests/models/test_family_variants.py",
         "tests/models/test_load_memory.py",
         "tests/models/test_new_family.py",
         "tests/models/test_saved_names.py",

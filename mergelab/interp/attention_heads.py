@@ -76,7 +76,7 @@ def head_weights(model: Model, params: Params) -> HeadWeights:
                 kernel = kernel - kernel.mean(axis=0, keepdims=True)
             heads = kernel.reshape(c.d_model, -1, c.head_dim).swapaxes(0, 1)
             found[name].append(jnp.repeat(heads, c.n_heads // heads.shape[0], axis=0))
-        kernel = attention["o"]["kernel"].astype(jnp.float32)
+        kernel = attention["o"]["kernel"].astype(jnp.float32) * getattr(c.blocks[i], "out_scale", 1.0)
         if "out_norm" in attention:
             kernel = kernel * norm_gain(model, params, f"blocks_{i}", "attn", "out_norm")[None]
         found["o"].append(kernel.reshape(c.n_heads, c.head_dim, c.d_model))

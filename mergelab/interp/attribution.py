@@ -97,7 +97,7 @@ def _names(model: Model, by_head: bool) -> tuple[str, ...]:
         else:
             names.append(f"blocks.{i}.attn.out")
         names.append(f"blocks.{i}.mlp.out")
-    return (*names, *["final_norm.bias"] * (model.config.norm.kind == "layer"))
+    return (*names, *["final_norm.bias"] * model.config.norm.has_bias)
 
 
 @partial(jax.jit, static_argnames=("model", "by_head"))
@@ -129,12 +129,13 @@ def _attribute(
     parts = [_dot(seen["embed"], read) * factor]
     for i in range(c.n_layers):
         if by_head:
-            split = _heads(model, params[f"blocks_{i}"]["attn"], seen[f"blocks.{i}.attn.z"], read)
+            scale = getattr(c.blocks[i], "out_scale", 1.0)
+            split = _heads(model, params[f"blocks_{i}"]["attn"], seen[f"blocks.{i}.attn.z"], read * scale)
             parts += [part * factor for part in split]
         else:
             parts.append(_dot(seen[f"blocks.{i}.attn.out"], read) * factor)
         parts.append(_dot(seen[f"blocks.{i}.mlp.out"], read) * factor)
-    if c.norm.kind == "layer":
+    if c.norm.has_bias:
         bias = _dot(params["final_norm"]["bias"].astype(jnp.float32)[None, None], direction)
         parts.append(jnp.broadcast_to(bias, factor.shape))
     return jnp.stack(parts), _dot(out.hidden.astype(jnp.float32), direction)
@@ -152,10 +153,10 @@ def _heads(model: Model, attention: Params, z: Array, read: Array) -> list[Array
         whole = whole if bias is None else whole + bias[None, None]
         scale = jax.lax.rsqrt(jnp.square(whole).mean(axis=-1) + c.norm.eps)[None]
         read = read * (attention["out_norm"]["scale"].astype(jnp.float32) + c.norm.offset)[None]
-    kernel = kernel.reshape(c.n_heads, c.head_dim, -1)
+    kernel = kernel.reshape(z.shape[2], z.shape[3], -1)
     by_head = jnp.einsum("hdw,bw->bhd", kernel, read, precision="highest")
     found = jnp.einsum("blhd,bhd->hbl", z, by_head, precision="highest") * scale
-    parts = [found[head] for head in range(c.n_heads)]
+    parts = list(found)
     if bias is not None:
         parts.append(jnp.broadcast_to(_dot(bias[None, None], read), z.shape[:2]) * scale[0])
     return parts

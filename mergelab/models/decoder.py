@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mergelab.models.cache import Cache
 from mergelab.models.layers.attention import AttentionSpec, KeysValues, soft_cap
 from mergelab.models.layers.block import AnyBlock, Pass, Stream
-from mergelab.models.layers.dense import Embed, Linear
+from mergelab.models.layers.dense import Embed, Linear, scaled
 from mergelab.models.layers.norms import Norm, NormKind
 from mergelab.models.model import Architecture
 from mergelab.models.sites import Tap
@@ -35,8 +35,11 @@ class DecoderConfig:
         blocks: what each layer is made of (`BlockSpec`, or another `AnyBlock`).
         norm: the norm of the end.
         learned_positions: whether positions are a table of embeddings, and not rotations in the blocks.
+        first_position: row of that table that the first token of a text reads (OPT: 2).
         embed_scale: what embeddings are multiplied with.
+        logit_scale: what logits are multiplied with, before the cap (Cohere, Granite).
         logit_cap: soft cap of the logits, or None.
+        logit_bias: whether logits of untied models have a bias (Phi 2).
         tied: whether the logits use the embedding matrix.
         causal: whether tokens see only earlier ones; False for models of embeddings (EmbeddingGemma).
         head: whether there are logits; False for weights saved without a head, or with one of another kind.
@@ -48,8 +51,11 @@ class DecoderConfig:
     blocks: tuple[AnyBlock, ...]
     norm: NormKind = field(default_factory=NormKind)
     learned_positions: bool = False
+    first_position: int = 0
     embed_scale: float = 1.0
+    logit_scale: float = 1.0
     logit_cap: float | None = None
+    logit_bias: bool = False
     tied: bool = False
     causal: bool = True
     head: bool = True
@@ -185,10 +191,10 @@ def _enter(
 ) -> tuple[Embed, Stream]:
     embed = Embed(c.vocab_size, c.d_model, "vocab", name="embed")
     x = embed(tokens)
-    if c.embed_scale != 1.0:
-        x = x * jnp.asarray(c.embed_scale, x.dtype)
+    x = scaled(x, c.embed_scale)
     if c.learned_positions:
-        x = x + Embed(c.max_length, c.d_model, name="positions")(positions)
+        rows = c.max_length + c.first_position
+        x = x + Embed(rows, c.d_model, name="positions")(positions + c.first_position)
     return embed, tap("embed", x)
 
 
@@ -199,9 +205,9 @@ def _normalize(c: DecoderConfig, x: Stream, tap: Tap) -> Stream:
 def _unembed(
     c: DecoderConfig, embed: Embed | None, x: Stream, tap: Tap
 ) -> Float[Array, "batch length vocab"]:
-    unembed = Linear(c.vocab_size, ("embed", "vocab"), name="unembed")
+    unembed = Linear(c.vocab_size, ("embed", "vocab"), c.logit_bias, name="unembed")
     logits = unembed(x) if embed is None or not c.tied else embed.scores(x)
-    return tap("logits", soft_cap(logits.astype(jnp.float32), c.logit_cap))
+    return tap("logits", soft_cap(scaled(logits.astype(jnp.float32), c.logit_scale), c.logit_cap))
 
 
 DECODER = Architecture(Decoder, causal=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import Array
@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from mergelab.errors import SiteError
 from mergelab.models.layers.attention import soft_cap
+from mergelab.models.layers.dense import scaled
 from mergelab.models.layers.norms import Norm
 from mergelab.models.model import Model, Params
 from mergelab.models.table import Leaf
@@ -31,18 +32,26 @@ __all__ = [
 def unembedding(model: Model, params: Params) -> Float[Array, "width vocab"]:
     """The output embedding, in its stored dtype; the transposed input embedding where they are tied.
 
+    What logits are multiplied with (`logit_scale`) is in it.
+
     Raises:
         SiteError: the model is an encoder.
     """
     require_decoder(model)
-    return params["embed"]["embedding"].T if model.config.tied else params["unembed"]["kernel"]
+    kernel = params["embed"]["embedding"].T if model.config.tied else params["unembed"]["kernel"]
+    return scaled(kernel, model.config.logit_scale)
 
 
 def norm_gain(model: Model, params: Params, *path: str) -> Float[Array, " width"]:
-    """What a norm multiplies each coordinate with, float32: its stored scale, and the family's offset."""
-    node = params
+    """What a norm multiplies each coordinate with, float32: its stored scale, and the family's offset.
+
+    Ones for a norm that is not there (`post` placement) or has no scale (OLMo 1).
+    """
+    node: Any = params
     for name in path:
-        node = node[name]
+        node = node.get(name, {})
+    if "scale" not in node:
+        return jnp.ones(model.config.d_model, jnp.float32)
     return node["scale"].astype(jnp.float32) + model.config.norm.offset
 
 
@@ -54,7 +63,7 @@ def readout(model: Model, params: Params, stream: Float[Array, "*rows width"]) -
     Raises:
         SiteError: the model is an encoder.
     """
-    normed: Array = Norm(model.config.norm).apply({"params": params["final_norm"]}, stream)  # pyright: ignore[reportAssignmentType]
+    normed: Array = Norm(model.config.norm).apply({"params": params.get("final_norm", {})}, stream)  # pyright: ignore[reportAssignmentType]
     return logits_of(model, params, normed)
 
 
@@ -68,6 +77,9 @@ def logits_of(
     """
     kernel = unembedding(model, params)
     logits = jnp.matmul(normed, kernel.astype(normed.dtype), preferred_element_type=jnp.float32)
+    if "bias" in params.get("unembed", {}):
+        bias = params["unembed"]["bias"].astype(jnp.float32) * model.config.logit_scale
+        logits = logits + jnp.broadcast_to(bias, logits.shape)
     return soft_cap(logits.astype(jnp.float32), model.config.logit_cap)
 
 

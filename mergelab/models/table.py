@@ -25,6 +25,7 @@ __all__ = [
     "check_table",
     "get_leaf",
     "linear_rows",
+    "norm_rows",
     "stored_shapes",
     "tree_from_leaves",
 ]
@@ -306,6 +307,11 @@ def linear_rows(ours: str, theirs: str, names: Mapping[str, str]) -> Iterator[Ro
     for name, hf_name in names.items():
         yield Row(f"{ours}.{name}.kernel", f"{theirs}.{hf_name}.weight", "transpose")
         yield Row(f"{ours}.{name}.bias", f"{theirs}.{hf_name}.bias")
+
+
+def norm_rows(ours: str, theirs: str) -> tuple[Row, Row]:
+    """The scale and the bias of a norm that is a torch `LayerNorm` in HF."""
+    return Row(f"{ours}.scale", f"{theirs}.weight"), Row(f"{ours}.bias", f"{theirs}.bias")
 
 
 def build_table(rows: Iterable[Row], parameters: Parameters, blocks: int) -> tuple[Leaf, ...]:

@@ -151,6 +151,51 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "phi3, partly rotated": sizes(
         model_type="phi3", num_attention_heads=3, num_key_value_heads=3, partial_rotary_factor=0.5
     ),
+    "gemma": sizes(model_type="gemma", head_dim=8, hidden_act="gelu"),
+    "olmo": sizes(model_type="olmo", clip_qkv=1.5),
+    "olmo2": sizes(model_type="olmo2"),
+    "olmo3": sizes(
+        model_type="olmo3",
+        sliding_window=3,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_theta=5e5,
+        rope_scaling={
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 4.0,
+            "attention_factor": 1.2,
+        },
+    ),
+    "smollm3": sizes(model_type="smollm3", no_rope_layers=[1, 0], rope_theta=100.0),
+    "granite": sizes(
+        model_type="granite",
+        embedding_multiplier=3.0,
+        attention_multiplier=0.2,
+        residual_multiplier=0.5,
+        logits_scaling=2.0,
+    ),
+    "starcoder2": sizes(model_type="starcoder2", sliding_window=4),
+    "phi": sizes(model_type="phi", hidden_size=32, partial_rotary_factor=0.5),
+    "phi, normalized heads": sizes(
+        model_type="phi", hidden_size=32, num_key_value_heads=4, partial_rotary_factor=0.5, qk_layernorm=True
+    ),
+    "stablelm": sizes(model_type="stablelm", hidden_size=64, use_qkv_bias=True),
+    "stablelm, parallel": sizes(
+        model_type="stablelm", hidden_size=64, use_parallel_residual=True, qk_layernorm=True
+    ),
+    "cohere": sizes(model_type="cohere", logit_scale=0.5),
+    "cohere, normalized heads": sizes(
+        model_type="cohere", use_qk_norm=True, attention_bias=True, logit_scale=0.5, rope_theta=100.0
+    ),
+    "cohere2": sizes(
+        model_type="cohere2",
+        sliding_window=3,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_theta=100.0,
+    ),
+    "glm": sizes(model_type="glm", head_dim=8),
+    "glm4": sizes(model_type="glm4", head_dim=8, attention_bias=False),
     "bert": sizes(model_type="bert", num_key_value_heads=None, type_vocab_size=2),
 }
 for _config in CONFIGS.values():

@@ -1,4 +1,7 @@
-"""Runs the tiny models in `transformers`; as a program, records what it computes for the light tests."""
+"""Runs the tiny models in `transformers`; as a program, records what it computes for the light tests.
+
+Names of `CONFIGS` as arguments record those alone.
+"""
 
 from __future__ import annotations
 
@@ -60,13 +63,18 @@ def hidden_and_patterns(folder: Path, tokens: np.ndarray, mask: np.ndarray) -> d
     }
 
 
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from tests.models.tiny_models import CONFIGS, MASK, TOKENS, write
 
-    recorded, sites = {}, {}
+    names = sys.argv[1:] or list(CONFIGS)
+    recorded, sites = ({}, {}) if names == list(CONFIGS) else map(_read, (RECORDED, RECORDED_SITES))
     with tempfile.TemporaryDirectory() as folder:
-        for n, name in enumerate(CONFIGS):
+        for n, name in enumerate(names):
             written = write(Path(folder) / str(n), name)
             found = values(written, TOKENS, MASK)
             inner = hidden_and_patterns(written, TOKENS, MASK)
@@ -83,7 +91,7 @@ def main() -> None:
                 for row, real, at in zip(found, MASK, [9, 9, 5], strict=True)
             ]
     for path, content in ((RECORDED, recorded), (RECORDED_SITES, sites)):
-        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(rows)}" for name, rows in content.items())
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(content[name])}" for name in CONFIGS)
         path.write_text("{\n" + lines + "\n}\n")
 
 

@@ -7,14 +7,22 @@ from typing import Any
 
 from mergelab.errors import CheckpointError, quoted
 from mergelab.models.families.bert import BERT
-from mergelab.models.families.gemma import GEMMA2, GEMMA3_TEXT
+from mergelab.models.families.cohere import COHERE, COHERE2
+from mergelab.models.families.gemma import GEMMA, GEMMA2, GEMMA3_TEXT
+from mergelab.models.families.glm import GLM, GLM4
 from mergelab.models.families.gpt2 import GPT2
 from mergelab.models.families.gpt_neox import GPT_NEOX
+from mergelab.models.families.granite import GRANITE
 from mergelab.models.families.llama import LLAMA
 from mergelab.models.families.mistral import MISTRAL, MIXTRAL
 from mergelab.models.families.nearest import nearest
+from mergelab.models.families.olmo import OLMO, OLMO2, OLMO3
+from mergelab.models.families.phi import PHI
 from mergelab.models.families.phi3 import PHI3
 from mergelab.models.families.qwen import QWEN2, QWEN3
+from mergelab.models.families.smollm3 import SMOLLM3
+from mergelab.models.families.stablelm import STABLELM
+from mergelab.models.families.starcoder2 import STARCODER2
 from mergelab.models.families.wrappers import WRAPPERS, text_config
 from mergelab.models.model import Family, Model
 
@@ -22,16 +30,29 @@ __all__ = ["FAMILIES", "model_from_config"]
 
 FAMILIES: dict[str, Family] = {
     "bert": BERT,
+    "cohere": COHERE,
+    "cohere2": COHERE2,
+    "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3_TEXT,
+    "glm": GLM,
+    "glm4": GLM4,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
+    "granite": GRANITE,
     "llama": LLAMA,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
+    "olmo": OLMO,
+    "olmo2": OLMO2,
+    "olmo3": OLMO3,
+    "phi": PHI,
     "phi3": PHI3,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "smollm3": SMOLLM3,
+    "stablelm": STABLELM,
+    "starcoder2": STARCODER2,
 }
 
 

@@ -11,7 +11,7 @@ from mergelab.models.families.config_fields import head_width, read_fields
 from mergelab.models.layers.mlp import ACTIVATIONS
 from mergelab.models.layers.norms import NormKind
 from mergelab.models.model import Family
-from mergelab.models.table import Row, linear_rows
+from mergelab.models.table import Row, linear_rows, norm_rows
 
 __all__ = ["BERT"]
 
@@ -26,18 +26,14 @@ _LINEAR = {
 }
 
 
-def _norm(ours: str, theirs: str) -> tuple[Row, Row]:
-    return Row(f"{ours}.scale", f"{theirs}.weight"), Row(f"{ours}.bias", f"{theirs}.bias")
-
-
 BERT_ROWS = (
     Row("embed.embedding", "bert.embeddings.word_embeddings.weight"),
     Row("positions.embedding", "bert.embeddings.position_embeddings.weight"),
     Row("token_types.embedding", "bert.embeddings.token_type_embeddings.weight"),
-    *_norm("embed_norm", "bert.embeddings.LayerNorm"),
+    *norm_rows("embed_norm", "bert.embeddings.LayerNorm"),
     *linear_rows("blocks_{i}", _LAYER, _LINEAR),
-    *_norm("blocks_{i}.attn_norm", f"{_LAYER}.attention.output.LayerNorm"),
-    *_norm("blocks_{i}.mlp_norm", f"{_LAYER}.output.LayerNorm"),
+    *norm_rows("blocks_{i}.attn_norm", f"{_LAYER}.attention.output.LayerNorm"),
+    *norm_rows("blocks_{i}.mlp_norm", f"{_LAYER}.output.LayerNorm"),
     Row("pooler.kernel", "bert.pooler.dense.weight", "transpose"),
     Row("pooler.bias", "bert.pooler.dense.bias"),
 )

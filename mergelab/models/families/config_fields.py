@@ -12,6 +12,7 @@ from mergelab.errors import CheckpointError, did_you_mean, first_faults, quoted
 from mergelab.models.decoder import DecoderConfig
 from mergelab.models.families.known_fields import (
     FIXED,
+    LAYER_NUMBERS,
     LISTS,
     MAPPINGS,
     MAX_LAYERS,
@@ -29,6 +30,7 @@ from mergelab.models.layers.norms import NormKind
 from mergelab.models.layers.rotary import Rotary
 
 __all__ = ["head_width", "layer_types_of", "layered", "read_fields", "read_usual_fields", "usual_decoder"]
+__all__ += ["usual_rotary"]
 
 
 def read_fields(
@@ -121,6 +123,8 @@ def _wrong_values(given: Mapping[str, Any], place: str, optional: Mapping[str, A
             fits, expected = isinstance(value, Mapping), "an object"
         elif name in LISTS:
             fits, expected = _are_words(value), "a list of words"
+        elif name in LAYER_NUMBERS:
+            fits, expected = _are_numbers(value), "a list of whole numbers"
         else:
             fits, expected = isinstance(value, str), "a word"
         if not fits:
@@ -134,6 +138,11 @@ def _is_positive(value: Any) -> bool:
 
 def _are_words(value: Any) -> bool:
     return isinstance(value, list) and len(value) <= MAX_LAYERS and all(isinstance(v, str) for v in value)
+
+
+def _are_numbers(value: Any) -> bool:
+    fits = isinstance(value, list) and len(value) <= MAX_LAYERS
+    return fits and all(type(v) is int and 0 <= v <= MAX_LAYERS for v in value)
 
 
 def head_width(width: int, heads: int, place: str) -> int:
@@ -200,8 +209,8 @@ def read_usual_fields(
     Args:
         config: the parsed `config.json`.
         place: its path, for messages.
-        optional: fields of the family, or other defaults of the usual ones; `max_position_embeddings` among
-            them.
+        optional: fields of the family, or other defaults of the usual ones, which are required without one
+            (sizes); `max_position_embeddings` among them.
         fixed: same as in `read_fields`.
         inert: same as in `read_fields`.
 
@@ -209,9 +218,20 @@ def read_usual_fields(
         CheckpointError: as `read_fields`.
     """
     optional = {**_OPTIONAL, **optional}
-    found = read_fields(config, place, required=_REQUIRED, optional=optional, fixed=fixed, inert=inert)
+    required = [name for name in _REQUIRED if name not in optional]
+    found = read_fields(config, place, required=required, optional=optional, fixed=fixed, inert=inert)
     width, heads = found["hidden_size"], found["num_attention_heads"]
     return {**found, "head_dim": found["head_dim"] or head_width(width, heads, place)}
+
+
+def usual_rotary(fields: Mapping[str, Any], place: str, theta: float = 10000.0) -> Rotary:
+    """The rotation that the usual fields describe, of base `theta` where the config names none.
+
+    Raises:
+        CheckpointError: the rotary scaling is unknown or malformed.
+    """
+    sizes = {"head_dim": fields["head_dim"], "max_length": fields["max_position_embeddings"]}
+    return read_rotary(fields, place, theta=theta, **sizes)
 
 
 def usual_decoder(
@@ -219,7 +239,7 @@ def usual_decoder(
     place: str,
     *,
     theta: float = 10000.0,
-    rotary: Sequence[Rotary] | None = None,
+    rotary: Sequence[Rotary | None] | None = None,
     windows: Sequence[int | None] | None = None,
     attention: Mapping[str, Any] | None = None,
     mlp: MLPSpec | Experts | None = None,
@@ -243,7 +263,7 @@ def usual_decoder(
         CheckpointError: the rotary scaling is unknown or malformed.
     """
     layers, heads = fields["num_hidden_layers"], fields["num_attention_heads"]
-    length, head_dim = fields["max_position_embeddings"], fields["head_dim"]
+    head_dim = fields["head_dim"]
     key_heads = fields["num_key_value_heads"] or heads
     if heads % key_heads:
         raise CheckpointError(
@@ -252,8 +272,7 @@ def usual_decoder(
         )
     rotations: list[Rotary | None] = list(rotary or ())
     if not rotations:
-        one = read_rotary(fields, place, head_dim=head_dim, max_length=length, theta=theta)
-        rotations = [one] * layers
+        rotations = [usual_rotary(fields, place, theta)] * layers
     shape = {"n_heads": heads, "n_kv_heads": key_heads, "head_dim": head_dim, "scale": head_dim**-0.5}
     norm = NormKind("rms", fields["rms_norm_eps"])
     usual: dict[str, Any] = {
@@ -265,7 +284,7 @@ def usual_decoder(
     outside = {
         "vocab_size": fields["vocab_size"],
         "d_model": fields["hidden_size"],
-        "max_length": length,
+        "max_length": fields["max_position_embeddings"],
         "blocks": layered(spec, rotations, windows or (None,) * layers),
         "norm": spec.norm,
         "tied": fields["tie_word_embeddings"],

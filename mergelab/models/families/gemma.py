@@ -1,4 +1,4 @@
-"""Gemma 2 and 3 (text): norms around each layer, scaled embeddings, local and global attention layers."""
+"""Gemma 1; Gemma 2 and 3 (text): norms around each layer, local and global attention layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from mergelab.models.decoder import DECODER, DecoderConfig
 from mergelab.models.families.config_fields import layer_types_of, read_usual_fields, usual_decoder
-from mergelab.models.families.llama import LLAMA_FILES, LLAMA_LINEAR, llama_rows
+from mergelab.models.families.llama import LLAMA_FILES, LLAMA_LINEAR, LLAMA_ROWS, llama_rows
 from mergelab.models.families.rotary_config import read_rotary, rotary_from
 from mergelab.models.layers.mlp import MLPSpec
 from mergelab.models.layers.norms import NormKind
@@ -15,7 +15,7 @@ from mergelab.models.layers.rotary import Rotary
 from mergelab.models.model import Family
 from mergelab.models.table import Row, linear_rows
 
-__all__ = ["GEMMA2", "GEMMA3_TEXT"]
+__all__ = ["GEMMA", "GEMMA2", "GEMMA3_TEXT"]
 
 GEMMA_ROWS = llama_rows(
     Row("blocks_{i}.attn_norm.scale", "model.layers.{i}.input_layernorm.weight"),
@@ -39,6 +39,30 @@ _OPTIONAL: Mapping[str, Any] = {
 # The first files have a `hidden_act` of `gelu`; transformers reads `hidden_activation`, the tanh form, alone.
 _FIXED: Mapping[str, Any] = {"hidden_activation": ("gelu_pytorch_tanh", None)}
 _INERT = ("hidden_act", "sliding_window_size")
+
+
+def read_gemma(config: Mapping[str, Any], place: str) -> DecoderConfig:
+    """Reads a `config.json`; raises `CheckpointError` for what this family does not implement."""
+    optional = {
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+    }
+    # The first files name the exact form; what was trained, and what transformers computes, is the tanh form.
+    acts = ("gelu", "gelu_pytorch_tanh", None)
+    fixed = {"hidden_act": acts, "hidden_activation": acts, "use_bidirectional_attention": (None, False)}
+    fields = read_usual_fields(config, place, optional, fixed)
+    bias = fields["attention_bias"]
+    return usual_decoder(
+        fields,
+        place,
+        attention={"qkv_bias": bias, "out_bias": bias},
+        mlp=MLPSpec(fields["intermediate_size"], "gelu_pytorch_tanh"),
+        block={"norm": NormKind("rms", fields["rms_norm_eps"], offset=1.0)},
+        embed_scale=fields["hidden_size"] ** 0.5,
+    )
 
 
 def read_gemma2(config: Mapping[str, Any], place: str) -> DecoderConfig:
@@ -127,5 +151,6 @@ def _decoder(
     )
 
 
+GEMMA = Family("gemma", DECODER, read_gemma, lambda _: LLAMA_ROWS, **LLAMA_FILES)
 GEMMA2 = Family("gemma2", DECODER, read_gemma2, lambda _: GEMMA_ROWS, **LLAMA_FILES)
 GEMMA3_TEXT = Family("gemma3_text", DECODER, read_gemma3, lambda _: GEMMA_ROWS, **LLAMA_FILES)

@@ -12,8 +12,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["FIXED", "INERT", "INERT_WHEN_OFF", "LISTS", "MAPPINGS", "MAX_LAYERS", "NULLABLE", "NUMBERS"]
-__all__ += ["SIZES", "SWITCHES", "is_inert"]
+__all__ = [
+    "FIXED",
+    "INERT",
+    "INERT_WHEN_OFF",
+    "LAYER_NUMBERS",
+    "LISTS",
+    "MAPPINGS",
+    "MAX_LAYERS",
+    "NULLABLE",
+    "NUMBERS",
+    "SIZES",
+    "SWITCHES",
+    "is_inert",
+]
 
 MAX_LAYERS = 10_000
 """Layers a config may claim; what its weights hold is compared once they are open (`Model.for_tensors`)."""
@@ -35,6 +47,7 @@ SIZES: Mapping[str, tuple[int, int]] = {
             "original_max_position_embeddings",
             "sliding_window",
             "sliding_window_pattern",
+            "no_rope_layer_interval",
             "_sliding_window_pattern",
             "type_vocab_size",
             "n_embd",
@@ -50,12 +63,19 @@ SIZES: Mapping[str, tuple[int, int]] = {
 
 NUMBERS = frozenset(
     {
+        "attention_multiplier",
         "attn_logit_softcapping",
+        "clip_qkv",
+        "embedding_multiplier",
         "final_logit_softcapping",
         "layer_norm_eps",
         "layer_norm_epsilon",
+        "logit_scale",
+        "logits_scaling",
+        "norm_epsilon",
         "partial_rotary_factor",
         "query_pre_attn_scalar",
+        "residual_multiplier",
         "rms_norm_eps",
         "rope_local_base_freq",
         "rope_theta",
@@ -68,19 +88,26 @@ SWITCHES = frozenset(
         "attention_bias",
         "is_causal",
         "mlp_bias",
+        "qk_layernorm",
         "scale_attn_by_inverse_layer_idx",
         "scale_attn_weights",
         "tie_word_embeddings",
+        "use_bias",
         "use_bidirectional_attention",
         "use_parallel_residual",
+        "use_qk_norm",
+        "use_qkv_bias",
         "use_sliding_window",
     }
 )
 MAPPINGS = frozenset({"rope_parameters", "rope_scaling"})
 LISTS = frozenset({"layer_types"})
+LAYER_NUMBERS = frozenset({"no_rope_layers"})
+"""Lists of whole numbers: one for each layer, or the numbers of some layers."""
 NULLABLE = frozenset(
     {
         "attn_logit_softcapping",
+        "clip_qkv",
         "final_logit_softcapping",
         "head_dim",
         "num_key_value_heads",
@@ -119,6 +146,7 @@ _TRAINING = {
     "attn_pdrop",
     "classifier_dropout",
     "embd_pdrop",
+    "embedding_dropout",
     "gradient_checkpointing",
     "hidden_dropout",
     "hidden_dropout_prob",
@@ -128,6 +156,7 @@ _TRAINING = {
     "output_router_logits",
     "pretraining_tp",
     "resid_pdrop",
+    "residual_dropout",
     "rotary_emb_fraction",
     "router_aux_loss_coef",
     "router_jitter_noise",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
@@ -11,7 +11,8 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from mergelab.models.cache import Cache
-from mergelab.models.layers.dense import Linear
+from mergelab.models.derived import param
+from mergelab.models.layers.dense import Linear, scaled
 from mergelab.models.layers.norms import Norm, NormKind
 from mergelab.models.layers.rotary import Rotary, rotate
 from mergelab.models.sites import Tap
@@ -67,17 +68,23 @@ def attention_pattern(
     visible: Bool[Array, "rows query key"],
     scale: float,
     cap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
 ) -> Float[Array, "batch heads query key"]:
     """Softmax over the visible keys of `query . key * scale`, float32.
 
     Consecutive groups of `heads / kv_heads` query heads share one key head. A query that sees no key (of a
-    padding token) gets the uniform pattern, never NaN.
+    padding token) gets the uniform pattern, never NaN. With `sinks`, the scores of seeing nothing, a
+    pattern sums to less than 1.
     """
     batch, length, heads, head_dim = query.shape
     grouped = query.reshape(batch, length, key.shape[2], -1, head_dim)
     scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32)
     scores = soft_cap(scores.reshape(batch, heads, length, -1) * scale, cap)
-    return jax.nn.softmax(jnp.where(visible[:, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
+    scores = jnp.where(visible[:, None], scores, jnp.finfo(jnp.float32).min)
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    nothing = jnp.broadcast_to(sinks.astype(jnp.float32)[None, :, None, None], (*scores.shape[:3], 1))
+    return jax.nn.softmax(jnp.concatenate([scores, nothing], axis=-1), axis=-1)[..., :-1]
 
 
 def mix_values(
@@ -100,8 +107,11 @@ class AttentionSpec:
         window: number of latest tokens that are visible, or None for all.
         qkv_bias, out_bias: whether those projections have biases.
         qk_norm: norm of queries and keys, or None.
-        qk_norm_over: what it normalizes: each `head` (Qwen 3, Gemma 3), or `all` heads at once (OLMo 2).
+        qk_norm_over: what it normalizes: each `head` (Qwen 3, Gemma 3), `each` with a scale of its own
+            (Cohere), or `all` heads at once (OLMo 2).
         cap: soft cap of the scores, or None.
+        clip: largest magnitude of projected queries, keys and values, or None (OLMo 1).
+        sinks: whether each head has a learned score of seeing nothing (gpt-oss).
     """
 
     n_heads: int
@@ -113,8 +123,19 @@ class AttentionSpec:
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: NormKind | None = None
-    qk_norm_over: Literal["head", "all"] = "head"
+    qk_norm_over: Literal["head", "each", "all"] = "head"
     cap: float | None = None
+    clip: float | None = None
+    sinks: bool = False
+
+    @property
+    def kept(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Heads and width of the keys, and of the values, that a cache keeps of every token."""
+        return (self.n_kv_heads, self.head_dim), (self.n_kv_heads, self.head_dim)
+
+    def outline(self) -> AttentionSpec:
+        """The same without what changes neither parameters nor sites."""
+        return replace(self, window=None, rotary=None, scale=1.0, cap=None, clip=None)
 
 
 class Attention(nn.Module):
@@ -127,11 +148,13 @@ class Attention(nn.Module):
         spec: its shape and settings; `window` is already in the mask, `rotary` in the rotation.
         out_norm: norm of the output, or None.
         initial_gain: gain of the output projection's initial weights.
+        out_scale: what the output is multiplied with before it is added to the stream (Granite).
     """
 
     spec: AttentionSpec
     out_norm: NormKind | None = None
     initial_gain: float = 1.0
+    out_scale: float = 1.0
 
     @nn.compact
     def __call__(
@@ -150,6 +173,7 @@ class Attention(nn.Module):
 
         def project(name: str, heads: int, axis: str) -> Float[Array, "batch length heads head_dim"]:
             y = Linear(heads * spec.head_dim, ("embed", axis), spec.qkv_bias, name=name)(x)
+            y = y if spec.clip is None else jnp.clip(y, -spec.clip, spec.clip)
             return y.reshape(*x.shape[:2], heads, spec.head_dim)
 
         def normed(
@@ -157,22 +181,27 @@ class Attention(nn.Module):
         ) -> Float[Array, "batch length heads head_dim"]:
             if spec.qk_norm is None:
                 return y
-            if spec.qk_norm_over == "head":
-                return Norm(spec.qk_norm, None, name=name)(y)
+            if spec.qk_norm_over != "all":
+                own = axis if spec.qk_norm_over == "each" else None
+                return Norm(spec.qk_norm, None, own, name=name)(y)
             return Norm(spec.qk_norm, axis, name=name)(y.reshape(*y.shape[:2], -1)).reshape(y.shape)
 
         q = project("q", spec.n_heads, "heads")
         k, v = (project(name, spec.n_kv_heads, "kv_heads") for name in "kv")
         q, k = normed("q_norm", q, "heads"), normed("k_norm", k, "kv_heads")
         if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+            neighbors = spec.rotary is not None and spec.rotary.neighbors
+            q, k = (rotate(y, *rotation, neighbors=neighbors) for y in (q, k))
         q, k, v = tap(f"{site}.q", q), tap(f"{site}.k", k), tap(f"{site}.v", v)
         if cache is not None:
             k, v = cache.write(layer, k, v)
-        pattern = attention_pattern(q, k.astype(q.dtype), visible, spec.scale, spec.cap)
+        sinks = None
+        if spec.sinks:
+            sinks = param(self, "sinks", nn.initializers.zeros, (spec.n_heads,), ("heads",))
+        pattern = attention_pattern(q, k.astype(q.dtype), visible, spec.scale, spec.cap, sinks)
         z = tap(f"{site}.z", mix_values(tap(f"{site}.pattern", pattern), v.astype(q.dtype)))
         output = Linear(x.shape[-1], ("heads", "embed"), spec.out_bias, self.initial_gain, name="o")
         out = output(z.reshape(*x.shape[:2], -1))
         if self.out_norm is not None:
             out = Norm(self.out_norm, name="out_norm")(out)
-        return tap(f"{site}.out", out), (k, v)
+        return tap(f"{site}.out", scaled(out, self.out_scale)), (k, v)

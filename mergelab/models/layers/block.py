@@ -112,19 +112,20 @@ class BlockSpec:
         norm: the norm of what enters, or leaves, the two.
         placement: place of the norms: `pre` (on what each reads), `sandwich` (on what each reads and on what
             it adds: Gemma 2), `post` (only on what each adds: OLMo 2), `parallel` (`pre`, and both read the
-            block's input: GPT-NeoX).
+            block's input: GPT-NeoX), `joint` (both read one norm of the block's input: Phi 2, Cohere).
+        out_scale: what both are multiplied with before they are added to the stream.
     """
 
     attention: AttentionSpec
     mlp: MLPSpec | Experts
     norm: NormKind = field(default_factory=NormKind)
-    placement: Literal["pre", "parallel", "sandwich", "post"] = "pre"
+    placement: Literal["pre", "parallel", "joint", "sandwich", "post"] = "pre"
+    out_scale: float = 1.0
 
     @property
     def kept(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """See `AnyBlock`."""
-        shape = (self.attention.n_kv_heads, self.attention.head_dim)
-        return shape, shape
+        return self.attention.kept
 
     @property
     def tensors(self) -> int:
@@ -133,7 +134,7 @@ class BlockSpec:
 
     def outline(self) -> BlockSpec:
         """See `AnyBlock`."""
-        return replace(self, attention=replace(self.attention, window=None, rotary=None, scale=1.0, cap=None))
+        return replace(self, attention=self.attention.outline(), out_scale=1.0)
 
     def module(self, layer: int, gain: float, name: str) -> Block:
         """See `AnyBlock`."""
@@ -163,7 +164,11 @@ class Block(nn.Module):
             return Norm(spec.norm, name=name)(x, tap, f"{site}.{name}")
 
         def mlp(x: Stream) -> Stream:
-            arguments: dict[str, Any] = {"initial_gain": self.gain, "name": "mlp"}
+            arguments: dict[str, Any] = {
+                "initial_gain": self.gain,
+                "out_scale": spec.out_scale,
+                "name": "mlp",
+            }
             if isinstance(spec.mlp, Experts):
                 layer = MixtureOfExperts(spec.mlp, out_norm=out_norm, **arguments)
             else:
@@ -171,9 +176,10 @@ class Block(nn.Module):
             return layer(x, tap, f"{site}.mlp")
 
         x = tap(f"{site}.resid_pre", x)
-        attention = Attention(spec.attention, out_norm=out_norm, initial_gain=self.gain, name="attn")
+        attention = Attention(spec.attention, out_norm, self.gain, spec.out_scale, name="attn")
+        normed = read(x, "attn_norm")
         attended, seen = attention(
-            read(x, "attn_norm"),
+            normed,
             shared.visible(spec.attention.window),
             shared.rotation(spec.attention.rotary),
             shared.cache,
@@ -183,7 +189,8 @@ class Block(nn.Module):
         )
         if tap.done:
             return x, seen
-        if spec.placement == "parallel":
-            return tap(f"{site}.resid_post", x + attended + mlp(read(x, "mlp_norm"))), seen
+        if spec.placement in ("parallel", "joint"):
+            read_by_mlp = normed if spec.placement == "joint" else read(x, "mlp_norm")
+            return tap(f"{site}.resid_post", x + attended + mlp(read_by_mlp)), seen
         x = tap(f"{site}.resid_mid", x + attended)
         return tap(f"{site}.resid_post", x + mlp(read(x, "mlp_norm"))), seen

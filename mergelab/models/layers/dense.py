@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from mergelab.models.derived import param
 from mergelab.models.layers.bfloat16_bits import Bits
 
-__all__ = ["Embed", "Linear", "matmul"]
+__all__ = ["Embed", "Linear", "matmul", "scaled"]
 
 
 def matmul(
@@ -19,6 +19,11 @@ def matmul(
     rows = x.reshape(-1, x.shape[-1])
     product = kernel.product(rows) if isinstance(kernel, Bits) else rows @ kernel
     return product.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def scaled(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:
+    """`x * factor`, in the dtype of `x`; `x` itself where the factor is 1."""
+    return x if factor == 1.0 else x * jnp.asarray(factor, x.dtype)
 
 
 class Linear(nn.Module):

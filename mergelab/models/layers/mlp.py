@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from mergelab.models.derived import param
 from mergelab.models.layers.bfloat16_bits import StackedBits
-from mergelab.models.layers.dense import Linear, matmul
+from mergelab.models.layers.dense import Linear, matmul, scaled
 from mergelab.models.layers.norms import Norm, NormKind
 from mergelab.models.sites import Tap
 
@@ -77,11 +77,13 @@ class MLP(nn.Module):
         spec: its shape and settings.
         out_norm: norm of the output, or None.
         initial_gain: gain of the output projection's initial weights.
+        out_scale: what the output is multiplied with before it is added to the stream (Granite).
     """
 
     spec: MLPSpec
     out_norm: NormKind | None = None
     initial_gain: float = 1.0
+    out_scale: float = 1.0
 
     @nn.compact
     def __call__(
@@ -99,7 +101,7 @@ class MLP(nn.Module):
         out = Linear(x.shape[-1], ("mlp", "embed"), spec.bias, self.initial_gain, name="down")(post)
         if self.out_norm is not None:
             out = Norm(self.out_norm, name="out_norm")(out)
-        return tap(f"{site}.out", out)
+        return tap(f"{site}.out", scaled(out, self.out_scale))
 
 
 def route(
@@ -160,11 +162,13 @@ class MixtureOfExperts(nn.Module):
         spec: its shape and settings.
         out_norm: norm of the output, or None.
         initial_gain: gain of the output projections' initial weights.
+        out_scale: what the output is multiplied with before it is added to the stream (Granite).
     """
 
     spec: Experts
     out_norm: NormKind | None = None
     initial_gain: float = 1.0
+    out_scale: float = 1.0
 
     @nn.compact
     def __call__(
@@ -189,4 +193,4 @@ class MixtureOfExperts(nn.Module):
         out = _combined(post, down, weights.astype(x.dtype), used)
         if self.out_norm is not None:
             out = Norm(self.out_norm, name="out_norm")(out)
-        return tap(f"{site}.out", out)
+        return tap(f"{site}.out", scaled(out, self.out_scale))

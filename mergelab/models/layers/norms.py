@@ -24,11 +24,20 @@ class NormKind:
         kind: `rms` or `layer`.
         eps: added to the mean square.
         offset: what is added to the stored scale (Gemma stores `scale - 1`).
+        scaled: whether there is a scale (OLMo 1 has none).
+        biased: whether a layer norm has a bias (those of OLMo 1 and Cohere have none).
     """
 
     kind: Literal["rms", "layer"] = "rms"
     eps: float = 1e-6
     offset: float = 0.0
+    scaled: bool = True
+    biased: bool = True
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether there is a bias: RMS norms have none."""
+        return self.kind == "layer" and self.biased
 
 
 class Norm(nn.Module):
@@ -36,26 +45,36 @@ class Norm(nn.Module):
 
     The factor is `1 / sqrt(mean(x^2) + eps)` (Zhang & Sennrich, arXiv:1910.07467), or that of the centered
     `x` (Ba et al., arXiv:1607.06450). With a site's name it passes the tap as `{site}.scale`, `[..., 1]`.
+
+    Attributes:
+        config: which norm.
+        axis: logical name of the axis normalized over, for sharding.
+        heads: logical name of the axis before it, where each of its entries has a scale of its own (Cohere).
     """
 
     config: NormKind
     axis: str | None = "embed"
+    heads: str | None = None
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "*batch width"], tap: Tap | None = None, site: str = ""
     ) -> Float[Array, "*batch width"]:
-        width = x.shape[-1]
-        initial = nn.initializers.constant(1.0 - self.config.offset)
-        scale = param(self, "scale", initial, (width,), (self.axis,)).astype(jnp.float32) + self.config.offset
+        shape, axes = (x.shape[-1],), (self.axis,)
+        if self.heads is not None:
+            shape, axes = (x.shape[-2], x.shape[-1]), (self.heads, None)
         y = x.astype(jnp.float32)
         if self.config.kind == "layer":
             y = y - y.mean(axis=-1, keepdims=True)
         factor = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.config.eps)
         if tap is not None:
             factor = tap(f"{site}.scale", factor)
-        y = y * factor * jnp.broadcast_to(scale, y.shape)
-        if self.config.kind == "layer":
-            bias = param(self, "bias", nn.initializers.zeros, (width,), (self.axis,)).astype(jnp.float32)
+        y = y * factor
+        if self.config.scaled:
+            initial = nn.initializers.constant(1.0 - self.config.offset)
+            scale = param(self, "scale", initial, shape, axes).astype(jnp.float32) + self.config.offset
+            y = y * jnp.broadcast_to(scale, y.shape)
+        if self.config.has_bias:
+            bias = param(self, "bias", nn.initializers.zeros, shape, axes).astype(jnp.float32)
             y = y + jnp.broadcast_to(bias, y.shape)
         return y.astype(x.dtype)

@@ -91,11 +91,13 @@ class Rotary:
         theta: the base of the frequencies.
         dim: number of leading components of a head that are rotated (even).
         scaling: how the frequencies are changed, if at all.
+        neighbors: whether pairs are components `2i` and `2i + 1` (GPT-J, GLM), and not `i` and `i + dim / 2`.
     """
 
     theta: float
     dim: int
     scaling: Scaling | None = None
+    neighbors: bool = False
 
 
 def rotary_tables(
@@ -128,12 +130,19 @@ def rotate(
     x: Float[Array, "batch length heads head_dim"],
     cos: Float[Array, "batch length half"],
     sin: Float[Array, "batch length half"],
+    neighbors: bool = False,
 ) -> Float[Array, "batch length heads head_dim"]:
-    """Rotates pairs (`i`, `i + half`) of each head's first `2 half` components: HF's half-split layout."""
+    """Rotates pairs of each head's first `2 half` components: (`i`, `i + half`), or (`2i`, `2i + 1`)."""
     dim = 2 * cos.shape[-1]
     cos, sin = cos[:, :, None], sin[:, :, None]
-    first, second = jnp.split(x[..., :dim].astype(jnp.float32), 2, axis=-1)
-    pairs = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    turned = x[..., :dim].astype(jnp.float32)
+    if neighbors:
+        first, second = turned[..., ::2], turned[..., 1::2]
+        pairs = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        pairs = pairs.reshape(turned.shape)
+    else:
+        first, second = jnp.split(turned, 2, axis=-1)
+        pairs = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return jnp.concatenate([pairs.astype(x.dtype), x[..., dim:]], axis=-1)
 
 

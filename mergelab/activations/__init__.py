@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         halves,
         open_model_activations,
     )
+    from mergelab.activations.prefetch import Prefetch, Trace
     from mergelab.activations.sentences import SentenceEncoder, load_sentence_encoder, pool
     from mergelab.activations.statistics import Statistics, fisher, gram, write_statistics
     from mergelab.activations.store import (
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
         open_activation_files,
         write_store,
     )
-    from mergelab.activations.stream import ActivationSource, ActivationStream, Batch, Prefetch, Trace
+    from mergelab.activations.stream import ActivationSource, ActivationStream, Batch
 
 __all__ = [
     "EVERY_TOKEN",

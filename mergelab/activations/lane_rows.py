@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from mergelab.activations.first_rows import FirstRows, gathered_first_rows, one_after_other, owned_places
 from mergelab.activations.kept import DEFAULT_RULE, KeptRows, TokenRule
 from mergelab.activations.model_activations import DEFAULT_CONTEXT, ModelActivations
 from mergelab.activations.stream import ActivationSource, ActivationStream, Batch
@@ -267,31 +268,22 @@ class LaneStream:
         y = x if self.target is None else np.concatenate([one.target for one in found])[self._taken]
         return Batch(x, y, np.concatenate([one.rows for one in found])[self._taken])
 
-    def draw(self, count: int, seed: int, buffer_rows: int) -> Batch:
-        """Rows of all lanes drawn like a batch, however long they are, the same in every process.
+    def draw(self, count: int) -> FirstRows:
+        """The first rows of all lanes, the same in every process (`ActivationStream.draw`).
 
-        Each lane is read by one process. Every process must make the call.
+        Every process must make the call.
+
+        Args:
+            count: rows to draw, at most.
         """
-        owners: dict[int, int] = {}
-        for process, lanes in enumerate(gathered_facts(list(self._streams))):
-            for lane in lanes:
-                owners.setdefault(lane, process)
-        found, places = [], []
+        lanes = list(self._streams)
+        owned = [lanes[place] for place in owned_places(lanes)]
+        per_lane = max(count // self.lanes, 1)
         with together("reading the start sample", distributed=jax.process_count() > 1):
-            for lane in self._streams:
-                if owners[lane] == jax.process_index():
-                    kept = replace(self.source.kept[lane], limit=math.inf, target_limit=math.inf)
-                    there = int(kept.counts(self.source.at(lane).rows, 1024).sum())
-                    size = min(there, max(count // self.lanes, 1))
-                    found.append(next(self._stream(lane, size, seed, buffer_rows, kept)))
-                    places += [lane] * size
-        order = np.argsort(gathered_rows(np.array(places, np.int64)), kind="stable")
-
-        def all_of(mine: list[np.ndarray], like: LaneRows | None) -> np.ndarray:
-            width = () if like is None else (like.d_in,)
-            empty = np.empty((0, *width), np.int64 if like is None else np.float32)
-            return gathered_rows(np.concatenate([empty, *mine]))[order]
-
-        x = all_of([one.input for one in found], self.source)
-        y = x if self.target is None else all_of([one.target for one in found], self.target)
-        return Batch(x, y, all_of([one.rows for one in found], None))
+            found = [self._streams[lane].first_rows(per_lane) for lane in owned]
+        x = np.empty((0, self.source.d_in), np.float32)
+        y = x if self.target is None else np.empty((0, self.target.d_in), np.float32)
+        nothing = FirstRows(x, y, np.empty(0, np.int64), 0, np.empty(0, np.int64))
+        of_lanes = np.repeat(np.array(owned, np.int64), [len(one.rows) for one in found])
+        drawn = gathered_first_rows(one_after_other([nothing, *found]))
+        return drawn.chosen(np.argsort(gathered_rows(of_lanes), kind="stable"))

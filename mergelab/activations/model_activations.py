@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -120,6 +120,7 @@ class ModelActivations:
                     f"the site {site!r} has shape {list(shape)}; an SAE reads [batch, length, width]."
                 )
         object.__setattr__(self, "_last", {})
+        object.__setattr__(self, "_waiting", {})
 
     @property
     def rows(self) -> int:
@@ -169,23 +170,60 @@ class ModelActivations:
         return last[(start, stop)]
 
     def _compute(self, start: int, stop: int) -> tuple[np.ndarray, ...]:
-        rows = self._rows(start, stop)
-        for name, site in zip(self.sites, rows, strict=True):
-            if not np.isfinite(site).all():
-                raise NonFiniteError(f"activations of the site {name!r} are not finite; try float32 weights")
-        return tuple(rows)
-
-    def _rows(self, start: int, stop: int) -> list[np.ndarray]:
-        if self._harvest is not None:
-            return [site.astype(np.float32, copy=False) for site in self._harvest.rows(start, stop)]
         length = self.tokens.shape[1]
         first, end = start // length, -(-stop // length)
-        parts: list[list[np.ndarray]] = []
-        for (tokens,), count in filled_batches(self.batch, self.tokens[first:end]):
-            found = self._run(tokens)
-            parts.append([np.asarray(x)[:count].reshape(-1, x.shape[-1]) for x in found])
+        parts = list(self._passes(np.arange(first, end)))
         rows = [np.concatenate(site) for site in zip(*parts, strict=True)]
-        return [site[start - first * length : stop - first * length] for site in rows]
+        return tuple(site[start - first * length : stop - first * length] for site in rows)
+
+    def _passes(self, contexts: np.ndarray) -> Iterator[list[np.ndarray]]:
+        """Rows of every site of some contexts, `batch` contexts in one forward pass."""
+        for start in range(0, len(contexts), self.batch):
+            found = self._of_contexts(contexts[start : start + self.batch])
+            for name, site in zip(self.sites, found, strict=True):
+                if not np.isfinite(site).all():
+                    raise NonFiniteError(
+                        f"activations of the site {name!r} are not finite; try float32 weights"
+                    )
+            yield found
+
+    def _of_contexts(self, contexts: np.ndarray) -> list[np.ndarray]:
+        """Rows of every site of at most `batch` contexts."""
+        if self._harvest is not None:
+            length = self.tokens.shape[1]
+            each = [self._harvest.rows(int(one) * length, (int(one) + 1) * length) for one in contexts]
+            return [np.concatenate(site).astype(np.float32, copy=False) for site in zip(*each, strict=True)]
+        ((tokens,), count) = next(filled_batches(self.batch, self.tokens[contexts]))
+        return [np.asarray(x)[:count].reshape(-1, x.shape[-1]) for x in self._run(tokens)]
+
+    def site_rows(self, numbers: np.ndarray, index: int) -> np.ndarray:
+        """Rows of one site by number, from full forward passes over their contexts: `[len(numbers), d]`.
+
+        Other sites, which a transcoder reads next, are kept until they are asked for.
+
+        Raises:
+            NonFiniteError: an activation is NaN or infinite.
+        """
+        waiting: dict[str, Any] = getattr(self, "_waiting")  # noqa: B009
+        if index not in waiting.get("sites", {}) or not np.array_equal(waiting["numbers"], numbers):
+            waiting.clear()
+            waiting |= {"numbers": numbers, "sites": dict(enumerate(self._gather(numbers)))}
+        return waiting["sites"].pop(index)
+
+    def _gather(self, numbers: np.ndarray) -> list[np.ndarray]:
+        length = self.tokens.shape[1]
+        contexts, which = np.unique(numbers // length, return_inverse=True)
+        order = np.argsort(which, kind="stable")
+        ends = np.searchsorted(which[order], np.arange(self.batch, len(contexts) + self.batch, self.batch))
+        rows = [np.empty((len(numbers), width), np.float32) for width in self.widths]
+        begin = 0
+        for number, found in enumerate(self._passes(contexts)):
+            places = order[begin : ends[number]]
+            within = (which[places] - number * self.batch) * length + numbers[places] % length
+            for site, of_pass in zip(rows, found, strict=True):
+                site[places] = of_pass[within]
+            begin = ends[number]
+        return rows
 
     @cached_property
     def by_place(self) -> np.ndarray:
@@ -198,15 +236,7 @@ class ModelActivations:
         contexts = len(self.tokens)
         chosen = np.unique(np.linspace(0, contexts - 1, min(self.batch, contexts)).astype(int))
         there = self.by_place[chosen].reshape(-1)
-        if self._harvest is not None:
-            length = self.tokens.shape[1]
-            some = [self._rows(one * length, (one + 1) * length) for one in chosen.tolist()]
-            rows = [np.concatenate(site) for site in zip(*some, strict=True)]
-        else:
-            ((tokens,), count) = next(filled_batches(self.batch, self.tokens[chosen]))
-            found = self._run(tokens)
-            rows = [np.asarray(site)[:count].reshape(-1, site.shape[-1]) for site in found]
-        return tuple(median_norm(row_norms(site)[there]) for site in rows)
+        return tuple(median_norm(row_norms(site)[there]) for site in self._of_contexts(chosen))
 
     @property
     def norm_limits(self) -> tuple[float, ...]:
@@ -265,6 +295,10 @@ class SiteActivations:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop`: `[stop - start, d_in]`, float32."""
         return self.of.read_sites(start, stop)[self.index]
+
+    def read_scattered(self, numbers: np.ndarray) -> np.ndarray:
+        """Rows by number, from full forward passes over their contexts: `[len(numbers), d_in]`, float32."""
+        return self.of.site_rows(numbers, self.index)
 
 
 def contexts_of_texts(folder: Path, texts: str | Sequence[str], length: int) -> np.ndarray:

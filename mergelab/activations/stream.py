@@ -1,25 +1,22 @@
-"""Shuffled batches of activations with an exact place, made ahead."""
+"""Shuffled batches of activations with an exact place."""
 
 from __future__ import annotations
 
 import math
-import queue
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
+from mergelab.activations.first_rows import FirstRows, gathered_first_rows, owned_places
 from mergelab.activations.kept import KeptRows
 from mergelab.errors import SAEError
 from mergelab.processes.agreement import together
-from mergelab.processes.exchange import gathered_rows
 
-__all__ = ["ActivationSource", "ActivationStream", "Batch", "Prefetch", "Trace", "lanes_of"]
+__all__ = ["ActivationSource", "ActivationStream", "Batch", "ScatteredRows", "lanes_of"]
 
 
 @runtime_checkable
@@ -44,8 +41,18 @@ class ActivationSource(Protocol):
         ...
 
 
+@runtime_checkable
+class ScatteredRows(Protocol):
+    """A source that reads rows from many places for less than what they cost one piece after the other."""
+
+    def read_scattered(self, numbers: np.ndarray) -> np.ndarray:
+        """Rows by number, in their order: `[len(numbers), d_in]`, float32."""
+        ...
+
+
 _BLOCK_ROWS = 1024
 _LANES = 64  # at most, unless more processes than that share a batch
+_FIRST_ROWS = 4096  # of a start sample, where groups are smaller than that
 _GAP = 256  # rows between two that are wanted which are read with them, and not asked for apart
 
 
@@ -62,6 +69,24 @@ class Batch:
     input: np.ndarray
     target: np.ndarray
     rows: np.ndarray
+
+
+class _Group(NamedTuple):
+    """Rows that are shuffled together, of the lanes that one process reads.
+
+    Attributes:
+        input: `[lanes, rows of a lane, d_in]`, shuffled; rows that are too long are replaced by others.
+        target: `[lanes, rows of a lane, d_out]`; the same array where the input is to be reconstructed.
+        rows: `[lanes, rows of a lane]`, numbers of the rows.
+        asked: `[lanes, rows of a lane]`, numbers of the rows that were read, as they follow each other.
+        short: `[lanes, rows of a lane]`, which of those are short enough.
+    """
+
+    input: np.ndarray
+    target: np.ndarray
+    rows: np.ndarray
+    asked: np.ndarray
+    short: np.ndarray
 
 
 class ActivationStream:
@@ -125,6 +150,7 @@ class ActivationStream:
         self.position = 0
         self._counts = counts
         self._group = lru_cache(maxsize=2)(self._read_group)
+        self._drawn: dict[tuple[int, int], _Group] = {}
         self._order = lru_cache(maxsize=2)(self._shuffle_blocks)
         self._lay_lanes(lanes_of(batch_size, readers))
 
@@ -138,7 +164,12 @@ class ActivationStream:
         self._taken = None if whole else (inverse, self.part % at_once)
         self._group_ends = self._ends_of_groups()
         self._starts = np.concatenate([[0], np.cumsum(np.diff(self._group_ends, prepend=0) // lanes)])
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drops what was read for other lanes or other limits."""
         self._group.cache_clear()
+        self._drawn.clear()
 
     def state(self) -> dict[str, Any]:
         """The place of the next batch and what it depends on: plain JSON."""
@@ -177,38 +208,52 @@ class ActivationStream:
         """Goes to a place in the rows of all epochs, with limits of norms; None is no limit."""
         known = [math.inf if one is None else float(one) for one in limits]
         self.kept = replace(self.kept, limit=known[0], target_limit=known[1])
-        self._group.cache_clear()
+        self._forget()
         self.position = position
 
-    def draw(self, count: int, seed: int, buffer_rows: int) -> Batch:
-        """Rows drawn like a batch, however long they are, the same in every process.
+    def draw(self, count: int) -> FirstRows:
+        """The first rows of the first epoch, the same in every process; every process must make the call.
 
-        Each of several processes reads an equal share, and all get the whole; every one must make the call.
+        They are of whole groups, which each process reads for its batches in any case and then keeps, so that
+        they cost nothing: at most `count` rows, at most the first group, and of small groups as many as have
+        4,096 rows.
 
         Args:
-            count: rows to draw, at most as many as there are.
-            seed: seed of the order.
-            buffer_rows: rows that are shuffled together.
+            count: rows to draw, at most.
         """
-        size, processes = min(self.rows, count), jax.process_count()
-        lanes = lanes_of(size, processes)  # whole ones, so that each row is read once
-        share = np.array_split(np.arange(size).reshape(lanes, -1), processes)[jax.process_index()]
-        with together("reading the start sample", distributed=processes > 1):
-            drawn = next(
-                ActivationStream(
-                    self.source,
-                    size,
-                    seed=seed,
-                    target=self.target,
-                    buffer_rows=buffer_rows,
-                    part=share.reshape(-1),
-                    readers=processes,
-                    kept=replace(self.kept, limit=math.inf, target_limit=math.inf),
-                )
-            )
-        x = gathered_rows(drawn.input)
-        y = x if drawn.target is drawn.input else gathered_rows(drawn.target)
-        return Batch(x, y, gathered_rows(drawn.rows))
+        owned = owned_places(self._mine.tolist())
+        with together("reading the start sample", distributed=jax.process_count() > 1):
+            mine = self.first_rows(count, owned)
+        # A lane all of whose rows are too long has those of another.
+        return gathered_first_rows(mine).distinct()
+
+    def first_rows(self, count: int, places: Sequence[int] | None = None) -> FirstRows:
+        """What `draw` takes of some of this process's lanes.
+
+        Args:
+            count: rows to draw of all lanes, at most.
+            places: places of the lanes among those that this process reads; all if None.
+        """
+        chosen = list(range(len(self._mine)) if places is None else places)
+        starts, lengths = self._starts[:-1], np.diff(self._starts)  # in each lane
+        most = max(int(lengths[lengths > 0][0]) * self.lanes, _FIRST_ROWS)
+        wanted = max(min(count, most, int(self._starts[-1]) * self.lanes) // self.lanes, 1)
+        wide = (self.source.d_in, self.source.d_in if self.target is None else self.target.d_in)
+        xs, ys = ([np.empty((0, width), np.float32)] for width in wide)
+        rows, too_long, examined = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0
+        needed = np.flatnonzero((starts < wanted) & (lengths > 0)) if chosen else []
+        for group in map(int, needed):
+            found = self._drawn[(0, group)] = self._read_group(0, group)
+            taken = slice(0, wanted - int(starts[group]))
+            for pieces, array in zip((xs, ys, rows), found[:3], strict=True):
+                piece = array[chosen, taken]
+                pieces.append(piece.reshape(-1, *piece.shape[2:]))
+            asked, short = found.asked[chosen], found.short[chosen]
+            examined += asked.size
+            too_long.append(asked[~short])
+        x = np.concatenate(xs)
+        y = x if self.target is None else np.concatenate(ys)
+        return FirstRows(x, y, np.concatenate(rows), examined, np.concatenate(too_long)).distinct()
 
     def __iter__(self) -> ActivationStream:
         return self
@@ -241,7 +286,7 @@ class ActivationStream:
         group = int(np.searchsorted(self._starts, place, side="right")) - 1
         first = place - int(self._starts[group])
         taken = slice(first, first + wanted)
-        x, y, rows = self._group(epoch, group)
+        x, y, rows = self._group(epoch, group)[:3]
         return x[:, taken], y[:, taken], rows[:, taken]
 
     def _ends_of_groups(self) -> np.ndarray:
@@ -281,8 +326,10 @@ class ActivationStream:
         before = begin - int(ends[first - 1] if first else 0)
         return numbers[before : before + end - begin]
 
-    def _read_group(self, epoch: int, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """This process's lanes of a group: `[lanes, rows of a lane, d]`, and `[lanes, rows of a lane]`."""
+    def _read_group(self, epoch: int, group: int) -> _Group:
+        """This process's lanes of a group; one that was drawn from is not read again."""
+        if (epoch, group) in self._drawn:
+            return self._drawn.pop((epoch, group))
         numbers = self._numbers(epoch, group)
         if len(numbers) % self.lanes:  # others are left out in each epoch
             numbers = np.roll(
@@ -290,8 +337,9 @@ class ActivationStream:
             )
         length = len(numbers) // self.lanes
         lanes = self._mine
-        mine = np.concatenate([numbers[lane * length : (lane + 1) * length] for lane in lanes])
-        x, y, short = self._read_rows(mine)
+        asked = np.concatenate([numbers[lane * length : (lane + 1) * length] for lane in lanes])
+        x, y, short = self._read_rows(asked)
+        mine = asked
         chosen = []
         for place, lane in enumerate(lanes):
             good = place * length + np.flatnonzero(short[place * length : (place + 1) * length])
@@ -302,7 +350,14 @@ class ActivationStream:
             chosen.append(np.resize(good[mixed], length))
         order = np.stack(chosen)
         lanes_x = x[order]
-        return lanes_x, lanes_x if y is x else y[order], mine[order]
+        by_lane = (len(lanes), length)
+        return _Group(
+            lanes_x,
+            lanes_x if y is x else y[order],
+            mine[order],
+            asked.reshape(by_lane),
+            short.reshape(by_lane),
+        )
 
     def _read_rows(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows and targets by number, and which are short enough."""
@@ -338,7 +393,9 @@ def lanes_of(batch_size: int, readers: int = 1) -> int:
 
 
 def _read(source: ActivationSource, numbers: np.ndarray) -> np.ndarray:
-    """Rows by number, those near each other in one piece."""
+    """Rows by number, those near each other in one piece, unless the source has a better way."""
+    if isinstance(source, ScatteredRows):
+        return source.read_scattered(numbers)
     steps = np.diff(numbers)
     cuts = np.flatnonzero((steps < 1) | (steps > _GAP)) + 1
     pieces = []
@@ -347,97 +404,3 @@ def _read(source: ActivationSource, numbers: np.ndarray) -> np.ndarray:
         rows = source.read(first, last + 1)
         pieces.append(rows if len(rows) == len(part) else rows[part - first])
     return np.concatenate(pieces)
-
-
-Ready = TypeVar("Ready")
-
-
-@runtime_checkable
-class _Batches(Protocol):
-    """A stream of batches that knows its place."""
-
-    def state(self) -> dict[str, Any]: ...
-
-    def __next__(self) -> Batch: ...
-
-
-_INTERRUPT_WAIT = 0.5
-"""Seconds an interrupted consumer gives the batch that is being made."""
-
-
-@dataclass
-class Trace:
-    """How a consumer fared.
-
-    Attributes:
-        batches: taken so far.
-        waited: seconds the consumer stood still for them.
-        working: seconds the consumer spent between one batch and the next.
-    """
-
-    batches: int = 0
-    waited: float = 0.0
-    working: float = 0.0
-
-
-class Prefetch(Generic[Ready]):
-    """An iterator over the batches of a stream, prepared ahead; a context manager that ends its thread.
-
-    Args:
-        stream: the batches.
-        prepare: what to make of each in the thread, such as putting it on the devices.
-        ahead: how many are kept ready.
-    """
-
-    def __init__(self, stream: _Batches, prepare: Callable[[Batch], Ready], *, ahead: int = 2) -> None:
-        self.trace = Trace()
-        self._state = stream.state()
-        self._ready: queue.Queue[tuple[Any, Any, BaseException | None]] = queue.Queue(maxsize=ahead)
-        self._stop = threading.Event()
-        self._last: float | None = None
-        self._thread = threading.Thread(target=self._fill, args=(stream, prepare), daemon=True)
-        self._thread.start()
-
-    def _fill(self, stream: _Batches, prepare: Callable[[Batch], Ready]) -> None:
-        try:
-            while not self._stop.is_set():
-                batch = prepare(next(stream))
-                self._put((batch, stream.state(), None))
-        except BaseException as error:  # whatever it is, the consumer must hear of it
-            self._put((None, None, error))
-
-    def _put(self, item: tuple[Any, Any, BaseException | None]) -> None:
-        while not self._stop.is_set():
-            try:
-                return self._ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def state(self) -> dict[str, Any]:
-        """The stream's state as the consumer sees it: the place of the next batch it will take."""
-        return self._state
-
-    def __iter__(self) -> Iterator[Ready]:
-        return self
-
-    def __next__(self) -> Ready:
-        asked = time.perf_counter()
-        batch, state, error = self._ready.get()
-        if error is not None:
-            raise error
-        now = time.perf_counter()
-        if self._last is not None:
-            self.trace.working += asked - self._last
-        self.trace.batches += 1
-        self.trace.waited += now - asked
-        self._last, self._state = now, state
-        return batch
-
-    def __enter__(self) -> Prefetch[Ready]:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._stop.set()
-        # A user who interrupts does not wait for a slow source; the thread dies with the process.
-        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        self._thread.join(_INTERRUPT_WAIT if interrupted else None)

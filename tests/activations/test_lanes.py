@@ -72,11 +72,12 @@ def test_lanes_go_on_where_they_stood_and_are_the_seeds_own() -> None:
 
 
 def test_the_sample_is_of_all_lanes() -> None:
-    drawn = stream(np.arange(BATCH)).draw(160, 5, 512)
+    drawn = stream(np.arange(BATCH)).draw(160)
     lanes, counts = np.unique(drawn.input[:, 0], return_counts=True)
-    assert lanes.tolist() == list(range(LANES)) and set(counts.tolist()) == {20}
-    assert (drawn.input[:, 2] > 1).any()  # long ones too, which the overview counts
-    assert len(np.unique(drawn.input[:, :2], axis=0)) == 160
+    assert lanes.tolist() == list(range(LANES)) and set(counts.tolist()) <= {18, 19, 20}
+    assert (drawn.input[:, 2] == 1).all() and drawn.examined > 1000
+    assert set(drawn.too_long % 10) == {3} and len(drawn.too_long) > 90  # which the overview counts
+    assert len(np.unique(drawn.input[:, :2], axis=0)) == len(drawn.input)
 
 
 def test_a_lane_too_short_for_a_batch_is_named() -> None:

@@ -103,6 +103,27 @@ def test_any_number_of_processes_shares_a_batch_and_the_reading(batch: int, proc
     assert sum(read) <= 20_000 and max(read) <= -(-20_000 // processes)  # nor read twice
 
 
+@pytest.mark.parametrize(("buffer_rows", "drawn"), [(8192, 7712), (16_384, 10_000), (1024, 4096)])
+def test_a_sample_is_of_rows_that_are_read_in_any_case(buffer_rows: int, drawn: int) -> None:
+    source = Numbered(20_000)
+    stream = ActivationStream(source, 64, seed=1, buffer_rows=buffer_rows)
+    sample = stream.draw(10_000)
+    first = drawn // 64 * 64
+    assert len(sample.rows) == first and source.read_rows <= max(buffer_rows, drawn + 1024)
+    np.testing.assert_array_equal(sample.input[:, 0], sample.rows)
+    seen = np.concatenate([b.rows for b in _take(stream, 20_000 // 64)])
+    assert source.read_rows <= 20_000  # an epoch costs its rows, the sample none
+    np.testing.assert_array_equal(sample.rows, np.unique(seen[:first]))
+    plain = ActivationStream(Numbered(20_000), 64, seed=1, buffer_rows=buffer_rows)
+    np.testing.assert_array_equal(np.concatenate([b.rows for b in _take(plain, 20_000 // 64)]), seen)
+
+
+def test_a_sample_of_fewer_rows_than_lanes_or_for_no_rows() -> None:
+    assert len(ActivationStream(Numbered(70), 64, buffer_rows=8).draw(100).rows) == 64
+    nothing = ActivationStream(Numbered(70), 64, part=np.arange(0))
+    assert nothing.draw(100).input.shape == (0, 2)
+
+
 def test_a_part_of_a_lane_is_taken_from_the_whole_of_it() -> None:
     whole = ActivationStream(Numbered(5000), 64, seed=1, buffer_rows=2048)
     parts = np.array_split(np.random.default_rng(0).permutation(64), 3)

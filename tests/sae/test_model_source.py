@@ -241,6 +241,25 @@ def test_the_command_and_a_training_on_the_model(folder: Path, tmp_path: Path) -
     assert transcoder.W_dec.shape == (64, 32) and not np.allclose(transcoder.W_dec, online.sae.W_dec)
 
 
+def test_a_training_runs_the_model_once_over_its_tokens(
+    folder: Path, source: ModelActivations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = []
+    run = ModelActivations._run
+    monkeypatch.setattr(ModelActivations, "_run", lambda *args: passes.append(0) or run(*args))
+    data = {
+        "kind": "model", "model": str(folder / "model"), "site": SITES[0], "target_site": SITES[1],
+        "text": str(folder / "text.txt"), "context": 16, "buffer_rows": 1024,
+    }  # fmt: skip
+    kept = int(source.by_place.sum())
+    budget = {"batch_size": 64, "tokens": kept // 64 * 64}
+    result = train({"sae": {"n_latents": 64, "k": 4}, "data": data, "train": budget}, tmp_path / "run")
+    assert result.sae.config.metadata["rows"]["sampled"]["rows"] >= min(kept // 64 * 64, 1024)
+    groups = -(-kept // 1024)
+    # One for the limit of norms; of both sites at once; groups share the contexts at their ends.
+    assert len(passes) <= 1 + len(source.tokens) // source.batch + 2 * groups
+
+
 def test_a_tokenizer_larger_than_the_embedding_is_named(folder: Path, tmp_path: Path) -> None:
     config = small_llama.LlamaConfig(
         vocab_size=100, hidden_size=8, intermediate_size=8, num_hidden_layers=1,

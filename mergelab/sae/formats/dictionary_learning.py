@@ -14,11 +14,10 @@ import numpy as np
 from mergelab.checkpoints import TensorSource
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.torch_pickle import write_pickled
-from mergelab.errors import CheckpointError
 from mergelab.sae.formats.file_format import FileFormat, Found, Signature, open_weights
 from mergelab.sae.formats.hook_names import said_or, site_of, submodule_of
 from mergelab.sae.formats.own import write_folder
-from mergelab.sae.formats.settings import FormatSettings, number_in
+from mergelab.sae.formats.settings import FormatSettings, faults_at_once, number_in
 from mergelab.sae.formats.shared import (
     arrays_of,
     check_sizes,
@@ -82,21 +81,28 @@ def read_dictionary_learning(files: Found) -> SAE:
     file = files.weights
     tensors = open_weights(file).tensors
     values, trainer = _settings(files, tensors)
-    name = trainer.word("dict_class", _KINDS)
-    kind = _KINDS[name]
-    check_sizes(
-        file,
-        {inner: tensor.shape for inner, tensor in tensors.items()},
-        {
-            inner: _AXES[ours] if inner == ours or "weight" not in inner else _AXES[ours][::-1]
-            for inner, ours in kind.names.items()
-        },
-        files.settings,
-        {
-            "d": ("activation_dim", trainer.values.get("activation_dim")),
-            "n": ("dict_size", trainer.values.get("dict_size")),
-        },
-    )
+    with faults_at_once(trainer) as told:
+        # Of an unknown class nothing else can be said.
+        name = trainer.word("dict_class", _KINDS)
+        kind, k = _KINDS[name], None
+        if kind.activation in ("topk", "batch_topk"):
+            in_file = "k" in tensors and name == _TOP_K
+            k = _k_in(file, tensors["k"], told) if in_file else told.whole("k")
+        if kind.activation == "batch_topk" and "threshold" not in tensors:
+            told.refuse("has no threshold, which a batch-top-k SAE needs", file)
+        check_sizes(
+            file,
+            {inner: tensor.shape for inner, tensor in tensors.items()},
+            {
+                inner: _AXES[ours] if inner == ours or "weight" not in inner else _AXES[ours][::-1]
+                for inner, ours in kind.names.items()
+            },
+            files.settings,
+            {
+                "d": ("activation_dim", told.values.get("activation_dim")),
+                "n": ("dict_size", told.values.get("dict_size")),
+            },
+        )
     raw = arrays_of(tensors, dict.fromkeys(kind.names, True), file)
     found = {ours: raw[inner].T if "weight" in inner else raw[inner] for inner, ours in kind.names.items()}
     if name == "AutoEncoder":
@@ -104,12 +110,7 @@ def read_dictionary_learning(files: Found) -> SAE:
         norms = jnp.where(norms > 0, norms, 1)
         found["W_enc"], found["b_enc"] = found["W_enc"] * norms[None, :], found["b_enc"] * norms
         found["W_dec"] = found["W_dec"] / norms[:, None]
-    k = None
-    if kind.activation in ("topk", "batch_topk"):
-        k = _k_in(file, tensors["k"]) if "k" in tensors and name == _TOP_K else trainer.whole("k")
     if kind.activation == "batch_topk":
-        if "threshold" not in tensors:
-            raise CheckpointError(f"{file}: has no threshold, which a batch-top-k SAE needs")
         found["threshold"] = jnp.full_like(found["b_enc"], number_in(file, "threshold", tensors["threshold"]))
     config = SAEConfig(kind.activation, k, kind.subtract_b_dec, **_sites(values))
     return SAE(**found, config=config).checked()
@@ -126,13 +127,12 @@ def _settings(files: Found, tensors: Mapping[str, TensorSource]) -> tuple[Mappin
     return told.values, told.inner("trainer")
 
 
-def _k_in(path: Path, tensor: TensorSource) -> int:
+def _k_in(path: Path, tensor: TensorSource, told: FormatSettings) -> int:
     k = number_in(path, "k", tensor)
-    if k != int(k) or not 1 <= k < 2**31:
-        raise CheckpointError(
-            f"{path}: k is {k}, but a whole number of at least 1 was expected; get it again"
-        )
-    return int(k)
+    if k == int(k) and 1 <= k < 2**31:
+        return int(k)
+    told.refuse(f"k is {k}, but a whole number of at least 1 was expected", path)
+    return 1
 
 
 def _sites(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,10 +16,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mergelab.errors import CheckpointError
 from mergelab.sae.formats.file_format import FileFormat, Files, Found, Signature, open_weights
 from mergelab.sae.formats.hook_names import site_of
-from mergelab.sae.formats.settings import FormatSettings
+from mergelab.sae.formats.settings import FormatSettings, faults_at_once
 from mergelab.sae.formats.shared import arrays_of, check_sizes
 from mergelab.sae.sae import SAE, SAEConfig
 
@@ -52,22 +51,27 @@ def read_llama_scope(files: Found) -> SAE:
     first = settings.path.name == "hyperparams.json"
     tensors = open_weights(weights).tensors
     said = settings.values
-    check_sizes(
-        weights,
-        {name: tensor.shape for name, tensor in tensors.items()},
-        _AXES,
-        settings.path,
-        {"d": ("d_model", said.get("d_model")), "n": ("d_sae", said.get("d_sae"))},
-    )
+    width = (tensors["encoder.weight"].shape if "encoder.weight" in tensors else ()) or (1,)
+    with faults_at_once(settings) as told:
+        scale, scale_out = _scales(told, width[-1])
+        limit, over_norms, centered = 0.0, False, told.flag("apply_decoder_bias_to_pre_encoder", False)
+        if first:
+            told.word("act_fn", ("jumprelu",), "jumprelu")
+            limit = told.positive("jump_relu_threshold")
+            over_norms = told.flag("sparsity_include_decoder_norm", True)
+        check_sizes(
+            weights,
+            {name: tensor.shape for name, tensor in tensors.items()},
+            _AXES,
+            settings.path,
+            {"d": ("d_model", said.get("d_model")), "n": ("d_sae", said.get("d_sae"))},
+        )
     wanted = {name: name != "log_jumprelu_threshold" or not first for name in _AXES}
     found = arrays_of(tensors, wanted, weights)
-    n, width = found["encoder.weight"].shape
-    scale, scale_out = _scales(settings, width)
     W_dec = found["decoder.weight"].T
     if first:
-        settings.word("act_fn", ("jumprelu",), "jumprelu")
-        threshold = jnp.full(n, settings.positive("jump_relu_threshold") * scale_out, jnp.float32)
-        if settings.flag("sparsity_include_decoder_norm", True):
+        threshold = jnp.full(len(W_dec), limit * scale_out, jnp.float32)
+        if over_norms:
             threshold = threshold / jnp.maximum(jnp.linalg.norm(W_dec, axis=1), 1e-30)
     else:
         threshold = jnp.exp(found["log_jumprelu_threshold"])
@@ -79,7 +83,7 @@ def read_llama_scope(files: Found) -> SAE:
         threshold=threshold,
         config=SAEConfig(
             "jump_relu",
-            subtract_b_dec=settings.flag("apply_decoder_bias_to_pre_encoder", False),
+            subtract_b_dec=centered,
             **_sites(said),
         ),
     ).checked()
@@ -95,10 +99,11 @@ def _scales(settings: FormatSettings, width: int) -> tuple[float, float]:
             inner.positive("out") if "out" in inner.values else mean_in
         )
     if "norm_scaling_factor" not in settings.values:
-        raise CheckpointError(
-            f"{settings.path}: dataset_average_activation_norm is missing, so the scale of the activations "
-            "is not known; load the SAE by its release (llama_scope_r1_distill) or by its name on the hub"
+        settings.refuse(
+            "dataset_average_activation_norm is missing, so the scale of the activations is not known unless "
+            "the SAE is loaded by its release (llama_scope_r1_distill) or by its name on the hub"
         )
+        return 1.0, 1.0
     scale = settings.positive("norm_scaling_factor")
     return scale, scale
 

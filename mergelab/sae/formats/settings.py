@@ -39,9 +39,9 @@ class FormatSettings:
         """The object of a JSON file; errors are those of `read_json_object`."""
         return cls(path, read_json_object(path))
 
-    def refuse(self, what: str) -> None:
-        """Says, or notes, that something in the file is wrong."""
-        fault = f"{self.path}: {what}; correct it or get the file again"
+    def refuse(self, what: str, path: Path | None = None) -> None:
+        """Says, or notes, that something in the file, or in another one beside it, is wrong."""
+        fault = f"{path or self.path}: {what}; correct it or get the file again"
         if self.faults is None:
             raise CheckpointError(fault)
         self.faults.append(fault)

@@ -129,7 +129,7 @@ def check_sizes(
         if size in right and value != right[size]:
             faults.append(f"{cfg}: {key} is {value!r}, but the tensors have {right[size]}")
     if faults:
-        raise CheckpointError("\n".join(f"{fault}; get or write the SAE again" for fault in faults))
+        raise CheckpointError([f"{fault}; get or write the SAE again" for fault in faults])
 
 
 def check_finite(file: Path, name: str, values: Array | np.ndarray) -> None:
@@ -170,7 +170,8 @@ def arrays_of(
     missing = [name for name, needed in wanted.items() if needed and name not in tensors]
     if missing:
         known = ", ".join(sorted(tensors)[:20])
-        raise CheckpointError(f"{path}: has no tensor {missing[0]!r}, only {known}; of another format?")
+        names = f"tensor{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing[:20]))}"
+        raise CheckpointError(f"{path}: has no {names}, only {known}; of another format?")
     found = {name: jnp.asarray(read_whole(tensors[name]), jnp.float32) for name in wanted if name in tensors}
     for name, values in found.items():
         check_finite(path, name, values)

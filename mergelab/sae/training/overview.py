@@ -13,7 +13,6 @@ from mergelab.activations.kept import DEFAULT_RULE, row_norms
 from mergelab.activations.lane_rows import LaneStream
 from mergelab.activations.left_out import LeftOut
 from mergelab.activations.stream import ActivationStream, Batch
-from mergelab.errors import SAEError
 
 __all__ = ["Overview", "draw_sample"]
 
@@ -88,43 +87,26 @@ class Overview:
         return found
 
 
-def draw_sample(
-    stream: ActivationStream | LaneStream, count: int, seed: int, *, buffer_rows: int, tokens: int
-) -> tuple[Batch, Overview]:
-    """Rows drawn like a batch, less those that are too long, and what they look like.
+def draw_sample(stream: ActivationStream | LaneStream, count: int, *, tokens: int) -> tuple[Batch, Overview]:
+    """The first rows of a training, less those that are too long, and what they look like.
 
-    The same in every process; every process must make the call.
+    Rows that the training shuffles first: they are read once for both. The same in every process; every
+    process must make the call.
 
     Args:
-        stream: the training's; its place stays what it is.
-        count: rows to draw, at most as many as there are.
-        seed: seed of the order.
-        buffer_rows: rows that are shuffled together.
+        stream: the training's, at its first row; its place stays what it is.
+        count: rows to draw, at most.
         tokens: rows of the whole training.
 
     Raises:
         SAEError: all of the rows are too long.
     """
-    kept = stream.kept
-    drawn = stream.draw(count, seed, buffer_rows)
-    short = kept.short_enough(drawn.input, drawn.target)
-    left_out = LeftOut()
-    if short.all():
-        left_out.rows = len(short)
-        sample = drawn
-    else:
-        long = drawn.rows[~short]
-        places = long if kept.context is None else long % kept.context
-        left_out.rows, left_out.by_norm = len(short), len(long)
-        left_out.places.update(places.tolist())
-        x = drawn.input[short]
-        y = x if drawn.target is drawn.input else drawn.target[short]
-        sample = Batch(x, y, drawn.rows[short])
-    if not len(sample.input):
-        raise SAEError(
-            f"none of {left_out.rows} sampled rows is short enough (max_norm_multiple); raise it, or set it "
-            "to null for no limit."
-        )
+    drawn = stream.draw(count)
+    context = stream.kept.context
+    places = drawn.too_long if context is None else drawn.too_long % context
+    left_out = LeftOut(drawn.examined, by_norm=len(places))
+    left_out.places.update(places.tolist())
+    sample = Batch(drawn.input, drawn.target, drawn.rows)
     return sample, _overview(stream, sample.input, left_out, tokens)
 
 

@@ -46,7 +46,7 @@ class Start:
     mesh: Mesh | None
 
     def begin(self) -> tuple[TrainState, Overview]:
-        """The state before the first step, from a sample drawn like a batch, and what the sample looks like.
+        """The state before the first step, from a sample of its first rows, and what they look like.
 
         The same in every process.
         """
@@ -56,13 +56,9 @@ class Start:
     def draw(self) -> StartSample:
         """The sample from which the state before the first step is made, the same in every process.
 
-        Several processes read a share of it each.
+        Of a stream at its first row; the batches take over what is read for it.
         """
-        seed = self.settings.train.seed + 2**31  # not the order of the training itself
-        rows = self.settings.data.buffer_rows
-        return StartSample(
-            *draw_sample(self.stream, SAMPLE_ROWS, seed, buffer_rows=rows, tokens=self.recipe.tokens)
-        )
+        return StartSample(*draw_sample(self.stream, SAMPLE_ROWS, tokens=self.recipe.tokens))
 
     def state_from(self, sample: Batch) -> TrainState:
         """The state before the first step that a sample gives."""

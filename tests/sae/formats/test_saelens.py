@@ -161,7 +161,7 @@ def test_a_decoder_row_of_zeros_is_no_division_by_zero(tmp_path: Path) -> None:
         ("v6_transcoder_none", {"apply_b_dec_to_input": True}, "apply_b_dec_to_input is true"),
         ("v6_transcoder_none", {"d_out": 7}, "d_out is 7, but the tensors have 5"),
         ("v6_standard_none", {"d_sae": 13}, "d_sae is 13, but the tensors have 12"),
-        ("v6_standard_none", {"architecture": "gated"}, "has no tensor 'b_gate'"),
+        ("v6_standard_none", {"architecture": "gated"}, "has no tensors 'b_gate', 'r_mag', 'b_mag'"),
         ("v6_standard_none", {"architecture": "jumprelu"}, "has no tensor 'threshold'"),
         ("v6_standard_none", {"architecture": "skip_transcoder", "apply_b_dec_to_input": False}, "'W_skip'"),
         ("v6_standard_none", {"architecture": "batchtopk"}, "has no topk_threshold"),

@@ -53,6 +53,56 @@ def test_all_faults_of_a_file_are_said_at_once(tmp_path: Path) -> None:
     assert load_sae(_folder(tmp_path / "none", {**right, "apply_b_dec_to_input": True})).config.k == 2
 
 
+def _said(path: Path, **kwargs: Any) -> tuple[str, ...]:
+    with pytest.raises(CheckpointError) as caught:
+        load_sae(path, **kwargs)
+    return caught.value.faults
+
+
+LLAMA = Path(__file__).parent / "released" / "fnlp" / "Llama3_1-8B-Base-LXR-8x" / "Llama3_1-8B-Base-L3R-8x"
+
+
+def test_llama_scope_says_all_that_is_wrong(tmp_path: Path) -> None:
+    shutil.copytree(LLAMA, tmp_path / "a")
+    right = json.loads((LLAMA / "hyperparams.json").read_text())
+    wrong = {
+        "act_fn": "relu", "jump_relu_threshold": -1, "sparsity_include_decoder_norm": "yes", "d_sae": 25,
+        "apply_decoder_bias_to_pre_encoder": 0, "dataset_average_activation_norm": {"in": 0, "out": "2"},
+    }  # fmt: skip
+    (tmp_path / "a" / "hyperparams.json").write_text(json.dumps(right | wrong))
+    said = " ".join(_said(tmp_path / "a"))
+    assert len(_said(tmp_path / "a")) == 7
+    assert all(key in said for key in wrong) and "activation_norm.in" in said and "norm.out" in said
+    del right["dataset_average_activation_norm"]
+    (tmp_path / "a" / "hyperparams.json").write_text(json.dumps(right | {"act_fn": "relu"}))
+    assert ["r1_distill" in one for one in _said(tmp_path / "a")] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "count"),
+    [
+        ("AutoEncoder", {"activation_dim": 9, "dict_size": "many"}, 2),
+        ("AutoEncoderNew", {"activation_dim": 9, "dict_size": 3.5}, 2),
+        ("GatedAutoEncoder", {"activation_dim": 9, "dict_size": 25}, 2),
+        ("AutoEncoderTopK", {"activation_dim": 9, "dict_size": 25}, 2),
+        ("BatchTopKSAE", {"k": 0, "activation_dim": 9, "dict_size": 25}, 3),
+        ("MatryoshkaBatchTopKSAE", {"k": "few", "activation_dim": 9, "dict_size": 25}, 3),
+        ("JumpReluAutoEncoder", {"activation_dim": 9, "dict_size": 25}, 2),
+        ("BatchTopKSAE", {"dict_class": "CrossCoder"}, 1),
+    ],
+)
+def test_dictionary_learning_says_all_that_is_wrong(
+    tmp_path: Path, name: str, wrong: dict[str, Any], count: int
+) -> None:
+    recorded = Path(__file__).parent / "recorded" / f"dictionary_learning_{name}"
+    shutil.copytree(recorded, tmp_path / "a")
+    config = json.loads((recorded / "config.json").read_text())
+    config["trainer"] |= wrong
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    said = _said(tmp_path / "a")
+    assert len(said) == count and all(key in " ".join(said) for key in wrong)
+
+
 def test_an_sae_of_several_tokens_is_refused_with_the_reason(tmp_path: Path) -> None:
     temporal = {"architecture": "temporal", "d_in": 4, "d_sae": 8, "n_heads": 2}
     with pytest.raises(

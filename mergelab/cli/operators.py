@@ -29,7 +29,8 @@ _MARKDOWN_HEAD = """\
 
 What a recipe's `merge_method` and `mergelab.operators` can name. Written by `mergelab operators --markdown`;
 a test keeps it current. *Models* counts the inputs besides the base; parameters in *italics* are set per
-model, the others once for the merge; a parameter without a default is required.
+model, the others once for the merge; a parameter without a default is required. What each kept of
+three siblings of a language model and of eight tasks, and what it cost, is [measured](measured_operators.md).
 """
 
 
@@ -102,6 +103,7 @@ def _explain(operator: Operator) -> str:
         f"  models      {_models(operator)} besides the base",
         *([] if operator.statistics is None else [f"  statistics  {operator.statistics}, of each model"]),
         f"  reference   {operator.reference}",
+        f"  helps       {operator.helps}",
     ]
     width = max((len(p.name) for p in operator.parameters), default=0)
     if operator.parameters:
@@ -139,6 +141,7 @@ def _markdown(operator: Operator) -> str:
             f"- parameters: {', '.join(parameters) or 'none'}",
             *([] if operator.statistics is None else [_STATISTICS[operator.statistics]]),
             f"- reference: {operator.reference}",
+            f"- for: {operator.helps}",
             "",
         ]
     )
@@ -152,6 +155,7 @@ def _declaration(operator: Operator) -> dict[str, Any]:
         "min_models": operator.min_models,
         "max_models": operator.max_models,
         "reference": operator.reference,
+        "helps": operator.helps,
         **({} if operator.statistics is None else {"statistics": operator.statistics}),
         "parameters": [
             {

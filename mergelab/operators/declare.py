@@ -167,6 +167,7 @@ class Operator:
             one, is one more ordinary input and needs its per-model parameters).
         min_models, max_models: how many models it takes besides the base (`max_models` None: any number).
         reference: the paper or program that defines it.
+        helps: what it is for, after its paper and experiments here.
         parameters: its hyper-parameters, in signature order.
         lone: the treatment of a tensor that too few models have.
         absent: the treatment of a tensor that the base lacks.
@@ -184,6 +185,7 @@ class Operator:
     min_models: int
     max_models: int | None
     reference: str
+    helps: str
     parameters: tuple[HyperParameter, ...]
     build: Callable[..., Merge]
     lone: Lone = "refuse"
@@ -224,6 +226,7 @@ def operator(
     min_models: int = 1,
     max_models: int | None = None,
     reference: str,
+    helps: str,
     lone: Lone = "refuse",
     absent: Absent = "refuse",
     integers: IntegerUse = "equal",
@@ -254,6 +257,7 @@ def operator(
             min_models,
             max_models,
             reference,
+            helps,
             parameters,
             build,
             lone,

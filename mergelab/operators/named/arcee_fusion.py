@@ -63,6 +63,7 @@ class ArceeFusion(Reduction):
     reference="mergekit 0.1.5, method arcee_fusion",
     lone="copy",
     absent="copy",
+    helps="One fine-tune whose main changes the base should take over and no more.",
 )
 def arcee_fusion() -> Merge:
     """Keeps the base and takes over the other model's most important changes."""

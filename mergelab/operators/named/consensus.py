@@ -42,7 +42,11 @@ class ConsensusSum(Reduction):
         return jnp.where(votes >= self.agree, total, jnp.float32(0))
 
 
-@operator(base="required", reference="Wang et al., 'Localizing Task Information', arXiv 2405.07813")
+@operator(
+    base="required",
+    reference="Wang et al., 'Localizing Task Information', arXiv 2405.07813",
+    helps="Many tasks, to drop what only one of them (or none) relies on.",
+)
 def consensus(
     mask_lambda: Annotated[float, Range(0.0)] = 0.4,
     agree: Annotated[int, Range(0)] = 2,

@@ -37,7 +37,12 @@ def _dare(
     )
 
 
-@operator(base="required", min_models=0, reference=_REFERENCE)
+@operator(
+    base="required",
+    min_models=0,
+    reference=_REFERENCE,
+    helps="Small task vectors (usual fine-tunes): most entries can go, which leaves room for others.",
+)
 def dare_linear(
     weight: Annotated[Any, PerModel()],
     density: Probability = 1.0,
@@ -57,7 +62,13 @@ def dare_linear(
     return _dare(weight, density, normalize, rescale, lambda_, rescale_by, draws, elect=False)
 
 
-@operator(base="required", min_models=0, reference=_REFERENCE, shares="elected")
+@operator(
+    base="required",
+    min_models=0,
+    reference=_REFERENCE,
+    shares="elected",
+    helps="DARE for several tasks whose signs conflict.",
+)
 def dare_ties(
     weight: Annotated[Any, PerModel()],
     density: Probability = 1.0,
@@ -116,7 +127,13 @@ def _della(
     return task_vector_merge(weight, prune, normalize=normalize, scale=lambda_, elect=elect, rescale=rescale)
 
 
-@operator(base="required", min_models=0, reference=_REFERENCE, shares="elected")
+@operator(
+    base="required",
+    min_models=0,
+    reference=_REFERENCE,
+    shares="elected",
+    helps="DARE where large changes matter more than small ones, with conflicting signs.",
+)
 def della(
     weight: Annotated[Any, PerModel()],
     density: Density = 1.0,
@@ -140,7 +157,12 @@ def della(
     return _della(weight, density, epsilon, normalize, rescale, lambda_, draws, elect=True)
 
 
-@operator(base="required", min_models=0, reference=_REFERENCE)
+@operator(
+    base="required",
+    min_models=0,
+    reference=_REFERENCE,
+    helps="DELLA where signs seldom conflict.",
+)
 def della_linear(
     weight: Annotated[Any, PerModel()],
     density: Density = 1.0,

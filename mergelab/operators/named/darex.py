@@ -16,6 +16,7 @@ __all__ = ["darex"]
     base="required",
     min_models=0,
     reference="Deng et al., 'DARE the extreme' (DAREx-q), arXiv 2410.09344",
+    helps="DARE at high drop rates, where dividing by `density` overshoots; choose `q` on data.",
 )
 def darex(
     weight: Annotated[Any, PerModel()],

@@ -74,7 +74,11 @@ def _unified(xs: Arrays) -> jax.Array:
     return elected * largest
 
 
-@operator(base="required", reference="Huang et al., 'EMR-Merging', arXiv 2405.17461")
+@operator(
+    base="required",
+    reference="Huang et al., 'EMR-Merging', arXiv 2405.17461",
+    helps="Several tasks where the task is known at run time: masks restore each from one model.",
+)
 def emr(task: Annotated[int | None, OneOfModels()] = None) -> Merge:
     """EMR: the unified model; with `task`, that task's model from the unified one, its mask and its factor.
 

@@ -49,6 +49,7 @@ class FisherMean(Reduction):
     reference="Matena and Raffel, 'Merging models with Fisher-weighted averaging', arXiv 2111.09832",
     shares="always",
     statistics="fisher",
+    helps="Models of different data with little of it at hand: entries weigh by what depends on them.",
 )
 def fisher(
     weight: Annotated[float, PerModel(), Range(0.0)] = 1.0, floor: Annotated[float, Range(0.0)] = 1e-6

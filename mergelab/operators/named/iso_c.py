@@ -33,7 +33,11 @@ class Isotropic(MatrixReduction):
         return jnp.mean(singular) * jnp.matmul(left, right, precision="highest")
 
 
-@operator(base="required", reference="Marczak et al., 'No Task Left Behind' (Iso-C), arXiv 2502.04959")
+@operator(
+    base="required",
+    reference="Marczak et al., 'No Task Left Behind' (Iso-C), arXiv 2502.04959",
+    helps="Many tasks: a flat spectrum lets weak tasks through; tune its factor, it likes a large one.",
+)
 def iso_c(lambda_: float = 1.0) -> Merge:
     """Isotropic merging: the sum of the task vectors, with its singular values replaced by their mean.
 

@@ -58,7 +58,11 @@ class CommonAndTaskSpecific(MatrixReduction):
         return jnp.mean(singular) * jnp.matmul(left, right, precision="highest")
 
 
-@operator(base="required", reference="Marczak et al., 'No Task Left Behind' (Iso-CTS), arXiv 2502.04959")
+@operator(
+    base="required",
+    reference="Marczak et al., 'No Task Left Behind' (Iso-CTS), arXiv 2502.04959",
+    helps="Many tasks that share little: each keeps directions of its own beside the common ones.",
+)
 def iso_cts(lambda_: float = 1.0, common_space_fraction: Annotated[float, Range(0.0, 1.0)] = 0.8) -> Merge:
     """Iso-CTS: Iso-C that gives a share of the directions to what each task has beside the common space.
 

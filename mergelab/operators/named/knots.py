@@ -122,7 +122,11 @@ def _isotropic(core: Matrix) -> Matrix:
     return mean * polar_factor(core)
 
 
-@operator(base="required", reference="Stoica et al., 'Merging with SVD to tie the knots', arXiv 2410.19735")
+@operator(
+    base="required",
+    reference="Stoica et al., 'Merging with SVD to tie the knots', arXiv 2410.19735",
+    helps="LoRA fine-tunes, whose task vectors hardly align as they stand.",
+)
 def knots(weight: Annotated[Any, PerModel()] = 1.0, density: Density = 1.0, lambda_: float = 1.0) -> Merge:
     """KnOTS: TIES on the coordinates of the task vectors in the column space that all of them span.
 
@@ -132,7 +136,11 @@ def knots(weight: Annotated[Any, PerModel()] = 1.0, density: Density = 1.0, lamb
     return Merge((), SharedColumns(weight=weights(weight), density=weights(density)), weights(lambda_))
 
 
-@operator(base="required", reference="Panariello et al., 'Core space merging', arXiv 2509.17786")
+@operator(
+    base="required",
+    reference="Panariello et al., 'Core space merging', arXiv 2509.17786",
+    helps="LoRA fine-tunes of low rank: merged in the space that they span, exactly and cheaply.",
+)
 def core_space(
     weight: Annotated[Any, PerModel()] = 1.0,
     density: Density = 1.0,

@@ -14,7 +14,11 @@ from mergelab.operators.reductions import Mean, WeightedSum
 __all__ = ["linear", "passthrough", "uniform", "wise_ft"]
 
 
-@operator(base="as_input", reference="Wortsman et al., 'Model soups', arXiv 2203.05482")
+@operator(
+    base="as_input",
+    reference="Wortsman et al., 'Model soups', arXiv 2203.05482",
+    helps="Fine-tunes of one base that differ by seed, data order or rate; the first merge to try.",
+)
 def linear(weight: Annotated[Any, PerModel()], normalize: bool = True) -> Merge:
     """Weighted average of the models: `sum_i w_i X_i`, divided by `sum_i w_i` if `normalize`.
 
@@ -32,7 +36,11 @@ def linear(weight: Annotated[Any, PerModel()], normalize: bool = True) -> Merge:
     return Merge((), WeightedSum(w / w.sum()) if w.ndim else Mean(w), deltas=False)
 
 
-@operator(base="as_input", reference="Wortsman et al., 'Model soups', arXiv 2203.05482")
+@operator(
+    base="as_input",
+    reference="Wortsman et al., 'Model soups', arXiv 2203.05482",
+    helps="Many fine-tunes of one base on the same task, none of them bad.",
+)
 def uniform() -> Merge:
     """The uniform soup: the plain mean of the models."""
     return Merge((), Mean(np.float32(1)), deltas=False)
@@ -43,6 +51,7 @@ def uniform() -> Merge:
     max_models=1,
     reference="Wortsman et al., WiSE-FT, arXiv 2109.01903",
     strength="alpha",
+    helps="One fine-tune that lost robustness (`alpha` < 1), or that stopped too early (`alpha` > 1).",
 )
 def wise_ft(alpha: float) -> Merge:
     """Moves from the base towards (or, for `alpha` above 1, beyond) one fine-tune: `(1 - a) B + a X`.
@@ -59,6 +68,7 @@ def wise_ft(alpha: float) -> Merge:
     integers="first",
     copies_unless="scale",
     strength="scale",
+    helps="Layers and tensors taken as they are: frankenmerges, scaled copies.",
 )
 def passthrough(scale: float | None = None) -> Merge:
     """Copies the single model's tensors, multiplied by `scale` if given."""

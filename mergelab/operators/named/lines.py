@@ -75,7 +75,11 @@ def depth_scaled(merge: Merge, *, beta: Any, alpha: Any = None) -> Merge:
     return dataclasses.replace(merge, reduce=scaled)
 
 
-@operator(base="required", reference="Wang et al., 'LiNeS', arXiv 2410.17146")
+@operator(
+    base="required",
+    reference="Wang et al., 'LiNeS', arXiv 2410.17146",
+    helps="General models to be kept: shallow layers, which hold what is common, change least.",
+)
 def lines(
     beta: float,
     weight: Annotated[Any, PerModel()] = 1.0,

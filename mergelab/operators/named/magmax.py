@@ -24,7 +24,11 @@ class LargestMagnitude(Reduction):
         return chosen
 
 
-@operator(base="required", reference="Marczak et al., 'MagMax', arXiv 2407.06322")
+@operator(
+    base="required",
+    reference="Marczak et al., 'MagMax', arXiv 2407.06322",
+    helps="Models fine-tuned one after the other on tasks of one kind (continual learning).",
+)
 def magmax(lambda_: float = 0.5) -> Merge:
     """MagMax: `B + lambda t`, where t is entry by entry the task vector of largest magnitude.
 

@@ -87,6 +87,7 @@ class ModelStock(Reduction):
     reference="Jang et al., 'Model Stock', arXiv 2403.19522",
     lone="base",
     absent="omit",
+    helps="Two or three fine-tunes of one task, as an estimate of what averaging many would give.",
 )
 def model_stock(filter_wise: bool = False) -> Merge:
     """Interpolates between the base and the models' mean by the geometry of their differences."""

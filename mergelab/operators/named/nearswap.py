@@ -30,7 +30,12 @@ class NearSwap(Reduction):
         return rounded(share * x) + rounded((1 - share) * base)
 
 
-@operator(base="required", max_models=1, reference="mergekit 0.1.5, method nearswap")
+@operator(
+    base="required",
+    max_models=1,
+    reference="mergekit 0.1.5, method nearswap",
+    helps="A base that should take from another model only what it nearly agrees with.",
+)
 def nearswap(t: float) -> Merge:
     """Swaps in the other model's entries within `t` of the base's, and fades out beyond."""
     return Merge((), NearSwap(weights(t)), deltas=False)

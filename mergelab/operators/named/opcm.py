@@ -85,7 +85,11 @@ def _product(a: Matrix, b: Matrix) -> Matrix:
     return jnp.matmul(a, b, precision="highest")
 
 
-@operator(base="required", reference="Tang et al., 'Merging models on the fly' (OPCM), arXiv 2501.09522")
+@operator(
+    base="required",
+    reference="Tang et al., 'Merging models on the fly' (OPCM), arXiv 2501.09522",
+    helps="Models that come one after the other and of which only the merge so far is kept.",
+)
 def opcm(alpha: Annotated[float, Range(0.0, 1.0)] = 0.5, lambda_: float = 1.0) -> Merge:
     """OPCM: models merged in their order, each projected off what the merge so far holds.
 

@@ -97,7 +97,11 @@ def _normalized(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     return jnp.clip((x - low) / jnp.where(width > 0, width, 1), 0, jnp.where(width > 0, jnp.float32(1), 0))
 
 
-@operator(base="required", reference="Du et al., 'Parameter Competition Balancing', arXiv 2410.02396")
+@operator(
+    base="required",
+    reference="Du et al., 'Parameter Competition Balancing', arXiv 2410.02396",
+    helps="Tasks of different kinds whose entries compete, with a search of its factor on data.",
+)
 def pcb(
     ratio: Annotated[float, Range(0.0, 1.0)] = 0.1,
     lambda_: float = 1.0,

@@ -84,13 +84,23 @@ class OverlapPlus(Reduction):
         return _averaged(xs, changed, count, list(known[0]))
 
 
-@operator(base="required", min_models=0, reference="RAM, arXiv 2601.13572")
+@operator(
+    base="required",
+    min_models=0,
+    reference="RAM, arXiv 2601.13572",
+    helps="Models trained by reinforcement learning, whose changes are sparse and seldom overlap.",
+)
 def ram(epsilon: Epsilon = 1e-5) -> Merge:
     """Reinforced agent merging: unique changes are kept whole, overlapping ones averaged."""
     return Merge((), Overlap(weights(epsilon)))
 
 
-@operator(base="required", min_models=0, reference="RAM+, arXiv 2601.13572")
+@operator(
+    base="required",
+    min_models=0,
+    reference="RAM+, arXiv 2601.13572",
+    helps="The same as ram where much of the changes is shared, so that unique ones would be drowned.",
+)
 def ramplus_tl(r: float = 0.1, alpha: Annotated[float, Range(0.0)] = 0.2, epsilon: Epsilon = 1e-5) -> Merge:
     """RAM with unique changes amplified by how much of the model's change is shared, per tensor."""
     return Merge((), OverlapPlus(exact(r), exact(alpha), weights(epsilon)))

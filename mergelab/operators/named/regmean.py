@@ -101,6 +101,7 @@ def _divided(y: Float[Array, "out in"], gram: Float[Array, "in in"]) -> Float[Ar
     base="optional",
     reference="Jin et al., 'Dataless knowledge fusion' (RegMean), arXiv 2212.09849",
     statistics="gram",
+    helps="Models of different data, of which some text is at hand: a forward pass over it weighs inputs.",
 )
 def regmean(off_diagonal: Annotated[float, Range(0.0, 1.0)] = 1.0) -> Merge:
     """RegMean: least squares between the merged matrix's outputs and each model's on its own inputs.

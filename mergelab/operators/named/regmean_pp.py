@@ -15,6 +15,7 @@ __all__ = ["regmean_pp"]
     base="optional",
     reference="Nguyen et al., 'RegMean++', arXiv 2508.03121",
     statistics="merged_gram",
+    helps="The same as regmean for deep models: each layer is fitted to the merged ones before it.",
 )
 def regmean_pp(off_diagonal: Annotated[float, Range(0.0, 1.0)] = 1.0) -> Merge:
     """RegMean++: RegMean on the inputs that each layer has once the layers before it are merged.

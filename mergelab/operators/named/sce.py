@@ -101,7 +101,12 @@ class EnergyMean(Reduction):
         return total / jnp.maximum(divisor, jnp.float32(1e-6))
 
 
-@operator(base="required", min_models=0, reference="Wan et al., 'FuseChat' (SCE), arXiv 2408.07990")
+@operator(
+    base="required",
+    min_models=0,
+    reference="Wan et al., 'FuseChat' (SCE), arXiv 2408.07990",
+    helps="Several models that moved different matrices: each gets its share by how much it changed.",
+)
 def sce(int8_mask: bool = False, select_topk: Annotated[float, Range(0.0, 1.0, clips="both")] = 1.0) -> Merge:
     """Select (by variance), calculate (energy weights), erase (minority signs).
 

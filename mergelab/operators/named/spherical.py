@@ -52,6 +52,7 @@ class Slerp(GramReduction):
     lone="copy",
     absent="copy",
     strength="t",
+    helps="Two models whose weights have about equal norms and that should meet half way.",
 )
 def slerp(t: float) -> Merge:
     """Spherical interpolation from the base (`t` = 0) to the other model (`t` = 1), tensor by tensor.
@@ -177,6 +178,7 @@ def _squared_sine(
     lone="copy",
     absent="copy",
     shares="always",
+    helps="Two models, with weights instead of `t`; with a base, where their task vectors differ in angle.",
 )
 def nuslerp(
     weight: Annotated[Any, PerModel()], nuslerp_row_wise: bool = False, nuslerp_flatten: bool = True
@@ -243,7 +245,11 @@ class MultiSlerp(GramReduction):
             )
 
 
-@operator(base="optional", reference="mergekit 0.1.5, method multislerp")
+@operator(
+    base="optional",
+    reference="mergekit 0.1.5, method multislerp",
+    helps="Several models where averaging would shrink norms: far apart, or many.",
+)
 def multislerp(
     weight: Annotated[Any, PerModel()],
     normalize_weights: bool = True,
@@ -314,7 +320,11 @@ class Karcher(GramReduction):
         return tuple((m * inverse * jnp.mean(norms)).astype(jnp.float32)), doubtful & jnp.any(valid)
 
 
-@operator(base="as_input", reference="mergekit 0.1.5, method karcher")
+@operator(
+    base="as_input",
+    reference="mergekit 0.1.5, method karcher",
+    helps="The same as multislerp without a weighting, where its one tangent step is not exact enough.",
+)
 def karcher(
     max_iter: Annotated[int, Range(0, clips="low")] = 10, tol: Annotated[float, Range(0.0)] = 1e-5
 ) -> Merge:

@@ -55,7 +55,11 @@ class TruncateSpectrum(Stage):
         return jnp.matmul(left * short[None, :], right, precision="highest").astype(x.dtype)
 
 
-@operator(base="required", reference="Lee et al., 'STAR', arXiv 2502.10339")
+@operator(
+    base="required",
+    reference="Lee et al., 'STAR', arXiv 2502.10339",
+    helps="Many models, without a factor to search: its defaults are stable as models are added.",
+)
 def star(eta: Annotated[float, Range(0.0, 1.0)] = 0.4, lambda_: float = 1.0) -> Merge:
     """STAR: truncates each task vector's spectrum, rescales it to its nuclear norm, and averages.
 

@@ -56,7 +56,11 @@ class CalibratedSum(MatrixReduction):
         return jnp.matmul(left * (gain * singular)[None, :], right, precision="highest")
 
 
-@operator(base="required", reference="Li et al., 'When shared knowledge hurts' (SVC), arXiv 2602.05536")
+@operator(
+    base="required",
+    reference="Li et al., 'When shared knowledge hurts' (SVC), arXiv 2602.05536",
+    helps="Tasks that share directions, which a sum would count once for each.",
+)
 def svc(
     weight: Annotated[Any, PerModel()] = 1.0,
     alpha: Annotated[float, Range(0.0)] = 1.0,

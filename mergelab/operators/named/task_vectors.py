@@ -53,6 +53,7 @@ def task_vector_merge(
     base="required",
     min_models=0,
     reference="Ilharco et al., 'Editing models with task arithmetic', arXiv 2212.04089",
+    helps="Skills to add or (negative weights) to remove; on language models what helps most reliably.",
 )
 def task_arithmetic(
     weight: Annotated[Any, PerModel()],
@@ -74,6 +75,7 @@ def task_arithmetic(
     min_models=0,
     reference="Yadav et al., 'TIES-Merging', arXiv 2306.01708",
     shares="elected",
+    helps="Several tasks with large, noisy task vectors whose signs conflict.",
 )
 def ties(
     weight: Annotated[Any, PerModel()],
@@ -108,7 +110,12 @@ Gamma = Annotated[float, PerModel(), Range(0.0, 1.0, clips="high")]
 _REFERENCE = "Davari and Belilovsky, 'Model Breadcrumbs', arXiv 2312.06795"
 
 
-@operator(base="required", min_models=0, reference=_REFERENCE)
+@operator(
+    base="required",
+    min_models=0,
+    reference=_REFERENCE,
+    helps="Task vectors with outliers: the largest changes are left out along with the smallest.",
+)
 def breadcrumbs(
     weight: Annotated[Any, PerModel()],
     density: Density = 1.0,
@@ -126,7 +133,13 @@ def breadcrumbs(
     return task_vector_merge(weight, stage, normalize=normalize, scale=lambda_, rescale=rescale)
 
 
-@operator(base="required", min_models=0, reference=_REFERENCE, shares="elected")
+@operator(
+    base="required",
+    min_models=0,
+    reference=_REFERENCE,
+    shares="elected",
+    helps="Breadcrumbs where signs conflict, too.",
+)
 def breadcrumbs_ties(
     weight: Annotated[Any, PerModel()],
     density: Density = 1.0,

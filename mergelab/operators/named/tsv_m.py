@@ -56,6 +56,7 @@ def leading_directions(
 @operator(
     base="required",
     reference="Gargiulo et al., 'Task Singular Vectors' (TSV-Merge), arXiv 2412.00081",
+    helps="Many tasks of full rank, without data; best of those without data in our experiments.",
 )
 def tsv_m(lambda_: float = 1.0) -> Merge:
     """TSV-Merge: adds the tasks' leading singular directions, each made orthogonal to all others.

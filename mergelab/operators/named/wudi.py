@@ -100,7 +100,11 @@ def _descended(residual: Matrix, stacked: Matrix, steps: int) -> Matrix:
     return jax.lax.while_loop(going, advanced, start)[1]
 
 
-@operator(base="required", reference="Cheng et al., 'WUDI-Merging', arXiv 2503.08099")
+@operator(
+    base="required",
+    reference="Cheng et al., 'WUDI-Merging', arXiv 2503.08099",
+    helps="Several tasks without data and without a factor to search.",
+)
 def wudi(lambda_: float = 1.0, solver: Solver = "exact", steps: Annotated[int, Range(0)] = 300) -> Merge:
     """WUDI: the task vector with the least interference along what each task's matrix reads.
 

@@ -1,0 +1,142 @@
+"""The page of benchmarks/siblings.py: every operator in one table, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mergelab.verdict import Estimate, difference, resampled_sums
+from mergelab.verdict.bootstrap import shown
+
+__all__ = ["kept_gains", "page", "retained"]
+
+Scores = Mapping[str, Mapping[str, Sequence[float]]]
+"""By domain: bits and bytes of each passage."""
+
+
+_TEXT = """\
+Written by `python -m benchmarks.siblings --model {model} --work DIR --publish`. The base is
+SmolLM2-135M-Instruct in float32. Each sibling is the base after `mergelab finetune` (all weights, AdamW,
+{lr:g}) on {tokens:,} tokens of one kind of text that comes with a Python environment: sources, C headers,
+licenses. Figures are bits per byte (lower is better) on {held_out} passages of 500 characters of each kind,
+from files that no sibling has seen; licenses repeat one another, seen or not. One seed.
+
+Fine-tuning took {taught}.
+
+*Gain kept*: (base - merge) / (base - specialist), mean over the three kinds, with a 95 % interval of paired
+resamples of the passages: 1 is every specialist on its own text at once, 0 is the base. Sparse operators
+keep the densities that `siblings.py` says, others their defaults; no factor was searched. Seconds and
+memory (peak of anonymous memory) are of whole `merge` processes on a machine that did other work, too;
+*regmean* and *fisher* need a pass over each sibling's text before. mergekit 0.1.5 stands where it has the
+operator for three models.
+"""
+
+
+def rates(scores: Scores) -> dict[str, np.ndarray]:
+    """Bits per byte of each domain, of all passages and then of every resample of them; paired."""
+    found = {}
+    for domain, score in scores.items():
+        sums = resampled_sums(np.stack([score["bits"], score["bytes"]], axis=1).astype(np.float64))
+        found[domain] = sums[:, 0] / sums[:, 1]
+    return found
+
+
+def retained(base: Scores, specialists: Mapping[str, Scores], merge: Scores) -> Estimate:
+    """The part of the specialists' gains that a merge keeps: the mean over domains of gain over gain.
+
+    1 is as good as each specialist on its own text, 0 as the base; interval by paired resamples.
+    """
+    start, end = rates(base), rates(merge)
+    best = {domain: rates(specialists[domain])[domain] for domain in base}
+    parts = [(start[domain] - end[domain]) / (start[domain] - best[domain]) for domain in base]
+    drawn = np.mean(parts, axis=0)
+    low, high = np.quantile(drawn[1:], [0.025, 0.975])
+    return Estimate(float(drawn[0]), (float(low), float(high)))
+
+
+def kept_gains(results: Mapping[str, Any]) -> dict[str, Estimate]:
+    """What every parent and merge of a run retains, by name."""
+    scores = {name: row["scores"] for name, row in (results["parents"] | results["merges"]).items()}
+    specialists = {domain: scores[domain] for domain in scores["base"]}
+    return {name: retained(scores["base"], specialists, one) for name, one in scores.items()}
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """The whole page as Markdown."""
+    scores = {name: row["scores"] for name, row in (results["parents"] | results["merges"]).items()}
+    domains, kept = list(scores["base"]), kept_gains(results)
+    order = sorted(results["merges"], key=lambda name: -kept[name].value)
+    names = ("base", *domains, *order)
+    rows = [_row(name, kept, scores, domains, results["merges"].get(name, {})) for name in names]
+    head = ["model", "gain kept", *(f"{domain}" for domain in domains), "mean", "seconds", "memory MB",
+            "mergekit s", "its memory MB"]  # fmt: skip
+    machine = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
+    s = results["settings"]
+    taught = "; ".join(
+        f"{domain}: {row['seconds']:.0f} s, {row['memory'] / 1e6:.0f} MB"
+        for domain, row in results["finetune"].items()
+    )
+    lines = [
+        "# Three siblings of a language model, by every operator",
+        "",
+        _TEXT.format(model=results["model"], taught=taught, **s),
+        "| " + " | ".join(head) + " |",
+        "| --- |" + " ---: |" * (len(head) - 1),
+        *("| " + " | ".join(cells) + " |" for cells in rows),
+        "",
+        *verdict(scores, domains, order),
+        "",
+        f"Machine: {machine}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def verdict(scores: Mapping[str, Scores], domains: Sequence[str], order: Sequence[str]) -> list[str]:
+    """Which merges beat the best parent on all text together, in a sentence."""
+    together = {name: _together(one) for name, one in scores.items()}
+    parent = min(("base", *domains), key=lambda name: together[name][0][0] / together[name][1][0])
+    units = sum(len(one["bits"]) for one in scores[parent].values())
+    better = [
+        name
+        for name in order
+        if (found := difference(together[parent], together[name], units)).value < 0
+        and found.p is not None
+        and found.p < 0.05
+    ]
+    if not better:
+        sentence = f"No merge beats the best parent ({parent}) on all texts together"
+        return [f"{sentence} (paired bootstrap, p < .05)."]
+    return [
+        f"On all three texts together the best parent is {parent}; {len(better)} of {len(order)} merges beat",
+        "it (paired bootstrap, p < .05 each, not corrected for their number).",
+    ]
+
+
+def _together(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
+    columns = [np.concatenate([np.asarray(one[key]) for one in scores.values()]) for key in ("bits", "bytes")]
+    sums = resampled_sums(np.stack(columns, axis=1).astype(np.float64))
+    return sums[:, 0], sums[:, 1]
+
+
+def _row(
+    name: str,
+    kept: Mapping[str, Estimate],
+    scores: Mapping[str, Scores],
+    domains: Sequence[str],
+    cost: Mapping[str, Any],
+) -> list[str]:
+    means = [float(rates(scores[name])[domain][0]) for domain in domains]
+    cells = [f"*{name}*" if not cost else name, "0" if name == "base" else shown(kept[name], 2)]
+    cells += [f"{value:.3f}" for value in (*means, sum(means) / len(means))]
+    if not cost:
+        return [*cells, "", "", "", ""]
+    seconds = f"{cost['seconds']:.1f}"
+    if "statistics_seconds" in cost:
+        seconds += f" + {cost['statistics_seconds']:.0f}"
+    cells += [seconds, f"{cost['memory'] / 1e6:.0f}"]
+    if "mergekit_seconds" not in cost:
+        return [*cells, "-", "-"]
+    return [*cells, f"{cost['mergekit_seconds']:.1f}", f"{cost['mergekit_memory'] / 1e6:.0f}"]

@@ -20,11 +20,13 @@ README = (REPOSITORY / "colab" / "README.md").read_text(encoding="utf-8")
 """Where the repository is published, in the one place that says so."""
 # What each prints once its point is made.
 PRINTED = {
+    "explain.ipynb": "shuffled documents gain next to nothing: True",
     "merging.ipynb": "memory against disk:",
     "models.ipynb": "saved is what was loaded: True",
     "sae.ipynb": "the same SAE in SAELens files: True",
     "sae_evaluation.ipynb": "ablating subtracts what the latent writes: True",
     "steering.ipynb": "alarming prompts refused: 100% -> 0%",
+    "verdict.ipynb": "an unwritten merge measures as the written one: True",
 }
 
 

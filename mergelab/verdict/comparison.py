@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from mergelab.verdict.evaluation import (
 if TYPE_CHECKING:
     from mergelab.merging.recipe.schema import Recipe
 
-__all__ = ["Comparison", "compare_models", "paired"]
+__all__ = ["Comparison", "compare_models", "paired", "short_names"]
 
 _COLUMNS = {
     "bits_per_byte": "bits per byte",
@@ -71,11 +71,13 @@ class Comparison:
         """Figures with their intervals, and differences with their probabilities, as lines for a reader."""
         flat = [_flat(one.to_dict()) for one in self.evaluations]
         names = [name for name in _COLUMNS if all(name in one for one in flat)]
-        rows = [[str(one["model"]), *(shown(one[name]) for name in names)] for one in flat]
+        short = short_names([one.name for one in self.evaluations])
+        rows = [[short[str(one["model"])], *(shown(one[name]) for name in names)] for one in flat]
         lines = [text_table(["model", *(_COLUMNS[name] for name in names)], rows)]
         if self.differences:
             rows = [
-                [f"{b} - {a}", *(_with_p(found[name]) for name in names)] for a, b, found in self.differences
+                [f"{short[b]} - {short[a]}", *(_with_p(found[name]) for name in names)]
+                for a, b, found in self.differences
             ]
             lines += ["", text_table(["paired difference", *(_COLUMNS[name] for name in names)], rows)]
         return "\n".join(lines)
@@ -172,6 +174,23 @@ def _flat(data: dict[str, Any]) -> dict[str, Any]:
         f"{kind}.{name}": value for kind in ("tasks", "answers") for name, value in data.get(kind, {}).items()
     }
     return {**data, **inner}
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """The names of models as a reader sees them: of each path the last parts that no other ends in."""
+    parts = {name: PurePath(name).parts or (name,) for name in names}
+
+    def tail(name: str, count: int) -> str:
+        return name if count >= len(parts[name]) else "/".join(parts[name][-count:])
+
+    found = {}
+    for name in parts:
+        others = [other for other in parts if other != name]
+        count = 1
+        while count < len(parts[name]) and any(tail(name, count) == tail(other, count) for other in others):
+            count += 1
+        found[name] = tail(name, count)
+    return found
 
 
 def _with_p(found: Difference) -> str:

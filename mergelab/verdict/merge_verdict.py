@@ -15,7 +15,7 @@ from mergelab.merging.plan.input_models import is_planned
 from mergelab.merging.unwritten_merge import open_merge
 from mergelab.operators import OPERATORS
 from mergelab.verdict.bootstrap import LEVEL, Difference
-from mergelab.verdict.comparison import Comparison, paired
+from mergelab.verdict.comparison import Comparison, paired, short_names
 from mergelab.verdict.evaluation import Evaluation, Material, Subject, gather, measure, subjects_of
 
 if TYPE_CHECKING:
@@ -91,13 +91,12 @@ def verdict_of(
     parent, merge = min(parents, key=_bits), min(merges, key=_bits)
     found = paired(parent, merge)[_FIGURE]
     beats = found.value < 0 and _is_beyond_chance(found)
-    sentence = _sentence(parent.name, merge.name, found, beats=beats, several=len(merges) > 1)
+    short = short_names([one.name for one in (*others, *parents, *merges)])
+    sentence = _sentence(short[parent.name], short[merge.name], found, beats=beats, several=len(merges) > 1)
     for base in (one for one in others if one.text is not None):
         against = paired(base, merge)[_FIGURE]
         if not (against.value < 0 and _is_beyond_chance(against)):
-            sentence += (
-                f"; {'it does not' if beats else 'nor does it'} beat the base {base.name} ({_p(against)})"
-            )
+            sentence += f"; {'it does not' if beats else 'nor does it'} beat the base {short[base.name]} ({_p(against)})"
     comparison = Comparison((*others, *parents, *merges))
     return MergeVerdict(sentence, beats, merge.name, parent.name, found, comparison)
 

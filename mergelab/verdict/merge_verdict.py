@@ -96,7 +96,8 @@ def verdict_of(
     for base in (one for one in others if one.text is not None):
         against = paired(base, merge)[_FIGURE]
         if not (against.value < 0 and _is_beyond_chance(against)):
-            sentence += f"; {'it does not' if beats else 'nor does it'} beat the base {short[base.name]} ({_p(against)})"
+            neither = "it does not" if beats else "nor does it"
+            sentence += f"; {neither} beat the base {short[base.name]} ({_p(against)})"
     comparison = Comparison((*others, *parents, *merges))
     return MergeVerdict(sentence, beats, merge.name, parent.name, found, comparison)
 

@@ -25,6 +25,7 @@ Merging
 Verdicts
     evaluate_model(place, text=..., tasks=...)              bits per byte, accuracy, answers, with intervals
     compare_models([place, place], text=...)                several models, and their paired differences
+    solve(place, tasks=..., method="vote", out=folder)      accuracy against compute: samples, votes, searches
 
 Sparse autoencoders
     SAE, load_sae(folder), save_sae(sae, folder)            files of six libraries
@@ -110,6 +111,7 @@ if TYPE_CHECKING:
         stream,
     )
     from mergelab.models import Model, model_from_config, save_model
+    from mergelab.reasoning import solve
     from mergelab.sae import SAE, evaluate_sae, latent_table, load_sae, save_sae, train_sae
     from mergelab.sharding import make_mesh
     from mergelab.text import Tokenizer
@@ -168,6 +170,7 @@ __all__ = [
     "save_sae",
     "save_steering",
     "sharding",
+    "solve",
     "soup",
     "steer",
     "steering_vector",

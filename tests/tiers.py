@@ -51,6 +51,7 @@ THOROUGH = frozenset(
         "tests/operators/test_selection.py",
         "tests/operators/test_transformations.py",
         "tests/reasoning/test_reward_model.py",
+        "tests/reasoning/test_solve.py",
         "tests/sae/evaluation/test_activity.py",
         "tests/sae/evaluation/test_curve.py",
         "tests/sae/evaluation/test_downstream.py",

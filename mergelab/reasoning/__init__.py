@@ -6,6 +6,11 @@ from mergelab.lazy import lazy_names
 
 if TYPE_CHECKING:
     from mergelab.reasoning.answers import extract_answer, reference_answer
+    from mergelab.reasoning.fitted import StepRows, fit_reading, load_probe, save_probe, step_rows
+    from mergelab.reasoning.flops import PassCosts, pass_costs
+    from mergelab.reasoning.growth import Growth
+    from mergelab.reasoning.methods import METHODS, Attempt, MethodOptions, attempt, decide
+    from mergelab.reasoning.outcomes import results_of
     from mergelab.reasoning.preferences import (
         bradley_terry_loss,
         dpo_loss,
@@ -16,9 +21,19 @@ if TYPE_CHECKING:
         model_implicit_reward,
         sequence_log_probs,
     )
+    from mergelab.reasoning.readings import (
+        Reading,
+        confidence_reading,
+        entropy_reading,
+        latent_reading,
+        lens_reading,
+        log_probability_reading,
+        monitor_of,
+        probe_reading,
+    )
     from mergelab.reasoning.reward_files import load_reward_model, save_reward_model
     from mergelab.reasoning.reward_model import RewardModel, new_reward_model, score_texts
-    from mergelab.reasoning.reward_rows import RewardRows, outcome_rows, pair_rows, step_rows
+    from mergelab.reasoning.reward_rows import RewardRows, outcome_rows, pair_rows, process_rows
     from mergelab.reasoning.reward_scratchpads import Scratchpads, generate_scratchpads
     from mergelab.reasoning.reward_training import RewardRecord, train_reward_model
     from mergelab.reasoning.rewards import (
@@ -29,39 +44,69 @@ if TYPE_CHECKING:
         length_penalized_reward,
         relative_length_reward,
     )
+    from mergelab.reasoning.solving import Solved, solve
     from mergelab.reasoning.tasks import Task, check_tasks, read_tasks
+    from mergelab.reasoning.verifier_names import VERIFIERS
+    from mergelab.reasoning.writer import Trace, Writer
 
 __all__ = [
+    "METHODS",
+    "VERIFIERS",
+    "Attempt",
+    "Growth",
+    "MethodOptions",
+    "PassCosts",
+    "Reading",
     "RewardModel",
     "RewardRecord",
     "RewardRows",
     "Scratchpads",
+    "Solved",
+    "StepRows",
     "Task",
+    "Trace",
+    "Writer",
+    "attempt",
     "bradley_terry_loss",
     "check_tasks",
     "clipped_fraction",
     "clipped_objective",
+    "confidence_reading",
+    "decide",
     "dpo_loss",
     "elo_expected",
     "elo_loss",
     "elo_update",
+    "entropy_reading",
     "extract_answer",
+    "fit_reading",
     "generate_scratchpads",
     "group_advantages",
     "implicit_reward",
     "kl_estimate",
+    "latent_reading",
     "length_penalized_reward",
+    "lens_reading",
+    "load_probe",
     "load_reward_model",
+    "log_probability_reading",
     "model_implicit_reward",
+    "monitor_of",
     "new_reward_model",
     "outcome_rows",
     "pair_rows",
+    "pass_costs",
+    "probe_reading",
+    "process_rows",
     "read_tasks",
     "reference_answer",
     "relative_length_reward",
+    "results_of",
+    "save_probe",
     "save_reward_model",
     "score_texts",
     "sequence_log_probs",
+    "solve",
     "step_rows",
     "train_reward_model",
 ]

@@ -52,7 +52,7 @@ class Solved:
 
     Attributes:
         results: the figures, as plain data; what `results.json` holds.
-        traces: for each task its traces, as they are logged.
+        traces: traces of each task, as they are logged.
     """
 
     results: Mapping[str, Any]

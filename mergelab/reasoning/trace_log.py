@@ -27,7 +27,7 @@ class TraceLog:
     off, and made again: the same draws give the same traces.
 
     Attributes:
-        tasks: for each task that is done its traces, and its outcome.
+        tasks: traces of each task that is done, and its outcome.
     """
 
     def __init__(self, folder: Path | None, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:

@@ -123,12 +123,17 @@ class Bench:
         """Bits and bytes of every passage, by domain."""
         from mergelab.verdict import evaluate_model
 
-        found = {}
-        for domain, (_, held_out) in self.texts.items():
-            scores = evaluate_model(model, text=held_out, context=256, dtype="float32").text
-            assert scores is not None
-            found[domain] = {"bits": scores.bits.tolist(), "bytes": scores.bytes.tolist()}
-        return {"scores": found}
+        held_out = [passages for _, passages in self.texts.values()]
+        scores = evaluate_model(model, text=held_out, context=192, dtype="float32").text
+        assert scores is not None and scores.bits.size == len(self.texts) * self.options.held_out
+        columns = {"bits": scores.bits, "bytes": scores.bytes}
+        parts = {name: column.reshape(len(self.texts), -1) for name, column in columns.items()}
+        return {
+            "scores": {
+                domain: {name: part[number].tolist() for name, part in parts.items()}
+                for number, domain in enumerate(self.texts)
+            }
+        }
 
     def merge(self, name: str) -> dict[str, Any]:
         """One operator: its cost, mergekit's, and what its output says."""

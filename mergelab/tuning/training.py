@@ -146,6 +146,8 @@ class Tuning:
         rate, waiting = self.optimizer.rate(), None
         for number in range(done + 1, total + 1):
             state, figures = step(state, self.fixed, self._batch(number - 1))
+            if jax.default_backend() == "cpu":
+                jax.block_until_ready(figures)  # a step that waits for another would take its memory already
             if waiting is not None:  # the step before is read while this one runs
                 self._note(*waiting, record, hooks)
             waiting = number, figures, float(np.asarray(rate(number - 1)))

@@ -6,6 +6,14 @@ from mergelab.lazy import lazy_names
 
 if TYPE_CHECKING:
     from mergelab.reasoning.answers import extract_answer, reference_answer
+    from mergelab.reasoning.concept_injection import Injections, concept_vectors, inject_concepts
+    from mergelab.reasoning.decision_odds import EndingOdds, odds_monitor, read_ending_odds
+    from mergelab.reasoning.latent_steps import (
+        LatentSteps,
+        compare_latent_steps,
+        generate_after_latent_steps,
+        latent_steps_of,
+    )
     from mergelab.reasoning.preferences import (
         bradley_terry_loss,
         dpo_loss,
@@ -32,6 +40,9 @@ if TYPE_CHECKING:
     from mergelab.reasoning.tasks import Task, check_tasks, read_tasks
 
 __all__ = [
+    "EndingOdds",
+    "Injections",
+    "LatentSteps",
     "RewardModel",
     "RewardRecord",
     "RewardRows",
@@ -41,21 +52,28 @@ __all__ = [
     "check_tasks",
     "clipped_fraction",
     "clipped_objective",
+    "compare_latent_steps",
+    "concept_vectors",
     "dpo_loss",
     "elo_expected",
     "elo_loss",
     "elo_update",
     "extract_answer",
+    "generate_after_latent_steps",
     "generate_scratchpads",
     "group_advantages",
     "implicit_reward",
+    "inject_concepts",
     "kl_estimate",
+    "latent_steps_of",
     "length_penalized_reward",
     "load_reward_model",
     "model_implicit_reward",
     "new_reward_model",
+    "odds_monitor",
     "outcome_rows",
     "pair_rows",
+    "read_ending_odds",
     "read_tasks",
     "reference_answer",
     "relative_length_reward",

@@ -37,6 +37,7 @@ Edits and readings; edits go to `model.apply(params, tokens, edit={site: ...})` 
     ablate(sae, latents), ablate(direction)                 remove latents or a direction
     patch(value)                                            put another prompt's activation in place
     logit_lens(model, params, tokens)                       what every layer already predicts
+    trace_decision(a, b, prompts, tokens)                   why one model stops where another goes on
     abliterate(model_folder, out, harmful, harmless)        a direction removed from the weights
 
 Errors
@@ -108,6 +109,7 @@ if TYPE_CHECKING:
         soup,
     )
     from mergelab.models import Model, model_from_config, save_model
+    from mergelab.reasoning import trace_decision
     from mergelab.sae import SAE, evaluate_sae, latent_table, load_sae, save_sae, train_sae
     from mergelab.sharding import make_mesh
     from mergelab.text import Tokenizer
@@ -170,6 +172,7 @@ __all__ = [
     "steer",
     "steering_vector",
     "text",
+    "trace_decision",
     "train_sae",
     "trees",
     "tuning",

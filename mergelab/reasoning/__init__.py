@@ -8,6 +8,10 @@ if TYPE_CHECKING:
     from mergelab.reasoning.answers import extract_answer, reference_answer
     from mergelab.reasoning.concept_injection import Injections, concept_vectors, inject_concepts
     from mergelab.reasoning.decision_odds import EndingOdds, odds_monitor, read_ending_odds
+    from mergelab.reasoning.decision_paths import sparse_token_sum, token_analogy
+    from mergelab.reasoning.decision_report import render_decision
+    from mergelab.reasoning.decision_trace import DecisionTrace, trace_decision
+    from mergelab.reasoning.decision_values import value_contributions
     from mergelab.reasoning.latent_steps import (
         LatentSteps,
         compare_latent_steps,
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
     from mergelab.reasoning.tasks import Task, check_tasks, read_tasks
 
 __all__ = [
+    "DecisionTrace",
     "EndingOdds",
     "Injections",
     "LatentSteps",
@@ -77,11 +82,16 @@ __all__ = [
     "read_tasks",
     "reference_answer",
     "relative_length_reward",
+    "render_decision",
     "save_reward_model",
     "score_texts",
     "sequence_log_probs",
+    "sparse_token_sum",
     "step_rows",
+    "token_analogy",
+    "trace_decision",
     "train_reward_model",
+    "value_contributions",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__)

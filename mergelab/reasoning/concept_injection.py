@@ -188,9 +188,9 @@ def inject_concepts(
     answers = [_first(tokenizer, text) for text in (yes, no)]
     words = [_first(tokenizer, f" {name}") for name in names]
     length = float(np.mean([np.linalg.norm(vector) for vector in moved]))
-    drawn = np.random.default_rng(seed).normal(size=(draws, shape[2]))
+    drawn = np.random.default_rng(seed).normal(size=(draws, len(moved[0])))
     noise = (drawn / np.linalg.norm(drawn, axis=1, keepdims=True) * length).astype(np.float32)
-    every = np.concatenate([np.zeros((1, int(shape[2])), np.float32), np.stack(moved), noise])
+    every = np.concatenate([np.zeros((1, len(moved[0])), np.float32), np.stack(moved), noise])
     table = np.concatenate([every[:1], *(every[1:] * np.float32(strength) for strength in strengths)])
     asked = [_prompt(tokenizer, text, chat) for text in (question, control)]
     talks = bool(tokenizer.chat_templates) if chat is None else chat

@@ -232,6 +232,7 @@ def _think(
         return (found[0], out.cache), found
 
     first = read(out)
+    assert out.cache is not None
     _, rest = jax.lax.scan(step, (first[0], out.cache), None, length=steps - 1)
     parts = [jnp.concatenate([one[None], more]) for one, more in zip(first, rest, strict=True)]
     return parts[0].swapaxes(0, 1), parts[1].T, parts[2].T

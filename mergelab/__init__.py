@@ -24,6 +24,7 @@ Merging
 Verdicts
     evaluate_model(place, text=..., tasks=...)              bits per byte, accuracy, answers, with intervals
     compare_models([place, place], text=...)                several models, and their paired differences
+    solve(place, tasks=..., method="vote", out=folder)      accuracy against compute: samples, votes, searches
 
 Sparse autoencoders
     SAE, load_sae(folder), save_sae(sae, folder)            files of six libraries
@@ -109,7 +110,7 @@ if TYPE_CHECKING:
         soup,
     )
     from mergelab.models import Model, model_from_config, save_model
-    from mergelab.reasoning import trace_decision
+    from mergelab.reasoning import solve, trace_decision
     from mergelab.sae import SAE, evaluate_sae, latent_table, load_sae, save_sae, train_sae
     from mergelab.sharding import make_mesh
     from mergelab.text import Tokenizer
@@ -168,6 +169,7 @@ __all__ = [
     "save_sae",
     "save_steering",
     "sharding",
+    "solve",
     "soup",
     "steer",
     "steering_vector",

@@ -84,6 +84,10 @@ CASES = {
             "openai": "--set train.normalize=layer_norm",
         }.items()
     },
+    "solve": Case(
+        "solve a tasks.jsonl --samples 2 --budget 4 --step a --verifier entropy --out out",
+        output="out/results.json",
+    ),
     "sae features": Case("sae features run --model a --text t.txt --out page.html", output="page.html"),
 }
 ALWAYS = {"convert in place of another"}
@@ -122,6 +126,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "- {model: first, parameters: {weight: 1}}\n- {model: c, parameters: {weight: 1}}\n"
     )
     (folder / "t.txt").write_text(TEXT)
+    tasks = [{"prompt": "the quick", "answer": "1"}, {"prompt": "the lazy", "answer": "2"}]
+    (folder / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
     (folder / "bad.txt").write_text("\n".join(f"do the bad thing {i}" for i in range(6)))
     (folder / "good.txt").write_text("\n".join(f"say a nice word {i}" for i in range(6)))
     x = np.random.default_rng(0).standard_normal((512, 16)).astype(np.float32)

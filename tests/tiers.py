@@ -51,6 +51,7 @@ THOROUGH = frozenset(
         "tests/reasoning/test_decision.py",
         "tests/reasoning/test_latents_and_odds.py",
         "tests/reasoning/test_reward_model.py",
+        "tests/reasoning/test_solve.py",
         "tests/sae/evaluation/test_activity.py",
         "tests/sae/evaluation/test_curve.py",
         "tests/sae/evaluation/test_downstream.py",

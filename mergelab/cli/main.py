@@ -27,7 +27,7 @@ SECTIONS: Mapping[str, Sequence[str]] = {
     "Start here": ("quickstart",),
     "Merge models": ("merge", "soup", "check", "diff", "explain", "extract-lora", "extract-delta"),
     "Train models": ("finetune",),
-    "Run models": ("generate", "evaluate", "statistics", "convert"),
+    "Run models": ("generate", "evaluate", "solve", "statistics", "convert"),
     "Train and judge features": ("activations", "sae", "abliterate"),
     "Look things up": ("inspect", "operators"),
 }

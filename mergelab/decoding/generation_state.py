@@ -85,6 +85,14 @@ class GenerationState:
         """Every row `times` times, one copy after the other: samples of one prompt that is read once."""
         return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0) if x.ndim else x, self)
 
+    def take(self, rows: ArrayLike) -> GenerationState:
+        """Copies of some rows, in this order; a row that is named twice goes on in two ways.
+
+        Args:
+            rows: numbers of rows, int `[any]`. As many as there are compile nothing anew.
+        """
+        return _taken(self, on_device(np.asarray(rows, np.int32)))
+
     def rewind(self, lengths: ArrayLike) -> GenerationState:
         """The rows before their generated tokens beyond the first `lengths` were there.
 
@@ -96,6 +104,11 @@ class GenerationState:
                 if it has ended.
         """
         return _rewound(self, on_device(np.asarray(lengths, np.int32)))
+
+
+@jax.jit
+def _taken(p: GenerationState, rows: Int[Array, " rows"]) -> GenerationState:
+    return jax.tree.map(lambda x: x[rows] if x.ndim else x, p)
 
 
 @jax.jit

@@ -132,5 +132,5 @@ def _pattern(text: str) -> re.Pattern[str]:
         return re.compile(text, re.MULTILINE)
     except (re.error, ValueError, OverflowError, RecursionError) as error:
         raise EvaluationError(
-            f"the pattern {quoted(text)} is no regular expression: {error}; correct it"
+            f"the pattern {quoted(text)} is not a regular expression: {error}; correct it"
         ) from None

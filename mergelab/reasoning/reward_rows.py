@@ -9,12 +9,12 @@ import numpy as np
 
 from mergelab.errors import TuningError
 
-__all__ = ["RewardRows", "outcome_rows", "pair_rows", "require_rows", "step_rows"]
+__all__ = ["RewardRows", "outcome_rows", "pair_rows", "process_rows", "require_rows"]
 
 
 @dataclass(frozen=True)
 class RewardRows:
-    """What a reward model learns from; made by `outcome_rows`, `step_rows` or `pair_rows`.
+    """What a reward model learns from; made by `outcome_rows`, `process_rows` or `pair_rows`.
 
     Attributes:
         tokens: int32 `[rows, length]`, or `[rows, 2, length]` of pairs, what is preferred first.
@@ -54,7 +54,7 @@ def outcome_rows(tokens: Any, labels: Any, mask: Any = None) -> RewardRows:
     return RewardRows(ids, real, np.where(counted, said[:, None], 0).astype(np.int32), counted)
 
 
-def step_rows(tokens: Any, ends: Any, labels: Any, mask: Any = None) -> RewardRows:
+def process_rows(tokens: Any, ends: Any, labels: Any, mask: Any = None) -> RewardRows:
     """Texts with a label at the token that ends each step.
 
     Args:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mergelab.report.pages import render_features, render_page
     from mergelab.report.sections import Section, render_sections
     from mergelab.report.tables import html_table, markdown_table, text_table
+    from mergelab.report.traces import render_traces
 
 __all__ = [
     "ComparedScore",
@@ -27,6 +28,7 @@ __all__ = [
     "render_features",
     "render_page",
     "render_sections",
+    "render_traces",
     "score_figure",
     "text_table",
 ]

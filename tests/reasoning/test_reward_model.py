@@ -17,7 +17,7 @@ from mergelab.models.families import model_from_config
 from mergelab.models.model import Model, Params
 from mergelab.reasoning.reward_files import load_reward_model, save_reward_model
 from mergelab.reasoning.reward_model import new_reward_model, score_texts
-from mergelab.reasoning.reward_rows import RewardRows, outcome_rows, pair_rows, step_rows
+from mergelab.reasoning.reward_rows import RewardRows, outcome_rows, pair_rows, process_rows
 from mergelab.reasoning.reward_scratchpads import Scratchpads, generate_scratchpads
 from mergelab.reasoning.reward_training import train_reward_model
 from mergelab.sharding import make_mesh
@@ -94,7 +94,7 @@ def small(pads: Scratchpads, width: int = 16, layers: int = 1) -> tuple[Model, P
 
 
 def labelled(pads: Scratchpads, rows: slice) -> RewardRows:
-    return step_rows(pads.tokens[rows], pads.ends, pads.steps_right[rows])
+    return process_rows(pads.tokens[rows], pads.ends, pads.steps_right[rows])
 
 
 @pytest.mark.slow
@@ -166,7 +166,7 @@ def test_outcomes_and_pairs_are_learned_by_the_head_alone(pads: Scratchpads) -> 
 def test_rows_that_do_not_fit_the_head_are_refused(pads: Scratchpads) -> None:
     outcome, params = new_reward_model(*small(pads))
     process = replace(outcome, kind="process")
-    steps = step_rows(pads.tokens, pads.ends, pads.steps_right)
+    steps = process_rows(pads.tokens, pads.ends, pads.steps_right)
     with pytest.raises(TuningError, match="labels of steps for a head of outcomes"):
         train_reward_model(outcome, params, steps)
     with pytest.raises(TuningError, match="pairs for a head of steps"):
@@ -176,6 +176,6 @@ def test_rows_that_do_not_fit_the_head_are_refused(pads: Scratchpads) -> None:
     with pytest.raises(TuningError, match="expected one shape"):
         pair_rows(pads.tokens[:4], pads.tokens[:5])
     with pytest.raises(TuningError, match="columns below"):
-        step_rows(pads.tokens, pads.ends + 99, pads.steps_right)
+        process_rows(pads.tokens, pads.ends + 99, pads.steps_right)
     with pytest.raises(TuningError, match="kind 'both'"):
         new_reward_model(*small(pads), kind="both")  # pyright: ignore[reportArgumentType]

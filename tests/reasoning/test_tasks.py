@@ -95,7 +95,7 @@ def test_a_letter_is_found(text: str, letter: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "words"), [("nubmer", "did you mean 'number'"), ("regex:(", "no regular"), ("regex:", "empty")]
+    ("how", "words"), [("nubmer", "did you mean 'number'"), ("regex:(", "not a regular"), ("regex:", "empty")]
 )
 def test_an_extractor_that_is_none_is_refused(how: str, words: str) -> None:
     with pytest.raises(EvaluationError, match=words):

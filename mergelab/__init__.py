@@ -39,6 +39,7 @@ Edits and readings; edits go to `model.apply(params, tokens, edit={site: ...})` 
     ablate(sae, latents), ablate(direction)                 remove latents or a direction
     patch(value)                                            put another prompt's activation in place
     logit_lens(model, params, tokens)                       what every layer already predicts
+    trace_decision(a, b, prompts, tokens)                   why one model stops where another goes on
     abliterate(model_folder, out, harmful, harmless)        a direction removed from the weights
 
 Errors
@@ -111,7 +112,7 @@ if TYPE_CHECKING:
         stream,
     )
     from mergelab.models import Model, model_from_config, save_model
-    from mergelab.reasoning import solve
+    from mergelab.reasoning import solve, trace_decision
     from mergelab.sae import SAE, evaluate_sae, latent_table, load_sae, save_sae, train_sae
     from mergelab.sharding import make_mesh
     from mergelab.text import Tokenizer
@@ -176,6 +177,7 @@ __all__ = [
     "steering_vector",
     "stream",
     "text",
+    "trace_decision",
     "train_sae",
     "trees",
     "tuning",

@@ -50,6 +50,8 @@ THOROUGH = frozenset(
         "tests/operators/test_randomness.py",
         "tests/operators/test_selection.py",
         "tests/operators/test_transformations.py",
+        "tests/reasoning/test_decision.py",
+        "tests/reasoning/test_latents_and_odds.py",
         "tests/reasoning/test_reward_model.py",
         "tests/reasoning/test_solve.py",
         "tests/sae/evaluation/test_activity.py",

@@ -6,9 +6,21 @@ from mergelab.lazy import lazy_names
 
 if TYPE_CHECKING:
     from mergelab.reasoning.answers import extract_answer, reference_answer
+    from mergelab.reasoning.concept_injection import Injections, concept_vectors, inject_concepts
+    from mergelab.reasoning.decision_odds import EndingOdds, odds_monitor, read_ending_odds
+    from mergelab.reasoning.decision_paths import sparse_token_sum, token_analogy
+    from mergelab.reasoning.decision_report import render_decision
+    from mergelab.reasoning.decision_trace import DecisionTrace, trace_decision
+    from mergelab.reasoning.decision_values import value_contributions
     from mergelab.reasoning.fitted import StepRows, fit_reading, load_probe, save_probe, step_rows
     from mergelab.reasoning.flops import PassCosts, pass_costs
     from mergelab.reasoning.growth import Growth
+    from mergelab.reasoning.latent_steps import (
+        LatentSteps,
+        compare_latent_steps,
+        generate_after_latent_steps,
+        latent_steps_of,
+    )
     from mergelab.reasoning.methods import METHODS, Attempt, MethodOptions, attempt, decide
     from mergelab.reasoning.outcomes import results_of
     from mergelab.reasoning.preferences import (
@@ -53,7 +65,11 @@ __all__ = [
     "METHODS",
     "VERIFIERS",
     "Attempt",
+    "DecisionTrace",
+    "EndingOdds",
     "Growth",
+    "Injections",
+    "LatentSteps",
     "MethodOptions",
     "PassCosts",
     "Reading",
@@ -71,6 +87,8 @@ __all__ = [
     "check_tasks",
     "clipped_fraction",
     "clipped_objective",
+    "compare_latent_steps",
+    "concept_vectors",
     "confidence_reading",
     "decide",
     "dpo_loss",
@@ -80,11 +98,14 @@ __all__ = [
     "entropy_reading",
     "extract_answer",
     "fit_reading",
+    "generate_after_latent_steps",
     "generate_scratchpads",
     "group_advantages",
     "implicit_reward",
+    "inject_concepts",
     "kl_estimate",
     "latent_reading",
+    "latent_steps_of",
     "length_penalized_reward",
     "lens_reading",
     "load_probe",
@@ -93,22 +114,29 @@ __all__ = [
     "model_implicit_reward",
     "monitor_of",
     "new_reward_model",
+    "odds_monitor",
     "outcome_rows",
     "pair_rows",
     "pass_costs",
     "probe_reading",
     "process_rows",
+    "read_ending_odds",
     "read_tasks",
     "reference_answer",
     "relative_length_reward",
+    "render_decision",
     "results_of",
     "save_probe",
     "save_reward_model",
     "score_texts",
     "sequence_log_probs",
     "solve",
+    "sparse_token_sum",
     "step_rows",
+    "token_analogy",
+    "trace_decision",
     "train_reward_model",
+    "value_contributions",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__)

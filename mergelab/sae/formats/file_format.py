@@ -99,7 +99,11 @@ class Files:
         Raises:
             CheckpointError: one of them is not JSON.
         """
-        there = [self.folder / name for name in SETTINGS if (self.folder / name).is_file()]
+        folder = self.folder.absolute()
+        # dictionary_learning and OpenMOSS keep the settings of a folder `checkpoints` beside it.
+        places = [folder, folder.parent] if folder.name == "checkpoints" else [folder]
+        found = ([place / name for name in SETTINGS if (place / name).is_file()] for place in places)
+        there = next(filter(None, found), [])
         read = {file: read_json(file) for file in there}
         return {file: found for file, found in read.items() if isinstance(found, dict)}
 

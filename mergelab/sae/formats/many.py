@@ -42,6 +42,10 @@ def one_of(path: Path, sae_id: str | None, recognize: Callable[[Files], T | None
             return found
     saes: dict[str, T | CheckpointError] = {}
     for folder in _folders(path):
+        if any(
+            outer.relative_to(path).as_posix() in saes for outer in folder.parents if path in outer.parents
+        ):
+            continue  # checkpoints of one that is there itself
         try:
             known = recognize(Files(folder))
         except CheckpointError as error:  # one that cannot be read is there all the same

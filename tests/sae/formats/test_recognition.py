@@ -168,6 +168,28 @@ def test_the_only_one_needs_no_name(tmp_path: Path) -> None:
         load_sae(tmp_path / "run", "trainer_1")
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["AutoEncoder", "AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder"],
+)
+def test_a_folder_of_trainers_as_dictionary_learning_leaves_it(tmp_path: Path, name: str) -> None:
+    """A checkpoint, `trainer_0/checkpoints/ae_100.pt`, has the settings of its trainer."""
+    for trainer in ("trainer_0", "trainer_1"):
+        shutil.copytree(RECORDED / f"dictionary_learning_{name}", tmp_path / trainer)
+        (tmp_path / trainer / "checkpoints").mkdir()
+        for step in (0, 100):
+            shutil.copy(tmp_path / trainer / "ae.pt", tmp_path / trainer / "checkpoints" / f"ae_{step}.pt")
+    expected = load_sae(RECORDED / f"dictionary_learning_{name}")
+    for sae_id in ("trainer_1", "trainer_1/checkpoints/ae_100.pt"):
+        found = load_sae(tmp_path, sae_id)
+        assert found.config == expected.config
+        np.testing.assert_array_equal(found.W_dec, expected.W_dec)
+    with pytest.raises(CheckpointError, match=r"holds 2 SAEs; it has trainer_0, trainer_1; name one"):
+        load_sae(tmp_path)
+    with pytest.raises(CheckpointError, match=r"2 SAEs .*\(ae_0.pt, ae_100.pt\); name one of the files"):
+        load_sae(tmp_path / "trainer_0" / "checkpoints")
+
+
 def test_several_files_in_a_folder_are_named_too(tmp_path: Path) -> None:
     for layer in (3, 4):
         save_sae(SAES["openai"], tmp_path / f"{layer}.pt", "openai")

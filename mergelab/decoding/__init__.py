@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from mergelab.decoding.steps import advance
     from mergelab.decoding.stop import Stop, cut_at_strings, stop_at
     from mergelab.decoding.text_generation import generate_text
+    from mergelab.decoding.thought_tree import tree_of_thought
     from mergelab.decoding.token_sets import (
         BanTexts,
         FirstTokens,
@@ -172,6 +173,7 @@ __all__ = [
     "suppress",
     "systematic_resample",
     "tail_confidence",
+    "tree_of_thought",
     "vote_confidence",
     "vote_is_decided",
     "weighted_vote",

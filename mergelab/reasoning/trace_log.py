@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ __all__ = ["LOG", "SETTINGS", "TraceLog"]
 
 LOG, SETTINGS = "traces.jsonl", "settings.json"
 _KIND = "mergelab solve"
+_OURS = re.compile(
+    r"\.?(traces\.jsonl|settings\.json|results\.json|table\.txt|accuracy\.svg|traces\.html"
+    r"|(probe|shuffled|random)-[\w.]+\.safetensors)(\.partial|\.lock)?"
+)
+"""What a run writes, and what is left of it where it was killed; what else lies there is the user's."""
 
 
 class TraceLog:
@@ -81,10 +87,10 @@ class TraceLog:
                 "run was given, choose another folder, or pass --overwrite to replace them"
             )
         with disk_errors(folder):
-            # The settings go first: without them nothing else is gone on with.
-            for name in (SETTINGS, *sorted(name for name in os.listdir(folder) if name != SETTINGS)):
-                if (folder / name).is_file():
-                    (folder / name).unlink()
+            # The settings go last: by them the folder is known, whenever this is cut off.
+            ours = sorted(name for name in os.listdir(folder) if _OURS.fullmatch(name))
+            for name in (*(name for name in ours if name != SETTINGS), SETTINGS):
+                (folder / name).unlink()
         return False
 
     def _read(self, path: Path) -> None:

@@ -198,7 +198,8 @@ def test_the_trace_tells_what_was_planted_and_writes_it(trace: tuple[DecisionTra
     # The planted neurons do in the second model the opposite of what they do in the first.
     for one in found.values.promoters:
         first, second = one.contributions
-        assert first is not None and second == pytest.approx(-first, rel=0.05, abs=1e-3) and second > first
+        assert first is not None and second is not None and second > first
+        assert second == pytest.approx(-first, rel=0.05, abs=1e-3)
     written = json.loads((out / "decision.json").read_text())
     assert written == json.loads(json.dumps(found.to_json()))
     page = (out / "decision.html").read_text()

@@ -79,7 +79,7 @@ def test_odds_of_ending_are_read_behind_every_token_and_while_it_is_written() ->
     model, params = tiny("llama")
     ends, others = [2, 5], [7, 8, 9]
     stop = stop_at(monitor=odds_monitor(ends, others, 61))
-    made = generate(model, params, [PROMPTS[0]], max_new_tokens=4, stop=stop, capture="logits")
+    made = generate(model, params, np.array([PROMPTS[0]]), max_new_tokens=4, stop=stop, capture="logits")
     text = [*PROMPTS[0], *np.asarray(made.tokens)[0].tolist()]
     found = read_ending_odds(model, params, [text, text[2:]], ends, others)
     logits = logits_of(model, params, [text]).astype(np.float64)[0]
@@ -118,7 +118,7 @@ def test_an_injected_concept_is_named_and_strength_0_is_nothing(words: tuple[Any
     assert found.noticed[0] == 0 and not found.named[:, 0].any()
     assert (found.named[:, 1] > found.random_named[:, 1] + 2).all()
     assert found.texts[0][1].split()[0] == "w1" and found.texts[1][1].split()[0] == "w4"
-    plain = generate(model, params, [tokenizer.encode("w7 w8")], max_new_tokens=2)
+    plain = generate(model, params, np.array([tokenizer.encode("w7 w8")]), max_new_tokens=2)
     assert found.texts[0][0] == tokenizer.decode(plain.rows()[0])
     with pytest.raises(SiteError, match="cannot be added"):
         inject_concepts(model, params, tokenizer, {"w1": np.zeros(3)}, site)

@@ -32,6 +32,7 @@ __all__ = [
     "idle_devices",
     "known_sae_axes",
     "make_mesh",
+    "mesh_of",
     "named_sharding",
     "partition_spec",
     "put",
@@ -272,6 +273,12 @@ def idle_devices(mesh: Mesh) -> str | None:
     fitting = [name for name, size in sizes.items() if there % (mesh.devices.size // size) == 0]
     cure = f"{fitting[0]}=-1 would use all" if fitting else f"sizes whose product is {there} would use all"
     return f"the mesh {shown_sizes(sizes)} uses {mesh.devices.size} of {there} devices; {cure}."
+
+
+def mesh_of(array: Any) -> Any | None:
+    """The mesh over which an array lies, also of one that is traced; None where it lies on one device."""
+    mesh = getattr(getattr(jax.typeof(array), "sharding", None), "mesh", None)
+    return None if mesh is None or mesh.empty else mesh
 
 
 def partition_spec(axes: Sequence[str | None], rules: Rules = DEFAULT_RULES) -> PartitionSpec:

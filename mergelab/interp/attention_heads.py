@@ -16,6 +16,7 @@ from jaxtyping import Float
 from mergelab.activations.batches import batches
 from mergelab.compat import register_dataclass
 from mergelab.errors import SiteError
+from mergelab.models.layers.attention import AttentionSpec
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import norm_gain, require_decoder, unembedding
 from mergelab.models.sites import Edit, as_partials
@@ -66,6 +67,11 @@ def head_weights(model: Model, params: Params) -> HeadWeights:
     """
     require_decoder(model)
     c = model.config
+    if not all(isinstance(getattr(block, "attention", None), AttentionSpec) for block in c.blocks):
+        raise SiteError(
+            f"heads of a {model.family.model_type!r} model cannot be taken apart: its queries and keys are "
+            "made of narrow vectors that are normalized; read its sites instead."
+        )
     found: dict[str, list[Array]] = {name: [] for name in "qkvo"}
     for i in range(c.n_layers):
         attention = params[f"blocks_{i}"]["attn"]

@@ -113,6 +113,9 @@ class InBlock(Tap):
     def uses(self, site: str) -> bool:
         return super().uses(self._renamed(site))
 
+    def edits(self, site: str) -> bool:
+        return super().edits(self._renamed(site))
+
     def _renamed(self, site: str) -> str:
         return self._prefix + site.removeprefix("blocks.0.")
 

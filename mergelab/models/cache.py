@@ -64,8 +64,8 @@ class Cache:
         self,
         layer: int,
         key: Float[Array, "batch new kv_heads head_dim"],
-        value: Float[Array, "batch new kv_heads head_dim"],
-    ) -> tuple[Float[Array, "batch slots kv_heads head_dim"], Float[Array, "batch slots kv_heads head_dim"]]:
+        value: Float[Array, "batch new kv_heads value_dim"],
+    ) -> tuple[Float[Array, "batch slots kv_heads head_dim"], Float[Array, "batch slots kv_heads value_dim"]]:
         """One layer's keys and values with the new ones in their slots."""
         keys, values = self.keys[layer], self.values[layer]
         return self._put(keys, key.astype(keys.dtype)), self._put(values, value.astype(values.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -270,8 +271,16 @@ class Model:
             return "buffer"
         if any(is_other_head(name) for name in readings):
             return "head"
+        if any(self._predicts_further(name) for name in readings):
+            return "head"
         inside = hf_name.startswith(spelling.lead) if spelling.lead else True
         return "tower" if self.tower and not inside else None
+
+    def _predicts_further(self, name: str) -> bool:
+        """Whether a tensor is of a layer behind the last one, which predicts the token after the next."""
+        more = self.hf_config.get("num_nextn_predict_layers")
+        found = re.match(r"model\.layers\.(\d{1,9})\.", name) if type(more) is int else None
+        return found is not None and 0 <= int(found[1]) - self.config.n_layers < (more or 0)
 
     def sites(self) -> Mapping[str, Shape]:
         """Name and symbolic shape of every site, in the order of the forward pass.

@@ -142,6 +142,10 @@ class Tap:
         """Whether the site is captured or edited: a fused computation may skip a site that is neither."""
         return site in self._wanted or site in self._edits
 
+    def edits(self, site: str) -> bool:
+        """Whether the site is edited: what follows must then be computed from what the edit makes of it."""
+        return site in self._edits
+
     @property
     def done(self) -> bool:
         """True once nothing after this point is asked for."""

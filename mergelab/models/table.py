@@ -281,10 +281,18 @@ _READS = {
     "attn.k.kernel": "attn.input",
     "attn.v.kernel": "attn.input",
     "attn.o.kernel": "attn.z",
+    "attn.q_down.kernel": "attn.input",
+    "attn.q_up.kernel": "attn.q_latent",
+    "attn.kv_down.kernel": "attn.input",
+    "attn.kv_up.kernel": "attn.kv_latent",
     "mlp.router": "mlp.input",
     "mlp.gate.kernel": "mlp.input",
     "mlp.up.kernel": "mlp.input",
     "mlp.down.kernel": "mlp.post",
+    "mlp.shared.gate.kernel": "mlp.shared.input",
+    "mlp.shared.up.kernel": "mlp.shared.input",
+    "mlp.shared.down.kernel": "mlp.shared.post",
+    "mlp.shared_gate.kernel": "mlp.input",
     "unembed.kernel": "unembed.input",
 }
 """Matrices of the layers that families share, and the sites they read, both within a block."""

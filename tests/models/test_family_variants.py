@@ -14,6 +14,8 @@ import pytest
 from mergelab.models.families import model_from_config
 from mergelab.models.layers.attention import AttentionSpec
 from mergelab.models.layers.block import BlockSpec
+from mergelab.models.layers.latent_attention import LatentSpec
+from mergelab.models.layers.routing import Experts
 from mergelab.models.model import Model
 from tests.models.test_families import FIRST, differences, forward
 from tests.models.tiny_models import CONFIGS, MASK, TOKENS, tiny
@@ -44,15 +46,29 @@ def wrong_blocks(block: BlockSpec) -> Iterator[tuple[str, BlockSpec]]:
             changes["sinks"] = {"sinks": False}
         if attention.qk_norm is not None:
             changes["norms of heads"] = {"qk_norm": None}
+    if isinstance(attention, LatentSpec) and attention.rotary is not None:
+        rotary = attention.rotary
+        changes["pairs"] = {"rotary": replace(rotary, neighbors=not rotary.neighbors)}
+        changes["not rotated"] = {"rotary": None}
+    if isinstance(block.mlp, Experts):
+        other: dict[str, Any] = {"normalize": not block.mlp.normalize, "chosen": block.mlp.chosen - 1}
+        other["scoring"] = "softmax" if block.mlp.scoring == "sigmoid" else "sigmoid"
+        plain = {"weight_scale": 1.0, "correction": False, "router_bias": False, "bias": False, "limit": None}
+        plain |= {"shared": 0, "shared_gate": False, "activation": "silu"}
+        other |= {name: value for name, value in plain.items() if getattr(block.mlp, name) != value}
+        if block.mlp.groups > 1:
+            other["chosen_groups"] = block.mlp.groups
+        for name, value in other.items():
+            yield name, replace(block, mlp=replace(block.mlp, **{name: value}))
     for name, change in changes.items():
         yield name, replace(block, attention=replace(attention, **change))
     if block.out_scale != 1:
         yield "out_scale", replace(block, out_scale=1.0)
     if block.norm.offset:
         yield "offset", replace(block, norm=replace(block.norm, offset=0.0))
-    other = {"pre": "parallel", "parallel": "pre", "sandwich": "pre"}.get(block.placement)
-    if other is not None:
-        yield "placement", replace(block, placement=other)
+    moved = {"pre": "parallel", "parallel": "pre", "sandwich": "pre"}.get(block.placement)
+    if moved is not None:
+        yield "placement", replace(block, placement=moved)
     if block.norm.kind == "layer":
         yield "centering", replace(block, norm=replace(block.norm, kind="rms"))
 

@@ -22,8 +22,8 @@ from mergelab.models.families.config_fields import read_usual_fields, usual_deco
 from mergelab.models.families.llama import LLAMA_LINEAR, llama_rows
 from mergelab.models.layers.attention import Attention, AttentionSpec
 from mergelab.models.layers.block import BlockSpec, Pass
-from mergelab.models.layers.mlp import Experts, route
 from mergelab.models.layers.norms import NormKind
+from mergelab.models.layers.routing import Experts, choose, spread
 from mergelab.models.load import load_model
 from mergelab.models.model import Family, Model, Params
 from mergelab.models.save import save_model
@@ -183,5 +183,6 @@ def test_weights_of_experts_sum_to_one_only_if_normalized() -> None:
     logits = jnp.asarray([[[1.0, 3.0, 2.0, -1.0]]])
     every = jax.nn.softmax(logits, axis=-1)
     kept = jnp.where(logits >= 2.0, every, 0.0)
-    np.testing.assert_allclose(route(logits, 2, normalize=False), kept, rtol=1e-6)
-    np.testing.assert_allclose(route(logits, 2), kept / kept.sum(), rtol=1e-6)
+    for normalize, expected in ((False, kept), (True, kept / kept.sum())):
+        found = choose(logits, Experts(4, 2, 1, normalize=normalize))
+        np.testing.assert_allclose(spread(*found, 4), expected, rtol=1e-6)

@@ -8,10 +8,13 @@ from typing import Any
 from mergelab.errors import CheckpointError, quoted
 from mergelab.models.families.bert import BERT
 from mergelab.models.families.cohere import COHERE, COHERE2
+from mergelab.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from mergelab.models.families.gemma import GEMMA, GEMMA2, GEMMA3_TEXT
 from mergelab.models.families.glm import GLM, GLM4
+from mergelab.models.families.glm_moe import GLM4_MOE
 from mergelab.models.families.gpt2 import GPT2
 from mergelab.models.families.gpt_neox import GPT_NEOX
+from mergelab.models.families.gpt_oss import GPT_OSS
 from mergelab.models.families.granite import GRANITE
 from mergelab.models.families.llama import LLAMA
 from mergelab.models.families.mistral import MISTRAL, MIXTRAL
@@ -20,6 +23,7 @@ from mergelab.models.families.olmo import OLMO, OLMO2, OLMO3
 from mergelab.models.families.phi import PHI
 from mergelab.models.families.phi3 import PHI3
 from mergelab.models.families.qwen import QWEN2, QWEN3
+from mergelab.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from mergelab.models.families.smollm3 import SMOLLM3
 from mergelab.models.families.stablelm import STABLELM
 from mergelab.models.families.starcoder2 import STARCODER2
@@ -32,13 +36,17 @@ FAMILIES: dict[str, Family] = {
     "bert": BERT,
     "cohere": COHERE,
     "cohere2": COHERE2,
+    "deepseek_v2": DEEPSEEK_V2,
+    "deepseek_v3": DEEPSEEK_V3,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3_TEXT,
     "glm": GLM,
     "glm4": GLM4,
+    "glm4_moe": GLM4_MOE,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
+    "gpt_oss": GPT_OSS,
     "granite": GRANITE,
     "llama": LLAMA,
     "mistral": MISTRAL,
@@ -49,7 +57,9 @@ FAMILIES: dict[str, Family] = {
     "phi": PHI,
     "phi3": PHI3,
     "qwen2": QWEN2,
+    "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
     "smollm3": SMOLLM3,
     "stablelm": STABLELM,
     "starcoder2": STARCODER2,

@@ -25,9 +25,10 @@ from mergelab.models.families.known_fields import (
 from mergelab.models.families.rotary_config import ROTARY_FIELDS, read_rotary, rotary_faults
 from mergelab.models.layers.attention import AttentionSpec
 from mergelab.models.layers.block import BlockSpec
-from mergelab.models.layers.mlp import Experts, MLPSpec
+from mergelab.models.layers.mlp import MLPSpec
 from mergelab.models.layers.norms import NormKind
 from mergelab.models.layers.rotary import Rotary
+from mergelab.models.layers.routing import Experts
 
 __all__ = ["head_width", "layer_types_of", "layered", "read_fields", "read_usual_fields", "usual_decoder"]
 __all__ += ["usual_rotary"]

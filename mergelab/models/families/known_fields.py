@@ -33,7 +33,18 @@ MAX_LAYERS = 10_000
 _MAX = 2**31 - 1
 SIZES: Mapping[str, tuple[int, int]] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer"), (1, MAX_LAYERS)),
-    **dict.fromkeys(("num_local_experts", "num_experts_per_tok"), (1, 2**16)),
+    **dict.fromkeys(
+        (
+            "num_local_experts",
+            "num_experts_per_tok",
+            "num_experts",
+            "n_routed_experts",
+            "n_group",
+            "topk_group",
+        ),
+        (1, 2**16),
+    ),
+    **dict.fromkeys(("n_shared_experts", "first_k_dense_replace"), (0, 2**16)),
     "max_window_layers": (0, _MAX),
     **dict.fromkeys(
         (
@@ -55,6 +66,14 @@ SIZES: Mapping[str, tuple[int, int]] = {
             "n_inner",
             "n_positions",
             "n_ctx",
+            "decoder_sparse_step",
+            "kv_lora_rank",
+            "moe_intermediate_size",
+            "q_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "shared_expert_intermediate_size",
+            "v_head_dim",
         ),
         (1, _MAX),
     ),
@@ -76,6 +95,8 @@ NUMBERS = frozenset(
         "partial_rotary_factor",
         "query_pre_attn_scalar",
         "residual_multiplier",
+        "routed_scaling_factor",
+        "swiglu_limit",
         "rms_norm_eps",
         "rope_local_base_freq",
         "rope_theta",
@@ -88,7 +109,10 @@ SWITCHES = frozenset(
         "attention_bias",
         "is_causal",
         "mlp_bias",
+        "norm_topk_prob",
         "qk_layernorm",
+        "qkv_bias",
+        "rope_interleave",
         "scale_attn_by_inverse_layer_idx",
         "scale_attn_weights",
         "tie_word_embeddings",
@@ -102,7 +126,7 @@ SWITCHES = frozenset(
 )
 MAPPINGS = frozenset({"rope_parameters", "rope_scaling"})
 LISTS = frozenset({"layer_types"})
-LAYER_NUMBERS = frozenset({"no_rope_layers"})
+LAYER_NUMBERS = frozenset({"mlp_only_layers", "no_rope_layers"})
 """Lists of whole numbers: one for each layer, or the numbers of some layers."""
 NULLABLE = frozenset(
     {
@@ -110,7 +134,11 @@ NULLABLE = frozenset(
         "clip_qkv",
         "final_logit_softcapping",
         "head_dim",
+        "n_group",
+        "n_shared_experts",
         "num_key_value_heads",
+        "q_lora_rank",
+        "topk_group",
         "sliding_window",
         "sliding_window_pattern",
         "tie_word_embeddings",

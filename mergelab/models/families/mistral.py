@@ -9,7 +9,7 @@ from mergelab.errors import CheckpointError
 from mergelab.models.decoder import DECODER, DecoderConfig
 from mergelab.models.families.config_fields import read_usual_fields, usual_decoder
 from mergelab.models.families.llama import LLAMA_FILES, LLAMA_LINEAR, LLAMA_NORMS, LLAMA_ROWS, llama_rows
-from mergelab.models.layers.mlp import Experts
+from mergelab.models.layers.routing import Experts
 from mergelab.models.model import Family
 from mergelab.models.table import Row, linear_rows
 

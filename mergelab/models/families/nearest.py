@@ -1,7 +1,7 @@
 """Model types that are not supported: the family that each is nearest to in truth, and what sets it apart.
 
-Names mislead: Gemma 1 is spelled like Gemma 2 and computes like Llama, and `qwen3_moe` differs from `qwen3`
-by its experts alone. Facts are those of the modeling files of transformers 5.24.
+Names mislead: `vaultgemma` normalizes less than Gemma 2, and `qwen3_next` is Qwen 3 in every fourth layer
+only. Facts are those of the modeling files of transformers 5.24.
 """
 
 from __future__ import annotations
@@ -48,18 +48,12 @@ NEAREST: Mapping[str, tuple[str, str]] = {
     "ministral": ("mistral", "its windows differ by layer"),
     # With experts.
     "dbrx": ("mixtral", "its norms center and its projections are fused"),
-    "deepseek_v2": ("mixtral", "its keys and values are compressed and some experts see every token"),
-    "deepseek_v3": ("mixtral", "its keys and values are compressed and some experts see every token"),
-    "glm4_moe": ("mixtral", "it rotates half a head and some experts see every token"),
-    "gpt_oss": ("mixtral", "its attention has sinks and its experts have biases"),
     "granitemoe": (
         "mixtral",
         "it multiplies embeddings, scores, layers and logits by constants of its config",
     ),
     "olmoe": ("mixtral", "it normalizes queries and keys"),
     "phimoe": ("mixtral", "its norms center and it chooses experts otherwise"),
-    "qwen2_moe": ("qwen2", "its feed-forward layers are experts, one of which sees every token"),
-    "qwen3_moe": ("qwen3", "its feed-forward layers are experts"),
     "qwen3_next": ("qwen3", "three layers of four are recurrent"),
     # Like Gemma.
     "gemma3n_text": ("gemma3_text", "it keeps several streams and embeddings per layer"),

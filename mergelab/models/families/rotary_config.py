@@ -17,7 +17,7 @@ from mergelab.models.layers.rotary import (
     YarnScaling,
 )
 
-__all__ = ["ROTARY_FIELDS", "read_rotary", "rotary_faults", "rotary_from"]
+__all__ = ["ROTARY_FIELDS", "read_rotary", "rotary_faults", "rotary_from", "yarn_gain"]
 
 # The fields of `config.json` that `read_rotary` reads.
 ROTARY_FIELDS: Mapping[str, Any] = {
@@ -236,6 +236,18 @@ def _scaling(kind: str, given: Mapping[str, Any], place: str, dim: int, max_leng
                 float(given.get("attention_factor") or attention),
             )
     return None
+
+
+def yarn_gain(fields: Mapping[str, Any]) -> float:
+    """What DeepSeek multiplies queries and keys with for YaRN's longer context: `0.1 m ln(factor) + 1`.
+
+    `m` is `mscale_all_dim`, without which nothing is multiplied.
+    """
+    given = _parameters(fields)
+    weight, factor = given.get("mscale_all_dim"), given.get("factor")
+    if _kind(given) == "default" or not weight or not factor or factor <= 1:
+        return 1.0
+    return 0.1 * float(weight) * math.log(float(factor)) + 1.0
 
 
 def _yarn_attention_factor(given: Mapping[str, Any]) -> float:

@@ -54,7 +54,7 @@ def visible_keys(
     return seen if real is None else seen & real[:, None]
 
 
-KeysValues = tuple[Float[Array, "batch key kv_heads head_dim"], Float[Array, "batch key kv_heads head_dim"]]
+KeysValues = tuple[Float[Array, "batch key kv_heads head_dim"], Float[Array, "batch key kv_heads value_dim"]]
 
 
 def soft_cap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt16
+from jaxtyping import Array, Float, Int, UInt16
 
 from mergelab.compat import register_dataclass
 
@@ -84,44 +84,33 @@ class StackedBits:
         """Experts, rows and columns."""
         return self.bits.shape
 
-    def products(
-        self, x: Float[Array, "tokens rows"], used: Bool[Array, " experts"]
-    ) -> Float[Array, "tokens experts columns"]:
-        """`x` times each matrix, rounded to the dtype of `x`; zeros for a matrix that is not used."""
+    def by_block(
+        self, x: Float[Array, "blocks rows width"], owner: Int[Array, " blocks"], used: Int[Array, ""]
+    ) -> Float[Array, "blocks rows columns"]:
+        """The rows of each block times the matrix of its expert, rounded to the dtype of `x`.
 
-        def one(expert: Array) -> Array:
-            return self._if_used(used, expert, lambda: self._product(expert, x)).astype(x.dtype)
+        Args:
+            x: blocks of vectors.
+            owner: the expert of each block.
+            used: how many blocks, the first ones, to multiply; the others stay zero.
+        """
 
-        found = jax.lax.map(one, jnp.arange(self.bits.shape[0], dtype=jnp.int32))
-        return jnp.swapaxes(found, 0, 1)
+        def one(n: Array, found: Array) -> Array:
+            rows = jax.lax.dynamic_index_in_dim(x, n, keepdims=False)
+            product = self._product(owner[n], rows).astype(x.dtype)
+            return jax.lax.dynamic_update_index_in_dim(found, product, n, 0)
 
-    def mixture(
-        self,
-        x: Float[Array, "tokens experts rows"],
-        weights: Float[Array, "tokens experts"],
-        used: Bool[Array, " experts"],
-    ) -> Float[Array, "tokens columns"]:
-        """The weighted sum of each vector's product with its own matrix, rounded to the dtype of `x`."""
+        empty = jnp.zeros((*x.shape[:2], self.shape[2]), x.dtype)
+        return jax.lax.fori_loop(jnp.int32(0), used, one, empty)
 
-        def add(expert: Array, sums: Array) -> Array:
-            def product() -> Array:
-                own = jax.lax.dynamic_index_in_dim(x, expert, axis=1, keepdims=False)
-                weight = jax.lax.dynamic_slice_in_dim(weights, expert, 1, axis=1)
-                return self._product(expert, own * weight)
-
-            return sums + self._if_used(used, expert, product)
-
-        sums = jnp.zeros((x.shape[0], self.bits.shape[2]), jnp.float32)
-        return jax.lax.fori_loop(jnp.int32(0), jnp.int32(self.bits.shape[0]), add, sums).astype(x.dtype)
+    def wide(self) -> Float[Array, "experts rows columns"]:
+        """The matrices as an array of bfloat16, which XLA converts as a whole."""
+        return jax.lax.bitcast_convert_type(self.bits, jnp.bfloat16)
 
     def _product(self, expert: Array, x: Float[Array, "tokens rows"]) -> Float[Array, "tokens columns"]:
         experts, rows, columns = self.bits.shape
         # One matrix with all experts' rows, of which some are taken: an expert by itself would be a copy.
         return _product(self.bits.reshape(experts * rows, columns), expert * rows, rows, x)
-
-    def _if_used(self, used: Array, expert: Array, product: Callable[[], Array]) -> Array:
-        shape = jax.eval_shape(product)
-        return jax.lax.cond(used[expert], product, lambda: jnp.zeros(shape.shape, shape.dtype))
 
 
 def _product(

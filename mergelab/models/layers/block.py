@@ -11,9 +11,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mergelab.models.cache import Cache
 from mergelab.models.layers.attention import Attention, AttentionSpec, KeysValues, visible_keys
-from mergelab.models.layers.mlp import MLP, Experts, MixtureOfExperts, MLPSpec
+from mergelab.models.layers.experts import MixtureOfExperts
+from mergelab.models.layers.latent_attention import LatentAttention, LatentSpec
+from mergelab.models.layers.mlp import MLP, MLPSpec
 from mergelab.models.layers.norms import Norm, NormKind
 from mergelab.models.layers.rotary import Rotary, rotary_tables
+from mergelab.models.layers.routing import Experts
 from mergelab.models.sites import Tap
 
 __all__ = ["AnyBlock", "Block", "BlockSpec", "Pass", "Stream"]
@@ -116,7 +119,7 @@ class BlockSpec:
         out_scale: what both are multiplied with before they are added to the stream.
     """
 
-    attention: AttentionSpec
+    attention: AttentionSpec | LatentSpec
     mlp: MLPSpec | Experts
     norm: NormKind = field(default_factory=NormKind)
     placement: Literal["pre", "parallel", "joint", "sandwich", "post"] = "pre"
@@ -134,7 +137,8 @@ class BlockSpec:
 
     def outline(self) -> BlockSpec:
         """See `AnyBlock`."""
-        return replace(self, attention=self.attention.outline(), out_scale=1.0)
+        mlp = self.mlp.outline() if isinstance(self.mlp, Experts) else self.mlp
+        return replace(self, attention=self.attention.outline(), mlp=mlp, out_scale=1.0)
 
     def module(self, layer: int, gain: float, name: str) -> Block:
         """See `AnyBlock`."""
@@ -176,7 +180,9 @@ class Block(nn.Module):
             return layer(x, tap, f"{site}.mlp")
 
         x = tap(f"{site}.resid_pre", x)
-        attention = Attention(spec.attention, out_norm, self.gain, spec.out_scale, name="attn")
+        made: Any = spec.attention  # each kind of attention is described by a class of its own
+        kind = LatentAttention if isinstance(made, LatentSpec) else Attention
+        attention = kind(made, out_norm, self.gain, spec.out_scale, name="attn")
         normed = read(x, "attn_norm")
         attended, seen = attention(
             normed,

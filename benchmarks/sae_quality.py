@@ -129,9 +129,9 @@ class Bench:
             return judge(dict(arrays), truth, problem.k) | done
 
 
-def judge(arrays: Arrays, truth: ToyGroundTruth, k: int) -> dict[str, float]:
+def judge(arrays: Arrays, truth: ToyGroundTruth, k: int, judged_on: int = _JUDGED_ON) -> dict[str, float]:
     """The figures of a top-k SAE on activations that no training sees."""
-    rows = truth.sample(_JUDGED_ON, seed=2)
+    rows = truth.sample(judged_on, seed=2)
     totals = Totals.zero(rows, len(arrays["W_dec"]))
     for start in range(0, len(rows), BLOCK_ROWS):
         x = rows[start : start + BLOCK_ROWS]

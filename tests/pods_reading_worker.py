@@ -116,13 +116,13 @@ def trainings(folder: Path, count: list[int]) -> dict[str, Any]:
 
 
 def texts(folder: Path) -> dict[str, Any]:
-    count, read = [0], ModelActivations._compute
+    count, read = [0], ModelActivations._gather
 
-    def counted(self: ModelActivations, start: int, stop: int) -> Any:
-        count[0] += stop - start
-        return read(self, start, stop)
+    def counted(self: ModelActivations, numbers: Any) -> Any:
+        count[0] += len(numbers)
+        return read(self, numbers)
 
-    ModelActivations._compute = counted  # type: ignore[method-assign]
+    ModelActivations._gather = counted  # type: ignore[method-assign]
     train(text_config(folder, {"data": 6}, {"tensor": 2}), folder / "text")
     report: dict[str, Any] = {"rows": count[0]}
     for name in ("text-alone", "text-together"):

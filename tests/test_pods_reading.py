@@ -88,9 +88,9 @@ def test_any_number_of_processes_trains_what_one_trains(
 @pytest.mark.parametrize("name", MESHES)
 def test_a_row_is_read_by_one_process_and_handed_on(reports: list[Any], name: str) -> None:
     read = [report["trainings"][name] for report in reports]
-    # The start sample is all of these rows, and the training an epoch; a batch made ahead begins another.
-    assert 2 * ROWS <= sum(read) <= 2 * ROWS + BUFFER
-    assert max(read) <= (2 * ROWS + BUFFER) / PROCESSES * 1.05
+    # The training is an epoch, of which the start sample is; a batch made ahead begins another.
+    assert ROWS <= sum(read) <= ROWS + BUFFER
+    assert max(read) <= (ROWS + BUFFER) / PROCESSES * 1.05
 
 
 def test_a_resumed_run_reads_no_sample_and_nothing_that_came_before(reports: list[Any]) -> None:
@@ -111,7 +111,7 @@ def test_a_run_on_text_goes_on_with_other_processes(folder: Path, reports: list[
 
 def test_each_process_computes_its_share_of_the_text(reports: list[Any], source: ModelActivations) -> None:
     read = [report["texts"]["rows"] for report in reports]
-    # What is trained on, a start sample and what is made ahead: of a text that is longer.
+    # What is trained on, a start sample of it and what is made ahead: of a text that is longer.
     assert 24 * 20 < sum(read) < source.rows
     assert max(read) <= 1.2 * sum(read) / PROCESSES
     assert all("data.model_mesh has an axis 'rows'" in report["texts"]["axis"] for report in reports)

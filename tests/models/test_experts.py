@@ -77,7 +77,7 @@ def test_on_a_mesh_each_device_computes_its_own_experts(
     }
     run = jax.jit(sparse)
     np.testing.assert_allclose(run(x, split, logits), found[0][0][1], rtol=0, atol=2e-5)
-    text = run.lower(x, split, logits).compile().as_text()
+    text = run.lower(x, split, logits).compile().as_text() or ""
     # No device gathers experts of another (logits are, to be sorted); what they make of tokens is summed.
     gathered = re.findall(r"= (\S+) all-gather", text)
     assert all(shape.startswith("f32[4,6,8]") for shape in gathered) and "all-reduce" in text
@@ -96,7 +96,7 @@ def test_each_choice_has_a_row_of_its_experts_block() -> None:
         assert (owner[places[here]] == indices[here]).all()
         assert len(set(places[here])) == here.sum() == (tokens < count).sum()
         assert (places[here] // rows < int(blocks.used)).all()
-    assert [rows_of_a_block(n, 64) for n in (8, 512, 4096, 10**6)] == [1, 2, 16, 128]
+    assert [rows_of_a_block(n, 64) for n in (8, 512, 4096, 10**6)] == [1, 4, 32, 128]
 
 
 @pytest.mark.parametrize("groups", [1, 4])

@@ -55,6 +55,7 @@ _OPTIONAL: Mapping[str, Any] = {
     "rope_interleave": True,
 }
 _INERT = ("ep_size", "moe_layer_freq", "num_nextn_predict_layers", "seq_aux", "aux_loss_alpha")
+_INERT += ("qk_head_dim", "num_mtp_layers", "num_local_experts")  # say once more what other fields say
 
 
 def read_deepseek_v2(config: Mapping[str, Any], place: str) -> DecoderConfig:
@@ -80,6 +81,8 @@ def read_deepseek_v2(config: Mapping[str, Any], place: str) -> DecoderConfig:
         "mlp_bias": (False,),
         "rope_interleave": (True,),
     }
+    if config.get("num_experts_per_tok", 6) is None:  # the default of transformers, which runs nothing
+        config = {**config, "num_experts_per_tok": 6}
     fields = read_usual_fields(config, place, optional, fixed, _INERT)
     if fields["topk_method"] == "greedy":
         fields |= {"n_group": None, "topk_group": None}

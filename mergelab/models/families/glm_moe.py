@@ -43,7 +43,7 @@ def read_glm4_moe(config: Mapping[str, Any], place: str) -> DecoderConfig:
         "norm_topk_prob": True,
         "routed_scaling_factor": 1.0,
     }
-    inert = ("num_nextn_predict_layers",)
+    inert = ("num_nextn_predict_layers", "num_mtp_layers", "num_local_experts")
     fields = read_usual_fields(config, place, optional, {"hidden_act": ("silu", "swish")}, inert)
     norm = NormKind("rms", fields["rms_norm_eps"]) if fields["use_qk_norm"] else None
     dense = usual_decoder(fields, place, attention={"qkv_bias": fields["attention_bias"], "qk_norm": norm})

@@ -54,6 +54,8 @@ def read_qwen2_moe(config: Mapping[str, Any], place: str) -> DecoderConfig:
         "moe_intermediate_size": 1408,
         "shared_expert_intermediate_size": 5632,
     }
+    if config.get("sliding_window") == 0:  # how transformers writes that there is none
+        config = {**config, "sliding_window": None}
     fields = read_usual_fields(config, place, optional, _FIXED)
     count = fields["num_hidden_layers"]
     window = fields["sliding_window"] if fields["use_sliding_window"] else None
@@ -76,6 +78,7 @@ def read_qwen3_moe(config: Mapping[str, Any], place: str) -> DecoderConfig:
         "num_key_value_heads": 4,
         "attention_bias": False,
         "num_experts": 128,
+        "num_local_experts": None,  # as transformers 5 writes it
         "num_experts_per_tok": 8,
         "moe_intermediate_size": 768,
     }
@@ -102,7 +105,7 @@ def _with_experts(
         )
     step = fields["decoder_sparse_step"]
     experts = Experts(
-        fields["num_experts"],
+        fields.get("num_local_experts") or fields["num_experts"],
         fields["num_experts_per_tok"],
         fields["moe_intermediate_size"],
         normalize=fields["norm_topk_prob"],

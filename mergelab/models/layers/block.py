@@ -181,7 +181,7 @@ class Block(nn.Module):
 
         x = tap(f"{site}.resid_pre", x)
         made: Any = spec.attention  # each kind of attention is described by a class of its own
-        kind = LatentAttention if isinstance(made, LatentSpec) else Attention
+        kind: Any = LatentAttention if isinstance(made, LatentSpec) else Attention
         attention = kind(made, out_norm, self.gain, spec.out_scale, name="attn")
         normed = read(x, "attn_norm")
         attended, seen = attention(

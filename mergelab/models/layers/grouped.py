@@ -40,8 +40,8 @@ class Blocks(NamedTuple):
 
 
 def rows_of_a_block(choices: int, experts: int) -> int:
-    """A power of two near a quarter of what an expert gets, so that padding is an eighth of the rows."""
-    share = choices // (4 * experts)
+    """A power of two near half of what an expert gets: shorter blocks read matrices more often."""
+    share = choices // (2 * experts)
     return min(_MOST, 1 << max(share - 1, 0).bit_length())
 
 

@@ -11,6 +11,7 @@ THOROUGH = frozenset(
         "tests/activations/test_losses.py",
         "tests/activations/test_merged_statistics.py",
         "tests/activations/test_statistics.py",
+        "tests/activations/test_streamed_statistics.py",
         "tests/cli/test_generate_methods.py",
         "tests/cli/test_outputs.py",
         "tests/cli/test_sae_features.py",

@@ -15,6 +15,7 @@ from mergelab.decoding import complete
 from mergelab.errors import MergelabError
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit
+from mergelab.models.streamed import StreamedParams
 from mergelab.text.chat import turn_end_ids
 from mergelab.text.tokenizer import Tokenizer
 
@@ -255,7 +256,8 @@ def shared_opening(
     """
     if begun := reasoning_begun(tokenizer, prompts):
         return _REASONING[begun][1].removeprefix(begun)
-    if len(prompts) < _FEWEST:
+    # Each token of an answer would read all weights of a streamed model.
+    if len(prompts) < _FEWEST or isinstance(params, StreamedParams):
         return ""
     answers = generate_answers(model, params, tokenizer, prompts, max_new_tokens=_OPENING, batch=batch)
     shortest = min(map(len, answers))

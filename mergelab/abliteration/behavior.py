@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,20 +16,25 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mergelab.abliteration.answers import REFUSAL_PHRASES, count_refusals, generate_answers
 from mergelab.abliteration.prompts import Prompts
-from mergelab.activations.losses import kl_divergence, summed_loss
+from mergelab.activations.losses import UNEMBEDDED, kl_divergence, summed_loss
+from mergelab.activations.passes import Batch, passes
 from mergelab.errors import MergelabError
 from mergelab.models.model import Model, Params
+from mergelab.models.residual_stream import logits_of
 from mergelab.models.sites import Edit, as_partials
+from mergelab.models.streamed import StreamedParams
 from mergelab.text.packing import EvaluationWindows, evaluation_windows
 from mergelab.text.tokenizer import Tokenizer
 
 __all__ = [
     "Behavior",
+    "FirstTokens",
     "check_refusal_ids",
     "first_token_logits",
     "first_token_scores",
     "measure_behavior",
     "refusal_score",
+    "scores_of_jobs",
     "text_loss",
     "text_windows",
 ]
@@ -104,6 +109,9 @@ def first_token_scores(
     Returns:
         Log-odds of refusal `[n]`; KL in nats `[n]`; logits `[n, vocab]`; all float32.
     """
+    if isinstance(params, StreamedParams):
+        job = FirstTokens(prompts, edit or {}, before)
+        return next(scores_of_jobs(model, params, [job], ids, batch=batch))
     found: list[list[np.ndarray]] = []
     done = 0
     nothing = np.zeros((min(batch, len(prompts)), model.config.vocab_size), np.float32)
@@ -115,6 +123,71 @@ def first_token_scores(
         done += part.real
     score, kl, logits = (np.concatenate(column) for column in zip(*found, strict=True))
     return score, kl if before is not None else np.zeros_like(kl), logits
+
+
+@dataclass(frozen=True)
+class FirstTokens:
+    """Prompts whose first answer tokens are scored.
+
+    Attributes:
+        prompts: the prompts.
+        edit: edits by site.
+        before: logits `[n, vocab]` to measure the divergence from; if None it is 0.
+    """
+
+    prompts: Prompts
+    edit: Mapping[str, Edit] = field(default_factory=dict)
+    before: np.ndarray | None = None
+
+
+def scores_of_jobs(
+    model: Model, params: Params, jobs: Sequence[FirstTokens], ids: np.ndarray, *, batch: int = 32
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """`first_token_scores` of several sets of prompts and edits, whose streamed weights are read once.
+
+    Args:
+        model: a decoder.
+        params: its parameters, in memory or streamed.
+        jobs: what is scored.
+        ids: tokens that begin a refusal.
+        batch: prompts in one forward pass.
+    """
+    if not isinstance(params, StreamedParams):
+        for job in jobs:
+            options: dict[str, Any] = {"edit": job.edit, "before": job.before, "batch": batch}
+            yield first_token_scores(model, params, job.prompts, ids, **options)
+        return
+    parts = [list(job.prompts.batches(batch)) for job in jobs]
+    given = [
+        Batch(part.tokens, part.mask, job.edit, extra=ids)
+        for job, some in zip(jobs, parts, strict=True)
+        for part in some
+    ]
+    found = passes(model, params, given, UNEMBEDDED, keep=_last_token, read=_first_scores)
+    for job, some in zip(jobs, parts, strict=True):
+        columns: list[list[np.ndarray]] = []
+        done = 0
+        for part in some:
+            score, logits = (np.asarray(value)[: part.real] for value in next(found))
+            kl = np.zeros_like(score)
+            if job.before is not None:
+                kl = np.asarray(_divergence(job.before[done : done + part.real], logits))
+            columns.append([score, kl, logits])
+            done += part.real
+        score, kl, logits = (np.concatenate(column) for column in zip(*columns, strict=True))
+        yield score, kl, logits
+
+
+_divergence = jax.jit(kl_divergence)
+
+
+def _last_token(value: Array, extra: Any) -> Array:
+    return value[:, -1]
+
+
+def _first_scores(model: Model, params: Params, kept: Mapping[str, Array], ids: Array) -> tuple[Array, Array]:
+    logits = logits_of(model, params, kept[UNEMBEDDED])
+    return refusal_score(logits, ids), logits
 
 
 @partial(jax.jit, static_argnames="model")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergelab.abliteration.ablation import Ablation
-from mergelab.abliteration.behavior import check_refusal_ids, first_token_scores
+from mergelab.abliteration.behavior import FirstTokens, check_refusal_ids, scores_of_jobs
 from mergelab.abliteration.directions import Directions
 from mergelab.abliteration.prompts import Prompts
 from mergelab.abliteration.removal import ablate, induce
@@ -162,20 +162,26 @@ def select_direction(
             f"the directions are for {layers} layers of width {width}, but the model has "
             f"{model.config.n_layers} of width {model.config.d_model}; find them with this model."
         )
-    score = partial(_score, model, params, ids, batch)
-    looked = filters.candidates(layers)
-    refused, _, _ = score(harmful)
-    answered, _, before = score(harmless)
-    doubted = None if borderline is None else float(score(borderline)[0].mean())
+    job, looked = partial(_job, model, params), filters.candidates(layers)
+    run = partial(scores_of_jobs, model, params, ids=ids, batch=batch)
+    sets = [harmful, harmless, *([] if borderline is None else [borderline])]
+    (refused, _, _), (answered, _, before), *doubt = run([job(prompts) for prompts in sets])
+    doubted = float(doubt[0][0].mean()) if doubt else None
     unit, raw, valid = directions.unit, directions.raw, directions.valid
     tried = [(p, layer) for p in range(positions) for layer in looked if valid[p, layer]]
+    jobs = []
+    for p, layer in tried:
+        jobs.append(job(harmful, removed=unit[p, layer]))
+        jobs.append(job(harmless, removed=unit[p, layer], before=before))
+        jobs.append(job(harmless, added=raw[p, layer], layer=layer))
+        if borderline is not None:
+            jobs.append(job(borderline, removed=unit[p, layer]))
     trace = []
+    scores = run(jobs)
     for done, (p, layer) in enumerate(tried, 1):
-        refusal, _, _ = score(harmful, removed=unit[p, layer])
-        _, kl, _ = score(harmless, removed=unit[p, layer], before=before)
-        induced, _, _ = score(harmless, added=raw[p, layer], layer=layer)
+        refusal, (_, kl, _), induced = next(scores)[0], next(scores), next(scores)[0]
         figures = (float(refusal.mean()), float(induced.mean()), float(kl.mean()))
-        edge = None if borderline is None else float(score(borderline, removed=unit[p, layer])[0].mean())
+        edge = None if borderline is None else float(next(scores)[0].mean())
         trace.append(Candidate(p - positions, layer, *figures, _rejected(*figures, filters), edge))
         if progress is not None:
             progress(done, len(tried))
@@ -228,25 +234,23 @@ def selection_from_json(found: Mapping[str, Any], directions: Directions) -> Dir
         ) from None
 
 
-def _score(
+def _job(
     model: Model,
     params: Params,
-    ids: np.ndarray,
-    batch: int,
     prompts: Prompts,
     *,
     removed: np.ndarray | None = None,
     added: np.ndarray | None = None,
     layer: int = 0,
     before: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scores with one direction removed everywhere, or one added at a layer: the same program for both."""
+) -> FirstTokens:
+    """Prompts with one direction removed everywhere, or one added at a layer: the same program for both."""
     layers, nothing = model.config.n_layers, np.zeros(model.config.d_model, np.float32)
     vectors = np.zeros((layers, model.config.d_model), np.float32)
     vectors[layer] = nothing if added is None else added
     ablation = Ablation.everywhere(jnp.asarray(nothing if removed is None else removed), layers)
     edit = ablate(model, params, ablation) | induce(jnp.asarray(vectors))
-    return first_token_scores(model, params, prompts, ids, edit=edit, before=before, batch=batch)
+    return FirstTokens(prompts, edit, before)
 
 
 def _rejected(refusal: float, induced: float, kl: float, filters: Filters) -> str | None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from mergelab.abliteration.prompts import PromptBatch, Prompts
 from mergelab.activations.kept import DEFAULT_RULE, TokenRule
+from mergelab.activations.passes import Batch, passes
 from mergelab.errors import MergelabError, NonFiniteError
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import require_decoder
@@ -136,11 +137,17 @@ def mean_activations(
     if winsorize is not None and not 0 < winsorize <= 1:
         raise MergelabError(f"winsorize is {winsorize}; expected a quantile above 0 and at most 1.")
 
-    def summed(part: PromptBatch, counted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        clip = winsorize is not None
-        given = (part.tokens, part.mask, counted, winsorize or 1.0)
-        found, norms = _summed(model, params, *given, positions, clip)
-        return np.asarray(found, np.float64), np.asarray(norms)[: part.real]
+    sites = tuple(f"blocks.{i}.resid_pre" for i in range(model.config.n_layers))
+    keep, read = _LastTokens(positions), _Summed(sites, winsorize is not None)
+
+    def summed(some: Sequence[tuple[PromptBatch, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        quantile = np.float32(winsorize or 1.0)
+        given = [Batch(part.tokens, part.mask, extra=(counted, quantile)) for part, counted in some]
+        found = passes(model, params, given, sites, keep=keep, read=read)
+        return [
+            (np.asarray(total, np.float64), np.asarray(norms)[: part.real])
+            for (part, _), (total, norms) in zip(some, found, strict=True)
+        ]
 
     layers = model.config.n_layers
     parts = list(prompts.batches(batch))
@@ -149,18 +156,21 @@ def mean_activations(
         np.repeat(np.arange(len(part.tokens)) < part.real, positions * layers).reshape(-1, *shape)
         for part in parts
     ]
-    found = [summed(part, there) for part, there in zip(parts, counted, strict=True)]
+    found = summed(list(zip(parts, counted, strict=True)))
     sums, norms = [total for total, _ in found], [lengths for _, lengths in found]
     kept = len(prompts) - np.zeros((positions, layers, 1))
     if rule.max_norm_multiple is not None and np.isfinite(np.sum(sums)):
         limit = rule.max_norm_multiple * np.median(np.concatenate(norms), axis=0)
+        again: dict[int, tuple[PromptBatch, np.ndarray]] = {}
         for number, (part, lengths) in enumerate(zip(parts, norms, strict=True)):
             long = lengths > np.where(limit > 0, limit, np.inf)
             if long.any():  # rare: the batch is run again without them
                 there = counted[number].copy()
                 there[: part.real] &= ~long
-                sums[number] = summed(part, there)[0]
+                again[number] = part, there
                 kept -= long.sum(axis=0)[..., None]
+        for number, (total, _) in zip(again, summed(list(again.values())) if again else (), strict=True):
+            sums[number] = total
     total = np.sum(sums, axis=0)
     if not np.isfinite(total).all():
         layer = int(np.argwhere(~np.isfinite(total))[0, 1])
@@ -170,22 +180,29 @@ def mean_activations(
     return total / kept
 
 
-@partial(jax.jit, static_argnames=("model", "positions", "clip"))
-def _summed(
-    model: Model,
-    params: Params,
-    tokens: Int[Array, "batch length"],
-    mask: Bool[Array, "batch length"],
-    counted: Bool[Array, "batch positions layers"],
-    quantile: Float[Array, ""],
-    positions: int,
-    clip: bool,
-) -> tuple[Float[Array, "positions layers width"], Float[Array, "batch positions layers"]]:
+@dataclass(frozen=True)
+class _LastTokens:
+    """Keeps the last tokens of a stream, float32 `[batch, positions, width]`."""
+
+    positions: int
+
+    def __call__(self, value: Array, extra: Any) -> Array:
+        return value[:, -self.positions :].astype(jnp.float32)
+
+
+@dataclass(frozen=True)
+class _Summed:
     """Sums over the counted rows of a batch, and the norms of all."""
-    sites = [f"blocks.{i}.resid_pre" for i in range(model.config.n_layers)]
-    seen = model.apply(params, tokens, mask=mask, capture=sites, logits=False).captured
-    x = jnp.stack([seen[site][:, -positions:].astype(jnp.float32) for site in sites], axis=2)
-    if clip:
-        bound = jnp.quantile(jnp.abs(x), quantile, axis=-1, keepdims=True)
-        x = jnp.clip(x, -bound, bound)
-    return jnp.sum(jnp.where(counted[..., None], x, 0.0), axis=0), jnp.linalg.norm(x, axis=-1)
+
+    sites: tuple[str, ...]
+    clip: bool
+
+    def __call__(
+        self, model: Model, params: Params, kept: Mapping[str, Array], extra: Any
+    ) -> tuple[Float[Array, "positions layers width"], Float[Array, "batch positions layers"]]:
+        counted, quantile = extra
+        x = jnp.stack([kept[site] for site in self.sites], axis=2)
+        if self.clip:
+            bound = jnp.quantile(jnp.abs(x), quantile, axis=-1, keepdims=True)
+            x = jnp.clip(x, -bound, bound)
+        return jnp.sum(jnp.where(counted[..., None], x, 0.0), axis=0), jnp.linalg.norm(x, axis=-1)

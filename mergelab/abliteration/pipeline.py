@@ -28,6 +28,7 @@ from mergelab.checkpoints.publish import WorkFolder, publish_file
 from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.errors import MergelabError, OutputError, SearchError
 from mergelab.models.model import Model
+from mergelab.models.streamed import Streaming
 
 __all__ = ["abliterate"]
 
@@ -46,6 +47,7 @@ def abliterate(
     journal: str | Path | None = None,
     mesh: Any = None,
     dtype: Any = None,
+    streamed: Streaming | None = None,
     overwrite: bool = False,
     resume: bool = False,
     inputs: Iterable[str | Path] = (),
@@ -54,8 +56,8 @@ def abliterate(
     """Finds the direction of refusals, chooses it, takes it out of a copy of the weights, and measures both.
 
     Three fifths of the prompts find directions, one fifth chooses, one fifth measures. The model is in memory
-    once, and what is edited of it a second time while the edited model is measured; the output is streamed
-    from the source's files.
+    once (not at all with `streamed`), and what is edited of it a second time while the edited model is
+    measured; the output is streamed from the source's files.
 
     A search keeps a journal: run again with equal arguments it goes on where it ended, and with another
     `choose` it writes another of its trials without searching.
@@ -76,6 +78,8 @@ def abliterate(
         journal: File of the search's trials; `OUT.trials.jsonl` beside the output if None.
         mesh: Mesh that the weights are spread over, or None.
         dtype: Dtype to measure in; the stored one if None. Weights are written as stored.
+        streamed: How activations wait, where the weights stay in their files (`mergelab.models.Streaming`);
+            None to load them. No answers are generated then: behavior is measured by first tokens and text.
         overwrite: Whether a folder that mergelab wrote may be replaced, and the journal of another search.
         resume: Whether to go on with an interrupted output. What was measured is measured again, what was
             written is kept; the result is the same.
@@ -94,6 +98,11 @@ def abliterate(
         OutputError: the folder cannot be written, or the journal is of another search.
     """
     settings = settings or AbliterationSettings()
+    if streamed is not None and settings.trials:
+        raise MergelabError(
+            "a search would read the weights of a streamed model anew for every trial; give no trials, or "
+            "load the model."
+        )
     settings = replace(settings, choose=check_choice(settings.choose))
     texts, built_in = _texts(harmful, harmless, borderline)
     if direction is not None and settings.trials:
@@ -114,6 +123,7 @@ def abliterate(
                 text=text,
                 mesh=mesh,
                 dtype=dtype,
+                streamed=streamed,
                 journal=(trials, overwrite),
                 built_in=built_in,
                 tell=progress or _silent,
@@ -171,6 +181,7 @@ def _measure(
     text: str | None,
     mesh: Any,
     dtype: Any,
+    streamed: Streaming | None,
     journal: tuple[Path, bool],
     built_in: bool,
     tell: Progress,
@@ -186,6 +197,7 @@ def _measure(
         mesh=mesh,
         dtype=dtype,
         look=not settings.anyway and direction is None,
+        streamed=streamed,
     )
 
     def opened() -> SearchJournal:
@@ -207,7 +219,7 @@ def _measure(
     sets = (subject.harmful.measure, subject.harmless.measure, subject.ids)
     options: dict[str, Any] = {
         "borderline": None if borderline is None else borderline.measure,
-        "tokenizer": subject.tokenizer,
+        "tokenizer": subject.tokenizer if streamed is None else None,
         "phrases": settings.phrases,
         "max_new_tokens": settings.max_new_tokens,
         "windows": subject.windows,

@@ -19,6 +19,7 @@ from mergelab.errors import EvaluationError, MergelabError
 from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import require_decoder
+from mergelab.models.streamed import Streaming, stream_model
 from mergelab.models.token_checks import check_tokens, window_length
 from mergelab.text.packing import EvaluationWindows
 from mergelab.text.tokenizer import Tokenizer, load_tokenizer
@@ -130,6 +131,7 @@ def prepare(
     mesh: Any,
     dtype: Any,
     look: bool,
+    streamed: Streaming | None = None,
 ) -> tuple[Subject, Params]:
     """The subject and its parameters.
 
@@ -142,6 +144,7 @@ def prepare(
         mesh: mesh that the weights are spread over, or None.
         dtype: dtype to measure in; the stored one if None.
         look: whether a model that does not refuse is an error.
+        streamed: how activations wait, where the weights stay in their files; None to load them.
 
     Raises:
         MergelabError: the model is an encoder, or a setting has no meaning.
@@ -149,7 +152,10 @@ def prepare(
         CheckpointError: the model cannot be read.
     """
     tokenizer = load_tokenizer(source)
-    model, params = load_model(checkpoint, mesh=mesh, dtype=dtype)
+    if streamed is None:
+        model, params = load_model(checkpoint, mesh=mesh, dtype=dtype)
+    else:
+        model, params = stream_model(checkpoint, mesh=mesh, dtype=dtype, **streamed._asdict())
     require_decoder(model)
     settings.filters.candidates(model.config.n_layers)
     ids = check_refusal_ids(model, refusal_tokens(tokenizer, settings.phrases))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +21,8 @@ from mergelab.errors import MergelabError, NonFiniteError
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import ResidualWriter, writers
 from mergelab.models.sites import Edit
-from mergelab.models.table import get_leaf, tree_from_leaves
+from mergelab.models.streamed import StreamedParams
+from mergelab.models.table import Leaf, get_leaf, tree_from_leaves
 
 __all__ = [
     "KeepNorms",
@@ -148,13 +149,33 @@ def abliterate_params(
         MergelabError: the model is an encoder, or the ablation does not fit it.
     """
     check_ablation(model, ablation)
-    arrays = {leaf: get_leaf(params, leaf) for leaf in model.table()}
-    for writer in writers(model):
+    table, writing = model.table(), writers(model)
+    if isinstance(params, StreamedParams):
+
+        def edited_part(name: str, part: Any) -> Any:
+            arrays = {leaf: get_leaf({name: part}, leaf) for leaf in table if leaf.path[0] == name}
+            own = [writer for writer in writing if writer.leaf in arrays]
+            return tree_from_leaves(_edited(model, arrays, own, ablation, keep_norms))[name]
+
+        return params.mapped(edited_part)
+    arrays = {leaf: get_leaf(params, leaf) for leaf in table}
+    return tree_from_leaves(_edited(model, arrays, writing, ablation, keep_norms))
+
+
+def _edited(
+    model: Model,
+    arrays: dict[Leaf, Any],
+    writing: Sequence[ResidualWriter],
+    ablation: Ablation,
+    keep_norms: KeepNorms,
+) -> dict[Leaf, Any]:
+    """Leaves, of which those that write lose the directions; the gain of each is among them."""
+    for writer in writing:
         gain = None if writer.gain is None else arrays[writer.gain]
         direction, weight = writer_terms(model, writer, ablation, gain)
         edited = _orthogonalize(arrays[writer.leaf], direction, weight, keep_norms=keep_norms)
         arrays[writer.leaf] = edited
-    return tree_from_leaves(arrays)
+    return arrays
 
 
 _orthogonalize = jax.jit(orthogonalize, static_argnames="keep_norms")
@@ -187,7 +208,10 @@ def ablate(model: Model, params: Mapping[str, Any], ablation: Ablation) -> dict[
         place = "embed" if writer.layer is None else f"blocks.{writer.layer}.{_SITES[writer.component]}.out"
         if place in edits:
             continue
-        gain = None if writer.gain is None else get_leaf(params, writer.gain)
+        gain = None
+        if writer.gain is not None:
+            streamed = isinstance(params, StreamedParams)
+            gain = params.leaf(writer.gain) if streamed else get_leaf(params, writer.gain)
         direction, weight = writer_terms(model, writer, ablation, gain)
         if gain is None:
             edits[place] = Partial(_remove, direction, weight)

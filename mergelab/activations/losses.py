@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ __all__ = [
     "UNEMBEDDED",
     "kl_divergence",
     "kl_of_log_probabilities",
+    "scores_of_windows",
     "summed_loss",
     "target_scores",
     "token_losses",
@@ -153,17 +154,37 @@ def target_scores(
     Raises:
         TokenError: ids beyond the vocabulary, or windows longer than the model's learned positions.
     """
-    check_ids(tokens, model.config.vocab_size, "the model's vocabulary", "windows of text")
-    check_length(model, tokens.shape[1] - 1)
-    parts = list(filled_batches(batch, tokens, is_target))
-    given = [Batch(rows[:, :-1], extra=(rows[:, 1:], counted)) for (rows, counted), _ in parts]
-    nats, hits = [], []
-    for (_, real), found in zip(
-        parts, passes(model, params, given, UNEMBEDDED, read=_scored_targets), strict=True
-    ):
-        nats.append(np.asarray(found[0])[:real])
-        hits.append(np.asarray(found[1])[:real])
-    return np.concatenate(nats), np.concatenate(hits)
+    return scores_of_windows(model, params, [(tokens, is_target)], batch=batch)[0]
+
+
+def scores_of_windows(
+    model: Model, params: Params, windows: Sequence[tuple[np.ndarray, np.ndarray]], *, batch: int = 8
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """`target_scores` of windows of several lengths: streamed weights are read once for all of them.
+
+    Args:
+        model: a decoder.
+        params: its parameters, on any mesh, or streamed.
+        windows: tokens and what counts of them, as `target_scores` takes them, of each length.
+        batch: windows in one forward pass.
+
+    Raises:
+        TokenError: as `target_scores`.
+    """
+    parts, given = [], []
+    for place, (tokens, is_target) in enumerate(windows):
+        check_ids(tokens, model.config.vocab_size, "the model's vocabulary", "windows of text")
+        check_length(model, tokens.shape[1] - 1)
+        for (rows, counted), real in filled_batches(batch, tokens, is_target):
+            parts.append((place, real))
+            given.append(Batch(rows[:, :-1], extra=(rows[:, 1:], counted)))
+    nats: list[list[np.ndarray]] = [[] for _ in windows]
+    hits: list[list[np.ndarray]] = [[] for _ in windows]
+    found = passes(model, params, given, UNEMBEDDED, read=_scored_targets)
+    for (place, real), (losses, right) in zip(parts, found, strict=True):
+        nats[place].append(np.asarray(losses)[:real])
+        hits[place].append(np.asarray(right)[:real])
+    return [(np.concatenate(one), np.concatenate(other)) for one, other in zip(nats, hits, strict=True)]
 
 
 def _scored_targets(

@@ -15,12 +15,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mergelab.activations.batches import batches
 from mergelab.activations.capture import check_prompts
-from mergelab.activations.kept import EVERY_TOKEN, TokenRule, median_norm, short_enough
-from mergelab.activations.statistics import Statistics, add_rounded, counted_rows, mean_of_sums
+from mergelab.activations.kept import EVERY_TOKEN, TokenRule, median_norm
+from mergelab.activations.running_sums import add_rounded, check_finite, mean_of_sums, squared_rows
+from mergelab.activations.statistics import Statistics, counted_rows
 from mergelab.checkpoints.new_files import write_tensors
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.publish import WorkFolder
-from mergelab.errors import NonFiniteError, SiteError
+from mergelab.errors import SiteError
 from mergelab.models.decoder import DecoderConfig, Entrance, Exit
 from mergelab.models.layers.block import AnyBlock, Pass
 from mergelab.models.model import Model, Params
@@ -289,14 +290,12 @@ def _grams(
     numbers = dict.fromkeys(sites, 0)
     for found, kept in _captured(run, params, text, batch):
         for site in sites:
-            added, number = _squared(found[site], kept, limits.get(site))
+            added, number = squared_rows(found[site], kept, limits.get(site))
             zero = jnp.zeros_like(added)
             sums[site] = add_rounded(sums.get(site, (zero, zero)), added)
             numbers[site] += int(number)
     grams = {site: np.asarray(mean_of_sums(*sums[site], numbers[site])) for site in sites}
-    for site, gram in grams.items():
-        if not np.isfinite(gram).all():
-            raise NonFiniteError(f"activations of the site {site!r} are not finite; try float32 weights")
+    check_finite(grams)
     return grams
 
 
@@ -325,16 +324,3 @@ def _limits(
         rows = np.asarray(found[site], np.float64).reshape(*kept.shape, -1)
         limits[site] = jnp.float32(rule.norm_limit(median_norm(np.linalg.norm(rows, axis=-1)[kept])))
     return limits
-
-
-@jax.jit
-def _squared(
-    x: Float[Array, "batch length *width"], kept: Bool[Array, "batch length"], limit: Float[Array, ""] | None
-) -> tuple[Float[Array, "width width"], Int[Array, ""]]:
-    """`x^T x` over the rows that count, and their number."""
-    rows = x.astype(jnp.float32).reshape(kept.size, -1)
-    counted = kept.reshape(-1)
-    if limit is not None:
-        counted = counted & short_enough(rows, limit)
-    rows = jnp.where(counted[:, None], rows, 0.0)
-    return jnp.matmul(rows.T, rows, precision="highest"), counted.sum(dtype=jnp.int32)

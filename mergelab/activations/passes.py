@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -67,7 +67,7 @@ def _kept(model: Model, params: Any, kept: dict[str, Any], extra: Any) -> Any:
 def passes(
     model: Model,
     params: Params,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     capture: str | Sequence[str],
     *,
     keep: Keep = as_it_is,
@@ -82,26 +82,30 @@ def passes(
     Args:
         model: the model.
         params: its parameters, on any mesh, or streamed.
-        batches: the tokens; batches of one shape share programs.
+        batches: the tokens, one batch at a time of parameters in memory; those of one shape share programs.
         capture: names or patterns of sites; of logits, the site `logits`.
-        keep: what is kept of each site: a function of a module, or a `functools.partial` of hashable values.
+        keep: what is kept of each site: a function of a module, or a frozen dataclass that is called.
         read: what is made of all of them, such a function too.
 
     Raises:
         SiteError: a name or pattern selects no site.
         CheckpointError: streamed weights cannot be read.
     """
-    batches = [Batch(one.tokens, one.mask, as_partials(one.edit), one.extra) for one in batches]
     names = matched(model, capture)
     if not isinstance(params, StreamedParams):
         for batch in batches:
-            yield _whole(model, params, batch, names=names, keep=keep, read=read)
+            yield _whole(model, params, _traceable(batch), names=names, keep=keep, read=read)
         return
+    batches = list(batches)
     with kept_of_all(model, params, batches, names, keep) as waiting:
         outer = params.outer() if read is not _kept else {}
         for number, batch in enumerate(batches):
             kept = {name: waiting.get((number, name)) for name in names}
             yield _read_alone(model, outer, kept, batch.extra, read=read)
+
+
+def _traceable(batch: Batch) -> Batch:
+    return Batch(batch.tokens, batch.mask, as_partials(batch.edit), batch.extra)
 
 
 @partial(jax.jit, static_argnames=("model", "names", "keep", "read"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mergelab.activations.batches import batches
 from mergelab.activations.capture import check_prompts
-from mergelab.activations.kept import EVERY_TOKEN, TokenRule, median_norm, short_enough
+from mergelab.activations.kept import EVERY_TOKEN, TokenRule, short_enough
+from mergelab.activations.running_sums import add_rounded, check_finite, log_likelihood, mean_of_sums
+from mergelab.activations.streamed_statistics import norm_limits, streamed_fisher, streamed_grams
 from mergelab.checkpoints.new_files import write_tensors
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.publish import WorkFolder
@@ -25,7 +28,8 @@ from mergelab.errors import NonFiniteError, SiteError
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import require_decoder
 from mergelab.models.save import save_params
-from mergelab.models.table import Leaf, tree_from_leaves
+from mergelab.models.streamed import StreamedParams
+from mergelab.models.table import Leaf, get_leaf, tree_from_leaves
 
 __all__ = [
     "Kind",
@@ -103,7 +107,9 @@ def gram(
     kept = counted_rows(tokens, real, rule, special_ids)
     leaves = [leaf for leaf in model.table() if leaf.reads is not None]
     sites = tuple(dict.fromkeys(leaf.reads for leaf in leaves if leaf.reads))
-    grams = _grams(model, params, tokens, real, kept, sites, rule=rule, batch=batch)
+    grams: dict[str, np.ndarray] = {}
+    run = streamed_grams if isinstance(params, StreamedParams) else _grams
+    run(model, params, tokens, real, kept, sites, rule=rule, batch=batch, deliver=grams.update)
     tree = tree_from_leaves({leaf: grams[leaf.reads or ""] for leaf in leaves})
     return Statistics("gram", tree, int(kept.sum()))
 
@@ -163,7 +169,11 @@ def fisher(
     require_decoder(model)
     tokens, real = check_prompts(model, contexts, mask)
     kept = counted_rows(tokens, real, rule, special_ids)
-    tree = _fisher(model, params, tokens, real, kept, batch, lambda done: None)
+    if isinstance(params, StreamedParams):
+        tree: dict[str, Any] = {}
+        streamed_fisher(model, params, tokens, real, kept, batch, deliver=tree.__setitem__)
+    else:
+        tree = _fisher(model, params, tokens, real, kept, batch, lambda done: None)
     return Statistics("fisher", tree, int(kept.sum()))
 
 
@@ -223,9 +233,19 @@ def write_statistics(
         leaves = [leaf for leaf in model.table() if kind == "fisher" or leaf.reads is not None]
         if not work.finished(identity):
             try:
+                streamed = isinstance(params, StreamedParams)
                 if kind == "gram":
-                    run = partial(_grams, model, params, tokens, real, kept, rule=rule, batch=batch)
-                    _write_grams(model, leaves, run, len(tokens), work, group_bytes, metadata, progress)
+                    grams = streamed_grams if streamed else _grams
+                    run = partial(grams, model, params, tokens, real, kept, rule=rule, batch=batch)
+                    # Sites of streamed models are finished block by block, in one pass over the text.
+                    at_once = None if streamed else group_bytes
+                    _write_grams(model, leaves, run, len(tokens), work, at_once, metadata, progress)
+                    work.publish(identity)
+                elif streamed:
+                    work.prepare(sum(4 * leaf.size for leaf in leaves))
+                    work.clear()
+                    squares = partial(streamed_fisher, model, params, tokens, real, kept, batch)
+                    _write_parts(leaves, squares, work, metadata, progress)
                     work.publish(identity)
                 else:
                     work.prepare()
@@ -246,7 +266,7 @@ def _write_grams(
     run: Callable[..., dict[str, np.ndarray]],
     contexts: int,
     work: WorkFolder,
-    group_bytes: int,
+    group_bytes: int | None,
     metadata: Mapping[str, str],
     progress: Progress,
 ) -> None:
@@ -255,7 +275,8 @@ def _write_grams(
     for leaf in leaves:
         names.setdefault(leaf.reads or "", {}).update(dict.fromkeys(leaf.hf_names))
     widths = {site: _width(model, site) for site in names}
-    groups = list(_groups(widths, group_bytes))
+    groups = [tuple(widths)] if group_bytes is None else list(_groups(widths, group_bytes))
+    files = itertools.count()
     work.prepare(sum(4 * widths[site] ** 2 * len(names[site]) for site in names))
     work.clear()
     for number, sites in enumerate(groups):
@@ -264,13 +285,41 @@ def _write_grams(
         def advance(done: int, start: int = start) -> None:
             progress(start + done, len(groups) * contexts)
 
-        grams = run(sites, advance=advance)
+        def deliver(grams: Mapping[str, np.ndarray]) -> None:
+            with disk_errors(work.out):
+                write_tensors(
+                    work.path / f"gram-{next(files):05d}.safetensors",
+                    {name: matrix for site, matrix in grams.items() for name in names[site]},
+                    metadata,
+                )
+
+        run(sites, advance=advance, deliver=deliver)
+
+
+def _write_parts(
+    leaves: Sequence[Leaf],
+    run: Callable[..., None],
+    work: WorkFolder,
+    metadata: Mapping[str, str],
+    progress: Progress,
+) -> None:
+    """One file for each part of a model, of arrays in the shapes of its parameters."""
+    by_part: dict[str, list[Leaf]] = {}
+    for leaf in leaves:
+        by_part.setdefault(leaf.path[0], []).append(leaf)
+    files = itertools.count()
+
+    def deliver(part: str, tree: Any) -> None:
+        tensors: dict[str, np.ndarray] = {}
+        for leaf in by_part[part]:
+            for name in leaf.hf_names:
+                tensors.setdefault(name, np.empty(leaf.hf_shape, np.float32))
+            array = np.asarray(get_leaf({part: tree}, leaf))
+            leaf.inverse(array, [tensors[name] for name in leaf.hf_names])
         with disk_errors(work.out):
-            write_tensors(
-                work.path / f"gram-{number:05d}.safetensors",
-                {name: grams[site] for site in sites for name in names[site]},
-                metadata,
-            )
+            write_tensors(work.path / f"fisher-{next(files):05d}.safetensors", tensors, metadata)
+
+    run(deliver=deliver, progress=progress)
 
 
 def _width(model: Model, site: str) -> int:
@@ -302,10 +351,11 @@ def _grams(
     *,
     rule: TokenRule,
     batch: int,
+    deliver: Callable[[dict[str, np.ndarray]], None],
     advance: Callable[[int], None] = lambda done: None,
-) -> dict[str, np.ndarray]:
+) -> None:
     """The Gram matrix of each site, on the host."""
-    limits = _limits(model, params, tokens, real, kept, tuple(sites), rule, batch)
+    limits = norm_limits(model, params, tokens, real, kept, tuple(sites), rule, batch)
     zeros = {site: jnp.zeros((_width(model, site),) * 2, jnp.float32) for site in sites}
     sums = zeros, jax.tree.map(jnp.copy, zeros)
     numbers = {site: jnp.zeros((), jnp.int32) for site in sites}
@@ -320,42 +370,8 @@ def _grams(
     found = {
         site: np.asarray(mean_of_sums(sums[0][site], sums[1][site], int(numbers[site]))) for site in sites
     }
-    for site, matrix in found.items():
-        if not np.isfinite(matrix).all():
-            raise NonFiniteError(f"activations of the site {site!r} are not finite; try float32 weights")
-    return found
-
-
-def _limits(
-    model: Model,
-    params: Params,
-    tokens: np.ndarray,
-    real: np.ndarray,
-    kept: np.ndarray,
-    sites: tuple[str, ...],
-    rule: TokenRule,
-    batch: int,
-) -> dict[str, Array] | None:
-    """The largest norm of a row that counts, of each site, by contexts spread evenly; None for no limit."""
-    if rule.max_norm_multiple is None:
-        return None
-    chosen = np.unique(np.linspace(0, len(tokens) - 1, min(batch, len(tokens))).astype(int))
-    norms = _norms(model, params, tokens[chosen], real[chosen], sites)
-    return {
-        site: jnp.float32(rule.norm_limit(median_norm(np.asarray(norms[site], np.float64)[kept[chosen]])))
-        for site in sites
-    }
-
-
-@partial(jax.jit, static_argnames=("model", "sites"))
-def _norms(
-    model: Model, params: Params, tokens: Array, mask: Array, sites: tuple[str, ...]
-) -> dict[str, Array]:
-    found = model.apply(params, tokens, mask=mask, capture=sites, logits=False).captured
-    return {
-        site: jnp.linalg.norm(found[site].astype(jnp.float32).reshape(*tokens.shape, -1), axis=-1)
-        for site in sites
-    }
+    check_finite(found)
+    deliver(found)
 
 
 @partial(jax.jit, static_argnames=("model", "sites"), donate_argnames="sums")
@@ -442,22 +458,4 @@ def _log_likelihood(
     """`sum of ln p(token | the tokens before it)` of one sequence, over tokens that are kept."""
     logits = model.apply(params, tokens[None], mask=mask[None]).logits
     assert logits is not None
-    logits = logits[0, :-1].astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, tokens[1:, None], axis=-1)[:, 0]
-    return jnp.sum(jnp.where(mask[:-1] & kept[1:], chosen - jax.nn.logsumexp(logits, axis=-1), 0.0))
-
-
-def add_rounded(sums: tuple[Any, Any], added: Any) -> tuple[Any, Any]:
-    """Sums, and what their additions have rounded off so far (Neumaier 1974), with one more term."""
-    total = jax.tree.map(jnp.add, sums[0], added)
-
-    def lost(before: Array, term: Array, after: Array, so_far: Array) -> Array:
-        taken = after - before
-        return so_far + ((before - (after - taken)) + (term - taken))
-
-    return total, jax.tree.map(lost, sums[0], added, total, sums[1])
-
-
-def mean_of_sums(total: Array, lost: Array, count: int) -> Array:
-    """The mean of `count` terms, from `add_rounded`'s sums."""
-    return (total + lost) / jnp.float32(count)
+    return log_likelihood(logits[0], tokens, mask, kept)

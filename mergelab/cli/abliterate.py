@@ -9,7 +9,15 @@ from typing import Any
 import click
 
 from mergelab.cli.numbers import ANY_NUMBER, Number, Seed, WholeNumber
-from mergelab.cli.options import MESH, PUSH, check_push_option, model_mesh, push_output
+from mergelab.cli.options import (
+    MESH,
+    PUSH,
+    check_push_option,
+    model_mesh,
+    push_output,
+    stream_layers,
+    streaming,
+)
 from mergelab.cli.output import StageBar, print_result
 from mergelab.errors import quoted
 
@@ -163,6 +171,7 @@ LAYERS = _Layers()
     help="Search although harmful prompts score no higher than harmless ones, so that the model does not "
     "seem to refuse.",
 )
+@stream_layers
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")
 @click.option("--resume", is_flag=True, help="Go on with an output that was interrupted.")
 @PUSH
@@ -205,6 +214,7 @@ def command(
       mergelab abliterate model --harmful a.txt --harmless b.txt --out edited --refusal "Das kann ich nicht"
     """
     check_push_option(push_to, out)
+    streamed = streaming(options)
     from mergelab.abliteration import (
         AbliterationSettings,
         Filters,
@@ -234,6 +244,7 @@ def command(
             journal=journal,
             mesh=None if mesh is None else model_mesh(mesh),
             dtype=dtype,
+            streamed=streamed,
             overwrite=overwrite,
             resume=resume,
             inputs=[path for path in (harmful, harmless, borderline, direction, text) if path is not None],

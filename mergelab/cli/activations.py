@@ -11,7 +11,15 @@ import click
 
 from mergelab.cli.joined import joins_run
 from mergelab.cli.numbers import WholeNumber
-from mergelab.cli.options import TEXT, stream_layers, streaming, text_options, token_options, token_rule
+from mergelab.cli.options import (
+    TEXT,
+    readable,
+    stream_layers,
+    streaming,
+    text_options,
+    token_options,
+    token_rule,
+)
 from mergelab.cli.output import count_bar, print_result
 from mergelab.errors import quoted
 
@@ -141,6 +149,13 @@ def command(
                 kept=own_tokens(work),
                 reading=lambda tokens: read.update(tokens - read.n),
                 streamed=streamed,
+            )
+        if streamed is not None:
+            plan = source.params.memory_plan(min(tokens or source.rows, source.rows), sites)
+            click.echo(
+                f"streamed: {readable(plan.blocks)} of weights, {readable(plan.stream + plan.kept)} of "
+                "activations are held at most",
+                err=True,
             )
         bar = bars.enter_context(count_bar("row", quiet=as_json))
         left_out = LeftOut()

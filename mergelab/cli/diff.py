@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergelab.cli.numbers import WholeNumber
+from mergelab.cli.options import stream_layers, streaming
 from mergelab.cli.output import byte_bar, print_result
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ __all__ = ["command"]
     help="Text on which the first two models are run: activations, outputs, losses between them.",
 )
 @click.option("--tokens", type=WholeNumber(2), help="Number of tokens of the text to read (default: 2048).")
+@stream_layers
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Folder to write a page and a figure to.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")
 @click.option("--threads", type=WholeNumber(1), help="Number of threads that read and add.")
@@ -43,6 +45,7 @@ def command(models: tuple[str, ...], as_json: bool, **options: Any) -> None:
       mergelab diff tuned base --spectra --json
       mergelab diff tuned base --text prose.txt
     """
+    options["streamed"] = streaming(options)
     if options["text"] is not None:
         from mergelab.cli.options import configure_jax
 

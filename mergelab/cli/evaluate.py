@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mergelab.cli.numbers import WholeNumber
-from mergelab.cli.options import SIZE
+from mergelab.cli.options import SIZE, stream_layers, streaming
 from mergelab.cli.output import print_result
 
 __all__ = ["command"]
@@ -59,6 +59,7 @@ __all__ = ["command"]
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype of the computation."
 )
+@stream_layers
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def command(
     models: tuple[str, ...],
@@ -86,6 +87,7 @@ def command(
     """
     if not texts and tasks is None and prompts is None:
         raise click.UsageError("say what to evaluate on: --text FILE, --tasks FILE.jsonl or --prompts FILE")
+    streamed = streaming(settings)
     from mergelab.cli.options import configure_jax
     from mergelab.verdict.comparison import compare_models
 
@@ -97,6 +99,7 @@ def command(
         prompts=prompts,
         adapters=adapters,
         dtype=dtype,
+        streamed=streamed,
         note=lambda sentence: click.echo(f"warning: {sentence}", err=True),
         progress=lambda name: click.echo(f"evaluating {name}", err=True),
         **settings,

@@ -11,7 +11,7 @@ import click
 
 from mergelab.cli.joined import joins_run
 from mergelab.cli.numbers import Number, WholeNumber
-from mergelab.cli.options import TEXT, text_options, token_options, token_rule
+from mergelab.cli.options import TEXT, stream_layers, streaming, text_options, token_options, token_rule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mergelab.activations.kept import TokenRule
     from mergelab.activations.statistics import Statistics
     from mergelab.models.model import Model, Params
+    from mergelab.models.streamed import Streaming
 
 __all__ = ["command"]
 
@@ -52,6 +53,7 @@ __all__ = ["command"]
     "--tokens", type=WholeNumber(1, 2**62), help="Upper limit on tokens; all of the text if not given."
 )
 @token_options
+@stream_layers
 @click.option("--overwrite", is_flag=True, help="Replace OUT if mergelab wrote it.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @joins_run
@@ -99,6 +101,9 @@ def command(
     from mergelab.checkpoints.remote_output import local_output, shown
     from mergelab.text.corpus_files import corpus_files
 
+    streamed = streaming(given)
+    if streamed is not None and kind == "merged_gram":
+        raise click.UsageError("merged_gram holds all models at once: omit --stream-layers")
     if given["roles"] == "assistant":
         raise click.UsageError("--roles assistant: statistics are of all tokens that a model reads")
     _check_numbers(kind, models, texts)
@@ -128,7 +133,8 @@ def command(
         if not work.finished(identity):
             work.prepare()
         opened = [
-            _opened(model, each, context, tokens, asked) for model, each in zip(folders, files, strict=True)
+            _opened(model, each, context, tokens, asked, streamed)
+            for model, each in zip(folders, files, strict=True)
         ]
 
         def progress(done: int, total: int) -> None:
@@ -183,13 +189,18 @@ def _check_numbers(kind: str, models: tuple[Path, ...], texts: tuple[str, ...]) 
 
 
 def _opened(
-    folder: Path, files: Sequence[Any], context: int | None, tokens: int | None, asked: Mapping[str, Any]
+    folder: Path,
+    files: Sequence[Any],
+    context: int | None,
+    tokens: int | None,
+    asked: Mapping[str, Any],
+    streamed: Streaming | None,
 ) -> _Opened:
     from mergelab.activations.model_activations import open_model_activations
     from mergelab.text.corpus import TextOptions
 
     source = open_model_activations(
-        folder, [], files, length=context, text=TextOptions(**asked, tokens=tokens)
+        folder, [], files, length=context, text=TextOptions(**asked, tokens=tokens), streamed=streamed
     )
     length = source.tokens.shape[1]
     kept = slice(None if tokens is None else max(tokens // length, 1))

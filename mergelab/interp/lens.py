@@ -7,7 +7,7 @@ affine translator per site, trained so that the reading agrees with the model's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,11 +21,13 @@ from jaxtyping import Float
 
 from mergelab.activations.batches import batches
 from mergelab.activations.capture import Patterns, check_prompts, stream_sites
-from mergelab.activations.losses import kl_of_log_probabilities
+from mergelab.activations.losses import UNEMBEDDED, kl_of_log_probabilities
+from mergelab.activations.passes import Batch, passes
 from mergelab.compat import register_dataclass
 from mergelab.errors import SiteError
 from mergelab.models.model import Model, Params
-from mergelab.models.residual_stream import readout, require_decoder
+from mergelab.models.residual_stream import logits_of, readout, require_decoder
+from mergelab.models.streamed import StreamedParams
 from mergelab.models.token_checks import check_tokens
 
 __all__ = ["LensReading", "TunedLens", "logit_lens", "read_lens", "train_tuned_lens"]
@@ -120,8 +122,9 @@ def logit_lens(
     streams = model.apply(
         params, jnp.asarray(tokens, jnp.int32), mask=given, capture=lens.sites, logits=False
     ).captured
+    behind = params.outer() if isinstance(params, StreamedParams) else params
     return {
-        name: readout(model, params, lens.translate(i, streams[name])) for i, name in enumerate(lens.sites)
+        name: readout(model, behind, lens.translate(i, streams[name])) for i, name in enumerate(lens.sites)
     }
 
 
@@ -151,9 +154,14 @@ def read_lens(
     tokens, real = check_prompts(model, tokens, mask)
     total = np.zeros((3, len(lens.sites)))
     predicted = (real[:, 1:] & real[:, :-1]).sum()
+    given = []
     for rows, count in batches(len(tokens), batch):
         counted = real[rows] & (np.arange(len(rows)) < count)[:, None]
-        total += np.asarray(_measure(model, params, lens, tokens[rows], real[rows], counted), np.float64).T
+        extra = _weights(lens), tokens[rows], counted
+        given.append(Batch(tokens[rows], real[rows], extra=extra))
+    wanted = (*lens.sites, UNEMBEDDED)
+    for found in passes(model, params, given, wanted, read=_Measured(lens.sites)):
+        total += np.asarray(found, np.float64).T
     with np.errstate(invalid="ignore"):
         cross_entropy = total[1] / predicted
     return LensReading(lens.sites, total[0] / real.sum(), cross_entropy, total[2] / real.sum())
@@ -236,12 +244,28 @@ def _losses_and_gradients(
     return jax.lax.map(lambda pair: jax.value_and_grad(loss)(*pair), (_weights(lens), streams))
 
 
-@partial(jax.jit, static_argnames="model")
-def _measure(
-    model: Model, params: Params, lens: TunedLens, tokens: Array, mask: Array, counted: Array
-) -> Array:
+@dataclass(frozen=True)
+class _Measured:
     """Sums over the counted tokens of KL, cross-entropy and agreement: `[sites, 3]`."""
-    streams, own = _streams(model, params, lens, tokens, mask)
+
+    sites: tuple[str, ...]
+
+    def __call__(self, model: Model, params: Params, kept: Mapping[str, Array], extra: Any) -> Array:
+        weights, tokens, counted = extra
+        streams = jnp.stack([kept[site] for site in self.sites])
+        own = jax.nn.log_softmax(logits_of(model, params, kept[UNEMBEDDED]))
+        return _sums(model, params, TunedLens(*weights, self.sites), streams, own, tokens, counted)
+
+
+def _sums(
+    model: Model,
+    params: Params,
+    lens: TunedLens,
+    streams: Array,
+    own: Array,
+    tokens: Array,
+    counted: Array,
+) -> Array:
     weight = counted.astype(jnp.float32)
     following = weight[:, 1:] * weight[:, :-1]
 

@@ -143,7 +143,8 @@ class Programs:
 
     Attributes:
         last: number of the last block that is run; -1 for none.
-        ends: whether what stands after the blocks is run.
+        ends: whether all blocks are run.
+        reads_end: whether a site is behind them.
         unembeds: whether a site needs logits.
     """
 
@@ -167,7 +168,7 @@ class Programs:
                 self._own[int(layer)] = (*self._own.get(int(layer), ()), site)
         self._edits = edits
         self.ends = bool(self._after) or to_the_end
-        self._to_the_end = to_the_end
+        self._to_the_end, self.reads_end = to_the_end, bool(self._after)
         self.unembeds = "logits" in self._after
         self.last = config.n_layers - 1 if self.ends else max(self._own, default=-1)
 

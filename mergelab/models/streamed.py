@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,16 +13,19 @@ from jax.sharding import Mesh
 
 from mergelab.checkpoints.source import Checkpoint
 from mergelab.errors import MergelabError
+from mergelab.models.block_programs import matched
 from mergelab.models.cache import Cache
 from mergelab.models.load import parameter_shapes
 from mergelab.models.model import Model, Output, Params
 from mergelab.models.sites import Edit, TokenPlaces
 from mergelab.models.sweep import one_pass
+from mergelab.models.table import Leaf
 from mergelab.models.weights_by_part import FileWeights, MappedWeights, Weights
 from mergelab.sharding import Rules
 
 __all__ = [
     "WAITING",
+    "StreamMemory",
     "StreamedParams",
     "Streaming",
     "stream_model",
@@ -40,6 +45,28 @@ class Streaming(NamedTuple):
 
     spill: str | Path | None = None
     memory: int = WAITING
+
+
+@dataclass(frozen=True)
+class StreamMemory:
+    """Bytes that a streamed call holds, besides what one batch computes in one block.
+
+    Attributes:
+        blocks: the two largest blocks.
+        unembedding: what makes logits, where they are asked for.
+        stream: the residual stream of all tokens; 0 where it waits on disk.
+        kept: the sites of all tokens; 0 where they wait on disk.
+    """
+
+    blocks: int
+    unembedding: int
+    stream: int
+    kept: int
+
+    @property
+    def total(self) -> int:
+        """The sum; blocks and unembedding are not held together."""
+        return max(self.blocks, self.unembedding) + self.stream + self.kept
 
 
 class StreamedParams(dict[str, Any]):
@@ -64,6 +91,7 @@ class StreamedParams(dict[str, Any]):
     ) -> None:
         super().__init__()
         self.model, self.weights, self.spill, self.memory = model, weights, spill, memory
+        self._small: dict[Leaf, Any] = {}
 
     def __missing__(self, name: str) -> Any:
         if name not in self.weights.sizes:
@@ -87,6 +115,33 @@ class StreamedParams(dict[str, Any]):
         """The parameters that stand outside the blocks and behind them: final norm, unembedding."""
         names = ["final_norm", "embed" if self.model.config.tied else "unembed"]
         return {name: self.weights.part(name) for name in names if name in self.weights.sizes}
+
+    def leaf(self, leaf: Leaf) -> Any:
+        """A parameter that is read alone and kept: a small one, such as the gain of a norm."""
+        if leaf not in self._small:
+            self._small[leaf] = self.weights.leaf(leaf)
+        return self._small[leaf]
+
+    def memory_plan(self, tokens: int, sites: Sequence[str] = (), *, logits: bool = False) -> StreamMemory:
+        """Bytes that a call holds, besides what one batch computes in one block.
+
+        Args:
+            tokens: tokens of the call, padding among them.
+            sites: names or patterns of the sites that are kept, `[batch, length, ...]`.
+            logits: whether the unembedding is read.
+        """
+        model, sizes = self.model, self.weights.sizes
+        blocks = sorted(size for name, size in sizes.items() if name.startswith("blocks_"))
+        width = self.weights.itemsize
+        kept = sum(
+            math.prod(size for size in model.sites()[site][2:] if isinstance(size, int))
+            for site in matched(model, sites)
+        )
+        head = "embed" if model.config.tied else "unembed"
+        held = 0 if self.spill is not None else tokens * width
+        return StreamMemory(
+            sum(blocks[-2:]), sizes.get(head, 0) if logits else 0, held * model.config.d_model, held * kept
+        )
 
     def mapped(self, function: Callable[..., Any], *others: StreamedParams) -> StreamedParams:
         """Parameters made of these, and of others of one shape, part by part while they are read.

@@ -79,7 +79,8 @@ def sweep(
     """
     edits = [matched_edits(model, call.edit) for call in calls]
     every: Edits = {name: found for one in edits for name, found in one.items()}
-    programs = Programs(model, matched(model, capture), every, to_the_end=logits is not None)
+    wanted = boundaries if logits is None else logits
+    programs = Programs(model, matched(model, capture), every, to_the_end=wanted is not None)
     mesh = weights.mesh
     with Spool(spill) as stream:
         rows = _entered(model, weights, programs, calls, edits, sink, stream)
@@ -100,12 +101,13 @@ def sweep(
                     if x is not None:
                         stream.put(number, np.asarray(x))
                 del block
-        if programs.ends:
+        if boundaries is not None:
+            for number in range(len(calls)):
+                boundaries.put((programs.last + 1, number), stream.get(number))
+        if programs.reads_end or logits is not None:
             outer, run = _exit_parts(model, weights, programs, logits is not None), programs.exit()
             for number, place in enumerate(rows):
                 entered = stream.get(number)
-                if boundaries is not None:
-                    boundaries.put((programs.last + 1, number), entered)
                 with DISPATCH:
                     scores, hidden, found = run(
                         outer, _put(entered, mesh), place, programs.edits_of(edits[number])

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from mergelab.checkpoints.source import TensorSource
 from mergelab.models.load import load_params
 from mergelab.models.model import Model, Params
-from mergelab.models.table import Leaf
+from mergelab.models.table import Leaf, get_leaf
 from mergelab.sharding import Rules
 
 __all__ = ["FileWeights", "HeldWeights", "MappedWeights", "Weights", "next_blocks"]
@@ -37,12 +37,21 @@ class Weights(Protocol):
         ...
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of an element of the widest parameter."""
+        ...
+
+    @property
     def mesh(self) -> Mesh | None:
         """The devices that parts are laid on; the default one if None."""
         ...
 
     def part(self, name: str) -> Any:
         """The parameters of a part."""
+        ...
+
+    def leaf(self, leaf: Leaf) -> Any:
+        """One parameter alone."""
         ...
 
     def embedding_rows(self, ids: np.ndarray) -> Any:
@@ -78,6 +87,7 @@ class FileWeights:
         self._leaves: dict[str, list[Leaf]] = {}
         for leaf in model.table():
             self._leaves.setdefault(leaf.path[0], []).append(leaf)
+        self.itemsize = max(leaf.dtype.itemsize for leaf in jax.tree.leaves(dtypes))
         self._sizes = {
             name: sum(one.size * one.dtype.itemsize for one in jax.tree.leaves(tree))
             for name, tree in dtypes.items()
@@ -98,11 +108,15 @@ class FileWeights:
             CheckpointError: a file is truncated, has changed, or cannot be read.
             NonFiniteError: a value leaves the range of the dtype.
         """
+        return self._read(self._leaves[name])[name]
+
+    def leaf(self, leaf: Leaf) -> Any:
+        """Reads one parameter."""
+        return get_leaf(self._read([leaf]), leaf)
+
+    def _read(self, leaves: Sequence[Leaf]) -> Params:
         options: dict[str, Any] = {"mesh": self._mesh, "dtype": self._dtype, "rules": self._rules}
-        found = load_params(
-            self._tensors, self._leaves[name], self._place, unused=lambda name: True, **options
-        )
-        return found[name]
+        return load_params(self._tensors, leaves, self._place, unused=lambda name: True, **options)
 
     def embedding_rows(self, ids: np.ndarray) -> np.ndarray | None:
         (leaf, *_) = self._leaves["embed"]
@@ -141,8 +155,15 @@ class HeldWeights:
     def mesh(self) -> Mesh | None:
         return None
 
+    @property
+    def itemsize(self) -> int:
+        return max(leaf.dtype.itemsize for leaf in jax.tree.leaves(self._params))
+
     def part(self, name: str) -> Any:
         return self._params[name]
+
+    def leaf(self, leaf: Leaf) -> Any:
+        return get_leaf(self._params, leaf)
 
     def embedding_rows(self, ids: np.ndarray) -> None:
         return None
@@ -166,11 +187,18 @@ class MappedWeights:
         return {name: sum(source.sizes[name] for source in self._sources) for name in names}
 
     @property
+    def itemsize(self) -> int:
+        return self._sources[0].itemsize
+
+    @property
     def mesh(self) -> Mesh | None:
         return self._sources[0].mesh
 
     def part(self, name: str) -> Any:
         return self._function(name, *(source.part(name) for source in self._sources))
+
+    def leaf(self, leaf: Leaf) -> Any:
+        return get_leaf({leaf.path[0]: self.part(leaf.path[0])}, leaf)
 
     def embedding_rows(self, ids: np.ndarray) -> None:
         return None

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mergelab.activations.batches import bucket_size
-from mergelab.activations.losses import target_scores
+from mergelab.activations.losses import scores_of_windows
 from mergelab.checkpoints.json_data import parse_json
 from mergelab.checkpoints.text_file import read_text
 from mergelab.errors import CheckpointError, EvaluationError, did_you_mean, quoted
@@ -185,7 +185,7 @@ def score_tasks(
 
     Args:
         model: a decoder.
-        params: its parameters, on any mesh.
+        params: its parameters, on any mesh, or streamed.
         tokenizer: its tokenizer.
         tasks: questions with their choices.
         batch: choices in one forward pass.
@@ -199,6 +199,7 @@ def score_tasks(
     by_length: dict[int, list[int]] = defaultdict(list)
     for number, (ids, _) in enumerate(rows):
         by_length[min(bucket_size(len(ids) - 1), model.config.max_length)].append(number)
+    windows = []
     for length, some in by_length.items():
         tokens = np.zeros((len(some), length + 1), np.int32)
         counted = np.zeros((len(some), length), bool)
@@ -206,16 +207,18 @@ def score_tasks(
             ids, first = rows[number]
             line[: len(ids)] = ids
             flags[first - 1 : len(ids) - 1] = True
-        nats, _ = target_scores(model, params, tokens, counted, batch=batch)
+        windows.append((tokens, counted))
+    scores = scores_of_windows(model, params, windows, batch=batch)
+    for some, (nats, _) in zip(by_length.values(), scores, strict=True):
         sums[some] = -nats.astype(np.float64).sum(axis=1)
     right, per_byte, found = [], [], []
     taken = iter(sums.tolist())
     for task in tasks:
-        scores = np.array([next(taken) for _ in task.choices])
+        chosen = np.array([next(taken) for _ in task.choices])
         sizes = np.array([len(choice.encode("utf-8", "surrogatepass")) for choice in task.choices])
-        right.append(float(np.argmax(scores) == task.answer))
-        per_byte.append(float(np.argmax(scores / sizes) == task.answer))
-        found.append(tuple(scores.tolist()))
+        right.append(float(np.argmax(chosen) == task.answer))
+        per_byte.append(float(np.argmax(chosen / sizes) == task.answer))
+        found.append(tuple(chosen.tolist()))
     chance = np.array([1 / len(task.choices) for task in tasks])
     return TaskScores(np.array(right), np.array(per_byte), chance, tuple(found))
 

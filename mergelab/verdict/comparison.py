@@ -13,6 +13,7 @@ import numpy as np
 
 from mergelab.checkpoints.source import Checkpoint
 from mergelab.errors import EvaluationError
+from mergelab.models.streamed import Streaming
 from mergelab.report.tables import text_table
 from mergelab.verdict.bootstrap import Difference, difference, resampled_sums, shown
 from mergelab.verdict.evaluation import (
@@ -91,6 +92,7 @@ def compare_models(
     prompts: Prompts | None = None,
     adapters: Sequence[str | Path] = (),
     dtype: Any = None,
+    streamed: Streaming | None = None,
     progress: Callable[[str], object] = lambda name: None,
     note: Callable[[str], object] = lambda sentence: None,
     **settings: Any,
@@ -106,6 +108,7 @@ def compare_models(
         prompts: questions that are answered, or the `Path` of a file of them.
         adapters: LoRA adapters, each measured on the first model as one model more.
         dtype: dtype of the computation; the stored one if None.
+        streamed: how activations wait, where the weights stay in their files; None to load them.
         progress: function called with the name of each model before it is measured.
         note: function called with each sentence that the user of a recipe or an adapter should know.
         settings: `field`, `most`, and the fields of `Material`, as of `evaluate_model`.
@@ -123,7 +126,7 @@ def compare_models(
     material, faults = gather(text, tasks, prompts, **settings)
     named: list[tuple[str, Any, Any]] = [(model_name(one), one, None) for one in models]
     named += [(model_name(models[0], adapter), models[0], adapter) for adapter in adapters]
-    subjects = subjects_of(named, material, faults, dtype=dtype)
+    subjects = subjects_of(named, material, faults, dtype=dtype, streamed=streamed)
     if faults:
         raise EvaluationError(faults)
     for subject in subjects:

@@ -15,6 +15,7 @@ from mergelab.errors import EvaluationError, MergelabError
 from mergelab.merging.any_model import open_model
 from mergelab.models.load import load_model, parameter_shapes
 from mergelab.models.model import Model, Params
+from mergelab.models.streamed import Streaming, stream_model
 from mergelab.models.token_checks import check_ids, window_length
 from mergelab.text.corpus_files import corpus_files
 from mergelab.text.prompt_file import read_prompts
@@ -172,6 +173,7 @@ def evaluate_model(
     prompts: Prompts | None = None,
     adapter: str | Path | None = None,
     dtype: Any = None,
+    streamed: Streaming | None = None,
     field: str | None = None,
     most: int | None = None,
     **settings: Any,
@@ -185,7 +187,7 @@ def evaluate_model(
     Args:
         model: what `mergelab.load_model` takes: a folder, a GGUF file, a hub id, an adapter, a recipe; or a
             loaded model, with `params` and `tokenizer`.
-        params: parameters of a loaded model.
+        params: parameters of a loaded or streamed model.
         tokenizer: tokenizer of a loaded model.
         text: texts the model was not trained on: strings, and `Path`s of files.
         tasks: multiple choice: a file as `read_tasks` reads it, or tasks or their records.
@@ -193,6 +195,8 @@ def evaluate_model(
             the model's chat format where it has one.
         adapter: LoRA adapter that is added to the model.
         dtype: dtype of the computation; the stored one if None.
+        streamed: how activations wait, where the weights stay in their files (`mergelab.models.Streaming`);
+            None to load them.
         field: field of a text's records that is read.
         most: bytes of text after which no document is begun.
         settings: further fields of `Material`: `context`, `batch`, `max_new_tokens`, `chat`, `think_end`.
@@ -211,7 +215,7 @@ def evaluate_model(
         _check_subject(subjects[0], given, faults)
     else:
         named = [(model_name(model, adapter), model, adapter)]
-        subjects = subjects_of(named, given, faults, dtype=dtype)
+        subjects = subjects_of(named, given, faults, dtype=dtype, streamed=streamed)
     if faults:
         raise EvaluationError(faults)
     return measure(subjects[0], given)
@@ -261,6 +265,7 @@ def subjects_of(
     faults: list[str],
     *,
     dtype: Any = None,
+    streamed: Streaming | None = None,
 ) -> list[Subject]:
     """Models opened, without a weight read; what is wrong with them is added to `faults`.
 
@@ -269,8 +274,14 @@ def subjects_of(
         material: what they are to be measured on.
         faults: sentences so far.
         dtype: dtype of the computation.
+        streamed: how activations wait, where the weights stay in their files; None to load them.
     """
     found: list[Subject] = []
+    if streamed is not None and material.prompts is not None:
+        faults.append(
+            "prompts are answered by loaded models alone: each token would read the weights of a streamed "
+            "one; evaluate it on text and tasks"
+        )
     for name, place, adapter in named:
 
         def opened(name: str = name, place: Any = place, adapter: Any = adapter) -> None:
@@ -279,7 +290,13 @@ def subjects_of(
             tokenizer = load_tokenizer(checkpoint.path)
             plan = getattr(checkpoint, "plan", None)
             notes = getattr(checkpoint if plan is None else plan, "warnings", ())
-            subject = Subject(name, model, tokenizer, lambda: load_model(checkpoint, dtype=dtype)[1], notes)
+
+            def load() -> Params:
+                if streamed is None:
+                    return load_model(checkpoint, dtype=dtype)[1]
+                return stream_model(checkpoint, dtype=dtype, **streamed._asdict())[1]
+
+            subject = Subject(name, model, tokenizer, load, notes)
             _check_subject(subject, material, faults)
             found.append(subject)
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from mergelab.activations.losses import target_scores
+from mergelab.activations.losses import scores_of_windows
 from mergelab.errors import EvaluationError
 from mergelab.models.model import Model, Params
+from mergelab.models.streamed import StreamedParams
 from mergelab.text.corpus import Document, TextOptions, documents, documents_of_texts, sections
 from mergelab.text.corpus_files import corpus_files
 from mergelab.text.corpus_tokens import bos_of
@@ -165,7 +166,7 @@ def score_text(
 
     Args:
         model: a decoder.
-        params: its parameters, on any mesh.
+        params: its parameters, on any mesh, or streamed.
         tokenizer: its tokenizer.
         held: the texts.
         context: tokens of a window, at least 2.
@@ -177,14 +178,19 @@ def score_text(
     """
     nats, hits, tokens, size = (np.zeros(held.units) for _ in range(4))
     windows = _windows(tokenizer, held, context, tokens, size)
-    while group := list(islice(windows, _GROUP * batch)):
-        for some in _by_length(group, context):
+    # Streamed weights are read once for each group: all windows are one.
+    together = None if isinstance(params, StreamedParams) else _GROUP * batch
+    while group := list(islice(windows, together)):
+        lengths, given = list(_by_length(group, context)), []
+        for some in lengths:
             rows = np.zeros((len(some), _room(some[0], context) + 1), np.int32)
             counted = np.zeros((len(some), rows.shape[1] - 1), bool)
             for row, flags, window in zip(rows, counted, some, strict=True):
                 row[: len(window.ids)] = window.ids
                 flags[window.first - 1 : len(window.ids) - 1] = True
-            losses, right = target_scores(model, params, rows, counted, batch=batch)
+            given.append((rows, counted))
+        scores = scores_of_windows(model, params, given, batch=batch)
+        for some, (_, counted), (losses, right) in zip(lengths, given, scores, strict=True):
             units = np.concatenate([window.units for window in some])
             np.add.at(nats, units, losses[counted].astype(np.float64))
             np.add.at(hits, units, right[counted].astype(np.float64))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors.numpy import load_file
 
 import mergelab.abliteration
 from mergelab.abliteration import decision, pipeline
@@ -380,3 +381,25 @@ def test_refusals_are_known_by_their_phrases() -> None:
     assert is_refusal("I\N{RIGHT SINGLE QUOTATION MARK}m SORRY, no.")
     assert not is_refusal("Of course! First, ...")
     assert is_refusal("Das kann ich nicht.", ["kann ich nicht"])
+
+
+def test_a_model_that_stays_in_its_files_is_edited_alike(folder: Path, tmp_path: Path) -> None:
+    options = ["--json", "--text", str(folder / "prose.txt")]
+    told = []
+    for name, more in (("memory", []), ("streamed", ["--stream-layers", "--spill", str(tmp_path)])):
+        result = command(folder, tmp_path / name, *options, *more)
+        assert result.exit_code == 0, result.output
+        told.append(json.loads(result.stdout))
+    loaded, streamed = told
+    one, other = (
+        {key: value for key, value in report["selection"]["chosen"].items()} for report in (loaded, streamed)
+    )
+    assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+    for key in ("harmful_score", "harmless_score", "kl", "loss"):
+        assert streamed["after"][key] == pytest.approx(loaded["after"][key], rel=1e-3, abs=1e-5)
+    assert streamed["after"]["harmful_refusals"] is None  # no answers are generated
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("memory", "streamed")]
+    for name, values in weights[0].items():
+        np.testing.assert_allclose(weights[1][name], values, atol=1e-5)
+    refused = command(folder, tmp_path / "x", "--stream-layers", "--trials", "2")
+    assert refused.exit_code == 2 and "anew for every trial" in refused.stderr

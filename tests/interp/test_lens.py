@@ -10,6 +10,8 @@ import pytest
 from mergelab.errors import SiteError
 from mergelab.interp.lens import TunedLens, logit_lens, read_lens, train_tuned_lens
 from mergelab.models.families import model_from_config
+from mergelab.models.streamed import StreamedParams
+from mergelab.models.weights_by_part import HeldWeights
 from tests.interp.domains import Trained, lines
 from tests.interp.running import logits_of
 from tests.models.tiny_models import CONFIGS, TOKENS, tiny
@@ -89,3 +91,16 @@ def test_lenses_read_streams_of_decoders() -> None:
         TunedLens.identity(model_from_config(CONFIGS["llama"]), "blocks.0.mlp.post")
     with pytest.raises(SiteError, match="'bert' model is an encoder"):
         TunedLens.identity(model_from_config(CONFIGS["bert"]))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama, one key head, tied, biases"])
+def test_a_streamed_model_is_read_alike(name: str) -> None:
+    model, params = tiny(name)
+    streamed = StreamedParams(model, HeldWeights(params))
+    one, other = (read_lens(model, given, TOKENS, batch=2) for given in (params, streamed))
+    np.testing.assert_allclose(other.kl, one.kl, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(other.cross_entropy, one.cross_entropy, rtol=1e-5)
+    assert other.agreement.tolist() == one.agreement.tolist()
+    site = "blocks.0.resid_post"
+    found = logit_lens(model, streamed, TOKENS)[site]
+    np.testing.assert_allclose(found, logit_lens(model, params, TOKENS)[site], atol=1e-4)

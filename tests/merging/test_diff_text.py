@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import astuple
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ from mergelab.activations import capture
 from mergelab.errors import EvaluationError
 from mergelab.merging import diff_models
 from mergelab.merging.diff.on_text import TextDiff, linear_cka, perturbed
-from mergelab.models import load_model
+from mergelab.models import Streaming, load_model
 from tests.decoding.tiny import CONFIGS, tensors
 
 LENGTH = 64  # as many as the model has positions
@@ -126,3 +127,17 @@ def test_texts_that_do_not_serve_are_refused(place: Path) -> None:
         diff_models(place / "a", place / "b", text=place / "empty.txt")
     with pytest.raises(EvaluationError, match="different tokens"):
         diff_models(place / "moved", place / "b", text=place / "text.txt")
+
+
+def test_models_that_stay_in_their_files_are_told_apart_alike(found: TextDiff, place: Path) -> None:
+    again = diff_models(place / "a", place / "b", text=place / "text.txt", streamed=Streaming(place)).on_text
+    assert again is not None and again.tokens == found.tokens
+    for one, other in zip(again.layers, found.layers, strict=True):
+        assert astuple(one)[1:] == pytest.approx(astuple(other)[1:], rel=1e-4)
+    assert again.kl == pytest.approx(found.kl, rel=1e-4)
+    assert again.agreement == found.agreement
+    assert again.losses == pytest.approx(found.losses, rel=1e-5)
+    assert np.array(again.line) == pytest.approx(np.array(found.line), rel=1e-5)
+    # Other draws, of the same size.
+    assert len(again.noise) == len(found.noise)
+    assert np.mean(again.noise) == pytest.approx(np.mean(found.noise), rel=0.2)

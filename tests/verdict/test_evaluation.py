@@ -264,3 +264,21 @@ def test_answers_are_indices_letters_labels_and_texts(answer: Any, choices: Any,
             ml.verdict.choice_tasks.check_tasks([record])
     else:
         assert ml.verdict.choice_tasks.check_tasks([record])[0].answer == index
+
+
+def test_models_that_stay_in_their_files_score_alike(place: Path, tmp_path: Path) -> None:
+    arguments = ["evaluate", str(place / "one"), str(place / "r.yaml"), "--text", str(place / "docs.jsonl")]
+    arguments += ["--tasks", str(place / "tasks.jsonl"), "--json"]
+    told = []
+    for more in ([], ["--stream-layers"], ["--stream-layers", "--spill", str(tmp_path)]):
+        result = CliRunner().invoke(cli, [*arguments, *more])
+        assert result.exit_code == 0, result.output
+        told.append(json.loads(result.stdout))
+    for other in told[1:]:
+        for one, two in zip(told[0]["models"], other["models"], strict=True):
+            assert one["bits_per_byte"]["value"] == pytest.approx(two["bits_per_byte"]["value"], rel=1e-5)
+            assert one["accuracy"] == two["accuracy"] and one["tasks"] == two["tasks"]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("w3 w4")
+    refused = CliRunner().invoke(cli, [*arguments[:2], "--prompts", str(prompts), "--stream-layers"])
+    assert refused.exit_code == 2 and "answered by loaded models alone" in refused.output

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,6 +27,9 @@ from mergelab.merging.diff.streaming import Gathered, gather
 from mergelab.merging.plan.input_models import FoundModel, find_models
 from mergelab.merging.recipe.faults import Origin
 
+if TYPE_CHECKING:
+    from mergelab.models.streamed import Streaming
+
 __all__ = ["diff_models"]
 
 _ROWS = 10
@@ -39,6 +43,7 @@ def diff_models(
     spectra: bool = False,
     text: str | Path | None = None,
     tokens: int | None = None,
+    streamed: Streaming | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
     threads: int | None = None,
@@ -56,6 +61,8 @@ def diff_models(
         spectra: Whether the singular values of every change are found; takes minutes for large models.
         text: File of prose on which both first models are run: activations, outputs, losses between them.
         tokens: Tokens of the text that are read.
+        streamed: How activations wait, where the models that the text is run on stay in their files
+            (`mergelab.models.Streaming`); None to load them.
         out: Folder to write `page.html`, `figure.png` and `diff.json` to.
         overwrite: Whether a folder that mergelab wrote may be replaced.
         threads: Threads that read; as many as there are cores if None.
@@ -87,7 +94,7 @@ def diff_models(
             work = stack.enter_context(WorkFolder(out, inputs=read, overwrite=overwrite))
             work.prepare()
         opened = {name: found_models[path] for name, path in paths.items()}
-        found = _compare(opened, given, spectra, text, tokens, threads, progress)
+        found = _compare(opened, given, spectra, text, tokens, streamed, threads, progress)
         if work is not None:
             work.clear()
             for name, content in diff_files(found).items():
@@ -111,6 +118,7 @@ def _compare(
     spectra: bool,
     text: str | Path | None,
     tokens: int | None,
+    streamed: Streaming | None,
     threads: int | None,
     progress: Callable[[int], object],
 ) -> ModelDiff:
@@ -137,7 +145,8 @@ def _compare(
     from mergelab.merging.diff.on_text import compare_on_text  # the forward pass takes a second to import
 
     first, second = names[:2]
-    measured = compare_on_text((first, second), (opened[first], opened[second]), Path(text), tokens=tokens)
+    pair = opened[first], opened[second]
+    measured = compare_on_text((first, second), pair, Path(text), tokens=tokens, streamed=streamed)
     return replace(found, on_text=measured)
 
 

@@ -15,13 +15,16 @@ from jax import Array
 
 from mergelab.activations.batches import filled_batches
 from mergelab.activations.capture import capture
-from mergelab.activations.losses import LOGIT_BYTES, kl_divergence, summed_loss
+from mergelab.activations.losses import LOGIT_BYTES, UNEMBEDDED, kl_divergence, summed_loss
 from mergelab.activations.model_activations import contexts_of_texts
+from mergelab.activations.passes import Batch, passes
 from mergelab.checkpoints.source import Checkpoint
 from mergelab.checkpoints.text_file import MAX_PROSE, read_text
 from mergelab.errors import EvaluationError
 from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params
+from mergelab.models.residual_stream import logits_of
+from mergelab.models.streamed import StreamedParams, Streaming, stream_model
 from mergelab.models.token_checks import window_length
 from mergelab.text.tokenizer import load_tokenizer
 
@@ -104,6 +107,7 @@ def compare_on_text(
     *,
     tokens: int | None = None,
     seed: int = 0,
+    streamed: Streaming | None = None,
 ) -> TextDiff:
     """Runs two models on a text, in float32; memory is that of three models.
 
@@ -116,13 +120,14 @@ def compare_on_text(
         text: File of prose, read as one document.
         tokens: Tokens that are read, in whole contexts; 2,048 if None.
         seed: Seed of the random changes.
+        streamed: How activations wait, where the weights stay in their files; None to load them.
 
     Raises:
         EvaluationError: the text is empty, or the models cut it into different tokens.
         CheckpointError: a model cannot be run, or has no tokenizer.
     """
     prose = read_text(text, MAX_PROSE, error=EvaluationError)
-    loaded = [load_model(checkpoint, dtype=np.float32) for checkpoint in checkpoints]
+    loaded = [_opened(checkpoint, streamed) for checkpoint in checkpoints]
     models, params = [model for model, _ in loaded], [own for _, own in loaded]
     contexts = _contexts(names, checkpoints, models, prose, text)
     contexts = contexts[: max(1, (tokens or _TOKENS) // contexts.shape[1])]
@@ -141,16 +146,22 @@ def compare_on_text(
             notes.append("outputs are not compared: the models have vocabularies of different sizes")
             both = [_loss(m, p, contexts) for m, p in zip(models, params, strict=True)]
         losses = both[0], both[1]
-        if _shapes(params[0]) != _shapes(params[1]):
+        if _shapes(models[0]) != _shapes(models[1]):
             notes.append("losses between the models are not measured: their parameters differ in shape")
         else:
-            inner = [(a, _loss(models[1], _between(*params, a), contexts)) for a in _ALPHAS[1:-1]]
+            inner = [(a, _loss(models[1], _on_line(*params, a), contexts)) for a in _ALPHAS[1:-1]]
             line = ((0.0, losses[1]), *inner, (1.0, losses[0]))
             barrier = max(loss - (1 - a) * losses[1] - a * losses[0] for a, loss in line)
             keys = jax.random.split(jax.random.key(seed), _DRAWS)
-            noise = tuple(_loss(models[1], perturbed(*params, key), contexts) for key in keys)
+            noise = tuple(_loss(models[1], _perturbed(*params, key), contexts) for key in keys)
     count = contexts.size - len(contexts)
     return TextDiff(names, count, layers, kl, agreement, losses, line, barrier, noise, tuple(notes))
+
+
+def _opened(checkpoint: Checkpoint, streamed: Streaming | None) -> tuple[Model, Params]:
+    if streamed is None:
+        return load_model(checkpoint, dtype=np.float32)
+    return stream_model(checkpoint, dtype=np.float32, **streamed._asdict())
 
 
 def _contexts(
@@ -228,8 +239,16 @@ def _outputs(models: Sequence[Model], params: Sequence[Params], contexts: np.nda
     size = max(1, LOGIT_BYTES // (2 * 4 * contexts.shape[1] * models[0].config.vocab_size))
     size = min(size, len(contexts))
     totals = np.zeros(4)
-    for (rows,), count in filled_batches(size, contexts):
-        found = _output_batch(tuple(models), tuple(params), rows)
+    parts = list(filled_batches(size, contexts))
+    given = [Batch(rows) for (rows,), _ in parts]
+    outer = [one.outer() for one in params if isinstance(one, StreamedParams)]
+    hidden = [passes(m, p, given, UNEMBEDDED) for m, p in zip(models, params, strict=True)]
+    for (rows,), count in parts:
+        if outer:
+            last = tuple(jnp.asarray(next(one)[UNEMBEDDED]) for one in hidden)
+            found = _output_of_hidden(tuple(models), tuple(outer), last, rows)
+        else:
+            found = _output_batch(tuple(models), tuple(params), rows)
         totals += [np.asarray(each)[:count].sum(dtype=np.float64) for each in found]
     predicted = contexts.size - len(contexts)
     return (totals / [contexts.size, contexts.size, predicted, predicted]).tolist()
@@ -242,11 +261,24 @@ def _output_batch(models: tuple[Model, ...], params: tuple[Params, ...], rows: A
         assert found is not None
         return found.astype(jnp.float32)
 
+    first, second = (logits(model, own) for model, own in zip(models, params, strict=True))
+    return _compared_logits(first, second, rows)
+
+
+@partial(jax.jit, static_argnames="models")
+def _output_of_hidden(
+    models: tuple[Model, ...], params: tuple[Params, ...], hidden: tuple[Array, ...], rows: Array
+) -> tuple[Array, ...]:
+    """`_output_batch` from what the unembedding of each model reads."""
+    first, second = (logits_of(m, p, x) for m, p, x in zip(models, params, hidden, strict=True))
+    return _compared_logits(first, second, rows)
+
+
+def _compared_logits(first: Array, second: Array, rows: Array) -> tuple[Array, ...]:
     def losses(found: Array) -> Array:
         chosen = jnp.take_along_axis(found[:, :-1], rows[:, 1:, None], axis=-1)[..., 0]
         return jax.nn.logsumexp(found[:, :-1], axis=-1) - chosen
 
-    first, second = (logits(model, own) for model, own in zip(models, params, strict=True))
     same = jnp.argmax(first, axis=-1) == jnp.argmax(second, axis=-1)
     return kl_divergence(second, first), same, losses(first), losses(second)
 
@@ -257,9 +289,23 @@ def _loss(model: Model, params: Params, contexts: np.ndarray) -> float:
     return summed_loss(model, params, contexts, counted, batch=min(_BATCH, len(contexts))) / counted.size
 
 
-def _shapes(params: Params) -> Any:
-    leaves, tree = jax.tree.flatten(params)
-    return tree, [leaf.shape for leaf in leaves]
+def _shapes(model: Model) -> Any:
+    return {leaf.path: leaf.shape for leaf in model.table()}
+
+
+def _on_line(first: Params, second: Params, alpha: float) -> Params:
+    """`_between`, of streamed parameters part by part."""
+    if isinstance(first, StreamedParams) and isinstance(second, StreamedParams):
+        return first.mapped(lambda name, a, b: _between(a, b, alpha), second)
+    return _between(first, second, alpha)
+
+
+def _perturbed(first: Params, second: Params, key: Array) -> Params:
+    """`perturbed`, of streamed parameters part by part, whose draws are others."""
+    if isinstance(first, StreamedParams) and isinstance(second, StreamedParams):
+        places = {name: place for place, name in enumerate(second)}
+        return first.mapped(lambda name, a, b: perturbed(a, b, jax.random.fold_in(key, places[name])), second)
+    return perturbed(first, second, key)
 
 
 @jax.jit

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from mergelab.reasoning.solving import Solved, solve
     from mergelab.reasoning.tasks import Task, check_tasks, read_tasks
+    from mergelab.reasoning.triggers import disagreement_reading, write_forking, write_while_thinking
     from mergelab.reasoning.verifier_names import VERIFIERS
     from mergelab.reasoning.writer import Trace, Writer
 
@@ -43,6 +44,7 @@ __all__ = [
     "check_tasks",
     "confidence_reading",
     "decide",
+    "disagreement_reading",
     "entropy_reading",
     "extract_answer",
     "fit_reading",
@@ -59,6 +61,8 @@ __all__ = [
     "save_probe",
     "solve",
     "step_rows",
+    "write_forking",
+    "write_while_thinking",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__)

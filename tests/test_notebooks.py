@@ -25,6 +25,7 @@ PRINTED = {
     "sae.ipynb": "the same SAE in SAELens files: True",
     "sae_evaluation.ipynb": "ablating subtracts what the latent writes: True",
     "steering.ipynb": "alarming prompts refused: 100% -> 0%",
+    "test_time.ipynb": "the same call ends in the same results: True",
 }
 
 

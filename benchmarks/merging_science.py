@@ -1,9 +1,10 @@
 """What merging does and does not do: small experiments with seeds, their spread, and where it fails.
 
-    python -m benchmarks.merging_science [--seeds 3] [--publish]
+    python -m benchmarks.merging_science --work DIR [--seeds 3] [--publish]
 
 Exact laws of operators, paths between networks, eight tasks in one network by every operator, the limits of
-DARE, and a head that all tasks share. Everything is trained on scikit-learn's digits in a few CPU minutes.
+DARE, and a head that all tasks share. Everything is trained on scikit-learn's digits in a few CPU minutes a
+seed; each seed is kept in the folder when it is done.
 """
 
 from __future__ import annotations
@@ -48,12 +49,17 @@ def experiments(seed: int, size: Size = Size()) -> dict[str, Any]:  # noqa: B008
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the experiments as the command line asks; returns what they gave."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.merging_science")
+    parser.add_argument("--work", type=Path, required=True, help="folder of finished seeds, not run again")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--publish", action="store_true", help="write merging_science.md and its results")
     options = parser.parse_args(arguments)
+    options.work.mkdir(parents=True, exist_ok=True)
     runs = []
     for seed in range(options.seeds):
-        runs.append(experiments(seed))
+        kept = options.work / f"seed-{seed}.json"
+        if not kept.is_file():
+            kept.write_text(json.dumps(experiments(seed)) + "\n", encoding="utf-8")
+        runs.append(json.loads(kept.read_text(encoding="utf-8")))
         print(f"seed {seed}: {len(runs[-1]['eight_tasks'])} rows", flush=True)
     results = {"machine": describe(FOLDER), "size": Size()._asdict(), "runs": runs}
     results["claims"] = [claim._asdict() for claim in claims(runs)]

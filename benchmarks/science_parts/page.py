@@ -18,9 +18,10 @@ def page(results: Mapping[str, Any], soup: Mapping[str, Any]) -> str:
     widths = "-".join(map(str, size["widths"]))
     return f"""# What merging does and does not do
 
-Written by `python -m benchmarks.merging_science --seeds {len(runs)} --publish`: means over {len(runs)}
-seeds, ± their standard deviation (of accuracies, in points). Everything is small: multilayer perceptrons
-on scikit-learn's digits (1,000 images to train, 297 to validate, 500 to test, split anew at every seed).
+Written by `python -m benchmarks.merging_science --work DIR --seeds {len(runs)} --publish`: means over
+{len(runs)} seeds, ± their standard deviation (of accuracies, in points). Sizes and rates were chosen at
+seed 0; the other seeds had no part in that. Everything is small: multilayer perceptrons on scikit-learn's
+digits (1,000 images to train, 297 to validate, 500 to test, split anew at every seed).
 Accuracies are in per cent, on test images that no choice has seen. The experiments and what they should
 show follow the papers named at the [operators](../docs/operators.md); what is said of language models
 stands with the quickstart (experiment 7).

@@ -139,7 +139,9 @@ def command(
 
     from mergelab.checkpoints.locations import location_text
     from mergelab.merging.run_merge import merge
+    from mergelab.platform import keep_freed_memory
 
+    keep_freed_memory()
     trial = None
     if judge is not None:
         from mergelab.verdict.merge_verdict import prepare_verdict

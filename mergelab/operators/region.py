@@ -156,11 +156,42 @@ class Region:
         A pure function of key, salt, model and flat index. One cipher call yields 64 bits, so three models
         share a counter.
         """
-        key = threefry((self.key[0], self.key[1]), (jnp.uint32(salt), jnp.uint32(model // 3)))
+        return _share(self._random_words(salt, model // 3), model % 3)
+
+    def random_bits_of_all(self, salt: int, models: int) -> tuple[jax.Array, ...]:
+        """The `random_bits` of `models` models, for programs that use each of them more than once.
+
+        In a block of an engine the cipher's words are arrays of their own: XLA would put the cipher, some
+        hundred operations an element, into every loop that reads a bit of it.
+        """
+        words: list[tuple[jax.Array, jax.Array]] = []
+        for group in range(-(-models // 3)):
+            if not self.short:
+                words.append(self._random_words(salt, group))
+                continue
+            # A loop whose number of turns is not known cannot be dissolved into what uses its results.
+            once = jnp.minimum(jnp.asarray(self.count, jnp.uint32), jnp.uint32(1))
+            blank = jnp.zeros(self.shape, jnp.uint32)
+            words.append(
+                jax.lax.fori_loop(
+                    jnp.uint32(0), once, lambda _, __, g=group: self._random_words(salt, g), (blank, blank)
+                )
+            )
+        return tuple(_share(words[model // 3], model % 3) for model in range(models))
+
+    def _random_words(self, salt: int, group: int) -> tuple[jax.Array, jax.Array]:
+        """64 uniform random bits per element, two uint32 `[*shape]`, for the three models of a group."""
+        key = threefry((self.key[0], self.key[1]), (jnp.uint32(salt), jnp.uint32(group)))
         first, second = threefry(key, self.index())
-        if model % 3 < 2:
-            return (first, second)[model % 3] >> jnp.uint32(11)
-        return ((first & jnp.uint32(0x7FF)) << jnp.uint32(10)) | (second & jnp.uint32(0x3FF))
+        return first, second
+
+
+def _share(words: tuple[jax.Array, jax.Array], place: int) -> jax.Array:
+    """The 21 bits of the first, second or third model of a group."""
+    first, second = words
+    if place < 2:
+        return words[place] >> jnp.uint32(11)
+    return ((first & jnp.uint32(0x7FF)) << jnp.uint32(10)) | (second & jnp.uint32(0x3FF))
 
 
 def whole(shape: tuple[int, ...], key: Any, wide: str) -> Region:

@@ -219,11 +219,10 @@ class MagPrune(Stage):
     def ask(self, xs: Arrays, base: Any, region: Region, known: Known) -> tuple[RowQuestion, ...]:
         """Whether each entry is kept, as a comparison of magnitudes that its random number chooses."""
         keys = [magnitude_key(jax.lax.stop_gradient(x)) for x in xs]
-        return tuple(
-            self._ask(key, region, i, draw) for draw in range(self.draws) for i, key in enumerate(keys)
-        )
+        drawn = [region.random_bits_of_all(_salt(_DELLA, draw), len(xs)) for draw in range(self.draws)]
+        return tuple(self._ask(keys[i], bits, i) for each in drawn for i, bits in enumerate(each))
 
-    def _ask(self, keys: jax.Array, region: Region, model: int, draw: int) -> RowQuestion:
+    def _ask(self, keys: jax.Array, bits: jax.Array, model: int) -> RowQuestion:
         """The comparison that decides each entry of one model in one draw.
 
         `reach` is the number of ranks whose probability exceeds the entry's random number. An entry is kept
@@ -234,7 +233,7 @@ class MagPrune(Stage):
         density, epsilon = (
             _float32(of_model(jax.lax.stop_gradient(value), model)) for value in (self.density, self.epsilon)
         )
-        bits, columns = region.random_bits(_salt(_DELLA, draw), model), keys.shape[-1]
+        columns = keys.shape[-1]
         margin = density - uniform(bits)
         reach = jnp.where(margin > 0, columns, 0)
         if columns > 1:

@@ -16,7 +16,7 @@ from mergelab.operators.order_statistics import Selection, split_words
 __all__ = ["FoundOrder", "KeySearch"]
 
 _HIGHEST = 0xFFFFFFFF
-_PIECE = 2**16
+_PIECE = 2**18
 _SMALL = 2**13
 _LEVELS = 6
 _HELD, _FEWEST = 2**23, 1024
@@ -74,7 +74,7 @@ class KeySearch:
                 worth less than its size.
         """
         if sample.size:
-            self._bracket(sample, self.size - self.count, self.size, 6 if independent else 24)
+            self._bracket(sample, self.size - self.count, self.size, 4 if independent else 24)
 
     def _bracket(self, sample: np.ndarray, below: int, population: int, errors: float) -> None:
         """Brackets the key with `below` keys under it, some standard errors of the sample to each side."""
@@ -202,8 +202,14 @@ class KeySearch:
         """Finds the cutoff inside the block that `tie_block` named, whose first element has index `start`."""
         before = sum(self._ties[:block])
         assert self.threshold is not None
-        position = np.flatnonzero(keys == np.uint32(self.threshold))[self._ties_kept - before - 1]
-        self.cutoff = split_words(start + int(position) + 1)
+        wanted, position = self._ties_kept - before, 0
+        for position in range(0, keys.size, _PIECE):
+            ties = keys[position : position + _PIECE] == np.uint32(self.threshold)
+            if (count := int(np.count_nonzero(ties))) >= wanted:
+                position += int(np.flatnonzero(ties)[wanted - 1])
+                break
+            wanted -= count
+        self.cutoff = split_words(start + position + 1)
 
     def selection(self) -> Selection:
         """The result."""

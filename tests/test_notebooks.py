@@ -27,6 +27,7 @@ PRINTED = {
     "sae_evaluation.ipynb": "ablating subtracts what the latent writes: True",
     "steering.ipynb": "alarming prompts refused: 100% -> 0%",
     "verdict.ipynb": "an unwritten merge measures as the written one: True",
+    "test_time.ipynb": "the same call ends in the same results: True",
 }
 
 

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     )
     from mergelab.reasoning.solving import Solved, solve
     from mergelab.reasoning.tasks import Task, check_tasks, read_tasks
+    from mergelab.reasoning.triggers import disagreement_reading, write_forking, write_while_thinking
     from mergelab.reasoning.verifier_names import VERIFIERS
     from mergelab.reasoning.writer import Trace, Writer
 
@@ -91,6 +92,7 @@ __all__ = [
     "concept_vectors",
     "confidence_reading",
     "decide",
+    "disagreement_reading",
     "dpo_loss",
     "elo_expected",
     "elo_loss",
@@ -137,6 +139,8 @@ __all__ = [
     "trace_decision",
     "train_reward_model",
     "value_contributions",
+    "write_forking",
+    "write_while_thinking",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__)

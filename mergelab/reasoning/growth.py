@@ -73,15 +73,46 @@ class Growth:
             state = replace(state, cache=replace(state.cache, even=False))
         self.state: GenerationState = state
         self.ended = np.zeros(rows, bool)
-        self._steps = Steps(
-            writer.model,
-            writer.params,
-            sampler=writer.sampler,
-            keys=keys,
-            stop=self._stop,
-            edit=as_partials(writer.edit),
-        )
+        self._keys = keys
+        self._steps = self._new_steps()
         self._cut: dict[int, Trace] = {}
+
+    def _new_steps(self) -> dict[bool, Steps]:
+        """Steps with the bounds of the readings (True) and without them (False), of one shape."""
+        free = self._stop
+        if (monitor := free.monitor) is not None:
+            unbounded = replace(monitor, above=np.full(monitor.readings, np.inf, np.float32))
+            free = replace(free, monitor=unbounded)
+        return {
+            bounded: Steps(
+                self.writer.model,
+                self.writer.params,
+                sampler=self.writer.sampler,
+                keys=self._keys,
+                stop=stop,
+                edit=as_partials(self.writer.edit),
+            )
+            for bounded, stop in ((True, self._stop), (False, free))
+        }
+
+    def go_on(self, writer: Writer) -> None:
+        """Lets another writer go on where traces ended by what ends no trace of its own.
+
+        Args:
+            writer: the same model with other edits, stop strings or ends; its readings are the same.
+        """
+        lengths = self.lengths
+        for row, trace in self._cut.items():
+            lengths[row] = len(trace.token_ids)
+        for row in range(self.rows):
+            last = int(on_host(self.state.tokens)[row, lengths[row] - 1])
+            self.ended[row] = lengths[row] >= writer.budget or last in writer.ends
+            if row in self._cut and any(self._cut[row].text.find(one) >= 0 for one in writer.stops):
+                self.ended[row] = True
+        self.state = self.state.rewind(lengths)
+        self.writer, self._cut = writer, {}
+        self._stop = stop_at(sorted(writer.ends), monitor=self._monitor)
+        self._steps = self._new_steps()
 
     def fork(self, rows: Sequence[int]) -> None:
         """Makes the first rows copies of those named; the rows behind them are at an end.
@@ -94,22 +125,32 @@ class Growth:
         self._cut = {n: self._cut[row] for n, row in enumerate(rows) if row in self._cut}
         self.ended[len(rows) :] = True
 
-    def grow(self, most: int | None = None, look: Callable[[Growth], object] | None = None) -> None:
+    def grow(
+        self,
+        most: int | None = None,
+        look: Callable[[Growth], object] | None = None,
+        *,
+        bounded: bool = True,
+    ) -> None:
         """Lets rows that are not at an end go on, until each is at the end of its step or of its text.
 
         Args:
             most: most new tokens of a row.
             look: function called after every piece of at most 32 tokens, which may end rows (`end`).
+            bounded: whether readings beyond their bounds end rows.
         """
         writer, before = self.writer, self.lengths
         limit = np.minimum(writer.budget, before + (writer.budget if most is None else most))
+        if self.rows > 1:
+            # While a row waited for others, the cache went on with them: what it holds of that is taken back.
+            self.state = self.state.rewind(before)
         paused = self.ended.copy()
         piece = _LOOK if writer.stops or look is not None else writer.budget
         while not paused.all():
             lengths = self.lengths
             room = int((limit - lengths)[~paused].min())
             state = replace(self.state, finished=on_device(paused), steps=jax.device_put(np.int32(0)))
-            self.state = self._steps.advance(state, min(piece, room))
+            self.state = self._steps[bounded].advance(state, min(piece, room))
             finished, lengths = on_host(self.state.finished), self.lengths
             tokens = on_host(self.state.tokens)
             for row in np.flatnonzero(~paused).tolist():

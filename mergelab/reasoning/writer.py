@@ -60,6 +60,7 @@ class Writer:
         edit: edits by site, as in `Model.apply`.
         chat: whether prompts are put as the model's chat template has them; as it has one if None.
         system: instruction before each prompt of a chat.
+        more_ends: tokens that end a trace, beside those of the tokenizer.
     """
 
     model: Model
@@ -73,6 +74,7 @@ class Writer:
     edit: Mapping[str, Edit] = field(default_factory=dict)
     chat: bool | None = None
     system: str | None = None
+    more_ends: tuple[int, ...] = ()
 
     @property
     def is_chat(self) -> bool:
@@ -82,7 +84,8 @@ class Writer:
     @cached_property
     def ends(self) -> tuple[int, ...]:
         """Tokens that end a trace."""
-        return turn_end_ids(self.tokenizer) if self.is_chat else self.tokenizer.end_ids
+        own = turn_end_ids(self.tokenizer) if self.is_chat else self.tokenizer.end_ids
+        return (*own, *self.more_ends)
 
     @cached_property
     def step_ids(self) -> frozenset[int]:

@@ -1,0 +1,162 @@
+"""The page of the experiment: tables of means over seeds, and sentences that the figures decide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+__all__ = ["page"]
+
+
+def page(results: dict[str, Any]) -> str:
+    """The page as Markdown; parts that have not been measured are said to be missing."""
+    parts = ["# Compute at test time", "", "Written by `python -m benchmarks.test_time --publish`.", ""]
+    parts += _throughput(results.get("throughput"))
+    runs = [results["arithmetic"][seed] for seed in sorted(results.get("arithmetic", {}), key=int)]
+    parts += _arithmetic(runs, results.get("size", {}))
+    parts += _language_model(results.get("language_model"))
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines] + [""]
+
+
+def _mean(values: Sequence[float]) -> str:
+    """A mean over seeds, and how far they lie apart."""
+    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
+
+
+def _throughput(found: dict[str, Any] | None) -> list[str]:
+    lines = ["## Samples together and one call each", ""]
+    if found is None:
+        return [*lines, "Not measured yet.", ""]
+    seconds, samples = found["seconds"], found["samples"]
+    ratio = seconds["together"] / seconds["one call each"]
+    rows = [[name, f"{value:.2f}"] for name, value in seconds.items()]
+    said = (
+        f"{samples} samples of {found['new_tokens']} tokens behind {found['prompt_tokens']}: together they "
+    )
+    said += f"take {ratio:.2f} of the time of one call each."
+    return [*lines, *_table([f"{samples} samples", "seconds"], rows), said, ""]
+
+
+def _arithmetic(runs: list[dict[str, Any]], size: dict[str, Any]) -> list[str]:
+    lines = ["## Sums with scratchpads", ""]
+    if not runs:
+        return [*lines, "Not measured yet.", ""]
+    lines += [
+        f"A transformer of two layers, trained here ({size.get('steps')} steps) on sums of 3 to 7 digits "
+        f"with scratchpads, solves {size.get('tasks')} sums of 5 to 7. Means over {len(runs)} seeds ± their "
+        "standard deviation; tokens are those generated or read for a task.",
+        "",
+        "### One trace, cut off at a budget",
+        "",
+    ]
+    rows = [
+        [
+            str(point["budget"]),
+            _mean([run["plain"][place]["accuracy"] for run in runs]),
+            f"{np.mean([run['plain'][place]['tokens'] for run in runs]):.1f}",
+        ]
+        for place, point in enumerate(runs[0]["plain"])
+    ]
+    lines += [*_table(["budget", "accuracy", "tokens"], rows), _stops_helping(runs), ""]
+    lines += ["### Votes and verifiers on the same traces: equal compute", ""]
+    judges = list(runs[0]["verified"])
+    header = ["traces", "tokens", "vote", *(f"{judge}, best" for judge in judges)]
+    rows = []
+    for place, point in enumerate(runs[0]["voted"]):
+        judged = [
+            _mean([run["verified"][judge]["best-of-n"][place]["accuracy"] for run in runs])
+            for judge in judges
+        ]
+        tokens = np.mean([run["voted"][place]["tokens"] for run in runs])
+        voted = _mean([run["voted"][place]["accuracy"] for run in runs])
+        rows.append([str(point["samples"]), f"{tokens:.0f}", voted, *judged])
+    lines += _table(header, rows)
+    rows = [
+        [
+            judge,
+            _mean([run["verified"][judge]["weighted-vote"][-1]["accuracy"] for run in runs]),
+            _mean(
+                [run["auroc"][judge] for run in runs if run["auroc"].get(judge) is not None] or [float("nan")]
+            ),
+        ]
+        for judge in judges
+    ]
+    lines += _table(["verifier", "weighted vote of all", "AUROC"], rows)
+    lines += ["### Searches", ""]
+    rows = [
+        [
+            name,
+            str(point["samples"]),
+            _mean([run["searched"][name][place]["accuracy"] for run in runs]),
+            f"{np.mean([run['searched'][name][place]['tokens'] for run in runs]):.0f}",
+        ]
+        for name, points in runs[0]["searched"].items()
+        for place, point in enumerate(points)
+    ]
+    lines += _table(["search", "side by side", "accuracy", "tokens"], rows)
+    lines += ["### Forced to think longer", ""]
+    rows = [
+        [
+            str(point["least"]),
+            _mean([run["forced"][place]["accuracy"] for run in runs]),
+            f"{np.mean([run['forced'][place]['tokens'] for run in runs]):.1f}",
+        ]
+        for place, point in enumerate(runs[0]["forced"])
+    ]
+    return [*lines, *_table(["tokens at least", "accuracy", "tokens"], rows), _hurts(runs), ""]
+
+
+def _stops_helping(runs: list[dict[str, Any]]) -> str:
+    points = runs[0]["plain"]
+    means = [
+        float(np.mean([run["plain"][place]["accuracy"] for run in runs])) for place in range(len(points))
+    ]
+    enough = next(place for place, mean in enumerate(means) if mean >= max(means) - 0.005)
+    return (
+        f"From a budget of {points[enough]['budget']} tokens on, a larger one adds no more than 0.005 to the "
+        f"accuracy of one trace ({means[enough]:.3f})."
+    )
+
+
+def _hurts(runs: list[dict[str, Any]]) -> str:
+    points = runs[0]["forced"]
+    means = [
+        float(np.mean([run["forced"][place]["accuracy"] for run in runs])) for place in range(len(points))
+    ]
+    best = int(np.argmax(means))
+    said = f"Best is a least of {points[best]['least']} tokens ({means[best]:.3f}); "
+    if means[-1] < means[best] - 0.005:
+        return said + f"forced to {points[-1]['least']}, accuracy is {means[best] - means[-1]:.3f} lower."
+    return said + f"up to {points[-1]['least']} tokens, more thinking does not lower it by more than 0.005."
+
+
+def _language_model(found: dict[str, Any] | None) -> list[str]:
+    lines = ["## A language model", ""]
+    if found is None:
+        return [*lines, "Not measured yet.", ""]
+    rows = [
+        [
+            name,
+            f"{one['accuracy']['value']:.3f}",
+            "{:.3f} - {:.3f}".format(*one["accuracy"]["interval"]),
+            f"{one['answered']:.2f}",
+            f"{one['tokens']:.0f}",
+            f"{one['flops'] / 1e9:.1f}",
+        ]
+        for name, one in found["methods"].items()
+    ]
+    lines += [
+        f"{found['model']}, {found['questions']} sums of two numbers below 50, {found['samples']} traces of "
+        f"at most {found['budget']} tokens, temperature 0.7.",
+        "",
+    ]
+    header = ["method", "accuracy", "95 % interval", "answered", "tokens a task", "GFLOPs a task"]
+    return [*lines, *_table(header, rows)]

@@ -23,14 +23,11 @@ SmolLM2-135M-Instruct in float32. Each sibling is the base after `mergelab finet
 licenses. Figures are bits per byte (lower is better) on {held_out} passages of 500 characters of each kind,
 from files that no sibling has seen; licenses repeat one another, seen or not. One seed.
 
-Fine-tuning took {taught}.
-
 *Gain kept*: (base - merge) / (base - specialist), mean over the three kinds, with a 95 % interval of paired
 resamples of the passages: 1 is every specialist on its own text at once, 0 is the base. Sparse operators
-keep the densities that `siblings.py` says, others their defaults; no factor was searched. Seconds and
-memory (peak of anonymous memory) are of whole `merge` processes on a machine that did other work, too;
-*regmean* and *fisher* need a pass over each sibling's text before. mergekit 0.1.5 stands where it has the
-operator for three models.
+keep the densities that `siblings.py` says, others their defaults; no factor was searched. Costs
+are of whole `merge` processes, memory is the peak of anonymous memory; *regmean* and *fisher* need a pass
+over each sibling's text before. mergekit 0.1.5 stands where it has the operator for three models.
 """
 
 
@@ -69,25 +66,23 @@ def page(results: Mapping[str, Any]) -> str:
     domains, kept = list(scores["base"]), kept_gains(results)
     order = sorted(results["merges"], key=lambda name: -kept[name].value)
     names = ("base", *domains, *order)
-    rows = [_row(name, kept, scores, domains, results["merges"].get(name, {})) for name in names]
-    head = ["model", "gain kept", *(f"{domain}" for domain in domains), "mean", "seconds", "memory MB",
-            "mergekit s", "its memory MB"]  # fmt: skip
+    timed = not results["busy"]
+    rows = [_row(name, kept, scores, domains, results["merges"].get(name, {}), timed) for name in names]
+    costs = ["seconds", "MB", "mergekit s", "its MB"] if timed else ["MB", "mergekit's MB"]
+    head = ["model", "gain kept", *domains, "mean", *costs]
     machine = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
     s = results["settings"]
-    taught = "; ".join(
-        f"{domain}: {row['seconds']:.0f} s, {row['memory'] / 1e6:.0f} MB"
-        for domain, row in results["finetune"].items()
-    )
     lines = [
         "# Three siblings of a language model, by every operator",
         "",
-        _TEXT.format(model=results["model"], taught=taught, **s),
+        _TEXT.format(model=results["model"], **s),
         "| " + " | ".join(head) + " |",
         "| --- |" + " ---: |" * (len(head) - 1),
         *("| " + " | ".join(cells) + " |" for cells in rows),
         "",
         *verdict(scores, domains, order),
         "",
+        *([f"Not in this run: {', '.join(results['left_out'])}.", ""] if results["left_out"] else []),
         f"Machine: {machine}.",
         "",
     ]
@@ -127,16 +122,17 @@ def _row(
     scores: Mapping[str, Scores],
     domains: Sequence[str],
     cost: Mapping[str, Any],
+    timed: bool,
 ) -> list[str]:
     means = [float(rates(scores[name])[domain][0]) for domain in domains]
     cells = [f"*{name}*" if not cost else name, "0" if name == "base" else shown(kept[name], 2)]
     cells += [f"{value:.3f}" for value in (*means, sum(means) / len(means))]
-    if not cost:
-        return [*cells, "", "", "", ""]
-    seconds = f"{cost['seconds']:.1f}"
-    if "statistics_seconds" in cost:
-        seconds += f" + {cost['statistics_seconds']:.0f}"
-    cells += [seconds, f"{cost['memory'] / 1e6:.0f}"]
-    if "mergekit_seconds" not in cost:
-        return [*cells, "-", "-"]
-    return [*cells, f"{cost['mergekit_seconds']:.1f}", f"{cost['mergekit_memory'] / 1e6:.0f}"]
+    for prefix in ("", "mergekit_"):
+        if f"{prefix}seconds" not in cost:
+            cells += ["-" if cost else ""] * (1 + timed)
+            continue
+        seconds = f"{cost[prefix + 'seconds']:.1f}"
+        if not prefix and "statistics_seconds" in cost:
+            seconds += f" + {cost['statistics_seconds']:.0f}"
+        cells += [*([seconds] if timed else []), f"{cost[prefix + 'memory'] / 1e6:.0f}"]
+    return cells

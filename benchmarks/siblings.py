@@ -202,6 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--train", type=int, default=120_000, help="characters to learn from, of each kind")
     parser.add_argument("--held-out", type=int, default=20, help="passages to judge on, of each kind")
+    parser.add_argument("--busy", action="store_true", help="other work went on: seconds are left out")
     parser.add_argument("--publish", action="store_true", help="write siblings.md and its results")
     options = parser.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
@@ -210,6 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parents = {"base": bench.base, **bench.siblings}
     results = {
         "machine": describe(bench.work),
+        "busy": options.busy,
+        "left_out": [name for name in MERGES if name not in options.only],
         "settings": {key: getattr(options, key) for key in ("tokens", "lr", "train", "held_out")},
         "model": bench.base.name,
         "finetune": tuned,

@@ -108,8 +108,11 @@ def gram(
     leaves = [leaf for leaf in model.table() if leaf.reads is not None]
     sites = tuple(dict.fromkeys(leaf.reads for leaf in leaves if leaf.reads))
     grams: dict[str, np.ndarray] = {}
-    run = streamed_grams if isinstance(params, StreamedParams) else _grams
-    run(model, params, tokens, real, kept, sites, rule=rule, batch=batch, deliver=grams.update)
+    given = (tokens, real, kept, sites)
+    if isinstance(params, StreamedParams):
+        streamed_grams(model, params, *given, rule=rule, batch=batch, deliver=grams.update)
+    else:
+        _grams(model, params, *given, rule=rule, batch=batch, deliver=grams.update)
     tree = tree_from_leaves({leaf: grams[leaf.reads or ""] for leaf in leaves})
     return Statistics("gram", tree, int(kept.sum()))
 
@@ -263,7 +266,7 @@ def write_statistics(
 def _write_grams(
     model: Model,
     leaves: Sequence[Leaf],
-    run: Callable[..., dict[str, np.ndarray]],
+    run: Callable[..., None],
     contexts: int,
     work: WorkFolder,
     group_bytes: int | None,

@@ -183,10 +183,11 @@ def streamed_fisher(
 
     with Spool(params.spill) as entered, Spool(params.spill) as back:
         sweep(model, params.weights, calls, (), _nothing, boundaries=entered, spill=params.spill)
-        rows = [
-            Rows(jnp.asarray(np.maximum(np.cumsum(call.mask, axis=1, dtype=np.int32) - 1, 0)), call.mask)  # pyright: ignore[reportArgumentType]
-            for call in calls
-        ]
+        rows = []
+        for call in calls:
+            assert call.mask is not None
+            places = np.cumsum(call.mask, axis=1, dtype=np.int32) - 1
+            rows.append(Rows(jnp.asarray(np.maximum(places, 0)), jnp.asarray(call.mask)))
         outer = params.outer()
         sums = _zeros(outer)
         for number, (call, place) in enumerate(zip(calls, rows, strict=True)):

@@ -254,7 +254,8 @@ class _Measured:
         weights, tokens, counted = extra
         streams = jnp.stack([kept[site] for site in self.sites])
         own = jax.nn.log_softmax(logits_of(model, params, kept[UNEMBEDDED]))
-        return _sums(model, params, TunedLens(*weights, self.sites), streams, own, tokens, counted)
+        lens = TunedLens(weights[0], weights[1], self.sites)
+        return _sums(model, params, lens, streams, own, tokens, counted)
 
 
 def _sums(

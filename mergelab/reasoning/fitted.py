@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mergelab.activations.capture import capture
@@ -130,7 +131,7 @@ def fit_reading(
     probe = fit_logistic(rows.x / spread, right, l2)
     probe = Probe(probe.weights / spread, probe.bias)
     if kind == "random":
-        odds = np.asarray(probe(rows.x))[:, 0]
+        odds = np.asarray(probe(jnp.asarray(rows.x)))[:, 0]
         weights = rng.standard_normal((rows.x.shape[1], 1)).astype(np.float32)
         own = rows.x @ weights
         weights *= odds.std() / max(float(own.std()), 1e-12)

@@ -121,7 +121,7 @@ class Growth:
             rows: numbers of rows, at most as many as there are.
         """
         taken = [*rows, *[0] * (self.rows - len(rows))]
-        self.state, self.ended = self.state.take(taken), self.ended[taken]
+        self.state, self.ended = self.state.take(np.asarray(taken, np.int32)), self.ended[taken]
         self._cut = {n: self._cut[row] for n, row in enumerate(rows) if row in self._cut}
         self.ended[len(rows) :] = True
 
@@ -201,13 +201,14 @@ class Growth:
 
     def _stopped(self, row: int) -> bool:
         """Whether a reading went beyond its bound in the last pass of a row."""
-        if self._monitor is None:
+        if self._monitor is None or self.state.readings is None:
             return False
         last = on_host(self.state.readings)[row, int(self.lengths[row]) - 1]
         return bool((last > np.asarray(self._monitor.above)).any())
 
     def _read(self, row: int, new: tuple[int, ...], text: str, stop: str) -> Trace:
         count = len(new)
+        assert self.state.log_probs is not None
         log_probs = on_host(self.state.log_probs)[row, :count].copy()
         inside = np.zeros((count, 0), np.float32)
         if self.state.readings is not None:

@@ -329,7 +329,7 @@ def _digest(tree: Any) -> str:
         if isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int):
             array = np.asarray(leaf)
             total.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-            total.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            total.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         else:
             total.update(f"{jax.tree_util.keystr(path)} {type(leaf).__name__}".encode())
     return total.hexdigest()

@@ -149,11 +149,12 @@ def compare_on_text(
         if _shapes(models[0]) != _shapes(models[1]):
             notes.append("losses between the models are not measured: their parameters differ in shape")
         else:
-            inner = [(a, _loss(models[1], _on_line(*params, a), contexts)) for a in _ALPHAS[1:-1]]
+            between = ((a, _on_line(params[0], params[1], a)) for a in _ALPHAS[1:-1])
+            inner = [(a, _loss(models[1], there, contexts)) for a, there in between]
             line = ((0.0, losses[1]), *inner, (1.0, losses[0]))
             barrier = max(loss - (1 - a) * losses[1] - a * losses[0] for a, loss in line)
             keys = jax.random.split(jax.random.key(seed), _DRAWS)
-            noise = tuple(_loss(models[1], _perturbed(*params, key), contexts) for key in keys)
+            noise = tuple(_loss(models[1], _perturbed(params[0], params[1], key), contexts) for key in keys)
     count = contexts.size - len(contexts)
     return TextDiff(names, count, layers, kl, agreement, losses, line, barrier, noise, tuple(notes))
 

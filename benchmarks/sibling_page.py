@@ -40,14 +40,15 @@ def rates(scores: Scores) -> dict[str, np.ndarray]:
     return found
 
 
-def retained(base: Scores, specialists: Mapping[str, Scores], merge: Scores) -> Estimate:
+Rates = Mapping[str, np.ndarray]
+
+
+def retained(start: Rates, best: Rates, end: Rates) -> Estimate:
     """The part of the specialists' gains that a merge keeps: the mean over domains of gain over gain.
 
     1 is as good as each specialist on its own text, 0 as the base; interval by paired resamples.
     """
-    start, end = rates(base), rates(merge)
-    best = {domain: rates(specialists[domain])[domain] for domain in base}
-    parts = [(start[domain] - end[domain]) / (start[domain] - best[domain]) for domain in base]
+    parts = [(start[domain] - end[domain]) / (start[domain] - best[domain]) for domain in start]
     drawn = np.mean(parts, axis=0)
     low, high = np.quantile(drawn[1:], [0.025, 0.975])
     return Estimate(float(drawn[0]), (float(low), float(high)))
@@ -55,9 +56,9 @@ def retained(base: Scores, specialists: Mapping[str, Scores], merge: Scores) -> 
 
 def kept_gains(results: Mapping[str, Any]) -> dict[str, Estimate]:
     """What every parent and merge of a run retains, by name."""
-    scores = {name: row["scores"] for name, row in (results["parents"] | results["merges"]).items()}
-    specialists = {domain: scores[domain] for domain in scores["base"]}
-    return {name: retained(scores["base"], specialists, one) for name, one in scores.items()}
+    found = {name: rates(row["scores"]) for name, row in (results["parents"] | results["merges"]).items()}
+    best = {domain: found[domain][domain] for domain in found["base"]}
+    return {name: retained(found["base"], best, one) for name, one in found.items()}
 
 
 def page(results: Mapping[str, Any]) -> str:
@@ -124,7 +125,7 @@ def _row(
     cost: Mapping[str, Any],
     timed: bool,
 ) -> list[str]:
-    means = [float(rates(scores[name])[domain][0]) for domain in domains]
+    means = [sum(scores[name][domain]["bits"]) / sum(scores[name][domain]["bytes"]) for domain in domains]
     cells = [f"*{name}*" if not cost else name, "0" if name == "base" else shown(kept[name], 2)]
     cells += [f"{value:.3f}" for value in (*means, sum(means) / len(means))]
     for prefix in ("", "mergekit_"):

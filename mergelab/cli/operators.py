@@ -104,7 +104,7 @@ def _explain(operator: Operator) -> str:
         f"  models      {_models(operator)} besides the base",
         *([] if operator.statistics is None else [f"  statistics  {operator.statistics}, of each model"]),
         f"  reference   {operator.reference}",
-        f"  helps       {operator.helps}",
+        *([f"  helps       {operator.helps}"] if operator.helps else []),
     ]
     width = max((len(p.name) for p in operator.parameters), default=0)
     if operator.parameters:
@@ -142,7 +142,7 @@ def _markdown(operator: Operator) -> str:
             f"- parameters: {', '.join(parameters) or 'none'}",
             *([] if operator.statistics is None else [_STATISTICS[operator.statistics]]),
             f"- reference: {operator.reference}",
-            f"- for: {operator.helps}",
+            *([f"- for: {operator.helps}"] if operator.helps else []),
             "",
         ]
     )

@@ -62,7 +62,7 @@ def tree_of_thought(
     valued = 0
 
     def grow(states: Sequence[S]) -> list[list[tuple[S, float]]]:
-        """For each state what follows it, with its worth, the best first."""
+        """What follows each state, with its worth, the best first."""
         nonlocal valued
         following = [list(some) for some in propose(states)]
         require(

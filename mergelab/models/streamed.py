@@ -122,7 +122,9 @@ class StreamedParams(dict[str, Any]):
             self._small[leaf] = self.weights.leaf(leaf)
         return self._small[leaf]
 
-    def memory_plan(self, tokens: int, sites: Sequence[str] = (), *, logits: bool = False) -> StreamMemory:
+    def memory_plan(
+        self, tokens: int, sites: str | Sequence[str] = (), *, logits: bool = False
+    ) -> StreamMemory:
         """Bytes that a call holds, besides what one batch computes in one block.
 
         Args:

@@ -157,7 +157,7 @@ class HeldWeights:
 
     @property
     def itemsize(self) -> int:
-        return max(leaf.dtype.itemsize for leaf in jax.tree.leaves(self._params))
+        return max((leaf.dtype.itemsize for leaf in jax.tree.leaves(self._params)), default=0)
 
     def part(self, name: str) -> Any:
         return self._params[name]

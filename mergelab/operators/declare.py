@@ -226,7 +226,7 @@ def operator(
     min_models: int = 1,
     max_models: int | None = None,
     reference: str,
-    helps: str,
+    helps: str = "",
     lone: Lone = "refuse",
     absent: Absent = "refuse",
     integers: IntegerUse = "equal",

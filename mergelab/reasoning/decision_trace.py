@@ -90,7 +90,7 @@ class DecisionTrace:
 def trace_decision(
     a: str | Path | LoadedModel,
     b: str | Path | LoadedModel,
-    prompts: Sequence[str] | None = None,
+    prompts: str | Sequence[str] | None = None,
     tokens: Sequence[str | int] = (" Wait", "\n"),
     out: str | Path | None = None,
     *,
@@ -119,7 +119,7 @@ def trace_decision(
         a: the model that stops: a folder or anything that `mergelab.load_model` takes; or a model with its
             parameters.
         b: the model that goes on, of the same vocabulary; of the same shape for swaps.
-        prompts: texts to try; some with short answers if None.
+        prompts: texts to try, or one; some with short answers if None.
         tokens: texts (" Wait") or ids of tokens to follow beside the end, which is always followed.
         out: folder to write: `decision.json` and `decision.html`; nothing is written if None.
         tokenizer: tokenizer of both; that of `a` if None.
@@ -169,7 +169,7 @@ def trace_decision(
 def _trace(
     a: Any,
     b: Any,
-    prompts: Sequence[str] | None,
+    prompts: str | Sequence[str] | None,
     tokens: Sequence[str | int],
     *,
     tokenizer: Any,
@@ -193,6 +193,7 @@ def _trace(
     tell("loading models")
     pair = open_pair(a, b, tokens, tokenizer=tokenizer, chat=chat, dtype=dtype)
     tell("looking for prompts")
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     kept, tried = find_stopping_prompts(pair, prompts, most=most, max_new_tokens=max_new_tokens, batch=batch)
     contexts = [prompt.context for prompt in kept]
     tell("trying endings")

@@ -36,8 +36,9 @@ def wrong_blocks(block: BlockSpec) -> Iterator[tuple[str, BlockSpec]]:
     if isinstance(attention, AttentionSpec):
         if attention.rotary is not None:
             rotary = attention.rotary
-            changes["theta"] = {"rotary": replace(rotary, theta=rotary.theta * 3)}
-            changes["pairs"] = {"rotary": replace(rotary, neighbors=not rotary.neighbors)}
+            if rotary.dim > 2:  # one pair turns at frequency 1, whatever theta is, and has one order
+                changes["theta"] = {"rotary": replace(rotary, theta=rotary.theta * 3)}
+                changes["pairs"] = {"rotary": replace(rotary, neighbors=not rotary.neighbors)}
             changes["not rotated"] = {"rotary": None}
         changes |= {
             name: {name: None} for name in ("window", "cap", "clip") if getattr(attention, name) is not None

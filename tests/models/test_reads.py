@@ -21,7 +21,9 @@ def test_every_matrix_reads_a_site_of_its_width(name: str) -> None:
     for leaf in model.table():
         if leaf.reads is None:
             embedding = leaf.path[-1] == "embedding" or leaf.path[0] == "pooler"
-            assert leaf.input_axis is None and (embedding or leaf.stack or len(leaf.shape) == 1), leaf.name
+            vector = len(leaf.shape) == 1 or leaf.path[-1] == "scale"  # a norm may have one scale per head
+            stack = leaf.stack or leaf.axes[0] == "experts"
+            assert leaf.input_axis is None and (embedding or stack or vector), leaf.name
         else:
             assert math.prod(map(int, sites[leaf.reads][2:])) == leaf.shape[-2], leaf.name
             assert leaf.input_axis is not None and leaf.hf_shape[leaf.input_axis] == leaf.shape[-2]

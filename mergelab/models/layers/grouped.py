@@ -131,7 +131,7 @@ def _one_by_one(x: Array, kernels: Array, owner: Array, used: Array, transposed:
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _outer(x: Array, y: Array, owner: Array, used: Array, experts: int) -> Array:
-    """For each expert the sum over its rows of `x^T y`: `[experts, width, hidden]`."""
+    """The sum of `x^T y` over the rows of each expert: `[experts, width, hidden]`."""
 
     def one(n: Array, found: Array) -> Array:
         ours = jax.lax.dynamic_index_in_dim(x, n, keepdims=False)

@@ -9,6 +9,7 @@ import click
 
 from mergelab.checkpoints.locations import location_text
 from mergelab.cli.numbers import Seed, WholeNumber
+from mergelab.cli.options import stream_layers, streaming
 from mergelab.cli.output import StageBar, print_result
 
 __all__ = ["command"]
@@ -49,6 +50,7 @@ __all__ = ["command"]
     "--any-model", is_flag=True, help="Accept an SAE that belongs to other weights than the base's."
 )
 @click.option("--seed", type=Seed(0, fold=False), default=0, show_default=True, help="Seed of all draws.")
+@stream_layers
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it is not empty.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
@@ -67,6 +69,7 @@ def command(
     """
     from mergelab.cli.options import configure_jax
 
+    options["streamed"] = streaming(options)
     configure_jax()
     from mergelab.explain import explain_merge
 

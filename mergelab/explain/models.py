@@ -14,6 +14,7 @@ from mergelab.merging.recipe.schema import Recipe
 from mergelab.merging.unwritten_merge import open_merge
 from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params
+from mergelab.models.streamed import Streaming, stream_model
 
 __all__ = ["Family", "find_family", "load_one", "merged_model"]
 
@@ -74,13 +75,18 @@ def _shown(name: str, names: list[str]) -> str:
     return short if [portable_name(one) for one in names].count(short) == 1 else name
 
 
-def load_one(checkpoint: Checkpoint, like: Model, name: str, dtype: Any = None) -> tuple[Model, Params]:
-    """Loads a model, of the same shape as another.
+def load_one(
+    checkpoint: Checkpoint, like: Model, name: str, dtype: Any = None, streamed: Streaming | None = None
+) -> tuple[Model, Params]:
+    """Loads a model, or opens it to be streamed, of the same shape as another.
 
     Raises:
         RecipeError: it has another shape or vocabulary, so that the SAE and the tokens are not its own.
     """
-    model, params = load_model(checkpoint, dtype=dtype)
+    if streamed is None:
+        model, params = load_model(checkpoint, dtype=dtype)
+    else:
+        model, params = stream_model(checkpoint, dtype=dtype, **streamed._asdict())
     if (model.config.d_model, model.config.vocab_size) != (like.config.d_model, like.config.vocab_size):
         raise RecipeError(
             f"{name} is {model.config.d_model} wide with {model.config.vocab_size:,} tokens, and the base "
@@ -89,6 +95,8 @@ def load_one(checkpoint: Checkpoint, like: Model, name: str, dtype: Any = None) 
     return model, params
 
 
-def merged_model(recipe: Recipe, like: Model, dtype: Any = None) -> tuple[Model, Params]:
+def merged_model(
+    recipe: Recipe, like: Model, dtype: Any = None, streamed: Streaming | None = None
+) -> tuple[Model, Params]:
     """The merge, loaded without being written; arguments and errors are those of `load_one`."""
-    return load_one(open_merge(recipe), like, "the merge", dtype)
+    return load_one(open_merge(recipe), like, "the merge", dtype, streamed)

@@ -16,6 +16,7 @@ from mergelab.checkpoints.model_card import portable_name
 from mergelab.checkpoints.output_target import MARKER
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.checkpoints.remote_output import writes_anywhere
+from mergelab.checkpoints.source import Checkpoint
 from mergelab.errors import SAEError
 from mergelab.explain.changes import Changes, find_changes, found_by_chance, retained
 from mergelab.explain.explanation import Explanation, GainedLatent, SpecialistStory, counted
@@ -26,6 +27,7 @@ from mergelab.explain.restoration import restore
 from mergelab.merging.recipe.recipe_file import load_recipe
 from mergelab.merging.recipe.schema import Recipe
 from mergelab.models.model import Model, Params
+from mergelab.models.streamed import Streaming
 from mergelab.report.explanation import render_explanation
 from mergelab.sae.formats import load_sae
 from mergelab.sae.sae import SAE
@@ -59,6 +61,7 @@ def explain_merge(
     batch: int = 8,
     latents: int = 200,
     dtype: Any = None,
+    streamed: Streaming | None = None,
     any_model: bool = False,
     seed: int = 0,
     overwrite: bool = False,
@@ -83,6 +86,8 @@ def explain_merge(
         batch: contexts in one forward pass.
         latents: largest number of latents of each parent that are told in full.
         dtype: dtype that the models are run in; the stored one if None.
+        streamed: how activations wait, where the weights of all models stay in their files
+            (`mergelab.models.Streaming`); None to load one after the other.
         any_model: accept an SAE of other weights than the base's.
         seed: seed of all draws.
         overwrite: replace a folder that mergelab wrote.
@@ -115,6 +120,7 @@ def explain_merge(
             any_model=any_model,
             # Norms differ from model to model; the tokens that count must not.
             rule=replace(judging_rule(saes), max_norm_multiple=None),
+            streamed=streamed,
         )
         tokenizer = load_tokenizer(family.base.paths[0])
         told = source.counted
@@ -128,7 +134,7 @@ def explain_merge(
         text = Contexts(
             np.asarray(source.tokens)[there], source.by_place[there], targets[there], source.sites[0], batch
         )
-        work_on = _Work(family, saes, text, source.model, dtype, seed, latents, tokenizer)
+        work_on = _Work(family, saes, text, source.model, dtype, streamed, seed, latents, tokenizer)
         loaded = [source.params] if dtype is None else []
         del source
         found = work_on.explained(name, loaded, lambda done: progress("reading models", done, stages))
@@ -162,11 +168,13 @@ class _Work:
         text: Contexts,
         model: Model,
         dtype: Any,
+        streamed: Streaming | None,
         seed: int,
         most: int,
         tokenizer: Tokenizer,
     ) -> None:
         self.family, self.sae, self.text, self.model = family, sae, text, model
+        self.streamed = streamed
         self.dtype, self.seed, self.most, self.tokenizer = dtype, seed, most, tokenizer
 
     def explained(self, name: str, loaded: list[Params], progress: Callable[[int], object]) -> Explanation:
@@ -181,7 +189,7 @@ class _Work:
         if loaded:
             params = loaded.pop()
         else:
-            model, params = load_one(self.family.base.checkpoint, model, "the base", self.dtype)
+            model, params = self._loaded(self.family.base.checkpoint, "the base")
         control = rotated(self.sae, self._center(model, params), self.seed)
         base = read_model(self.sae, control, model, params, self.text)
         del params
@@ -189,13 +197,13 @@ class _Work:
         readings: dict[str, Reading] = {}
         changes: dict[str, Changes] = {}
         for number, (parent, found) in enumerate(self.family.parents.items()):
-            model, params = load_one(found.checkpoint, self.model, parent, self.dtype)
+            model, params = self._loaded(found.checkpoint, parent)
             readings[parent] = read_model(self.sae, control, model, params, self.text)
             del params
             changes[parent] = find_changes(base.mean, readings[parent].mean, seed=self.seed)
             progress(2 + number)
         codes = {parent: self._codes(parent, changes[parent].raised) for parent in readings}
-        model, params = merged_model(self.family.recipe, self.model, self.dtype)
+        model, params = merged_model(self.family.recipe, self.model, self.dtype, self.streamed)
         merge = read_model(self.sae, control, model, params, self.text)
         stories = [
             self._story(parent, base, readings, changes, merge, codes[parent], model, params)
@@ -218,6 +226,9 @@ class _Work:
             next(iter(changes.values())).level,
         )
 
+    def _loaded(self, checkpoint: Checkpoint, name: str) -> tuple[Model, Params]:
+        return load_one(checkpoint, self.model, name, self.dtype, self.streamed)
+
     def _center(self, model: Model, params: Params) -> np.ndarray:
         """The mean activation of the first contexts, about which the control's space is turned."""
         here, x, _ = next(passes(model, params, self.text))
@@ -227,7 +238,7 @@ class _Work:
         """The specialist's codes of the latents that are told in full, at every token."""
         if not len(gained):
             return np.zeros((*self.text.tokens.shape, 0), np.float32)
-        model, params = load_one(self.family.parents[parent].checkpoint, self.model, parent, self.dtype)
+        model, params = self._loaded(self.family.parents[parent].checkpoint, parent)
         return codes_at(self.sae, model, params, self.text, gained[: self.most])[0]
 
     def _story(

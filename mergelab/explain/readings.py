@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,12 @@ from jax import Array
 from jax.tree_util import Partial
 
 from mergelab.activations.batches import filled_batches
-from mergelab.activations.model_activations import side_by_side
+from mergelab.activations.harvest import side_by_side
+from mergelab.activations.losses import UNEMBEDDED
+from mergelab.activations.passes import Batch
+from mergelab.activations.passes import passes as run_passes
 from mergelab.models.model import Model, Params
+from mergelab.models.residual_stream import logits_of
 from mergelab.sae.normalizations import normalized
 from mergelab.sae.sae import SAE
 from mergelab.sae.splice import anonymous, encode
@@ -78,29 +81,42 @@ def passes(
     Yields:
         Numbers of the contexts, float32 `[contexts, length, width]`, and float64 `[contexts]`.
     """
+    parts = list(filled_batches(contexts.batch, contexts.tokens, contexts.targets))
+
+    def batches() -> Iterator[Batch]:
+        start = 0
+        for (tokens, targets), count in parts:
+            vectors = jnp.zeros((), jnp.float32)
+            if added is not None:
+                given = added(start, start + count)
+                vectors = jnp.asarray(np.pad(given, ((0, len(tokens) - count), (0, 0), (0, 0))), jnp.float32)
+            edit = {contexts.site: Partial(_add, vectors)}
+            yield Batch(jnp.asarray(tokens), edit=edit, extra=(jnp.asarray(tokens), jnp.asarray(targets)))
+            start += count
+
+    found = run_passes(model, params, batches(), (contexts.site, UNEMBEDDED), read=_Read(contexts.site))
     start = 0
-    for (tokens, targets), count in filled_batches(contexts.batch, contexts.tokens, contexts.targets):
-        stop = start + count
-        vectors = jnp.zeros((), jnp.float32)
-        if added is not None:
-            given = added(start, stop)
-            vectors = jnp.asarray(np.pad(given, ((0, len(tokens) - count), (0, 0), (0, 0))), jnp.float32)
-        x, nats = _pass(model, params, jnp.asarray(tokens), jnp.asarray(targets), vectors, site=contexts.site)
+    for ((_, targets), count), (x, nats) in zip(parts, found, strict=True):
         per_target = np.asarray(nats, np.float64)[:count] / np.maximum(targets[:count].sum(axis=1), 1)
-        yield slice(start, stop), np.asarray(x)[:count], per_target
-        start = stop
+        yield slice(start, start + count), np.asarray(x)[:count], per_target
+        start += count
 
 
-@partial(jax.jit, static_argnames=("model", "site"))
-def _pass(
-    model: Model, params: Params, tokens: Array, targets: Array, vectors: Array, *, site: str
-) -> tuple[Array, Array]:
-    out = model.apply(params, tokens, capture=[site], edit={site: Partial(_add, vectors)})
-    assert out.logits is not None
-    logp = jax.nn.log_softmax(out.logits[:, :-1].astype(jnp.float32))
-    nats = -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
-    x = side_by_side(jnp.asarray(out.captured[site])).astype(jnp.float32)
-    return x, jnp.where(targets, nats, 0.0).sum(axis=1)
+@dataclass(frozen=True)
+class _Read:
+    """The activations of a site, and each context's summed loss."""
+
+    site: str
+
+    def __call__(
+        self, model: Model, params: Params, kept: Mapping[str, Array], extra: tuple[Array, Array]
+    ) -> tuple[Array, Array]:
+        tokens, targets = extra
+        logits = logits_of(model, params, kept[UNEMBEDDED])
+        logp = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
+        nats = -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
+        x = side_by_side(kept[self.site]).astype(jnp.float32)
+        return x, jnp.where(targets, nats, 0.0).sum(axis=1)
 
 
 def _add(vectors: Array, x: Array) -> Array:

@@ -13,6 +13,7 @@ from mergelab.checkpoints.folder import weights_sha256
 from mergelab.checkpoints.locations import local_path
 from mergelab.errors import SAEError
 from mergelab.models.residual_stream import norms_outputs
+from mergelab.models.streamed import Streaming
 from mergelab.sae.belonging import warn_where_foreign
 from mergelab.sae.formats.hook_names import site_of
 from mergelab.sae.sae import SAE, at_sites
@@ -71,6 +72,7 @@ def open_subject_model(
     mesh: Any = None,
     rule: TokenRule | None = None,
     text: Mapping[str, Any] | None = None,
+    streamed: Streaming | None = None,
 ) -> ModelActivations:
     """Activations of the SAE's model on text files, at the site it reads and, of a transcoder, the one
     it writes as far as that is known.
@@ -92,6 +94,7 @@ def open_subject_model(
         mesh: devices to spread the model over.
         rule: which tokens count; `judging_rule` of the SAE if None.
         text: options of `mergelab.text.corpus.TextOptions` that are other than those of the SAE's training.
+        streamed: how activations wait, where the weights stay in their files; None to load them.
 
     Raises:
         SAEError: the weights or the widths are not the SAE's, no site is known, or the text is short.
@@ -120,6 +123,7 @@ def open_subject_model(
         mesh=mesh,
         rule=judging_rule(sae) if rule is None else rule,
         text=_up_to(contexts, length or trained_context(sae), trained_text(sae, text)),
+        streamed=streamed,
     )
     source = source if contexts is None else source.contexts(slice(contexts))
     check_modules(sae, source)

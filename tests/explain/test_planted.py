@@ -16,6 +16,7 @@ from mergelab.checkpoints.folder import weights_sha256
 from mergelab.cli.main import cli
 from mergelab.errors import RecipeError, SAEError
 from mergelab.explain import Explanation, explain_merge
+from mergelab.models import Streaming
 from mergelab.models.families import model_from_config
 from mergelab.models.save import save_model
 from mergelab.sae.formats import save_sae
@@ -150,3 +151,12 @@ def test_what_cannot_be_explained_is_refused(place: Path, tmp_path: Path) -> Non
     with pytest.raises(SAEError, match="fill 2 contexts of 16"):
         explain_merge(place / "recipe.yaml", place / "sae", tmp_path / "short.txt", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_streamed_models_are_explained_alike(place: Path, explained: Explanation, tmp_path: Path) -> None:
+    arguments = (place / "recipe.yaml", place / "sae", place / "text.txt", tmp_path / "out")
+    found = explain_merge(*arguments, streamed=Streaming(tmp_path))
+    assert found.merge_loss == pytest.approx(explained.merge_loss, rel=1e-5)
+    for one, other in zip(found.specialists, explained.specialists, strict=True):
+        assert [story.latent for story in one.latents] == [story.latent for story in other.latents]
+        assert [story.fate for story in one.latents] == [story.fate for story in other.latents]

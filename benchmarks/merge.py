@@ -43,15 +43,18 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     _read_once(family.values())
     bench = Bench(work, family, options.mergekit_env)
 
-    rows = {
-        name: {"inputs": len(CASES[name].inputs), "aim": CASES[name].aim, "runs": []} for name in options.only
-    }
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in options.only}
     start_up: list[dict[str, float]] = []
     for turn in range(options.repeats):
         start_up.append(bench.start_up())
         for name in options.only:
-            rows[name]["runs"].append(bench.run(CASES[name]))
-            print(f"{turn + 1}/{options.repeats} {name}: {_brief(rows[name]['runs'][-1])}", file=sys.stderr)
+            kept = work / "kept" / f"{name}-{turn}.json"
+            if not (options.go_on and kept.exists()):
+                found = bench.run(CASES[name])
+                kept.parent.mkdir(exist_ok=True)
+                kept.write_text(json.dumps(found))
+                print(f"{turn + 1}/{options.repeats} {name}: {_brief(found)}", file=sys.stderr)
+            rows[name].append(json.loads(kept.read_text()))
     results = {
         "machine": describe(work),
         "parameters": shape.parameters,
@@ -59,7 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "passes": ROUNDS,
         "start_up": _medians(start_up),
         "cases": {
-            name: {**row, "runs": row["runs"], "median": _medians(row["runs"])} for name, row in rows.items()
+            name: {
+                "inputs": len(CASES[name].inputs),
+                "aim": CASES[name].aim,
+                "against": CASES[name].against,
+                "runs": runs,
+                "median": _medians(runs),
+            }
+            for name, runs in rows.items()
         },
     }
     (options.json or work / "merge.json").write_text(json.dumps(results, indent=1))
@@ -77,6 +87,7 @@ class Bench:
     def __init__(self, work: Path, family: dict[str, Path], mergekit: Path | None) -> None:
         self.work, self.family, self.mergekit = work, family, mergekit
         self.folder = next(iter(family.values())).parent
+        self.tiny = next(iter(build_family(work / "tiny", TINY).values())).parent
         paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
@@ -96,29 +107,36 @@ class Bench:
         """
         recipe = self.work / f"{case.method}.yaml"
         recipe.write_text(yaml.safe_dump(case.recipe(), sort_keys=False))
-        rounds = [self._floor(case) | self._ours(recipe) for _ in range(ROUNDS)]
+        passes = 1 if case.against else ROUNDS  # those are minutes, not seconds
+        rounds = [self._floor(case) | self._ours(recipe) for _ in range(passes)]
         columns = {name: [one[name] for one in rounds] for name in rounds[0]}
         found = {
             "floor_seconds": min(columns["floor_seconds"]),
+            "mergelab_work_seconds": min(columns["mergelab_seconds"]) - self._started(recipe),
             "mergelab_streaming_seconds": min(columns["mergelab_streaming_seconds"]),
             "mergelab_seconds": statistics.median(columns["mergelab_seconds"]),
             "mergelab_anonymous_bytes": max(columns["mergelab_anonymous_bytes"]),
         }
-        return found | (self._theirs(recipe) if self.mergekit else {})
+        return found | (self._theirs(recipe) if self.mergekit and not case.against else {})
 
     def _floor(self, case: Case) -> dict[str, float]:
         out = self.work / "floor.out"
         seconds, files = 0.0, [sorted(self.family[name].glob("*.safetensors")) for name in case.inputs]
         for shard in zip(*files, strict=True):
             command = [*self._python("benchmarks.floor"), *map(str, shard), "--out", str(out)]
-            seconds += json.loads(measure(command, cwd=self.folder, env=self.env).stdout)["seconds_streaming"]
+            seconds += json.loads(measure(command, cwd=self.folder, env=self.env).stdout)["seconds"]
             out.unlink()
         return {"floor_seconds": seconds}
 
-    def _ours(self, recipe: Path) -> dict[str, float]:
+    def _started(self, recipe: Path) -> float:
+        """Seconds of the same merge of models too small to matter: imports, planning, programs, an output."""
+        runs = [self._ours(recipe, self.tiny) for _ in range(ROUNDS)]
+        return statistics.median(run["mergelab_seconds"] for run in runs)
+
+    def _ours(self, recipe: Path, folder: Path | None = None) -> dict[str, float]:
         out = self.work / "mergelab.out"
         command = [*self._python("mergelab"), "merge", str(recipe), "--out", str(out), "--json"]
-        run = measure(command, cwd=self.folder, env=self.env)
+        run = measure(command, cwd=folder or self.folder, env=self.env)
         shutil.rmtree(out)
         return {
             "mergelab_streaming_seconds": json.loads(run.stdout)["seconds_streaming"],
@@ -168,6 +186,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--shards", type=int, default=1, help="weight files per model")
     parser.add_argument("--quick", action="store_true", help="a tiny model: shows that it runs, not how fast")
+    parser.add_argument(
+        "--go-on", action="store_true", help="keep the cases that DIR holds of an earlier call"
+    )
     parser.add_argument("--json", type=Path, help="where the measurements go (default: merge.json in --work)")
     parser.add_argument("--publish", action="store_true", help="write the tables of the READMEs")
     options = parser.parse_args(arguments)
@@ -175,6 +196,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--mergekit-env {options.mergekit_env}: no bin/mergekit-yaml there")
     if options.publish and options.quick:
         parser.error("--publish writes figures of the full-size models: leave --quick out")
+    if missing := {against for name in options.only if (against := CASES[name].against)} - set(options.only):
+        parser.error(f"--only: also {', '.join(sorted(missing))}, which others are measured against")
     options.work.mkdir(parents=True, exist_ok=True)
     return options
 

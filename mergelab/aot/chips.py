@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from mergelab.errors import MeshError, quoted
 
 __all__ = [
+    "LINKED",
     "Chip",
     "ChipReport",
     "Collective",
     "Fit",
+    "Gpu",
     "Roofline",
     "chip_kind",
     "chip_of",
@@ -27,6 +30,25 @@ _GIB = 2**30
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """What XLA asks of a GPU before it compiles for it.
+
+    Attributes:
+        name: what the device is called.
+        capability: CUDA's compute capability, major and minor.
+        cores: number of multiprocessors.
+        cache: bytes of the cache that they share.
+        clock: cycles per second, in units of 10^9.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    cores: int
+    cache: int
+    clock: float
+
+
+@dataclass(frozen=True)
 class Chip:
     """A kind of chip as JAX sees it, by its vendor's figures: a chip of two devices is half of it each.
 
@@ -37,7 +59,8 @@ class Chip:
         network: bytes per second to all of the device's neighbors together, in one direction.
         usable: bytes of the memory that the compiler leaves to a program.
         devices: number of devices on one chip.
-        axes: number of axes of a slice.
+        axes: number of axes of a slice; 1 for GPUs, of which some number are linked.
+        gpu: what the compiler is told of a GPU; None for TPUs.
     """
 
     flops: float
@@ -47,6 +70,7 @@ class Chip:
     usable: int
     devices: int = 1
     axes: int = 2
+    gpu: Gpu | None = None
 
 
 # docs.cloud.google.com/tpu/docs/{v2,v3,v4,v5e,v5p,v6e,tpu7x}, "System architecture", the links of v2 and v3
@@ -60,7 +84,17 @@ _CHIPS = {
     "v5p": Chip(459e12, 2.765e12, 95 * _GIB, 600e9, int(95.74 * _GIB), axes=3),
     "v6e": Chip(918e12, 1.640e12, 32 * _GIB, 400e9, int(31.25 * _GIB)),
     "tpu7x": Chip(1153.5e12, 3.690e12, 96 * _GIB, 300e9, int(94.75 * _GIB), devices=2, axes=3),
-}
+    # NVIDIA's data sheets of the SXM boards, dense bfloat16; three quarters are what JAX takes by default
+    # (XLA_PYTHON_CLIENT_MEM_FRACTION). NVLink carries half of its 900 GB/s in each direction.
+    "h100": Chip(
+        989.4e12, 3.352e12, 84_942_979_072, 450e9, 63_707_234_304, axes=1,
+        gpu=Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 50 << 20, 1.98),
+    ),
+    "h200": Chip(
+        989.4e12, 4.8e12, 150_109_880_320, 450e9, 112_582_410_240, axes=1,
+        gpu=Gpu("NVIDIA H200", (9, 0), 132, 50 << 20, 1.98),
+    ),
+}  # fmt: skip
 
 _OTHER_NAMES = {
     "v5litepod": "v5e",
@@ -72,18 +106,23 @@ _OTHER_NAMES = {
 }
 
 
+_COUNTED = re.compile(r"^([ha]\d00)x(\d+)$")
+
+
 def chip_kind(topology: str) -> str:
-    """The kind of chip that a topology is made of: `tpu7x` of `v7x:2x2x1`.
+    """The kind of chip that a topology is made of: `tpu7x` of `v7x:2x2x1`, `h100` of `h100:8` or `H100x8`.
 
     Raises:
         MeshError: its figures are not known here.
     """
     named = topology.partition(":")[0].strip().lower()
+    named = _COUNTED.sub(r"\1", named)
     kind = _OTHER_NAMES.get(named, named)
     if kind not in _CHIPS:
         raise MeshError(
             f"{quoted(topology)}: the figures of {quoted(named)} chips are not known; known are "
-            f"{', '.join(_CHIPS)}, each with the shape of a slice, such as v5e:2x4."
+            f"{', '.join(_CHIPS)}, each with the shape of a slice, such as v5e:2x4, or a number of "
+            "GPUs: h100:8."
         )
     return kind
 
@@ -97,18 +136,31 @@ def chip_of(topology: str) -> Chip:
     return _CHIPS[chip_kind(topology)]
 
 
+LINKED = 8
+"""GPUs of a host, which NVLink connects."""
+
+
 def slice_name(topology: str) -> str:
     """The compiler's name of a slice: a kind of chip alone is one chip of it.
 
     >>> slice_name("v5e"), slice_name("v5p"), slice_name("v5e:2x4"), slice_name("v7x:2x2x1")
     ('v5e:1x1', 'v5p:1x1x1', 'v5e:2x4', 'tpu7x:2x2x1')
+    >>> slice_name("h100"), slice_name("H100x8")
+    ('h100:1', 'h100:8')
 
     Raises:
         MeshError: the kind of chip is not known, or the shape is none of its slices.
     """
     kind, axes = chip_kind(topology), chip_of(topology).axes
-    shape = topology.partition(":")[2] or "x".join(["1"] * axes)
+    counted = _COUNTED.match(topology.strip().lower())
+    shape = counted[2] if counted else topology.partition(":")[2] or "x".join(["1"] * axes)
     sizes = [int(n) for n in shape.split("x") if n.isdecimal() and len(n) < 5]
+    if axes == 1:
+        if len(sizes) != 1 or sizes[0] < 1 or (sizes[0] > LINKED and sizes[0] % LINKED):
+            raise MeshError(
+                f"{quoted(topology)}: give a number of GPUs, up to {LINKED} or a multiple of it: {kind}:8."
+            )
+        return f"{kind}:{sizes[0]}"
     if len(sizes) != shape.count("x") + 1 or len(sizes) not in (2, axes) or min(sizes) < 1:
         raise MeshError(
             f"{quoted(topology)} names no slice: the shape of {kind} is {axes} whole numbers, such as "
@@ -127,8 +179,8 @@ def slice_name(topology: str) -> str:
 def device_count(topology: str) -> int:
     """Number of devices of a slice as JAX counts them.
 
-    >>> device_count("v5e:4x4"), device_count("v5p"), device_count("v7x:2x2x1")
-    (16, 1, 8)
+    >>> device_count("v5e:4x4"), device_count("v5p"), device_count("v7x:2x2x1"), device_count("h100:8")
+    (16, 1, 8, 8)
 
     Raises:
         MeshError: as `slice_name`.
@@ -147,6 +199,8 @@ def slices(kind: str, most: int = 256) -> list[str]:
         MeshError: the kind of chip is not known.
     """
     name, axes = chip_kind(kind), chip_of(kind).axes
+    if axes == 1:
+        return [f"{name}:{2**n}" for n in range(most.bit_length()) if 2**n <= most]
     shape = [1] * axes
     found: list[str] = []
     while math.prod(shape) <= most:
@@ -219,7 +273,8 @@ def roofline(report: ChipReport, chip: Chip) -> Roofline:
     """A lower bound of a program's time, from the compiler's own counts; not a prediction.
 
     A chip multiplies bfloat16 numbers. Products of float32 numbers take passes over bfloat16 parts: one
-    at JAX's default precision, which rounds them, three at `high`, six at `highest`.
+    at JAX's default precision, which rounds them, three at `high`, six at `highest`. GPUs take longer than
+    that for them.
     """
     exchanged = sum(collective.nbytes for collective in report.collectives)
     compute = report.flops * report.passes / chip.flops

@@ -1,7 +1,7 @@
-"""Runs the TPU compiler in a process of its own.
+"""Runs the compiler of TPUs or GPUs in a process of its own.
 
-Its settings (no TPU, no metadata server) must be in the environment before JAX starts and must not stay in
-the caller's.
+Its settings (no accelerator, no metadata server) must be in the environment before JAX starts and must not
+stay in the caller's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mergelab.aot.chips import ChipReport, Collective, device_count, slice_name
+from mergelab.aot.chips import ChipReport, Collective, chip_of, device_count, slice_name
 from mergelab.errors import DependencyError, MeshError
 from mergelab.sharding import fill_sizes
 
@@ -32,24 +32,31 @@ def compile_for_topology(
     *,
     timeout: float = 900.0,
 ) -> ChipReport:
-    """Compiles a program for a TPU topology; needs no TPU. It proves what fits, never how fast it is.
+    """Compiles a program for chips that need not be there. It proves what fits, never how fast it is.
 
     Args:
         program: `module:function` of a function `(mesh, request) -> jax.stages.Lowered`; the compiler's
             process imports it.
-        topology: name of a slice, such as `v5e:4x4`, `v6e:16x16`, `v5p:4x8x8`; `v5e` is one chip.
+        topology: name of a slice, such as `v5e:4x4`, `v6e:16x16`, `v5p:4x8x8`, or of some GPUs: `h100:8`;
+            `v5e` and `h100` are one chip.
         mesh: the sizes of the mesh's axes; one may be -1.
         request: what the function is given: plain data, as JSON holds it.
         timeout: seconds after which the compiler is stopped.
 
     Raises:
-        DependencyError: the TPU compiler is not installed.
+        DependencyError: the compiler is not installed.
         MeshError: no such topology, or a mesh or a program that cannot be laid over it. A program that takes
             more memory than a chip has is no error: `ChipReport.fits` says so.
     """
     name = slice_name(topology)
     sizes = fill_sizes(mesh, device_count(topology), all_of_them=True, place=f"chips of {topology}")
-    if importlib.util.find_spec("libtpu") is None:
+    if chip_of(topology).gpu is not None:
+        if all(importlib.util.find_spec(f"jax_cuda{n}_plugin") is None for n in (12, 13)):
+            raise DependencyError(
+                "compiling for a GPU needs JAX's CUDA plugin, which is not installed (no GPU is needed); "
+                f'install mergelab[cuda12], or just that: pip install "jax[cuda12]=={version("jax")}"'
+            )
+    elif importlib.util.find_spec("libtpu") is None:
         raise DependencyError(
             "compiling for a TPU needs libtpu, which is not installed; install mergelab[tpu-aot], "
             f'or just that: pip install "jax[tpu]=={version("jax")}"'
@@ -76,6 +83,9 @@ def _ask(question: Mapping[str, Any], timeout: float) -> dict[str, Any]:
         settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_LOG_DIR": "disabled"}
         # The compiler locks TPUs against other processes, also where it opens none.
         settings["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+        if chip_of(question["topology"]).gpu is not None:
+            # There is no GPU on which kernels could be timed against each other.
+            settings["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "mergelab.aot.worker", str(answer)],

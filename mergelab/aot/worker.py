@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mergelab.aot.chips import ChipReport, Collective
+from mergelab.aot.chips import LINKED, ChipReport, Collective, chip_of, device_count
 from mergelab.errors import MeshError
 
 __all__ = ["collectives", "main"]
@@ -68,10 +68,60 @@ def _host_bounds(topology: str) -> dict[str, tuple[int, ...]]:
     return {} if bounds == _HOST else {"chips_per_host_bounds": bounds}
 
 
+_GPU = """
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  core_count: {cores}
+  l2_cache_size: {cache}
+  clock_rate_ghz: {clock}
+  memory_bandwidth: {bandwidth}
+  device_memory_size: {memory}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "{name}"
+"""
+"""What XLA is told of a GPU that is not there (`GpuTargetConfigProto`); limits of compute capability 9.0."""
+
+
+def _gpus(topology: str) -> list[Any]:
+    """The devices of a slice of GPUs."""
+    from jax.experimental import topologies
+
+    chip, count = chip_of(topology), device_count(topology)
+    gpu = chip.gpu
+    assert gpu is not None
+    major, minor = gpu.capability
+    target = _GPU.format(
+        cores=gpu.cores, cache=gpu.cache, clock=gpu.clock, bandwidth=int(chip.bandwidth), memory=chip.memory,
+        major=major, minor=minor, name=gpu.name,
+    )  # fmt: skip
+    hosts = -(-count // LINKED)
+    shape = f"1x{hosts}x{count // hosts}"
+    options: dict[str, Any] = {"target_config": target, "topology": shape}
+    return list(topologies.get_topology_desc(platform="cuda", topology_name=topology, **options).devices)
+
+
 def _mesh(topology: str, sizes: Mapping[str, int]) -> Any:
+    import numpy as np
     from jax.experimental import mesh_utils, topologies
     from jax.sharding import AxisType, Mesh
 
+    if chip_of(topology).gpu is not None:
+        grid = np.asarray(_gpus(topology)).reshape(tuple(sizes.values()))
+        return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     options: dict[str, Any] = _host_bounds(topology)
     if topology.startswith("v4:"):  # whose two cores run as one, as on the machines themselves
         options["chip_config_name"] = "megacore"
@@ -137,6 +187,19 @@ def _amount(found: re.Match[str]) -> int:
     return int(float(found[1].rstrip(".")) * 2 ** (10 * " KMGTP".index(found[2] or " ")))
 
 
+def _cost(compiled: Any) -> Mapping[str, float]:
+    """Operations and traffic of a program whose compiler does not count them (GPUs); nothing if it cannot be had."""
+    import jax
+
+    try:
+        from jaxlib import xla_client
+
+        (module,) = compiled.runtime_executable().hlo_modules()
+        return xla_client._xla.hlo_module_cost_analysis(jax.devices("cpu")[0].client, module)
+    except (AttributeError, ImportError, ValueError, RuntimeError):
+        return {}
+
+
 def _compile(program: str, topology: str, sizes: Mapping[str, int], request: Mapping[str, Any]) -> ChipReport:
     mesh = _mesh(topology, sizes)
     module, _, function = program.partition(":")
@@ -159,7 +222,7 @@ def _compile(program: str, topology: str, sizes: Mapping[str, int], request: Map
         seconds = time.perf_counter() - started
         return ChipReport(**known, **nothing, temporaries=asked, collectives=(), seconds=seconds, fits=False)
     seconds = time.perf_counter() - started
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or _cost(compiled)
     exchanged = collectives(compiled.as_text() or "")
     return ChipReport(
         **known,

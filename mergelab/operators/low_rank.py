@@ -18,6 +18,7 @@ __all__ = [
     "balanced_factors",
     "decomposed_in",
     "exact_svd",
+    "polar_and_singular",
     "polar_factor",
     "randomized_svd",
     "rank_for_energy",
@@ -49,39 +50,120 @@ def decomposed_in(dtype: str) -> str:
     return "float32" if jax.default_backend() == "tpu" else dtype
 
 
-def exact_svd(matrix: Float[Array, "rows columns"], scale: Float[Array, ""] | None = None) -> LowRank:
+def exact_svd(
+    matrix: Float[Array, "rows columns"],
+    scale: Float[Array, ""] | None = None,
+    rank: int | None = None,
+) -> LowRank:
     """The thin SVD of a matrix in its own dtype, without the triples that are nothing but rounding.
 
     Singular values up to `max(rows, columns)` roundings of the largest are not directions of the matrix:
-    their vectors, which another program may choose otherwise, are zeros here.
+    their vectors, which another program may choose otherwise, are zeros here. Large float64 matrices are
+    decomposed by way of their Gram matrix, several times as fast, unless a singular value is so small that
+    its vectors would be off by more than 1e-6: then LAPACK's SVD takes over.
 
     Args:
         matrix: `[rows, columns]`, float32 or wider.
         scale: the size of what the matrix was computed from, where it may be nothing but the rounding of it;
             the largest singular value if None.
+        rank: how many triples are kept; all `min(rows, columns)` if None.
     """
-    left, singular, right = jnp.linalg.svd(matrix, full_matrices=False)
-    noise = max(matrix.shape) * jnp.finfo(matrix.dtype).eps * (singular[0] if scale is None else scale)
-    kept = (singular > noise).astype(matrix.dtype)
-    return LowRank(left * kept[None, :], singular * kept, right * kept[:, None])
+    svd = _thin_svd(matrix, min(matrix.shape) if rank is None else rank)
+    largest = svd.singular[0] if scale is None else scale
+    return _without_noise(svd, max(matrix.shape) * jnp.finfo(matrix.dtype).eps * largest)
 
 
-def resolved_svd(matrix: Float[Array, "rows columns"]) -> LowRank:
+def resolved_svd(matrix: Float[Array, "rows columns"], *, rank: int | None = None) -> LowRank:
     """The thin SVD without the triples that the rounding of float32 entries may have made.
 
     The product of two thin factors has their rank again, though it was rounded.
     """
     # Independent roundings of all entries have a norm of about (sqrt(rows) + sqrt(columns)) times one.
-    left, singular, right = jnp.linalg.svd(matrix, full_matrices=False)
-    noise = 8 * math.sqrt(max(matrix.shape)) * 2.0**-24 * singular[0]
-    kept = (singular > noise).astype(matrix.dtype)
-    return LowRank(left * kept[None, :], singular * kept, right * kept[:, None])
+    svd = _thin_svd(matrix, min(matrix.shape) if rank is None else rank)
+    return _without_noise(svd, 8 * math.sqrt(max(matrix.shape)) * 2.0**-24 * svd.singular[0])
+
+
+def _without_noise(svd: LowRank, noise: Float[Array, ""]) -> LowRank:
+    kept = (svd.singular > noise).astype(svd.singular.dtype)
+    return LowRank(svd.left * kept[None, :], svd.singular * kept, svd.right * kept[:, None])
 
 
 def polar_factor(matrix: Float[Array, "rows columns"]) -> Float[Array, "rows columns"]:
     """The orthogonal factor `P Q^T` of a matrix `P S Q^T`: the nearest whose singular values are 1 (or 0)."""
-    left, _, right = exact_svd(matrix)
-    return jnp.matmul(left, right, precision="highest")
+    return polar_and_singular(matrix)[0]
+
+
+def polar_and_singular(
+    matrix: Float[Array, "rows columns"],
+) -> tuple[Float[Array, "rows columns"], Float[Array, " rank"]]:
+    """The orthogonal factor of a matrix, and its singular values, those of rounding as zeros.
+
+    Large float64 matrices by way of their Gram matrix where `exact_svd` may.
+    """
+
+    def by_svd(matrix: Array) -> tuple[Array, Array]:
+        svd = LowRank(*jnp.linalg.svd(matrix, full_matrices=False))
+        noise = max(matrix.shape) * jnp.finfo(matrix.dtype).eps * svd.singular[0]
+        left, singular, right = _without_noise(svd, noise)
+        return jnp.matmul(left, right, precision="highest"), singular
+
+    if not _is_large(matrix):
+        return by_svd(matrix)
+    if matrix.shape[0] < matrix.shape[1]:
+        factor, singular = polar_and_singular(matrix.T)
+        return factor.T, singular
+    singular, vectors = _of_gram(matrix)
+
+    def by_gram(matrix: Array) -> tuple[Array, Array]:
+        root = jnp.matmul(vectors / singular[None, :], vectors.T, precision="highest")
+        return jnp.matmul(matrix, root, precision="highest"), singular
+
+    return jax.lax.cond(_is_resolved(singular), by_gram, by_svd, matrix)
+
+
+_LARGE = 128
+"""Least number of rows and columns from which a Gram matrix is worth two ways to compute the same."""
+_ERROR = 1e-6
+"""Error of singular vectors, relative to 1, up to which a Gram matrix will do."""
+
+
+def _is_large(matrix: Array) -> bool:
+    return min(matrix.shape) >= _LARGE and matrix.dtype == jnp.float64
+
+
+def _of_gram(
+    matrix: Float[Array, "rows columns"],
+) -> tuple[Float[Array, " columns"], Float[Array, "columns columns"]]:
+    """Singular values, descending, and right singular vectors as columns, of a matrix not wider than tall."""
+    values, vectors = jnp.linalg.eigh(jnp.matmul(matrix.T, matrix, precision="highest"))
+    return jnp.sqrt(jnp.maximum(values[::-1], 0.0)), vectors[:, ::-1]
+
+
+def _is_resolved(singular: Float[Array, " rank"]) -> Array:
+    """Whether squaring leaves the vectors of these singular values right: the error grows with the square."""
+    return singular[-1] >= math.sqrt(jnp.finfo(singular.dtype).eps / _ERROR) * singular[0]
+
+
+def _thin_svd(matrix: Float[Array, "rows columns"], rank: int) -> LowRank:
+    """The leading triples of a matrix, those of rounding among them."""
+
+    def by_svd(matrix: Array) -> LowRank:
+        return LowRank(*jnp.linalg.svd(matrix, full_matrices=False)).cut(rank)
+
+    if not _is_large(matrix):
+        return by_svd(matrix)
+    if matrix.shape[0] < matrix.shape[1]:
+        left, singular, right = _thin_svd(matrix.T, rank)
+        return LowRank(right.T, singular, left.T)
+    singular, vectors = _of_gram(matrix)
+    vectors = vectors[:, :rank]
+
+    def by_gram(matrix: Array) -> LowRank:
+        left = jnp.matmul(matrix, vectors, precision="highest")
+        lengths = jnp.linalg.norm(left, axis=0)  # one rounding nearer than the roots of eigenvalues
+        return LowRank(left / lengths[None, :], lengths, vectors.T)
+
+    return jax.lax.cond(_is_resolved(singular[:rank]), by_gram, by_svd, matrix)
 
 
 @partial(jax.jit, static_argnames="rank")

@@ -10,10 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mergelab.compat import enable_x64
 from mergelab.errors import OperatorError
 from mergelab.operators.low_rank import (
     LowRank,
     balanced_factors,
+    exact_svd,
+    polar_and_singular,
     randomized_svd,
     rank_for_energy,
     truncated_svd,
@@ -120,3 +123,30 @@ def test_sharded_matrices_give_the_same(method: str) -> None:
         for m in (jnp.asarray(full), sharded)
     )
     np.testing.assert_allclose(product(one), product(many), atol=1e-5)
+
+
+SPECTRA = {
+    "resolved": np.logspace(0, -4, 130),
+    "too small to be squared": np.logspace(0, -7, 130),
+    "of low rank": np.r_[np.linspace(1, 0.5, 40), np.zeros(90)],
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("wide", [False, True], ids=["tall", "wide"])
+def test_large_matrices_are_decomposed_as_numpy_does(spectrum: str, wide: bool) -> None:
+    """By way of their Gram matrix where that resolves the singular values, by an SVD elsewhere."""
+    draw, singular = np.random.default_rng(3), SPECTRA[spectrum]
+    left, right = (np.linalg.qr(draw.standard_normal((n, 130)))[0] for n in (140, 130))
+    full = (left * singular) @ right.T
+    kept = singular > 0
+    factor = left[:, kept] @ right[:, kept].T
+    full, factor = (full.T, factor.T) if wide else (full, factor)
+    with enable_x64(True):
+        found, values = jax.jit(polar_and_singular)(jnp.asarray(full))
+        svd = jax.jit(exact_svd, static_argnames="rank")(jnp.asarray(full), rank=30)
+    tolerance = 1e-8 if spectrum == "too small to be squared" else 1e-9
+    np.testing.assert_allclose(found, factor, atol=tolerance)
+    np.testing.assert_allclose(values, singular, atol=1e-13)
+    top = (left[:, :30] * singular[:30]) @ right[:, :30].T
+    np.testing.assert_allclose(product(svd), top.T if wide else top, atol=1e-12)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from mergelab.operators.algebra import Arrays, algebraic
 from mergelab.operators.compose import Merge
 from mergelab.operators.declare import operator, weights
-from mergelab.operators.low_rank import exact_svd
+from mergelab.operators.low_rank import polar_and_singular
 from mergelab.operators.whole_matrices import MatrixReduction
 
 __all__ = ["Isotropic", "iso_c"]
@@ -29,8 +29,8 @@ class Isotropic(MatrixReduction):
         return 8 * (rows * columns + rank * (rows + columns) + 5 * rank * rank)
 
     def of_matrices(self, deltas: Arrays) -> jax.Array:
-        left, singular, right = exact_svd(sum(deltas[1:], deltas[0]))
-        return jnp.mean(singular) * jnp.matmul(left, right, precision="highest")
+        factor, singular = polar_and_singular(sum(deltas[1:], deltas[0]))
+        return jnp.mean(singular) * factor
 
 
 @operator(

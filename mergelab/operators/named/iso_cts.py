@@ -46,12 +46,12 @@ class CommonAndTaskSpecific(MatrixReduction):
     def of_matrices(self, deltas: Arrays) -> jax.Array:
         total = sum(deltas[1:], deltas[0])
         common, own = self.shares(min(total.shape), len(deltas))
-        factors = [exact_svd(total).cut(common)]
+        factors = [exact_svd(total, rank=common)]
         shared = factors[0].left
         for delta in deltas if own else ():
             inside = jnp.matmul(shared.T, delta, precision="highest")
             rest = delta - jnp.matmul(shared, inside, precision="highest")
-            factors.append(exact_svd(rest, scale=jnp.linalg.norm(delta)).cut(own))
+            factors.append(exact_svd(rest, jnp.linalg.norm(delta), own))
         left = polar_factor(jnp.concatenate([f.left for f in factors], axis=1))
         right = polar_factor(jnp.concatenate([f.right for f in factors], axis=0))
         singular = jnp.concatenate([f.singular for f in factors])

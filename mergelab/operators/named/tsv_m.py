@@ -40,13 +40,13 @@ class TaskSingularVectors(MatrixReduction):
 
 
 def leading_directions(
-    deltas: Sequence[Matrix], decompose: Callable[[Matrix], LowRank] = exact_svd
+    deltas: Sequence[Matrix], decompose: Callable[..., LowRank] = exact_svd
 ) -> Matrix | None:
     """The matrices' leading triples, made orthogonal and added; None where there is none for each."""
     rank = min(deltas[0].shape) // len(deltas)
     if rank == 0:
         return None
-    factors = [decompose(x).cut(rank) for x in deltas]
+    factors = [decompose(x, rank=rank) for x in deltas]
     left = polar_factor(jnp.concatenate([f.left for f in factors], axis=1))
     right = polar_factor(jnp.concatenate([f.right for f in factors], axis=0))
     singular = jnp.concatenate([f.singular for f in factors])

@@ -20,6 +20,7 @@ from mergelab.models.families.llama import LLAMA
 from mergelab.models.families.mistral import MISTRAL, MIXTRAL
 from mergelab.models.families.nearest import nearest
 from mergelab.models.families.olmo import OLMO, OLMO2, OLMO3
+from mergelab.models.families.opt import OPT
 from mergelab.models.families.phi import PHI
 from mergelab.models.families.phi3 import PHI3
 from mergelab.models.families.qwen import QWEN2, QWEN3
@@ -54,6 +55,7 @@ FAMILIES: dict[str, Family] = {
     "olmo": OLMO,
     "olmo2": OLMO2,
     "olmo3": OLMO3,
+    "opt": OPT,
     "phi": PHI,
     "phi3": PHI3,
     "qwen2": QWEN2,

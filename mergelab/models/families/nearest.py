@@ -31,7 +31,6 @@ NEAREST: Mapping[str, tuple[str, str]] = {
     "gpt_bigcode": ("gpt2", "its heads share one key and value"),
     "gpt_neo": ("gpt2", "every other layer sees a window, and scores are not scaled"),
     "mpt": ("gpt2", "its attention adds a bias by distance in place of positions"),
-    "opt": ("gpt2", "its positions start at 2 and its activation is ReLU"),
     "xglm": ("gpt2", "its positions are sines"),
     # Like GPT-NeoX.
     "codegen": ("gpt_neox", "it rotates neighboring components and its projections are fused otherwise"),

@@ -1,0 +1,42 @@
+"""Tiny configurations of decoders whose outputs stand in `decoder_outputs.json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Ids that default configurations put beyond so small a vocabulary.
+_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_SIZES: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    **_TOKENS,
+}
+
+DECODER_CONFIGS: dict[str, dict[str, Any]] = {
+    # Phi-4-mini: three quarters of a head rotated, tied. The batch has rows on both sides of the threshold.
+    "phi3, three quarters, longrope, tied": {
+        **_SIZES,
+        "model_type": "phi3",
+        "intermediate_size": 40,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 8,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [3.0, 5.0, 9.0]},
+        "tie_word_embeddings": True,
+        "full_attn_mod": 1,
+        "interpolate_factor": 1,
+        "lm_head_bias": False,
+    },
+    "opt": {**_SIZES, "model_type": "opt", "ffn_dim": 40},
+    "opt, narrow embeddings, norms on the stream": {
+        **_SIZES,
+        "model_type": "opt",
+        "ffn_dim": 40,
+        "word_embed_proj_dim": 12,
+        "do_layer_norm_before": False,
+    },
+}

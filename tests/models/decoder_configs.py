@@ -39,4 +39,31 @@ DECODER_CONFIGS: dict[str, dict[str, Any]] = {
         "word_embed_proj_dim": 12,
         "do_layer_norm_before": False,
     },
+    "falcon": {**_SIZES, "model_type": "falcon"},
+    "falcon, new form, key heads": {
+        **_SIZES,
+        "model_type": "falcon",
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "bias": True,
+        "ffn_hidden_size": 40,
+        "rope_theta": 500.0,
+    },
+    "falcon, new form, one norm": {
+        **_SIZES,
+        "model_type": "falcon",
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "num_ln_in_parallel_attn": 1,
+        "tie_word_embeddings": False,
+    },
+    "falcon, linear biases": {
+        **_SIZES,
+        "model_type": "falcon",
+        "num_attention_heads": 6,  # no power of 2
+        "alibi": True,
+        "bias": True,
+        "multi_query": False,
+        "parallel_attn": False,
+    },
 }

@@ -66,4 +66,12 @@ DECODER_CONFIGS: dict[str, dict[str, Any]] = {
         "multi_query": False,
         "parallel_attn": False,
     },
+    "bloom": {
+        "model_type": "bloom",
+        "vocab_size": 61,
+        "hidden_size": 24,
+        "n_layer": 2,
+        "n_head": 6,
+        **_TOKENS,
+    },
 }

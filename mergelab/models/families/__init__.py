@@ -7,6 +7,7 @@ from typing import Any
 
 from mergelab.errors import CheckpointError, quoted
 from mergelab.models.families.bert import BERT
+from mergelab.models.families.bloom import BLOOM
 from mergelab.models.families.cohere import COHERE, COHERE2
 from mergelab.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from mergelab.models.families.falcon import FALCON
@@ -36,6 +37,7 @@ __all__ = ["FAMILIES", "model_from_config"]
 
 FAMILIES: dict[str, Family] = {
     "bert": BERT,
+    "bloom": BLOOM,
     "cohere": COHERE,
     "cohere2": COHERE2,
     "deepseek_v2": DEEPSEEK_V2,

@@ -27,7 +27,6 @@ NEAREST: Mapping[str, tuple[str, str]] = {
     "roberta": ("bert", "its positions start after the padding id"),
     "xlm-roberta": ("bert", "its positions start after the padding id"),
     # Like GPT-2.
-    "bloom": ("gpt2", "its attention adds a bias by distance in place of positions"),
     "gpt_bigcode": ("gpt2", "its heads share one key and value"),
     "gpt_neo": ("gpt2", "every other layer sees a window, and scores are not scaled"),
     "mpt": ("gpt2", "its attention adds a bias by distance in place of positions"),

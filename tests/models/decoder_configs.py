@@ -74,4 +74,14 @@ DECODER_CONFIGS: dict[str, dict[str, Any]] = {
         "n_head": 6,
         **_TOKENS,
     },
+    "gptj": {
+        "model_type": "gptj",
+        "vocab_size": 61,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 32,
+        "rotary_dim": 4,
+        **_TOKENS,
+    },
 }

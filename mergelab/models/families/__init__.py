@@ -17,6 +17,7 @@ from mergelab.models.families.glm_moe import GLM4_MOE
 from mergelab.models.families.gpt2 import GPT2
 from mergelab.models.families.gpt_neox import GPT_NEOX
 from mergelab.models.families.gpt_oss import GPT_OSS
+from mergelab.models.families.gptj import GPTJ
 from mergelab.models.families.granite import GRANITE
 from mergelab.models.families.llama import LLAMA
 from mergelab.models.families.mistral import MISTRAL, MIXTRAL
@@ -52,6 +53,7 @@ FAMILIES: dict[str, Family] = {
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
     "gpt_oss": GPT_OSS,
+    "gptj": GPTJ,
     "granite": GRANITE,
     "llama": LLAMA,
     "mistral": MISTRAL,

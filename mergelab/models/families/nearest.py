@@ -33,7 +33,6 @@ NEAREST: Mapping[str, tuple[str, str]] = {
     "xglm": ("gpt2", "its positions are sines"),
     # Like GPT-NeoX.
     "codegen": ("gpt_neox", "it rotates neighboring components and its projections are fused otherwise"),
-    "gptj": ("gpt_neox", "it rotates neighboring components and has one norm a block"),
     "persimmon": ("gpt_neox", "it normalizes queries and keys"),
     # Like Llama.
     "arcee": ("llama", "its layers are not gated and square their activation"),

@@ -84,4 +84,15 @@ DECODER_CONFIGS: dict[str, dict[str, Any]] = {
         "rotary_dim": 4,
         **_TOKENS,
     },
+    "gpt_neo": {
+        "model_type": "gpt_neo",
+        "vocab_size": 61,
+        "hidden_size": 24,
+        "num_layers": 2,
+        "num_heads": 4,
+        "max_position_embeddings": 32,
+        "window_size": 3,
+        "attention_types": [[["global", "local"], 1]],
+        **_TOKENS,
+    },
 }

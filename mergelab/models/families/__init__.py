@@ -15,6 +15,7 @@ from mergelab.models.families.gemma import GEMMA, GEMMA2, GEMMA3_TEXT
 from mergelab.models.families.glm import GLM, GLM4
 from mergelab.models.families.glm_moe import GLM4_MOE
 from mergelab.models.families.gpt2 import GPT2
+from mergelab.models.families.gpt_neo import GPT_NEO
 from mergelab.models.families.gpt_neox import GPT_NEOX
 from mergelab.models.families.gpt_oss import GPT_OSS
 from mergelab.models.families.gptj import GPTJ
@@ -51,6 +52,7 @@ FAMILIES: dict[str, Family] = {
     "glm4": GLM4,
     "glm4_moe": GLM4_MOE,
     "gpt2": GPT2,
+    "gpt_neo": GPT_NEO,
     "gpt_neox": GPT_NEOX,
     "gpt_oss": GPT_OSS,
     "gptj": GPTJ,

@@ -28,7 +28,6 @@ NEAREST: Mapping[str, tuple[str, str]] = {
     "xlm-roberta": ("bert", "its positions start after the padding id"),
     # Like GPT-2.
     "gpt_bigcode": ("gpt2", "its heads share one key and value"),
-    "gpt_neo": ("gpt2", "every other layer sees a window, and scores are not scaled"),
     "mpt": ("gpt2", "its attention adds a bias by distance in place of positions"),
     "xglm": ("gpt2", "its positions are sines"),
     # Like GPT-NeoX.

@@ -12,6 +12,7 @@ from mergelab.models.families.cohere import COHERE, COHERE2
 from mergelab.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from mergelab.models.families.falcon import FALCON
 from mergelab.models.families.gemma import GEMMA, GEMMA2, GEMMA3_TEXT
+from mergelab.models.families.gemma4 import GEMMA4_TEXT
 from mergelab.models.families.glm import GLM, GLM4
 from mergelab.models.families.glm_moe import GLM4_MOE
 from mergelab.models.families.gpt2 import GPT2
@@ -48,6 +49,7 @@ FAMILIES: dict[str, Family] = {
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3_TEXT,
+    "gemma4_text": GEMMA4_TEXT,
     "glm": GLM,
     "glm4": GLM4,
     "glm4_moe": GLM4_MOE,

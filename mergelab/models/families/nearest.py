@@ -52,7 +52,6 @@ NEAREST: Mapping[str, tuple[str, str]] = {
     "qwen3_next": ("qwen3", "three layers of four are recurrent"),
     # Like Gemma.
     "gemma3n_text": ("gemma3_text", "it keeps several streams and embeddings per layer"),
-    "gemma4_text": ("gemma3_text", "heads differ by layer"),
     "vaultgemma": ("gemma2", "it does not normalize what layers add"),
 }
 """By `model_type`: the nearest family, and in what it differs from that."""

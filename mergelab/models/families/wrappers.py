@@ -43,6 +43,7 @@ _GEMMA3 = {
 }
 _TOWERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gemma3_text": ("gemma3_text", _GEMMA3),
+    "gemma4_text": ("gemma4_text", {**_GEMMA3, "vocab_size": 262144, "num_hidden_layers": 30}),
     "llama": ("llama", _LLAMA),
     "mistral": ("mistral", {**_LLAMA, "intermediate_size": 14336}),
     "qwen2": ("qwen2", _QWEN),
@@ -54,6 +55,7 @@ _TOWERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 WRAPPERS: Mapping[str, str] = {
     "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
     "internvl": "qwen2",
     "llava": "llama",
     "llava_next": "llama",
@@ -80,6 +82,7 @@ _MISTRAL3 = {
 
 _CLASSES = {
     "gemma3_text": "Gemma3ForCausalLM",
+    "gemma4_text": "Gemma4ForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",

@@ -22,6 +22,7 @@ from mergelab.models.families.gpt_oss import GPT_OSS
 from mergelab.models.families.gptj import GPTJ
 from mergelab.models.families.granite import GRANITE
 from mergelab.models.families.llama import LLAMA
+from mergelab.models.families.llama4 import LLAMA4_TEXT
 from mergelab.models.families.mistral import MISTRAL, MIXTRAL
 from mergelab.models.families.nearest import nearest
 from mergelab.models.families.olmo import OLMO, OLMO2, OLMO3
@@ -60,6 +61,7 @@ FAMILIES: dict[str, Family] = {
     "gptj": GPTJ,
     "granite": GRANITE,
     "llama": LLAMA,
+    "llama4_text": LLAMA4_TEXT,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
     "olmo": OLMO,

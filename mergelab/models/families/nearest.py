@@ -37,7 +37,6 @@ NEAREST: Mapping[str, tuple[str, str]] = {
     "arcee": ("llama", "its layers are not gated and square their activation"),
     "exaone4": ("llama", "it normalizes queries, keys and what layers add"),
     "internlm2": ("llama", "its projections are fused"),
-    "llama4_text": ("llama", "it has experts and layers without rotation"),
     "nemotron": ("llama", "its norms center and its layers square their activation"),
     # Like Mistral.
     "ministral": ("mistral", "its windows differ by layer"),

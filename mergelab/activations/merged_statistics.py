@@ -22,7 +22,7 @@ from mergelab.checkpoints.new_files import write_tensors
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import SiteError
-from mergelab.models.decoder import DecoderConfig, Entrance, Exit
+from mergelab.models.decoder import ENTRANCE_PARTS, DecoderConfig, Entrance, Exit
 from mergelab.models.layers.block import AnyBlock, Pass
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import require_decoder
@@ -203,7 +203,7 @@ def _enter(config: DecoderConfig, params: Params, text: _Text, batch: int) -> No
     """Fills the stream with what the averaged embeddings give."""
     entrance = Entrance(replace(config, blocks=config.blocks[:1]))
     run = jax.jit(lambda p, tokens, positions: entrance.apply({"params": p}, tokens, positions, Tap({})))
-    named = {name: params[name] for name in ("embed", "positions") if name in params}
+    named = {name: params[name] for name in ENTRANCE_PARTS if name in params}
     for rows, count in batches(len(text.tokens), batch):
         x = np.asarray(run(named, text.tokens[rows], text.positions[rows]))
         if not text.stream.size:

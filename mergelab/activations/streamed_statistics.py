@@ -24,7 +24,7 @@ from mergelab.activations.running_sums import (
 )
 from mergelab.errors import NonFiniteError
 from mergelab.models.block_programs import Programs, Rows
-from mergelab.models.decoder import Entrance, Exit
+from mergelab.models.decoder import ENTRANCE_PARTS, Entrance, Exit
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Tap
 from mergelab.models.spool import Spool
@@ -218,7 +218,7 @@ def streamed_fisher(
                     entered.drop((layer, number))
                 finished(f"blocks_{layer}", sums)
                 del block, sums
-        names = [name for name in ("embed", "positions") if name in params]
+        names = [name for name in ENTRANCE_PARTS if name in params]
         first = {name: params.weights.part(name) for name in names}
         sums = _zeros(first)
         if config.tied:

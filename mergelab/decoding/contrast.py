@@ -21,6 +21,7 @@ from mergelab.decoding.steps import grown_alone
 from mergelab.decoding.stop import Stop, stop_at
 from mergelab.decoding.transforms import Chain, History, Logits, LogitsTransform, require, transform
 from mergelab.errors import DecodingError
+from mergelab.models.decoder import exit_parts
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import readout, require_decoder
 from mergelab.models.sites import Edit, as_partials, match_sites
@@ -122,7 +123,7 @@ def layer_contrast(
     require("layer_contrast(layers)", list(layers), good, f"layers from 0 to {count - 2}, at least one")
     require("layer_contrast(alpha)", alpha, 0 <= alpha <= 1, "a number from 0 to 1")
     sites = tuple(match_sites(model.sites(), f"blocks.{layer}.resid_post")[0] for layer in layers)
-    reads = {name: params[name] for name in ("final_norm", "embed", "unembed") if name in params}
+    reads = {name: params[name] for name in exit_parts(model.config) if name in params}
     return LayerContrast(_Dola(reads, np.float32(alpha), model, sites), sites)
 
 

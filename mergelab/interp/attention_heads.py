@@ -18,7 +18,7 @@ from mergelab.compat import register_dataclass
 from mergelab.errors import SiteError
 from mergelab.models.layers.attention import AttentionSpec
 from mergelab.models.model import Model, Params
-from mergelab.models.residual_stream import norm_gain, require_decoder, unembedding
+from mergelab.models.residual_stream import norm_gain, require_sum, unembedding
 from mergelab.models.sites import Edit, as_partials
 from mergelab.models.token_checks import check_tokens
 
@@ -65,7 +65,7 @@ def head_weights(model: Model, params: Params) -> HeadWeights:
     Raises:
         SiteError: the model is an encoder.
     """
-    require_decoder(model)
+    require_sum(model)
     c = model.config
     if not all(isinstance(getattr(block, "attention", None), AttentionSpec) for block in c.blocks):
         raise SiteError(

@@ -21,7 +21,7 @@ from mergelab.activations.batches import batches
 from mergelab.activations.capture import check_prompts
 from mergelab.errors import SiteError
 from mergelab.models.model import Model, Params
-from mergelab.models.residual_stream import norm_gain, require_decoder, unembedding
+from mergelab.models.residual_stream import norm_gain, require_sum, unembedding
 
 __all__ = ["Attribution", "direct_logit_attribution"]
 
@@ -71,9 +71,9 @@ def direct_logit_attribution(
         batch: prompts in one pass.
 
     Raises:
-        SiteError: the model is an encoder, whose norms leave no sum.
+        SiteError: the model is an encoder, or another whose norms leave no sum.
     """
-    require_decoder(model)
+    require_sum(model)
     tokens, real = check_prompts(model, tokens, mask)
     chosen = [None if ids is None else np.asarray(ids, np.int32) for ids in (right, wrong)]
     if any(ids is not None and ids.shape != tokens.shape[:1] for ids in chosen):

@@ -31,7 +31,7 @@ from mergelab.models.block_programs import (
     names_layer,
 )
 from mergelab.models.cache import Cache
-from mergelab.models.decoder import DECODER, DecoderConfig, Entrance, Exit
+from mergelab.models.decoder import DECODER, ENTRANCE_PARTS, DecoderConfig, Entrance, Exit, exit_parts
 from mergelab.models.layers.bfloat16_bits import as_bits
 from mergelab.models.layers.block import AnyBlock, Pass
 from mergelab.models.model import Model, Output, Params, token_places
@@ -89,7 +89,7 @@ class Blockwise:
         config: DecoderConfig = model.config
         around = [name for name in sites if not name.startswith("blocks.")]
         self._edits = {name: edits[name] for name in around if name in edits}
-        self._edited, self._tied = bool(edits), config.tied
+        self._edited, self._after = bool(edits), exit_parts(config)
         outside = replace(
             config, blocks=config.blocks[:1]
         )  # what stands around blocks does not depend on them
@@ -132,7 +132,7 @@ class Blockwise:
             places = token_places(cache.positions(real), mask, cache)
         told = places if self._edited else None
         x, positions, (slots, length), captured = self._entrance(
-            self._named("embed", "positions"), tokens, masks, self._edits, told, even=cache.even
+            self._named(*ENTRANCE_PARTS), tokens, masks, self._edits, told, even=cache.even
         )
         keys, values = [], []
         for layer, key, value in zip(self._layers, cache.keys, cache.values, strict=True):
@@ -145,7 +145,7 @@ class Blockwise:
         grown = Cache(tuple(keys), tuple(values), slots, length, even=cache.even)
         if not logits:
             return Output(None, None, captured, grown)
-        params = self._named("final_norm", "embed" if self._tied else "unembed")
+        params = self._named(*self._after)
         scores, hidden, found = self._exit(params, x, self._edits, told)
         return Output(scores, hidden, captured | found, grown)
 

@@ -6,7 +6,7 @@ which is the object that merging, optax and checkpoints all work on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,19 @@ from mergelab.models.layers.norms import Norm, NormKind
 from mergelab.models.model import Architecture
 from mergelab.models.sites import Tap
 
-__all__ = ["DECODER", "Decoder", "DecoderConfig", "Entrance", "Exit"]
+__all__ = [
+    "DECODER",
+    "ENTRANCE_PARTS",
+    "Decoder",
+    "DecoderConfig",
+    "Entrance",
+    "Exit",
+    "embedded",
+    "exit_parts",
+]
+
+ENTRANCE_PARTS = ("embed", "embed_up", "positions", "embed_norm")
+"""Roots of the parameters that stand before the blocks, those that a model has of them."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,10 @@ class DecoderConfig:
         norm: the norm of the end.
         learned_positions: whether positions are a table of embeddings, and not rotations in the blocks.
         first_position: row of that table that the first token of a text reads (OPT: 2).
+        embed_width: width of the embeddings, where two projections stand between them and the stream: before
+            the blocks, and before the logits (OPT 350m); None where it is that of the stream.
         embed_scale: what embeddings are multiplied with.
+        embed_norm: norm of what enters the first block, or None (BLOOM).
         logit_scale: what logits are multiplied with, before the cap (Cohere, Granite).
         logit_cap: soft cap of the logits, or None.
         logit_bias: whether logits of untied models have a bias (Phi 2).
@@ -52,7 +67,9 @@ class DecoderConfig:
     norm: NormKind = field(default_factory=NormKind)
     learned_positions: bool = False
     first_position: int = 0
+    embed_width: int | None = None
     embed_scale: float = 1.0
+    embed_norm: NormKind | None = None
     logit_scale: float = 1.0
     logit_cap: float | None = None
     logit_bias: bool = False
@@ -157,7 +174,7 @@ class Decoder(nn.Module):
 
 
 class Entrance(nn.Module):
-    """What a `Decoder` does before its blocks, with its parameters `embed` and `positions`."""
+    """What a `Decoder` does before its blocks, with its parameters `ENTRANCE_PARTS`."""
 
     config: DecoderConfig
 
@@ -170,7 +187,7 @@ class Entrance(nn.Module):
 
 
 class Exit(nn.Module):
-    """What a `Decoder` does after its blocks, with its parameters `final_norm` and `unembed` or `embed`."""
+    """What a `Decoder` does after its blocks, with its parameters `exit_parts`."""
 
     config: DecoderConfig
 
@@ -178,23 +195,48 @@ class Exit(nn.Module):
     def __call__(self, x: Stream, tap: Tap) -> tuple[Float[Array, "batch length vocab"] | None, Stream]:
         """Returns the logits (float32), or None if the tap is done, and the normalized last stream."""
         c = self.config
-        embed = Embed(c.vocab_size, c.d_model, "vocab", name="embed") if c.tied else None
+        embed = _embedding(c) if c.tied else None
         x = _normalize(c, x, tap)
         return None if tap.done or not c.head else _unembed(c, embed, x, tap), x
 
 
-# The three make modules in the scope of the module that calls them.
+def embedded(c: DecoderConfig, params: Mapping[str, Any], tokens: Int[Array, "batch length"]) -> Stream:
+    """What tokens give the stream that enters the first block, without learned positions."""
+    positions = jnp.zeros(tokens.shape, jnp.int32)
+    named = {name: params[name] for name in ENTRANCE_PARTS if name in params}
+    found: Any = Entrance(replace(c, learned_positions=False)).apply(
+        {"params": named}, tokens, positions, Tap({})
+    )
+    return found
+
+
+def exit_parts(c: DecoderConfig, logits: bool = True) -> tuple[str, ...]:
+    """Roots of the parameters that stand behind the blocks, those that a model has of them."""
+    head = ("unembed_down", "embed" if c.tied else "unembed") if logits else ()
+    return ("final_norm", *head)
+
+
+# These make modules in the scope of the module that calls them.
+
+
+def _embedding(c: DecoderConfig) -> Embed:
+    if c.embed_width is None:
+        return Embed(c.vocab_size, c.d_model, "vocab", name="embed")
+    return Embed(c.vocab_size, c.embed_width, "vocab", None, name="embed")
 
 
 def _enter(
     c: DecoderConfig, tokens: Int[Array, "batch length"], positions: Int[Array, "batch length"], tap: Tap
 ) -> tuple[Embed, Stream]:
-    embed = Embed(c.vocab_size, c.d_model, "vocab", name="embed")
-    x = embed(tokens)
-    x = scaled(x, c.embed_scale)
+    embed = _embedding(c)
+    x = scaled(embed(tokens), c.embed_scale)
+    if c.embed_width is not None:
+        x = Linear(c.d_model, (None, "embed"), name="embed_up")(x)
     if c.learned_positions:
         rows = c.max_length + c.first_position
         x = x + Embed(rows, c.d_model, name="positions")(positions + c.first_position)
+    if c.embed_norm is not None:
+        x = Norm(c.embed_norm, name="embed_norm")(x)
     return embed, tap("embed", x)
 
 
@@ -205,7 +247,10 @@ def _normalize(c: DecoderConfig, x: Stream, tap: Tap) -> Stream:
 def _unembed(
     c: DecoderConfig, embed: Embed | None, x: Stream, tap: Tap
 ) -> Float[Array, "batch length vocab"]:
-    unembed = Linear(c.vocab_size, ("embed", "vocab"), c.logit_bias, name="unembed")
+    width = "embed"
+    if c.embed_width is not None:
+        x, width = Linear(c.embed_width, ("embed", None), name="unembed_down")(x), None
+    unembed = Linear(c.vocab_size, (width, "vocab"), c.logit_bias, name="unembed")
     logits = unembed(x) if embed is None or not c.tied else embed.scores(x)
     return tap("logits", soft_cap(scaled(logits.astype(jnp.float32), c.logit_scale), c.logit_cap))
 

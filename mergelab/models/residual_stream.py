@@ -24,6 +24,7 @@ __all__ = [
     "norms_outputs",
     "readout",
     "require_decoder",
+    "require_sum",
     "unembedding",
     "writers",
 ]
@@ -39,6 +40,8 @@ def unembedding(model: Model, params: Params) -> Float[Array, "width vocab"]:
     """
     require_decoder(model)
     kernel = params["embed"]["embedding"].T if model.config.tied else params["unembed"]["kernel"]
+    if "unembed_down" in params:
+        kernel = params["unembed_down"]["kernel"] @ kernel
     return scaled(kernel, model.config.logit_scale)
 
 
@@ -123,9 +126,9 @@ def writers(model: Model) -> tuple[ResidualWriter, ...]:
     the stream, and are not among them; a norm of its output is a `gain`.
 
     Raises:
-        MergelabError: the model is an encoder.
+        SiteError: the model is an encoder, or norms stand on its stream.
     """
-    require_decoder(model)
+    require_sum(model)
     table = {leaf.path: leaf for leaf in model.table()}
     kernels = {path for path, leaf in table.items() if len(leaf.shape) > 1 and leaf.axes[-1:] == (_WIDTH,)}
     found = []
@@ -157,4 +160,20 @@ def require_decoder(model: Model) -> None:
         raise SiteError(
             f"a {model.family.model_type!r} model is an encoder: norms stand on its stream, and it predicts "
             "no next tokens; take a decoder."
+        )
+
+
+def require_sum(model: Model) -> None:
+    """Checks that the residual stream of a decoder is a sum of what its layers added.
+
+    Raises:
+        SiteError: as `require_decoder`; or norms stand on the stream (OPT 350m, BLOOM's embeddings), or it is
+            multiplied by a number after each block (Gemma 4).
+    """
+    require_decoder(model)
+    changed = {getattr(block, "placement", "") for block in model.config.blocks} & {"sum", "scaled"}
+    if changed or model.config.embed_norm is not None:
+        raise SiteError(
+            f"the stream of this {model.family.model_type!r} model is no sum of what its embeddings and "
+            "layers added, as norms or factors stand on it; take a model of another family."
         )

@@ -15,6 +15,7 @@ from mergelab.checkpoints.source import Checkpoint
 from mergelab.errors import MergelabError
 from mergelab.models.block_programs import matched
 from mergelab.models.cache import Cache
+from mergelab.models.decoder import exit_parts
 from mergelab.models.load import parameter_shapes
 from mergelab.models.model import Model, Output, Params
 from mergelab.models.sites import Edit, TokenPlaces
@@ -113,7 +114,7 @@ class StreamedParams(dict[str, Any]):
 
     def outer(self) -> Params:
         """The parameters that stand outside the blocks and behind them: final norm, unembedding."""
-        names = ["final_norm", "embed" if self.model.config.tied else "unembed"]
+        names = exit_parts(self.model.config)
         return {name: self.weights.part(name) for name in names if name in self.weights.sizes}
 
     def leaf(self, leaf: Leaf) -> Any:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from mergelab.models.block_programs import Edits, Programs, Rows, matched, matched_edits
 from mergelab.models.cache import ArrayLeaf
+from mergelab.models.decoder import ENTRANCE_PARTS, exit_parts
 from mergelab.models.model import Model, Output
 from mergelab.models.sites import Edit
 from mergelab.models.spool import Spool
@@ -166,18 +167,16 @@ def _positions(model: Model, tokens: np.ndarray, mask: np.ndarray | None) -> np.
 
 
 def _entrance_parts(weights: Weights) -> dict[str, Any]:
-    names = ("positions", "token_types", "embed_norm")
-    return {name: weights.part(name) for name in names if name in weights.sizes}
+    names = dict.fromkeys((*ENTRANCE_PARTS, "positions", "token_types", "embed_norm"))
+    return {name: weights.part(name) for name in names if name in weights.sizes and name != "embed"}
 
 
 def _exit_parts(model: Model, weights: Weights, programs: Programs, logits: bool) -> dict[str, Any]:
     """What stands behind the blocks; the unembedding only where there are logits to make."""
     if not model.family.architecture.causal:
-        names = ["pooler"]
+        names = ("pooler",)
     else:
-        names = ["final_norm"]
-        if logits or programs.unembeds:
-            names.append("embed" if model.config.tied else "unembed")
+        names = exit_parts(model.config, logits or programs.unembeds)
     return {name: weights.part(name) for name in names if name in weights.sizes}
 
 

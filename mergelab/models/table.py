@@ -35,18 +35,21 @@ __all__ = [
 class Fused:
     """Part of a tensor that several leaves share: a range of its output features.
 
-    The leaf's last axis is the range that begins at `start` of the `size` output features in the file.
+    The leaf's last axis is the range that begins at `start` of the `size` output features in the file; where
+    those are in groups, such a range of each group.
 
     Attributes:
-        start: the first feature.
-        size: number of features of the fused tensor.
+        start: the first feature (of a group).
+        size: number of features of the fused tensor (of a group).
         transposed: True where the file holds [out, in] (a torch `Linear`), False for [in, out] (`Conv1D`).
             A vector has one order only.
+        groups: number of groups (Falcon: of heads that share a key head).
     """
 
     start: int
     size: int
     transposed: bool = True
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,10 @@ def _layout(transform: Transform, shape: tuple[int, ...]) -> Layout:
         width = shape[-1] // transform.heads
         outputs = (transform.heads, transform.parts, width)
         chosen = ((0, transform.heads), (transform.part, transform.part + 1), (0, width))
+    elif isinstance(transform, Fused) and transform.groups > 1:
+        width = shape[-1] // transform.groups
+        outputs = (transform.groups, transform.size)
+        chosen = ((0, transform.groups), (transform.start, transform.start + width))
     elif isinstance(transform, Fused):
         outputs, chosen = (transform.size,), ((transform.start, transform.start + shape[-1]),)
     else:

@@ -15,6 +15,7 @@ from jax.tree_util import Partial
 
 from mergelab.activations.batches import batches
 from mergelab.activations.losses import UNEMBEDDED
+from mergelab.models.decoder import ENTRANCE_PARTS
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import logits_of
 from mergelab.models.table import get_leaf, tree_from_leaves
@@ -158,7 +159,7 @@ def _order(single: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndar
 def _part(path: tuple[str, ...], layers: int) -> int:
     if path[0].startswith("blocks_"):
         return 1 + int(path[0].removeprefix("blocks_"))
-    return 0 if path[0] in ("embed", "positions") else layers + 1
+    return 0 if path[0] in ENTRANCE_PARTS else layers + 1
 
 
 @partial(jax.jit, static_argnames="model")

@@ -25,6 +25,7 @@ from mergelab.decoding.transforms import require
 from mergelab.errors import DecodingError
 from mergelab.interp.token_selection import Columns, in_columns
 from mergelab.models.cache import Cache
+from mergelab.models.decoder import embedded
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import logits_of, require_decoder
 
@@ -240,9 +241,7 @@ def _think(
 
 def _embedded(model: Model, params: Params, tokens: Array) -> Float[Array, "batch length width"]:
     """Embeddings as they enter the first block, without learned positions, float32."""
-    rows = params["embed"]["embedding"][tokens]
-    scale = jnp.asarray(model.config.embed_scale, rows.dtype)
-    return (rows * scale if model.config.embed_scale != 1.0 else rows).astype(jnp.float32)
+    return embedded(model.config, params, tokens).astype(jnp.float32)
 
 
 def _shifted(change: Array, x: Array) -> Array:

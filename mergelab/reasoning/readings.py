@@ -21,6 +21,7 @@ from mergelab.decoding.monitors import Monitor
 from mergelab.decoding.transforms import require
 from mergelab.decoding.votes import lowest_group_confidence, step_score
 from mergelab.interp.probes import Probe
+from mergelab.models.decoder import exit_parts
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import readout, require_decoder
 from mergelab.models.sites import match_sites
@@ -173,7 +174,7 @@ def lens_reading(
     """
     require_decoder(model)
     (name,) = match_sites(model.sites(), site)
-    kept = {key: params[key] for key in ("embed", "unembed", "final_norm") if key in params}
+    kept = {key: params[key] for key in exit_parts(model.config) if key in params}
     if tokens is None:
         return Reading(f"lens:{name}", (name, "logits"), Partial(_Lens(model, name), kept), how, above)
     read = Partial(_LensOf(model, name), kept, jnp.asarray(tokens, jnp.int32))

@@ -202,10 +202,37 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {**BASE, "model_type": "phi3", "original_max_position_embeddings": 32, "rope_scaling": LONGROPE},
     "gpt2": {"model_type": "gpt2", "vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4},
     "gpt_neox": {**BASE, "model_type": "gpt_neox", "rotary_pct": 0.5},
+    "olmo2": {**BASE, "model_type": "olmo2", "rope_theta": 500000.0},
+    "granite": {
+        **BASE,
+        "model_type": "granite",
+        "attention_multiplier": 0.25,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 8.0,
+    },
+    "starcoder2": {**BASE, "model_type": "starcoder2", "sliding_window": 16},
+    "phi": {**BASE, "model_type": "phi", "partial_rotary_factor": 0.5},
+    "stablelm": {**BASE, "model_type": "stablelm", "use_qkv_bias": True, "use_parallel_residual": True},
+    "cohere": {**BASE, "model_type": "cohere", "logit_scale": 0.25, "rope_theta": 75000.0},
+    "cohere, normalized heads": {**BASE, "model_type": "cohere", "use_qk_norm": True, "rope_theta": 75000.0},
+    "glm4": {**BASE, "model_type": "glm4", "head_dim": 32},
+    "qwen3_moe": {
+        **BASE,
+        "model_type": "qwen3_moe",
+        "head_dim": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
+    "bloom": {"model_type": "bloom", "vocab_size": 96, "hidden_size": 64, "n_layer": 2, "n_head": 4},
 }
 for _name in ("gpt_neox",):
     for _field in ("num_key_value_heads", "rms_norm_eps"):
         FAMILIES[_name].pop(_field)
+for _name in ("starcoder2", "phi", "stablelm", "cohere", "cohere, normalized heads"):
+    FAMILIES[_name].pop("rms_norm_eps")
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +277,9 @@ def test_a_family_comes_back_from_a_gguf_file(
 def test_names_and_layouts_are_those_of_llama_cpp(folders: Callable[[str], Path], tmp_path: Path) -> None:
     architectures = {"llama": "LLAMA", "mixtral": "LLAMA", "gemma3": "GEMMA3", "phi3": "PHI3"}
     architectures |= {"gpt2": "GPT2", "gpt_neox": "GPTNEOX", "qwen3": "QWEN3"}
+    architectures |= {"olmo2": "OLMO2", "granite": "GRANITE", "starcoder2": "STARCODER2", "phi": "PHI2"}
+    architectures |= {"stablelm": "STABLELM", "cohere": "COMMAND_R", "glm4": "GLM4", "bloom": "BLOOM"}
+    architectures |= {"qwen3_moe": "QWEN3MOE"}
     for name, architecture in architectures.items():
         path = tmp_path / f"{name}.gguf"
         write_gguf(open_checkpoint(folders(name)), path)

@@ -35,7 +35,9 @@ def rows(draw: st.DrawFn) -> dict[str, Any]:
     transform: Transform = kind  # type: ignore[assignment]
     if kind == "fused":
         start, rest = draw(st.integers(0, 4)), draw(st.integers(0, 4))
-        transform = Fused(start, start + width + rest, draw(st.booleans()))
+        groups = draw(st.integers(1, 3))
+        transform = Fused(start, start + width + rest, draw(st.booleans()), groups)
+        width *= groups
     elif kind == "heads":
         heads, parts = draw(SIZES), draw(SIZES)
         width *= heads

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,12 +16,9 @@ from mergelab.models.families import FAMILIES, model_from_config
 from mergelab.models.model import Model, Params
 from mergelab.models.table import check_table, stored_shapes
 from tests.models.tiny_models import CONFIGS, MASK, TOKENS, params_of, tiny, weights, write
-from tests.models.transformers_outputs import RECORDED, values
+from tests.models.transformers_outputs import recorded, values
 
-
-@cache
-def recorded() -> dict[str, list[dict[str, Any]]]:
-    return json.loads(RECORDED.read_text())
+outputs = cache(recorded)
 
 
 def forward(model: Model) -> Callable[..., np.ndarray]:
@@ -41,7 +37,7 @@ def forward(model: Model) -> Callable[..., np.ndarray]:
 def differences(found: np.ndarray, name: str) -> float:
     """The largest difference from the recorded values, infinite if an argmax differs."""
     largest = 0.0
-    for row, real, expected in zip(found, MASK, recorded()[name], strict=True):
+    for row, real, expected in zip(found, MASK, outputs()[name], strict=True):
         if row[real].argmax(-1).tolist() != expected["argmax"]:
             return np.inf
         largest = max(largest, np.abs(row[expected["at"], :24] - np.array(expected["values"])).max())
@@ -50,7 +46,7 @@ def differences(found: np.ndarray, name: str) -> float:
 
 def test_every_family_is_tried() -> None:
     assert {config["model_type"] for config in CONFIGS.values()} == FAMILIES.keys()
-    assert recorded().keys() == CONFIGS.keys()
+    assert outputs().keys() == CONFIGS.keys()
 
 
 # The first member of each family; `test_family_variants.py` runs the others.

@@ -41,8 +41,13 @@ def wrong_blocks(block: BlockSpec) -> Iterator[tuple[str, BlockSpec]]:
                 changes["pairs"] = {"rotary": replace(rotary, neighbors=not rotary.neighbors)}
             changes["not rotated"] = {"rotary": None}
         changes |= {
-            name: {name: None} for name in ("window", "cap", "clip") if getattr(attention, name) is not None
+            name: {name: None}
+            for name in ("window", "cap", "clip", "alibi", "chunk", "temperature", "v_norm")
+            if getattr(attention, name) is not None
         }
+        if attention.alibi is not None:
+            slopes = attention.alibi.slopes
+            changes["slopes"] = {"alibi": replace(attention.alibi, slopes=slopes[::-1])}
         if attention.sinks:
             changes["sinks"] = {"sinks": False}
         if attention.qk_norm is not None:
@@ -55,7 +60,7 @@ def wrong_blocks(block: BlockSpec) -> Iterator[tuple[str, BlockSpec]]:
         other: dict[str, Any] = {"normalize": not block.mlp.normalize, "chosen": block.mlp.chosen - 1}
         other["scoring"] = "softmax" if block.mlp.scoring == "sigmoid" else "sigmoid"
         plain = {"weight_scale": 1.0, "correction": False, "router_bias": False, "bias": False, "limit": None}
-        plain |= {"shared": 0, "shared_gate": False, "activation": "silu"}
+        plain |= {"shared": 0, "shared_gate": False, "activation": "silu", "weigh_input": False}
         other |= {name: value for name, value in plain.items() if getattr(block.mlp, name) != value}
         if block.mlp.groups > 1:
             other["chosen_groups"] = block.mlp.groups
@@ -63,11 +68,11 @@ def wrong_blocks(block: BlockSpec) -> Iterator[tuple[str, BlockSpec]]:
             yield name, replace(block, mlp=replace(block.mlp, **{name: value}))
     for name, change in changes.items():
         yield name, replace(block, attention=replace(attention, **change))
-    if block.out_scale != 1:
+    if getattr(block, "out_scale", 1) != 1:
         yield "out_scale", replace(block, out_scale=1.0)
     if block.norm.offset:
         yield "offset", replace(block, norm=replace(block.norm, offset=0.0))
-    moved = {"pre": "parallel", "parallel": "pre", "sandwich": "pre"}.get(block.placement)
+    moved = {"pre": "parallel", "parallel": "pre", "sandwich": "pre", "sum": "pre"}.get(block.placement)
     if moved is not None:
         yield "placement", replace(block, placement=moved)
     if block.norm.kind == "layer":
@@ -81,9 +86,13 @@ def wrong(model: Model) -> Iterator[tuple[str, Model]]:
     for name in names:
         blocks = tuple(dict(wrong_blocks(block)).get(name, block) for block in c.blocks)
         yield name, replace(model, config=replace(c, blocks=blocks))
-    for name, value in {"embed_scale": 1.0, "logit_scale": 1.0, "logit_cap": None, "causal": True}.items():
+    plain = {"embed_scale": 1.0, "logit_scale": 1.0, "logit_cap": None, "causal": True, "embed_norm": None}
+    for name, value in plain.items():
         if getattr(c, name) != value:
             yield name, replace(model, config=replace(c, **{name: value}))
+    if c.first_position:  # the same table, read from its start
+        rows = c.max_length + c.first_position
+        yield "first_position", replace(model, config=replace(c, first_position=0, max_length=rows))
 
 
 DECODERS = [name for name in CONFIGS if model_from_config(CONFIGS[name]).family.architecture.causal]

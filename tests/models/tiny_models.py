@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model, Params
 from mergelab.models.table import stored_shapes, tree_from_leaves
+from tests.models.decoder_configs import DECODER_CONFIGS
 
 _SIZES = {
     "vocab_size": 61,
@@ -288,6 +289,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     ),
     "bert": sizes(model_type="bert", num_key_value_heads=None, type_vocab_size=2),
 }
+CONFIGS |= DECODER_CONFIGS
 for _config in CONFIGS.values():
     if _config.get("num_key_value_heads", 0) is None:
         del _config["num_key_value_heads"]

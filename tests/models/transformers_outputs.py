@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 
 RECORDED = Path(__file__).with_name("family_outputs.json")
+RECORDED_DECODERS = Path(__file__).with_name("decoder_outputs.json")
+"""The outputs of `decoder_configs.py`, which are recorded without sites."""
 RECORDED_SITES = Path(__file__).with_name("family_sites.json")
+
+
+def recorded() -> dict[str, list[dict[str, Any]]]:
+    """What was recorded of every tiny model, by name."""
+    return _read(RECORDED) | _read(RECORDED_DECODERS)
 
 
 def run(folder: Path, tokens: np.ndarray, mask: np.ndarray, **options: Any) -> Any:
@@ -26,13 +33,16 @@ def run(folder: Path, tokens: np.ndarray, mask: np.ndarray, **options: Any) -> A
     import torch
     import transformers
 
-    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    config = json.loads((folder / "config.json").read_text())
+    kind = config["model_type"]
     loader = transformers.AutoModel if kind == "bert" else transformers.AutoModelForCausalLM
+    # Falcon's eager form adds linear biases twice (scores, and the mask that it adds to them).
+    form = "sdpa" if config.get("alibi") else "eager"
     model, info = loader.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        folder, dtype=torch.float32, attn_implementation=form, output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
-    if kind != "bert":
+    if kind not in ("bert", "bloom"):
         options["position_ids"] = torch.tensor(np.maximum(mask.cumsum(1) - 1, 0))
     with torch.no_grad():
         return model(
@@ -50,6 +60,15 @@ def values(folder: Path, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
     if "longrope" in (folder / "config.json").read_text() and len(tokens) > 1:
         rows = [values(folder, tokens[i : i + 1], mask[i : i + 1]) for i in range(len(tokens))]
         return np.concatenate(rows)
+    if '"llama4_text"' in (folder / "config.json").read_text() and not mask.all():
+        # transformers counts padding where queries grow with their position: each row without it.
+        found = [
+            values(folder, row[None, real], real[None, real]) for row, real in zip(tokens, mask, strict=True)
+        ]
+        whole = np.zeros((*tokens.shape, found[0].shape[-1]), np.float32)
+        for row, real, one in zip(whole, mask, found, strict=True):
+            row[real] = one[0]
+        return whole
     output = run(folder, tokens, mask)
     return (output.logits if "logits" in output else output.last_hidden_state).numpy()
 
@@ -69,20 +88,22 @@ def _read(path: Path) -> dict[str, Any]:
 
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).parents[2]))
+    from tests.models.decoder_configs import DECODER_CONFIGS
     from tests.models.tiny_models import CONFIGS, MASK, TOKENS, write
 
     names = sys.argv[1:] or list(CONFIGS)
-    recorded, sites = ({}, {}) if names == list(CONFIGS) else map(_read, (RECORDED, RECORDED_SITES))
+    outputs, sites = ({}, {}) if names == list(CONFIGS) else (recorded(), _read(RECORDED_SITES))
     with tempfile.TemporaryDirectory() as folder:
         for n, name in enumerate(names):
             written = write(Path(folder) / str(n), name)
             found = values(written, TOKENS, MASK)
-            inner = hidden_and_patterns(written, TOKENS, MASK)
-            sites[name] = {
-                "states": inner["states"][:, 1, 9, :6].astype(float).round(5).tolist(),
-                "patterns": inner["patterns"][:, 1, :2, 9].astype(float).round(5).tolist(),
-            }
-            recorded[name] = [
+            if name not in DECODER_CONFIGS:
+                inner = hidden_and_patterns(written, TOKENS, MASK)
+                sites[name] = {
+                    "states": inner["states"][:, 1, 9, :6].astype(float).round(5).tolist(),
+                    "patterns": inner["patterns"][:, 1, :2, 9].astype(float).round(5).tolist(),
+                }
+            outputs[name] = [
                 {
                     "at": at,
                     "argmax": row[real].argmax(-1).tolist(),
@@ -90,8 +111,13 @@ def main() -> None:
                 }
                 for row, real, at in zip(found, MASK, [9, 9, 5], strict=True)
             ]
-    for path, content in ((RECORDED, recorded), (RECORDED_SITES, sites)):
-        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(content[name])}" for name in CONFIGS)
+    older = [name for name in CONFIGS if name not in DECODER_CONFIGS]
+    for path, content, own in (
+        (RECORDED, outputs, older),
+        (RECORDED_SITES, sites, older),
+        (RECORDED_DECODERS, outputs, DECODER_CONFIGS),
+    ):
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(content[name])}" for name in own)
         path.write_text("{\n" + lines + "\n}\n")
 
 

@@ -114,6 +114,17 @@ _GEMMA1_NORMS = (
     Tensor("blk.{i}.ffn_norm", f"{_LAYER}.post_attention_layernorm", "minus_one"),
 )
 _GPT2, _NEOX = "transformer.h.{i}", "gpt_neox.layers.{i}"
+_POST_NORMS = (
+    Tensor("blk.{i}.post_attention_norm", f"{_LAYER}.post_attention_layernorm"),
+    Tensor("blk.{i}.post_ffw_norm", f"{_LAYER}.post_feedforward_layernorm"),
+)
+_NAMED_EXPERTS = (
+    Tensor("blk.{i}.ffn_gate_inp", f"{_LAYER}.mlp.gate"),
+    *(
+        Tensor(f"blk.{{i}}.ffn_{name}_exps", f"{_LAYER}.mlp.experts.{{e}}.{name}_proj", "experts")
+        for name in ("gate", "down", "up")
+    ),
+)
 
 LLAMA = Architecture("llama", (*_OUTSIDE, *_NORMS, *_ROTARY_ATTENTION, *_MLP))
 QWEN3 = (*_OUTSIDE, *_NORMS, *_ATTENTION, *_HEAD_NORMS, *_MLP)
@@ -141,6 +152,71 @@ ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
                 _ATTENTION[3],
                 Tensor("blk.{i}.ffn_up", f"{_LAYER}.mlp.gate_up_proj"),
                 _MLP[2],
+            ),
+        ),
+    ),
+    "olmo2": (Architecture("olmo2", (*_OUTSIDE, *_ATTENTION, *_HEAD_NORMS, *_POST_NORMS, *_MLP)),),
+    "granite": (Architecture("granite", (*_OUTSIDE, *_NORMS, *_ROTARY_ATTENTION, *_MLP)),),
+    "starcoder2": (
+        Architecture(
+            "starcoder2",
+            (
+                *_OUTSIDE,
+                *_NORMS,
+                *_ATTENTION,
+                Tensor("blk.{i}.ffn_up", f"{_LAYER}.mlp.c_fc"),
+                Tensor("blk.{i}.ffn_down", f"{_LAYER}.mlp.c_proj"),
+            ),
+        ),
+    ),
+    "phi2": (
+        Architecture(
+            "phi",
+            (
+                _OUTSIDE[0],
+                Tensor("output_norm", "model.final_layernorm"),
+                _OUTSIDE[2],
+                _NORMS[0],
+                *_ATTENTION[:3],
+                Tensor("blk.{i}.attn_output", f"{_LAYER}.self_attn.dense"),
+                Tensor("blk.{i}.ffn_up", f"{_LAYER}.mlp.fc1"),
+                Tensor("blk.{i}.ffn_down", f"{_LAYER}.mlp.fc2"),
+            ),
+        ),
+    ),
+    "stablelm": (Architecture("stablelm", (*_OUTSIDE, *_NORMS, *_ATTENTION, *_MLP)),),
+    "command-r": (Architecture("cohere", (*_OUTSIDE, _NORMS[0], *_ATTENTION, *_HEAD_NORMS, *_MLP)),),
+    "glm4": (
+        Architecture(
+            "glm4",
+            (
+                *_OUTSIDE,
+                *_NORMS,
+                *_ATTENTION,
+                Tensor("blk.{i}.post_attention_norm", f"{_LAYER}.post_self_attn_layernorm"),
+                Tensor("blk.{i}.post_ffw_norm", f"{_LAYER}.post_mlp_layernorm"),
+                Tensor("blk.{i}.ffn_up", f"{_LAYER}.mlp.gate_up_proj"),
+                _MLP[2],
+            ),
+        ),
+    ),
+    "qwen3moe": (
+        Architecture("qwen3_moe", (*_OUTSIDE, *_NORMS, *_ATTENTION, *_HEAD_NORMS, *_NAMED_EXPERTS)),
+    ),
+    "bloom": (
+        Architecture(
+            "bloom",
+            (
+                Tensor("token_embd", "transformer.word_embeddings"),
+                Tensor("token_embd_norm", "transformer.word_embeddings_layernorm"),
+                Tensor("output_norm", "transformer.ln_f"),
+                Tensor("output", "lm_head"),
+                Tensor("blk.{i}.attn_norm", f"{_GPT2}.input_layernorm"),
+                Tensor("blk.{i}.attn_qkv", f"{_GPT2}.self_attention.query_key_value", "fused_heads"),
+                Tensor("blk.{i}.attn_output", f"{_GPT2}.self_attention.dense"),
+                Tensor("blk.{i}.ffn_norm", f"{_GPT2}.post_attention_layernorm"),
+                Tensor("blk.{i}.ffn_up", f"{_GPT2}.mlp.dense_h_to_4h"),
+                Tensor("blk.{i}.ffn_down", f"{_GPT2}.mlp.dense_4h_to_h"),
             ),
         ),
     ),

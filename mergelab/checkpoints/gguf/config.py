@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mergelab.checkpoints.gguf.declared import DECLARED
 from mergelab.errors import CheckpointError, quoted
 
 __all__ = ["LAYERS_OF_27B", "config_from", "llama3_factors"]
@@ -29,6 +30,7 @@ _ARCHITECTURES = {
     "phi3": "Phi3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
     "gpt_neox": "GPTNeoXForCausalLM",
+    **{model_type: declared.model_class for model_type, declared in DECLARED.items()},
 }
 LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -63,6 +65,12 @@ class _Metadata:
         if type(value) not in (int, float) or not math.isfinite(value):
             raise self._wrong(key, value, "a number")
         return _shortest(value)
+
+    def switch(self, key: str, default: bool | None = None) -> bool:
+        value = self._value(key, default)
+        if not isinstance(value, bool):
+            raise self._wrong(key, value, "true or false")
+        return value
 
     def has(self, key: str) -> bool:
         return f"{self.architecture}.{key}" in self.all
@@ -125,6 +133,8 @@ def config_from(
             "layer_norm_epsilon": data.number("attention.layer_norm_epsilon"),
             "activation_function": "gelu_new",
         }
+    if model_type in DECLARED:
+        return common | _declared(data, model_type, width, heads, layers, shapes, folded)
     common |= {
         "hidden_size": width,
         "num_hidden_layers": layers,
@@ -143,6 +153,49 @@ def config_from(
             "hidden_act": "gelu",
         }
     return common | _llama_like(data, model_type, width, heads, layers, shapes, folded)
+
+
+def _declared(
+    data: _Metadata,
+    model_type: str,
+    width: int,
+    heads: int,
+    layers: int,
+    shapes: Mapping[str, Sequence[int]],
+    folded: Mapping[str, Sequence[float]],
+) -> dict[str, Any]:
+    """The fields of an architecture whose keys are a table."""
+    declared, head_dim = DECLARED[model_type], width // max(heads, 1)
+    for key, other in declared.absent.items():
+        if data.has(key):
+            raise CheckpointError(
+                f"{data.place} has {data.architecture}.{key}, as files of {other} have, which are not read; "
+                "use the Hugging Face folder of the model"
+            )
+    found: dict[str, Any] = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": data.size("context_length"),
+        **{name: values[0] for name, values in declared.constants.items()},
+        **{name: tensor in shapes for name, tensor in declared.seen.items()},
+    }
+    if "num_hidden_layers" not in declared.names:
+        found["intermediate_size"] = data.size("feed_forward_length")
+    for key in declared.keys:
+        if key.required or data.has(key.key):
+            read = {"I": data.size, "f": data.number, "bool": data.switch}[key.form]
+            found[key.field] = read(key.key)
+    if declared.wide_heads:
+        head_dim = found["head_dim"] = data.size("attention.key_length", head_dim)
+    found = {declared.names.get(name, name): value for name, value in found.items()}
+    if not declared.rotated:
+        return found
+    found["rope_theta"] = data.number("rope.freq_base", 10000.0)
+    if declared.partial is not None:
+        found["partial_rotary_factor"] = data.size("rope.dimension_count", head_dim) / max(head_dim, 1)
+    scaling = _scaling(data, folded)
+    return found | ({"rope_scaling": scaling} if scaling else {})
 
 
 def _llama_like(

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from mergelab.checkpoints.gguf.config import LAYERS_OF_27B, llama3_factors
+from mergelab.checkpoints.gguf.declared import DECLARED, has_no_key
 from mergelab.checkpoints.gguf.header import Typed
-from mergelab.errors import CheckpointError, quoted
 
 __all__ = ["folded_from", "metadata_from"]
 
@@ -42,7 +42,10 @@ def metadata_from(config: Mapping[str, Any], architecture: str, place: str) -> d
         put("attention.head_count", "I", config["n_head"])
         put("attention.layer_norm_epsilon", "f", config.get("layer_norm_epsilon", 1e-5))
         if config.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
-            raise _no_key(place, "activation_function", config["activation_function"])
+            raise has_no_key(place, "activation_function", config["activation_function"])
+        return found
+    if kind in DECLARED:
+        _put_declared(put, found, config, architecture, place)
         return found
     width, heads = config["hidden_size"], config["num_attention_heads"]
     put("context_length", "I", config.get("max_position_embeddings"))
@@ -59,7 +62,7 @@ def metadata_from(config: Mapping[str, Any], architecture: str, place: str) -> d
         put("attention.layer_norm_epsilon", "f", config.get("layer_norm_eps", 1e-5))
         found[f"{architecture}.use_parallel_residual"] = bool(config.get("use_parallel_residual", True))
         if config.get("hidden_act", "gelu") != "gelu":
-            raise _no_key(place, "hidden_act", config["hidden_act"])
+            raise has_no_key(place, "hidden_act", config["hidden_act"])
         return found
     put("attention.head_count_kv", "I", config.get("num_key_value_heads") or heads)
     put("attention.layer_norm_rms_epsilon", "f", config.get("rms_norm_eps", 1e-6))
@@ -88,11 +91,52 @@ def metadata_from(config: Mapping[str, Any], architecture: str, place: str) -> d
     return found
 
 
+def _put_declared(
+    put: Any, found: dict[str, Any], config: Mapping[str, Any], architecture: str, place: str
+) -> None:
+    """The keys of an architecture whose keys are a table."""
+    declared = DECLARED[config["model_type"]]
+
+    def size(name: str) -> Any:
+        return config.get(declared.names.get(name, name), config.get(name))
+
+    for name, values in declared.constants.items():
+        if name in config and config[name] not in values:
+            raise has_no_key(place, name, config[name])
+    width = config["hidden_size" if "hidden_size" in config else "n_embed"]
+    heads = size("num_attention_heads")
+    put("context_length", "I", size("max_position_embeddings") or 2048)
+    put("embedding_length", "I", width)
+    put("block_count", "I", size("num_hidden_layers"))
+    put("feed_forward_length", "I", config.get("intermediate_size") or 4 * width)
+    put("attention.head_count", "I", heads)
+    for key in declared.keys:
+        value = config.get(key.field)
+        value = key.default if value is None else value
+        if key.field == "num_key_value_heads" and value is None:
+            value = heads
+        if key.form == "bool":
+            found[f"{architecture}.{key.key}"] = bool(value)
+        else:
+            put(key.key, key.form, value)
+    head_dim = (config.get("head_dim") if declared.wide_heads else None) or width // heads
+    if declared.wide_heads:
+        put("attention.key_length", "I", head_dim)
+        put("attention.value_length", "I", head_dim)
+    if not declared.rotated:
+        return
+    rope = _rope(config)
+    fraction = rope.get("partial_rotary_factor") or declared.partial or 1.0
+    put("rope.dimension_count", "I", int(head_dim * fraction))
+    put("rope.freq_base", "f", rope.get("rope_theta") or 10000.0)
+    _put_scaling(put, found, architecture, rope, place)
+
+
 def _check_gemma_scale(config: Mapping[str, Any], kind: str, head_dim: int, place: str) -> None:
     large = config["num_hidden_layers"] == LAYERS_OF_27B[kind]
     expected = config["hidden_size"] // config["num_attention_heads"] if large else head_dim
     if config.get("query_pre_attn_scalar", 256) != expected:
-        raise _no_key(place, "query_pre_attn_scalar", config.get("query_pre_attn_scalar", 256))
+        raise has_no_key(place, "query_pre_attn_scalar", config.get("query_pre_attn_scalar", 256))
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,7 +158,7 @@ def _put_scaling(
             put("rope.scaling.attn_factor", "f", rope.get("attention_factor"))
         return
     if kind not in ("linear", "yarn"):
-        raise _no_key(place, "rope_type", kind)
+        raise has_no_key(place, "rope_type", kind)
     found[f"{architecture}.rope.scaling.type"] = kind
     put("rope.scaling.factor", "f", rope["factor"])
     if kind == "yarn":
@@ -124,16 +168,9 @@ def _put_scaling(
         put("rope.scaling.attn_factor", "f", rope.get("attention_factor"))
 
 
-def _no_key(place: str, field: str, value: Any) -> CheckpointError:
-    return CheckpointError(
-        f"{place} has {field} = {quoted(value)}, for which a GGUF file of this architecture has no key; keep "
-        "the model as a Hugging Face folder"
-    )
-
-
 def folded_from(config: Mapping[str, Any]) -> dict[str, list[float]]:
     """The rotary factors that the format keeps as tensors, by their name in the file."""
-    if config["model_type"] in ("gpt2", "gpt_neox"):
+    if config["model_type"] in ("gpt2", "gpt_neox", "bloom"):
         return {}
     rope = _rope(config)
     kind = rope.get("rope_type") or rope.get("type")

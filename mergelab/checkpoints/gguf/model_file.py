@@ -306,7 +306,8 @@ def _source(
     if change == "minus_one":
         return GgufTensor(name, shape, stored, shift=-1.0)
     if change in ("rotary", "rotary_kv", "fused_heads"):
-        heads = config["num_key_value_heads" if change == "rotary_kv" else "num_attention_heads"]
+        key = "num_key_value_heads" if change == "rotary_kv" else "num_attention_heads"
+        heads = config.get(key, config.get("n_head", 0))
         parts = 3 if change == "fused_heads" else 2
         if not 0 < heads <= shape[0] or shape[0] % (parts * heads):
             raise CheckpointError(

@@ -204,7 +204,7 @@ def _architecture(checkpoint: Checkpoint) -> tuple[str, Architecture]:
 def _outputs(checkpoint: Checkpoint, architecture: Architecture, dtype: int | None) -> list[_Output]:
     """The tensors of the file, in the order of the checkpoint; every tensor that has no place is named."""
     kinds, tied = by_name(architecture.tensors), bool(checkpoint.config.get("tie_word_embeddings"))
-    heads = checkpoint.config.get("num_attention_heads", 0)
+    heads = checkpoint.config.get("num_attention_heads", checkpoint.config.get("n_head", 0))
     of_change = {"rotary_kv": checkpoint.config.get("num_key_value_heads") or heads}
     found: dict[str, list[tuple[int, TensorSource]]] = {}
     changes: dict[str, Tensor] = {}

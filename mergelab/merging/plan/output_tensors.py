@@ -8,7 +8,14 @@ from dataclasses import dataclass, field, replace
 from mergelab.errors import did_you_mean, quoted, shortened
 from mergelab.merging.recipe.faults import FieldPath
 from mergelab.merging.recipe.scopes import ScopedSlice
-from mergelab.merging.structure.architecture import Module, Stack, Structure, counterpart
+from mergelab.merging.structure.architecture import (
+    FURTHER,
+    Module,
+    Stack,
+    Structure,
+    counterpart,
+    renumbered,
+)
 
 __all__ = ["OutputLayout", "OutputPlace", "lay_out"]
 
@@ -72,7 +79,29 @@ def lay_out(
     wanted = _match_modules(parts, list(known), models[donor], layout)
     for name, slices in wanted.items():
         _lay_out_module(name, slices, models, donor, layout)
+    _move_further_layers(models, donor, layout)
     return layout
+
+
+def _move_further_layers(models: Mapping[str, Structure], donor: str, layout: OutputLayout) -> None:
+    """Numbers the layers that predict further tokens on from the output's last, and says what is copied."""
+    further = [place for place in layout.places if place.module == FURTHER]
+    if not further:
+        return
+    owner = next(model for model in (donor, *models) if FURTHER in models[model].modules)
+    tower = models[owner].main
+    if tower.stack is not None and tower.name in layout.layers:
+        prefix, by = tower.stack.prefix, len(layout.layers[tower.name]) - tower.stack.count
+        layout.places = [
+            replace(place, name=renumbered(place.name, prefix, by)) if place.module == FURTHER else place
+            for place in layout.places
+        ]
+    copied = dict.fromkeys(place.copied for place in further if place.copied is not None)
+    if copied:
+        layout.warnings.append(
+            f"the {len(further)} tensors of layers that predict further tokens (multi-token prediction) are "
+            f"copied from {', '.join(map(repr, copied))}, as other models have none"
+        )
 
 
 def _match_modules(

@@ -10,6 +10,7 @@ from typing import Any
 from mergelab.merging.vocabulary.embedding_rows import is_token_tensor
 
 __all__ = [
+    "FURTHER",
     "HEADS",
     "LAYER_COUNT_KEYS",
     "OTHER_TOWERS",
@@ -19,6 +20,7 @@ __all__ = [
     "counterpart",
     "infer_architecture",
     "layer_counts",
+    "renumbered",
 ]
 
 LAYER_COUNT_KEYS = (
@@ -33,6 +35,9 @@ LAYER_COUNT_KEYS = (
     "depth",
 )
 """The names under which Hugging Face configs keep the number of blocks."""
+
+FURTHER = "mtp"
+"""The module of the layers behind the last one, which predict the tokens after the next (DeepSeek V3)."""
 
 _NUMBER = re.compile(r"\.(\d+)\.")
 OTHER_TOWERS = ("vision", "visual", "image", "audio", "speech")
@@ -94,9 +99,13 @@ def infer_architecture(names: Iterable[str], config: Mapping[str, Any]) -> Struc
 
     A stack is a prefix followed by numbers 0 to n - 1, n being a layer count of `config` where it states any
     (so that a two-layer projector is not a tower). Numbers further inside a name (experts) are its block's.
+    Layers of multi-token prediction, numbered on from the last of a tower, are the module `FURTHER`.
     """
-    names = tuple(names)
-    stacks = _stacks(names, {count for _, _, count in layer_counts(config)}, _omits_text_layers(config))
+    given = tuple(names)
+    counts = {count for _, _, count in layer_counts(config)}
+    further = _further_layers(given, counts, config)
+    names = tuple(name for name in given if name not in further)
+    stacks = _stacks(names, counts, _omits_text_layers(config))
     labels = _module_names([stack.prefix for stack in stacks])
     inside = {
         f"{stack.prefix}{i}.{suffix}"
@@ -114,7 +123,36 @@ def infer_architecture(names: Iterable[str], config: Mapping[str, Any]) -> Struc
         post = tuple(name for name in rest if _is_post(name))
         pre = tuple(name for name in rest if name not in post)
         modules[label] = Module(label, by_label.get(label), pre, post)
-    return Structure(modules, frozenset(names))
+    if further:
+        modules[FURTHER] = Module(FURTHER, None, (), tuple(further))
+    return Structure(modules, frozenset(given))
+
+
+def _further_layers(names: tuple[str, ...], counts: set[int], config: Mapping[str, Any]) -> dict[str, None]:
+    """Tensors of layers that a config counts beside those of a tower, and files number on from them."""
+    parts = [config, *(value for value in config.values() if isinstance(value, Mapping))]
+    more = [part.get("num_nextn_predict_layers") for part in parts]
+    last: dict[str, int] = {}
+    for name in names:
+        if match := _NUMBER.search(name):
+            prefix = name[: match.start() + 1]
+            last[prefix] = max(last.get(prefix, 0), int(match[1]))
+    found: dict[str, None] = {}
+    for extra in (n for n in more if type(n) is int and n > 0):
+        for prefix, highest in last.items():
+            count = highest + 1 - extra
+            if count in counts:
+                behind = tuple(f"{prefix}{number}." for number in range(count, highest + 1))
+                found |= {name: None for name in names if name.startswith(behind)}
+    return found
+
+
+def renumbered(name: str, prefix: str, by: int) -> str:
+    """A tensor of a layer behind the last one, once the tower has `by` more layers."""
+    if not by or not name.startswith(prefix):
+        return name
+    number, dot, rest = name.removeprefix(prefix).partition(".")
+    return f"{prefix}{int(number) + by}{dot}{rest}" if number.isdecimal() else name
 
 
 def counterpart(name: str, here: Structure, there: Structure) -> str:

@@ -7,19 +7,26 @@ from typing import Any
 
 from mergelab.errors import CheckpointError, quoted
 from mergelab.models.families.bert import BERT
+from mergelab.models.families.bloom import BLOOM
 from mergelab.models.families.cohere import COHERE, COHERE2
 from mergelab.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from mergelab.models.families.falcon import FALCON
 from mergelab.models.families.gemma import GEMMA, GEMMA2, GEMMA3_TEXT
+from mergelab.models.families.gemma4 import GEMMA4_TEXT
 from mergelab.models.families.glm import GLM, GLM4
 from mergelab.models.families.glm_moe import GLM4_MOE
 from mergelab.models.families.gpt2 import GPT2
+from mergelab.models.families.gpt_neo import GPT_NEO
 from mergelab.models.families.gpt_neox import GPT_NEOX
 from mergelab.models.families.gpt_oss import GPT_OSS
+from mergelab.models.families.gptj import GPTJ
 from mergelab.models.families.granite import GRANITE
 from mergelab.models.families.llama import LLAMA
+from mergelab.models.families.llama4 import LLAMA4_TEXT
 from mergelab.models.families.mistral import MISTRAL, MIXTRAL
 from mergelab.models.families.nearest import nearest
 from mergelab.models.families.olmo import OLMO, OLMO2, OLMO3
+from mergelab.models.families.opt import OPT
 from mergelab.models.families.phi import PHI
 from mergelab.models.families.phi3 import PHI3
 from mergelab.models.families.qwen import QWEN2, QWEN3
@@ -34,26 +41,33 @@ __all__ = ["FAMILIES", "model_from_config"]
 
 FAMILIES: dict[str, Family] = {
     "bert": BERT,
+    "bloom": BLOOM,
     "cohere": COHERE,
     "cohere2": COHERE2,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
+    "falcon": FALCON,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3_TEXT,
+    "gemma4_text": GEMMA4_TEXT,
     "glm": GLM,
     "glm4": GLM4,
     "glm4_moe": GLM4_MOE,
     "gpt2": GPT2,
+    "gpt_neo": GPT_NEO,
     "gpt_neox": GPT_NEOX,
     "gpt_oss": GPT_OSS,
+    "gptj": GPTJ,
     "granite": GRANITE,
     "llama": LLAMA,
+    "llama4_text": LLAMA4_TEXT,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
     "olmo": OLMO,
     "olmo2": OLMO2,
     "olmo3": OLMO3,
+    "opt": OPT,
     "phi": PHI,
     "phi3": PHI3,
     "qwen2": QWEN2,

@@ -32,7 +32,7 @@ MAX_LAYERS = 10_000
 
 _MAX = 2**31 - 1
 SIZES: Mapping[str, tuple[int, int]] = {
-    **dict.fromkeys(("num_hidden_layers", "n_layer"), (1, MAX_LAYERS)),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), (1, MAX_LAYERS)),
     **dict.fromkeys(
         (
             "num_local_experts",
@@ -45,6 +45,7 @@ SIZES: Mapping[str, tuple[int, int]] = {
         (1, 2**16),
     ),
     **dict.fromkeys(("n_shared_experts", "first_k_dense_replace"), (0, 2**16)),
+    **dict.fromkeys(("hidden_size_per_layer_input", "num_kv_shared_layers"), (0, _MAX)),
     "max_window_layers": (0, _MAX),
     **dict.fromkeys(
         (
@@ -74,6 +75,22 @@ SIZES: Mapping[str, tuple[int, int]] = {
             "qk_rope_head_dim",
             "shared_expert_intermediate_size",
             "v_head_dim",
+            "ffn_dim",
+            "word_embed_proj_dim",
+            "ffn_hidden_size",
+            "num_kv_heads",
+            "num_ln_in_parallel_attn",
+            "seq_length",
+            "num_heads",
+            "attention_chunk_size",
+            "floor_scale",
+            "global_head_dim",
+            "num_global_key_value_heads",
+            "top_k_experts",
+            "interleave_moe_layer_step",
+            "intermediate_size_mlp",
+            "rotary_dim",
+            "window_size",
         ),
         (1, _MAX),
     ),
@@ -83,6 +100,7 @@ SIZES: Mapping[str, tuple[int, int]] = {
 NUMBERS = frozenset(
     {
         "attention_multiplier",
+        "attn_scale",
         "attn_logit_softcapping",
         "clip_qkv",
         "embedding_multiplier",
@@ -106,8 +124,20 @@ NUMBERS = frozenset(
 )
 SWITCHES = frozenset(
     {
+        "_remove_final_layer_norm",
+        "alibi",
         "attention_bias",
+        "attention_k_eq_v",
+        "attn_temperature_tuning",
+        "bias",
+        "do_layer_norm_before",
+        "enable_bias",
+        "enable_moe_block",
         "is_causal",
+        "layer_norm_elementwise_affine",
+        "multi_query",
+        "new_decoder_architecture",
+        "parallel_attn",
         "mlp_bias",
         "norm_topk_prob",
         "qk_layernorm",
@@ -126,10 +156,11 @@ SWITCHES = frozenset(
 )
 MAPPINGS = frozenset({"rope_parameters", "rope_scaling"})
 LISTS = frozenset({"layer_types"})
-LAYER_NUMBERS = frozenset({"mlp_only_layers", "no_rope_layers"})
+LAYER_NUMBERS = frozenset({"mlp_only_layers", "moe_layers", "no_rope_layers"})
 """Lists of whole numbers: one for each layer, or the numbers of some layers."""
 NULLABLE = frozenset(
     {
+        "attention_chunk_size",
         "attn_logit_softcapping",
         "clip_qkv",
         "final_logit_softcapping",

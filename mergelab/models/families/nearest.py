@@ -27,22 +27,16 @@ NEAREST: Mapping[str, tuple[str, str]] = {
     "roberta": ("bert", "its positions start after the padding id"),
     "xlm-roberta": ("bert", "its positions start after the padding id"),
     # Like GPT-2.
-    "bloom": ("gpt2", "its attention adds a bias by distance in place of positions"),
     "gpt_bigcode": ("gpt2", "its heads share one key and value"),
-    "gpt_neo": ("gpt2", "every other layer sees a window, and scores are not scaled"),
     "mpt": ("gpt2", "its attention adds a bias by distance in place of positions"),
-    "opt": ("gpt2", "its positions start at 2 and its activation is ReLU"),
     "xglm": ("gpt2", "its positions are sines"),
     # Like GPT-NeoX.
     "codegen": ("gpt_neox", "it rotates neighboring components and its projections are fused otherwise"),
-    "falcon": ("gpt_neox", "its heads share keys and values and its projections are fused otherwise"),
-    "gptj": ("gpt_neox", "it rotates neighboring components and has one norm a block"),
     "persimmon": ("gpt_neox", "it normalizes queries and keys"),
     # Like Llama.
     "arcee": ("llama", "its layers are not gated and square their activation"),
     "exaone4": ("llama", "it normalizes queries, keys and what layers add"),
     "internlm2": ("llama", "its projections are fused"),
-    "llama4_text": ("llama", "it has experts and layers without rotation"),
     "nemotron": ("llama", "its norms center and its layers square their activation"),
     # Like Mistral.
     "ministral": ("mistral", "its windows differ by layer"),
@@ -57,7 +51,6 @@ NEAREST: Mapping[str, tuple[str, str]] = {
     "qwen3_next": ("qwen3", "three layers of four are recurrent"),
     # Like Gemma.
     "gemma3n_text": ("gemma3_text", "it keeps several streams and embeddings per layer"),
-    "gemma4_text": ("gemma3_text", "heads differ by layer"),
     "vaultgemma": ("gemma2", "it does not normalize what layers add"),
 }
 """By `model_type`: the nearest family, and in what it differs from that."""

@@ -12,6 +12,7 @@ from mergelab.models.layers.rotary import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
+    ProportionalScaling,
     Rotary,
     Scaling,
     YarnScaling,
@@ -54,6 +55,7 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("short_factor", "long_factor", "original_max_position_embeddings"),
         ("factor", "attention_factor"),
     ),
+    "proportional": ((), ("factor",)),
     # Positions of images in three directions, which are equal for text (Qwen2-VL, arXiv:2409.12191).
     "mrope": ((), ("mrope_section", "mrope_interleaved", "factor")),
 }
@@ -138,7 +140,8 @@ def rotary_from(
     for name in ("rope_type", "type"):
         given.pop(name, None)
     base = float(given.pop("rope_theta", None) or theta)
-    dim = int(head_dim * float(given.pop("partial_rotary_factor", None) or 1.0))
+    fraction = float(given.pop("partial_rotary_factor", None) or 1.0)
+    dim = head_dim if kind == "proportional" else int(head_dim * fraction)
     if dim % 2 or not 0 < dim <= head_dim:
         raise CheckpointError(
             f"{place} rotates {dim} of {head_dim} components of a head; the number must be even and positive."
@@ -166,6 +169,9 @@ def rotary_from(
             "ignored, as transformers does.",
             stacklevel=3,
         )
+    if kind == "proportional":
+        kept = int(fraction * head_dim // 2)
+        return Rotary(base, dim, ProportionalScaling(kept, float(given.get("factor") or 1.0)))
     return Rotary(base, dim, _scaling(kind, given, place, dim, max_length))
 
 

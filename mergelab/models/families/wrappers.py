@@ -41,9 +41,12 @@ _GEMMA3 = {
     "num_hidden_layers": 26,
     "num_attention_heads": 8,
 }
+_LLAMA4 = {"vocab_size": 202048, "hidden_size": 5120, "num_hidden_layers": 48, "num_attention_heads": 40}
 _TOWERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gemma3_text": ("gemma3_text", _GEMMA3),
+    "gemma4_text": ("gemma4_text", {**_GEMMA3, "vocab_size": 262144, "num_hidden_layers": 30}),
     "llama": ("llama", _LLAMA),
+    "llama4_text": ("llama4_text", _LLAMA4),
     "mistral": ("mistral", {**_LLAMA, "intermediate_size": 14336}),
     "qwen2": ("qwen2", _QWEN),
     "qwen2_5_vl_text": ("qwen2", _QWEN_VL),
@@ -54,7 +57,9 @@ _TOWERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 WRAPPERS: Mapping[str, str] = {
     "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
     "internvl": "qwen2",
+    "llama4": "llama4_text",
     "llava": "llama",
     "llava_next": "llama",
     "llava_onevision": "qwen2",
@@ -80,7 +85,9 @@ _MISTRAL3 = {
 
 _CLASSES = {
     "gemma3_text": "Gemma3ForCausalLM",
+    "gemma4_text": "Gemma4ForCausalLM",
     "llama": "LlamaForCausalLM",
+    "llama4_text": "Llama4ForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",

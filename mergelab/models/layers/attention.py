@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mergelab.models.cache import Cache
 from mergelab.models.derived import param
+from mergelab.models.layers.alibi import Alibi
 from mergelab.models.layers.dense import Linear, scaled
 from mergelab.models.layers.norms import Norm, NormKind
 from mergelab.models.layers.rotary import Rotary, rotate
@@ -21,6 +22,7 @@ __all__ = [
     "Attention",
     "AttentionSpec",
     "KeysValues",
+    "Temperature",
     "attention_pattern",
     "mix_values",
     "soft_cap",
@@ -69,8 +71,9 @@ def attention_pattern(
     scale: float,
     cap: float | None = None,
     sinks: Float[Array, " heads"] | None = None,
+    bias: Float[Array, "rows heads #query key"] | None = None,
 ) -> Float[Array, "batch heads query key"]:
-    """Softmax over the visible keys of `query . key * scale`, float32.
+    """Softmax over the visible keys of `query . key * scale + bias`, float32.
 
     Consecutive groups of `heads / kv_heads` query heads share one key head. A query that sees no key (of a
     padding token) gets the uniform pattern, never NaN. With `sinks`, the scores of seeing nothing, a
@@ -80,6 +83,7 @@ def attention_pattern(
     grouped = query.reshape(batch, length, key.shape[2], -1, head_dim)
     scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32)
     scores = soft_cap(scores.reshape(batch, heads, length, -1) * scale, cap)
+    scores = scores if bias is None else scores + bias
     scores = jnp.where(visible[:, None], scores, jnp.finfo(jnp.float32).min)
     if sinks is None:
         return jax.nn.softmax(scores, axis=-1)
@@ -97,6 +101,24 @@ def mix_values(
 
 
 @dataclass(frozen=True)
+class Temperature:
+    """Queries grow with their position `p`: by `1 + strength * log(1 + floor((p + 1) / step))` (Llama 4).
+
+    Attributes:
+        strength: factor of the logarithm.
+        step: tokens within which nothing grows.
+    """
+
+    strength: float
+    step: int
+
+    def factor(self, positions: Int[Array, "batch length"]) -> Float[Array, "batch length"]:
+        """What the queries are multiplied with, float32."""
+        steps = jnp.floor((positions.astype(jnp.float32) + 1) / self.step)
+        return jnp.log1p(steps) * self.strength + 1
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
     """What the attention of one layer is.
 
@@ -109,9 +131,14 @@ class AttentionSpec:
         qk_norm: norm of queries and keys, or None.
         qk_norm_over: what it normalizes: each `head` (Qwen 3, Gemma 3), `each` with a scale of its own
             (Cohere), or `all` heads at once (OLMo 2).
+        v_norm: norm of each head's values, or None (Gemma 4).
+        values_of_keys: whether values are the projected keys, before their norm (Gemma 4).
         cap: soft cap of the scores, or None.
         clip: largest magnitude of projected queries, keys and values, or None (OLMo 1).
         sinks: whether each head has a learned score of seeing nothing (gpt-oss).
+        alibi: by what scores fall with distance, or None (BLOOM, Falcon RW).
+        chunk: if given, tokens see only their own of the pieces of that many tokens (Llama 4).
+        temperature: by what queries grow with their position, or None.
     """
 
     n_heads: int
@@ -124,9 +151,14 @@ class AttentionSpec:
     out_bias: bool = False
     qk_norm: NormKind | None = None
     qk_norm_over: Literal["head", "each", "all"] = "head"
+    v_norm: NormKind | None = None
+    values_of_keys: bool = False
     cap: float | None = None
     clip: float | None = None
     sinks: bool = False
+    alibi: Alibi | None = None
+    chunk: int | None = None
+    temperature: Temperature | None = None
 
     @property
     def kept(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -135,7 +167,8 @@ class AttentionSpec:
 
     def outline(self) -> AttentionSpec:
         """The same without what changes neither parameters nor sites."""
-        return replace(self, window=None, rotary=None, scale=1.0, cap=None, clip=None)
+        plain = replace(self, window=None, rotary=None, scale=1.0, cap=None, clip=None)
+        return replace(plain, alibi=None, chunk=None, temperature=None)
 
 
 class Attention(nn.Module):
@@ -145,7 +178,8 @@ class Attention(nn.Module):
     and rotation), `v`, `pattern`, `z` (each head's mixed values), `out`.
 
     Attributes:
-        spec: its shape and settings; `window` is already in the mask, `rotary` in the rotation.
+        spec: its shape and settings; `window` and `chunk` are already in the mask, `rotary` in the rotation,
+            `alibi` in the bias, `temperature` in the growth.
         out_norm: norm of the output, or None.
         initial_gain: gain of the output projection's initial weights.
         out_scale: what the output is multiplied with before it is added to the stream (Granite).
@@ -166,6 +200,8 @@ class Attention(nn.Module):
         layer: int,
         tap: Tap,
         site: str,
+        bias: Float[Array, "rows heads #length key"] | None = None,
+        growth: Float[Array, "batch length"] | None = None,
     ) -> tuple[Float[Array, "batch length width"], KeysValues]:
         """Returns what is added to the residual stream, and the keys and values attended to."""
         x = tap(f"{site}.input", x)
@@ -187,18 +223,23 @@ class Attention(nn.Module):
             return Norm(spec.qk_norm, axis, name=name)(y.reshape(*y.shape[:2], -1)).reshape(y.shape)
 
         q = project("q", spec.n_heads, "heads")
-        k, v = (project(name, spec.n_kv_heads, "kv_heads") for name in "kv")
+        k = project("k", spec.n_kv_heads, "kv_heads")
+        v = k if spec.values_of_keys else project("v", spec.n_kv_heads, "kv_heads")
+        if spec.v_norm is not None:
+            v = Norm(spec.v_norm, None, name="v_norm")(v)
         q, k = normed("q_norm", q, "heads"), normed("k_norm", k, "kv_heads")
         if rotation is not None:
             neighbors = spec.rotary is not None and spec.rotary.neighbors
             q, k = (rotate(y, *rotation, neighbors=neighbors) for y in (q, k))
+        if growth is not None:
+            q = (q * growth[..., None, None]).astype(q.dtype)
         q, k, v = tap(f"{site}.q", q), tap(f"{site}.k", k), tap(f"{site}.v", v)
         if cache is not None:
             k, v = cache.write(layer, k, v)
         sinks = None
         if spec.sinks:
             sinks = param(self, "sinks", nn.initializers.zeros, (spec.n_heads,), ("heads",))
-        pattern = attention_pattern(q, k.astype(q.dtype), visible, spec.scale, spec.cap, sinks)
+        pattern = attention_pattern(q, k.astype(q.dtype), visible, spec.scale, spec.cap, sinks, bias)
         z = tap(f"{site}.z", mix_values(tap(f"{site}.pattern", pattern), v.astype(q.dtype)))
         output = Linear(x.shape[-1], ("heads", "embed"), spec.out_bias, self.initial_gain, name="o")
         out = output(z.reshape(*x.shape[:2], -1))

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from mergelab.models.cache import Cache
+from mergelab.models.layers.alibi import Alibi, distance_bias
 from mergelab.models.layers.attention import Attention, AttentionSpec, KeysValues, visible_keys
 from mergelab.models.layers.experts import MixtureOfExperts
 from mergelab.models.layers.latent_attention import LatentAttention, LatentSpec
@@ -58,16 +59,28 @@ class Pass:
         self.real = mask
         if cache is not None:
             self.real = cache.extend_mask(jnp.ones(positions.shape, jnp.bool_) if mask is None else mask)
-        self._visible: dict[int | None, Bool[Array, "rows length key"]] = {}
+        self._visible: dict[tuple[int | None, int | None], Bool[Array, "rows length key"]] = {}
         self._rotations: dict[Rotary, Rotation] = {}
+        self._biases: dict[Alibi, Float[Array, "rows heads #length key"]] = {}
 
-    def visible(self, window: int | None = None) -> Bool[Array, "rows length key"]:
-        """True where a token may look at a key: at itself and earlier ones (or all), within the window."""
-        if window not in self._visible:
-            self._visible[window] = visible_keys(
-                self._queries, self._keys, self.real, self._causal, window=window
-            )
-        return self._visible[window]
+    def visible(self, window: int | None = None, chunk: int | None = None) -> Bool[Array, "rows length key"]:
+        """True where a token may look at a key: at itself and earlier ones (or all), within window and chunk.
+
+        Chunks are of so many tokens, counted over real ones.
+        """
+        if (window, chunk) not in self._visible:
+            seen = visible_keys(self._queries, self._keys, self.real, self._causal, window=window)
+            if chunk is not None and self._keys > chunk:
+                own, keys = self._positions // chunk, self._key_positions // chunk
+                seen &= own[:, :, None] == keys[:, None]
+            self._visible[window, chunk] = seen
+        return self._visible[window, chunk]
+
+    def given(self, attention: AttentionSpec) -> dict[str, Any]:
+        """What positions mean to the attention of a layer, beside rotations, as arguments of `Attention`."""
+        tuning = attention.temperature
+        growth = None if tuning is None else tuning.factor(self._positions)
+        return {"bias": self._bias(attention.alibi), "growth": growth}
 
     def rotation(self, rotary: Rotary | None) -> Rotation | None:
         """Cosine and sine for every token; None where nothing is rotated."""
@@ -76,6 +89,22 @@ class Pass:
         if rotary not in self._rotations:
             self._rotations[rotary] = rotary_tables(self._positions, rotary)
         return self._rotations[rotary]
+
+    def _bias(self, alibi: Alibi | None) -> Float[Array, "rows heads #length key"] | None:
+        """What is added to scores by distance; None where nothing is."""
+        if alibi is None:
+            return None
+        if alibi not in self._biases:
+            self._biases[alibi] = distance_bias(alibi, self._positions, self._key_positions)
+        return self._biases[alibi]
+
+    @property
+    def _key_positions(self) -> Int[Array, "rows key"]:
+        """The position of each key; those in a cache are counted over its real tokens."""
+        if self.cache is None:
+            return self._positions
+        assert self.real is not None
+        return jnp.maximum(jnp.cumsum(self.real, axis=1, dtype=jnp.int32) - 1, 0)
 
 
 @runtime_checkable
@@ -115,14 +144,15 @@ class BlockSpec:
         norm: the norm of what enters, or leaves, the two.
         placement: place of the norms: `pre` (on what each reads), `sandwich` (on what each reads and on what
             it adds: Gemma 2), `post` (only on what each adds: OLMo 2), `parallel` (`pre`, and both read the
-            block's input: GPT-NeoX), `joint` (both read one norm of the block's input: Phi 2, Cohere).
+            block's input: GPT-NeoX), `joint` (both read one norm of the block's input: Phi 2, Cohere),
+            `sum` (on the stream itself, after each has been added: OPT 350m).
         out_scale: what both are multiplied with before they are added to the stream.
     """
 
     attention: AttentionSpec | LatentSpec
     mlp: MLPSpec | Experts
     norm: NormKind = field(default_factory=NormKind)
-    placement: Literal["pre", "parallel", "joint", "sandwich", "post"] = "pre"
+    placement: Literal["pre", "parallel", "joint", "sandwich", "post", "sum"] = "pre"
     out_scale: float = 1.0
 
     @property
@@ -163,9 +193,13 @@ class Block(nn.Module):
 
         def read(x: Stream, name: str) -> Stream:
             """What a layer reads of the stream."""
-            if spec.placement == "post":
+            if spec.placement in ("post", "sum"):
                 return x
             return Norm(spec.norm, name=name)(x, tap, f"{site}.{name}")
+
+        def summed(x: Stream, name: str) -> Stream:
+            """The stream once a layer's output has been added to it."""
+            return Norm(spec.norm, name=name)(x, tap, f"{site}.{name}") if spec.placement == "sum" else x
 
         def mlp(x: Stream) -> Stream:
             arguments: dict[str, Any] = {
@@ -183,20 +217,24 @@ class Block(nn.Module):
         made: Any = spec.attention  # each kind of attention is described by a class of its own
         kind: Any = LatentAttention if isinstance(made, LatentSpec) else Attention
         attention = kind(made, out_norm, self.gain, spec.out_scale, name="attn")
+        given, chunk = {}, None
+        if isinstance(made, AttentionSpec):
+            given, chunk = shared.given(made), made.chunk
         normed = read(x, "attn_norm")
         attended, seen = attention(
             normed,
-            shared.visible(spec.attention.window),
+            shared.visible(spec.attention.window, chunk),
             shared.rotation(spec.attention.rotary),
             shared.cache,
             self.layer,
             tap,
             f"{site}.attn",
+            **given,
         )
         if tap.done:
             return x, seen
         if spec.placement in ("parallel", "joint"):
             read_by_mlp = normed if spec.placement == "joint" else read(x, "mlp_norm")
             return tap(f"{site}.resid_post", x + attended + mlp(read_by_mlp)), seen
-        x = tap(f"{site}.resid_mid", x + attended)
-        return tap(f"{site}.resid_post", x + mlp(read(x, "mlp_norm"))), seen
+        x = tap(f"{site}.resid_mid", summed(x + attended, "attn_norm"))
+        return tap(f"{site}.resid_post", summed(x + mlp(read(x, "mlp_norm")), "mlp_norm")), seen

@@ -57,15 +57,19 @@ class Embed(nn.Module):
         rows: number of ids.
         width: width of a row, the residual stream's.
         axis: logical name of the rows' axis, for sharding; None where never split.
+        width_axis: logical name of the other axis; None where a row is not a vector of the stream.
     """
 
     rows: int
     width: int
     axis: str | None = None
+    width_axis: str | None = "embed"
 
     def setup(self) -> None:
         initial = nn.initializers.normal(0.02)
-        self.embedding = param(self, "embedding", initial, (self.rows, self.width), (self.axis, "embed"))
+        self.embedding = param(
+            self, "embedding", initial, (self.rows, self.width), (self.axis, self.width_axis)
+        )
 
     def __call__(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length width"]:
         if isinstance(self.embedding, Bits):

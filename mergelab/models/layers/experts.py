@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from mergelab.models.derived import param
 from mergelab.models.layers.bfloat16_bits import StackedBits
 from mergelab.models.layers.dense import Linear, matmul, scaled
-from mergelab.models.layers.grouped import combine, gather, in_blocks, products, rows_of_a_block
+from mergelab.models.layers.grouped import combine, gather, in_blocks, in_rows, products, rows_of_a_block
 from mergelab.models.layers.mlp import ACTIVATIONS, MLP, MLPSpec
 from mergelab.models.layers.norms import Norm, NormKind
 from mergelab.models.layers.routing import Experts, choose, spread
@@ -54,10 +54,13 @@ def every_expert(
     wide = {name: k.wide() if isinstance(k, StackedBits) else k for name, k in kernels.items()}
 
     def biased(name: str, y: Array) -> Array:
+        y = y * weights[..., None] if spec.weigh_input else y
         return y + wide[f"{name}_bias"][None, None] if spec.bias else y
 
     pre = at("pre", biased("gate", jnp.einsum("blw,ewh->bleh", x, wide["gate"])))
     post = _gated(spec, pre, biased("up", jnp.einsum("blw,ewh->bleh", x, wide["up"])))
+    if spec.weigh_input:  # an expert without weight reads zeros
+        weights = (weights != 0).astype(x.dtype)
     out = jnp.einsum("bleh,ehw,ble->blw", at("post", post), wide["down"], weights)
     return out + jnp.einsum("ew,ble->blw", wide["down_bias"], weights) if spec.bias else out
 
@@ -126,9 +129,12 @@ def _chosen(x: Array, kernels: Kernels, weights: Array, indices: Array, spec: Ex
         y = products(y, kernels[name], blocks)
         return y + kernels[f"{name}_bias"][blocks.owner][:, None] if spec.bias else y
 
-    own = gather(flat, blocks)
+    own, weights = gather(flat, blocks), weights.reshape(-1, chosen)
+    if spec.weigh_input:
+        own = own * in_rows(weights, blocks)[..., None].astype(own.dtype)
+        weights = jnp.ones_like(weights)
     post = _gated(spec, project("gate", own), project("up", own))
-    return combine(project("down", post), blocks, weights.reshape(-1, chosen)).reshape(x.shape)
+    return combine(project("down", post), blocks, weights).reshape(x.shape)
 
 
 class MixtureOfExperts(nn.Module):
@@ -155,9 +161,15 @@ class MixtureOfExperts(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch length width"], tap: Tap, site: str
+        self,
+        x: Float[Array, "batch length width"],
+        tap: Tap,
+        site: str,
+        routed: Float[Array, "batch length width"] | None = None,
     ) -> Float[Array, "batch length width"]:
+        """Returns what is added to the stream; `routed` is what the router reads, where that is not `x`."""
         x = tap(f"{site}.input", x)
+        routed = x if routed is None else routed
         width, spec = x.shape[-1], self.spec
         router = param(self, "router", nn.initializers.lecun_normal(), (width, spec.count), ("embed", None))
         bias, correction = (
@@ -166,12 +178,15 @@ class MixtureOfExperts(nn.Module):
         )
         kernels = self._kernels(width)
         if spec.precise:
-            logits = matmul(x.astype(jnp.float32), router.astype(jnp.float32))
+            logits = matmul(routed.astype(jnp.float32), router.astype(jnp.float32))
         else:
-            logits = matmul(x, router).astype(jnp.float32)
+            logits = matmul(routed, router).astype(jnp.float32)
         logits = logits if bias is None else logits + bias.astype(jnp.float32)[None, None]
         correction = None if correction is None else correction.astype(jnp.float32)
         weights, indices = choose(logits, spec, correction)
+        if spec.expert_scale:
+            scale = param(self, "expert_scale", nn.initializers.ones, (spec.count,), (None,))
+            weights = weights * scale.astype(jnp.float32)[indices]
         every = tap(f"{site}.router", spread(weights, indices, spec.count))
         if tap.edits(f"{site}.router") or tap.uses(f"{site}.pre") or tap.uses(f"{site}.post"):
             found = every_expert(

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from mergelab.models.layers.bfloat16_bits import StackedBits
 
-__all__ = ["Blocks", "combine", "gather", "in_blocks", "products", "rows_of_a_block"]
+__all__ = ["Blocks", "combine", "gather", "in_blocks", "in_rows", "products", "rows_of_a_block"]
 
 _MOST = 128
 
@@ -79,6 +79,14 @@ def in_blocks(indices: Int[Array, "tokens chosen"], experts: int, rows: int) -> 
 def gather(x: Float[Array, "tokens width"], blocks: Blocks) -> Float[Array, "blocks rows width"]:
     """The vector of the token in each row, zeros in padding."""
     return jnp.take(x, blocks.tokens, axis=0, mode="fill", fill_value=0)
+
+
+def in_rows(weights: Float[Array, "tokens chosen"], blocks: Blocks) -> Float[Array, "blocks rows"]:
+    """The weight of the choice in each row, zero in padding."""
+    rows = jnp.zeros(blocks.tokens.size, weights.dtype)
+    return (
+        rows.at[blocks.places.reshape(-1)].set(weights.reshape(-1), mode="drop").reshape(blocks.tokens.shape)
+    )
 
 
 def combine(

@@ -21,14 +21,14 @@ class NormKind:
     """Which norm a model uses.
 
     Attributes:
-        kind: `rms` or `layer`.
+        kind: `rms`, `layer`, or `none`: no norm, whose factor is 1 (the end of OPT 350m).
         eps: added to the mean square.
         offset: what is added to the stored scale (Gemma stores `scale - 1`).
         scaled: whether there is a scale (OLMo 1 has none).
         biased: whether a layer norm has a bias (those of OLMo 1 and Cohere have none).
     """
 
-    kind: Literal["rms", "layer"] = "rms"
+    kind: Literal["rms", "layer", "none"] = "rms"
     eps: float = 1e-6
     offset: float = 0.0
     scaled: bool = True
@@ -66,7 +66,10 @@ class Norm(nn.Module):
         y = x.astype(jnp.float32)
         if self.config.kind == "layer":
             y = y - y.mean(axis=-1, keepdims=True)
-        factor = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.config.eps)
+        if self.config.kind == "none":
+            factor = jnp.ones((*y.shape[:-1], 1), jnp.float32)
+        else:
+            factor = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.config.eps)
         if tap is not None:
             factor = tap(f"{site}.scale", factor)
         y = y * factor

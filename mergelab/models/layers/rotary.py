@@ -13,6 +13,7 @@ __all__ = [
     "LinearScaling",
     "Llama3Scaling",
     "LongRopeScaling",
+    "ProportionalScaling",
     "Rotary",
     "Scaling",
     "YarnScaling",
@@ -80,7 +81,18 @@ class LongRopeScaling:
     attention_factor: float
 
 
-Scaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
+@dataclass(frozen=True)
+class ProportionalScaling:
+    """Gemma 4's rotation of part of a head: the first `kept` frequencies divided by `factor`, the rest 0.
+
+    The frequencies are those of the whole head, and so are the pairs.
+    """
+
+    kept: int
+    factor: float = 1.0
+
+
+Scaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | ProportionalScaling
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,9 @@ def rotary_tables(
             frequencies = jnp.asarray(plain)
         case LinearScaling(divisor):
             frequencies = jnp.asarray(plain / np.float32(divisor))
+        case ProportionalScaling(kept, divisor):
+            turning = np.arange(len(plain)) < kept
+            frequencies = jnp.asarray(np.where(turning, plain / np.float32(divisor), np.float32(0)))
         case Llama3Scaling() as scaling:
             frequencies = jnp.asarray(_llama3(plain, scaling))
         case YarnScaling(attention_factor=factor) as scaling:

@@ -30,8 +30,10 @@ class Experts:
         router_bias: whether the router has a bias.
         bias: whether the experts' projections have biases.
         limit: if given, gates are at most that and what they gate is within it, plus 1 (gpt-oss).
+        expert_scale: whether each expert has a number that its weights are multiplied with (Gemma 4).
         shared: neurons of a layer that every token passes beside its experts; 0 if there is none.
         shared_gate: whether that layer's output is gated by a sigmoid of its input (Qwen 2 MoE).
+        weigh_input: whether weights multiply what experts read, and not what they make of it (Llama 4).
     """
 
     count: int
@@ -48,8 +50,10 @@ class Experts:
     router_bias: bool = False
     bias: bool = False
     limit: float | None = None
+    expert_scale: bool = False
     shared: int = 0
     shared_gate: bool = False
+    weigh_input: bool = False
 
     def outline(self) -> Experts:
         """The same without what changes neither parameters nor sites."""
@@ -63,6 +67,7 @@ class Experts:
             weight_scale=1.0,
             precise=False,
             limit=None,
+            weigh_input=False,
         )
 
 

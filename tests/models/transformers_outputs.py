@@ -13,7 +13,12 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.models.neobert_reference import hidden_states
+from tests.models.tiny_encoders import ENCODERS
+
 RECORDED = Path(__file__).with_name("family_outputs.json")
+RECORDED_ENCODERS = Path(__file__).with_name("encoder_outputs.json")
 RECORDED_SITES = Path(__file__).with_name("family_sites.json")
 
 
@@ -26,13 +31,16 @@ def run(folder: Path, tokens: np.ndarray, mask: np.ndarray, **options: Any) -> A
     import torch
     import transformers
 
-    kind = json.loads((folder / "config.json").read_text())["model_type"]
-    loader = transformers.AutoModel if kind == "bert" else transformers.AutoModelForCausalLM
+    config = json.loads((folder / "config.json").read_text())
+    encodes = config["model_type"] in {"bert", *(one["model_type"] for one in ENCODERS.values())}
+    loader = transformers.AutoModel if encodes else transformers.AutoModelForCausalLM
     model, info = loader.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
-    if kind != "bert":
+    if encodes:
+        tokens = np.where(mask, tokens, config["pad_token_id"])  # RoBERTa's positions skip that id
+    else:
         options["position_ids"] = torch.tensor(np.maximum(mask.cumsum(1) - 1, 0))
     with torch.no_grad():
         return model(
@@ -45,8 +53,11 @@ def run(folder: Path, tokens: np.ndarray, mask: np.ndarray, **options: Any) -> A
 def values(folder: Path, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Logits, or the last hidden states of a model that has none.
 
+    NeoBERT is not among the models of transformers: its authors' code stands in `neobert_reference.py`.
     Rows run one by one where transformers lets the longest row choose the rotary factors of all.
     """
+    if "neobert" in (folder / "config.json").read_text():
+        return hidden_states(folder, tokens, mask)
     if "longrope" in (folder / "config.json").read_text() and len(tokens) > 1:
         rows = [values(folder, tokens[i : i + 1], mask[i : i + 1]) for i in range(len(tokens))]
         return np.concatenate(rows)
@@ -68,20 +79,21 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    sys.path.insert(0, str(Path(__file__).parents[2]))
     from tests.models.tiny_models import CONFIGS, MASK, TOKENS, write
 
     names = sys.argv[1:] or list(CONFIGS)
-    recorded, sites = ({}, {}) if names == list(CONFIGS) else map(_read, (RECORDED, RECORDED_SITES))
+    recorded = {name: found for path in (RECORDED, RECORDED_ENCODERS) for name, found in _read(path).items()}
+    sites = _read(RECORDED_SITES)
     with tempfile.TemporaryDirectory() as folder:
         for n, name in enumerate(names):
             written = write(Path(folder) / str(n), name)
             found = values(written, TOKENS, MASK)
-            inner = hidden_and_patterns(written, TOKENS, MASK)
-            sites[name] = {
-                "states": inner["states"][:, 1, 9, :6].astype(float).round(5).tolist(),
-                "patterns": inner["patterns"][:, 1, :2, 9].astype(float).round(5).tolist(),
-            }
+            if name not in ENCODERS:
+                inner = hidden_and_patterns(written, TOKENS, MASK)
+                sites[name] = {
+                    "states": inner["states"][:, 1, 9, :6].astype(float).round(5).tolist(),
+                    "patterns": inner["patterns"][:, 1, :2, 9].astype(float).round(5).tolist(),
+                }
             recorded[name] = [
                 {
                     "at": at,
@@ -90,8 +102,13 @@ def main() -> None:
                 }
                 for row, real, at in zip(found, MASK, [9, 9, 5], strict=True)
             ]
-    for path, content in ((RECORDED, recorded), (RECORDED_SITES, sites)):
-        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(content[name])}" for name in CONFIGS)
+    families = [name for name in CONFIGS if name not in ENCODERS]
+    for path, content, kept in (
+        (RECORDED, recorded, families),
+        (RECORDED_ENCODERS, recorded, list(ENCODERS)),
+        (RECORDED_SITES, sites, families),
+    ):
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(content[name])}" for name in kept)
         path.write_text("{\n" + lines + "\n}\n")
 
 

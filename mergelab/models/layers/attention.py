@@ -14,6 +14,7 @@ from mergelab.models.cache import Cache
 from mergelab.models.derived import param
 from mergelab.models.layers.dense import Linear, scaled
 from mergelab.models.layers.norms import Norm, NormKind
+from mergelab.models.layers.relative import Disentangled, RelativePlaces, disentangled_scores
 from mergelab.models.layers.rotary import Rotary, rotate
 from mergelab.models.sites import Tap
 
@@ -69,8 +70,9 @@ def attention_pattern(
     scale: float,
     cap: float | None = None,
     sinks: Float[Array, " heads"] | None = None,
+    bias: Float[Array, "bias_rows heads query key"] | None = None,
 ) -> Float[Array, "batch heads query key"]:
-    """Softmax over the visible keys of `query . key * scale`, float32.
+    """Softmax over the visible keys of `query . key * scale`, plus a bias if there is one; float32.
 
     Consecutive groups of `heads / kv_heads` query heads share one key head. A query that sees no key (of a
     padding token) gets the uniform pattern, never NaN. With `sinks`, the scores of seeing nothing, a
@@ -80,6 +82,8 @@ def attention_pattern(
     grouped = query.reshape(batch, length, key.shape[2], -1, head_dim)
     scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32)
     scores = soft_cap(scores.reshape(batch, heads, length, -1) * scale, cap)
+    if bias is not None:
+        scores = scores + bias.astype(jnp.float32)
     scores = jnp.where(visible[:, None], scores, jnp.finfo(jnp.float32).min)
     if sinks is None:
         return jax.nn.softmax(scores, axis=-1)
@@ -112,6 +116,7 @@ class AttentionSpec:
         cap: soft cap of the scores, or None.
         clip: largest magnitude of projected queries, keys and values, or None (OLMo 1).
         sinks: whether each head has a learned score of seeing nothing (gpt-oss).
+        disentangled: how heads look at vectors of relative positions, or None (DeBERTa).
     """
 
     n_heads: int
@@ -127,6 +132,7 @@ class AttentionSpec:
     cap: float | None = None
     clip: float | None = None
     sinks: bool = False
+    disentangled: Disentangled | None = None
 
     @property
     def kept(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -166,15 +172,24 @@ class Attention(nn.Module):
         layer: int,
         tap: Tap,
         site: str,
+        relative: Float[Array, "1 heads query key"] | RelativePlaces | None = None,
     ) -> tuple[Float[Array, "batch length width"], KeysValues]:
-        """Returns what is added to the residual stream, and the keys and values attended to."""
+        """Returns what is added to the residual stream, and the keys and values attended to.
+
+        `relative` is what the blocks share of relative positions: a bias of the scores, or vectors.
+        """
         x = tap(f"{site}.input", x)
         spec = self.spec
 
-        def project(name: str, heads: int, axis: str) -> Float[Array, "batch length heads head_dim"]:
-            y = Linear(heads * spec.head_dim, ("embed", axis), spec.qkv_bias, name=name)(x)
-            y = y if spec.clip is None else jnp.clip(y, -spec.clip, spec.clip)
-            return y.reshape(*x.shape[:2], heads, spec.head_dim)
+        def heads_of(y: Float[Array, "rows length width"], projection: Linear, heads: int) -> Array:
+            return projection(y).reshape(*y.shape[:2], heads, spec.head_dim)
+
+        def linear(name: str, heads: int, axis: str, bias: bool = spec.qkv_bias) -> Linear:
+            return Linear(heads * spec.head_dim, ("embed", axis), bias, name=name)
+
+        def project(projection: Linear, heads: int) -> Float[Array, "batch length heads head_dim"]:
+            y = heads_of(x, projection, heads)
+            return y if spec.clip is None else jnp.clip(y, -spec.clip, spec.clip)
 
         def normed(
             name: str, y: Float[Array, "batch length heads head_dim"], axis: str
@@ -186,8 +201,9 @@ class Attention(nn.Module):
                 return Norm(spec.qk_norm, None, own, name=name)(y)
             return Norm(spec.qk_norm, axis, name=name)(y.reshape(*y.shape[:2], -1)).reshape(y.shape)
 
-        q = project("q", spec.n_heads, "heads")
-        k, v = (project(name, spec.n_kv_heads, "kv_heads") for name in "kv")
+        to_q = linear("q", spec.n_heads, "heads")
+        to_k, to_v = (linear(name, spec.n_kv_heads, "kv_heads") for name in "kv")
+        q, k, v = project(to_q, spec.n_heads), project(to_k, spec.n_kv_heads), project(to_v, spec.n_kv_heads)
         q, k = normed("q_norm", q, "heads"), normed("k_norm", k, "kv_heads")
         if rotation is not None:
             neighbors = spec.rotary is not None and spec.rotary.neighbors
@@ -198,7 +214,17 @@ class Attention(nn.Module):
         sinks = None
         if spec.sinks:
             sinks = param(self, "sinks", nn.initializers.zeros, (spec.n_heads,), ("heads",))
-        pattern = attention_pattern(q, k.astype(q.dtype), visible, spec.scale, spec.cap, sinks)
+        bias = relative
+        if isinstance(relative, RelativePlaces):
+            how = spec.disentangled
+            assert how is not None, "vectors of relative positions need heads that look at them"
+            asks, answers = to_q, to_k
+            if not how.shared:
+                asks, answers = (linear(name, spec.n_heads, "heads") for name in ("position_q", "position_k"))
+            asked = heads_of(relative.vectors, asks, spec.n_heads) if how.position_to_content else None
+            answered = heads_of(relative.vectors, answers, spec.n_heads) if how.content_to_position else None
+            bias = disentangled_scores(q, k, asked, answered, relative.places) * spec.scale
+        pattern = attention_pattern(q, k.astype(q.dtype), visible, spec.scale, spec.cap, sinks, bias)
         z = tap(f"{site}.z", mix_values(tap(f"{site}.pattern", pattern), v.astype(q.dtype)))
         output = Linear(x.shape[-1], ("heads", "embed"), spec.out_bias, self.initial_gain, name="o")
         out = output(z.reshape(*x.shape[:2], -1))

@@ -1,4 +1,4 @@
-"""Blocks of a decoder: what one is made of, said per layer, and the module that the usual ones run on."""
+"""Blocks: what one is made of, said per layer, and the module that the usual ones run on."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class Pass:
     Attributes:
         cache: earlier tokens, with room for these; None without a cache.
         tap: what to do at the sites.
+        relative: what the blocks of an encoder share of relative positions, or None.
 
     Args:
         positions: positions of the tokens, for rotations.
@@ -38,6 +39,7 @@ class Pass:
         cache: earlier tokens, or None.
         tap: what to do at the sites.
         causal: whether tokens see only earlier ones.
+        relative: same as the attribute.
     """
 
     def __init__(
@@ -47,8 +49,10 @@ class Pass:
         cache: Cache | None,
         tap: Tap,
         causal: bool = True,
+        relative: Any = None,
     ) -> None:
         self.cache, self.tap, self._positions, self._causal = cache, tap, positions, causal
+        self.relative = relative
         length = positions.shape[1]
         steps = jnp.arange(length, dtype=jnp.int32)
         self._queries = steps
@@ -115,15 +119,18 @@ class BlockSpec:
         norm: the norm of what enters, or leaves, the two.
         placement: place of the norms: `pre` (on what each reads), `sandwich` (on what each reads and on what
             it adds: Gemma 2), `post` (only on what each adds: OLMo 2), `parallel` (`pre`, and both read the
-            block's input: GPT-NeoX), `joint` (both read one norm of the block's input: Phi 2, Cohere).
+            block's input: GPT-NeoX), `joint` (both read one norm of the block's input: Phi 2, Cohere),
+            `after` (on the sums themselves: BERT).
         out_scale: what both are multiplied with before they are added to the stream.
+        reads_plain: whether attention reads the stream without a norm (ModernBERT's first block).
     """
 
     attention: AttentionSpec | LatentSpec
     mlp: MLPSpec | Experts
     norm: NormKind = field(default_factory=NormKind)
-    placement: Literal["pre", "parallel", "joint", "sandwich", "post"] = "pre"
+    placement: Literal["pre", "parallel", "joint", "sandwich", "post", "after"] = "pre"
     out_scale: float = 1.0
+    reads_plain: bool = False
 
     @property
     def kept(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -163,9 +170,12 @@ class Block(nn.Module):
 
         def read(x: Stream, name: str) -> Stream:
             """What a layer reads of the stream."""
-            if spec.placement == "post":
-                return x
-            return Norm(spec.norm, name=name)(x, tap, f"{site}.{name}")
+            plain = spec.placement in ("post", "after") or (spec.reads_plain and name == "attn_norm")
+            return x if plain else Norm(spec.norm, name=name)(x, tap, f"{site}.{name}")
+
+        def summed(x: Stream, name: str) -> Stream:
+            """What the stream is after a sum."""
+            return Norm(spec.norm, name=name)(x, tap, f"{site}.{name}") if spec.placement == "after" else x
 
         def mlp(x: Stream) -> Stream:
             arguments: dict[str, Any] = {
@@ -192,11 +202,12 @@ class Block(nn.Module):
             self.layer,
             tap,
             f"{site}.attn",
+            **({} if shared.relative is None else {"relative": shared.relative}),
         )
         if tap.done:
             return x, seen
         if spec.placement in ("parallel", "joint"):
             read_by_mlp = normed if spec.placement == "joint" else read(x, "mlp_norm")
             return tap(f"{site}.resid_post", x + attended + mlp(read_by_mlp)), seen
-        x = tap(f"{site}.resid_mid", x + attended)
-        return tap(f"{site}.resid_post", x + mlp(read(x, "mlp_norm"))), seen
+        x = tap(f"{site}.resid_mid", summed(x + attended, "attn_norm"))
+        return tap(f"{site}.resid_post", summed(x + mlp(read(x, "mlp_norm")), "mlp_norm")), seen

@@ -1,0 +1,24 @@
+"""Tiny configurations of encoders other than BERT, for `tiny_models.CONFIGS`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def sizes(**changes: Any) -> dict[str, Any]:
+    return {**_SIZES, **changes}
+
+
+ENCODERS: dict[str, dict[str, Any]] = {}

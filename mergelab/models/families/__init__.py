@@ -24,6 +24,7 @@ from mergelab.models.families.phi import PHI
 from mergelab.models.families.phi3 import PHI3
 from mergelab.models.families.qwen import QWEN2, QWEN3
 from mergelab.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from mergelab.models.families.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
 from mergelab.models.families.smollm3 import SMOLLM3
 from mergelab.models.families.stablelm import STABLELM
 from mergelab.models.families.starcoder2 import STARCODER2
@@ -34,6 +35,7 @@ __all__ = ["FAMILIES", "model_from_config"]
 
 FAMILIES: dict[str, Family] = {
     "bert": BERT,
+    "camembert": CAMEMBERT,
     "cohere": COHERE,
     "cohere2": COHERE2,
     "deepseek_v2": DEEPSEEK_V2,
@@ -60,9 +62,11 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3_MOE,
+    "roberta": ROBERTA,
     "smollm3": SMOLLM3,
     "stablelm": STABLELM,
     "starcoder2": STARCODER2,
+    "xlm-roberta": XLM_ROBERTA,
 }
 
 

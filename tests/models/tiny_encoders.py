@@ -25,4 +25,5 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "roberta": sizes(model_type="roberta", type_vocab_size=1, layer_norm_eps=1e-5),
     "xlm-roberta": sizes(model_type="xlm-roberta", type_vocab_size=1),
     "camembert": sizes(model_type="camembert", type_vocab_size=2, pad_token_id=2, eos_token_id=1),
+    "mpnet": sizes(model_type="mpnet", relative_attention_num_buckets=33),
 }

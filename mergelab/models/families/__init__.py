@@ -18,6 +18,7 @@ from mergelab.models.families.gpt_oss import GPT_OSS
 from mergelab.models.families.granite import GRANITE
 from mergelab.models.families.llama import LLAMA
 from mergelab.models.families.mistral import MISTRAL, MIXTRAL
+from mergelab.models.families.mpnet import MPNET
 from mergelab.models.families.nearest import nearest
 from mergelab.models.families.olmo import OLMO, OLMO2, OLMO3
 from mergelab.models.families.phi import PHI
@@ -53,6 +54,7 @@ FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
+    "mpnet": MPNET,
     "olmo": OLMO,
     "olmo2": OLMO2,
     "olmo3": OLMO3,

@@ -20,7 +20,6 @@ NEAREST: Mapping[str, tuple[str, str]] = {
     "distilbert": ("bert", "it has no segments and other names"),
     "electra": ("bert", "its embeddings may be narrower than its layers"),
     "modernbert": ("bert", "its positions are rotated, its norms come first and its layers are gated"),
-    "mpnet": ("bert", "its attention adds a bias by relative position"),
     "neobert": ("bert", "its positions are rotated, its norms come first and its layers are gated"),
     "nomic_bert": ("bert", "its positions are rotated and its layers are gated"),
     # Like GPT-2.

@@ -26,4 +26,14 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "xlm-roberta": sizes(model_type="xlm-roberta", type_vocab_size=1),
     "camembert": sizes(model_type="camembert", type_vocab_size=2, pad_token_id=2, eos_token_id=1),
     "mpnet": sizes(model_type="mpnet", relative_attention_num_buckets=33),
+    "distilbert": {
+        "model_type": "distilbert",
+        "vocab_size": 61,
+        "dim": 24,
+        "n_layers": 2,
+        "n_heads": 4,
+        "hidden_dim": 40,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+    },
 }

@@ -9,6 +9,7 @@ from mergelab.errors import CheckpointError, quoted
 from mergelab.models.families.bert import BERT
 from mergelab.models.families.cohere import COHERE, COHERE2
 from mergelab.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from mergelab.models.families.distilbert import DISTILBERT
 from mergelab.models.families.gemma import GEMMA, GEMMA2, GEMMA3_TEXT
 from mergelab.models.families.glm import GLM, GLM4
 from mergelab.models.families.glm_moe import GLM4_MOE
@@ -41,6 +42,7 @@ FAMILIES: dict[str, Family] = {
     "cohere2": COHERE2,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
+    "distilbert": DISTILBERT,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3_TEXT,

@@ -17,7 +17,6 @@ NEAREST: Mapping[str, tuple[str, str]] = {
     "albert": ("bert", "its layers share their weights"),
     "deberta": ("bert", "its attention also reads relative positions"),
     "deberta-v2": ("bert", "its attention also reads relative positions"),
-    "distilbert": ("bert", "it has no segments and other names"),
     "electra": ("bert", "its embeddings may be narrower than its layers"),
     "modernbert": ("bert", "its positions are rotated, its norms come first and its layers are gated"),
     "neobert": ("bert", "its positions are rotated, its norms come first and its layers are gated"),

@@ -19,6 +19,7 @@ from mergelab.models.families.gpt_oss import GPT_OSS
 from mergelab.models.families.granite import GRANITE
 from mergelab.models.families.llama import LLAMA
 from mergelab.models.families.mistral import MISTRAL, MIXTRAL
+from mergelab.models.families.modernbert import MODERNBERT
 from mergelab.models.families.mpnet import MPNET
 from mergelab.models.families.nearest import nearest
 from mergelab.models.families.olmo import OLMO, OLMO2, OLMO3
@@ -56,6 +57,7 @@ FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
+    "modernbert": MODERNBERT,
     "mpnet": MPNET,
     "olmo": OLMO,
     "olmo2": OLMO2,

@@ -18,7 +18,6 @@ NEAREST: Mapping[str, tuple[str, str]] = {
     "deberta": ("bert", "its attention also reads relative positions"),
     "deberta-v2": ("bert", "its attention also reads relative positions"),
     "electra": ("bert", "its embeddings may be narrower than its layers"),
-    "modernbert": ("bert", "its positions are rotated, its norms come first and its layers are gated"),
     "neobert": ("bert", "its positions are rotated, its norms come first and its layers are gated"),
     "nomic_bert": ("bert", "its positions are rotated and its layers are gated"),
     # Like GPT-2.

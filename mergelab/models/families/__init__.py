@@ -8,6 +8,7 @@ from typing import Any
 from mergelab.errors import CheckpointError, quoted
 from mergelab.models.families.bert import BERT
 from mergelab.models.families.cohere import COHERE, COHERE2
+from mergelab.models.families.deberta import DEBERTA_V2
 from mergelab.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from mergelab.models.families.distilbert import DISTILBERT
 from mergelab.models.families.gemma import GEMMA, GEMMA2, GEMMA3_TEXT
@@ -41,6 +42,7 @@ FAMILIES: dict[str, Family] = {
     "camembert": CAMEMBERT,
     "cohere": COHERE,
     "cohere2": COHERE2,
+    "deberta-v2": DEBERTA_V2,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
     "distilbert": DISTILBERT,

@@ -94,4 +94,15 @@ ENCODERS: dict[str, dict[str, Any]] = {
         share_att_key=True,
         pad_token_id=0,
     ),
+    "neobert": {
+        "model_type": "neobert",
+        "vocab_size": 61,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_length": 64,
+        "norm_eps": 1e-6,
+        "pad_token_id": 0,
+    },
 }

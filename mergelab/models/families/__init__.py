@@ -23,6 +23,7 @@ from mergelab.models.families.mistral import MISTRAL, MIXTRAL
 from mergelab.models.families.modernbert import MODERNBERT
 from mergelab.models.families.mpnet import MPNET
 from mergelab.models.families.nearest import nearest
+from mergelab.models.families.neobert import NEOBERT
 from mergelab.models.families.olmo import OLMO, OLMO2, OLMO3
 from mergelab.models.families.phi import PHI
 from mergelab.models.families.phi3 import PHI3
@@ -61,6 +62,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": MIXTRAL,
     "modernbert": MODERNBERT,
     "mpnet": MPNET,
+    "neobert": NEOBERT,
     "olmo": OLMO,
     "olmo2": OLMO2,
     "olmo3": OLMO3,

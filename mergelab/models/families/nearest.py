@@ -17,7 +17,6 @@ NEAREST: Mapping[str, tuple[str, str]] = {
     "albert": ("bert", "its layers share their weights"),
     "deberta": ("bert", "its attention also reads relative positions"),
     "electra": ("bert", "its embeddings may be narrower than its layers"),
-    "neobert": ("bert", "its positions are rotated, its norms come first and its layers are gated"),
     "nomic_bert": ("bert", "its positions are rotated and its layers are gated"),
     # Like GPT-2.
     "bloom": ("gpt2", "its attention adds a bias by distance in place of positions"),

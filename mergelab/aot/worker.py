@@ -188,12 +188,12 @@ def _amount(found: re.Match[str]) -> int:
 
 
 def _cost(compiled: Any) -> Mapping[str, float]:
-    """Operations and traffic of a program whose compiler does not count them (GPUs); nothing if it cannot be had."""
+    """Operations and traffic of a program whose compiler does not count them (GPUs); nothing if unknown."""
     import jax
 
     try:
-        from jaxlib import xla_client
-
+        # jaxlib is a part of jax, and this function of it has no public name.
+        xla_client = importlib.import_module("jaxlib.xla_client")
         (module,) = compiled.runtime_executable().hlo_modules()
         return xla_client._xla.hlo_module_cost_analysis(jax.devices("cpu")[0].client, module)
     except (AttributeError, ImportError, ValueError, RuntimeError):

@@ -168,7 +168,7 @@ def _config(config: Any) -> dict[str, Any]:
     if not all(isinstance(first.get(part), dict) for part in ("attention", "mlp")):
         return found
     attention, mlp = first["attention"], first["mlp"]
-    learned = found.pop("learned_positions")
+    learned = found.pop("learned_positions", True)
     experts = {"count": mlp["count"], "chosen": mlp["chosen"]} if "count" in mlp else None
     return found | {
         "rotary": [] if learned else [block["attention"]["rotary"] for block in blocks],
@@ -297,9 +297,10 @@ def _text(report: Mapping[str, Any], tensors: bool, sites: bool) -> str:
         "stored": f"{kinds}, in {len(report['files'])} file{'s' * (len(report['files']) > 1)}",
     }
     if config := report["config"]:
+        read = f"{config['vocab_size']:,} tokens" if "vocab_size" in config else f"images {config['image']}"
         rows["shape"] = (
             f"{config['layers']} layers of width {config['width']}, {config['heads']} heads, "
-            f"{config['mlp_width']} neurons, {config['vocab_size']:,} tokens"
+            f"{config['mlp_width']} neurons, {read}"
         )
     lines = [f"{name:<10} {value}" for name, value in rows.items()]
     lines += [f"{'fault':<10} {fault}" for fault in report["faults"]]

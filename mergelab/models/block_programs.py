@@ -19,7 +19,7 @@ from jaxtyping import Array
 from mergelab.compat import register_dataclass
 from mergelab.models.cache import ArrayLeaf
 from mergelab.models.decoder import DecoderConfig, Entrance, Exit
-from mergelab.models.encoder import EncoderBlock, EncoderEntrance, EncoderExit, all_visible
+from mergelab.models.encoder import EncoderEntrance, EncoderExit
 from mergelab.models.layers.block import Pass
 from mergelab.models.model import Model, token_places
 from mergelab.models.sites import Edit, Tap, TokenPlaces, match_sites, takes
@@ -151,10 +151,8 @@ class Programs:
     def __init__(self, model: Model, capture: Sequence[str], edits: Edits, to_the_end: bool = False) -> None:
         config = self._config = model.config
         self._decoder = isinstance(config, DecoderConfig)
-        self._specs = config.blocks if self._decoder else (None,) * config.n_layers
         # What stands around blocks does not depend on them.
-        small = {"blocks": config.blocks[:1]} if self._decoder else {"n_layers": 1}
-        self._outside = replace(config, **small)
+        self._outside = replace(config, blocks=config.blocks[:1])
         sites = list(model.sites())
         inner = [n for n, name in enumerate(sites) if name.startswith("blocks.")]
         before, after = sites[: inner[0]], sites[inner[-1] + 1 :]
@@ -203,11 +201,12 @@ class Programs:
         return call
 
     def body(self, layer: int) -> _Body:
-        """What a block computes: `(params, stream, rows, tap)` to the stream."""
+        """What a block computes: `(params, stream, rows, tap)` to the stream.
+
+        What all blocks of an encoder share (`relative`) stands among the block's parameters.
+        """
         config = self._config
-        if self._decoder:
-            return _DecoderBody(self._specs[layer], config.causal)
-        return _EncoderBody(self._outside)
+        return _BlockBody(config.blocks[layer], config.causal, None if self._decoder else config.relative)
 
     def exit(self) -> Callable[..., tuple[Array | None, Array, dict[str, Array]]]:
         """`(params, stream, rows, edits)` to logits, last hidden state, and the sites after the blocks."""
@@ -218,23 +217,18 @@ _Body = Callable[[Any, Array, Rows, Tap], Array]
 
 
 @dataclass(frozen=True)
-class _DecoderBody:
+class _BlockBody:
     spec: Any
     causal: bool
+    relative: Any
 
     def __call__(self, params: Any, x: Array, rows: Rows, tap: Tap) -> Array:
+        shared = None
+        if self.relative is not None:
+            shared = self.relative.module("relative").apply({"params": params["relative"]}, x.shape[1])
         module = self.spec.module(0, 1.0, "block")  # the gain is that of initial weights
-        given: Any = Pass(rows.positions, rows.mask, None, tap, causal=self.causal)  # pyright: ignore[reportArgumentType]
+        given: Any = Pass(rows.positions, rows.mask, None, tap, causal=self.causal, relative=shared)  # pyright: ignore[reportArgumentType]
         return module.apply({"params": params}, x, given)[0]
-
-
-@dataclass(frozen=True)
-class _EncoderBody:
-    config: Any
-
-    def __call__(self, params: Any, x: Array, rows: Rows, tap: Tap) -> Array:
-        found: Any = EncoderBlock(self.config, 0).apply({"params": params}, x, all_visible(x, rows.mask), tap)  # pyright: ignore[reportArgumentType]
-        return found
 
 
 def _told(edits: Edits, rows: Rows) -> TokenPlaces | None:

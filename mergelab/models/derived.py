@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ from mergelab.models.cache import ArrayLeaf
 from mergelab.models.sites import Shape, Tap
 from mergelab.models.table import Parameter, Parameters
 
-__all__ = ["Configuration", "Derived", "derive", "derive_blocks", "draw", "param"]
+__all__ = ["Configuration", "Derived", "ReadsOtherThanTokens", "derive", "derive_blocks", "draw", "param"]
+__all__ += ["zeros_for"]
 
 _VALUES = "values"  # the flax collection that, without the other, says that an abstract run gives values
 _AXES = "axes"  # the flax collection that an abstract run fills with the axes of every parameter
@@ -37,6 +38,15 @@ class Configuration(Protocol):
         Blocks are of one kind if their parameters and sites have the same names and shapes. What changes
         neither may be dropped: the result is run abstractly, and then it is not computed with at all.
         """
+        ...
+
+
+@runtime_checkable
+class ReadsOtherThanTokens(Protocol):
+    """A module that reads images in place of tokens, or beside them."""
+
+    def example(self, batch: int, length: int) -> tuple[Any, Any]:
+        """Shapes of what it reads, and of the positions, in a call of that batch and length."""
         ...
 
 
@@ -122,8 +132,7 @@ def draw(module: nn.Module, key: Array) -> dict[str, Any]:
     made: dict[str, Any] = {}
 
     def call() -> None:
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        made.update(module.init(key, tokens, tokens, None, None, Tap({}), mutable=["params", _VALUES]))
+        made.update(module.init(key, *zeros_for(module), None, None, Tap({}), mutable=["params", _VALUES]))
 
     jax.eval_shape(call)
     return made["params"]
@@ -133,16 +142,29 @@ def _run(module: nn.Module, batch: int, length: int) -> tuple[dict[str, Any], di
     """The shapes of the variables, and of the sites, of one call."""
     recorder, variables = _Recorder(), {}
 
-    def call(key: Array, tokens: Array) -> None:
-        made = module.init(key, tokens, tokens, None, None, recorder)
+    def call(key: Array, tokens: Any, positions: Any) -> None:
+        made = module.init(key, tokens, positions, None, None, recorder)
         # Taken out here and not returned: `eval_shape` would sort the names, and knows no tuples of words.
         variables["params"] = jax.tree.map(jnp.shape, made["params"])
         variables[_AXES] = made.get(_AXES, {})
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     with np.errstate(all="ignore"):  # constants beyond float32 change no shape
-        jax.eval_shape(call, key, jax.ShapeDtypeStruct((batch, length), jnp.int32))
+        jax.eval_shape(call, key, *_example(module, batch, length))
     return variables, recorder.shapes
+
+
+def zeros_for(module: nn.Module) -> tuple[Any, Any]:
+    """Tokens and positions, or what a module reads in their place, for a call that only makes parameters."""
+    return jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), _example(module, 1, 1))
+
+
+def _example(module: nn.Module, batch: int, length: int) -> tuple[Any, Any]:
+    """Shapes of the tokens and positions of a call; a module that reads something else has an `example`."""
+    if isinstance(module, ReadsOtherThanTokens):
+        return module.example(batch, length)
+    tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    return tokens, tokens
 
 
 def _leaves(tree: Mapping[str, Any], *path: str) -> list[tuple[tuple[str, ...], tuple[Any, ...]]]:

@@ -1,107 +1,111 @@
-"""The encoder: embeddings and blocks with the norm after each sum, as in BERT; its configuration."""
+"""The encoder: what stands before and after the blocks of models that see all tokens at once, as in BERT."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
-from mergelab.models.layers.attention import Attention, AttentionSpec, visible_keys
+from mergelab.models.layers.attention import AttentionSpec
+from mergelab.models.layers.block import AnyBlock, BlockSpec, Pass, Stream
 from mergelab.models.layers.dense import Embed, Linear
-from mergelab.models.layers.mlp import MLP, MLPSpec
+from mergelab.models.layers.mlp import MLPSpec
 from mergelab.models.layers.norms import Norm, NormKind
+from mergelab.models.layers.relative import RelativeBias, RelativeVectors
 from mergelab.models.model import Architecture
 from mergelab.models.sites import Tap
 
-__all__ = [
-    "ENCODER",
-    "Encoder",
-    "EncoderBlock",
-    "EncoderConfig",
-    "EncoderEntrance",
-    "EncoderExit",
-    "all_visible",
-]
+__all__ = ["ENCODER", "Encoder", "EncoderConfig", "EncoderEntrance", "EncoderExit", "bert_blocks"]
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The shape of an encoder; all its linear layers have biases, and norms come after each sum.
+    """An encoder: its blocks, and what stands around them.
 
     Attributes:
-        vocab_size, width, layers, heads: tokens, residual width, blocks, heads.
-        mlp_width: neurons of a feed-forward layer.
-        max_length: size of the table of positions.
-        token_types: size of the table of segments.
-        norm: the norm after the embeddings and after each sum.
-        activation: name of the activation function of the feed-forward layers.
+        vocab_size, d_model: tokens, residual width.
+        max_length: positions the model is made for.
+        blocks: what each layer is made of.
+        learned_positions: whether positions are a table of embeddings.
+        first_position: row of that table that the first token of a text reads (RoBERTa: 2).
+        skips_padding: whether positions count real tokens alone (RoBERTa), and not all.
+        token_types: size of the table of segments; 0 without one.
+        embed_norm, final_norm: norm of the embeddings, and of the last block's output; None without one.
+        relative: what all blocks share of relative positions, or None.
         pooler: whether the first token's last state passes a further layer (site `pooled`).
+        causal: whether tokens see only earlier ones (CLIP's tower for text).
     """
 
     vocab_size: int
     d_model: int
-    n_layers: int
-    n_heads: int
-    mlp_width: int
     max_length: int
-    token_types: int = 2
-    norm: NormKind = field(default_factory=lambda: NormKind("layer", 1e-12))
-    activation: str = "gelu"
-    pooler: bool = True
+    blocks: tuple[AnyBlock, ...]
+    learned_positions: bool = True
+    first_position: int = 0
+    skips_padding: bool = False
+    token_types: int = 0
+    embed_norm: NormKind | None = field(default_factory=lambda: NormKind("layer", 1e-12))
+    final_norm: NormKind | None = None
+    relative: RelativeBias | RelativeVectors | None = None
+    pooler: bool = False
+    causal: bool = False
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    @property
+    def n_heads(self) -> int:
+        """Heads of the first block."""
+        return self._first.attention.n_heads
 
     @property
     def head_dim(self) -> int:
-        """Width of a head."""
-        return self.d_model // self.n_heads
+        """Width of a head of the first block."""
+        return self._first.attention.head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        """Neurons of the feed-forward layer of the first block."""
+        return self._first.mlp.hidden
+
+    @property
+    def _first(self) -> Any:
+        return self.blocks[0]
 
     @property
     def least_tensors(self) -> int:
         """Number of tensors that the files of such a model hold at least."""
         return self.n_layers
 
-    @property
-    def learned_positions(self) -> bool:
-        """Positions are a table of embeddings."""
-        return True
-
     def one_of_each(self) -> tuple[EncoderConfig, Sequence[int]]:
         """See `mergelab.models.derived.Configuration`."""
-        return replace(self, n_layers=1), (0,) * self.n_layers
+        outlines = {block: block.outline() for block in dict.fromkeys(self.blocks)}
+        numbers = {outline: n for n, outline in enumerate(dict.fromkeys(outlines.values()))}
+        return replace(self, blocks=tuple(numbers)), [numbers[outlines[block]] for block in self.blocks]
 
 
-Stream = Float[Array, "batch length width"]
+def bert_blocks(
+    layers: int, heads: int, head_dim: int, mlp: MLPSpec, norm: NormKind, **attention: Any
+) -> tuple[BlockSpec, ...]:
+    """Blocks of BERT and its kin: biases everywhere, norms after each sum; equal ones are one object.
 
-
-class EncoderBlock(nn.Module):
-    """One encoder block; its norms come after each sum, on the residual stream itself."""
-
-    config: EncoderConfig
-    layer: int
-
-    @nn.compact
-    def __call__(self, x: Stream, visible: Bool[Array, "rows length length"], tap: Tap) -> Stream:
-        c, site = self.config, f"blocks.{self.layer}"
-        x = tap(f"{site}.resid_pre", x)
-        heads = AttentionSpec(
-            n_heads=c.n_heads,
-            n_kv_heads=c.n_heads,
-            head_dim=c.head_dim,
-            scale=c.head_dim**-0.5,
-            qkv_bias=True,
-            out_bias=True,
-        )
-        attention = Attention(heads, name="attn")
-        attended, _ = attention(x, visible, None, None, self.layer, tap, f"{site}.attn")
-        if tap.done:
-            return x
-        x = Norm(c.norm, name="attn_norm")(x + attended, tap, f"{site}.attn_norm")
-        x = tap(f"{site}.resid_mid", x)
-        mlp = MLP(MLPSpec(c.mlp_width, c.activation, gated=False, bias=True), name="mlp")
-        x = Norm(c.norm, name="mlp_norm")(x + mlp(x, tap, f"{site}.mlp"), tap, f"{site}.mlp_norm")
-        return tap(f"{site}.resid_post", x)
+    Args:
+        layers: number of blocks.
+        heads: number of heads.
+        head_dim: width of a head.
+        mlp: the feed-forward layer.
+        norm: the norm after each sum.
+        attention: fields of `AttentionSpec` that a family sets otherwise.
+    """
+    usual: dict[str, Any] = {"n_heads": heads, "n_kv_heads": heads, "head_dim": head_dim}
+    usual |= {"scale": head_dim**-0.5, "qkv_bias": True, "out_bias": True}
+    return (BlockSpec(AttentionSpec(**usual | attention), mlp, norm, "after"),) * layers
 
 
 class Encoder(nn.Module):
@@ -131,15 +135,15 @@ class Encoder(nn.Module):
         """
         c = self.config
         x = _enter(c, tokens, positions, token_types, tap)
-        visible = all_visible(x, mask)
-        for i in range(c.n_layers):
+        relative = None if c.relative is None else c.relative.module("relative")(tokens.shape[1])
+        shared = Pass(positions, mask, None, tap, causal=c.causal, relative=relative)
+        for i, spec in enumerate(c.blocks):
             if tap.done:
                 return None, None, None
-            x = EncoderBlock(c, i, name=f"blocks_{i}")(x, visible, tap)
+            x, _ = spec.module(i, 1.0, f"blocks_{i}")(x, shared)
         if tap.done:
             return None, None, None
-        _pool(c, x, tap)
-        return None, x, None
+        return None, _leave(c, x, tap), None
 
 
 class EncoderEntrance(nn.Module):
@@ -160,21 +164,14 @@ class EncoderEntrance(nn.Module):
 
 
 class EncoderExit(nn.Module):
-    """What an `Encoder` does after its blocks, with its parameter `pooler`."""
+    """What an `Encoder` does after its blocks, with its parameters `final_norm` and `pooler`."""
 
     config: EncoderConfig
 
     @nn.compact
     def __call__(self, x: Stream, tap: Tap) -> Stream:
         """Returns the last hidden state."""
-        _pool(self.config, x, tap)
-        return x
-
-
-def all_visible(x: Stream, mask: Bool[Array, "batch length"] | None) -> Bool[Array, "rows length length"]:
-    """What `EncoderBlock` takes as `visible`: every token sees all real ones."""
-    slots = jnp.arange(x.shape[1], dtype=jnp.int32)
-    return visible_keys(slots, x.shape[1], mask, causal=False)
+        return _leave(self.config, x, tap)
 
 
 # The two make modules in the scope of the module that calls them.
@@ -187,18 +184,26 @@ def _enter(
     token_types: Int[Array, "batch length"] | None,
     tap: Tap,
 ) -> Stream:
-    types = jnp.zeros_like(tokens) if token_types is None else token_types
     x = Embed(c.vocab_size, c.d_model, "vocab", name="embed")(tokens)
-    x = x + Embed(c.max_length, c.d_model, name="positions")(positions)
-    x = x + Embed(c.token_types, c.d_model, name="token_types")(types)
-    return tap("embed", Norm(c.norm, name="embed_norm")(x, tap, "embed_norm"))
+    if c.learned_positions:
+        rows = c.max_length + c.first_position
+        x = x + Embed(rows, c.d_model, name="positions")(positions + c.first_position)
+    if c.token_types:
+        types = jnp.zeros_like(tokens) if token_types is None else token_types
+        x = x + Embed(c.token_types, c.d_model, name="token_types")(types)
+    if c.embed_norm is not None:
+        x = Norm(c.embed_norm, name="embed_norm")(x, tap, "embed_norm")
+    return tap("embed", x)
 
 
-def _pool(c: EncoderConfig, x: Stream, tap: Tap) -> None:
+def _leave(c: EncoderConfig, x: Stream, tap: Tap) -> Stream:
+    if c.final_norm is not None:
+        x = Norm(c.final_norm, name="final_norm")(x, tap, "final_norm")
     if c.pooler:
         # Its two sides cannot be split along one mesh axis: the inputs are.
         pooled = Linear(c.d_model, ("embed", None), bias=True, name="pooler")(x[:, :1])
         tap("pooled", jnp.tanh(pooled[:, 0]))
+    return x
 
 
 ENCODER = Architecture(Encoder, causal=False)

@@ -13,17 +13,18 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mergelab.compat import register_dataclass
-from mergelab.errors import CheckpointError, MergelabError
+from mergelab.errors import CheckpointError, MergelabError, TokenError
 from mergelab.models.cache import ArrayLeaf, Cache, new_cache
-from mergelab.models.derived import Derived, derive_blocks, draw
+from mergelab.models.derived import Derived, derive_blocks, draw, zeros_for
 from mergelab.models.saved_names import Spelling, is_buffer, is_other_head, spelling_of
 from mergelab.models.sites import Edit, Shape, Tap, TokenPlaces
 from mergelab.models.table import Leaf, Row, build_table
 from mergelab.models.token_checks import (
     check_ids,
+    check_images,
     check_length,
     check_positions,
     check_token_array,
@@ -76,6 +77,11 @@ class Family:
 
 
 Params = dict[str, Any]
+_Texts = Int[Array, "batch length"]
+_Images = Float[Array, "batch channels tall wide"]
+Tokens = _Texts | _Images | tuple[_Texts | None, _Images | None]
+"""Token ids, or pixel values of a model of images, or a pair of both."""
+_PAIRS = [False, False], [False, True], [True, False]
 
 
 @runtime_checkable
@@ -152,7 +158,7 @@ class Model:
 
     Attributes:
         family: the family's declaration.
-        config: its `DecoderConfig` or `EncoderConfig`.
+        config: its `DecoderConfig`, `EncoderConfig` or `VisionConfig`.
         hf_config: the `config.json` it was read from.
         spelling: how a file spells the names of tensors; that of the family's table if None.
         tower: whether the files may hold other towers beside this model, as those of a wrapper do.
@@ -194,6 +200,36 @@ class Model:
         """Whether there are logits of next tokens: of causal models whose weights hold that head."""
         return self.causal and getattr(self.config, "head", True)
 
+    @property
+    def skips_padding(self) -> bool:
+        """Whether positions count real tokens alone: of decoders, and of encoders such as RoBERTa."""
+        return self.family.architecture.causal or self.config.skips_padding
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether it reads pixel values in place of token ids."""
+        return getattr(self.config, "image", None) is not None
+
+    @property
+    def reads_both(self) -> bool:
+        """Whether it reads a pair of token ids and pixel values."""
+        return getattr(self.config, "reads_both", False)
+
+    def _told_apart(self, tokens: Any) -> tuple[Any, Any]:
+        """Token ids and pixel values, None for what is not read.
+
+        Raises:
+            TokenError: something other than a pair is given to a model that reads both, or an empty one.
+        """
+        if not self.reads_both:
+            return (None, tokens) if self.reads_images else (tokens, None)
+        if not isinstance(tokens, tuple) or [one is None for one in tokens] not in _PAIRS:
+            raise TokenError(
+                f"a {self.family.model_type!r} model reads a pair (token ids, pixel values), of which one "
+                "may be None; give it one."
+            )
+        return tokens
+
     def table(self) -> tuple[Leaf, ...]:
         """Every parameter: its path, shape and logical axes, and the HF tensors that store it."""
         return self._table
@@ -222,7 +258,7 @@ class Model:
                 f"{len(names):,} tensors; use the config.json that belongs to them."
             )
         rows = {row.path: row.hf_name for row in self.family.rows(self.config)}
-        embedding = rows.get("embed.embedding", "")
+        embedding = rows.get("embed.embedding", rows.get("embed.kernel", ""))
         spelling = spelling_of(names, rows.values(), self.family.prefix, embedding)
         config = self.family.adapt(self.config, names)
         head = rows.get("unembed.kernel")
@@ -300,14 +336,13 @@ class Model:
         key = jax.random.key(seed)
         if not isinstance(key, Tracer):
             return draw(module, key)
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        made: Any = module.init(key, tokens, tokens, None, None, Tap({}), mutable=["params"])
+        made: Any = module.init(key, *zeros_for(module), None, None, Tap({}), mutable=["params"])
         return made["params"]
 
     def apply(
         self,
         params: Params,
-        tokens: Int[Array, "batch length"],
+        tokens: Tokens,
         *,
         positions: Int[Array, "batch length"] | None = None,
         mask: Bool[Array, "batch length"] | None = None,
@@ -323,9 +358,11 @@ class Model:
         Args:
             params: the parameters, as `table()` describes them.
             tokens: token ids; padding may hold any valid id. Those that are not traced are checked, which
-                waits for them where they are on a device.
+                waits for them where they are on a device. Of a model of images, pixel values
+                `[batch, channels, height, width]`, normalized as its `preprocessor_config.json` says; of
+                CLIP, a pair of both, of which one may be None.
             positions: positions of the tokens. By default a decoder counts each row's real tokens from 0 (on
-                from those in the cache), and an encoder all tokens.
+                from those in the cache), and so does RoBERTa; other encoders count all tokens.
             mask: True for real tokens, False for padding on either side. Outputs at padding are meaningless.
             capture: names or glob patterns of sites to return.
             edit: functions by site name or glob pattern: `f(array)`, or `f(array, site)`, to an array of the
@@ -339,24 +376,32 @@ class Model:
         Raises:
             SiteError: no site matches a name or pattern, or an edit changes shape or dtype.
             TokenError: a text or a list in place of an array of ids; ids or segments beyond their embeddings,
-                or more tokens than learned positions.
-            MergelabError: a cache is given to an encoder, or token types to a decoder.
+                or more tokens than learned positions; images of another shape.
+            MergelabError: a cache is given to an encoder, token types to a model that has none, or a mask to
+                images.
         """
         decoder = self.family.architecture.causal
         if cache is not None and not self.causal:
             raise self._no_cache()
-        if token_types is not None and decoder:
+        if token_types is not None and (decoder or not self.config.token_types):
             raise MergelabError(f"a {self.family.model_type!r} model has no token types; omit them.")
-        check_token_array(tokens)
-        self._check(tokens, positions, mask, cache, token_types)
+        texts, images = self._told_apart(tokens)
+        if images is not None:
+            sizes = self.config.image if self.reads_images else self.config.vision.image
+            check_images(images, sizes, self.family.model_type)
+        if texts is not None:
+            check_token_array(texts)
+            self._check(texts, positions, mask, cache, token_types)
+        elif mask is not None:
+            raise MergelabError(f"a {self.family.model_type!r} model is given images, which have no padding.")
         if type(params) is not dict and isinstance(params, RunsItself):
             given: dict[str, Any] = {"capture": capture, "edit": edit, "cache": cache, "logits": logits}
             tokens_given = {"positions": positions, "mask": mask, "token_types": token_types}
             return params.run_pass(tokens, places=places, **given, **tokens_given)
-        if positions is None:
-            positions = self.positions(tokens, mask, cache)
+        if positions is None and (texts is not None or self.reads_images):
+            positions = self.positions(tokens if self.reads_images else texts, mask, cache)
         # A cache must be filled in every layer, so it carries the pass to the end.
-        if edit and places is None:
+        if edit and places is None and positions is not None:
             places = token_places(positions, mask, cache)
         tap = Tap(self._sites, capture, edit, to_the_end=logits or cache is not None, places=places)
         extra: dict[str, Any] = {} if decoder else {"token_types": token_types}
@@ -387,20 +432,23 @@ class Model:
             if learned_positions(self) is not None and known:
                 check_positions(self, self.positions(tokens, mask, cache))
         else:
-            real = None if mask is None or not self.family.architecture.causal else concrete(mask)
+            real = None if mask is None or not self.skips_padding else concrete(mask)
             longest = tokens.shape[1] if real is None else int(real.sum(axis=1).max(initial=0))
             check_length(self, longest)
 
     def positions(
         self,
-        tokens: Int[Array, "batch length"],
+        tokens: Tokens,
         mask: Bool[Array, "batch length"] | None,
         cache: Cache | None,
-    ) -> Int[Array, "batch length"]:
-        """The positions that `apply` gives tokens by default."""
+    ) -> Int[Array, "batch positions"]:
+        """The positions that `apply` gives tokens (of images, the class token and the patches) by default."""
+        if self.reads_images:
+            steps = jnp.arange(self.config.max_length, dtype=jnp.int32)
+            return jnp.broadcast_to(steps[None], (tokens.shape[0], len(steps)))
         if cache is not None:
             return cache.positions(jnp.ones(tokens.shape, jnp.bool_) if mask is None else mask)
-        if mask is None or not self.family.architecture.causal:
+        if mask is None or not self.skips_padding:
             return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
         return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
 

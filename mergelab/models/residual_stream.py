@@ -171,7 +171,7 @@ def require_sum(model: Model) -> None:
             multiplied by a number after each block (Gemma 4).
     """
     require_decoder(model)
-    changed = {getattr(block, "placement", "") for block in model.config.blocks} & {"sum", "scaled"}
+    changed = {getattr(block, "placement", "") for block in model.config.blocks} & {"after", "scaled"}
     if changed or model.config.embed_norm is not None:
         raise SiteError(
             f"the stream of this {model.family.model_type!r} model is no sum of what its embeddings and "

@@ -40,6 +40,8 @@ _MASKS = ("*.attn.bias", "*.attention.bias")
 OTHER_HEADS = (
     "score.*",
     "classifier.*",
+    "pre_classifier.*",
+    "text_projection.*",
     "classification_head.*",
     "regression_head.*",
     "reward_head.*",

@@ -219,8 +219,14 @@ def stream_model(
 
     Raises:
         CheckpointError: the config or a tensor is missing, unknown, or of another shape.
+        MergelabError: the model reads images.
     """
     model, dtypes = parameter_shapes(checkpoint, dtype=dtype)
+    if model.reads_images or model.reads_both:
+        raise MergelabError(
+            f"{checkpoint.path}: a {model.family.model_type!r} model reads images, and only models of text "
+            "are streamed block by block; load it whole."
+        )
     options: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "rules": rules}
     weights = FileWeights(checkpoint.tensors, model, dtypes, str(checkpoint.path), **options)
     return model, StreamedParams(model, weights, spill=None if spill is None else Path(spill), memory=memory)

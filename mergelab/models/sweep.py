@@ -83,12 +83,14 @@ def sweep(
     wanted = boundaries if logits is None else logits
     programs = Programs(model, matched(model, capture), every, to_the_end=wanted is not None)
     mesh = weights.mesh
+    # What all blocks read beside their own parameters.
+    common = {name: weights.part(name) for name in ("relative",) if name in weights.sizes}
     with Spool(spill) as stream:
         rows = _entered(model, weights, programs, calls, edits, sink, stream)
         with next_blocks(weights, range(programs.last + 1)) as take:
             for layer in range(programs.last + 1):
                 stop()
-                run, block = programs.block(layer), take()
+                run, block = programs.block(layer), {**take(), **common}
                 for number, place in enumerate(rows):
                     entered = stream.get(number)
                     if boundaries is not None:
@@ -160,7 +162,7 @@ def _entered(
 
 def _positions(model: Model, tokens: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     """`Model.positions` on the host: no program for each shape."""
-    if mask is None or not model.family.architecture.causal:
+    if mask is None or not model.skips_padding:
         return np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32)[None], tokens.shape)
     counted = np.cumsum(np.asarray(mask), axis=1, dtype=np.int32) - 1
     return np.maximum(counted, 0).astype(np.int32)
@@ -174,7 +176,7 @@ def _entrance_parts(weights: Weights) -> dict[str, Any]:
 def _exit_parts(model: Model, weights: Weights, programs: Programs, logits: bool) -> dict[str, Any]:
     """What stands behind the blocks; the unembedding only where there are logits to make."""
     if not model.family.architecture.causal:
-        names = ("pooler",)
+        names = ("final_norm", "pooler")
     else:
         names = exit_parts(model.config, logits or programs.unembeds)
     return {name: weights.part(name) for name in names if name in weights.sizes}

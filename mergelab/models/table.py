@@ -19,6 +19,7 @@ __all__ = [
     "Parameter",
     "Parameters",
     "Piece",
+    "Reshaped",
     "Row",
     "Transform",
     "build_table",
@@ -28,6 +29,7 @@ __all__ = [
     "norm_rows",
     "stored_shapes",
     "tree_from_leaves",
+    "within",
 ]
 
 
@@ -69,7 +71,20 @@ class FusedHeads:
     transposed: bool = True
 
 
-Transform = Literal["identity", "transpose"] | Fused | FusedHeads
+@dataclass(frozen=True)
+class Reshaped:
+    """A whole tensor whose axes are joined: the kernel of a convolution over patches, a row among ones.
+
+    Attributes:
+        stored: the tensor's shape in the file.
+        transposed: whether its first axis, the output features, is the leaf's last; all others are its first.
+    """
+
+    stored: tuple[int, ...]
+    transposed: bool = False
+
+
+Transform = Literal["identity", "transpose"] | Fused | FusedHeads | Reshaped
 
 
 class Piece(NamedTuple):
@@ -179,6 +194,10 @@ class Leaf:
 
 def _layout(transform: Transform, shape: tuple[int, ...]) -> Layout:
     """The layout of a leaf of this shape (the axis of a stack not among it)."""
+    if isinstance(transform, Reshaped):
+        view = shape[::-1] if transform.transposed else shape
+        axes = tuple((axis,) for axis in range(len(shape)))
+        return Layout(transform.stored, view, whole(view), axes[::-1] if transform.transposed else axes)
     if isinstance(transform, FusedHeads):
         width = shape[-1] // transform.heads
         outputs = (transform.heads, transform.parts, width)
@@ -327,6 +346,13 @@ def linear_rows(ours: str, theirs: str, names: Mapping[str, str]) -> Iterator[Ro
 def norm_rows(ours: str, theirs: str) -> tuple[Row, Row]:
     """The scale and the bias of a norm that is a torch `LayerNorm` in HF."""
     return Row(f"{ours}.scale", f"{theirs}.weight"), Row(f"{ours}.bias", f"{theirs}.bias")
+
+
+def within(tower: str, rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows of a tower, its parameters and sites under its name in a larger model."""
+    for row in rows:
+        reads = row.reads or _reads(row.path)
+        yield row._replace(path=f"{tower}.{row.path}", reads=None if reads is None else f"{tower}.{reads}")
 
 
 def build_table(rows: Iterable[Row], parameters: Parameters, blocks: int) -> tuple[Leaf, ...]:

@@ -13,6 +13,7 @@ from mergelab.errors import TokenError, quoted
 __all__ = [
     "Embeds",
     "check_ids",
+    "check_images",
     "check_length",
     "check_positions",
     "check_token_array",
@@ -86,6 +87,28 @@ def check_token_array(tokens: Any) -> None:
         )
 
 
+def check_images(images: Any, shape: tuple[int, int, int], kind: str) -> None:
+    """Checks that pixel values are an array `[batch, channels, height, width]` of a model's own sizes.
+
+    Args:
+        images: what is given in place of tokens.
+        shape: channels, height and width that the model reads.
+        kind: its model type, for messages.
+
+    Raises:
+        TokenError: they are not.
+    """
+    found, dtype = getattr(images, "shape", None), getattr(images, "dtype", None)
+    floats = dtype is not None and jax.numpy.issubdtype(dtype, jax.numpy.floating)
+    if found is None or len(found) != 4 or tuple(found[1:]) != shape or not floats:
+        what = f"a {type(images).__name__}" if found is None else f"{dtype} of shape {list(found)}"
+        raise TokenError(
+            f"images: found {what}, but a {kind!r} model reads pixel values "
+            f"[batch, {', '.join(map(str, shape))}] (channels, height, width), floats normalized as "
+            "its preprocessor_config.json says."
+        )
+
+
 def check_ids(ids: Any, size: int, what: str, place: str) -> None:
     """Checks that concrete ids are rows of a table.
 
@@ -98,6 +121,8 @@ def check_ids(ids: Any, size: int, what: str, place: str) -> None:
     if found.dtype.kind not in "iu":
         raise TokenError(f"{place}: token ids are {found.dtype} where integers were expected.")
     low, high = int(found.min()), int(found.max())
+    if size == 0:
+        raise TokenError(f"{place}: token ids are given, but the model reads images and has no vocabulary.")
     if low < 0:
         raise TokenError(f"{place}: token {low} is negative; ids of {what} run from 0 to {size - 1}.")
     if high >= size:

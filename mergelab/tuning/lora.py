@@ -89,7 +89,7 @@ def _linear(model: Model) -> Iterable[Factored]:
     table = replace(model, spelling=None).table()  # PEFT names modules of the whole class
     parts: dict[str, list[Leaf]] = {}
     for leaf in table:
-        inner = leaf.path[0].startswith("blocks_") and not leaf.stack
+        inner = any(key.startswith("blocks_") for key in leaf.path) and not leaf.stack
         if inner and leaf.reads is not None and len(leaf.hf_shape) == 2:
             parts.setdefault(leaf.hf_name, []).append(leaf)
     for name, leaves in parts.items():

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mergelab.models.encoder import EncoderConfig
 from mergelab.models.families import model_from_config
 from mergelab.models.layers.attention import AttentionSpec
 from mergelab.models.layers.block import BlockSpec
 from mergelab.models.layers.latent_attention import LatentSpec
+from mergelab.models.layers.relative import RelativeBias, RelativeVectors, buckets_of, places_of
 from mergelab.models.layers.routing import Experts
 from mergelab.models.model import Model
 from tests.models.test_families import FIRST, differences, forward
@@ -72,11 +74,37 @@ def wrong_blocks(block: BlockSpec) -> Iterator[tuple[str, BlockSpec]]:
         yield "out_scale", replace(block, out_scale=1.0)
     if block.norm.offset:
         yield "offset", replace(block, norm=replace(block.norm, offset=0.0))
-    moved = {"pre": "parallel", "parallel": "pre", "sandwich": "pre", "sum": "pre"}.get(block.placement)
+    moved = {"pre": "parallel", "parallel": "pre", "sandwich": "pre", "after": "pre"}.get(block.placement)
     if moved is not None:
         yield "placement", replace(block, placement=moved)
     if block.norm.kind == "layer":
         yield "centering", replace(block, norm=replace(block.norm, kind="rms"))
+
+
+def wrong_encoders(c: EncoderConfig) -> Iterator[tuple[str, EncoderConfig]]:
+    """The encoder with one thing around its blocks, or shared by them, forgotten or mistaken."""
+    if c.learned_positions:
+        yield "first position", replace(c, first_position=c.first_position + 1, max_length=c.max_length - 1)
+        yield "padding", replace(c, skips_padding=not c.skips_padding)
+    yield from (
+        (name, replace(c, **{name: None})) for name in ("embed_norm", "final_norm") if getattr(c, name)
+    )
+    if c.causal:
+        yield "causal", replace(c, causal=False)
+    if isinstance(c.relative, RelativeBias):
+        yield "no bias", replace(c, relative=None)
+        yield "buckets", replace(c, relative=replace(c.relative, buckets=12))
+    if isinstance(c.relative, RelativeVectors):
+        yield "reach", replace(c, relative=replace(c.relative, reach=None if c.relative.reach else 3))
+        yield "span", replace(c, relative=replace(c.relative, span=c.relative.span - 1))
+        if c.relative.norm is not None:
+            yield "norm of vectors", replace(c, relative=replace(c.relative, norm=None))
+        block: Any = c.blocks[0]
+        how = block.attention.disentangled
+        for name in ("content_to_position", "position_to_content"):
+            if getattr(how, name):
+                attention = replace(block.attention, disentangled=replace(how, **{name: False}))
+                yield name, replace(c, blocks=(replace(block, attention=attention),) * c.n_layers)
 
 
 def wrong(model: Model) -> Iterator[tuple[str, Model]]:
@@ -86,6 +114,9 @@ def wrong(model: Model) -> Iterator[tuple[str, Model]]:
     for name in names:
         blocks = tuple(dict(wrong_blocks(block)).get(name, block) for block in c.blocks)
         yield name, replace(model, config=replace(c, blocks=blocks))
+    if isinstance(c, EncoderConfig):
+        yield from ((name, replace(model, config=config)) for name, config in wrong_encoders(c))
+        return
     plain = {"embed_scale": 1.0, "logit_scale": 1.0, "logit_cap": None, "causal": True, "embed_norm": None}
     for name, value in plain.items():
         if getattr(c, name) != value:
@@ -98,7 +129,7 @@ def wrong(model: Model) -> Iterator[tuple[str, Model]]:
 DECODERS = [name for name in CONFIGS if model_from_config(CONFIGS[name]).family.architecture.causal]
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_thing_forgotten_or_mistaken_fails_the_comparison(name: str) -> None:
     model, params = tiny(name)
     for what, mistaken in wrong(model):
@@ -121,3 +152,20 @@ def test_tokens_in_pieces_give_what_they_give_at_once(name: str) -> None:
         found, whole = found[:1], whole[:, :5]
         return
     np.testing.assert_allclose(np.concatenate(found, 1)[MASK], whole[MASK], rtol=0, atol=3e-5)
+
+
+@pytest.mark.oracle
+def test_relative_positions_are_those_of_transformers() -> None:
+    import torch
+    from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
+    from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
+
+    steps = torch.arange(600)
+    expected = MPNetEncoder.relative_position_bucket(steps[None] - steps[:, None])
+    np.testing.assert_array_equal(buckets_of(600, RelativeBias(1, 32)), expected.numpy())
+    vectors = torch.zeros(1, 600, 1)
+    for span, reach in ((256, 512), (4, 64), (16, None)):
+        found = places_of(600, RelativeVectors(1, span, reach))
+        buckets = {} if reach is None else {"bucket_size": span, "max_position": reach}
+        relative = build_relative_position(vectors, vectors, **buckets)[0].numpy()
+        np.testing.assert_array_equal(found, np.clip(relative + span, 0, 2 * span - 1))

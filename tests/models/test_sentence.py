@@ -68,7 +68,12 @@ def test_minilm_gives_the_embeddings_of_transformers(minilm: Path, encoder: Sent
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A tiny BERT whose tokenizer knows the words `w4` ... `w60`, between the markers 1 and 2."""
-    write(tmp_path, "bert")
+    return sentence_folder(tmp_path, "bert")
+
+
+def sentence_folder(tmp_path: Path, name: str) -> Path:
+    """The layout of sentence-transformers around a tiny model: means, normalized."""
+    write(tmp_path, name)
     vocabulary = {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2} | {f"w{i}": i for i in range(3, 61)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -102,6 +107,17 @@ def test_pooling_and_length_follow_the_folder(folder: Path) -> None:
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
     cut = load_sentence_encoder(folder).encode(texts)
     np.testing.assert_allclose(cut[2], states[0], atol=1e-5)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["roberta", "mpnet", "modernbert", "neobert", "distilbert"])
+def test_other_encoders_are_sentence_encoders_too(name: str, tmp_path: Path) -> None:
+    encoder = load_sentence_encoder(sentence_folder(tmp_path, name))
+    found = encoder.encode(["w9", "w5 w6 w7 w8 w10"])
+    for ids, vector in zip(([1, 9, 2], [1, 5, 6, 7, 8, 10, 2]), found, strict=True):
+        states = np.asarray(jax.jit(encoder.model.apply)(encoder.params, np.array([ids], np.int32)).hidden[0])
+        np.testing.assert_allclose(vector, states.mean(0) / np.linalg.norm(states.mean(0)), atol=1e-5)
+    assert abs(float(found[0] @ found[1])) < 0.999
 
 
 def test_folders_that_would_give_wrong_vectors_are_refused(folder: Path, tmp_path_factory) -> None:

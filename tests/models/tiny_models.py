@@ -15,6 +15,7 @@ from mergelab.models.families import model_from_config
 from mergelab.models.model import Model, Params
 from mergelab.models.table import stored_shapes, tree_from_leaves
 from tests.models.decoder_configs import DECODER_CONFIGS
+from tests.models.tiny_encoders import ENCODERS
 
 _SIZES = {
     "vocab_size": 61,
@@ -289,7 +290,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     ),
     "bert": sizes(model_type="bert", num_key_value_heads=None, type_vocab_size=2),
 }
-CONFIGS |= DECODER_CONFIGS
+CONFIGS |= DECODER_CONFIGS | ENCODERS
 for _config in CONFIGS.values():
     if _config.get("num_key_value_heads", 0) is None:
         del _config["num_key_value_heads"]
@@ -306,7 +307,7 @@ def weights(model: Model, seed: int = 0) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(zlib.crc32(name.encode()) + seed)
         norm = "norm" in name.lower() or ".ln_" in name
         array = rng.normal(0.0, 0.4 if len(shape) > 1 or norm else 0.2, shape)
-        found[name] = (array + (norm and name.endswith("weight"))).astype(np.float32)
+        found[name] = np.asarray(array + (norm and name.endswith("weight")), np.float32)
     return found
 
 

@@ -13,15 +13,23 @@ from typing import Any
 
 import numpy as np
 
-RECORDED = Path(__file__).with_name("family_outputs.json")
-RECORDED_DECODERS = Path(__file__).with_name("decoder_outputs.json")
-"""The outputs of `decoder_configs.py`, which are recorded without sites."""
-RECORDED_SITES = Path(__file__).with_name("family_sites.json")
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.models.decoder_configs import DECODER_CONFIGS
+from tests.models.neobert_reference import hidden_states
+from tests.models.tiny_encoders import ENCODERS
+
+_FOLDER = Path(__file__).parent
+RECORDED_SITES = _FOLDER / "family_sites.json"
+_OTHERS = {"decoder_outputs.json": DECODER_CONFIGS, "encoder_outputs.json": ENCODERS}
+"""Recordings without sites, and the configs they are of; all else is in `family_outputs.json`."""
 
 
 def recorded() -> dict[str, list[dict[str, Any]]]:
     """What was recorded of every tiny model, by name."""
-    return _read(RECORDED) | _read(RECORDED_DECODERS)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name in ("family_outputs.json", *_OTHERS):
+        found |= _read(_FOLDER / name)
+    return found
 
 
 def run(folder: Path, tokens: np.ndarray, mask: np.ndarray, **options: Any) -> Any:
@@ -35,14 +43,17 @@ def run(folder: Path, tokens: np.ndarray, mask: np.ndarray, **options: Any) -> A
 
     config = json.loads((folder / "config.json").read_text())
     kind = config["model_type"]
-    loader = transformers.AutoModel if kind == "bert" else transformers.AutoModelForCausalLM
+    encodes = kind in {"bert", *(one["model_type"] for one in ENCODERS.values())}
+    loader = transformers.AutoModel if encodes else transformers.AutoModelForCausalLM
     # Falcon's eager form adds linear biases twice (scores, and the mask that it adds to them).
     form = "sdpa" if config.get("alibi") else "eager"
     model, info = loader.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=form, output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
-    if kind not in ("bert", "bloom"):
+    if encodes:
+        tokens = np.where(mask, tokens, config["pad_token_id"])  # RoBERTa's positions skip that id
+    elif kind != "bloom":
         options["position_ids"] = torch.tensor(np.maximum(mask.cumsum(1) - 1, 0))
     with torch.no_grad():
         return model(
@@ -55,8 +66,11 @@ def run(folder: Path, tokens: np.ndarray, mask: np.ndarray, **options: Any) -> A
 def values(folder: Path, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Logits, or the last hidden states of a model that has none.
 
+    NeoBERT is not among the models of transformers: its authors' code stands in `neobert_reference.py`.
     Rows run one by one where transformers lets the longest row choose the rotary factors of all.
     """
+    if "neobert" in (folder / "config.json").read_text():
+        return hidden_states(folder, tokens, mask)
     if "longrope" in (folder / "config.json").read_text() and len(tokens) > 1:
         rows = [values(folder, tokens[i : i + 1], mask[i : i + 1]) for i in range(len(tokens))]
         return np.concatenate(rows)
@@ -87,17 +101,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-    from tests.models.decoder_configs import DECODER_CONFIGS
+    """Records the models that the command line names, or all."""
     from tests.models.tiny_models import CONFIGS, MASK, TOKENS, write
 
     names = sys.argv[1:] or list(CONFIGS)
     outputs, sites = ({}, {}) if names == list(CONFIGS) else (recorded(), _read(RECORDED_SITES))
+    elsewhere = {name for configs in _OTHERS.values() for name in configs}
     with tempfile.TemporaryDirectory() as folder:
         for n, name in enumerate(names):
             written = write(Path(folder) / str(n), name)
             found = values(written, TOKENS, MASK)
-            if name not in DECODER_CONFIGS:
+            if name not in elsewhere:
                 inner = hidden_and_patterns(written, TOKENS, MASK)
                 sites[name] = {
                     "states": inner["states"][:, 1, 9, :6].astype(float).round(5).tolist(),
@@ -111,14 +125,16 @@ def main() -> None:
                 }
                 for row, real, at in zip(found, MASK, [9, 9, 5], strict=True)
             ]
-    older = [name for name in CONFIGS if name not in DECODER_CONFIGS]
-    for path, content, own in (
-        (RECORDED, outputs, older),
-        (RECORDED_SITES, sites, older),
-        (RECORDED_DECODERS, outputs, DECODER_CONFIGS),
-    ):
-        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(content[name])}" for name in own)
-        path.write_text("{\n" + lines + "\n}\n")
+    older = [name for name in CONFIGS if name not in elsewhere]
+    _write(_FOLDER / "family_outputs.json", outputs, older)
+    _write(RECORDED_SITES, sites, older)
+    for name, configs in _OTHERS.items():
+        _write(_FOLDER / name, outputs, list(configs))
+
+
+def _write(path: Path, content: dict[str, Any], names: list[str]) -> None:
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(content[name])}" for name in names)
+    path.write_text("{\n" + lines + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ from mergelab.errors import CheckpointError, quoted
 from mergelab.models.families.bert import BERT
 from mergelab.models.families.bloom import BLOOM
 from mergelab.models.families.cohere import COHERE, COHERE2
+from mergelab.models.families.deberta import DEBERTA_V2
 from mergelab.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from mergelab.models.families.distilbert import DISTILBERT
 from mergelab.models.families.falcon import FALCON
 from mergelab.models.families.gemma import GEMMA, GEMMA2, GEMMA3_TEXT
 from mergelab.models.families.gemma4 import GEMMA4_TEXT
@@ -24,13 +26,17 @@ from mergelab.models.families.granite import GRANITE
 from mergelab.models.families.llama import LLAMA
 from mergelab.models.families.llama4 import LLAMA4_TEXT
 from mergelab.models.families.mistral import MISTRAL, MIXTRAL
+from mergelab.models.families.modernbert import MODERNBERT
+from mergelab.models.families.mpnet import MPNET
 from mergelab.models.families.nearest import nearest
+from mergelab.models.families.neobert import NEOBERT
 from mergelab.models.families.olmo import OLMO, OLMO2, OLMO3
 from mergelab.models.families.opt import OPT
 from mergelab.models.families.phi import PHI
 from mergelab.models.families.phi3 import PHI3
 from mergelab.models.families.qwen import QWEN2, QWEN3
 from mergelab.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from mergelab.models.families.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
 from mergelab.models.families.smollm3 import SMOLLM3
 from mergelab.models.families.stablelm import STABLELM
 from mergelab.models.families.starcoder2 import STARCODER2
@@ -42,10 +48,13 @@ __all__ = ["FAMILIES", "model_from_config"]
 FAMILIES: dict[str, Family] = {
     "bert": BERT,
     "bloom": BLOOM,
+    "camembert": CAMEMBERT,
     "cohere": COHERE,
     "cohere2": COHERE2,
+    "deberta-v2": DEBERTA_V2,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
+    "distilbert": DISTILBERT,
     "falcon": FALCON,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
@@ -64,6 +73,9 @@ FAMILIES: dict[str, Family] = {
     "llama4_text": LLAMA4_TEXT,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
+    "modernbert": MODERNBERT,
+    "mpnet": MPNET,
+    "neobert": NEOBERT,
     "olmo": OLMO,
     "olmo2": OLMO2,
     "olmo3": OLMO3,
@@ -74,9 +86,11 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3_MOE,
+    "roberta": ROBERTA,
     "smollm3": SMOLLM3,
     "stablelm": STABLELM,
     "starcoder2": STARCODER2,
+    "xlm-roberta": XLM_ROBERTA,
 }
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mergelab.models.encoder import ENCODER, EncoderConfig
+from mergelab.models.encoder import ENCODER, EncoderConfig, bert_blocks
 from mergelab.models.families.config_fields import head_width, read_fields
-from mergelab.models.layers.mlp import ACTIVATIONS
+from mergelab.models.layers.mlp import ACTIVATIONS, MLPSpec
 from mergelab.models.layers.norms import NormKind
 from mergelab.models.model import Family
 from mergelab.models.table import Row, linear_rows, norm_rows
 
-__all__ = ["BERT"]
+__all__ = ["BERT", "bert_encoder", "read_bert_fields", "with_pooler"]
 
 _LAYER = "bert.encoder.layer.{i}"
 _LINEAR = {
@@ -50,43 +50,79 @@ BERT_INERT = (
 )
 
 
-def read_bert(config: Mapping[str, Any], place: str) -> EncoderConfig:
-    """Reads a `config.json`; raises `CheckpointError` for what this family does not implement."""
+BERT_OPTIONAL: Mapping[str, Any] = {
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "tie_word_embeddings": True,  # of heads, which are not loaded
+}
+
+
+def read_bert_fields(
+    config: Mapping[str, Any],
+    place: str,
+    optional: Mapping[str, Any] = BERT_OPTIONAL,
+    fixed: Mapping[str, Sequence[Any]] | None = None,
+    inert: Collection[str] = (),
+) -> dict[str, Any]:
+    """The fields that BERT and its kin share, checked; raises `CheckpointError`.
+
+    Args:
+        config: the parsed `config.json`.
+        place: its path, for messages.
+        optional: fields that may be there, and what they are if not.
+        fixed: fields of the family that it computes for some values only, beside BERT's.
+        inert: fields of the family that say nothing of a forward pass, beside BERT's.
+    """
     fields = read_fields(
         config,
         place,
         required=("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
-        optional={
-            "intermediate_size": 3072,
-            "hidden_act": "gelu",
-            "max_position_embeddings": 512,
-            "type_vocab_size": 2,
-            "layer_norm_eps": 1e-12,
-            "tie_word_embeddings": True,  # of heads, which are not loaded
-        },
+        optional=optional,
         fixed={
             "hidden_act": tuple(ACTIVATIONS),
             "position_embedding_type": ("absolute",),
             "is_decoder": (False,),
             "add_cross_attention": (False,),
+            **(fixed or {}),
         },
-        inert=BERT_INERT,
+        inert=(*BERT_INERT, *inert),
     )
-    head_width(fields["hidden_size"], fields["num_attention_heads"], place)
-    return EncoderConfig(
-        vocab_size=fields["vocab_size"],
-        d_model=fields["hidden_size"],
-        n_layers=fields["num_hidden_layers"],
-        n_heads=fields["num_attention_heads"],
-        mlp_width=fields["intermediate_size"],
-        max_length=fields["max_position_embeddings"],
-        token_types=fields["type_vocab_size"],
-        norm=NormKind("layer", fields["layer_norm_eps"]),
-        activation=fields["hidden_act"],
-    )
+    return fields | {"head_dim": head_width(fields["hidden_size"], fields["num_attention_heads"], place)}
 
 
-def _with_pooler(config: EncoderConfig, names: Collection[str]) -> EncoderConfig:
+def bert_encoder(fields: Mapping[str, Any], **different: Any) -> EncoderConfig:
+    """The encoder that the fields describe.
+
+    Args:
+        fields: result of `read_bert_fields`.
+        different: fields of `EncoderConfig` that the family sets otherwise.
+    """
+    norm = NormKind("layer", fields["layer_norm_eps"])
+    mlp = MLPSpec(fields["intermediate_size"], fields["hidden_act"], gated=False, bias=True)
+    layers, heads = fields["num_hidden_layers"], fields["num_attention_heads"]
+    usual: dict[str, Any] = {
+        "vocab_size": fields["vocab_size"],
+        "d_model": fields["hidden_size"],
+        "max_length": fields["max_position_embeddings"],
+        "token_types": fields.get("type_vocab_size", 0),
+        "embed_norm": norm,
+        "pooler": True,
+    }
+    if "blocks" not in different:
+        usual["blocks"] = bert_blocks(layers, heads, fields["head_dim"], mlp, norm)
+    return EncoderConfig(**usual | different)
+
+
+def read_bert(config: Mapping[str, Any], place: str) -> EncoderConfig:
+    """Reads a `config.json`; raises `CheckpointError` for what this family does not implement."""
+    return bert_encoder(read_bert_fields(config, place))
+
+
+def with_pooler(config: EncoderConfig, names: Collection[str]) -> EncoderConfig:
+    """The configuration with a pooler where the files hold one."""
     return replace(config, pooler=any(name.endswith("pooler.dense.weight") for name in names))
 
 
@@ -97,5 +133,5 @@ BERT = Family(
     lambda _: BERT_ROWS,
     prefix="bert.",
     unused=("cls.*",),  # the masked-language-model head, which every file of the first BERTs holds
-    adapt=_with_pooler,
+    adapt=with_pooler,
 )

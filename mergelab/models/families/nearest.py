@@ -15,17 +15,9 @@ __all__ = ["NEAREST", "nearest"]
 NEAREST: Mapping[str, tuple[str, str]] = {
     # Encoders.
     "albert": ("bert", "its layers share their weights"),
-    "camembert": ("bert", "its positions start after the padding id"),
     "deberta": ("bert", "its attention also reads relative positions"),
-    "deberta-v2": ("bert", "its attention also reads relative positions"),
-    "distilbert": ("bert", "it has no segments and other names"),
     "electra": ("bert", "its embeddings may be narrower than its layers"),
-    "modernbert": ("bert", "its positions are rotated, its norms come first and its layers are gated"),
-    "mpnet": ("bert", "its attention adds a bias by relative position"),
-    "neobert": ("bert", "its positions are rotated, its norms come first and its layers are gated"),
     "nomic_bert": ("bert", "its positions are rotated and its layers are gated"),
-    "roberta": ("bert", "its positions start after the padding id"),
-    "xlm-roberta": ("bert", "its positions start after the padding id"),
     # Like GPT-2.
     "gpt_bigcode": ("gpt2", "its heads share one key and value"),
     "mpt": ("gpt2", "its attention adds a bias by distance in place of positions"),

@@ -74,7 +74,7 @@ def read_opt(config: Mapping[str, Any], place: str) -> DecoderConfig:
     norm = NormKind("layer", 1e-5, scaled=affine, biased=affine)
     attention = AttentionSpec(heads, heads, head_dim, head_dim**-0.5, qkv_bias=bias, out_bias=bias)
     mlp = MLPSpec(fields["ffn_dim"], fields["activation_function"], gated=False, bias=bias)
-    block = BlockSpec(attention, mlp, norm, "pre" if before else "sum")
+    block = BlockSpec(attention, mlp, norm, "pre" if before else "after")
     last = norm if before and not fields["_remove_final_layer_norm"] else NormKind("none", scaled=False)
     return DecoderConfig(
         vocab_size=fields["vocab_size"],

@@ -15,6 +15,7 @@ from mergelab.models.derived import param
 from mergelab.models.layers.alibi import Alibi
 from mergelab.models.layers.dense import Linear, scaled
 from mergelab.models.layers.norms import Norm, NormKind
+from mergelab.models.layers.relative import Disentangled, RelativePlaces, disentangled_scores
 from mergelab.models.layers.rotary import Rotary, rotate
 from mergelab.models.sites import Tap
 
@@ -71,7 +72,7 @@ def attention_pattern(
     scale: float,
     cap: float | None = None,
     sinks: Float[Array, " heads"] | None = None,
-    bias: Float[Array, "rows heads #query key"] | None = None,
+    bias: Float[Array, "bias_rows heads #query key"] | None = None,
 ) -> Float[Array, "batch heads query key"]:
     """Softmax over the visible keys of `query . key * scale + bias`, float32.
 
@@ -83,7 +84,7 @@ def attention_pattern(
     grouped = query.reshape(batch, length, key.shape[2], -1, head_dim)
     scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32)
     scores = soft_cap(scores.reshape(batch, heads, length, -1) * scale, cap)
-    scores = scores if bias is None else scores + bias
+    scores = scores if bias is None else scores + bias.astype(jnp.float32)
     scores = jnp.where(visible[:, None], scores, jnp.finfo(jnp.float32).min)
     if sinks is None:
         return jax.nn.softmax(scores, axis=-1)
@@ -139,6 +140,7 @@ class AttentionSpec:
         alibi: by what scores fall with distance, or None (BLOOM, Falcon RW).
         chunk: if given, tokens see only their own of the pieces of that many tokens (Llama 4).
         temperature: by what queries grow with their position, or None.
+        disentangled: how heads look at vectors of relative positions, or None (DeBERTa).
     """
 
     n_heads: int
@@ -159,6 +161,7 @@ class AttentionSpec:
     alibi: Alibi | None = None
     chunk: int | None = None
     temperature: Temperature | None = None
+    disentangled: Disentangled | None = None
 
     @property
     def kept(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -200,17 +203,27 @@ class Attention(nn.Module):
         layer: int,
         tap: Tap,
         site: str,
-        bias: Float[Array, "rows heads #length key"] | None = None,
+        bias: Float[Array, "bias_rows heads #length key"] | None = None,
         growth: Float[Array, "batch length"] | None = None,
+        relative: RelativePlaces | None = None,
     ) -> tuple[Float[Array, "batch length width"], KeysValues]:
-        """Returns what is added to the residual stream, and the keys and values attended to."""
+        """Returns what is added to the residual stream, and the keys and values attended to.
+
+        `bias` is added to the scores, queries are multiplied with `growth`, and `relative` are vectors of
+        relative positions, which heads look at.
+        """
         x = tap(f"{site}.input", x)
         spec = self.spec
 
-        def project(name: str, heads: int, axis: str) -> Float[Array, "batch length heads head_dim"]:
-            y = Linear(heads * spec.head_dim, ("embed", axis), spec.qkv_bias, name=name)(x)
-            y = y if spec.clip is None else jnp.clip(y, -spec.clip, spec.clip)
-            return y.reshape(*x.shape[:2], heads, spec.head_dim)
+        def heads_of(y: Float[Array, "rows length width"], projection: Linear, heads: int) -> Array:
+            return projection(y).reshape(*y.shape[:2], heads, spec.head_dim)
+
+        def linear(name: str, heads: int, axis: str, bias: bool = spec.qkv_bias) -> Linear:
+            return Linear(heads * spec.head_dim, ("embed", axis), bias, name=name)
+
+        def project(projection: Linear, heads: int) -> Float[Array, "batch length heads head_dim"]:
+            y = heads_of(x, projection, heads)
+            return y if spec.clip is None else jnp.clip(y, -spec.clip, spec.clip)
 
         def normed(
             name: str, y: Float[Array, "batch length heads head_dim"], axis: str
@@ -222,9 +235,10 @@ class Attention(nn.Module):
                 return Norm(spec.qk_norm, None, own, name=name)(y)
             return Norm(spec.qk_norm, axis, name=name)(y.reshape(*y.shape[:2], -1)).reshape(y.shape)
 
-        q = project("q", spec.n_heads, "heads")
-        k = project("k", spec.n_kv_heads, "kv_heads")
-        v = k if spec.values_of_keys else project("v", spec.n_kv_heads, "kv_heads")
+        to_q = linear("q", spec.n_heads, "heads")
+        to_k = linear("k", spec.n_kv_heads, "kv_heads")
+        q, k = project(to_q, spec.n_heads), project(to_k, spec.n_kv_heads)
+        v = k if spec.values_of_keys else project(linear("v", spec.n_kv_heads, "kv_heads"), spec.n_kv_heads)
         if spec.v_norm is not None:
             v = Norm(spec.v_norm, None, name="v_norm")(v)
         q, k = normed("q_norm", q, "heads"), normed("k_norm", k, "kv_heads")
@@ -239,6 +253,15 @@ class Attention(nn.Module):
         sinks = None
         if spec.sinks:
             sinks = param(self, "sinks", nn.initializers.zeros, (spec.n_heads,), ("heads",))
+        if relative is not None:
+            how = spec.disentangled
+            assert how is not None, "vectors of relative positions need heads that look at them"
+            asks, answers = to_q, to_k
+            if not how.shared:
+                asks, answers = (linear(name, spec.n_heads, "heads") for name in ("position_q", "position_k"))
+            asked = heads_of(relative.vectors, asks, spec.n_heads) if how.position_to_content else None
+            answered = heads_of(relative.vectors, answers, spec.n_heads) if how.content_to_position else None
+            bias = disentangled_scores(q, k, asked, answered, relative.places) * spec.scale
         pattern = attention_pattern(q, k.astype(q.dtype), visible, spec.scale, spec.cap, sinks, bias)
         z = tap(f"{site}.z", mix_values(tap(f"{site}.pattern", pattern), v.astype(q.dtype)))
         output = Linear(x.shape[-1], ("heads", "embed"), spec.out_bias, self.initial_gain, name="o")

@@ -1,4 +1,4 @@
-"""Blocks of a decoder: what one is made of, said per layer, and the module that the usual ones run on."""
+"""Blocks: what one is made of, said per layer, and the module that the usual ones run on."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mergelab.models.layers.experts import MixtureOfExperts
 from mergelab.models.layers.latent_attention import LatentAttention, LatentSpec
 from mergelab.models.layers.mlp import MLP, MLPSpec
 from mergelab.models.layers.norms import Norm, NormKind
+from mergelab.models.layers.relative import RelativePlaces
 from mergelab.models.layers.rotary import Rotary, rotary_tables
 from mergelab.models.layers.routing import Experts
 from mergelab.models.sites import Tap
@@ -32,6 +33,8 @@ class Pass:
     Attributes:
         cache: earlier tokens, with room for these; None without a cache.
         tap: what to do at the sites.
+        relative: what the blocks of an encoder share of relative positions: a bias of their scores
+            `[1, heads, query, key]` (MPNet), or vectors that heads look at (DeBERTa); None of neither.
 
     Args:
         positions: positions of the tokens, for rotations.
@@ -39,6 +42,7 @@ class Pass:
         cache: earlier tokens, or None.
         tap: what to do at the sites.
         causal: whether tokens see only earlier ones.
+        relative: same as the attribute.
     """
 
     def __init__(
@@ -48,8 +52,10 @@ class Pass:
         cache: Cache | None,
         tap: Tap,
         causal: bool = True,
+        relative: Any = None,
     ) -> None:
         self.cache, self.tap, self._positions, self._causal = cache, tap, positions, causal
+        self.relative = relative
         length = positions.shape[1]
         steps = jnp.arange(length, dtype=jnp.int32)
         self._queries = steps
@@ -80,7 +86,10 @@ class Pass:
         """What positions mean to the attention of a layer, beside rotations, as arguments of `Attention`."""
         tuning = attention.temperature
         growth = None if tuning is None else tuning.factor(self._positions)
-        return {"bias": self._bias(attention.alibi), "growth": growth}
+        bias, relative = self._bias(attention.alibi), self.relative
+        if isinstance(relative, RelativePlaces):
+            return {"bias": bias, "growth": growth, "relative": relative}
+        return {"bias": bias if relative is None else relative, "growth": growth}
 
     def rotation(self, rotary: Rotary | None) -> Rotation | None:
         """Cosine and sine for every token; None where nothing is rotated."""
@@ -145,15 +154,17 @@ class BlockSpec:
         placement: place of the norms: `pre` (on what each reads), `sandwich` (on what each reads and on what
             it adds: Gemma 2), `post` (only on what each adds: OLMo 2), `parallel` (`pre`, and both read the
             block's input: GPT-NeoX), `joint` (both read one norm of the block's input: Phi 2, Cohere),
-            `sum` (on the stream itself, after each has been added: OPT 350m).
+            `after` (on the sums themselves: BERT, OPT 350m).
         out_scale: what both are multiplied with before they are added to the stream.
+        reads_plain: whether attention reads the stream without a norm (ModernBERT's first block).
     """
 
     attention: AttentionSpec | LatentSpec
     mlp: MLPSpec | Experts
     norm: NormKind = field(default_factory=NormKind)
-    placement: Literal["pre", "parallel", "joint", "sandwich", "post", "sum"] = "pre"
+    placement: Literal["pre", "parallel", "joint", "sandwich", "post", "after"] = "pre"
     out_scale: float = 1.0
+    reads_plain: bool = False
 
     @property
     def kept(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -193,13 +204,12 @@ class Block(nn.Module):
 
         def read(x: Stream, name: str) -> Stream:
             """What a layer reads of the stream."""
-            if spec.placement in ("post", "sum"):
-                return x
-            return Norm(spec.norm, name=name)(x, tap, f"{site}.{name}")
+            plain = spec.placement in ("post", "after") or (spec.reads_plain and name == "attn_norm")
+            return x if plain else Norm(spec.norm, name=name)(x, tap, f"{site}.{name}")
 
         def summed(x: Stream, name: str) -> Stream:
             """The stream once a layer's output has been added to it."""
-            return Norm(spec.norm, name=name)(x, tap, f"{site}.{name}") if spec.placement == "sum" else x
+            return Norm(spec.norm, name=name)(x, tap, f"{site}.{name}") if spec.placement == "after" else x
 
         def mlp(x: Stream) -> Stream:
             arguments: dict[str, Any] = {

@@ -129,6 +129,18 @@ NAMES: tuple[ForeignName, ...] = (
         },
     ),
     *_names(
+        "penzai",
+        {
+            "llama_from_huggingface_model": "model, params = ml.load_model(folder)",
+            "TransformerLM": "model, params = ml.load_model(folder)",
+            "select": "model.apply(params, tokens, capture=sites, edit={site: function})",
+            "KnockOutAttentionHeads": "model.apply(params, tokens, edit={'blocks.0.attn.z': function})",
+            "RewireComputationPaths": "ml.interp.path_patching(...)",
+            "saving_all_intermediates": "ml.capture(model, params, tokens, sites)",
+            "SaveIntermediate": "ml.capture(model, params, tokens, sites)",
+        },
+    ),
+    *_names(
         "optax and flax",
         {
             "chain": "ml.operators.chain",

@@ -78,6 +78,7 @@ THOROUGH = frozenset(
         "tests/sae/test_top_k.py",
         "tests/sae/training/test_longer.py",
         "tests/sae/training/test_model_loss.py",
+        "tests/test_examples.py",
         "tests/test_killed.py",
         "tests/tuning/test_lora.py",
         "tests/tuning/test_run.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -26,6 +27,8 @@ from mergelab.checkpoints.torch_reader import PickledFile, open_pickled
 from mergelab.errors import CheckpointError
 
 __all__ = ["FolderCheckpoint", "bounded_digest", "open_checkpoint", "stat_sha256", "weights_sha256"]
+
+_logger = logging.getLogger(__name__)
 
 
 def weights_sha256(folder: str | Path) -> str:
@@ -183,7 +186,11 @@ def open_checkpoint(path: Path | str, *, as_stored: bool = False) -> FolderCheck
     """
     path = local_path(path)
     try:
-        return _open(path, as_stored)
+        checkpoint = _open(path, as_stored)
+        _logger.info(
+            "opened %s: %d tensors in %d files", path, len(checkpoint.tensors), len(checkpoint.files)
+        )
+        return checkpoint
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error}); check its permissions") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,8 @@ __all__ = [
     "parse_hub_place",
     "quiet_off_terminals",
 ]
+
+_logger = logging.getLogger(__name__)
 
 _WORD = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?"
 _PLACE = re.compile(rf"({_WORD}/{_WORD})(?:@([^\s:@+]+))?(?::([^\s:]+))?", re.ASCII)
@@ -151,6 +154,7 @@ def _download(hub: Any, place: HubPlace, need: Need) -> Path:
     wanted = wanted_files(names, place.within, need, f"hub model {place.repo}", read)
     if not wanted:
         raise CheckpointError(f"the hub's {place.repo} holds no files that can be read here")
+    _logger.info("hub %s at %s: %d files", place.repo, info.sha, len(wanted))
     # The revision as it was asked for, so that the cache knows it too where there is no network.
     folder = hub.snapshot_download(
         place.repo,

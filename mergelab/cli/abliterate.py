@@ -19,6 +19,7 @@ from mergelab.cli.options import (
     streaming,
 )
 from mergelab.cli.output import StageBar, print_result
+from mergelab.cli.verbosity import warn
 from mergelab.errors import quoted
 
 __all__ = ["command"]
@@ -259,6 +260,6 @@ def command(
         return "\n".join([found, *report.frontier_table(), *report.table(), *report.findings(), str(out)])
 
     for warning in companion_warnings(model, donor_files(model, None)):
-        click.echo(f"warning: {warning}", err=True)
+        warn(warning)
     print_result(report.to_json, lines, as_json=as_json, indent=None)
     push_output(out, push_to)

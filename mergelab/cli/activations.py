@@ -21,6 +21,7 @@ from mergelab.cli.options import (
     token_rule,
 )
 from mergelab.cli.output import count_bar, print_result
+from mergelab.cli.verbosity import warn
 from mergelab.errors import quoted
 
 __all__ = ["command"]
@@ -165,7 +166,7 @@ def command(
             bar.update(done - bar.n)
 
         def notice(message: str) -> None:
-            click.echo(f"warning: {message}", err=True)
+            warn(message)
 
         rows = write_store(
             source,

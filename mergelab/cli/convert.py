@@ -12,6 +12,7 @@ import click
 
 from mergelab.cli.joined import joins_run
 from mergelab.cli.options import MESH, SIZE, load_either, read_model, readable
+from mergelab.cli.verbosity import warn
 
 __all__ = ["command"]
 
@@ -113,7 +114,7 @@ def command(
         else:
             save_model(model, params, work, files=files, shard_bytes=shard_size, identity=identity)
     for warning in companion_warnings(source, files) if source.is_dir() else ():
-        click.echo(f"warning: {warning}", err=True)
+        warn(warning)
     _report(out, to, nbytes, time.perf_counter() - started, as_json)
 
 

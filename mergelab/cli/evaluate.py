@@ -10,6 +10,7 @@ import click
 from mergelab.cli.numbers import WholeNumber
 from mergelab.cli.options import SIZE, stream_layers, streaming
 from mergelab.cli.output import print_result
+from mergelab.cli.verbosity import warn
 
 __all__ = ["command"]
 
@@ -100,7 +101,7 @@ def command(
         adapters=adapters,
         dtype=dtype,
         streamed=streamed,
-        note=lambda sentence: click.echo(f"warning: {sentence}", err=True),
+        note=warn,
         progress=lambda name: click.echo(f"evaluating {name}", err=True),
         **settings,
     )

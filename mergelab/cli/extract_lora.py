@@ -12,6 +12,7 @@ from mergelab.checkpoints.locations import location_text
 from mergelab.cli.numbers import ANY_NUMBER, Seed, WholeNumber
 from mergelab.cli.options import PUSH, check_push_option, push_output, readable
 from mergelab.cli.output import byte_bar, print_result
+from mergelab.cli.verbosity import warn
 
 if TYPE_CHECKING:
     from mergelab.merging.lora_extraction import ExtractedLora
@@ -102,7 +103,7 @@ def command(
     if extracted.skipped:
         names = ", ".join(extracted.skipped[:_WORST])
         warning = f"{len(extracted.skipped)} changed modules were left out: {names}"
-        click.echo(f"warning: {_lost(extracted) if options['runtime'] == 'vllm' else warning}", err=True)
+        warn(_lost(extracted) if options["runtime"] == "vllm" else warning)
     push_output(out, push_to)
 
 

@@ -94,12 +94,24 @@ class Bug(click.ClickException):
         said = one_line(str(error))
         name = f"{type(error).__name__}: {said}" if said else type(error).__name__
         super().__init__(
-            f"this is a bug in mergelab {__version__}: {name}; please report it to those you have mergelab "
-            f"from, with the command and the traceback{_kept_traceback(error)}"
+            f"this is a bug in mergelab {__version__}: {name}; please report it {_where_to_report()}, "
+            f"with the command and the traceback{_kept_traceback(error)}"
         )
 
     def show(self, file: Any = None) -> None:
         click.echo(f"error: {self.message}", file=file, err=file is None)
+
+
+def _where_to_report() -> str:
+    """The project's page of issues, if the installed package names one."""
+    from importlib.metadata import PackageNotFoundError, metadata
+
+    try:
+        urls = metadata("mergelab").get_all("Project-URL") or []
+    except PackageNotFoundError:
+        urls = []
+    pages = [url.partition(", ")[2] for url in urls if url.startswith("Issues,") and "/OWNER/" not in url]
+    return f"at {pages[0]}" if pages else "to those you have mergelab from"
 
 
 class ClosedPipe(click.ClickException):

@@ -14,6 +14,7 @@ import click
 
 from mergelab.cli.failures import Interrupted, Stopped
 from mergelab.cli.numbers import WholeNumber
+from mergelab.cli.verbosity import warn
 from mergelab.errors import quoted
 from mergelab.processes.joining import current_run, join_run, leave_run
 from mergelab.processes.launch import find_launch, unjoined_tasks
@@ -60,7 +61,7 @@ def joins_run(command: Callable[..., Any]) -> Callable[..., Any]:
                 run.advice = _advice()
                 _share_streams(run)
         elif processes is None and (sentence := unjoined_tasks(os.environ)):
-            click.echo(f"warning: {sentence}", err=True)
+            warn(sentence)
         return command(*arguments, **options)
 
     options = (

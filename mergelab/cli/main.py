@@ -17,6 +17,7 @@ from mergelab.accelerators import idle_accelerator
 from mergelab.cli.failures import ClosedPipe, Failure, Interrupted, Stopped, failure_of
 from mergelab.cli.guard import guarded
 from mergelab.cli.joined import end_together, show_failure
+from mergelab.cli.verbosity import add_options, warn
 from mergelab.errors import did_you_mean
 from mergelab.processes.termination import Terminated
 from mergelab.version import __version__
@@ -29,7 +30,7 @@ SECTIONS: Mapping[str, Sequence[str]] = {
     "Train models": ("finetune",),
     "Run models": ("generate", "evaluate", "solve", "statistics", "convert"),
     "Train and judge features": ("activations", "sae", "abliterate"),
-    "Look things up": ("inspect", "operators"),
+    "Look things up": ("inspect", "operators", "schema"),
 }
 """Commands by the heading they stand under; the module `mergelab.cli.NAME` holds each as `command`."""
 
@@ -47,7 +48,7 @@ class CommandTable(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
             return None
-        return importlib.import_module(f"mergelab.cli.{cmd_name.replace('-', '_')}").command
+        return add_options(importlib.import_module(f"mergelab.cli.{cmd_name.replace('-', '_')}").command)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -73,6 +74,8 @@ class CommandTable(click.Group):
         try:
             result = super().invoke(ctx)
             flush_output()  # a closed pipe is met here, and not at interpreter exit
+            if ctx.parent is None:
+                _logger.info("done; at most %s of memory were resident", _peak())
             return result
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
@@ -85,7 +88,9 @@ class CommandTable(click.Group):
             raise failure_of(error, subject, output) from error
 
 
-_READS_ONLY = {"check", "convert", "diff", "inspect", "operators"}
+_logger = logging.getLogger(__name__)
+
+_READS_ONLY = {"check", "convert", "diff", "inspect", "operators", "schema"}
 """Commands that compute nothing, and so do without an accelerator."""
 
 _RESOLVED = "mergelab.resolved"  # key of `Context.meta`: the command, its name and its arguments
@@ -104,6 +109,16 @@ def _given(ctx: click.Context) -> tuple[str, str | None]:
     firsts = [value[0] if isinstance(value, tuple) and value else value for value in values]
     out = parsed.params.get("out")
     return str(firsts[0]) if firsts and firsts[0] else str(name), None if out is None else str(out)
+
+
+def _peak() -> str:
+    """The largest amount of memory that this process has held."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "an unknown amount"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in kB; in bytes on macOS
+    return f"{peak / (2**20 if sys.platform == 'darwin' else 2**10):,.0f} MiB"
 
 
 def flush_output() -> None:
@@ -127,7 +142,10 @@ def cli(ctx: click.Context) -> None:
     name, _, arguments = ctx.meta[_RESOLVED]
     asks = {"-h", "--help"} & {*arguments}
     if name not in _READS_ONLY and not asks and (sentence := idle_accelerator()):
-        click.echo(f"warning: {sentence}", err=True)
+        warn(sentence)
+
+
+add_options(cli)
 
 
 def main() -> None:
@@ -191,7 +209,7 @@ def _quiet_libraries() -> None:
     def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
         # What mergelab itself warns of is one line, as in the reports of commands.
         if category is UserWarning:
-            click.echo(f"warning: {message}", err=True)
+            warn(message)
         else:
             usual(message, category, *place)
 

@@ -12,6 +12,7 @@ import click
 from mergelab.cli.numbers import Seed, WholeNumber
 from mergelab.cli.options import PUSH, SIZE, check_push_option, push_output, readable
 from mergelab.cli.output import byte_bar, print_result
+from mergelab.cli.verbosity import warn
 
 if TYPE_CHECKING:
     from mergelab.merging.plan.planner import Plan
@@ -135,7 +136,7 @@ def command(
     assert out is not None
     warnings = tuple(dict.fromkeys(w for p in (*plan.stages.values(), plan) for w in p.warnings))
     for warning in warnings:
-        click.echo(f"warning: {warning}", err=True)
+        warn(warning)
 
     from mergelab.checkpoints.locations import location_text
     from mergelab.merging.run_merge import merge
@@ -211,7 +212,7 @@ def _merge_adapters(recipe: Path, out: Path, rank: int, options: dict[str, Any],
     merged = merge_adapters(recipe, out, rank=rank, **chosen)
     seconds = time.perf_counter() - started
     for warning in merged.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        warn(warning)
     worst = sorted(merged.errors.items(), key=lambda item: -item[1])
 
     def report() -> dict[str, Any]:

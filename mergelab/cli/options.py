@@ -12,6 +12,7 @@ import click
 
 from mergelab.cli.numbers import Number, WholeNumber
 from mergelab.cli.program_cache import program_cache
+from mergelab.cli.verbosity import note
 from mergelab.errors import quoted
 
 if TYPE_CHECKING:
@@ -333,7 +334,7 @@ def model_mesh(sizes: Mapping[str, int]) -> Mesh:
 
     mesh = make_mesh(sizes, axes=MODEL_AXES)
     if sentence := idle_devices(mesh):
-        click.echo(f"note: {sentence}", err=True)
+        note(sentence)
     return mesh
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import click
 
+from mergelab.cli.verbosity import is_quiet
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -39,7 +41,15 @@ def byte_bar(what: str, total: int | None = None) -> tqdm:
     """
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="B", unit_scale=True, desc=what, file=sys.stderr, disable=None, leave=False)
+    return tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        desc=what,
+        file=sys.stderr,
+        disable=is_quiet() or None,
+        leave=False,
+    )
 
 
 def count_bar(unit: str, *, quiet: bool = False) -> tqdm:
@@ -51,14 +61,14 @@ def count_bar(unit: str, *, quiet: bool = False) -> tqdm:
     """
     from tqdm import tqdm
 
-    return tqdm(unit=unit, disable=quiet or None, dynamic_ncols=True)
+    return tqdm(unit=unit, disable=quiet or is_quiet() or None, dynamic_ncols=True)
 
 
 class StageBar:
     """One bar for each thing that is done, which replaces the one before."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet = quiet
+        self._quiet = quiet or is_quiet()
         self._what = ""
         self._bar: tqdm | None = None
 

@@ -7,6 +7,7 @@ import importlib
 import click
 
 from mergelab.cli.main import CommandTable
+from mergelab.cli.verbosity import add_options
 
 __all__ = ["command"]
 
@@ -17,7 +18,7 @@ class _SAETable(CommandTable):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
             return None
-        return importlib.import_module(f"mergelab.cli.sae_{cmd_name}").command
+        return add_options(importlib.import_module(f"mergelab.cli.sae_{cmd_name}").command)
 
 
 @click.command(

@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from mergelab.cli.joined import joins_run
 from mergelab.cli.numbers import Seed, WholeNumber
 from mergelab.cli.options import LOCAL_PATH, MESH, TEXT, judged_text, model_mesh, token_options
+from mergelab.cli.verbosity import is_quiet
 
 if TYPE_CHECKING:
     from mergelab.sae.evaluation.scorecard import Scorecard
@@ -319,7 +320,7 @@ def _on_text(
         return EvaluationJournal(options["keep"], key)
 
     columns: dict[str, Scorecard] = {}
-    with tqdm(unit="metric", disable=quiet or None, dynamic_ncols=True) as bar:
+    with tqdm(unit="metric", disable=quiet or is_quiet() or None, dynamic_ncols=True) as bar:
 
         def progress(metric: str) -> None:
             bar.set_description(metric)

@@ -10,6 +10,7 @@ import click
 
 from mergelab.cli.numbers import WholeNumber
 from mergelab.cli.options import MESH, TEXT, judged_text, model_mesh, token_options
+from mergelab.cli.verbosity import is_quiet
 
 if TYPE_CHECKING:
     from mergelab.sae.sae import SAE
@@ -144,7 +145,7 @@ def command(
         def words(token: int) -> str:
             return tokenizer.shown_piece(token)
 
-        with tqdm(unit="context", disable=as_json or None, dynamic_ncols=True) as bar:
+        with tqdm(unit="context", disable=as_json or is_quiet() or None, dynamic_ncols=True) as bar:
 
             def progress(stage: str, done: int, total: int) -> None:
                 if done < bar.n or bar.total != total:

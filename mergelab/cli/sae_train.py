@@ -13,6 +13,7 @@ from mergelab.checkpoints.locations import location_text
 from mergelab.cli.joined import DURATION, joins_run
 from mergelab.cli.options import PUSH, check_push_option, push_output
 from mergelab.cli.output import count_bar
+from mergelab.cli.verbosity import warn
 
 __all__ = ["command"]
 
@@ -92,7 +93,7 @@ def command(
 
         def notice(message: str) -> None:
             bar.clear()
-            click.echo(f"warning: {message}", err=True)
+            warn(message)
 
         def tell(line: str) -> None:
             bar.clear()

@@ -10,6 +10,7 @@ import click
 from mergelab.cli.numbers import SEED, Number, WholeNumber
 from mergelab.cli.options import LOCAL_PATH
 from mergelab.cli.output import StageBar, print_result
+from mergelab.cli.verbosity import warn
 
 __all__ = ["command"]
 
@@ -192,7 +193,7 @@ def command(
             sampler=sampler_from_options(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
             step=step,
             prices=None if prices is None else Prices(*prices),
-            note=lambda sentence: click.echo(f"warning: {sentence}", err=True),
+            note=warn,
             progress=bar.show,
             **options,
         )

@@ -12,6 +12,7 @@ import click
 from mergelab.cli.joined import joins_run
 from mergelab.cli.numbers import Number, WholeNumber
 from mergelab.cli.options import TEXT, stream_layers, streaming, text_options, token_options, token_rule
+from mergelab.cli.verbosity import is_quiet
 
 if TYPE_CHECKING:
     import numpy as np
@@ -115,7 +116,9 @@ def command(
     with (
         local_output(out, overwrite=overwrite) as folder,
         WorkFolder(folder, inputs=inputs, overwrite=overwrite) as work,
-        tqdm(unit="block" if joint else "context", disable=as_json or None, dynamic_ncols=True) as bar,
+        tqdm(
+            unit="block" if joint else "context", disable=as_json or is_quiet() or None, dynamic_ncols=True
+        ) as bar,
     ):
         names = [[file.name for file in each] for each in files]
         rule = token_rule(given, EVERY_TOKEN if kind == "fisher" else DEFAULT_RULE)

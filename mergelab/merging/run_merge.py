@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from mergelab.merging.provenance import model_card, provenance
 from mergelab.merging.recipe.schema import Recipe
 
 __all__ = ["MergeOptions", "Merged", "merge", "settled_plan"]
+
+_logger = logging.getLogger(__name__)
 
 
 def _silent(count: int) -> None:
@@ -195,6 +198,7 @@ def _write(
         card = model_card(plan, work.out.name, digests, stages=tuple(stages))
         return {**plan.files, MARKER: provenance(plan, digests), "README.md": card.encode()}
 
+    _logger.info("%s: %d tensors of %d models to write", work.out, len(plan.jobs), len(plan.models))
     written = write_model(
         work,
         plan.jobs,

@@ -12,46 +12,29 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import mergelab
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.output_target import OutputLock, check_target
 from mergelab.checkpoints.publish import publish_file
 from mergelab.checkpoints.text_file import read_text
-from mergelab.errors import CheckpointError, MergelabError, OutputError
+from mergelab.errors import CheckpointError, OutputError
 from mergelab.merging import merge
 from mergelab.quickstart.autoencoder import find_features, train_autoencoder
 from mergelab.quickstart.corpus import DOMAINS, TextDocument, gather
 from mergelab.quickstart.family import TrainedFamily, train_tokenizer
 from mergelab.quickstart.presets import QuickstartSettings
 from mergelab.quickstart.results import Results, score_models, verdict
+from mergelab.shipped import shipped_folder
 from mergelab.version import __version__
 
-__all__ = ["Progress", "Stages", "copy_recipe", "recipe_folder", "remove", "run", "stage_key"]
+__all__ = ["Progress", "Stages", "copy_recipe", "remove", "run", "stage_key"]
 
 
 _DEFAULT_OUT = "mergelab-quickstart/"  # what the shipped recipes call the quickstart's output folder
 
 
-def recipe_folder() -> Path:
-    """The shipped `configs/quickstart`: inside the installed package, or beside it in a source checkout.
-
-    Raises:
-        MergelabError: the installation carries neither.
-    """
-    package = Path(mergelab.__file__).resolve().parent
-    candidates = (package / "configs" / "quickstart", package.parent / "configs" / "quickstart")
-    for folder in candidates:
-        if folder.is_dir():
-            return folder
-    raise MergelabError(
-        f"mergelab's configs/quickstart was found neither at {candidates[0]} nor at {candidates[1]}; "
-        "reinstall mergelab."
-    )
-
-
 def copy_recipe(name: str, folder: Path) -> Path:
     """Writes the recipe `name` into `folder`, which lies in the output folder, with paths relative to it."""
-    text = (recipe_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+    text = (shipped_folder("quickstart") / f"{name}.yaml").read_text(encoding="utf-8")
     path = folder / f"{name}.yaml"
     folder.mkdir(exist_ok=True)
     publish_file(path, text.replace(_DEFAULT_OUT, "../").encode())
@@ -90,6 +73,7 @@ class Stages:
                 "choose another --out, or empty it first."
             )
         folder.mkdir(parents=True, exist_ok=True)
+        self.ran: list[str] = []  # stages of this run that were not done before
         self._done: dict[str, Any] = {} if force else self._read()
         if not self.record.is_file() or force:
             self._write()
@@ -115,6 +99,7 @@ class Stages:
             target.parent.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
         value = work(target)
+        self.ran.append(name)
         self._done[name] = {"key": key, "value": value, "seconds": round(time.perf_counter() - started, 2)}
         self._write()
         return value
@@ -148,7 +133,8 @@ def remove(path: Path) -> None:
 
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, the steps done and the steps in all."""
+"""Called with what is being done, the steps done and the steps in all: first with none done, and not at all
+for what an earlier run has done."""
 
 
 def run(
@@ -198,6 +184,7 @@ def _run(
         keys[folder] = key
 
         def train(path: Path, name: str = name, stage: str = stage, start: Path | None = start) -> object:
+            on_progress(stage, 0, (settings.specialist if start else settings.base).steps)
             checkpoints = None if start else out / "checkpoints"
             if checkpoints:
                 remove(checkpoints)  # of a training that was stopped
@@ -215,20 +202,28 @@ def _run(
         folder, recipe = f"merges/{name}", copy_recipe(name, out / "recipes")
         keys[folder] = stage_key(key, read_text(recipe))
 
-        def write_merge(path: Path, recipe: Path = recipe) -> None:
+        def write_merge(path: Path, recipe: Path = recipe, number: int = number) -> None:
+            on_progress("merge", number - 1, len(settings.recipes))
             merge(recipe, path, seed=seed)
+            on_progress("merge", number, len(settings.recipes))
 
         stages.run(f"merge {name}", keys[folder], write_merge, folder)
-        on_progress("merge", number, len(settings.recipes))
 
     bits: dict[str, dict[str, float]] = {}
     for number, (folder, folder_key) in enumerate(keys.items(), start=1):
         name = Path(folder).name
-        bits[name] = stages.run(f"evaluate {name}", folder_key, lambda _, f=folder: family.evaluate(out / f))
-        on_progress("evaluate", number, len(keys))
+
+        def evaluate(_: Path, folder: str = folder, number: int = number) -> object:
+            on_progress("evaluate", number - 1, len(keys))
+            found = family.evaluate(out / folder)
+            on_progress("evaluate", number, len(keys))
+            return found
+
+        bits[name] = stages.run(f"evaluate {name}", folder_key, evaluate)
 
     def train_sae(path: Path) -> object:
         documents = [document for domain in DOMAINS for document in corpus.train[domain]]
+        on_progress("autoencoder", 0, settings.autoencoder.tokens // settings.autoencoder.batch_size)
         return train_autoencoder(
             out / "models" / "base", documents, settings.autoencoder, path, seed,
             lambda done, total: on_progress("autoencoder", done, total),
@@ -236,7 +231,10 @@ def _run(
 
     def show_features(_: Path) -> object:
         documents = [document for domain in DOMAINS for document in corpus.held_out[domain]]
-        return asdict(find_features(out / "models" / "base", out / "sae", documents, settings.autoencoder))
+        on_progress("features", 0, 1)
+        found = find_features(out / "models" / "base", out / "sae", documents, settings.autoencoder)
+        on_progress("features", 1, 1)
+        return asdict(found)
 
     stages.run("train autoencoder", key, train_sae, "sae")
     features = stages.run("find features", key, show_features)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -35,6 +36,8 @@ from mergelab.tuning.training import Hooks, Progress, Record, Tuning
 from mergelab.tuning.writing import RECORD, Facts, write_tuned
 
 __all__ = ["TunedFolder", "finetune_folder"]
+
+_logger = logging.getLogger(__name__)
 
 _SAVE_EVERY = 120.0
 """Seconds of training that a kill may undo."""
@@ -244,6 +247,7 @@ class _Run:
 
     def save(self, step: int, state: StepState, record: Record) -> None:
         """Keeps the state of a step, and all that was recorded up to it."""
+        _logger.info("checkpoint of step %d", step)
         # Copies: a thread writes them while the next steps add to the record.
         self.checkpoints.save(step, state, {"steps": [*record.steps], "held_out": [*record.held_out]})
         if self.termination.due(step):

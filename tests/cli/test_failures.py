@@ -35,6 +35,7 @@ from mergelab.cli.main import CommandTable, cli
 from mergelab.errors import MeshError, RecipeError
 from mergelab.processes import Terminated
 from mergelab.refusals import one_line, refusal, refused_file
+from mergelab.version import __version__
 
 
 def _raise(error: BaseException) -> Callable[[], None]:
@@ -192,7 +193,7 @@ def test_a_bug_is_a_short_notice_and_a_traceback_in_a_file(
     result = fail(_raise(error))
     (file,) = tmp_path.iterdir()
     assert result.exit_code == 70
-    assert f"this is a bug in mergelab 0.1.0: {type(error).__name__}" in result.stderr
+    assert f"this is a bug in mergelab {__version__}: {type(error).__name__}" in result.stderr
     assert f"the traceback in {file}" in result.stderr
     assert result.stderr.count("\n") == 1
     assert "Traceback (most recent call last)" in file.read_text().replace("Exception Group ", "")

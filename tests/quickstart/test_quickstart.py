@@ -18,9 +18,10 @@ from mergelab.merging.recipe.recipe_file import load_recipe
 from mergelab.operators import OPERATORS
 from mergelab.quickstart import small_llama
 from mergelab.quickstart.corpus import DOMAINS
-from mergelab.quickstart.experiment import copy_recipe, recipe_folder
+from mergelab.quickstart.experiment import copy_recipe
 from mergelab.quickstart.family import checkpoint_steps
 from mergelab.quickstart.presets import ALL_RECIPES, PRESETS
+from mergelab.shipped import shipped_folder
 from tests.hub_server import card_errors
 
 MODEL_FILES = {
@@ -69,8 +70,10 @@ def test_the_table_holds_the_numbers_and_the_verdict(done: SimpleNamespace) -> N
         line = next(line for line in done.result.output.splitlines() if line.startswith(f"{score['name']} "))
         assert all(f"{score['bits'][domain]:.3f}" in line for domain in DOMAINS)
         assert f"{score['mean']:.3f}" in line
+    assert max(map(len, done.result.output.split("Try next")[0].splitlines()[:12])) <= 80
+    output = " ".join(done.result.output.split())
     for sentence in done.data["verdict"]:
-        assert sentence in done.result.output
+        assert sentence in output
 
 
 def test_learning_took_place(done: SimpleNamespace) -> None:
@@ -194,7 +197,7 @@ def test_the_quickstart_recipes_are_valid_and_name_its_models(name: str, tmp_pat
 
 
 def test_no_quickstart_recipe_is_forgotten() -> None:
-    assert {path.stem for path in recipe_folder().glob("*.yaml")} == set(ALL_RECIPES)
+    assert {path.stem for path in shipped_folder("quickstart").glob("*.yaml")} == set(ALL_RECIPES)
 
 
 def test_the_example_recipes_are_valid_and_listed(repository: Path) -> None:

@@ -18,6 +18,7 @@ from mergelab.sae.training.settings_text import plain_data, plain_settings, with
 from mergelab.sae.variants import VARIANTS, Variant, make_variant
 from mergelab.sae.variants.options import checked_options
 from mergelab.sharding import known_sae_axes
+from mergelab.shipped import shipped_file, shipped_names
 from mergelab.text.corpus import TextOptions
 
 __all__ = [
@@ -427,7 +428,7 @@ def load_config(
     """Reads and checks a configuration.
 
     Args:
-        config: a YAML file, or what it would hold.
+        config: a YAML file, one of those that come with mergelab (`toy.yaml`), or what it would hold.
         overrides: `section.key=value`, value in YAML, several or one; they win over the file.
 
     Raises:
@@ -441,7 +442,7 @@ def load_config(
         data = plain_data(config)
     else:
         name = shortened(str(config), 200)
-        data = plain_settings(read_text(config, MAX_CONFIG, error=SAEError), name)
+        data = plain_settings(_file_text(config), name)
     if not isinstance(data, dict):
         raise SAEError(f"{name}: expected the sections sae, data and train, found {type(data).__name__}.")
     for override in [overrides] if isinstance(overrides, str) else overrides:
@@ -453,6 +454,17 @@ def load_config(
         # Far more than are shown: the rest are counted, and looking for what was meant takes its time.
         explained = (f"{name}: {_sentence(fault)}" for fault in faults[:100])
         raise SAEError([*explained, *(name for _ in faults[100:])]) from error
+
+
+def _file_text(path: str | Path) -> str:
+    try:
+        return read_text(shipped_file(path, "sae"), MAX_CONFIG, error=SAEError)
+    except SAEError as error:
+        if Path(path).exists():
+            raise
+        names = ", ".join(shipped_names("sae"))
+        said = str(error).removesuffix(".")
+        raise SAEError(f"{said}, or name one that comes with mergelab: {names}.") from None
 
 
 _SECTIONS: Mapping[str, type[BaseModel]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,8 @@ from mergelab.sae.variants import Variant
 from mergelab.sharding import DISPATCH, make_mesh
 
 __all__ = ["Progress", "Result", "finish_training", "train"]
+
+_logger = logging.getLogger(__name__)
 
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
@@ -308,6 +311,7 @@ class _Run:
     def _save(self, number: int, state: TrainState, place: Mapping[str, Any]) -> None:
         if self._file is not None:
             self._file.sync()  # lines before a checkpoint are never written again
+        _logger.info("checkpoint of step %d", number)
         self.checkpoints.save(number, state, {**place, TOKENS: self.start.settings.train.tokens})
 
     def _log(self, number: int, metrics: Metrics, losses: Mapping[str, float]) -> None:

@@ -1,0 +1,1 @@
+"""Pages in Markdown, and the programs that make a site of them."""

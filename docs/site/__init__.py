@@ -1,0 +1,1 @@
+"""The documentation site: pages, API reference, commands, gallery, and checks of what is built."""

@@ -109,8 +109,8 @@ def page(cells: Mapping[str, Mapping[str, Any]]) -> str:
         "",
         "Written by `python -m benchmarks.topologies --work DIR --publish`: forward passes and decoding",
         "steps in bfloat16, compiled by XLA for TPUs and GPUs without one. Counts of the compiler for one",
-        f"chip, no times. A pass is {_LENGTH:,} tokens on one chip, and {_BATCH['tensor']} rows of as many on",
-        "eight, whose weights are split over them (`tensor=8`). A step adds one token to every row, behind a",
+        f"chip, no times. A pass is {_LENGTH:,} tokens on one chip, and {_BATCH['tensor']} rows of as many",
+        "on eight, whose weights are split over them (`tensor=8`). A step adds one token to every row, behind a",
         "cache of as many. *Fits* is against what the compiler, or JAX by default on GPUs, leaves.",
         "",
         "| model | slice | weights GB | pass: GB a chip | fits | TFLOP a chip | exchanges (MB) "
@@ -123,7 +123,7 @@ def page(cells: Mapping[str, Mapping[str, Any]]) -> str:
                 lines.append(_row(name, topology, cell))
     lines += [
         "",
-        "The last column is what a decoding step moves between a chip and its memory, by its compiler,",
+        "The last column is what a decoding step moves between a chip and its memory, by the compiler,",
         "over the weights and the cache that the chip holds, each of which a step has to read once: 1 is the",
         "least. XLA counts a tensor again for every part of a program that touches it.",
         "",

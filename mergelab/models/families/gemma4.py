@@ -50,7 +50,7 @@ class Gemma4Block:
         mlp: the layer that every token passes.
         experts: the mixture that reads the stream beside it, or None.
         norm: the norm of what each reads, of what each adds, and of the sum of the two.
-        placement: as in `BlockSpec`, for what asks how blocks are built.
+        placement: place of its norms and factors, in a word of its own beside those of `BlockSpec`.
     """
 
     attention: AttentionSpec

@@ -14,10 +14,10 @@ __all__ = ["Alibi", "alibi_slopes", "distance_bias"]
 
 @dataclass(frozen=True)
 class Alibi:
-    """By what scores fall with distance.
+    """Linear biases, by which scores fall with distance (arXiv:2108.12409).
 
     Attributes:
-        slopes: what a score loses for each token between key and query, by head.
+        slopes: loss of a score for each token between key and query, by head.
         scale: what the biases are multiplied with.
         rounded: whether slopes, and slopes times positions, are rounded to bfloat16 before that (Falcon).
     """

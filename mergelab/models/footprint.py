@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mergelab.checkpoints.headers import headers_only
 from mergelab.checkpoints.quantized import BoxSource
 from mergelab.errors import CheckpointError, MeshError, first_faults
 from mergelab.models.families import model_from_config
+from mergelab.models.layers.fused_attention import compiled_for
 from mergelab.models.model import Model
 from mergelab.models.table import Leaf, stored_shapes, tree_from_leaves
 from mergelab.sharding import (
@@ -339,4 +341,6 @@ def lower_forward(mesh: Mesh, request: Mapping[str, Any]) -> jax.stages.Lowered:
         found = model.apply(params, tokens)
         return found.hidden if found.logits is None else found.logits
 
-    return jax.jit(forward).lower(params, tokens)
+    one = mesh.size == 1 and mesh.devices.flat[0].platform == "tpu"
+    with compiled_for("tpu") if one else nullcontext():
+        return jax.jit(forward).lower(params, tokens)

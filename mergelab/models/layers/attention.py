@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from mergelab.models.cache import Cache
 from mergelab.models.derived import param
 from mergelab.models.layers.alibi import Alibi
 from mergelab.models.layers.dense import Linear, scaled
+from mergelab.models.layers.fused_attention import Form, fused_values
 from mergelab.models.layers.norms import Norm, NormKind
 from mergelab.models.layers.relative import Disentangled, RelativePlaces, disentangled_scores
 from mergelab.models.layers.rotary import Rotary, rotate
@@ -206,11 +207,12 @@ class Attention(nn.Module):
         bias: Float[Array, "bias_rows heads #length key"] | None = None,
         growth: Float[Array, "batch length"] | None = None,
         relative: RelativePlaces | None = None,
+        form: Form | None = None,
     ) -> tuple[Float[Array, "batch length width"], KeysValues]:
         """Returns what is added to the residual stream, and the keys and values attended to.
 
-        `bias` is added to the scores, queries are multiplied with `growth`, and `relative` are vectors of
-        relative positions, which heads look at.
+        `bias` is added to the scores, queries are multiplied with `growth`, `relative` are vectors of
+        relative positions, which heads look at, and `form` says what `visible` does, where it can.
         """
         x = tap(f"{site}.input", x)
         spec = self.spec
@@ -262,8 +264,18 @@ class Attention(nn.Module):
             asked = heads_of(relative.vectors, asks, spec.n_heads) if how.position_to_content else None
             answered = heads_of(relative.vectors, answers, spec.n_heads) if how.content_to_position else None
             bias = disentangled_scores(q, k, asked, answered, relative.places) * spec.scale
-        pattern = attention_pattern(q, k.astype(q.dtype), visible, spec.scale, spec.cap, sinks, bias)
-        z = tap(f"{site}.z", mix_values(tap(f"{site}.pattern", pattern), v.astype(q.dtype)))
+
+        def mixed(q: Array, k: Array, v: Array, visible: Array) -> Array:
+            pattern = attention_pattern(q, k, visible, spec.scale, spec.cap, sinks, bias)
+            return mix_values(tap(f"{site}.pattern", pattern), v)
+
+        k_read, v_read = k.astype(q.dtype), v.astype(q.dtype)
+        if bias is not None or tap.uses(f"{site}.pattern"):
+            z = mixed(q, k_read, v_read, visible)
+        else:
+            options: dict[str, Any] = {"scale": spec.scale, "form": form, "cap": spec.cap, "sinks": sinks}
+            z = fused_values(mixed, q, k_read, v_read, visible, **options)
+        z = tap(f"{site}.z", z)
         output = Linear(x.shape[-1], ("heads", "embed"), spec.out_bias, self.initial_gain, name="o")
         out = output(z.reshape(*x.shape[:2], -1))
         if self.out_norm is not None:

@@ -13,6 +13,7 @@ from mergelab.models.cache import Cache
 from mergelab.models.layers.alibi import Alibi, distance_bias
 from mergelab.models.layers.attention import Attention, AttentionSpec, KeysValues, visible_keys
 from mergelab.models.layers.experts import MixtureOfExperts
+from mergelab.models.layers.fused_attention import Form
 from mergelab.models.layers.latent_attention import LatentAttention, LatentSpec
 from mergelab.models.layers.mlp import MLP, MLPSpec
 from mergelab.models.layers.norms import Norm, NormKind
@@ -87,9 +88,13 @@ class Pass:
         tuning = attention.temperature
         growth = None if tuning is None else tuning.factor(self._positions)
         bias, relative = self._bias(attention.alibi), self.relative
+        given: dict[str, Any] = {"bias": bias, "growth": growth}
         if isinstance(relative, RelativePlaces):
-            return {"bias": bias, "growth": growth, "relative": relative}
-        return {"bias": bias if relative is None else relative, "growth": growth}
+            return given | {"relative": relative}
+        if relative is not None:
+            return given | {"bias": relative}
+        plain = self.cache is None and self.real is None and attention.chunk is None
+        return given | {"form": Form(self._causal, attention.window) if plain else None}
 
     def rotation(self, rotary: Rotary | None) -> Rotation | None:
         """Cosine and sine for every token; None where nothing is rotated."""

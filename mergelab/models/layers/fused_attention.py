@@ -1,0 +1,182 @@
+"""Attention whose pattern nobody looks at, by kernels that never write it: cuDNN on GPUs, splash on TPUs.
+
+They are for bfloat16 and float16; float32 is computed as it is where the pattern is read, so that results are
+exact to its rounding. On a CPU there is no such kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+__all__ = ["Form", "compiled_for", "fused_values", "splash_values"]
+
+Heads = Float[Array, "batch length heads head_dim"]
+Kernel = Callable[[Array, Array, Array, Array], Array]
+
+_HALF = (jnp.bfloat16, jnp.float16)
+_TILE, _LARGE_TILE = 128, 512
+_TILES = (
+    "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute",
+    "block_q_dq", "block_kv_dq",
+)  # fmt: skip
+_SHORTEST = 128
+"""Tokens from which a kernel is worth its start: a decoding step reads its keys once either way."""
+
+
+class Form(NamedTuple):
+    """What a mask is where numbers say it all: no padding, no cache.
+
+    Attributes:
+        causal: whether tokens see only earlier ones, and themselves.
+        window: number of latest tokens that are visible, or None for all.
+    """
+
+    causal: bool
+    window: int | None
+
+
+_COMPILED_FOR: ContextVar[str | None] = ContextVar("compiled_for", default=None)
+
+
+@contextmanager
+def compiled_for(platform: str) -> Iterator[None]:
+    """Context in which programs are traced for one device of a platform that JAX does not run on here."""
+    token = _COMPILED_FOR.set(platform)
+    try:
+        yield
+    finally:
+        _COMPILED_FOR.reset(token)
+
+
+def fused_values(
+    plain: Kernel,
+    query: Heads,
+    key: Float[Array, "batch key kv_heads head_dim"],
+    value: Float[Array, "batch key kv_heads value_dim"],
+    visible: Bool[Array, "rows length key"],
+    *,
+    scale: float,
+    form: Form | None,
+    cap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+) -> Float[Array, "batch length heads value_dim"]:
+    """The values that each head mixes, by the platform's kernel where there is one for this attention.
+
+    Args:
+        plain: `(query, key, value, visible)` to the same, by the pattern.
+        query: heads of the tokens that look.
+        key: heads of the tokens that are looked at.
+        value: what they hand over.
+        visible: True where a query may look at a key.
+        scale: factor of the scores.
+        form: what says the same as `visible`, or None.
+        cap: soft cap of the scores, or None.
+        sinks: each head's score of seeing nothing, or None.
+    """
+    kernel: Kernel | None = None
+    platform = _COMPILED_FOR.get() or jax.default_backend()
+    if query.dtype in _HALF and query.shape[1] >= _SHORTEST and value.shape[-1] == key.shape[-1]:
+        if platform == "gpu" and cap is None and sinks is None:
+            kernel = _cudnn(query, key, value, visible, scale, form)
+        # A splash kernel is not divided among devices by the compiler.
+        if (
+            platform == "tpu"
+            and _alone()
+            and form is not None
+            and form.causal
+            and query.shape[1] % _TILE == 0
+        ):
+            kernel = partial(_by_splash, scale=scale, form=form, cap=cap, sinks=sinks)
+    if kernel is None:
+        return plain(query, key, value, visible)
+    name = {"gpu": "cuda", "tpu": "tpu"}[platform]
+    options: dict[str, Any] = {name: kernel, "default": plain}
+    return jax.lax.platform_dependent(query, key, value, visible, **options)
+
+
+def _alone() -> bool:
+    return _COMPILED_FOR.get() is not None or jax.device_count() == 1
+
+
+def _cudnn(
+    query: Array, key: Array, value: Array, visible: Array, scale: float, form: Form | None
+) -> Kernel | None:
+    """Flash attention of cuDNN; None where this version, device or shape has none."""
+
+    def run(query: Array, key: Array, value: Array, visible: Array) -> Array:
+        options: dict[str, Any] = {"mask": visible[:, None]}
+        if form is not None and form.causal:
+            window = None if form.window is None else (form.window - 1, 0)
+            options = {"is_causal": True, "local_window_size": window}
+        return jax.nn.dot_product_attention(query, key, value, scale=scale, implementation="cudnn", **options)
+
+    try:
+        jax.eval_shape(run, query, key, value, visible)
+    except (RuntimeError, ValueError, NotImplementedError):  # said in many words, by version
+        return None
+    return run
+
+
+def _by_splash(query: Array, key: Array, value: Array, visible: Array, **options: Any) -> Array:
+    return splash_values(query, key, value, **options)
+
+
+def splash_values(
+    query: Heads,
+    key: Float[Array, "batch length kv_heads head_dim"],
+    value: Float[Array, "batch length kv_heads head_dim"],
+    *,
+    scale: float,
+    form: Form,
+    cap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+    interpret: bool = False,
+) -> Heads:
+    """Causal attention by JAX's splash kernel for TPUs, of a length that is a multiple of 128.
+
+    Args:
+        query: heads of tokens, without padding.
+        key: their keys.
+        value: their values.
+        scale: factor of the scores.
+        form: the mask; causal.
+        cap: soft cap of the scores, or None.
+        sinks: each head's score of seeing nothing, or None.
+        interpret: whether the kernel is interpreted, where there is no TPU.
+    """
+    # Only where it is used: the module takes a second to import.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    length, heads = query.shape[1:3]
+    square = (length, length)
+    seen = (
+        masks.CausalMask(square)
+        if form.window is None
+        else masks.LocalMask(square, (form.window - 1, 0), offset=0)
+    )
+    size = _LARGE_TILE if length % _LARGE_TILE == 0 else _TILE
+    kernel = kernels.make_splash_mha(
+        masks.MultiHeadMask([seen] * heads),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=kernels.BlockSizes(**dict.fromkeys(_TILES, size)),
+        attn_logits_soft_cap=cap,
+        interpret=interpret,
+    )
+
+    def one(query: Array, key: Array, value: Array) -> Array:
+        q, k, v = (jnp.swapaxes(x, 0, 1) for x in (query, key, value))
+        scaled = (q * jnp.asarray(scale, q.dtype)).astype(q.dtype)
+        found = kernel(scaled, k, v) if sinks is None else kernel(scaled, k, v, sinks=sinks)
+        return jnp.swapaxes(found, 0, 1)
+
+    return jax.vmap(one)(query, key, value)

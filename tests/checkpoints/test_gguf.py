@@ -288,9 +288,15 @@ def test_names_and_layouts_are_those_of_llama_cpp(folders: Callable[[str], Path]
         for tensor, source in open_checkpoint(folders(name)).tensors.items():
             stem, _, ending = tensor.rpartition(".")
             if ".experts." in stem:  # the package knows the merged name alone
-                layer, which = stem.split(".")[2], stem[-2:]
-                stem = f"layers.{layer}.feed_forward.experts.{which}"
-            assert known.get_name(stem) in {t.name.rpartition(".")[0] for t in reader.tensors}, tensor
+                layer, which = stem.split(".")[2], stem.split(".")[-1]
+                place = (
+                    "layers.{}.feed_forward.experts.{}"
+                    if name == "mixtral"
+                    else "model.layers.{}.mlp.experts.{}"
+                )
+                stem = place.format(layer, which)
+            found = known.get_name(stem) or known.get_name(stem.removeprefix("transformer."))
+            assert found in {t.name.rpartition(".")[0] for t in reader.tensors}, tensor
             assert f".{ending}" in (".weight", ".bias") and source.shape
         values = {tensor.name: np.asarray(tensor.data) for tensor in reader.tensors}
         theirs = {t: read_whole(s) for t, s in open_checkpoint(folders(name)).tensors.items()}

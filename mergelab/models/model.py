@@ -79,7 +79,8 @@ class Family:
 Params = dict[str, Any]
 _Texts = Int[Array, "batch length"]
 _Images = Float[Array, "batch channels tall wide"]
-Tokens = _Texts | _Images | tuple[_Texts | None, _Images | None]
+_Beside = Float[Array, "images channels tall wide"]
+Tokens = _Texts | _Images | tuple[_Texts | None, _Beside | None]
 """Token ids, or pixel values of a model of images, or a pair of both."""
 _PAIRS = [False, False], [False, True], [True, False]
 

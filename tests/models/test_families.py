@@ -16,6 +16,7 @@ from mergelab.models.families import FAMILIES, model_from_config
 from mergelab.models.model import Model, Params
 from mergelab.models.table import check_table, stored_shapes
 from tests.models.tiny_models import CONFIGS, MASK, TOKENS, params_of, tiny, weights, write
+from tests.models.tiny_vision import VISION
 from tests.models.transformers_outputs import recorded, values
 
 outputs = cache(recorded)
@@ -45,7 +46,8 @@ def differences(found: np.ndarray, name: str) -> float:
 
 
 def test_every_family_is_tried() -> None:
-    assert {config["model_type"] for config in CONFIGS.values()} == FAMILIES.keys()
+    tried = {config["model_type"] for config in (*CONFIGS.values(), *VISION.values())}
+    assert tried == FAMILIES.keys()
     assert outputs().keys() == CONFIGS.keys()
 
 

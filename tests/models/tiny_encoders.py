@@ -105,4 +105,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
         "norm_eps": 1e-6,
         "pad_token_id": 0,
     },
+    "clip_text_model": sizes(
+        model_type="clip_text_model", projection_dim=20, eos_token_id=5, hidden_act="quick_gelu"
+    ),
 }

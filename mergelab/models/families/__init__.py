@@ -8,6 +8,7 @@ from typing import Any
 from mergelab.errors import CheckpointError, quoted
 from mergelab.models.families.bert import BERT
 from mergelab.models.families.bloom import BLOOM
+from mergelab.models.families.clip import CLIP, CLIP_TEXT, CLIP_VISION
 from mergelab.models.families.cohere import COHERE, COHERE2
 from mergelab.models.families.deberta import DEBERTA_V2
 from mergelab.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
@@ -40,6 +41,7 @@ from mergelab.models.families.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
 from mergelab.models.families.smollm3 import SMOLLM3
 from mergelab.models.families.stablelm import STABLELM
 from mergelab.models.families.starcoder2 import STARCODER2
+from mergelab.models.families.vit import VIT
 from mergelab.models.families.wrappers import WRAPPERS, text_config
 from mergelab.models.model import Family, Model
 
@@ -49,6 +51,9 @@ FAMILIES: dict[str, Family] = {
     "bert": BERT,
     "bloom": BLOOM,
     "camembert": CAMEMBERT,
+    "clip": CLIP,
+    "clip_text_model": CLIP_TEXT,
+    "clip_vision_model": CLIP_VISION,
     "cohere": COHERE,
     "cohere2": COHERE2,
     "deberta-v2": DEBERTA_V2,
@@ -90,6 +95,7 @@ FAMILIES: dict[str, Family] = {
     "smollm3": SMOLLM3,
     "stablelm": STABLELM,
     "starcoder2": STARCODER2,
+    "vit": VIT,
     "xlm-roberta": XLM_ROBERTA,
 }
 

@@ -31,7 +31,7 @@ operator computes and what it is for stands at the [operators](operators.md).
 
 - **Siblings**: three fine-tunes of SmolLM2-135M-Instruct on three kinds of text, merged with the base.
   *Kept* is the mean part of the specialists' gains in bits per byte on held-out text, with a 95 % interval
-  ([page](../benchmarks/siblings.md)); seconds and memory are of the whole merge.
+  ([page](../benchmarks/siblings.md)); memory is the peak of the whole merge.
 - **Eight tasks**: mean accuracy in per cent of a small network's eight specialists merged, the task told,
   as it comes and with its factor tuned, over four seeds; the base has {base}, the specialists {best}
   ([page](../benchmarks/merging_science.md)).
@@ -54,10 +54,7 @@ def render() -> str:
         kept_gains(results["siblings"]),
         [run["eight_tasks"] for run in results["merging_science"]["runs"]],
     )
-    lines = [
-        "| operator | kept | seconds | memory MB | eight tasks | tuned | 0.5B |",
-        "| --- |" + " ---: |" * 6,
-    ]
+    lines = ["| operator | kept | memory MB | eight tasks | tuned | 0.5B |", "| --- |" + " ---: |" * 5]
     for name in OPERATORS:
         ours = [row for row, (method, _, _) in MERGES.items() if method == name and row in gains]
         for row in ours or [None]:
@@ -65,7 +62,6 @@ def render() -> str:
             cells = [
                 f"[{row or name}](operators.md#{name})",
                 shown(gains[row], 2) if row else "-",
-                f"{cost['seconds']:.1f}" if row else "-",
                 f"{cost['memory'] / 1e6:.0f}" if row else "-",
                 *_accuracies(tasks, row or name),
                 _speed(results["merge"]["cases"], name),

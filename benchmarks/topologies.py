@@ -110,7 +110,7 @@ def page(cells: Mapping[str, Mapping[str, Any]]) -> str:
         "Written by `python -m benchmarks.topologies --work DIR --publish`: forward passes and decoding",
         "steps in bfloat16, compiled by XLA for TPUs and GPUs without one. Counts of the compiler for one",
         f"chip, no times. A pass is {_LENGTH:,} tokens on one chip, and {_BATCH['tensor']} rows of as many",
-        "on eight, whose weights are split over them (`tensor=8`). A step adds one token to every row, behind",
+        "on eight, whose weights are split over them (`tensor=8`). A step adds a token to every row, behind",
         "a cache of as many. *Fits* is against what the compiler, or JAX by default on GPUs, leaves.",
         "",
         "| model | slice | weights GB | pass: GB a chip | fits | TFLOP a chip | exchanges (MB) "

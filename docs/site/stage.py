@@ -20,7 +20,8 @@ HERE = Path(__file__).resolve().parent
 SECTIONS: Mapping[str, Sequence[str]] = {
     "Start": ("docs/installation", "docs/first_run", "examples/README", "docs/coming_from", "docs/limits"),
     "Merge": (
-        *("docs/recipes", "docs/operators", "gallery/index", "docs/verdict", "docs/diff", "docs/explain"),
+        *("docs/recipes", "docs/operators", "gallery/index", "docs/measured_operators"),
+        *("docs/verdict", "docs/diff", "docs/explain"),
         *("docs/soups", "docs/tokenizers", "docs/merging_science"),
     ),
     "Models": (

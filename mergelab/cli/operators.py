@@ -29,8 +29,8 @@ _MARKDOWN_HEAD = """\
 
 What a recipe's `merge_method` and `mergelab.operators` can name. Written by `mergelab operators --markdown`;
 a test keeps it current. *Models* counts the inputs besides the base; parameters in *italics* are set per
-model, the others once for the merge; a parameter without a default is required. What each did with three siblings
-of a language model, with eight tasks, and how fast: [measured operators](measured_operators.md).
+model, the others once for the merge; a parameter without a default is required. What each did with three
+siblings of a language model, with eight tasks, and how fast: [measured operators](measured_operators.md).
 """
 
 

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -193,7 +193,8 @@ def stream_jobs(
     limits = limits_for(memory, threads)
     runner = _Runner(writer, seed, limits, admission, threads, not allow_nonfinite, progress)
     try:
-        runner.run(todo)
+        with _one_blas_thread() if any(job.bytes_whole for job in todo) else nullcontext():
+            runner.run(todo)
     finally:
         runner.close()
     return StreamReport(
@@ -203,6 +204,13 @@ def stream_jobs(
         bytes_out=sum(job.bytes_out for job in todo),
         seconds=time.perf_counter() - started,
     )
+
+
+def _one_blas_thread() -> AbstractContextManager[object]:
+    """Context in which a decomposition keeps to the thread that asks: threads of BLAS wait for each other."""
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1, user_api="blas")
 
 
 def check_jobs(jobs: Sequence[Job]) -> None:

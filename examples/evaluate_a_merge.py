@@ -17,9 +17,12 @@ recipe = ml.Recipe(
     parameters={"t": 0.5},
 )
 comparison = ml.compare_models([model_a, model_b, recipe], text=Path(text))
-for evaluation in comparison.models:
-    bits = evaluation.scores["bits_per_byte"]
-    print(f"{evaluation.name:30} {bits.value:.4f} bits per byte, 95 % interval {bits.interval}")
+for found in comparison.to_dict()["models"]:
+    bits = found["bits_per_byte"]
+    print(f"{found['model']:30} {bits['value']:.4f} bits per byte, 95 % interval {bits['interval']}")
+for one, other, differences in comparison.differences:  # paired: both models on the same passages
+    bits = differences["bits_per_byte"]
+    print(f"{one} against {other}: {bits.value:+.4f} bits per byte, p = {bits.p}")
 
 # Worth keeping? Then write it: a folder that any command and transformers read.
 # ml.merge(recipe, "merged")

@@ -19,5 +19,5 @@ for strength in (0.0, 4.0, 16.0):
     )
 
 # Instead of a push, a value: the latent is held there, whatever it was.
-edit = {site: ml.interp.clamp(sae, {int(sys.argv[3]): 5.0})}
+edit = {site: ml.interp.clamp(sae, [int(sys.argv[3])], 5.0)}
 print("clamp", repr(ml.generate(model, params, tokenizer, "The", max_new_tokens=12, edit=edit)))

@@ -33,7 +33,9 @@ _DTYPES = ("bfloat16", "float16", "float32")
     "--mesh", type=MESH, metavar="AXES", help="Mesh whose memory per device to show: data=2,tensor=8."
 )
 @click.option(
-    "--topology", metavar="NAME", help="TPU slice to compile for, which you need not have: v5e:4x4, v5e."
+    "--topology",
+    metavar="NAME",
+    help="TPU slice or number of GPUs to compile for, which you need not have: v5e:4x4, v5e, h100:8.",
 )
 @click.option(
     "--sae",
@@ -76,7 +78,7 @@ def command(
     """Show what the model in PATH holds, reading its headers and its config only.
 
     With --mesh, the bytes each device would hold; with --length, of a key-value cache too. With --topology,
-    the forward pass is compiled for that TPU slice (extra: tpu-aot): bytes, floating-point operations and
+    the forward pass is compiled for that slice (extra: tpu-aot, or cuda12): bytes, floating-point operations and
     exchanges of each chip, and whether it fits; with --sae, beside the training step of an SAE. With --text,
     how the model's tokenizer cuts a text. No weights are read and no accelerator is needed.
 

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 
-from mergelab.aot import ChipReport, Collective, Fit, chip_of, is_one_chip, roofline
-from mergelab.errors import MeshError
+from mergelab.aot import (
+    ChipReport,
+    Collective,
+    Fit,
+    chip_of,
+    compile_for_topology,
+    device_count,
+    is_one_chip,
+    roofline,
+    slices,
+)
+from mergelab.aot.chips import slice_name
+from mergelab.errors import DependencyError, MeshError
 
 
 def test_the_slowest_part_bounds_a_run() -> None:
@@ -49,7 +62,27 @@ def test_memory_is_counted_as_vendors_do() -> None:
         ("v5e:1x2", False),
         ("v5p:2x2x4", False),
         ("v6e:16x16", False),
+        ("h100", True),
+        ("H100x8", False),
     ],
 )
 def test_one_chip_is_told_from_slices(topology: str, one: bool) -> None:
     assert is_one_chip(topology) is one
+
+
+def test_gpus_are_counted() -> None:
+    assert (slice_name("H100x8"), slice_name("h200:1")) == ("h100:8", "h200:1")
+    assert (device_count("h100:16"), slices("h100", 16)) == (
+        16,
+        ["h100:1", "h100:2", "h100:4", "h100:8", "h100:16"],
+    )
+    assert (gpu := chip_of("h100:8").gpu) is not None and gpu.capability == (9, 0)
+    for wrong in ("h100:2x4", "h100:0", "h100:12"):
+        with pytest.raises(MeshError, match="give a number of GPUs"):
+            slice_name(wrong)
+
+
+def test_without_the_plugin_of_gpus_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DependencyError, match=r"mergelab\[cuda12\]"):
+        compile_for_topology("a:b", "h100:8", {"tensor": -1}, {})

@@ -78,7 +78,7 @@ def command(
     """Show what the model in PATH holds, reading its headers and its config only.
 
     With --mesh, the bytes each device would hold; with --length, of a key-value cache too. With --topology,
-    the forward pass is compiled for that slice (extra: tpu-aot, or cuda12): bytes, floating-point operations and
+    the forward pass is compiled for it (extra: tpu-aot or cuda12): bytes, floating-point operations and
     exchanges of each chip, and whether it fits; with --sae, beside the training step of an SAE. With --text,
     how the model's tokenizer cuts a text. No weights are read and no accelerator is needed.
 

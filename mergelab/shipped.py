@@ -48,6 +48,6 @@ def shipped_file(path: str | Path, kind: str) -> Path:
         kind: `quickstart`, `recipes` or `sae`.
     """
     path = Path(path)
-    if path.exists() or path.parts not in ((path.name,), ("configs", kind, path.name)):
+    if path.parts not in ((path.name,), ("configs", kind, path.name)) or path.name not in shipped_names(kind):
         return path
-    return shipped_folder(kind) / path.name if path.name in shipped_names(kind) else path
+    return path if path.exists() else shipped_folder(kind) / path.name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -460,7 +461,7 @@ def _file_text(path: str | Path) -> str:
     try:
         return read_text(shipped_file(path, "sae"), MAX_CONFIG, error=SAEError)
     except SAEError as error:
-        if Path(path).exists():
+        if os.path.exists(path):  # False for a name that no file can have, where pathlib raises
             raise
         names = ", ".join(shipped_names("sae"))
         said = str(error).removesuffix(".")

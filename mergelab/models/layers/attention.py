@@ -214,7 +214,7 @@ class Attention(nn.Module):
         sinks = None
         if spec.sinks:
             sinks = param(self, "sinks", nn.initializers.zeros, (spec.n_heads,), ("heads",))
-        bias = relative
+        bias = None if isinstance(relative, RelativePlaces) else relative
         if isinstance(relative, RelativePlaces):
             how = spec.disentangled
             assert how is not None, "vectors of relative positions need heads that look at them"

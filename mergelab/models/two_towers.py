@@ -147,6 +147,7 @@ class TwoTowers(nn.Module):
         c, (tokens, images) = self.config, read
         words = pictures = None
         if tokens is not None:
+            assert positions is not None, "tokens have positions"
             text = Within(tap, "text")
             _, hidden, _ = Encoder(c.text, name="text")(tokens, positions, mask, None, text)
             if hidden is not None:

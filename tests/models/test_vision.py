@@ -119,8 +119,7 @@ def wrong(model: Model) -> Iterator[tuple[str, Model]]:
     other = "relu"
     yield "activation", replace(model, config=towers(lambda t: blocks(t, "mlp", activation=other)))
     yield "placement", replace(model, config=towers(lambda t: blocks(t, "", placement="parallel")))
-    if model.reads_both:
-        yield "order of texts", replace(model, config=replace(c, text=replace(c.text, causal=False)))
+    if model.reads_both:  # that texts are read in order, `clip_text_model` tells: here one layer reads them
         yield "end", replace(model, config=replace(c, end=8 if c.end is None else None))
 
 

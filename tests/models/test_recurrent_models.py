@@ -42,12 +42,12 @@ def test_tokens_in_pieces_give_what_they_give_at_once(loaded: tuple[Model, Param
     model, params = loaded
     whole = np.asarray(jax.jit(model.apply)(params, TOKENS, mask=HOLES).logits)
     found, cache = in_pieces(model, params, model.new_cache(3, 14), [5, 8, 9])
-    np.testing.assert_allclose(found[HOLES], whole[HOLES], rtol=0, atol=3e-5)
+    np.testing.assert_allclose(found[HOLES], whole[HOLES], rtol=0, atol=1e-4)
     np.testing.assert_array_equal(cache.mask, np.pad(HOLES, ((0, 0), (0, 4))))
     # Every row is the row alone, without its padding.
     for row in (1, 2):
         alone = jax.jit(model.apply)(params, TOKENS[row : row + 1, HOLES[row]]).logits
-        np.testing.assert_allclose(whole[row, HOLES[row]], alone[0], rtol=0, atol=3e-5)
+        np.testing.assert_allclose(whole[row, HOLES[row]], alone[0], rtol=0, atol=1e-4)
 
 
 def test_rows_forked_go_on_as_each_would_alone(loaded: tuple[Model, Params]) -> None:
@@ -58,7 +58,7 @@ def test_rows_forked_go_on_as_each_would_alone(loaded: tuple[Model, Params]) -> 
     whole = jax.jit(lambda tokens: model.apply(params, tokens).logits)
     for row in range(3):
         text = np.concatenate([TOKENS[0, :8], TOKENS[row, 8:10]])[None]
-        np.testing.assert_allclose(found.logits[row], whole(text)[0, 8:], rtol=0, atol=3e-5)
+        np.testing.assert_allclose(found.logits[row], whole(text)[0, 8:], rtol=0, atol=1e-4)
     with pytest.raises(MergelabError, match="recurrent layers, whose states hold all tokens"):
         found.cache.rewind(3)
 
@@ -121,7 +121,7 @@ def test_a_conversation_goes_on_where_it_ended_and_else_from_its_beginning() -> 
         whole = jax.jit(lambda tokens: model.apply(params, tokens).logits)(np.array([prompt], np.int32))
         step = jax.jit(lambda tokens, cache: model.apply(params, tokens, cache=cache))
         out = step(np.array([prompt[-1:]], np.int32), state.cache)
-        np.testing.assert_allclose(out.logits[0, -1], whole[0, -1], rtol=0, atol=3e-5)
+        np.testing.assert_allclose(out.logits[0, -1], whole[0, -1], rtol=0, atol=1e-4)
         memory.keep(prompt, state)
 
 
@@ -135,7 +135,7 @@ def test_a_model_computes_the_same_on_a_mesh(name: str, tmp_path: Path) -> None:
         if mesh is not None:
             kernel = params["blocks_0"]["mixer"]["o"]["kernel"]
             assert kernel.sharding.spec[0] == "tensor"
-    np.testing.assert_allclose(found[1][MASK], found[0][MASK], rtol=0, atol=3e-5)
+    np.testing.assert_allclose(found[1][MASK], found[0][MASK], rtol=0, atol=1e-4)
 
 
 def test_what_blocks_add_is_the_stream_and_is_attributed(loaded: tuple[Model, Params]) -> None:
@@ -168,7 +168,7 @@ def test_edits_inside_a_recurrence_reach_later_tokens_alone_and_stay_in_the_stat
     assert (np.abs(plain - other)[:, 4:].max(axis=(0, 2)) > 1e-3).all()
     first = edited(params, TOKENS[:, :6], cache=model.new_cache(3, 10))
     then = run(params, TOKENS[:, 6:], cache=first.cache)
-    np.testing.assert_allclose(then.logits, other[:, 6:], rtol=0, atol=3e-5)
+    np.testing.assert_allclose(then.logits, other[:, 6:], rtol=0, atol=1e-4)
 
 
 def test_bfloat16_by_block_is_bfloat16_at_once_and_keeps_its_memory_in_float32() -> None:
@@ -236,6 +236,117 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         model_from_config(CONFIGS[name] | changes, "some/config.json")
+
+
+# As published, without fields that say nothing of a pass.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Qwen3-Next-80B-A3B-Instruct": {
+        "model_type": "qwen3_next",
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "full_attention_interval": 4,
+        "head_dim": 256,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 5120,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_value_head_dim": 128,
+        "max_position_embeddings": 262144,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 512,
+        "norm_topk_prob": True,
+        "num_attention_heads": 16,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 2,
+        "partial_rotary_factor": 0.25,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 10000000,
+        "shared_expert_intermediate_size": 512,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "Qwen3.5-35B-A3B": {
+        "model_type": "qwen3_5_moe",
+        "vision_config": {"depth": 27},
+        "text_config": {
+            "model_type": "qwen3_5_moe_text",
+            "attn_output_gate": True,
+            "full_attention_interval": 4,
+            "hidden_size": 2048,
+            "layer_types": [*["linear_attention"] * 3, "full_attention"] * 10,
+            "mamba_ssm_dtype": "float32",
+            "mtp_num_hidden_layers": 1,
+            "mtp_use_dedicated_embeddings": False,
+            "num_hidden_layers": 40,
+            "rope_parameters": {
+                "mrope_interleaved": True,
+                "mrope_section": [11, 11, 10],
+                "partial_rotary_factor": 0.25,
+                "rope_theta": 10000000,
+                "rope_type": "default",
+            },
+        },
+    },
+    "mamba-130m-hf": {
+        "model_type": "mamba",
+        "conv_kernel": 4,
+        "d_inner": 1536,
+        "d_model": 768,
+        "expand": 2,
+        "fused_add_norm": True,
+        "hidden_act": "silu",
+        "hidden_size": 768,
+        "intermediate_size": 1536,
+        "layer_norm_epsilon": 1e-5,
+        "n_layer": 24,
+        "num_hidden_layers": 24,
+        "residual_in_fp32": True,
+        "rms_norm": True,
+        "ssm_cfg": {},
+        "state_size": 16,
+        "time_step_rank": 48,
+        "time_step_scale": 1.0,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "vocab_size": 50280,
+    },
+    "Jamba-v0.1": {
+        "model_type": "jamba",
+        "attn_layer_offset": 4,
+        "attn_layer_period": 8,
+        "expert_layer_offset": 1,
+        "expert_layer_period": 2,
+        "hidden_size": 4096,
+        "mamba_conv_bias": True,
+        "mamba_d_conv": 4,
+        "mamba_dt_rank": 256,
+        "mamba_inner_layernorms": True,
+        "num_experts": 16,
+        "sliding_window": None,
+        "use_mamba_kernels": True,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [
+        ("Qwen3-Next-80B-A3B-Instruct", 79e9, 81e9),
+        ("Qwen3.5-35B-A3B", 34e9, 36e9),
+        ("mamba-130m-hf", 129_135_360, 129_135_360),
+        ("Jamba-v0.1", 51e9, 52e9),
+    ],
+)
+def test_a_published_config_is_a_model_of_its_size(name: str, least: float, most: float) -> None:
+    model = model_from_config(PUBLISHED[name])  # a warning would be an error
+    assert least <= sum(leaf.size for leaf in model.table()) <= most
 
 
 @pytest.mark.oracle

@@ -13,6 +13,7 @@ from mergelab.models.families.llama import LLAMA_FILES, LLAMA_LINEAR, llama_rows
 from mergelab.models.families.qwen_moe import QWEN2_MOE_ROWS
 from mergelab.models.families.qwen_next import DELTA_FIELDS, delta_decoder, delta_rows, gated_attention_rows
 from mergelab.models.families.recurrent_fields import recurrent_mixer
+from mergelab.models.families.wrappers import without_images
 from mergelab.models.layers.delta_net import DeltaNetSpec
 from mergelab.models.layers.routing import Experts
 from mergelab.models.model import Family
@@ -89,6 +90,7 @@ def read_qwen3_5(config: Mapping[str, Any], place: str) -> DecoderConfig:
         "num_attention_heads": 16,
         "num_key_value_heads": 4,
     }
+    config = without_images(dict(config))
     fields = read_usual_fields(config, place, optional, _FIXED, (*_INERT, "mlp_only_layers"))
     return delta_decoder(fields, place)
 
@@ -109,7 +111,7 @@ def read_qwen3_5_moe(config: Mapping[str, Any], place: str) -> DecoderConfig:
     }
     fixed = {**_FIXED, "norm_topk_prob": (True, None), "mlp_only_layers": ([], None)}
     inert = (*_INERT, "num_local_experts")
-    config = {**config, "intermediate_size": 1}  # there is no layer without experts
+    config = without_images({**config, "intermediate_size": 1})  # there is no layer without experts
     fields = read_usual_fields(config, place, optional, fixed, inert)
     experts = Experts(
         fields["num_experts"],

@@ -13,7 +13,7 @@ from typing import Any
 
 from mergelab.errors import CheckpointError, quoted
 
-__all__ = ["WRAPPERS", "text_config", "text_family"]
+__all__ = ["WRAPPERS", "text_config", "text_family", "without_images"]
 
 _LLAMA = {
     "vocab_size": 32000,
@@ -143,11 +143,11 @@ def text_config(config: Mapping[str, Any], place: str) -> tuple[dict[str, Any], 
     if outer.get("tie_word_embeddings") is True:  # the head is the wrapper's
         merged["tie_word_embeddings"] = True
     merged.setdefault("architectures", [_CLASSES[family]])
-    return _without_images(merged), f"{place} (text_config)"
+    return without_images(merged), f"{place} (text_config)"
 
 
-def _without_images(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with the positions that text has."""
+def without_images(config: dict[str, Any]) -> dict[str, Any]:
+    """The config, which is changed, with the positions that text has."""
     for name in ("rope_scaling", "rope_parameters"):
         rope = config.get(name)
         if not isinstance(rope, Mapping) or "mrope_section" not in rope:

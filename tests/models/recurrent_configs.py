@@ -32,7 +32,9 @@ def recurrent_configs(sizes: Callable[..., dict[str, Any]]) -> dict[str, dict[st
             moe_intermediate_size=8,
             shared_expert_intermediate_size=12,
         ),
-        "qwen3_5": sizes(model_type="qwen3_5_text", **{**delta, "linear_key_head_dim": 8}),
+        "qwen3_5": sizes(
+            model_type="qwen3_5_text", **{**delta, "linear_key_head_dim": 8, "linear_value_head_dim": 6}
+        ),
         "qwen3_5_moe": sizes(
             model_type="qwen3_5_moe_text",
             **{**delta, "linear_num_key_heads": 4, "attention_bias": True},

@@ -13,6 +13,7 @@ import numpy as np
 from mergelab.models.layout import Box, Layout, slices, whole
 
 __all__ = [
+    "Channels",
     "Fused",
     "FusedHeads",
     "Leaf",
@@ -84,7 +85,22 @@ class Reshaped:
     transposed: bool = False
 
 
-Transform = Literal["identity", "transpose"] | Fused | FusedHeads | Reshaped
+@dataclass(frozen=True)
+class Channels:
+    """A range of the channels of a torch `Conv1d` of one channel a group, [channels, 1, taps] in the file.
+
+    The leaf is [taps, channels].
+
+    Attributes:
+        start: the first channel.
+        size: number of channels of the tensor.
+    """
+
+    start: int
+    size: int
+
+
+Transform = Literal["identity", "transpose"] | Fused | FusedHeads | Reshaped | Channels
 
 
 class Piece(NamedTuple):
@@ -110,7 +126,8 @@ class Leaf:
         hf_name: the tensor's name in an HF checkpoint. In a stack, `{}` stands for the number of the tensor.
         shape: the *leaf's* shape.
         transform: `transpose` swaps the last two axes: kernels are [in, out] here, [out, in] in a torch
-            `Linear`. `Fused` and `FusedHeads` take a part of a tensor that other leaves share.
+            `Linear`. `Fused`, `FusedHeads` and `Channels` take a part of a tensor that other
+            leaves share.
         axes: the logical name of each axis for sharding rules (see `mergelab.sharding`), None where it is
             never split; empty if no axis ever is.
         stack: if positive, the leaf's first axis runs over that many HF tensors (experts).
@@ -198,6 +215,10 @@ def _layout(transform: Transform, shape: tuple[int, ...]) -> Layout:
         view = shape[::-1] if transform.transposed else shape
         axes = tuple((axis,) for axis in range(len(shape)))
         return Layout(transform.stored, view, whole(view), axes[::-1] if transform.transposed else axes)
+    if isinstance(transform, Channels):
+        taps, channels = shape
+        window = ((transform.start, transform.start + channels), (0, taps))
+        return Layout((transform.size, 1, taps), (transform.size, taps), window, ((1,), (0,)))
     if isinstance(transform, FusedHeads):
         width = shape[-1] // transform.heads
         outputs = (transform.heads, transform.parts, width)
@@ -311,6 +332,12 @@ _READS = {
     "attn.q_up.kernel": "attn.q_latent",
     "attn.kv_down.kernel": "attn.input",
     "attn.kv_up.kernel": "attn.kv_latent",
+    "attn.gate.kernel": "attn.input",
+    **{
+        f"mixer.{name}.kernel": "mixer.input"
+        for name in ("q", "k", "v", "x", "b", "c", "gate", "step", "strength")
+    },
+    "mixer.o.kernel": "mixer.z",
     "mlp.router": "mlp.input",
     "mlp.gate.kernel": "mlp.input",
     "mlp.up.kernel": "mlp.input",

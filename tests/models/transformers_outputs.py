@@ -14,14 +14,20 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.models import neobert_reference
 from tests.models.decoder_configs import DECODER_CONFIGS
-from tests.models.neobert_reference import hidden_states
+from tests.models.recurrent_configs import recurrent_configs
 from tests.models.tiny_encoders import ENCODERS
+from tests.models.tiny_models import sizes
 
 _FOLDER = Path(__file__).parent
 RECORDED_SITES = _FOLDER / "family_sites.json"
-_OTHERS = {"decoder_outputs.json": DECODER_CONFIGS, "encoder_outputs.json": ENCODERS}
-"""Recordings without sites, and the configs they are of; all else is in `family_outputs.json`."""
+_OTHERS = {
+    "decoder_outputs.json": list(DECODER_CONFIGS),
+    "encoder_outputs.json": list(ENCODERS),
+    "recurrent_outputs.json": list(recurrent_configs(sizes)),
+}
+"""Recordings without sites, and the models they are of; all else is in `family_outputs.json`."""
 
 
 def recorded() -> dict[str, list[dict[str, Any]]]:
@@ -53,7 +59,7 @@ def run(folder: Path, tokens: np.ndarray, mask: np.ndarray, **options: Any) -> A
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
     if encodes:
         tokens = np.where(mask, tokens, config["pad_token_id"])  # RoBERTa's positions skip that id
-    elif kind != "bloom":
+    elif kind not in ("bloom", "mamba", "mamba2"):
         options["position_ids"] = torch.tensor(np.maximum(mask.cumsum(1) - 1, 0))
     with torch.no_grad():
         return model(
@@ -67,10 +73,17 @@ def values(folder: Path, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Logits, or the last hidden states of a model that has none.
 
     NeoBERT is not among the models of transformers: its authors' code stands in `neobert_reference.py`.
-    Rows run one by one where transformers lets the longest row choose the rotary factors of all.
+    Rows run one by one where transformers lets the longest row choose the rotary factors of all; and alone
+    where biases of a projection (`use_bias`) let padding into its convolutions.
     """
     if "neobert" in (folder / "config.json").read_text():
-        return hidden_states(folder, tokens, mask)
+        return neobert_reference.hidden_states(folder, tokens, mask)
+    if '"use_bias": true' in (folder / "config.json").read_text() and not mask.all():
+        rows = zip(tokens, mask, strict=True)
+        alone = [values(folder, row[real][None], real[real][None])[0] for row, real in rows]
+        found = np.zeros((*mask.shape, alone[0].shape[-1]), np.float32)
+        found[mask] = np.concatenate(alone)
+        return found
     if "longrope" in (folder / "config.json").read_text() and len(tokens) > 1:
         rows = [values(folder, tokens[i : i + 1], mask[i : i + 1]) for i in range(len(tokens))]
         return np.concatenate(rows)
@@ -85,6 +98,32 @@ def values(folder: Path, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
         return whole
     output = run(folder, tokens, mask)
     return (output.logits if "logits" in output else output.last_hidden_state).numpy()
+
+
+def hidden_states(folder: Path, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """What leaves each block but the last, `[layers - 1, batch, length, width]`."""
+    found = run(folder, tokens, mask, output_hidden_states=True).hidden_states
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    inner = found[:-2] if kind in ("mamba", "mamba2") else found[1:-1]  # others begin with the embeddings
+    return np.stack([state.numpy() for state in inner])
+
+
+def continued(folder: Path, tokens: np.ndarray, mask: np.ndarray, count: int) -> list[list[int]]:
+    """The likeliest next tokens of each row, generated with a cache."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    options = transformers.GenerationConfig(
+        max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    with torch.no_grad():
+        out = model.generate(
+            torch.from_numpy(tokens).long(),
+            attention_mask=torch.from_numpy(mask).long(),
+            generation_config=options,
+        )
+    return out[:, tokens.shape[1] :].tolist()
 
 
 def hidden_and_patterns(folder: Path, tokens: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
@@ -106,7 +145,7 @@ def main() -> None:
 
     names = sys.argv[1:] or list(CONFIGS)
     outputs, sites = ({}, {}) if names == list(CONFIGS) else (recorded(), _read(RECORDED_SITES))
-    elsewhere = {name for configs in _OTHERS.values() for name in configs}
+    elsewhere = {name for names in _OTHERS.values() for name in names}
     with tempfile.TemporaryDirectory() as folder:
         for n, name in enumerate(names):
             written = write(Path(folder) / str(n), name)
@@ -128,8 +167,8 @@ def main() -> None:
     older = [name for name in CONFIGS if name not in elsewhere]
     _write(_FOLDER / "family_outputs.json", outputs, older)
     _write(RECORDED_SITES, sites, older)
-    for name, configs in _OTHERS.items():
-        _write(_FOLDER / name, outputs, list(configs))
+    for name, models in _OTHERS.items():
+        _write(_FOLDER / name, outputs, models)
 
 
 def _write(path: Path, content: dict[str, Any], names: list[str]) -> None:

@@ -24,8 +24,10 @@ from mergelab.models.families.gpt_neox import GPT_NEOX
 from mergelab.models.families.gpt_oss import GPT_OSS
 from mergelab.models.families.gptj import GPTJ
 from mergelab.models.families.granite import GRANITE
+from mergelab.models.families.jamba import JAMBA
 from mergelab.models.families.llama import LLAMA
 from mergelab.models.families.llama4 import LLAMA4_TEXT
+from mergelab.models.families.mamba import MAMBA, MAMBA2
 from mergelab.models.families.mistral import MISTRAL, MIXTRAL
 from mergelab.models.families.modernbert import MODERNBERT
 from mergelab.models.families.mpnet import MPNET
@@ -36,7 +38,9 @@ from mergelab.models.families.opt import OPT
 from mergelab.models.families.phi import PHI
 from mergelab.models.families.phi3 import PHI3
 from mergelab.models.families.qwen import QWEN2, QWEN3
+from mergelab.models.families.qwen3_5 import QWEN3_5_MOE_TEXT, QWEN3_5_TEXT
 from mergelab.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from mergelab.models.families.qwen_next import QWEN3_NEXT
 from mergelab.models.families.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
 from mergelab.models.families.smollm3 import SMOLLM3
 from mergelab.models.families.stablelm import STABLELM
@@ -74,7 +78,10 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": GPT_OSS,
     "gptj": GPTJ,
     "granite": GRANITE,
+    "jamba": JAMBA,
     "llama": LLAMA,
+    "mamba": MAMBA,
+    "mamba2": MAMBA2,
     "llama4_text": LLAMA4_TEXT,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
@@ -90,7 +97,10 @@ FAMILIES: dict[str, Family] = {
     "qwen2": QWEN2,
     "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN3,
+    "qwen3_5_moe_text": QWEN3_5_MOE_TEXT,
+    "qwen3_5_text": QWEN3_5_TEXT,
     "qwen3_moe": QWEN3_MOE,
+    "qwen3_next": QWEN3_NEXT,
     "roberta": ROBERTA,
     "smollm3": SMOLLM3,
     "stablelm": STABLELM,

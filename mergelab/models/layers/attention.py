@@ -142,6 +142,7 @@ class AttentionSpec:
         chunk: if given, tokens see only their own of the pieces of that many tokens (Llama 4).
         temperature: growth of queries with their position, or None (Llama 4).
         disentangled: how heads look at vectors of relative positions, or None (DeBERTa).
+        gated: whether what heads mix is gated by sigmoids of a further projection (Qwen3-Next).
     """
 
     n_heads: int
@@ -163,6 +164,7 @@ class AttentionSpec:
     chunk: int | None = None
     temperature: Temperature | None = None
     disentangled: Disentangled | None = None
+    gated: bool = False
 
     @property
     def kept(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -179,7 +181,7 @@ class Attention(nn.Module):
     """Multi-head, grouped-query or multi-query attention.
 
     Sites, under the name it is called with: `input` (what the projections read), `q`, `k` (after their norm
-    and rotation), `v`, `pattern`, `z` (each head's mixed values), `out`.
+    and rotation), `v`, `pattern`, `z` (each head's mixed values, gated where there is a gate), `out`.
 
     Attributes:
         spec: its shape and settings; `window` and `chunk` are already in the mask, `rotary` in the rotation,
@@ -275,6 +277,8 @@ class Attention(nn.Module):
         else:
             options: dict[str, Any] = {"scale": spec.scale, "form": form, "cap": spec.cap, "sinks": sinks}
             z = fused_values(mixed, q, k_read, v_read, visible, **options)
+        if spec.gated:
+            z = z * jax.nn.sigmoid(project(linear("gate", spec.n_heads, "heads"), spec.n_heads))
         z = tap(f"{site}.z", z)
         output = Linear(x.shape[-1], ("heads", "embed"), spec.out_bias, self.initial_gain, name="o")
         out = output(z.reshape(*x.shape[:2], -1))

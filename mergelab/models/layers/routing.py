@@ -34,6 +34,7 @@ class Experts:
         shared: neurons of a layer that every token passes beside its experts; 0 if there is none.
         shared_gate: whether that layer's output is gated by a sigmoid of its input (Qwen 2 MoE).
         weigh_input: whether weights multiply what experts read, and not what they make of it (Llama 4).
+        packed: whether files hold the experts of a layer in one tensor, where they may hold each by itself.
     """
 
     count: int
@@ -54,6 +55,7 @@ class Experts:
     shared: int = 0
     shared_gate: bool = False
     weigh_input: bool = False
+    packed: bool = False
 
     def outline(self) -> Experts:
         """The same without what changes neither parameters nor sites."""

@@ -13,9 +13,9 @@ from tests.models.tiny_models import CONFIGS, tiny
 
 NEXT = {"attn.v.kernel": "attn.v", "mlp.down.kernel": "mlp.out", "attn.o.kernel": "attn.out"}
 
-SITELESS = {"embed_up", "unembed_down", "conv", "position_q", "position_k", "router"}
+SITELESS = {"embed_up", "unembed_down", "conv", "position_q", "position_k", "router", "a_log"}
 """What multiplies rows of the embedding, the stream behind the last norm, several tokens, vectors of relative
-positions, or a stream that was scaled for it (Gemma 4's router; those of other families read a site)."""
+positions, a state, or a stream that was scaled for it (Gemma 4's router; those of other families read a site)."""
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -14,7 +14,7 @@ __all__ = ["Alibi", "alibi_slopes", "distance_bias"]
 
 @dataclass(frozen=True)
 class Alibi:
-    """By what scores fall with distance.
+    """Slopes by which scores fall with distance.
 
     Attributes:
         slopes: what a score loses for each token between key and query, by head.

@@ -136,9 +136,9 @@ class AttentionSpec:
         cap: soft cap of the scores, or None.
         clip: largest magnitude of projected queries, keys and values, or None (OLMo 1).
         sinks: whether each head has a learned score of seeing nothing (gpt-oss).
-        alibi: by what scores fall with distance, or None (BLOOM, Falcon RW).
+        alibi: slopes by which scores fall with distance, or None (BLOOM, Falcon RW).
         chunk: if given, tokens see only their own of the pieces of that many tokens (Llama 4).
-        temperature: by what queries grow with their position, or None.
+        temperature: growth of queries with their position, or None.
     """
 
     n_heads: int

@@ -30,14 +30,15 @@ _HEADS = {
 }
 """By model type: the head's module, and its bias where that is stored under another name."""
 _TIED_UNLESS_SAID = frozenset((
-    "albert", "bert", "bloom", "camembert", "distilbert", "electra", "falcon", "gemma", "gemma2", "gemma3",
-    "gemma3_text", "gpt2", "gpt_bigcode", "mpnet", "openai-gpt", "opt", "roberta", "starcoder2",
-    "xlm-roberta",
+    "albert", "bert", "bloom", "camembert", "cohere", "cohere2", "distilbert", "electra", "falcon",
+    "gemma", "gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text", "gpt2", "gpt_bigcode", "gpt_neo",
+    "mpnet", "openai-gpt", "opt", "roberta", "smollm3", "starcoder2", "xlm-roberta",
 ))  # fmt: skip
 """Model types whose configs, as transformers reads them, tie the head where they do not mention it."""
 _UNTIED_UNLESS_SAID = frozenset((
-    "gpt_neox", "llama", "mistral", "mixtral", "olmo", "olmo2", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3",
-    "qwen3_moe", "stablelm",
+    "deepseek_v2", "deepseek_v3", "glm", "glm4", "glm4_moe", "gpt_neox", "gpt_oss", "gptj", "granite",
+    "llama", "llama4", "llama4_text", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "phi", "phi3",
+    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "stablelm",
 ))  # fmt: skip
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")
 _CONV1D = ("c_attn", "q_attn", "c_fc", "c_proj")

@@ -25,6 +25,7 @@ __all__ = [
 _INNER = {
     "albert": "albert.", "bert": "bert.", "distilbert": "distilbert.", "electra": "electra.",
     "gpt2": "transformer.", "gpt_neox": "gpt_neox.", "mpnet": "mpnet.", "roberta": "roberta.",
+    **dict.fromkeys(("bloom", "falcon", "gpt_neo", "gptj"), "transformer."),
     **dict.fromkeys(
         ("gemma", "gemma2", "llama", "mistral", "mixtral", "opt", "phi", "phi3", "qwen2", "qwen3"), "model."
     ),

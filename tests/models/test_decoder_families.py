@@ -60,6 +60,12 @@ def test_a_published_config_has_the_published_number_of_parameters(name: str) ->
         ("gemma4", {"num_kv_shared_layers": 1}, "1 layers that share keys"),
         ("gemma4", {"num_global_key_value_heads": 3}, "4 heads for 3 key-value heads"),
         ("gemma4", {"layer_types": ["full_attention"]}, "1 layer_types for 2 layers"),
+        ("gemma4", {"per_layer_config": {"2": {"head_dim": 8}}}, r"per_layer_config\['2'\]"),
+        (
+            "gemma4",
+            {"per_layer_config": {"1": {"hidden_act": "relu"}}},
+            "only head_dim and num_key_value_heads",
+        ),
         ("gemma4", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention = 'all'"),
         ("gemma4, experts", {"top_k_experts": None}, "lacks the field 'top_k_experts'"),
     ],
@@ -69,6 +75,14 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         model_from_config(DECODER_CONFIGS[name] | changes, "some/config.json")
+
+
+def test_sizes_by_layer_are_those_of_global_layers_said_otherwise() -> None:
+    config = DECODER_CONFIGS["gemma4"]
+    by_layer = {"1": {"head_dim": 12, "num_key_value_heads": 1}}
+    given = {name: value for name, value in config.items() if "global" not in name}
+    assert model_from_config(given | {"per_layer_config": by_layer}) == model_from_config(config)
+    assert model_from_config(given | {"per_layer_config": {}}) != model_from_config(config)
 
 
 def test_slopes_are_those_of_the_paper() -> None:

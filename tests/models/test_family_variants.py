@@ -62,16 +62,21 @@ def wrong_blocks(block: BlockSpec) -> Iterator[tuple[str, BlockSpec]]:
         rotary = attention.rotary
         changes["pairs"] = {"rotary": replace(rotary, neighbors=not rotary.neighbors)}
         changes["not rotated"] = {"rotary": None}
-    if isinstance(block.mlp, Experts):
-        other: dict[str, Any] = {"normalize": not block.mlp.normalize, "chosen": block.mlp.chosen - 1}
-        other["scoring"] = "softmax" if block.mlp.scoring == "sigmoid" else "sigmoid"
+    place = "mlp" if isinstance(block.mlp, Experts) else "experts"
+    experts = getattr(block, place, None)
+    if isinstance(experts, Experts):
+        other: dict[str, Any] = {"chosen": experts.chosen - 1 or 2}
+        if place == "mlp":  # where a norm follows, a common factor of the weights is not seen
+            other["normalize"] = not experts.normalize
+        other["scoring"] = "softmax" if experts.scoring == "sigmoid" else "sigmoid"
         plain = {"weight_scale": 1.0, "correction": False, "router_bias": False, "bias": False, "limit": None}
         plain |= {"shared": 0, "shared_gate": False, "activation": "silu", "weigh_input": False}
-        other |= {name: value for name, value in plain.items() if getattr(block.mlp, name) != value}
-        if block.mlp.groups > 1:
-            other["chosen_groups"] = block.mlp.groups
+        plain |= {"expert_scale": False}
+        other |= {name: value for name, value in plain.items() if getattr(experts, name) != value}
+        if experts.groups > 1:
+            other["chosen_groups"] = experts.groups
         for name, value in other.items():
-            yield name, replace(block, mlp=replace(block.mlp, **{name: value}))
+            yield f"experts' {name}", replace(block, **{place: replace(experts, **{name: value})})
     for name, change in changes.items():
         yield name, replace(block, attention=replace(attention, **change))
     if getattr(block, "out_scale", 1) != 1:
@@ -196,3 +201,13 @@ def test_relative_positions_are_those_of_transformers() -> None:
         buckets = {} if reach is None else {"bucket_size": span, "max_position": reach}
         relative = build_relative_position(vectors, vectors, **buckets)[0].numpy()
         np.testing.assert_array_equal(found, np.clip(relative + span, 0, 2 * span - 1))
+
+
+@pytest.mark.parametrize("name", ["llama4, two experts, no norms of heads", "gemma4, experts"])
+def test_every_expert_gives_what_the_chosen_give(name: str) -> None:
+    model, params = tiny(name)
+    tokens, mask = jnp.asarray(TOKENS), jnp.asarray(MASK)
+    run = jax.jit(lambda p, capture: model.apply(p, tokens, mask=mask, capture=capture), static_argnums=1)
+    chosen, every = run(params, ()), run(params, "blocks.*.post")
+    assert len(every.captured) >= 2
+    np.testing.assert_allclose(every.logits[MASK], chosen.logits[MASK], rtol=0, atol=3e-5)

@@ -15,7 +15,7 @@ NEXT = {"attn.v.kernel": "attn.v", "mlp.down.kernel": "mlp.out", "attn.o.kernel"
 
 SITELESS = {"embed_up", "unembed_down", "conv", "position_q", "position_k", "router", "a_log"}
 """What multiplies rows of the embedding, the stream behind the last norm, several tokens, vectors of relative
-positions, a state, or a stream that was scaled for it (Gemma 4's router; those of other families read a site)."""
+positions, a state, or a stream that was scaled for it (Gemma 4's router; other families' read a site)."""
 
 
 @pytest.mark.parametrize("name", CONFIGS)

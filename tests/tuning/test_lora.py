@@ -83,3 +83,17 @@ def test_modules_are_those_of_the_files() -> None:
     mixtral = model_from_config(CONFIGS["mixtral"])
     assert not [name for name in names(mixtral) if "gate" in name or "experts" in name]
     assert len(names(mixtral, "router")) == 2
+
+
+def test_factors_of_a_tensor_that_is_fused_in_groups_reach_each_part() -> None:
+    model = model_from_config(CONFIGS["falcon, new form, key heads"])
+    params = model.init(0)
+    factors, trained = filled(model, LoraSettings(rank=3, alpha=5.0, targets=("attn.q",)))
+    changed = with_factors(factors, params, trained)
+    assert [len(module.leaves) for module in factors.modules] == [3, 3]
+    for module in factors.modules:
+        a, b = (np.asarray(trained[module.name][part]) for part in "AB")
+        for leaf in module.leaves:
+            expected = np.asarray(get_leaf(params, leaf)) + leaf.forward([SETTINGS.scale * b @ a])
+            np.testing.assert_allclose(get_leaf(changed, leaf), expected, atol=1e-5)
+            assert np.abs(np.asarray(get_leaf(changed, leaf) - get_leaf(params, leaf))).max() > 1e-2

@@ -5,13 +5,13 @@ Of the models without embeddings per layer (31B, 26B A4B): those of E2B and E4B 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from flax import linen as nn
 
-from mergelab.errors import CheckpointError
+from mergelab.errors import CheckpointError, quoted
 from mergelab.models.decoder import DECODER, DecoderConfig
 from mergelab.models.derived import param
 from mergelab.models.families.config_fields import layer_types_of, read_usual_fields
@@ -29,6 +29,7 @@ from mergelab.models.table import Fused, Row, linear_rows
 
 __all__ = ["GEMMA4_TEXT"]
 
+_OWN = ("head_dim", "num_key_value_heads")
 _LAYER = "model.layers.{i}"
 _NORMS = {
     "attn_norm": "input_layernorm",
@@ -50,7 +51,7 @@ class Gemma4Block:
         mlp: the layer that every token passes.
         experts: the mixture that reads the stream beside it, or None.
         norm: the norm of what each reads, of what each adds, and of the sum of the two.
-        placement: place of its norms and factors, in a word of its own beside those of `BlockSpec`.
+        placement: name of this form, beside those of `BlockSpec`.
     """
 
     attention: AttentionSpec
@@ -162,6 +163,7 @@ def read_gemma4(config: Mapping[str, Any], place: str) -> DecoderConfig:
         "hidden_size_per_layer_input": 256,
         "num_kv_shared_layers": 0,
         "enable_moe_block": False,
+        "per_layer_config": None,
         "num_experts": None,
         "top_k_experts": None,
         "moe_intermediate_size": None,
@@ -172,7 +174,7 @@ def read_gemma4(config: Mapping[str, Any], place: str) -> DecoderConfig:
         "use_bidirectional_attention": (None, False, "vision"),
         "rope_scaling": (None,),
     }
-    inert = ("vocab_size_per_layer_input", "use_double_wide_mlp", "per_layer_config")
+    inert = ("vocab_size_per_layer_input", "use_double_wide_mlp")
     fields = read_usual_fields(config, place, optional, fixed, inert)
     if fields["hidden_size_per_layer_input"] or fields["num_kv_shared_layers"]:
         raise CheckpointError(
@@ -187,8 +189,11 @@ def read_gemma4(config: Mapping[str, Any], place: str) -> DecoderConfig:
     if len(types) == count:
         types[-1] = "full_attention"  # as transformers reads it
     windows = layer_types_of(types, default, fields["sliding_window"], place)
-    kinds = {window: _block(fields, window, place) for window in dict.fromkeys(windows)}
-    blocks = tuple(kinds[window] for window in windows)
+    made = [
+        _block({**fields, **own}, window, place)
+        for window, own in zip(windows, _own(fields, windows, place), strict=True)
+    ]
+    blocks = tuple({block: block for block in made}[block] for block in made)  # equal ones are one object
     return DecoderConfig(
         vocab_size=fields["vocab_size"],
         d_model=fields["hidden_size"],
@@ -202,14 +207,31 @@ def read_gemma4(config: Mapping[str, Any], place: str) -> DecoderConfig:
     )
 
 
+def _own(fields: Mapping[str, Any], windows: Sequence[int | None], place: str) -> list[dict[str, int]]:
+    """The sizes that each layer has for itself: by its number, or those of all global layers."""
+    if fields["per_layer_config"] is None:
+        wide = {"head_dim": fields["global_head_dim"]}
+        if fields["attention_k_eq_v"] and fields["num_global_key_value_heads"]:
+            wide["num_key_value_heads"] = fields["num_global_key_value_heads"]
+        return [dict(wide) if window is None else {} for window in windows]
+    found: list[dict[str, int]] = [{} for _ in windows]
+    for number, own in fields["per_layer_config"].items():
+        fits = number.isdecimal() and int(number[:9]) < len(windows) and isinstance(own, Mapping)
+        if not fits or not all(name in _OWN and type(size) is int and size > 0 for name, size in own.items()):
+            raise CheckpointError(
+                f"{place} has per_layer_config[{quoted(number)}] = {quoted(own)}, but this model family "
+                f"implements only {' and '.join(_OWN)}, whole numbers above 0, of layers 0 to "
+                f"{len(windows) - 1}; the model cannot be run here."
+            )
+        found[int(number)] = dict(own)
+    return found
+
+
 def _block(fields: Mapping[str, Any], window: int | None, place: str) -> Gemma4Block:
-    """The block of a local layer, or of a global one (`window` None), whose heads are wider."""
+    """The block of a local layer, or of a global one (`window` None)."""
     norm, heads = NormKind("rms", fields["rms_norm_eps"]), fields["num_attention_heads"]
     head_dim, key_heads = fields["head_dim"], fields["num_key_value_heads"]
     shared = fields["attention_k_eq_v"] and window is None
-    if window is None:
-        head_dim = fields["global_head_dim"] or head_dim
-        key_heads = (fields["num_global_key_value_heads"] if shared else None) or key_heads
     if heads % key_heads:
         raise CheckpointError(
             f"{place} has {heads} heads for {key_heads} key-value heads, which cannot share them evenly; "

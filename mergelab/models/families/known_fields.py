@@ -189,7 +189,7 @@ SWITCHES = frozenset(
         "use_sliding_window",
     }
 )
-MAPPINGS = frozenset({"rope_parameters", "rope_scaling"})
+MAPPINGS = frozenset({"per_layer_config", "rope_parameters", "rope_scaling"})
 LISTS = frozenset({"layer_types"})
 LAYER_NUMBERS = frozenset({"mlp_only_layers", "moe_layers", "no_rope_layers"})
 """Lists of whole numbers: one for each layer, or the numbers of some layers."""

@@ -176,7 +176,7 @@ def splash_values(
     def one(query: Array, key: Array, value: Array) -> Array:
         q, k, v = (jnp.swapaxes(x, 0, 1) for x in (query, key, value))
         scaled = (q * jnp.asarray(scale, q.dtype)).astype(q.dtype)
-        found = kernel(scaled, k, v) if sinks is None else kernel(scaled, k, v, sinks=sinks)
+        found: Any = kernel(scaled, k, v) if sinks is None else kernel(scaled, k, v, sinks=sinks)
         return jnp.swapaxes(found, 0, 1)
 
     return jax.vmap(one)(query, key, value)

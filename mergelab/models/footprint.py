@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -351,6 +350,5 @@ def lower_forward(mesh: Mesh, request: Mapping[str, Any]) -> jax.stages.Lowered:
         found = model.apply(params, tokens)
         return found.hidden if found.logits is None else found.logits
 
-    one = mesh.size == 1 and mesh.devices.flat[0].platform == "tpu"
-    with compiled_for("tpu") if one else nullcontext():
+    with compiled_for(mesh.devices.flat[0].platform, alone=mesh.size == 1):
         return jax.jit(forward).lower(params, tokens)

@@ -1,7 +1,8 @@
-"""Attention whose pattern nobody looks at, by kernels that never write it: cuDNN on GPUs, splash on TPUs.
+"""Attention whose pattern nobody looks at, never written whole: by kernels, or on CPUs in pieces.
 
-They are for bfloat16 and float16; float32 is computed as it is where the pattern is read, so that results are
-exact to its rounding. On a CPU there is no such kernel.
+The kernels of GPUs and TPUs are for bfloat16 and float16; float32 is computed there as where the pattern is
+read, so that results are exact to its rounding. On a CPU the queries go a hundred at a time: the scores of
+all leave the cache of a processor, and of causal ones half are never seen.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-__all__ = ["Form", "compiled_for", "fused_values", "splash_values"]
+__all__ = ["Form", "compiled_for", "fused_values", "splash_values", "values_in_pieces"]
 
 Heads = Float[Array, "batch length heads head_dim"]
 Kernel = Callable[[Array, Array, Array, Array], Array]
@@ -29,6 +30,10 @@ _TILES = (
 )  # fmt: skip
 _SHORTEST = 128
 """Tokens from which a kernel is worth its start: a decoding step reads its keys once either way."""
+_PIECE, _MOST_PIECES = 128, 16
+"""Queries of a piece, and how many pieces a program is written out for."""
+_CACHED = 16 << 20
+"""Bytes of a piece's scores from which rows of a batch are better taken one by one."""
 
 
 class Form(NamedTuple):
@@ -43,13 +48,23 @@ class Form(NamedTuple):
     window: int | None
 
 
-_COMPILED_FOR: ContextVar[str | None] = ContextVar("compiled_for", default=None)
+class _Target(NamedTuple):
+    platform: str
+    alone: bool
+
+
+_COMPILED_FOR: ContextVar[_Target | None] = ContextVar("compiled_for", default=None)
 
 
 @contextmanager
-def compiled_for(platform: str) -> Iterator[None]:
-    """Context in which programs are traced for one device of a platform that JAX does not run on here."""
-    token = _COMPILED_FOR.set(platform)
+def compiled_for(platform: str, *, alone: bool = True) -> Iterator[None]:
+    """Context in which programs are traced for a platform that JAX does not run on here.
+
+    Args:
+        platform: `tpu` or `gpu`.
+        alone: whether for one device of it.
+    """
+    token = _COMPILED_FOR.set(_Target(platform, alone))
     try:
         yield
     finally:
@@ -81,29 +96,100 @@ def fused_values(
         cap: soft cap of the scores, or None.
         sinks: each head's score of seeing nothing, or None.
     """
+    platform, alone = _COMPILED_FOR.get() or _Target(jax.default_backend(), jax.device_count() == 1)
+    if query.shape[1] < _SHORTEST:
+        return plain(query, key, value, visible)
+    if platform == "cpu":
+        return values_in_pieces(query, key, value, visible, scale=scale, form=form, cap=cap, sinks=sinks)
     kernel: Kernel | None = None
-    platform = _COMPILED_FOR.get() or jax.default_backend()
-    if query.dtype in _HALF and query.shape[1] >= _SHORTEST and value.shape[-1] == key.shape[-1]:
+    if query.dtype in _HALF and value.shape[-1] == key.shape[-1]:
         if platform == "gpu" and cap is None and sinks is None:
             kernel = _cudnn(query, key, value, visible, scale, form)
         # A splash kernel is not divided among devices by the compiler.
-        if (
-            platform == "tpu"
-            and _alone()
-            and form is not None
-            and form.causal
-            and query.shape[1] % _TILE == 0
-        ):
+        if platform == "tpu" and alone and form is not None and form.causal and query.shape[1] % _TILE == 0:
             kernel = partial(_by_splash, scale=scale, form=form, cap=cap, sinks=sinks)
-    if kernel is None:
-        return plain(query, key, value, visible)
-    name = {"gpu": "cuda", "tpu": "tpu"}[platform]
-    options: dict[str, Any] = {name: kernel, "default": plain}
-    return jax.lax.platform_dependent(query, key, value, visible, **options)
+    return (plain if kernel is None else kernel)(query, key, value, visible)
 
 
-def _alone() -> bool:
-    return _COMPILED_FOR.get() is not None or jax.device_count() == 1
+def values_in_pieces(
+    query: Heads,
+    key: Float[Array, "batch key kv_heads head_dim"],
+    value: Float[Array, "batch key kv_heads value_dim"],
+    visible: Bool[Array, "rows length key"],
+    *,
+    scale: float,
+    form: Form | None,
+    cap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+    piece: int = _PIECE,
+) -> Float[Array, "batch length heads value_dim"]:
+    """The values that each head mixes, some queries at a time, and of keys those alone that these may see.
+
+    Args:
+        query: heads of the tokens that look.
+        key: heads of the tokens that are looked at.
+        value: what they hand over.
+        visible: True where a query may look at a key.
+        scale: factor of the scores.
+        form: what says the same as `visible`, or None.
+        cap: soft cap of the scores, or None.
+        sinks: each head's score of seeing nothing, or None.
+        piece: queries at a time.
+    """
+    batch, length, heads, _ = query.shape
+    slots, groups = key.shape[1:3]
+    if batch > 1 and batch * heads * piece * slots * 4 > _CACHED:
+
+        def row(given: tuple[Array, Array, Array, Array]) -> Array:
+            found = values_in_pieces(
+                *(one[None] for one in given), scale=scale, form=form, cap=cap, sinks=sinks, piece=piece
+            )
+            return found[0]
+
+        seen = jnp.broadcast_to(visible, (batch, *visible.shape[1:]))
+        return jax.lax.map(row, (query, key, value, seen))
+
+    grouped = query.reshape(batch, length, groups, heads // groups, -1)
+    sink = None if sinks is None else sinks.astype(jnp.float32).reshape(1, groups, -1, 1, 1)
+    lowest = jnp.finfo(jnp.float32).min
+
+    def mixed(q: Array, seen: Array, first: int, last: int) -> Array:
+        """Some queries against the keys from `first` to `last`."""
+        keys, values = key[:, first:last], value[:, first:last]
+        scores = jnp.einsum("bqkgd,bskd->bkgqs", q, keys, preferred_element_type=jnp.float32) * scale
+        scores = scores if cap is None else cap * jnp.tanh(scores / cap)
+        scores = jnp.where(seen[:, None, None], scores, lowest)
+        highest = scores.max(axis=-1, keepdims=True)
+        highest = highest if sink is None else jnp.maximum(highest, sink)
+        weights = jnp.exp(scores - highest)
+        total = weights.sum(axis=-1, keepdims=True)
+        total = total if sink is None else total + jnp.exp(sink - highest)
+        mixture = jnp.einsum(
+            "bkgqs,bskd->bkgqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+        )
+        return jnp.moveaxis(mixture / total, 3, 1).astype(values.dtype)
+
+    step = max(piece, -(-length // _MOST_PIECES // piece) * piece)
+    pieces = []
+    for start in range(0, length, step):
+        stop = min(start + step, length)
+        first, last = 0, slots
+        if form is not None and form.causal:
+            first, last = 0 if form.window is None else max(0, start - form.window + 1), stop
+        q, seen = grouped[:, start:stop], visible[:, start:stop, first:last]
+        count = (stop - start) // piece
+        if count > 1 and count * piece == stop - start:
+            parts = jnp.moveaxis(q.reshape(batch, count, piece, *q.shape[2:]), 1, 0)
+            masks = jnp.moveaxis(seen.reshape(seen.shape[0], count, piece, -1), 1, 0)
+
+            def part(given: tuple[Array, Array], first: int = first, last: int = last) -> Array:
+                return mixed(*given, first, last)
+
+            found = jax.lax.map(part, (parts, masks))
+            pieces.append(jnp.moveaxis(found, 0, 1).reshape(batch, stop - start, *found.shape[3:]))
+        else:
+            pieces.append(mixed(q, seen, first, last))
+    return jnp.concatenate(pieces, axis=1).reshape(batch, length, heads, -1)
 
 
 def _cudnn(

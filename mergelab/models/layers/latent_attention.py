@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 from mergelab.models.cache import Cache
 from mergelab.models.layers.attention import KeysValues, attention_pattern, mix_values
 from mergelab.models.layers.dense import Linear, scaled
+from mergelab.models.layers.fused_attention import fused_values
 from mergelab.models.layers.norms import Norm, NormKind
 from mergelab.models.layers.rotary import Rotary, rotate
 from mergelab.models.sites import Tap
@@ -129,8 +130,14 @@ class LatentAttention(nn.Module):
         k, v = tap(f"{site}.k", jnp.concatenate([k_plain, k_turned], axis=-1)), tap(f"{site}.v", v)
         if cache is not None:
             k, v = cache.write(layer, k, v)
-        pattern = tap(f"{site}.pattern", attention_pattern(q, k.astype(q.dtype), visible, spec.scale))
-        z = tap(f"{site}.z", mix_values(pattern, v.astype(q.dtype)))
+
+        def mixed(q: Array, k: Array, v: Array, visible: Array) -> Array:
+            return mix_values(tap(f"{site}.pattern", attention_pattern(q, k, visible, spec.scale)), v)
+
+        read = q, k.astype(q.dtype), v.astype(q.dtype), visible
+        looked_at = tap.uses(f"{site}.pattern")
+        z = mixed(*read) if looked_at else fused_values(mixed, *read, scale=spec.scale, form=None)
+        z = tap(f"{site}.z", z)
         output = Linear(width, ("heads", "embed"), spec.bias, self.initial_gain, name="o")
         out = output(z.reshape(*x.shape[:2], -1))
         if self.out_norm is not None:

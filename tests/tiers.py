@@ -41,6 +41,7 @@ THOROUGH = frozenset(
         "tests/models/test_family_variants.py",
         "tests/models/test_load_memory.py",
         "tests/models/test_new_family.py",
+        "tests/models/test_recurrent_models.py",
         "tests/models/test_saved_names.py",
         "tests/models/test_sites.py",
         "tests/models/test_streamed_families.py",

@@ -165,6 +165,8 @@ def _config(config: Any) -> dict[str, Any]:
         return found
     found |= {"head_dim": config.head_dim, "mlp_width": config.mlp_width}
     first = blocks[0]
+    if config.recurrent:
+        return found | {"recurrent": list(config.recurrent)}
     if not all(isinstance(first.get(part), dict) for part in ("attention", "mlp")):
         return found
     attention, mlp = first["attention"], first["mlp"]
@@ -175,11 +177,11 @@ def _config(config: Any) -> dict[str, Any]:
         "windows": [block["attention"]["window"] for block in blocks],
         "query_scale": attention["scale"],
         "block": "sequential" if first["placement"] == "pre" else first["placement"],
-        "qkv_bias": attention["qkv_bias"],
-        "out_bias": attention["out_bias"],
+        "qkv_bias": attention.get("qkv_bias", attention.get("bias")),
+        "out_bias": attention.get("out_bias", attention.get("bias")),
         "mlp_bias": mlp.get("bias", False),
-        "qk_norm": attention["qk_norm"],
-        "attention_cap": attention["cap"],
+        "qk_norm": attention.get("qk_norm"),
+        "attention_cap": attention.get("cap"),
         "activation": mlp["activation"],
         "gated": mlp.get("gated", True),
         "experts": experts,
@@ -301,6 +303,8 @@ def _text(report: Mapping[str, Any], tensors: bool, sites: bool) -> str:
             f"{config['layers']} layers of width {config['width']}, {config['heads']} heads, "
             f"{config['mlp_width']} neurons, {config['vocab_size']:,} tokens"
         )
+        if recurrent := config.get("recurrent"):
+            rows["recurrent"] = f"{len(recurrent)} of the {config['layers']} layers"
     lines = [f"{name:<10} {value}" for name, value in rows.items()]
     lines += [f"{'fault':<10} {fault}" for fault in report["faults"]]
     if tensors:

@@ -21,6 +21,7 @@ from mergelab.decoding.completion import Completion, at_stop_string, encoded, me
 from mergelab.decoding.generation import begin_samples
 from mergelab.decoding.generation_state import on_device
 from mergelab.decoding.monitors import Monitor
+from mergelab.decoding.passes import check_takes_back
 from mergelab.decoding.samplers import Sampler, greedy
 from mergelab.decoding.spread import on_host
 from mergelab.decoding.steps import Steps
@@ -151,6 +152,7 @@ def complete_thinking(
     Raises:
         DecodingError: as `complete`; or the end does not fit behind the most tokens of thinking.
     """
+    check_takes_back(model, "complete_thinking")
     prompts = [prompts] if isinstance(prompts, str) else prompts
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
     asked = encoded(tokenizer, prompts, add_special_tokens=add_special_tokens)

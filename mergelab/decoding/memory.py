@@ -26,7 +26,8 @@ class Memory:
 
     The numbers are those of reading the whole text at once, windows and rotations among them: tokens lie in
     the slots of their positions, and padding on the right is forgotten once it has been passed. Where
-    rotations depend on how long a text is (LongRoPE), one that outgrows a length is read from its beginning.
+    rotations depend on how long a text is (LongRoPE), one that outgrows a length is read from its beginning;
+    so is, by a model with recurrent layers, one that parts from what was read before its end.
     """
 
     def __init__(self) -> None:
@@ -97,6 +98,8 @@ class Memory:
         )
         longest = max(len(self._tokens) + 1, len(prompt))
         crossed = any(known <= length < longest for length in lengths_of_rotations(model))
+        if self._cache is not None and self._cache.recurrent:
+            crossed |= known < len(self._tokens)  # a state holds all of its tokens or none
         return 0 if self._cache is None or crossed else known
 
     def _rewound(self, known: int, slots: int) -> Cache | None:
@@ -105,7 +108,10 @@ class Memory:
         if cache is None or not known:
             return None
         if cache.slots < slots:
-            keys, values = (tuple(_widened(x, slots) for x in part) for part in (cache.keys, cache.values))
+            keys, values = (
+                tuple(x if n in cache.recurrent else _widened(x, slots) for n, x in enumerate(part))
+                for part in (cache.keys, cache.values)
+            )
             mask = np.zeros((1, slots), np.bool_)
             cache = replace(cache, keys=keys, values=values, mask=on_device(mask))
         return _rewind(cache, known)

@@ -20,7 +20,7 @@ from mergelab.models.cache import Cache
 from mergelab.models.model import Model, Output, Params
 from mergelab.models.sites import Edit, as_partials
 
-__all__ = ["Reader", "check_one_rotation", "uneven"]
+__all__ = ["Reader", "check_one_rotation", "check_takes_back", "uneven"]
 
 
 class Reader:
@@ -74,6 +74,17 @@ def _whole(
 def uneven(cache: Cache) -> Cache:
     """The cache as one whose rows may be of different lengths; one row alone stays as it is."""
     return cache if cache.mask.shape[0] == 1 else replace(cache, even=False)
+
+
+def check_takes_back(model: Model, what: str) -> None:
+    """Refuses a model that cannot forget the latest tokens of a text, for a way of decoding that must.
+
+    Raises:
+        DecodingError: it has recurrent layers.
+    """
+    layers = model.config.recurrent if model.causal else ()
+    kind = f"a {model.family.model_type!r} model with {len(layers)} recurrent layers"
+    require(what, kind, not layers, "a model of attention alone: it takes tokens back, which a state cannot")
 
 
 def check_one_rotation(model: Model, tokens: np.ndarray, mask: ArrayLike | None, max_new_tokens: int) -> None:

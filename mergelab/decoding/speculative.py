@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from mergelab.decoding.generation import Generated, begin_samples, generated_of
 from mergelab.decoding.generation_state import NO_CACHE, GenerationState, on_device
-from mergelab.decoding.passes import Reader, check_one_rotation, uneven
+from mergelab.decoding.passes import Reader, check_one_rotation, check_takes_back, uneven
 from mergelab.decoding.samplers import Sampler, greedy
 from mergelab.decoding.spread import on_host
 from mergelab.decoding.steps import grown_rows
@@ -106,6 +106,7 @@ def speculate(
     prompts = np.asarray(tokens)
     begun: dict[str, Any] = {"samples": samples, "max_new_tokens": max_new_tokens, "spare": ahead + 1}
     for one in (model, draft):
+        check_takes_back(one, "speculate")
         check_one_rotation(one, prompts, mask, max_new_tokens + ahead)
     progress, keys, spread = begin_samples(
         model, params, prompts, mask, key=key, stop=stop, edit=edit, pad_id=pad_id, log_probs=log_probs,

@@ -18,7 +18,7 @@ from mergelab.compat import register_dataclass
 from mergelab.errors import SiteError
 from mergelab.models.layers.attention import AttentionSpec
 from mergelab.models.model import Model, Params
-from mergelab.models.residual_stream import norm_gain, require_decoder, unembedding
+from mergelab.models.residual_stream import norm_gain, require_attention, require_decoder, unembedding
 from mergelab.models.sites import Edit, as_partials
 from mergelab.models.token_checks import check_tokens
 
@@ -66,6 +66,7 @@ def head_weights(model: Model, params: Params) -> HeadWeights:
         SiteError: the model is an encoder.
     """
     require_decoder(model)
+    require_attention(model)
     c = model.config
     if not all(isinstance(getattr(block, "attention", None), AttentionSpec) for block in c.blocks):
         raise SiteError(
@@ -227,6 +228,7 @@ def head_scores(
         TokenError: `first` is none of its tokens.
     """
     c = model.config
+    require_attention(model)
     if not model.predicts or 2 * half + (first is not None) > c.max_length or half < 2:
         raise SiteError(
             f"{half} tokens that come twice do not fit a {model.family.model_type!r} model with "

@@ -21,7 +21,13 @@ from mergelab.activations.batches import batches
 from mergelab.activations.capture import check_prompts
 from mergelab.errors import SiteError
 from mergelab.models.model import Model, Params
-from mergelab.models.residual_stream import norm_gain, require_decoder, unembedding
+from mergelab.models.residual_stream import (
+    added_sites,
+    norm_gain,
+    require_attention,
+    require_decoder,
+    unembedding,
+)
 
 __all__ = ["Attribution", "direct_logit_attribution"]
 
@@ -71,9 +77,11 @@ def direct_logit_attribution(
         batch: prompts in one pass.
 
     Raises:
-        SiteError: the model is an encoder, whose norms leave no sum.
+        SiteError: the model is an encoder, whose norms leave no sum; or recurrent layers are asked for heads.
     """
     require_decoder(model)
+    if by_head:
+        require_attention(model)
     tokens, real = check_prompts(model, tokens, mask)
     chosen = [None if ids is None else np.asarray(ids, np.int32) for ids in (right, wrong)]
     if any(ids is not None and ids.shape != tokens.shape[:1] for ids in chosen):
@@ -95,8 +103,8 @@ def _names(model: Model, by_head: bool) -> tuple[str, ...]:
             names += [f"blocks.{i}.attn.head.{head}" for head in range(model.config.n_heads)]
             names += [f"blocks.{i}.attn.bias"] * (f"blocks_{i}.attn.o.bias" in parameters)
         else:
-            names.append(f"blocks.{i}.attn.out")
-        names.append(f"blocks.{i}.mlp.out")
+            names += added_sites(model, i)[:-1]
+        names.append(added_sites(model, i)[-1])
     return (*names, *["final_norm.bias"] * model.config.norm.has_bias)
 
 
@@ -113,7 +121,9 @@ def _attribute(
 ) -> tuple[Array, Array]:
     """`[parts, batch, length]`, and `[batch, length]`: what the model's own last norm makes of it."""
     c = model.config
-    capture = ["embed", f"blocks.*.attn.{'z' if by_head else 'out'}", "blocks.*.mlp.out", "final_norm.scale"]
+    first = -1 if by_head else 0
+    added = [name for i in range(c.n_layers) for name in added_sites(model, i)[first:]]
+    capture = ["embed", *added, *["blocks.*.attn.z"] * by_head, "final_norm.scale"]
     out = model.apply(params, tokens, mask=mask, capture=capture, logits=False)
     assert out.hidden is not None
     seen = {name: value.astype(jnp.float32) for name, value in out.captured.items()}
@@ -133,8 +143,8 @@ def _attribute(
             split = _heads(model, params[f"blocks_{i}"]["attn"], seen[f"blocks.{i}.attn.z"], read * scale)
             parts += [part * factor for part in split]
         else:
-            parts.append(_dot(seen[f"blocks.{i}.attn.out"], read) * factor)
-        parts.append(_dot(seen[f"blocks.{i}.mlp.out"], read) * factor)
+            parts += [_dot(seen[name], read) * factor for name in added_sites(model, i)[:-1]]
+        parts.append(_dot(seen[added_sites(model, i)[-1]], read) * factor)
     if c.norm.has_bias:
         bias = _dot(params["final_norm"]["bias"].astype(jnp.float32)[None, None], direction)
         parts.append(jnp.broadcast_to(bias, factor.shape))

@@ -20,7 +20,7 @@ from mergelab.errors import SiteError
 from mergelab.interp.logit_metrics import token_probability
 from mergelab.interp.patching import patched_metrics, rows_of
 from mergelab.models.model import Model, Params
-from mergelab.models.residual_stream import norms_outputs, require_decoder
+from mergelab.models.residual_stream import norms_outputs, require_attention, require_decoder
 
 __all__ = ["FunctionVector", "function_vector", "indirect_effects", "mean_heads"]
 
@@ -88,6 +88,7 @@ def mean_heads(model: Model, params: Params, tokens: Any, *, mask: Any = None, b
         SiteError: as `function_vector`.
     """
     require_decoder(model)
+    require_attention(model)
     if norms_outputs(model):
         raise SiteError(
             f"in a {model.family.model_type!r} model a norm stands between heads and the stream, so that "

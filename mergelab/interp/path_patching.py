@@ -93,7 +93,11 @@ def _held_fixed(
     """The outputs that may be held fixed, and which of them each sender needs: bool `[senders, outputs]`."""
     order = {name: number for number, name in enumerate(model.sites())}
     first, last = order[receivers[0]], order[receivers[-1]]
-    held = tuple(name for name in order if name.endswith((".attn.out", ".mlp.out")) and order[name] < last)
+    held = tuple(
+        name
+        for name in order
+        if name.endswith((".attn.out", ".mixer.out", ".mlp.out")) and order[name] < last
+    )
     frozen = np.zeros((len(senders), len(held)), bool)
     for row, sender in enumerate(senders):
         if order[sender] >= first:

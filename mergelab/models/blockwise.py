@@ -142,7 +142,7 @@ class Blockwise:
             keys.append(key)
             values.append(value)
             captured |= {layer.prefix + name: kept for name, kept in found.items()}
-        grown = Cache(tuple(keys), tuple(values), slots, length, even=cache.even)
+        grown = replace(cache, keys=tuple(keys), values=tuple(values), mask=slots, length=length)
         if not logits:
             return Output(None, None, captured, grown)
         params = self._named("final_norm", "embed" if self._tied else "unembed")

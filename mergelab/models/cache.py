@@ -1,4 +1,4 @@
-"""The key-value cache: what a decoder remembers of the tokens it has seen, as a pytree of fixed shape."""
+"""The cache: what a decoder remembers of the tokens it has seen, as a pytree of fixed shape."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mergelab.compat import register_dataclass
+from mergelab.errors import MergelabError
 
-__all__ = ["ArrayLeaf", "Cache", "new_cache"]
+__all__ = ["ArrayLeaf", "Cache", "Kept", "Recurrent", "State", "empty_layer", "new_cache"]
 
 # A field of a pytree. While JAX transforms the tree it also holds shapes, shardings and batched arrays, so
 # what it holds is not checked at run time.
@@ -24,20 +25,45 @@ else:
     ArrayLeaf = Any
 
 
+@dataclass(frozen=True)
+class Recurrent:
+    """What a recurrent layer keeps of a row, which does not grow with its tokens.
+
+    Attributes:
+        window: shape of the latest inputs of its convolutions, tokens and channels.
+        memory: shape of what it remembers of all tokens, kept in float32.
+    """
+
+    window: tuple[int, int]
+    memory: tuple[int, ...]
+
+
+Kept = tuple[tuple[int, int], tuple[int, int]] | Recurrent
+"""What a layer keeps: heads and width of a token's keys, and of its values; or a state."""
+
+State = tuple[Float[Array, "batch before channels"], Float[Array, "batch heads *memory"]]
+"""A recurrent layer's window and memory."""
+
+
 @register_dataclass
 @dataclass(frozen=True)
 class Cache:
     """Keys (rotated) and values of all tokens so far, in slots of equal number per row.
+
+    A recurrent layer has no slots: its window and its memory stand in place of its keys and its values, and
+    hold all real tokens at once, so that none of them can be taken back.
 
     A call with `n` new tokens a row fills slots `[length, length + n)` of each row; rows of different
     lengths are padded (on the left, for generation) and `mask` says which slots are real. A row's next
     position is its number of real slots.
 
     Attributes:
-        keys, values: arrays of each layer, `[batch, slots, kv_heads, head_dim]`.
+        keys, values: arrays of each layer, `[batch, slots, kv_heads, head_dim]`; of a recurrent one its
+            window and its memory.
         mask: `[batch, slots]` bool, True where a slot holds a real token.
         length: number of filled slots of each row, int32 `[batch]`.
         even: whether all rows are known to be equally long (static): they are written in one piece.
+        recurrent: numbers of the layers that are recurrent (static).
     """
 
     keys: tuple[ArrayLeaf, ...]
@@ -45,6 +71,7 @@ class Cache:
     mask: ArrayLeaf
     length: ArrayLeaf
     even: bool = field(default=True, metadata={"static": True})
+    recurrent: tuple[int, ...] = field(default=(), metadata={"static": True})
 
     @property
     def slots(self) -> int:
@@ -70,6 +97,10 @@ class Cache:
         keys, values = self.keys[layer], self.values[layer]
         return self._put(keys, key.astype(keys.dtype)), self._put(values, value.astype(values.dtype))
 
+    def state(self, layer: int) -> State:
+        """The window and the memory of a recurrent layer."""
+        return self.keys[layer], self.values[layer]
+
     def _put(self, slots: jax.Array, new: jax.Array) -> jax.Array:
         """`[batch, slots, ...]` with new entries behind each row's last."""
         if self.even:
@@ -87,31 +118,47 @@ class Cache:
 
         Args:
             lengths: one number for all rows, or one per row; a row that is shorter stays as it is.
+
+        Raises:
+            MergelabError: a layer is recurrent.
         """
+        if self.recurrent:
+            raise MergelabError(
+                f"this model has {len(self.recurrent)} recurrent layers, whose states hold all tokens at "
+                "once and cannot be taken back to an earlier one; read the text again from its beginning, or "
+                "take a model of attention alone."
+            )
         one = jnp.ndim(lengths) == 0
         length = jnp.minimum(jnp.asarray(lengths, jnp.int32).reshape(-1), self.length)
         kept = jnp.arange(self.slots, dtype=jnp.int32)[None] < length[:, None]
         return replace(self, mask=self.mask & kept, length=length, even=self.even and one)
 
 
-def new_cache(
-    kept: Sequence[tuple[tuple[int, int], tuple[int, int]]], batch: int, slots: int, dtype: jnp.dtype | type
-) -> Cache:
+def new_cache(kept: Sequence[Kept], batch: int, slots: int, dtype: jnp.dtype | type) -> Cache:
     """An empty cache.
 
     Args:
-        kept: shapes of each layer, heads and width of keys, and of values.
+        kept: what each layer keeps.
         batch: number of rows.
         slots: number of tokens that a row can hold.
-        dtype: dtype of keys and values.
+        dtype: dtype of keys and values, and of windows.
     """
-    name = jnp.dtype(dtype).name
+    pairs = [empty_layer(layer, batch, slots, dtype) for layer in kept]
     return Cache(
-        keys=tuple(_zeros((batch, slots, *keys), name) for keys, _ in kept),
-        values=tuple(_zeros((batch, slots, *values), name) for _, values in kept),
+        keys=tuple(first for first, _ in pairs),
+        values=tuple(second for _, second in pairs),
         mask=jax.device_put(np.zeros((batch, slots), np.bool_)),
         length=jax.device_put(np.zeros(batch, np.int32)),
+        recurrent=tuple(n for n, layer in enumerate(kept) if isinstance(layer, Recurrent)),
     )
+
+
+def empty_layer(kept: Kept, batch: int, slots: int, dtype: jnp.dtype | type) -> tuple[Array, Array]:
+    """What a layer keeps before the first token; the arguments are those of `new_cache`."""
+    name = jnp.dtype(dtype).name
+    if isinstance(kept, Recurrent):
+        return _zeros((batch, *kept.window), name), _zeros((batch, *kept.memory), "float32")
+    return _zeros((batch, slots, *kept[0]), name), _zeros((batch, slots, *kept[1]), name)
 
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))

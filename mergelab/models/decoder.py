@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from mergelab.models.cache import Cache
+from mergelab.models.cache import Cache, Recurrent
 from mergelab.models.layers.attention import AttentionSpec, KeysValues, soft_cap
 from mergelab.models.layers.block import AnyBlock, Pass, Stream
 from mergelab.models.layers.dense import Embed, Linear, scaled
@@ -67,29 +67,34 @@ class DecoderConfig:
 
     @property
     def n_heads(self) -> int:
-        """Query heads of the first block."""
+        """Query heads of the first block with attention; 0 where none has it."""
         return self._attention.n_heads
 
     @property
     def n_kv_heads(self) -> int:
-        """Key-value heads of the first block."""
+        """Key-value heads of the first block with attention; 0 where none has it."""
         return self._attention.n_kv_heads
 
     @property
     def head_dim(self) -> int:
-        """Width of a head of the first block."""
+        """Width of a head of the first block with attention; 0 where none has it."""
         return self._attention.head_dim
 
     @property
     def mlp_width(self) -> int:
-        """Neurons of the feed-forward layer of the first block (of one expert)."""
-        block: Any = self.blocks[0]
-        return block.mlp.hidden
+        """Neurons of the feed-forward layer of the first block that has one (of one expert); else 0."""
+        found: list[Any] = [mlp for block in self.blocks if (mlp := getattr(block, "mlp", None))]
+        return found[0].hidden if found else 0
 
     @property
     def _attention(self) -> AttentionSpec:
-        block: Any = self.blocks[0]
-        return block.attention
+        found: list[Any] = [one for block in self.blocks if (one := getattr(block, "attention", None))]
+        return found[0] if found else AttentionSpec(0, 0, 0, 1.0)
+
+    @property
+    def recurrent(self) -> tuple[int, ...]:
+        """Numbers of the blocks that keep a state, which holds all tokens at once."""
+        return tuple(i for i, block in enumerate(self.blocks) if isinstance(block.kept, Recurrent))
 
     @property
     def least_tensors(self) -> int:

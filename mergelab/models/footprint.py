@@ -20,6 +20,7 @@ from mergelab.checkpoints.gguf.tensors import GgufTensor
 from mergelab.checkpoints.headers import headers_only
 from mergelab.checkpoints.quantized import BoxSource
 from mergelab.errors import CheckpointError, MeshError, first_faults
+from mergelab.models.cache import Recurrent
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model
 from mergelab.models.table import Leaf, stored_shapes, tree_from_leaves
@@ -192,10 +193,19 @@ def footprint(
     cache = 0
     if cache_length:
         width = max(dtype_of(leaf).itemsize for leaf in model.table())
-        for shape, count in Counter(kept for block in model.config.blocks for kept in block.kept).items():
-            stored = (batch, cache_length, *shape)
-            sharding = named_sharding(devices, stored, ("batch", "length", "kv_heads", None), rules)
-            cache += count * math.prod(sharding.shard_shape(stored)) * width
+        for layer, count in Counter(block.kept for block in model.config.blocks).items():
+            if isinstance(layer, Recurrent):
+                rest = len(layer.memory) - 1
+                arrays = [
+                    ((batch, *layer.window), ("batch", None, "heads"), width),
+                    ((batch, *layer.memory), ("batch", "heads", *[None] * rest), 4),
+                ]
+            else:
+                axes = ("batch", "length", "kv_heads", None)
+                arrays = [((batch, cache_length, *shape), axes, width) for shape in layer]
+            for shape, axes, size in arrays:
+                part = named_sharding(devices, shape, axes, rules).shard_shape(shape)
+                cache += count * math.prod(part) * size
     return Footprint(dict(mesh), parameters, whole, total, cache)
 
 

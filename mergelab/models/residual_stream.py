@@ -19,10 +19,12 @@ from mergelab.models.table import Leaf
 __all__ = [
     "Component",
     "ResidualWriter",
+    "added_sites",
     "logits_of",
     "norm_gain",
     "norms_outputs",
     "readout",
+    "require_attention",
     "require_decoder",
     "unembedding",
     "writers",
@@ -99,7 +101,7 @@ class ResidualWriter:
 
     Attributes:
         leaf: its row of the table.
-        component: what it belongs to.
+        component: what it belongs to; a recurrent layer stands in place of attention.
         layer: the block, or None for embeddings.
         gain: the scale of the norm that stands between it and the stream (sandwich blocks), or None.
     """
@@ -135,10 +137,30 @@ def writers(model: Model) -> tuple[ResidualWriter, ...]:
         if not path[0].startswith("blocks_"):
             found.append(ResidualWriter(leaf, "embeddings", None))
             continue
-        component: Component = "attention" if path[1] == "attn" else "mlp"
+        component: Component = "attention" if path[1] in ("attn", "mixer") else "mlp"
         gain = table.get((*path[:2], "out_norm", "scale"))
         found.append(ResidualWriter(leaf, component, int(path[0].removeprefix("blocks_")), gain))
     return tuple(found)
+
+
+def added_sites(model: Model, layer: int) -> tuple[str, ...]:
+    """The sites of what a block adds to the stream, in order: `attn.out` or `mixer.out`, and `mlp.out`."""
+    names = [f"blocks.{layer}.{part}.out" for part in ("attn", "mixer", "mlp")]
+    return tuple(name for name in names if name in model.sites())
+
+
+def require_attention(model: Model) -> None:
+    """Checks that every block of a decoder has attention heads.
+
+    Raises:
+        SiteError: some are recurrent.
+    """
+    if layers := getattr(model.config, "recurrent", ()):
+        raise SiteError(
+            f"{len(layers)} of the {model.config.n_layers} blocks of this {model.family.model_type!r} model "
+            f"are recurrent and have no attention heads, block {layers[0]} among them; read its sites "
+            "instead (blocks.*.mixer.*)."
+        )
 
 
 def require_decoder(model: Model) -> None:

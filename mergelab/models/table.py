@@ -13,7 +13,9 @@ import numpy as np
 from mergelab.models.layout import Box, Layout, slices, whole
 
 __all__ = [
+    "Channels",
     "Fused",
+    "FusedGroups",
     "FusedHeads",
     "Leaf",
     "Parameter",
@@ -66,7 +68,39 @@ class FusedHeads:
     transposed: bool = True
 
 
-Transform = Literal["identity", "transpose"] | Fused | FusedHeads
+@dataclass(frozen=True)
+class FusedGroups:
+    """A range within each of several groups of a tensor's output features, which are [groups, -1].
+
+    Attributes:
+        start: the first feature of the range within a group.
+        size: number of features of a group.
+        groups: number of groups; the leaf's last axis is [groups, range].
+        transposed: same as in `Fused`.
+    """
+
+    start: int
+    size: int
+    groups: int
+    transposed: bool = True
+
+
+@dataclass(frozen=True)
+class Channels:
+    """A range of the channels of a torch `Conv1d` of one channel a group, [channels, 1, taps] in the file.
+
+    The leaf is [taps, channels].
+
+    Attributes:
+        start: the first channel.
+        size: number of channels of the tensor.
+    """
+
+    start: int
+    size: int
+
+
+Transform = Literal["identity", "transpose"] | Fused | FusedHeads | FusedGroups | Channels
 
 
 class Piece(NamedTuple):
@@ -92,7 +126,8 @@ class Leaf:
         hf_name: the tensor's name in an HF checkpoint. In a stack, `{}` stands for the number of the tensor.
         shape: the *leaf's* shape.
         transform: `transpose` swaps the last two axes: kernels are [in, out] here, [out, in] in a torch
-            `Linear`. `Fused` and `FusedHeads` take a part of a tensor that other leaves share.
+            `Linear`. `Fused`, `FusedHeads`, `FusedGroups` and `Channels` take a part of a tensor that other
+            leaves share.
         axes: the logical name of each axis for sharding rules (see `mergelab.sharding`), None where it is
             never split; empty if no axis ever is.
         stack: if positive, the leaf's first axis runs over that many HF tensors (experts).
@@ -176,10 +211,18 @@ class Leaf:
 
 def _layout(transform: Transform, shape: tuple[int, ...]) -> Layout:
     """The layout of a leaf of this shape (the axis of a stack not among it)."""
+    if isinstance(transform, Channels):
+        taps, channels = shape
+        window = ((transform.start, transform.start + channels), (0, taps))
+        return Layout((transform.size, 1, taps), (transform.size, taps), window, ((1,), (0,)))
     if isinstance(transform, FusedHeads):
         width = shape[-1] // transform.heads
         outputs = (transform.heads, transform.parts, width)
         chosen = ((0, transform.heads), (transform.part, transform.part + 1), (0, width))
+    elif isinstance(transform, FusedGroups):
+        outputs = (transform.groups, transform.size)
+        end = transform.start + shape[-1] // transform.groups
+        chosen = ((0, transform.groups), (transform.start, end))
     elif isinstance(transform, Fused):
         outputs, chosen = (transform.size,), ((transform.start, transform.start + shape[-1]),)
     else:
@@ -285,6 +328,12 @@ _READS = {
     "attn.q_up.kernel": "attn.q_latent",
     "attn.kv_down.kernel": "attn.input",
     "attn.kv_up.kernel": "attn.kv_latent",
+    "attn.gate.kernel": "attn.input",
+    **{
+        f"mixer.{name}.kernel": "mixer.input"
+        for name in ("q", "k", "v", "x", "b", "c", "gate", "step", "strength")
+    },
+    "mixer.o.kernel": "mixer.z",
     "mlp.router": "mlp.input",
     "mlp.gate.kernel": "mlp.input",
     "mlp.up.kernel": "mlp.input",

@@ -16,7 +16,7 @@ from jax.tree_util import Partial
 from mergelab.activations.batches import batches
 from mergelab.activations.losses import UNEMBEDDED
 from mergelab.models.model import Model, Params
-from mergelab.models.residual_stream import logits_of
+from mergelab.models.residual_stream import added_sites, logits_of
 from mergelab.models.table import get_leaf, tree_from_leaves
 from mergelab.reasoning.decision_pair import DecisionPair, last_log_probs, stacked
 
@@ -189,7 +189,7 @@ def _with_shuffled_changes(model: Model, first: Params, second: Params, key: Arr
 
 def _sites(model: Model) -> list[tuple[str, ...]]:
     """The sites of each part."""
-    blocks = [(f"blocks.{i}.attn.out", f"blocks.{i}.mlp.out") for i in range(model.config.n_layers)]
+    blocks = [added_sites(model, i) for i in range(model.config.n_layers)]
     return [("embed",), *blocks, (UNEMBEDDED,)]
 
 

@@ -76,7 +76,8 @@ def value_contributions(
         SiteError: the MLPs are experts, or have different widths.
     """
     model, params = loaded
-    shapes = {model.sites()[f"blocks.{i}.mlp.post"][2:] for i in range(model.config.n_layers)}
+    posts = [model.sites().get(f"blocks.{i}.mlp.post", ()) for i in range(model.config.n_layers)]
+    shapes = {shape[2:] for shape in posts}
     if len(shapes) > 1 or len(next(iter(shapes))) != 1:
         raise SiteError(
             f"the MLPs of this {model.family.model_type!r} model have neurons of shapes {sorted(shapes)}; "

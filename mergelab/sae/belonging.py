@@ -26,7 +26,7 @@ _SOUND, _POOR, _BETTER = 0.3, 0.7, 0.8
 place: on SmolLM2-135M the next block has 1.2 to 1.5 times the NMSE of the right one."""
 
 _ROWS, _CODES = 1024, 1 << 26
-_NEIGHBORS = ("resid_pre", "resid_mid", "resid_post", "attn.out", "mlp.input", "mlp.out")
+_NEIGHBORS = ("resid_pre", "resid_mid", "resid_post", "attn.out", "mixer.out", "mlp.input", "mlp.out")
 _BOS, _CENTERED = "BOS in front of each context", "the mean over the width subtracted"
 
 

@@ -17,12 +17,12 @@ from mergelab.models.families import FAMILIES, model_from_config
 from mergelab.models.model import Model, Params
 from mergelab.models.table import check_table, stored_shapes
 from tests.models.tiny_models import CONFIGS, MASK, TOKENS, params_of, tiny, weights, write
-from tests.models.transformers_outputs import RECORDED, values
+from tests.models.transformers_outputs import RECORDED, RECORDED_RECURRENT, values
 
 
 @cache
 def recorded() -> dict[str, list[dict[str, Any]]]:
-    return json.loads(RECORDED.read_text())
+    return {**json.loads(RECORDED.read_text()), **json.loads(RECORDED_RECURRENT.read_text())}
 
 
 def forward(model: Model) -> Callable[..., np.ndarray]:

@@ -15,6 +15,8 @@ from mergelab.models.families import model_from_config
 from mergelab.models.layers.attention import AttentionSpec
 from mergelab.models.layers.block import BlockSpec
 from mergelab.models.layers.latent_attention import LatentSpec
+from mergelab.models.layers.mamba import Mamba2Spec
+from mergelab.models.layers.recurrent_block import RecurrentBlockSpec
 from mergelab.models.layers.routing import Experts
 from mergelab.models.model import Model
 from tests.models.test_families import FIRST, differences, forward
@@ -43,6 +45,8 @@ def wrong_blocks(block: BlockSpec) -> Iterator[tuple[str, BlockSpec]]:
         changes |= {
             name: {name: None} for name in ("window", "cap", "clip") if getattr(attention, name) is not None
         }
+        if attention.gated:
+            changes["gate"] = {"gated": False}
         if attention.sinks:
             changes["sinks"] = {"sinks": False}
         if attention.qk_norm is not None:
@@ -74,12 +78,35 @@ def wrong_blocks(block: BlockSpec) -> Iterator[tuple[str, BlockSpec]]:
         yield "centering", replace(block, norm=replace(block.norm, kind="rms"))
 
 
+def wrong_mixers(block: RecurrentBlockSpec) -> Iterator[tuple[str, RecurrentBlockSpec]]:
+    """The block with one thing of its recurrent layer or its norms mistaken."""
+    mixer: Any = block.mixer
+    if isinstance(mixer, Mamba2Spec):
+        yield "bounds", replace(block, mixer=replace(mixer, least_step=0.7, largest_step=0.71))
+    changes: dict[str, dict[str, Any]] = {
+        "eps": {"eps": 1.0},
+        "key_eps": {"key_eps": 3.0},
+        "conv_bias": {"conv_bias": False},
+        "norm": {"norm": None},
+    }
+    for name, change in changes.items():
+        fields = {key: value for key, value in change.items() if getattr(mixer, key, value) != value}
+        if fields:
+            yield f"mixer {name}", replace(block, mixer=replace(mixer, **fields))
+    if block.norm.offset:
+        yield "offset", replace(block, norm=replace(block.norm, offset=0.0))
+    yield "centering", replace(block, norm=replace(block.norm, kind="layer", biased=False))
+
+
 def wrong(model: Model) -> Iterator[tuple[str, Model]]:
     """A model with one thing forgotten or mistaken, in all layers that have it."""
     c = model.config
-    names = dict.fromkeys(name for block in c.blocks for name, _ in wrong_blocks(block))
-    for name in names:
-        blocks = tuple(dict(wrong_blocks(block)).get(name, block) for block in c.blocks)
+    mistaken = [
+        dict(wrong_mixers(block) if isinstance(block, RecurrentBlockSpec) else wrong_blocks(block))
+        for block in c.blocks
+    ]
+    for name in dict.fromkeys(name for one in mistaken for name in one):
+        blocks = tuple(one.get(name, block) for one, block in zip(mistaken, c.blocks, strict=True))
         yield name, replace(model, config=replace(c, blocks=blocks))
     for name, value in {"embed_scale": 1.0, "logit_scale": 1.0, "logit_cap": None, "causal": True}.items():
         if getattr(c, name) != value:

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from mergelab.models.families import model_from_config
 from mergelab.models.model import Model, Params
 from mergelab.models.table import stored_shapes, tree_from_leaves
+from tests.models.recurrent_configs import recurrent_configs
 
 _SIZES = {
     "vocab_size": 61,
@@ -286,6 +287,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         n_shared_experts=1,
         routed_scaling_factor=1.5,
     ),
+    **recurrent_configs(sizes),
     "bert": sizes(model_type="bert", num_key_value_heads=None, type_vocab_size=2),
 }
 for _config in CONFIGS.values():

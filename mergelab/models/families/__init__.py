@@ -16,14 +16,18 @@ from mergelab.models.families.gpt2 import GPT2
 from mergelab.models.families.gpt_neox import GPT_NEOX
 from mergelab.models.families.gpt_oss import GPT_OSS
 from mergelab.models.families.granite import GRANITE
+from mergelab.models.families.jamba import JAMBA
 from mergelab.models.families.llama import LLAMA
+from mergelab.models.families.mamba import MAMBA, MAMBA2
 from mergelab.models.families.mistral import MISTRAL, MIXTRAL
 from mergelab.models.families.nearest import nearest
 from mergelab.models.families.olmo import OLMO, OLMO2, OLMO3
 from mergelab.models.families.phi import PHI
 from mergelab.models.families.phi3 import PHI3
 from mergelab.models.families.qwen import QWEN2, QWEN3
+from mergelab.models.families.qwen3_5 import QWEN3_5_MOE_TEXT, QWEN3_5_TEXT
 from mergelab.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from mergelab.models.families.qwen_next import QWEN3_NEXT
 from mergelab.models.families.smollm3 import SMOLLM3
 from mergelab.models.families.stablelm import STABLELM
 from mergelab.models.families.starcoder2 import STARCODER2
@@ -48,7 +52,10 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": GPT_NEOX,
     "gpt_oss": GPT_OSS,
     "granite": GRANITE,
+    "jamba": JAMBA,
     "llama": LLAMA,
+    "mamba": MAMBA,
+    "mamba2": MAMBA2,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
     "olmo": OLMO,
@@ -59,7 +66,10 @@ FAMILIES: dict[str, Family] = {
     "qwen2": QWEN2,
     "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN3,
+    "qwen3_5_moe_text": QWEN3_5_MOE_TEXT,
+    "qwen3_5_text": QWEN3_5_TEXT,
     "qwen3_moe": QWEN3_MOE,
+    "qwen3_next": QWEN3_NEXT,
     "smollm3": SMOLLM3,
     "stablelm": STABLELM,
     "starcoder2": STARCODER2,

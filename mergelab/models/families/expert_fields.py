@@ -9,6 +9,7 @@ from typing import Any
 from mergelab.errors import CheckpointError
 from mergelab.models.decoder import DecoderConfig
 from mergelab.models.layers.block import BlockSpec
+from mergelab.models.layers.recurrent_block import RecurrentBlockSpec
 from mergelab.models.layers.routing import Experts
 from mergelab.models.table import Row, linear_rows
 
@@ -57,9 +58,9 @@ def check_experts(experts: Experts, place: str) -> Experts:
 
 def experts_in_layers(config: DecoderConfig, experts: Experts, sparse: Sequence[bool]) -> DecoderConfig:
     """A decoder with a mixture in place of the feed-forward layer wherever `sparse` says so."""
-    made: dict[Any, BlockSpec] = {}
+    made: dict[Any, Any] = {}
     blocks = []
     for block, has in zip(config.blocks, sparse, strict=True):
-        assert isinstance(block, BlockSpec)
+        assert isinstance(block, BlockSpec | RecurrentBlockSpec)
         blocks.append(made.setdefault(block, replace(block, mlp=experts)) if has else block)
     return replace(config, blocks=tuple(blocks))

@@ -45,6 +45,15 @@ SIZES: Mapping[str, tuple[int, int]] = {
         (1, 2**16),
     ),
     **dict.fromkeys(("n_shared_experts", "first_k_dense_replace"), (0, 2**16)),
+    **dict.fromkeys(("attn_layer_offset", "expert_layer_offset"), (0, MAX_LAYERS)),
+    **dict.fromkeys(
+        (
+            *("attn_layer_period", "expert_layer_period"),
+            *("conv_kernel", "expand", "n_groups", "num_heads", "state_size", "time_step_rank"),
+            *("mamba_d_conv", "mamba_d_state", "mamba_dt_rank", "mamba_expand"),
+        ),
+        (1, 2**24),
+    ),
     "max_window_layers": (0, _MAX),
     **dict.fromkeys(
         (
@@ -67,7 +76,13 @@ SIZES: Mapping[str, tuple[int, int]] = {
             "n_positions",
             "n_ctx",
             "decoder_sparse_step",
+            "full_attention_interval",
             "kv_lora_rank",
+            "linear_conv_kernel_dim",
+            "linear_key_head_dim",
+            "linear_num_key_heads",
+            "linear_num_value_heads",
+            "linear_value_head_dim",
             "moe_intermediate_size",
             "q_lora_rank",
             "qk_nope_head_dim",
@@ -108,6 +123,8 @@ SWITCHES = frozenset(
     {
         "attention_bias",
         "is_causal",
+        "mamba_conv_bias",
+        "mamba_proj_bias",
         "mlp_bias",
         "norm_topk_prob",
         "qk_layernorm",
@@ -118,6 +135,7 @@ SWITCHES = frozenset(
         "tie_word_embeddings",
         "use_bias",
         "use_bidirectional_attention",
+        "use_conv_bias",
         "use_parallel_residual",
         "use_qk_norm",
         "use_qkv_bias",

@@ -1,7 +1,7 @@
 """Model types that are not supported: the family that each is nearest to in truth, and what sets it apart.
 
-Names mislead: `vaultgemma` normalizes less than Gemma 2, and `qwen3_next` is Qwen 3 in every fourth layer
-only. Facts are those of the modeling files of transformers 5.24.
+Names mislead: `vaultgemma` normalizes less than Gemma 2, and `falcon_mamba` is Mamba with norms inside. Facts
+are those of the modeling files of transformers 5.24.
 """
 
 from __future__ import annotations
@@ -54,7 +54,11 @@ NEAREST: Mapping[str, tuple[str, str]] = {
     ),
     "olmoe": ("mixtral", "it normalizes queries and keys"),
     "phimoe": ("mixtral", "its norms center and it chooses experts otherwise"),
-    "qwen3_next": ("qwen3", "three layers of four are recurrent"),
+    # With recurrent layers.
+    "bamba": ("mamba2", "some of its layers are attention, and each has a feed-forward layer"),
+    "falcon_h1": ("mamba2", "attention stands beside each of its layers"),
+    "falcon_mamba": ("mamba", "it normalizes what steps, writing and reading are made of"),
+    "nemotron_h": ("mamba2", "its layers take turns with attention, feed-forward layers and experts"),
     # Like Gemma.
     "gemma3n_text": ("gemma3_text", "it keeps several streams and embeddings per layer"),
     "gemma4_text": ("gemma3_text", "heads differ by layer"),

@@ -21,7 +21,7 @@ from mergelab.models.layers.routing import Experts
 from mergelab.models.model import Family
 from mergelab.models.table import Row
 
-__all__ = ["QWEN2_MOE", "QWEN3_MOE"]
+__all__ = ["QWEN2_MOE", "QWEN3_MOE", "qwen_experts"]
 
 QWEN2_MOE_ROWS = (
     *LLAMA_ROWS,
@@ -68,7 +68,7 @@ def read_qwen2_moe(config: Mapping[str, Any], place: str) -> DecoderConfig:
         attention={"qkv_bias": fields["qkv_bias"]},
     )
     shared = fields["shared_expert_intermediate_size"]
-    return _with_experts(dense, fields, place, shared=shared, shared_gate=True)
+    return qwen_experts(dense, fields, place, shared=shared, shared_gate=True)
 
 
 def read_qwen3_moe(config: Mapping[str, Any], place: str) -> DecoderConfig:
@@ -91,13 +91,15 @@ def read_qwen3_moe(config: Mapping[str, Any], place: str) -> DecoderConfig:
         windows=(window,) * fields["num_hidden_layers"],
         attention={"qkv_bias": bias, "out_bias": bias, "qk_norm": NormKind("rms", fields["rms_norm_eps"])},
     )
-    return _with_experts(dense, fields, place)
+    return qwen_experts(dense, fields, place)
 
 
-def _with_experts(
-    dense: DecoderConfig, fields: Mapping[str, Any], place: str, **others: Any
-) -> DecoderConfig:
-    """Experts in every `decoder_sparse_step`-th layer but those that are said to have none."""
+def qwen_experts(dense: DecoderConfig, fields: Mapping[str, Any], place: str, **others: Any) -> DecoderConfig:
+    """Experts in every `decoder_sparse_step`-th layer but those that are said to have none.
+
+    Raises:
+        CheckpointError: a layer that has none is none of the layers, or more are chosen than there are.
+    """
     count, only = fields["num_hidden_layers"], fields["mlp_only_layers"] or []
     if any(layer >= count for layer in only):
         raise CheckpointError(

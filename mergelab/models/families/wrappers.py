@@ -13,7 +13,7 @@ from typing import Any
 
 from mergelab.errors import CheckpointError, quoted
 
-__all__ = ["WRAPPERS", "text_config", "text_family"]
+__all__ = ["WRAPPERS", "text_config", "text_family", "without_images"]
 
 _LLAMA = {
     "vocab_size": 32000,
@@ -49,6 +49,8 @@ _TOWERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen2_5_vl_text": ("qwen2", _QWEN_VL),
     "qwen2_vl_text": ("qwen2", _QWEN_VL),
     "qwen3": ("qwen3", _QWEN),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", {}),
+    "qwen3_5_text": ("qwen3_5_text", {}),
 }
 """By the `model_type` of a text_config: the family that computes it, and the defaults of its class."""
 
@@ -61,6 +63,8 @@ WRAPPERS: Mapping[str, str] = {
     "mistral3": "mistral",
     "qwen2_5_vl": "qwen2_5_vl_text",
     "qwen2_vl": "qwen2_vl_text",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
     "vipllava": "llama",
 }
 """Wrappers by `model_type`, and what their text tower is where they do not say."""
@@ -84,6 +88,8 @@ _CLASSES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
 }
 _SHARED = ("bos_token_id", "dtype", "eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype")
 """Fields of the wrapper that speak of its text tower."""
@@ -137,11 +143,11 @@ def text_config(config: Mapping[str, Any], place: str) -> tuple[dict[str, Any], 
     if outer.get("tie_word_embeddings") is True:  # the head is the wrapper's
         merged["tie_word_embeddings"] = True
     merged.setdefault("architectures", [_CLASSES[family]])
-    return _without_images(merged), f"{place} (text_config)"
+    return without_images(merged), f"{place} (text_config)"
 
 
-def _without_images(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with the positions that text has."""
+def without_images(config: dict[str, Any]) -> dict[str, Any]:
+    """The config, which is changed, with the positions that text has."""
     for name in ("rope_scaling", "rope_parameters"):
         rope = config.get(name)
         if not isinstance(rope, Mapping) or "mrope_section" not in rope:

@@ -112,6 +112,7 @@ class AttentionSpec:
         cap: soft cap of the scores, or None.
         clip: largest magnitude of projected queries, keys and values, or None (OLMo 1).
         sinks: whether each head has a learned score of seeing nothing (gpt-oss).
+        gated: whether what heads mix is gated by sigmoids of a further projection (Qwen3-Next).
     """
 
     n_heads: int
@@ -127,6 +128,7 @@ class AttentionSpec:
     cap: float | None = None
     clip: float | None = None
     sinks: bool = False
+    gated: bool = False
 
     @property
     def kept(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -142,7 +144,7 @@ class Attention(nn.Module):
     """Multi-head, grouped-query or multi-query attention.
 
     Sites, under the name it is called with: `input` (what the projections read), `q`, `k` (after their norm
-    and rotation), `v`, `pattern`, `z` (each head's mixed values), `out`.
+    and rotation), `v`, `pattern`, `z` (each head's mixed values, gated where there is a gate), `out`.
 
     Attributes:
         spec: its shape and settings; `window` is already in the mask, `rotary` in the rotation.
@@ -199,7 +201,10 @@ class Attention(nn.Module):
         if spec.sinks:
             sinks = param(self, "sinks", nn.initializers.zeros, (spec.n_heads,), ("heads",))
         pattern = attention_pattern(q, k.astype(q.dtype), visible, spec.scale, spec.cap, sinks)
-        z = tap(f"{site}.z", mix_values(tap(f"{site}.pattern", pattern), v.astype(q.dtype)))
+        z = mix_values(tap(f"{site}.pattern", pattern), v.astype(q.dtype))
+        if spec.gated:
+            z = z * jax.nn.sigmoid(project("gate", spec.n_heads, "heads"))
+        z = tap(f"{site}.z", z)
         output = Linear(x.shape[-1], ("heads", "embed"), spec.out_bias, self.initial_gain, name="o")
         out = output(z.reshape(*x.shape[:2], -1))
         if self.out_norm is not None:

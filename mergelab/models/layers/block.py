@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from mergelab.models.cache import Cache
+from mergelab.models.cache import Cache, Kept
 from mergelab.models.layers.attention import Attention, AttentionSpec, KeysValues, visible_keys
 from mergelab.models.layers.experts import MixtureOfExperts
 from mergelab.models.layers.latent_attention import LatentAttention, LatentSpec
@@ -31,6 +31,7 @@ class Pass:
     Attributes:
         cache: earlier tokens, with room for these; None without a cache.
         tap: what to do at the sites.
+        mask: False for padding among the tokens of this pass; None if there is none.
 
     Args:
         positions: positions of the tokens, for rotations.
@@ -49,6 +50,7 @@ class Pass:
         causal: bool = True,
     ) -> None:
         self.cache, self.tap, self._positions, self._causal = cache, tap, positions, causal
+        self.mask = mask
         length = positions.shape[1]
         steps = jnp.arange(length, dtype=jnp.int32)
         self._queries = steps
@@ -83,12 +85,12 @@ class AnyBlock(Protocol):
     """What a decoder asks of the description of a block: a frozen, hashable dataclass.
 
     A block that `BlockSpec` does not describe is another class with these four members; its module is called
-    with the stream and a `Pass`, and returns the stream and the keys and values that a cache keeps.
+    with the stream and a `Pass`, and returns the stream and the two arrays that a cache keeps of the layer.
     """
 
     @property
-    def kept(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Heads and width of the keys, and of the values, that a cache keeps of every token."""
+    def kept(self) -> Kept:
+        """What a cache keeps of the layer."""
         ...
 
     @property
@@ -126,7 +128,7 @@ class BlockSpec:
     out_scale: float = 1.0
 
     @property
-    def kept(self) -> tuple[tuple[int, int], tuple[int, int]]:
+    def kept(self) -> Kept:
         """See `AnyBlock`."""
         return self.attention.kept
 

@@ -32,6 +32,7 @@ class Experts:
         limit: if given, gates are at most that and what they gate is within it, plus 1 (gpt-oss).
         shared: neurons of a layer that every token passes beside its experts; 0 if there is none.
         shared_gate: whether that layer's output is gated by a sigmoid of its input (Qwen 2 MoE).
+        packed: whether files hold the experts of a layer in one tensor, where they may hold each by itself.
     """
 
     count: int
@@ -50,6 +51,7 @@ class Experts:
     limit: float | None = None
     shared: int = 0
     shared_gate: bool = False
+    packed: bool = False
 
     def outline(self) -> Experts:
         """The same without what changes neither parameters nor sites."""

@@ -100,7 +100,7 @@ def writes_stream(sae: SAE, source: ModelActivations) -> bool:
     if site is None or sae.d_out != source.model.config.d_model:
         return False
     return site == "embed" or site.endswith(
-        (".resid_pre", ".resid_mid", ".resid_post", "attn.out", "mlp.out")
+        (".resid_pre", ".resid_mid", ".resid_post", "attn.out", "mixer.out", "mlp.out")
     )
 
 

@@ -26,6 +26,7 @@ maximum_signature_line_length = 70
 html_theme = "furo"
 html_title = f"mergelab {version}"
 html_static_path = ["_static"]
+html_favicon = "_static/favicon.svg"
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False

@@ -187,20 +187,22 @@ def _fields(kind: Any) -> str:
 def _described(target: Any, place: str) -> str:
     """One object of a face as a directive of Sphinx's Python domain."""
     home, _, name = place.rpartition(".")
+    options = f":module: {home}"
     if target.is_function:
         kind, signature = "function", _signature(target)
     elif target.is_class:
         kind, signature = "class", _fields(target)
     else:
-        annotation = f": {_plain(target.annotation)}" if target.annotation is not None else ""
-        kind, signature = "data", annotation
-    lines = [f"::::::{{py:{kind}}} {name}{signature}", f":module: {home}", "", *_sections(target), ""]
+        kind, signature = "data", ""
+        if target.annotation is not None:
+            options += f"\n:type: {_plain(target.annotation)}"
+    lines = [f"::::::{{py:{kind}}} {name}{signature}\n{options}", "", *_sections(target), ""]
     if target.is_class:
         for member in target.members.values():
             if member.is_alias or (member.name.startswith("_") and member.name != "__call__"):
                 continue
             lines += _member(member)
-    return "\n\n".join(lines).replace(f"\n\n:module: {home}", f"\n:module: {home}") + "\n\n::::::\n"
+    return "\n\n".join(lines) + "\n\n::::::\n"
 
 
 def _member(member: Any) -> list[str]:

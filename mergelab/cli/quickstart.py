@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import textwrap
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import click
 
 from mergelab.cli.numbers import Seed
+from mergelab.cli.verbosity import is_quiet
 
 if TYPE_CHECKING:
-    from mergelab.quickstart.experiment import Progress
+    from tqdm import tqdm
+
     from mergelab.quickstart.results import Results
 
 __all__ = ["command"]
@@ -34,7 +36,7 @@ __all__ = ["command"]
     type=click.Choice(["default", "tiny"]),
     default="default",
     show_default=True,
-    help="Size of the experiment; tiny takes seconds and only shows the mechanics.",
+    help="Size of the experiment; tiny takes about a minute and only shows the mechanics.",
 )
 @click.option("--force", is_flag=True, help="Repeat every stage, including those an earlier run completed.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON, without progress.")
@@ -54,13 +56,41 @@ def command(out: Path, seed: int, preset: str, force: bool, as_json: bool) -> No
     from mergelab.quickstart.experiment import run
     from mergelab.quickstart.presets import PRESETS
 
-    with _progress(quiet=as_json) as on_progress:
-        results = run(out, PRESETS[preset], seed=seed, force=force, on_progress=on_progress)
-    _write_report(results, out)
+    started = time.monotonic()
+    silent = as_json or is_quiet()
+    if not silent:
+        click.echo(_announcement(out, preset, len(PRESETS[preset].recipes)), err=True)
+    with _Bars(quiet=silent) as bars:
+        results = run(out, PRESETS[preset], seed=seed, force=force, on_progress=bars.show)
+        reused = not bars.shown
+        bars.show("report", 0, 1)
+        _write_report(results, out)
+        bars.show("report", 1, 1)
     if as_json:
         click.echo(json.dumps(results.to_dict(), indent=2))
     else:
-        click.echo(_summary(results, out))
+        if not silent:
+            click.echo(_took(time.monotonic() - started, reused), err=True)
+        click.echo(_summary(results, out, seed))
+
+
+_TIMES = {"default": "a few minutes on two cores", "tiny": "about a minute on two cores"}
+
+
+def _announcement(out: Path, preset: str, recipes: int) -> str:
+    """What will happen, where it is written, and how long it takes."""
+    return textwrap.fill(
+        f"Trains a base model and 3 specialists, merges them by {recipes} recipes, evaluates all of them on "
+        f"held-out text, and trains a sparse autoencoder. Writes to {out}; takes {_TIMES[preset]}, and no "
+        "network. What an earlier run has done is kept.",
+        80,
+    )
+
+
+def _took(seconds: float, reused: bool) -> str:
+    if reused:
+        return "Nothing was left to do: these are the results of an earlier run (--force repeats it)."
+    return f"Done in {seconds / 60:.1f} minutes." if seconds >= 90 else f"Done in {seconds:.0f} seconds."
 
 
 def _write_report(results: Results, out: Path) -> None:
@@ -76,27 +106,40 @@ def _write_report(results: Results, out: Path) -> None:
     publish_file(out / "report.html", page.encode())
 
 
-def _summary(results: Results, out: Path) -> str:
+def _summary(results: Results, out: Path, seed: int) -> str:
     from mergelab.report.comparison import cells
     from mergelab.report.tables import text_table
 
-    header, rows = cells(results)
+    header, rows = cells(results, short=True)
     first_merge = 1 + len(results.domains)
+    best = min((s for s in results.scores if s.kind == "merge"), key=lambda s: s.mean).name
+    base = out / "models" / "base"
+    commands = [
+        f"mergelab generate {out / 'merges' / best} --prompt 'def '",
+        f"mergelab evaluate {base} {out / 'merges' / best} --text {out / 'held-out.txt'}",
+        f"mergelab sae features {out / 'sae'} --model {base} "
+        f"--text {out / 'held-out.txt'} --out features.html",
+    ]
+    paragraphs = [
+        *results.verdict,
+        _features(results),
+        f"One seed ({seed}): repeat it with --seed {seed + 1} before you believe a small difference.",
+    ]
     return "\n".join(
         [
             "Bits per byte of held-out text: lower is better, * is the best of a column.",
-            "`keeps` is the part of a specialist's gain over the base that a merge retains.",
+            "`code %` is the part of a specialist's gain over the base that a merge keeps.",
             "",
             text_table(header, rows, rules_before=(1, first_merge)),
             "",
-            *results.verdict,
-            "",
-            _features(results),
-            "",
+            *(line for paragraph in paragraphs for line in [textwrap.fill(paragraph, 80), ""]),
             f"report   {out / 'report.html'}",
             f"figure   {out / 'figure.png'}",
             f"numbers  {out / 'results.json'}",
-            f"models   {out / 'models'}, {out / 'merges'}, {out / 'sae' / 'final'}",
+            f"models   {out / 'models'}, {out / 'merges'}, {out / 'sae'}",
+            "",
+            "Try next:",
+            *(f"  {command}" for command in commands),
         ]
     )
 
@@ -106,26 +149,40 @@ def _features(results: Results) -> str:
     return (
         f"A sparse autoencoder of {figures['latents']} latents on {figures['site']} of the base model leaves "
         f"{figures['nmse']:.1%} of the variance of held-out activations unexplained with {figures['l0']:.0f} "
-        f"latents a token;\nthe report shows {len(results.features['latents'])} of them in the text."
+        f"latents a token; the report shows {len(results.features['latents'])} of them in the text."
     )
 
 
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Progress]:
-    """Shows one bar per kind of stage on stderr; stages that were done before show none."""
-    from tqdm import tqdm
+class _Bars:
+    """One bar for each stage, on stderr; it is closed when the stage ends, so that none stands at 100 %."""
 
-    bars: dict[str, tqdm] = {}
+    def __init__(self, quiet: bool) -> None:
+        self.shown: list[str] = []
+        self._quiet = quiet
+        self._bar: tqdm | None = None
 
-    def on_progress(stage: str, done: int, total: int) -> None:
-        if stage not in bars:
-            for bar in bars.values():
-                bar.close()
-            bars[stage] = tqdm(desc=f"{stage:<12}", total=total, file=sys.stderr, disable=quiet, leave=True)
-        bars[stage].update(done - bars[stage].n)
+    def __enter__(self) -> Self:
+        return self
 
-    try:
-        yield on_progress
-    finally:
-        for bar in bars.values():
-            bar.close()
+    def __exit__(self, *error: object) -> None:
+        self._close()
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        """Moves the bar of a stage, or begins it."""
+        from tqdm import tqdm
+
+        if stage not in self.shown:
+            self._close()
+            self.shown.append(stage)
+            self._bar = tqdm(
+                desc=f"{stage:<12}", total=total, file=sys.stderr, disable=self._quiet, leave=True
+            )
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+            if done >= total:
+                self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None

@@ -52,13 +52,18 @@ def in_reading_order(comparison: Comparison) -> list[ComparedScore]:
     return sorted(comparison.scores, key=lambda s: (order[s.kind], s.mean if s.kind == "merge" else 0.0))
 
 
-def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, in reading order; the best value of every score column is marked with `*`."""
+def cells(comparison: Comparison, *, short: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, in reading order; the best value of every score column is marked with `*`.
+
+    Args:
+        comparison: the models.
+        short: whether `keeps code` is headed `code %`, so that the quickstart's table fits 80 columns.
+    """
     domains = list(comparison.domains)
     scores = in_reading_order(comparison)
     best = {d: min(s.bits[d] for s in scores) for d in domains}
     best_mean = min(s.mean for s in scores)
-    header = ["model", *domains, "mean", *(f"keeps {d}" for d in domains)]
+    header = ["model", *domains, "mean", *(f"{d} %" if short else f"keeps {d}" for d in domains)]
     rows = [
         [
             s.name,

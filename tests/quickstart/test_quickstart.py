@@ -70,7 +70,9 @@ def test_the_table_holds_the_numbers_and_the_verdict(done: SimpleNamespace) -> N
         line = next(line for line in done.result.output.splitlines() if line.startswith(f"{score['name']} "))
         assert all(f"{score['bits'][domain]:.3f}" in line for domain in DOMAINS)
         assert f"{score['mean']:.3f}" in line
-    assert max(map(len, done.result.output.split("Try next")[0].splitlines()[:12])) <= 80
+    shown = done.result.stdout.split("report   ")[0].splitlines()
+    assert max(map(len, shown)) <= 80 and len(shown) > 12
+    assert "takes about a minute" in done.result.stderr and "Try next:" in done.result.stdout
     output = " ".join(done.result.output.split())
     for sentence in done.data["verdict"]:
         assert sentence in output

@@ -16,7 +16,7 @@ from mergelab.models.streamed import StreamedParams, stream_model
 from mergelab.models.weights_by_part import HeldWeights
 from tests.models.tiny_models import CONFIGS, MASK, TOKENS, write
 
-AMPLIFIED = ("gemma", "gemma2", "gemma3", "gemma3, both directions", "granite")
+AMPLIFIED = ("gemma", "gemma2", "gemma3", "gemma3, both directions", "gemma4", "gemma4, experts", "granite")
 """They scale embeddings up, or divide small numbers in norms of what a block adds: compiled as a whole and
 run operation by operation, the pass in memory differs from itself by 1.1e-6 (granite) to 4.6e-6 (gemma)."""
 

@@ -90,7 +90,7 @@ def wrong_encoders(c: EncoderConfig) -> Iterator[tuple[str, EncoderConfig]]:
         yield "no bias", replace(c, relative=None)
         yield "buckets", replace(c, relative=replace(c.relative, buckets=12))
     if isinstance(c.relative, RelativeVectors):
-        if c.relative.reach and c.relative.span > 4:  # in so few buckets distances are what they are clipped to
+        if c.relative.reach and c.relative.span > 4:  # fewer buckets clip alike
             yield "reach", replace(c, relative=replace(c.relative, reach=None))
         if c.relative.norm is not None:
             yield "norm of vectors", replace(c, relative=replace(c.relative, norm=None))

@@ -94,12 +94,12 @@ def wrong_encoders(c: EncoderConfig) -> Iterator[tuple[str, EncoderConfig]]:
             yield "reach", replace(c, relative=replace(c.relative, reach=None))
         if c.relative.norm is not None:
             yield "norm of vectors", replace(c, relative=replace(c.relative, norm=None))
-        block: Any = c.blocks[0]
-        how = block.attention.disentangled
+        blocks: Any = c.blocks
+        how = blocks[0].attention.disentangled
         for name in ("content_to_position", "position_to_content"):
             if getattr(how, name):
-                attention = replace(block.attention, disentangled=replace(how, **{name: False}))
-                yield name, replace(c, blocks=(replace(block, attention=attention),) * c.n_layers)
+                attention = replace(blocks[0].attention, disentangled=replace(how, **{name: False}))
+                yield name, replace(c, blocks=tuple(replace(one, attention=attention) for one in blocks))
 
 
 def wrong(model: Model) -> Iterator[tuple[str, Model]]:

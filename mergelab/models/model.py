@@ -399,9 +399,9 @@ class Model:
             given: dict[str, Any] = {"capture": capture, "edit": edit, "cache": cache, "logits": logits}
             tokens_given = {"positions": positions, "mask": mask, "token_types": token_types}
             return params.run_pass(tokens, places=places, **given, **tokens_given)
-        if positions is None and (texts is not None or self.reads_images):
-            read: Any = images if self.reads_images else texts
-            positions = self.positions(read, mask, cache)
+        placed: Any = images if self.reads_images else texts
+        if positions is None and placed is not None:
+            positions = self.positions(placed, mask, cache)
         # A cache must be filled in every layer, so it carries the pass to the end.
         if edit and places is None and positions is not None:
             places = token_places(positions, mask, cache)

@@ -104,16 +104,16 @@ def wrong_encoders(c: EncoderConfig) -> Iterator[tuple[str, EncoderConfig]]:
         yield "no bias", replace(c, relative=None)
         yield "buckets", replace(c, relative=replace(c.relative, buckets=12))
     if isinstance(c.relative, RelativeVectors):
-        yield "reach", replace(c, relative=replace(c.relative, reach=None if c.relative.reach else 3))
-        yield "span", replace(c, relative=replace(c.relative, span=c.relative.span - 1))
+        if c.relative.reach and c.relative.span > 4:  # fewer buckets clip alike
+            yield "reach", replace(c, relative=replace(c.relative, reach=None))
         if c.relative.norm is not None:
             yield "norm of vectors", replace(c, relative=replace(c.relative, norm=None))
-        block: Any = c.blocks[0]
-        how = block.attention.disentangled
+        blocks: Any = c.blocks
+        how = blocks[0].attention.disentangled
         for name in ("content_to_position", "position_to_content"):
             if getattr(how, name):
-                attention = replace(block.attention, disentangled=replace(how, **{name: False}))
-                yield name, replace(c, blocks=(replace(block, attention=attention),) * c.n_layers)
+                attention = replace(blocks[0].attention, disentangled=replace(how, **{name: False}))
+                yield name, replace(c, blocks=tuple(replace(one, attention=attention) for one in blocks))
 
 
 def wrong_mixers(block: RecurrentBlockSpec) -> Iterator[tuple[str, RecurrentBlockSpec]]:

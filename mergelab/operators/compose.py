@@ -113,6 +113,13 @@ class Merge(Formula):
 
     inputs: Inputs = dataclasses.field(default=Inputs(), metadata={"static": True})
 
+    # Hyper-parameters may be arrays, which have no hash: a merge is itself alone, so that it can be jitted.
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
     def check(self, models: int, has_base: bool) -> None:
         """Checks the number of models, the presence of a base, and the number of per-model values.
 

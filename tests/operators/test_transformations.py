@@ -68,6 +68,11 @@ def test_jit_gives_what_eager_gives(case: str) -> None:
     assert_same(jitted, eager, exactly=not sums_floats(merge))
 
 
+def test_a_merge_itself_can_be_jitted() -> None:
+    merge, models, base = models_of("ties")
+    assert_same(jax.jit(merge)(models, base), merge(models, base), exactly=False)
+
+
 @pytest.mark.parametrize("case", slow_except(LIGHT, CASES))
 def test_eight_devices_give_what_one_gives(case: str) -> None:
     assert len(jax.devices()) == 8

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,12 +17,13 @@ from mergelab.models.layers.norms import Norm, NormKind
 from mergelab.models.layers.relative import RelativeBias, RelativeVectors
 from mergelab.models.model import Architecture
 from mergelab.models.sites import Tap
+from mergelab.models.stack import Stack
 
 __all__ = ["ENCODER", "Encoder", "EncoderConfig", "EncoderEntrance", "EncoderExit", "bert_blocks"]
 
 
 @dataclass(frozen=True)
-class EncoderConfig:
+class EncoderConfig(Stack):
     """An encoder: its blocks, and what stands around them.
 
     Attributes:
@@ -53,41 +53,6 @@ class EncoderConfig:
     relative: RelativeBias | RelativeVectors | None = None
     pooler: bool = False
     causal: bool = False
-
-    @property
-    def n_layers(self) -> int:
-        """Number of blocks."""
-        return len(self.blocks)
-
-    @property
-    def n_heads(self) -> int:
-        """Heads of the first block."""
-        return self._first.attention.n_heads
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a head of the first block."""
-        return self._first.attention.head_dim
-
-    @property
-    def mlp_width(self) -> int:
-        """Neurons of the feed-forward layer of the first block."""
-        return self._first.mlp.hidden
-
-    @property
-    def _first(self) -> Any:
-        return self.blocks[0]
-
-    @property
-    def least_tensors(self) -> int:
-        """Number of tensors that the files of such a model hold at least."""
-        return self.n_layers
-
-    def one_of_each(self) -> tuple[EncoderConfig, Sequence[int]]:
-        """See `mergelab.models.derived.Configuration`."""
-        outlines = {block: block.outline() for block in dict.fromkeys(self.blocks)}
-        numbers = {outline: n for n, outline in enumerate(dict.fromkeys(outlines.values()))}
-        return replace(self, blocks=tuple(numbers)), [numbers[outlines[block]] for block in self.blocks]
 
 
 def bert_blocks(

@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from mergelab.errors import CheckpointError, NonFiniteError, OperatorError
 from mergelab.merging.engine import blocks, stream_jobs
@@ -210,3 +211,20 @@ def test_wrong_numbers_of_models_are_refused_before_anything_is_read() -> None:
         streamed(jobs_for(merge, models[:2], base))
     with pytest.raises(OperatorError, match="base"):
         streamed(jobs_for(merge, models, None))
+
+
+@pytest.mark.parametrize(("case", "decomposes"), [("iso_c", True), ("linear", False)])
+def test_what_is_decomposed_has_one_thread_of_blas(case: str, decomposes: bool) -> None:
+    """With more, decompositions of several tensors wait for each other's threads."""
+    merge, models, base = inputs(case)
+    jobs, seen = jobs_for(merge, models, base), []
+
+    class Watching(ArrayWriter):
+        def write(self, name: str, start: int, array: np.ndarray) -> None:
+            seen.append({found["num_threads"] for found in threadpool_info() if found["user_api"] == "blas"})
+            super().write(name, start, array)
+
+    with threadpool_limits(2, user_api="blas"):
+        stream_jobs(jobs, Watching(jobs))
+        after = {found["num_threads"] for found in threadpool_info() if found["user_api"] == "blas"}
+    assert seen and all(threads == ({1} if decomposes else {2}) for threads in seen) and after == {2}

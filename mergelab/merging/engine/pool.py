@@ -208,6 +208,8 @@ def stream_jobs(
 
 def _one_blas_thread() -> AbstractContextManager[object]:
     """Context in which a decomposition keeps to the thread that asks: threads of BLAS wait for each other."""
+    # What is limited has to be loaded: JAX takes LAPACK from there, at its first decomposition.
+    import scipy.linalg.cython_lapack  # noqa: F401
     from threadpoolctl import threadpool_limits
 
     return threadpool_limits(1, user_api="blas")

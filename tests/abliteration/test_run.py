@@ -63,6 +63,7 @@ def command(folder: Path, out: Path, *more: str) -> Any:
     return CliRunner().invoke(cli, arguments, catch_exceptions=False)
 
 
+@pytest.mark.thorough
 def test_the_command_writes_an_edited_folder_and_says_what_it_measured(
     planted: Planted, folder: Path, tmp_path: Path
 ) -> None:

@@ -104,7 +104,7 @@ def test_no_field_that_transformers_writes_of_a_model_is_unknown() -> None:
     """Whole dumps of every family's default config, as `to_dict` gives them, are read in silence."""
     import transformers
 
-    for kind in FAMILIES:
+    for kind in FAMILIES.keys() - {"neobert"}:  # which is not among the models of transformers
         # The default heads of GLM-4.5 are of a width that cannot be rotated by half.
         given = {"head_dim": 128} if kind == "glm4_moe" else {}
         if kind == "gemma4_text":  # the default is a model that is refused by name

@@ -101,29 +101,42 @@ def values(folder: Path, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def hidden_states(folder: Path, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """What leaves each block but the last, `[layers - 1, batch, length, width]`."""
-    found = run(folder, tokens, mask, output_hidden_states=True).hidden_states
+    """What leaves each block but the last, `[layers - 1, batch, length, width]`; zeros in padding.
+
+    Each row is run alone: where a projection has a bias, padding gets into Mamba's convolutions.
+    """
     kind = json.loads((folder / "config.json").read_text())["model_type"]
-    inner = found[:-2] if kind in ("mamba", "mamba2") else found[1:-1]  # others begin with the embeddings
-    return np.stack([state.numpy() for state in inner])
+    rows = []
+    for row, real in zip(tokens, mask, strict=True):
+        alone = np.ones((1, int(real.sum())), bool)
+        found = run(folder, row[real][None], alone, output_hidden_states=True).hidden_states
+        inner = found[:-2] if kind in ("mamba", "mamba2") else found[1:-1]  # others begin with the embeddings
+        states = np.zeros((len(inner), len(row), inner[0].shape[-1]), np.float32)
+        states[:, real] = np.stack([state[0].numpy() for state in inner])
+        rows.append(states)
+    return np.stack(rows, axis=1)
 
 
-def continued(folder: Path, tokens: np.ndarray, mask: np.ndarray, count: int) -> list[list[int]]:
-    """The likeliest next tokens of each row, generated with a cache."""
+def continued(folder: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """The likeliest next tokens of each prompt by itself, generated with a cache; none ends a text.
+
+    Where steps are limited there is no cache: Mamba 2 of transformers limits them in whole passes alone.
+    """
     import torch
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    options = transformers.GenerationConfig(
-        max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
-    with torch.no_grad():
-        out = model.generate(
-            torch.from_numpy(tokens).long(),
-            attention_mask=torch.from_numpy(mask).long(),
-            generation_config=options,
-        )
-    return out[:, tokens.shape[1] :].tolist()
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    limited = "time_step_limit" in json.loads((folder / "config.json").read_text())
+    found = []
+    for prompt in prompts:
+        tokens = torch.tensor([prompt])
+        with torch.no_grad():
+            out = model.generate(
+                tokens, max_new_tokens=count, do_sample=False, pad_token_id=0, use_cache=not limited
+            )
+        found.append(out[0, len(prompt) :].tolist())
+    return found
 
 
 def hidden_and_patterns(folder: Path, tokens: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:

@@ -45,7 +45,8 @@ def after_padding(fields: Mapping[str, Any], padding: int, place: str) -> dict[s
 
 def read_roberta(config: Mapping[str, Any], place: str) -> EncoderConfig:
     """Reads a `config.json`; raises `CheckpointError` for what this family does not implement."""
-    fields = read_bert_fields(config, place, {**BERT_OPTIONAL, "pad_token_id": 1})
+    stated = {name: value for name, value in config.items() if (name, value) != ("pad_token_id", None)}
+    fields = read_bert_fields(stated, place, {**BERT_OPTIONAL, "pad_token_id": 1})
     return bert_encoder(fields, **after_padding(fields, fields["pad_token_id"], place))
 
 

@@ -40,8 +40,8 @@ _INERT = (
 
 
 def rank_of(config: Mapping[str, Any], name: str, width: int) -> dict[str, Any]:
-    """The config with a number for a rank that is `auto`: a sixteenth of the width, rounded up."""
-    if config.get(name, "auto") != "auto":
+    """The config with a number for a rank that is `auto`, or null: a sixteenth of the width, rounded up."""
+    if config.get(name) not in (None, "auto"):
         return dict(config)
     return {**config, name: math.ceil(width / 16)}
 

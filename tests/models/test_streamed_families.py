@@ -20,9 +20,9 @@ AMPLIFIED = (
     *("gemma", "gemma2", "gemma3", "gemma3, both directions", "gemma4", "gemma4, experts", "granite"),
     *("mamba, untied, no biases", "mamba2"),
 )
-"""They scale embeddings up, divide small numbers in norms of what a block adds, or read a memory that products
-of products wrote: compiled as a whole and run operation by operation, the pass in memory differs from itself by
-0.9e-6 (mamba, untied) to 4.6e-6 (gemma)."""
+"""They scale embeddings up, divide small numbers in norms of what a block adds, or read a memory that
+products of products wrote: compiled as a whole and run operation by operation, the pass in memory differs
+from itself by 0.9e-6 (mamba, untied) to 4.6e-6 (gemma)."""
 
 
 def half(x: jax.Array, site: str, mask: jax.Array) -> jax.Array:

@@ -50,7 +50,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "quickstart --preset tiny --out q",
         f"sae features q/sae --model {base} --text {held_out} --out features.html --latents 40",
         f"diff {base} q/models/code q/models/prose --out diff",
-        f"explain q/recipes/linear.yaml --sae q/sae --text {held_out} --out explained",
+        f"explain q/recipes/linear.yaml --base {base} --sae q/sae --text {held_out} --out explained",
         f"solve {base} tasks.jsonl --method vote --samples 2 --budget 8 --out solved",
     ):
         command = [sys.executable, "-m", "mergelab", *line.split()]

@@ -52,7 +52,10 @@ class Reference:
         member = self.faces[face].members.get(name)
         if member is None:
             return None
-        return member.final_target if member.is_alias else member
+        found = member.final_target if member.is_alias else member
+        if found.is_module and not found.is_init_module and name in found.members:
+            return found.members[name]  # `capture`, of the file of that name
+        return found
 
     def place(self, face: str, name: str) -> str | None:
         """The full name under which a name of a face is described."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -54,9 +55,24 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     """Frees the collector from what a file's tests leave for good: traced programs, in the end millions of
     objects, which each full collection would walk again.
     """
-    if nextitem is not None and nextitem.path != item.path:
-        gc.collect()
-        gc.freeze()
+    if nextitem is None or nextitem.path == item.path:
+        return
+    if resident_bytes() > PROGRAMS_LIMIT:  # a whole run's programs would fill a small machine
+        gc.unfreeze()
+        jax.clear_caches()
+    gc.collect()
+    gc.freeze()
+
+
+PROGRAMS_LIMIT = 3 * 2**30
+
+
+def resident_bytes() -> int:
+    """The memory of this process, in bytes; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
 
 
 # A shell starts its background jobs deaf to Ctrl-C, and a command stays as it was started.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +34,29 @@ ODD: list[Any] = [
 FAMILIES = {config["model_type"]: config for config in reversed(CONFIGS.values())}
 
 
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Fails where what is inside is still running after `seconds` of CPU time."""
+
+    def stop(*_: object) -> None:
+        raise AssertionError(f"still running after {seconds:g} CPU seconds")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
 def use(config: dict[str, Any]) -> None:
     """What is computed from a configuration before any weight is read, for weights of two layers."""
-    model = model_from_config(config)
-    model = model.for_tensors([f"model.layers.{i}.{part}" for i in range(2) for part in range(20)])
-    stored_shapes(model.table())
-    model.sites()
+    with time_limit(30):
+        model = model_from_config(config)
+        model = model.for_tensors([f"model.layers.{i}.{part}" for i in range(2) for part in range(20)])
+        stored_shapes(model.table())
+        model.sites()
 
 
 EVERY = [False, pytest.param(True, marks=pytest.mark.slow)]

@@ -230,7 +230,7 @@ def _own(fields: Mapping[str, Any], windows: Sequence[int | None], place: str) -
 def _block(fields: Mapping[str, Any], window: int | None, place: str) -> Gemma4Block:
     """The block of a local layer, or of a global one (`window` None)."""
     norm, heads = NormKind("rms", fields["rms_norm_eps"]), fields["num_attention_heads"]
-    head_dim, key_heads = fields["head_dim"], fields["num_key_value_heads"]
+    head_dim, key_heads = fields["head_dim"], fields["num_key_value_heads"] or heads
     shared = fields["attention_k_eq_v"] and window is None
     if heads % key_heads:
         raise CheckpointError(

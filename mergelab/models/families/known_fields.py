@@ -48,13 +48,15 @@ SIZES: Mapping[str, tuple[int, int]] = {
     **dict.fromkeys(("hidden_size_per_layer_input", "num_kv_shared_layers"), (0, _MAX)),
     **dict.fromkeys(("max_window_layers", "pad_token_id", "type_vocab_size"), (0, _MAX)),
     **dict.fromkeys(("max_relative_positions", "position_buckets"), (-1, _MAX)),
-    "conv_kernel_size": (0, 2**10),
+    "conv_kernel_size": (0, 2**8),
+    # A convolution over time is a sum that is written out tap by tap; real ones have four.
+    **dict.fromkeys(("conv_kernel", "linear_conv_kernel_dim", "mamba_d_conv"), (1, 2**8)),
     **dict.fromkeys(("attn_layer_offset", "expert_layer_offset"), (0, MAX_LAYERS)),
     **dict.fromkeys(
         (
             *("attn_layer_period", "expert_layer_period"),
-            *("conv_kernel", "expand", "n_groups", "num_heads", "state_size", "time_step_rank"),
-            *("mamba_d_conv", "mamba_d_state", "mamba_dt_rank", "mamba_expand"),
+            *("expand", "n_groups", "state_size", "time_step_rank"),
+            *("mamba_d_state", "mamba_dt_rank", "mamba_expand"),
         ),
         (1, 2**24),
     ),
@@ -89,7 +91,6 @@ SIZES: Mapping[str, tuple[int, int]] = {
             "decoder_sparse_step",
             "full_attention_interval",
             "kv_lora_rank",
-            "linear_conv_kernel_dim",
             "linear_key_head_dim",
             "linear_num_key_heads",
             "linear_num_value_heads",

@@ -173,7 +173,7 @@ def read_mamba2(config: Mapping[str, Any], place: str) -> DecoderConfig:
         fields["expand"] * fields["hidden_size"],
     )
     faults = []
-    if heads * fields["head_dim"] != channels:
+    if heads * (fields["head_dim"] or 0) != channels:
         faults.append(
             f"{place} has {heads} heads of width {fields['head_dim']} for {channels} channels (expand times "
             "hidden_size), which they must fill; correct one of them."

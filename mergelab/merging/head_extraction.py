@@ -23,11 +23,20 @@ __all__ = [
 ]
 
 _INNER = {
-    "albert": "albert.", "bert": "bert.", "distilbert": "distilbert.", "electra": "electra.",
-    "gpt2": "transformer.", "gpt_neox": "gpt_neox.", "mpnet": "mpnet.", "roberta": "roberta.",
-    **dict.fromkeys(("bloom", "falcon", "gpt_neo", "gptj"), "transformer."),
+    "albert": "albert.", "bert": "bert.", "deberta-v2": "deberta.", "distilbert": "distilbert.",
+    "electra": "electra.", "gpt_neox": "gpt_neox.", "mpnet": "mpnet.", "vit": "vit.",
+    **dict.fromkeys(("camembert", "roberta", "xlm-roberta"), "roberta."),
+    **dict.fromkeys(("bloom", "falcon", "gpt2", "gpt_neo", "gptj"), "transformer."),
+    **dict.fromkeys(("mamba", "mamba2"), "backbone."),
     **dict.fromkeys(
-        ("gemma", "gemma2", "llama", "mistral", "mixtral", "opt", "phi", "phi3", "qwen2", "qwen3"), "model."
+        (
+            "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "gemma", "gemma2", "gemma3_text",
+            "gemma4_text", "glm", "glm4", "glm4_moe", "gpt_oss", "granite", "jamba", "llama", "llama4_text",
+            "mistral", "mixtral", "modernbert", "neobert", "olmo", "olmo2", "olmo3", "opt", "phi", "phi3",
+            "qwen2", "qwen2_moe", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next",
+            "smollm3", "stablelm", "starcoder2",
+        ),
+        "model.",
     ),
 }  # fmt: skip
 """By model type: where a class with a head keeps the model without one."""

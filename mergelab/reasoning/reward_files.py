@@ -32,9 +32,14 @@ _KINDS: tuple[tuple[str, RewardKind], ...] = (
 _MODULES = ("score", "classifier")
 
 _CLASSES = {
-    "bert": "Bert", "gemma2": "Gemma2", "gemma3_text": "Gemma3Text", "gpt2": "GPT2", "gpt_neox": "GPTNeoX",
-    "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "phi3": "Phi3", "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
+    "bert": "Bert", "bloom": "Bloom", "deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3",
+    "falcon": "Falcon", "gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3Text", "glm": "Glm",
+    "glm4": "Glm4", "gpt2": "GPT2", "gpt_neo": "GPTNeo", "gpt_neox": "GPTNeoX", "gpt_oss": "GptOss",
+    "gptj": "GPTJ", "jamba": "Jamba", "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral",
+    "olmo": "Olmo", "olmo2": "Olmo2", "olmo3": "Olmo3", "opt": "OPT", "phi": "Phi", "phi3": "Phi3",
+    "qwen2": "Qwen2", "qwen2_moe": "Qwen2Moe", "qwen3": "Qwen3", "qwen3_5_text": "Qwen3_5Text",
+    "qwen3_moe": "Qwen3Moe", "qwen3_next": "Qwen3Next", "smollm3": "SmolLM3", "stablelm": "StableLm",
+    "starcoder2": "Starcoder2",
 }  # fmt: skip
 """What names of HF's classes begin with."""
 

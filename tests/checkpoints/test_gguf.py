@@ -216,7 +216,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm": {**BASE, "model_type": "stablelm", "use_qkv_bias": True, "use_parallel_residual": True},
     "cohere": {**BASE, "model_type": "cohere", "logit_scale": 0.25, "rope_theta": 75000.0},
     "cohere, normalized heads": {**BASE, "model_type": "cohere", "use_qk_norm": True, "rope_theta": 75000.0},
+    "cohere2": {
+        **BASE,
+        "model_type": "cohere2",
+        "num_hidden_layers": 4,
+        "logit_scale": 0.25,
+        "rope_theta": 50000.0,
+        "sliding_window": 16,
+        "layer_types": [*["sliding_attention"] * 3, "full_attention"],
+    },
     "glm4": {**BASE, "model_type": "glm4", "head_dim": 32},
+    "qwen2_moe": {
+        **BASE,
+        "model_type": "qwen2_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 64,
+    },
     "qwen3_moe": {
         **BASE,
         "model_type": "qwen3_moe",
@@ -231,7 +248,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 for _name in ("gpt_neox",):
     for _field in ("num_key_value_heads", "rms_norm_eps"):
         FAMILIES[_name].pop(_field)
-for _name in ("starcoder2", "phi", "stablelm", "cohere", "cohere, normalized heads"):
+for _name in ("starcoder2", "phi", "stablelm", "cohere", "cohere, normalized heads", "cohere2"):
     FAMILIES[_name].pop("rms_norm_eps")
 
 
@@ -279,12 +296,12 @@ def test_names_and_layouts_are_those_of_llama_cpp(folders: Callable[[str], Path]
     architectures |= {"gpt2": "GPT2", "gpt_neox": "GPTNEOX", "qwen3": "QWEN3"}
     architectures |= {"olmo2": "OLMO2", "granite": "GRANITE", "starcoder2": "STARCODER2", "phi": "PHI2"}
     architectures |= {"stablelm": "STABLELM", "cohere": "COMMAND_R", "glm4": "GLM4", "bloom": "BLOOM"}
-    architectures |= {"qwen3_moe": "QWEN3MOE"}
+    architectures |= {"qwen3_moe": "QWEN3MOE", "qwen2_moe": "QWEN2MOE", "cohere2": "COHERE2"}
     for name, architecture in architectures.items():
         path = tmp_path / f"{name}.gguf"
         write_gguf(open_checkpoint(folders(name)), path)
         reader = gguf.GGUFReader(path)
-        known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], 2)
+        known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], 4)
         for tensor, source in open_checkpoint(folders(name)).tensors.items():
             stem, _, ending = tensor.rpartition(".")
             if ".experts." in stem:  # the package knows the merged name alone
@@ -311,6 +328,11 @@ def test_names_and_layouts_are_those_of_llama_cpp(folders: Callable[[str], Path]
         if name == "gpt_neox":
             ours = theirs["gpt_neox.layers.0.attention.query_key_value.bias"].reshape(4, 3, 16)
             assert np.array_equal(values["blk.0.attn_qkv.bias"].reshape(3, 4, 16), ours.swapaxes(0, 1))
+        if name == "qwen2_moe":
+            ours = theirs["model.layers.0.mlp.shared_expert_gate.weight"]
+            assert ours.shape == (1, 64) and np.array_equal(
+                values["blk.0.ffn_gate_inp_shexp.weight"], ours[0]
+            )
         if name == "mixtral":
             ours = theirs["model.layers.0.block_sparse_moe.experts.3.w2.weight"]
             assert np.array_equal(values["blk.0.ffn_down_exps.weight"][3], ours)

@@ -25,10 +25,10 @@ __all__ = [
     "rotary_order",
 ]
 
-Change = Literal["", "rotary", "rotary_kv", "fused_heads", "minus_one", "transposed", "experts"]
+Change = Literal["", "rotary", "rotary_kv", "fused_heads", "minus_one", "transposed", "experts", "one_row"]
 """What makes a stored tensor the Hugging Face one: nothing; rows of a head ordered in halves, not in pairs;
 query, key and value ordered by head; 1 subtracted (norms of Gemma); a transposition; one slice for each
-expert."""
+expert; a matrix of one row, stored as a vector."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,13 @@ _NAMED_EXPERTS = (
         for name in ("gate", "down", "up")
     ),
 )
+_SHARED_EXPERT = (
+    Tensor("blk.{i}.ffn_gate_inp_shexp", f"{_LAYER}.mlp.shared_expert_gate", "one_row"),
+    *(
+        Tensor(f"blk.{{i}}.ffn_{name}_shexp", f"{_LAYER}.mlp.shared_expert.{name}_proj")
+        for name in ("gate", "down", "up")
+    ),
+)
 
 LLAMA = Architecture("llama", (*_OUTSIDE, *_NORMS, *_ROTARY_ATTENTION, *_MLP))
 QWEN3 = (*_OUTSIDE, *_NORMS, *_ATTENTION, *_HEAD_NORMS, *_MLP)
@@ -186,6 +193,7 @@ ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
     ),
     "stablelm": (Architecture("stablelm", (*_OUTSIDE, *_NORMS, *_ATTENTION, *_MLP)),),
     "command-r": (Architecture("cohere", (*_OUTSIDE, _NORMS[0], *_ATTENTION, *_HEAD_NORMS, *_MLP)),),
+    "cohere2": (Architecture("cohere2", (*_OUTSIDE, _NORMS[0], *_ATTENTION, *_MLP)),),
     "glm4": (
         Architecture(
             "glm4",
@@ -199,6 +207,9 @@ ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
                 _MLP[2],
             ),
         ),
+    ),
+    "qwen2moe": (
+        Architecture("qwen2_moe", (*_OUTSIDE, *_NORMS, *_ATTENTION, *_NAMED_EXPERTS, *_SHARED_EXPERT)),
     ),
     "qwen3moe": (
         Architecture("qwen3_moe", (*_OUTSIDE, *_NORMS, *_ATTENTION, *_HEAD_NORMS, *_NAMED_EXPERTS)),

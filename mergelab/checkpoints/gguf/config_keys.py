@@ -103,6 +103,11 @@ def _put_declared(
     for name, values in declared.constants.items():
         if name in config and config[name] not in values:
             raise has_no_key(place, name, config[name])
+    types, every = config.get("layer_types"), declared.global_every
+    if every is not None and types is not None:
+        kinds = ("sliding_attention", "full_attention")
+        if list(types) != [kinds[(i + 1) % every == 0] for i in range(config["num_hidden_layers"])]:
+            raise has_no_key(place, "layer_types", types)
     width = config["hidden_size" if "hidden_size" in config else "n_embed"]
     heads = size("num_attention_heads")
     put("context_length", "I", size("max_position_embeddings") or 2048)

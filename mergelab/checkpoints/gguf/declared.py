@@ -46,6 +46,8 @@ class Declared:
         wide_heads: whether a head may be wider than its share of the stream.
         names: other names of the sizes: of `num_hidden_layers`, ...
         absent: keys of files that hold another model under the same architecture, and which.
+        global_every: number of layers of which the last sees all tokens and the others a window, where
+            llama.cpp knows no other order; None where layers are alike.
     """
 
     model_class: str
@@ -57,6 +59,7 @@ class Declared:
     wide_heads: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
+    global_every: int | None = None
 
 
 def has_no_key(place: str, name: str, value: Any) -> CheckpointError:
@@ -134,6 +137,24 @@ DECLARED: Mapping[str, Declared] = {
         _SILU,
         {"attention_bias": _Q_BIAS, "use_qk_norm": "blk.0.attn_q_norm.weight"},
     ),
+    "cohere2": Declared(
+        "Cohere2ForCausalLM",
+        (
+            _KV,
+            _layer_norm("layer_norm_eps"),
+            Key("logit_scale", "logit_scale", "f", 0.0625),
+            Key("attention.sliding_window", "sliding_window", "I", 4096),
+            Key("vocab_size", "vocab_size", required=False),
+        ),
+        {
+            **_SILU,
+            "attention_bias": (False,),
+            "use_qk_norm": (False,),
+            "sliding_window_pattern": (4,),
+            "_sliding_window_pattern": (4, None),
+        },
+        global_every=4,
+    ),
     "glm4": Declared(
         "Glm4ForCausalLM",
         (Key("attention.head_count_kv", "num_key_value_heads", "I", 2), _rms(1.5625e-07)),
@@ -141,6 +162,25 @@ DECLARED: Mapping[str, Declared] = {
         {"attention_bias": _Q_BIAS},
         partial=0.5,
         wide_heads=True,
+    ),
+    "qwen2_moe": Declared(
+        "Qwen2MoeForCausalLM",
+        (
+            Key("attention.head_count_kv", "num_key_value_heads", "I", 16),
+            _rms(1e-6),
+            Key("expert_count", "num_experts", "I", 60),
+            Key("expert_used_count", "num_experts_per_tok", "I", 4),
+            Key("expert_feed_forward_length", "moe_intermediate_size", "I", 1408),
+            Key("expert_shared_feed_forward_length", "shared_expert_intermediate_size", "I", 5632),
+        ),
+        {
+            **_SILU,
+            "norm_topk_prob": (False,),
+            "decoder_sparse_step": (1,),
+            "mlp_only_layers": ([], None),
+            "use_sliding_window": (False,),
+        },
+        {"qkv_bias": _Q_BIAS},
     ),
     "qwen3_moe": Declared(
         "Qwen3MoeForCausalLM",

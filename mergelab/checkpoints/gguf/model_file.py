@@ -303,6 +303,8 @@ def _source(
     begin = 0 if expert is None else expert * math.prod(shape)
     if change == "transposed" and len(shape) == 2:
         return GgufTensor(name, shape[::-1], stored, transposed=True)
+    if change == "one_row" and len(shape) == 1:
+        shape = (1, *shape)
     if change == "minus_one":
         return GgufTensor(name, shape, stored, shift=-1.0)
     if change in ("rotary", "rotary_kv", "fused_heads"):

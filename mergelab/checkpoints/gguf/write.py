@@ -233,6 +233,8 @@ def _outputs(checkpoint: Checkpoint, architecture: Architecture, dtype: int | No
         shape = parts[0].shape
         if change == "transposed":
             shape = shape[::-1]
+        if change == "one_row":
+            shape = shape[-1:]
         if change == "experts":
             shape = (len(parts), *shape)
         kind = _kind(stored, shape, parts[0], dtype)

@@ -1,10 +1,12 @@
 """Times the forward pass and generation of random Llamas: mergelab and transformers, side by side.
 
     python -m benchmarks.forward --work DIR [--publish]
+    python -m benchmarks.forward --work DIR --families [NAME ...]
     python -m benchmarks.forward --work DIR --only --folder SmolLM2=path/to/SmolLM2 --dtype bfloat16 --batch 1
 
 The programs take turns, each in a process of its own, so that a machine that slows down slows both; the table
 gives medians. Both must generate the same tokens. `--publish` writes the table into benchmarks/README.md.
+With `--families` it times one pass over a small model of each family instead, beside the Llama of its width.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.forward_families import FAMILIES, render_families
 from benchmarks.machine import describe
 from benchmarks.process import measure
 from benchmarks.table import replace_section
@@ -28,6 +31,7 @@ __all__ = ["MODELS", "build_model", "main", "render"]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results" / "forward.json"
+FAMILY_RESULTS = RESULTS.with_name("forward_families.json")
 PROGRAMS = ("mergelab", "transformers")
 AIMS = {"prefill": 1.0, "decode": 2.0}
 
@@ -50,12 +54,14 @@ MODELS: Mapping[str, dict[str, int]] = {
 """The shapes: 2.2M and 100.4M parameters."""
 
 
-def build_model(folder: Path, shape: Mapping[str, int]) -> int:
-    """Writes a random Llama unless it is there; returns its number of parameters."""
+def build_model(folder: Path, shape: Mapping[str, Any]) -> int:
+    """Writes a random Llama, or model of the shape's type, unless it is there; its number of parameters."""
     from mergelab.models.families import model_from_config
     from mergelab.models.save import save_model
 
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 2048}
+    config: dict[str, Any] = {"model_type": "llama", "max_position_embeddings": 2048}
+    if "model_type" not in shape:
+        config["architectures"] = ["LlamaForCausalLM"]
     model = model_from_config({**config, **shape})
     if not folder.is_dir():
         save_model(model, model.init(0), folder)
@@ -94,8 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         },
         "models": {},
     }
-    folders = {name: options.work.resolve() / name for name in options.only}
-    sizes_of = {name: build_model(folder, MODELS[name]) for name, folder in folders.items()}
+    shapes: Mapping[str, Mapping[str, Any]] = MODELS
+    if options.families is not None:
+        shapes, options.only = FAMILIES, ["llama", *(options.families or list(FAMILIES)[1:])]
+        results["pass"] |= {"batch": 1, "new": 0}
+    folders = {name: options.work.resolve() / name for name in dict.fromkeys(options.only)}
+    sizes_of = {name: build_model(folder, shapes[name]) for name, folder in folders.items()}
     for name, folder in options.folder:
         folders[name], sizes_of[name] = folder.resolve(), count_parameters(folder)
     for name, folder in folders.items():
@@ -110,12 +120,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             print(f"{turn + 1}/{options.repeats} {name}", file=sys.stderr)
         results["models"][name] = {"parameters": parameters, **_summary(runs)}
     (options.json or options.work / "forward.json").write_text(json.dumps(results, indent=1))
-    print(render(results))
+    table, place, section = render, RESULTS, "forward table"
+    if options.families is not None:
+        table, place, section = render_families, FAMILY_RESULTS, "families table"
+    print(table(results))
     if options.publish:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(json.dumps(results, indent=1) + "\n")
         page = REPOSITORY / "benchmarks" / "README.md"
-        text = replace_section(page.read_text(encoding="utf-8"), "forward table", render(results))
+        text = replace_section(page.read_text(encoding="utf-8"), section, table(results))
         page.write_text(text, encoding="utf-8")
     return results
 
@@ -124,13 +137,17 @@ def _summary(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Medians of both programs, and how far their results agree."""
     ours, theirs = (runs[program][0] for program in PROGRAMS)
     medians = {
-        program: {kind: statistics.median(run[f"{kind}_tokens_per_second"] for run in found) for kind in AIMS}
+        program: {
+            kind: statistics.median(run[f"{kind}_tokens_per_second"] for run in found)
+            for kind in AIMS
+            if f"{kind}_tokens_per_second" in found[0]
+        }
         for program, found in runs.items()
     }
     return {
         "median": medians,
         "device": {program: found[0]["device"] for program, found in runs.items()},
-        "same_tokens": ours["generated"] == theirs["generated"],
+        "same_tokens": ours.get("generated") == theirs.get("generated"),
         "largest_logit_difference": float(
             np.abs(np.array(ours["logits"]) - np.array(theirs["logits"])).max()
         ),
@@ -170,6 +187,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--folder", action="append", type=_named_folder, default=[], metavar="NAME=FOLDER",
         help="one more model, a real one; repeatable",
     )  # fmt: skip
+    parser.add_argument(
+        "--families",
+        nargs="*",
+        choices=FAMILIES,
+        metavar="NAME",
+        help="families in place of Llamas; all if none",
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)

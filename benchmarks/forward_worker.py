@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--new", type=int, default=64, help="tokens to generate; 0 for prefill alone")
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
     build = mergelab_program if options.program == "mergelab" else transformers_program
@@ -101,14 +101,15 @@ def main() -> None:
     tokens = draw.integers(0, 256, (options.batch, options.length)).astype(np.int32)
     prompts = tokens[:, :_PROMPT]
     prefill = _fastest(lambda: program.prefill(tokens))
-    decode = _fastest(lambda: program.decode(prompts, options.new))
     result = {
         "device": program.device,
         "prefill_tokens_per_second": tokens.size / prefill,
-        "decode_tokens_per_second": options.batch * options.new / decode,
-        "generated": program.decode(prompts, options.new).tolist(),
         "logits": program.prefill(tokens)[:, :8].astype(float).tolist(),
     }
+    if options.new:
+        decode = _fastest(lambda: program.decode(prompts, options.new))
+        result["decode_tokens_per_second"] = options.batch * options.new / decode
+        result["generated"] = program.decode(prompts, options.new).tolist()
     print(json.dumps(result))
 
 

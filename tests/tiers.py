@@ -20,6 +20,7 @@ THOROUGH = frozenset(
         "tests/decoding/test_by_block.py",
         "tests/decoding/test_edits_by_token.py",
         "tests/decoding/test_forks.py",
+        "tests/decoding/test_further_layer.py",
         "tests/decoding/test_memory.py",
         "tests/decoding/test_speculative.py",
         "tests/decoding/test_spread.py",

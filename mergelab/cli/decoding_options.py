@@ -101,7 +101,8 @@ _OPTIONS = [
         "--draft",
         type=click.Path(path_type=Path),
         metavar="MODEL",
-        help="Small model of the same vocabulary that drafts tokens; the text keeps its distribution.",
+        help="Small model of the same vocabulary that drafts tokens, or mtp for the model's own layer of "
+        "multi-token prediction; the text keeps its distribution.",
     ),
     click.option("--beams", type=WholeNumber(1), help="Number of beginnings that a beam search follows."),
     click.option("--think-end", metavar="TEXT", help="Text that ends thinking, such as '</think>'."),

@@ -200,9 +200,16 @@ def _by_method(
 ) -> dict[str, Any]:
     """Loads the model, and continues one prompt by the method that the options name."""
     from mergelab.checkpoints.locations import local_path
-    from mergelab.cli.generation_methods import check_draft, continue_by_method
+    from mergelab.cli.generation_methods import (
+        check_draft,
+        check_own_layer,
+        continue_by_method,
+        drafts_itself,
+    )
 
-    if options["draft"] is not None:
+    if drafts_itself(options["draft"]):
+        check_own_layer(path, read_model(path))
+    elif options["draft"] is not None:
         options = {**options, "draft": local_path(options["draft"])}
         check_draft(path, read_model(path), tokenizer, options["draft"])
     model, params = load_either(path, options["mesh"], options["dtype"])

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mergelab.sae.sae import SAE
     from mergelab.text.tokenizer import Tokenizer
 
-__all__ = ["check_draft", "continue_by_method", "with_token_sets"]
+__all__ = ["check_draft", "check_own_layer", "continue_by_method", "drafts_itself", "with_token_sets"]
 
 
 def with_token_sets(
@@ -43,6 +43,22 @@ def with_token_sets(
     if options["ban"]:
         first.append(ban_texts_of(tokenizer, options["ban"], vocab_size))
     return Sampler(chain(*first, *sampler.transforms.transforms), sampler.random)
+
+
+def drafts_itself(draft: Path | None) -> bool:
+    """Whether `--draft` names the model's own layer; `./mtp` is a folder of that name."""
+    return draft is not None and str(draft) == "mtp"
+
+
+def check_own_layer(path: Path, model: Model) -> None:
+    """Refuses a model without a layer of multi-token prediction before any weight is read.
+
+    Raises:
+        CheckpointError: it has none, or none that is run.
+    """
+    from mergelab.models.further_tokens import further_layer
+
+    further_layer(model, str(path))
 
 
 def check_draft(path: Path, model: Model, tokenizer: Tokenizer | None, draft: Path) -> None:
@@ -107,7 +123,7 @@ def continue_by_method(
     if options["beams"] is not None:
         return _beams(model, params, tokenizer, ids, ends, options, shared)
     if options["draft"] is not None:
-        found, told = _drafted(model, params, tokenizer, ids, ends, options, shared)
+        found, told = _drafted(path, model, params, tokenizer, ids, ends, options, shared)
     else:
         told: dict[str, Any] = {}
         found = _completions(
@@ -184,6 +200,7 @@ def _without_text(
 
 
 def _drafted(
+    path: Path,
     model: Model,
     params: Any,
     tokenizer: Tokenizer | None,
@@ -197,11 +214,17 @@ def _drafted(
 
     import numpy as np
 
-    from mergelab.cli.options import load_either
+    from mergelab.cli.options import load_either, model_mesh
     from mergelab.decoding import Completion, speculate, stop_at
     from mergelab.decoding.completion import at_stop_string, new_text
+    from mergelab.models.further_tokens import load_further_layer
 
-    draft, draft_params = load_either(options["draft"], options["mesh"], options["dtype"])
+    draft: Any
+    if drafts_itself(options["draft"]):
+        mesh = None if options["mesh"] is None else model_mesh(options["mesh"])
+        draft, draft_params = load_further_layer(path, model, mesh=mesh, dtype=options["dtype"])
+    else:
+        draft, draft_params = load_either(options["draft"], options["mesh"], options["dtype"])
     done = speculate(
         model,
         params,

@@ -1,4 +1,4 @@
-"""Speculative decoding: a small model drafts tokens, and the model reads all of them in one pass."""
+"""Speculative decoding: a draft chooses some tokens, and the model reads all of them in one pass."""
 
 from __future__ import annotations
 
@@ -13,6 +13,16 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
+from mergelab.decoding.drafts import (
+    Draft,
+    LayerDraft,
+    ModelDraft,
+    distribution,
+    drawn,
+    keys_of,
+    taken_back,
+    with_token,
+)
 from mergelab.decoding.generation import Generated, begin_samples, generated_of
 from mergelab.decoding.generation_state import NO_CACHE, GenerationState, on_device
 from mergelab.decoding.passes import Reader, check_one_rotation, check_takes_back, uneven
@@ -23,12 +33,13 @@ from mergelab.decoding.stop import Stop, stop_at
 from mergelab.decoding.transforms import History, require, transform
 from mergelab.errors import DecodingError
 from mergelab.models.cache import Cache
+from mergelab.models.further_tokens import FurtherLayer
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit, TokenPlaces, as_partials
 
 __all__ = ["Speculated", "speculate"]
 
-_DRAFT, _ACCEPT, _OWN = 1, 2, 3  # what the key of a token is folded with, for its three draws
+_ACCEPT, _OWN = 2, 3  # what the key of a token is folded with, for its two draws here
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,7 @@ class Speculated:
 def speculate(
     model: Model,
     params: Params,
-    draft: Model,
+    draft: Model | FurtherLayer,
     draft_params: Params,
     tokens: ArrayLike,
     mask: ArrayLike | None = None,
@@ -76,7 +87,8 @@ def speculate(
     Args:
         model: a decoder.
         params: its parameters.
-        draft: a decoder with the same vocabulary, usually much smaller.
+        draft: a decoder with the same vocabulary, usually much smaller; or the model's own layer of
+            multi-token prediction (`load_further_layer`).
         draft_params: its parameters.
         tokens: int `[batch, length]`, padded on the left (`pad_prompts`).
         mask: bool `[batch, length]`, True for real tokens; None if there is no padding.
@@ -94,7 +106,8 @@ def speculate(
     Raises:
         DecodingError: as `generate`; the draft has another vocabulary, or `ahead` is not positive.
     """
-    theirs, ours = draft.config.vocab_size, model.config.vocab_size
+    whole = draft.model if isinstance(draft, FurtherLayer) else draft
+    theirs, ours = whole.config.vocab_size, model.config.vocab_size
     if theirs != ours:
         raise DecodingError(
             f"the draft has a vocabulary of {theirs} tokens and the model one of {ours}; a draft must have "
@@ -105,16 +118,23 @@ def speculate(
     require("speculate(stop)", "a monitor", stop.monitor is None, "a rule without one")
     prompts = np.asarray(tokens)
     begun: dict[str, Any] = {"samples": samples, "max_new_tokens": max_new_tokens, "spare": ahead + 1}
-    for one in (model, draft):
+    for one in (model, whole):
         check_takes_back(one, "speculate")
         check_one_rotation(one, prompts, mask, max_new_tokens + ahead)
     progress, keys, spread = begin_samples(
         model, params, prompts, mask, key=key, stop=stop, edit=edit, pad_id=pad_id, log_probs=log_probs,
         **begun,
     )  # fmt: skip
-    guess, _, _ = begin_samples(draft, draft_params, prompts, mask, stop=stop, **begun)
-    reads, drafted = Reader(model, params, edit=edit), Reader(draft, draft_params)
-    edits, cache, its_cache = as_partials(edit), uneven(progress.cache), uneven(guess.cache)
+    guessing: Draft
+    if isinstance(draft, FurtherLayer):
+        alike = samples if spread is None else 1
+        room = max_new_tokens + 2 * (ahead + 1)
+        guessing = LayerDraft(draft, draft_params, params, progress, samples=alike, room=room)
+    else:
+        guess, _, _ = begin_samples(draft, draft_params, prompts, mask, stop=stop, **begun)
+        guessing = ModelDraft(draft, draft_params, guess.cache)
+    reads = Reader(model, params, edit=edit)
+    edits, cache = as_partials(edit), uneven(progress.cache)
     rest, rows = replace(progress, cache=NO_CACHE), progress.last.shape[0]
     rounds, accepted = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
     limit = on_device(np.int32(max_new_tokens))
@@ -122,24 +142,14 @@ def speculate(
         live = ~on_host(rest.finished) & (on_host(rest.lengths) < max_new_tokens)
         if not live.any():
             break
-        look, token, guesses, scores = rest, rest.last, [], []
-        for _ in range(ahead):
-            out = drafted(token[:, None], its_cache)
-            assert out.logits is not None and out.cache is not None
-            its_cache = out.cache
-            look, scored = _guess(look, out.logits[:, -1], sampler, keys)
-            token = look.last
-            guesses.append(token)
-            scores.append(scored)
-        out = drafted(token[:, None], its_cache)  # so that its cache holds all that may be kept
-        assert out.cache is not None
-        its_cache = out.cache
+        guesses, scores = guessing.propose(rest, ahead, sampler, keys)
         places = _places(rest, cache, ahead) if edits else None
         out = reads(_side_by_side(rest.last, guesses), cache, places)
-        assert out.logits is not None and out.cache is not None
+        assert out.logits is not None and out.cache is not None and out.hidden is not None
         before = on_host(rest.lengths)
         rest, kept = _judge(rest, out.logits, guesses, scores, sampler, keys, stop, limit)
-        cache, its_cache = (_back(one, kept, read=ahead + 1) for one in (out.cache, its_cache))
+        cache = taken_back(out.cache, kept, read=ahead + 1)
+        guessing.settle(rest, guesses, out.hidden, kept)
         rounds += live
         accepted += np.minimum(np.maximum(on_host(kept) - 1, 0), on_host(rest.lengths) - before)
     found = generated_of(rest, max_new_tokens)
@@ -159,54 +169,6 @@ def _places(p: GenerationState, cache: Cache, ahead: int) -> TokenPlaces:
     real = jnp.ones((p.last.shape[0], ahead + 1), jnp.bool_)
     written = p.lengths[:, None] + jnp.arange(ahead + 1, dtype=jnp.int32)[None]
     return TokenPlaces(cache.positions(real), real, p.width - 1 + written, written > 0)
-
-
-@partial(jax.jit, static_argnames="read", donate_argnames="cache")
-def _back(cache: Cache, kept: Int[Array, " batch"], *, read: int) -> Cache:
-    """The cache with the first `kept` of the `read` tokens that were read last."""
-    lengths = cache.length - read + kept
-    return cache.rewind(lengths[0] if lengths.shape[0] == 1 else lengths)
-
-
-def _distribution(sampler: Sampler, logits: Array, p: GenerationState) -> Float[Array, "batch vocab"]:
-    """Probabilities of the next token as the sampler draws it: all on one where it takes the likeliest."""
-    scores = sampler.transforms(logits.astype(jnp.float32), History(p.seen, p.lengths, {}, p.tokens))
-    if sampler.random:
-        return jax.nn.softmax(scores, axis=-1)
-    return jax.nn.one_hot(jnp.argmax(scores, axis=-1), scores.shape[-1], dtype=jnp.float32)
-
-
-def _drawn(probabilities: Array, keys: Key[Array, " batch"]) -> Int[Array, " batch"]:
-    return jax.vmap(jax.random.categorical)(keys, jnp.log(probabilities)).astype(jnp.int32)
-
-
-def _keys(keys: Key[Array, " batch"], lengths: Array, purpose: int) -> Key[Array, " batch"]:
-    def one(key: Array, length: Array) -> Array:
-        return jax.random.fold_in(jax.random.fold_in(key, length.astype(jnp.uint32)), np.uint32(purpose))
-
-    return jax.vmap(one)(keys, lengths)
-
-
-@jax.jit
-def _guess(
-    p: GenerationState, logits: Float[Array, "batch vocab"], sampler: Sampler, keys: Key[Array, " batch"]
-) -> tuple[GenerationState, Float[Array, "batch vocab"]]:
-    """The rows with a drafted token more, and what it was drawn from."""
-    scored = _distribution(sampler, logits, p)
-    token = _drawn(scored, _keys(keys, p.lengths, _DRAFT))
-    return _with(p, token), scored
-
-
-def _with(p: GenerationState, token: Int[Array, " batch"]) -> GenerationState:
-    """What transforms and edits see of the rows once a token is behind them."""
-    rows = jnp.arange(token.shape[0], dtype=jnp.int32)
-    return replace(
-        p,
-        last=token,
-        seen=p.seen.at[rows, token].set(True),
-        tokens=p.tokens.at[rows, p.lengths].set(token, mode="drop"),
-        lengths=p.lengths + 1,
-    )
 
 
 @transform
@@ -241,19 +203,19 @@ def _judge(
     ) -> tuple[tuple[GenerationState, GenerationState, Array, Array], None]:
         p, look, going, kept = carry
         raw, guess, q, beyond = x
-        own = _distribution(sampler, raw, look)
+        own = distribution(sampler, raw, look)
         pick = guess[:, None]
         ours, its = (jnp.take_along_axis(d, pick, axis=1)[:, 0] for d in (own, q))
-        chance = jax.vmap(jax.random.uniform)(_keys(keys, look.lengths, _ACCEPT))
+        chance = jax.vmap(jax.random.uniform)(keys_of(keys, look.lengths, _ACCEPT))
         agreed = (chance * its < ours) & ~beyond
         left = jnp.maximum(own - q, 0.0)
         # Where nothing is left by rounding, the two are equal, and the model's own does.
         left = jnp.where(left.sum(axis=1, keepdims=True) > 0, left, own)
-        token = jnp.where(agreed, guess, _drawn(left, _keys(keys, look.lengths, _OWN)))
+        token = jnp.where(agreed, guess, drawn(left, keys_of(keys, look.lengths, _OWN)))
         halted = p.finished | ~going | (p.lengths >= limit)
         grown = grown_rows((), replace(p, finished=halted), raw[:, None], {}, _Given(token), keys, stop)
         grown = replace(grown, finished=jnp.where(halted, p.finished, grown.finished))
-        return (grown, _with(look, guess), going & agreed, kept + going.astype(jnp.int32)), None
+        return (grown, with_token(look, guess), going & agreed, kept + going.astype(jnp.int32)), None
 
     first = (p, p, alive, jnp.zeros_like(p.lengths))
     xs = (jnp.moveaxis(logits, 1, 0), guessed, theirs, last_one)

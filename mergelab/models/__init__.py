@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from mergelab.models.cache import Cache
     from mergelab.models.families import FAMILIES, model_from_config
     from mergelab.models.footprint import Footprint, Inventory, take_inventory
+    from mergelab.models.further_tokens import FurtherLayer, load_further_layer
     from mergelab.models.load import load_model, load_params
     from mergelab.models.model import Architecture, Family, Model, Output, Params
     from mergelab.models.orbax import load_orbax, save_orbax
@@ -24,6 +25,7 @@ __all__ = [
     "Edit",
     "Family",
     "Footprint",
+    "FurtherLayer",
     "Inventory",
     "Leaf",
     "Model",
@@ -36,6 +38,7 @@ __all__ = [
     "Tap",
     "TokenPlaces",
     "build_table",
+    "load_further_layer",
     "load_model",
     "load_orbax",
     "load_params",

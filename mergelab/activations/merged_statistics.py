@@ -22,6 +22,7 @@ from mergelab.checkpoints.new_files import write_tensors
 from mergelab.checkpoints.output_target import disk_errors
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import SiteError
+from mergelab.models.block_programs import require_only_the_stream
 from mergelab.models.decoder import ENTRANCE_PARTS, DecoderConfig, Entrance, Exit
 from mergelab.models.layers.block import AnyBlock, Pass
 from mergelab.models.model import Model, Params
@@ -92,8 +93,10 @@ def merged_grams(
         SiteError: not one text per model, fewer than two models, an encoder, or no token counts.
         TokenError: as `capture`.
         NonFiniteError: a site holds NaN or infinity.
+        MergelabError: blocks read more than the stream.
     """
     require_decoder(model)
+    require_only_the_stream(model)
     if len(params) != len(contexts) or len(params) < 2:
         raise SiteError(
             f"{len(params)} models and {len(contexts)} texts were given; regmean_pp takes two models or "

@@ -17,6 +17,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array
 
 from mergelab.compat import register_dataclass
+from mergelab.errors import MergelabError
 from mergelab.models.cache import ArrayLeaf
 from mergelab.models.decoder import DecoderConfig, Entrance, Exit
 from mergelab.models.encoder import EncoderEntrance, EncoderExit
@@ -33,6 +34,7 @@ __all__ = [
     "matched",
     "matched_edits",
     "names_layer",
+    "require_only_the_stream",
 ]
 
 Edits = dict[str, tuple[Partial, ...]]
@@ -76,6 +78,20 @@ def matched_edits(model: Model, edit: Mapping[str, Edit] | None) -> Edits:
         for name in match_sites(model.sites(), pattern):
             edits[name] = (*edits.get(name, ()), found)
     return edits
+
+
+def require_only_the_stream(model: Model) -> None:
+    """Checks that blocks can be run one by one, each on nothing but the stream that the one before it left.
+
+    Raises:
+        MergelabError: some read embeddings of their own, or the keys of an earlier block (Gemma 4 E2B).
+    """
+    if not getattr(model.config, "passes_only_the_stream", True):
+        raise MergelabError(
+            f"blocks of this {model.family.model_type!r} model read embeddings of their own or the keys and "
+            f"values of an earlier block ({len(model.config.borrowing)} do), so that it cannot be run block "
+            "by block from its files; load it whole, without streaming its layers."
+        )
 
 
 def names_layer(edits: Edits) -> bool:
@@ -141,6 +157,9 @@ class Programs:
         edits: sites that are edited; what the edits do is an argument of each call.
         to_the_end: whether the pass goes on to logits, or the last hidden state, where no site needs it.
 
+    Raises:
+        MergelabError: as `require_only_the_stream`.
+
     Attributes:
         last: number of the last block that is run; -1 for none.
         ends: whether all blocks are run.
@@ -149,6 +168,7 @@ class Programs:
     """
 
     def __init__(self, model: Model, capture: Sequence[str], edits: Edits, to_the_end: bool = False) -> None:
+        require_only_the_stream(model)
         config = self._config = model.config
         self._decoder = isinstance(config, DecoderConfig)
         # What stands around blocks does not depend on them.

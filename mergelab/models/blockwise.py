@@ -43,9 +43,13 @@ Stream = Float[Array, "batch length width"]
 
 
 def runs_by_block(model: Model, *trees: Any) -> bool:
-    """Whether `Blockwise` is for these arguments: a usual decoder, and arrays on one CPU device."""
+    """Whether `Blockwise` is for these arguments: a usual decoder, and arrays on one CPU device.
+
+    Blocks that read more than the stream (`DecoderConfig.passes_only_the_stream`) run in the whole program.
+    """
     leaves = jax.tree.leaves(trees)
     usual = model.family.architecture is DECODER and model.predicts
+    usual = usual and model.config.passes_only_the_stream
     if not usual or any(isinstance(leaf, Tracer) for leaf in leaves):
         return False
     arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]

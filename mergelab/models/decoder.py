@@ -15,10 +15,11 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from mergelab.models.cache import Cache, Recurrent
-from mergelab.models.layers.attention import AttentionSpec, KeysValues, soft_cap
+from mergelab.models.layers.attention import AttentionSpec, soft_cap
 from mergelab.models.layers.block import AnyBlock, Pass, Stream
 from mergelab.models.layers.dense import Embed, Linear, scaled
 from mergelab.models.layers.norms import Norm, NormKind
+from mergelab.models.layers.per_layer import PER_LAYER_PARTS, PerLayer, per_layer_inputs
 from mergelab.models.model import Architecture
 from mergelab.models.sites import Tap
 
@@ -33,7 +34,7 @@ __all__ = [
     "exit_parts",
 ]
 
-ENTRANCE_PARTS = ("embed", "embed_up", "positions", "embed_norm")
+ENTRANCE_PARTS = ("embed", "embed_up", "positions", "embed_norm", *PER_LAYER_PARTS)
 """Roots of the parameters that stand before the blocks, those that a model has of them."""
 
 
@@ -52,6 +53,7 @@ class DecoderConfig:
             the blocks, and before the logits (OPT 350m); None where it is that of the stream.
         embed_scale: what embeddings are multiplied with.
         embed_norm: norm of what enters the first block, or None (BLOOM).
+        per_layer: vectors that blocks read beside the stream, or None (Gemma 4 E2B).
         logit_scale: what logits are multiplied with, before the cap (Cohere, Granite).
         logit_cap: soft cap of the logits, or None.
         logit_bias: whether logits of untied models have a bias (Phi 2).
@@ -70,6 +72,7 @@ class DecoderConfig:
     embed_width: int | None = None
     embed_scale: float = 1.0
     embed_norm: NormKind | None = None
+    per_layer: PerLayer | None = None
     logit_scale: float = 1.0
     logit_cap: float | None = None
     logit_bias: bool = False
@@ -112,6 +115,17 @@ class DecoderConfig:
     def recurrent(self) -> tuple[int, ...]:
         """Numbers of the blocks that keep a state, which holds all tokens at once."""
         return tuple(i for i, block in enumerate(self.blocks) if isinstance(block.kept, Recurrent))
+
+    @property
+    def borrowing(self) -> tuple[int, ...]:
+        """Numbers of the blocks that read keys and values of an earlier one."""
+        found = [getattr(getattr(block, "attention", None), "borrows", None) for block in self.blocks]
+        return tuple(i for i, lender in enumerate(found) if lender is not None)
+
+    @property
+    def passes_only_the_stream(self) -> bool:
+        """Whether a block reads nothing but the stream that the one before it left."""
+        return self.per_layer is None and not self.borrowing
 
     @property
     def least_tensors(self) -> int:
@@ -158,16 +172,16 @@ class Decoder(nn.Module):
         c = self.config
         embed, x = _enter(c, tokens, positions, tap)
 
-        shared = Pass(positions, mask, cache, tap, causal=c.causal)
-        seen: list[KeysValues] = []
+        beside = None if c.per_layer is None else per_layer_inputs(c.per_layer, tokens, x)
+        shared = Pass(positions, mask, cache, tap, causal=c.causal, per_layer=beside)
         for i, spec in enumerate(c.blocks):
             if tap.done:
                 return None, None, None
             x, keys_values = spec.module(i, c.residual_gain, f"blocks_{i}")(x, shared)
-            seen.append(keys_values)
+            shared.seen.append(keys_values)
         if cache is not None:
             assert shared.real is not None
-            ks, vs = zip(*seen, strict=True)
+            ks, vs = zip(*shared.seen, strict=True)
             length = cache.length + tokens.shape[1]
             cache = replace(cache, keys=ks, values=vs, mask=shared.real, length=length)
         if tap.done:

@@ -304,7 +304,7 @@ class Model:
         readings = (*spelling.readings(hf_name), hf_name)
         if any(fnmatch.fnmatchcase(name, pattern) for name in readings for pattern in self.family.unused):
             return "buffer"
-        if any(is_buffer(name) for name in readings):
+        if any(is_buffer(name) or self._lent(name) for name in readings):
             return "buffer"
         if any(is_other_head(name) for name in readings):
             return "head"
@@ -318,6 +318,11 @@ class Model:
         more = self.hf_config.get("num_nextn_predict_layers")
         found = re.match(r"model\.layers\.(\d{1,9})\.", name) if type(more) is int else None
         return found is not None and 0 <= int(found[1]) - self.config.n_layers < (more or 0)
+
+    def _lent(self, name: str) -> bool:
+        """Whether a tensor projects keys or values of a layer that reads those of an earlier one."""
+        found = re.match(r"model\.layers\.(\d{1,9})\.self_attn\.(?:[kv]_proj|[kv]_norm)\.", name)
+        return found is not None and int(found[1]) in getattr(self.config, "borrowing", ())
 
     def sites(self) -> Mapping[str, Shape]:
         """Name and symbolic shape of every site, in the order of the forward pass.

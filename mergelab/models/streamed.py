@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from mergelab.checkpoints.source import Checkpoint
 from mergelab.errors import MergelabError
-from mergelab.models.block_programs import matched
+from mergelab.models.block_programs import matched, require_only_the_stream
 from mergelab.models.cache import Cache
 from mergelab.models.decoder import exit_parts
 from mergelab.models.load import parameter_shapes
@@ -219,9 +219,10 @@ def stream_model(
 
     Raises:
         CheckpointError: the config or a tensor is missing, unknown, or of another shape.
-        MergelabError: the model reads images.
+        MergelabError: the model reads images, or its blocks more than the stream.
     """
     model, dtypes = parameter_shapes(checkpoint, dtype=dtype)
+    require_only_the_stream(model)
     if model.reads_images or model.reads_both:
         raise MergelabError(
             f"{checkpoint.path}: a {model.family.model_type!r} model reads images, and only models of text "

@@ -346,6 +346,9 @@ _READS = {
     "mlp.shared.up.kernel": "mlp.shared.input",
     "mlp.shared.down.kernel": "mlp.shared.post",
     "mlp.shared_gate.kernel": "mlp.input",
+    "per_layer.gate.kernel": "per_layer.input",
+    "per_layer.down.kernel": "per_layer.post",
+    "layer_projection.kernel": "embed",
     "unembed.kernel": "unembed.input",
 }
 """Matrices of the layers that families share, and the sites they read, both within a block."""

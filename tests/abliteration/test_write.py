@@ -42,6 +42,7 @@ def written(source: Path, out: Path, ablation: Ablation, **options: Any) -> Path
 
 
 NO_SUM = {"opt, narrow embeddings, norms on the stream", "bloom", "gemma4", "gemma4, experts"}
+NO_SUM |= {"gemma4, embeddings per layer, shared keys"}
 """Models with norms or factors on the stream."""
 
 

@@ -149,6 +149,24 @@ DECODER_CONFIGS: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
         },
     },
+    # E2B: late layers read the keys of the last of their kind before them, and have twice the neurons.
+    "gemma4, embeddings per layer, shared keys": {
+        **_SIZES,
+        "model_type": "gemma4_text",
+        "num_hidden_layers": 5,
+        "intermediate_size": 20,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "global_head_dim": 12,
+        "sliding_window": 3,
+        "layer_types": ["sliding_attention", *["sliding_attention", "full_attention"] * 2],
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": 64,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "rms_norm_eps": 1e-2,  # norms of small vectors would magnify the rounding of float32 beyond 1e-4
+        "final_logit_softcapping": 4.0,
+    },
     "gemma4, experts": {
         **_SIZES,
         "model_type": "gemma4_text",

@@ -15,6 +15,7 @@ from mergelab.models.layers.alibi import alibi_slopes
 from mergelab.models.residual_stream import require_decoder, require_sum
 from tests.models.decoder_configs import DECODER_CONFIGS
 
+_E2B = "gemma4, embeddings per layer, shared keys"
 # What decides the sizes of published configs, with the fields by which they differ from others.
 PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = json.loads(
     Path(__file__).with_name("decoder_hub_configs.json").read_text()
@@ -56,8 +57,18 @@ def test_a_published_config_has_the_published_number_of_parameters(name: str) ->
         ("llama4", {"layer_types": ["chunked_attention"] * 3, "attention_chunk_size": None}, "no attention_"),
         ("llama4", {"moe_layers": [3]}, "moe_layers up to 3, but 3 layers"),
         ("llama4", {"num_experts_per_tok": 5}, "chooses 5 of 4 experts"),
-        ("gemma4", {"hidden_size_per_layer_input": 256}, "embeddings per layer .* E2B and E4B"),
-        ("gemma4", {"num_kv_shared_layers": 1}, "1 layers that share keys"),
+        (
+            "gemma4",
+            {"num_kv_shared_layers": 1},
+            "layer 1 read the keys .* none of the first 1 is of that type",
+        ),
+        (_E2B, {"num_kv_shared_layers": 5}, "num_kv_shared_layers = 5 for 5 layers"),
+        (_E2B, {"vocab_size_per_layer_input": 60}, r"for 60 tokens \(vocab_size_per_layer_input\) of 61"),
+        (
+            _E2B,
+            {"per_layer_config": {"2": {"head_dim": 12}, "4": {"head_dim": 16}}},
+            r"layer 4 read the keys of layer 2 .* 1 heads of 16 and 1 heads of 12",
+        ),
         ("gemma4", {"num_global_key_value_heads": 3}, "4 heads for 3 key-value heads"),
         ("gemma4", {"layer_types": ["full_attention"]}, "1 layer_types for 2 layers"),
         ("gemma4", {"per_layer_config": {"2": {"head_dim": 8}}}, r"per_layer_config\['2'\]"),

@@ -58,6 +58,8 @@ def wrong_blocks(block: BlockSpec) -> Iterator[tuple[str, BlockSpec]]:
             changes["sinks"] = {"sinks": False}
         if attention.qk_norm is not None:
             changes["norms of heads"] = {"qk_norm": None}
+        if attention.borrows:  # the other layer of its kind
+            changes["lender"] = {"borrows": attention.borrows - (attention.window is not None)}
     if isinstance(attention, LatentSpec) and attention.rotary is not None:
         rotary = attention.rotary
         changes["pairs"] = {"rotary": replace(rotary, neighbors=not rotary.neighbors)}
@@ -79,6 +81,8 @@ def wrong_blocks(block: BlockSpec) -> Iterator[tuple[str, BlockSpec]]:
             yield f"experts' {name}", replace(block, **{place: replace(experts, **{name: value})})
     for name, change in changes.items():
         yield name, replace(block, attention=replace(attention, **change))
+    if getattr(block, "per_layer", False):
+        yield "vectors per layer", replace(block, per_layer=False)
     if getattr(block, "out_scale", 1) != 1:
         yield "out_scale", replace(block, out_scale=1.0)
     if block.norm.offset:

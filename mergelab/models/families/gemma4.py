@@ -1,6 +1,6 @@
 """Gemma 4, text: heads of two widths, values that are keys, a number that scales each block, experts beside.
 
-Of the models without embeddings per layer (31B, 26B A4B): those of E2B and E4B are refused by name.
+E2B and E4B have embeddings per layer, and late blocks that read the keys and values of earlier ones.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from mergelab.models.layers.block import Pass, Stream
 from mergelab.models.layers.experts import MixtureOfExperts
 from mergelab.models.layers.mlp import MLP, MLPSpec
 from mergelab.models.layers.norms import Norm, NormKind
+from mergelab.models.layers.per_layer import PerLayer, PerLayerGate
 from mergelab.models.layers.routing import Experts
 from mergelab.models.model import Family
 from mergelab.models.table import Fused, Row, linear_rows
@@ -39,6 +40,12 @@ _NORMS = {
     "experts.out_norm": "post_feedforward_layernorm_2",
     "attn.q_norm": "self_attn.q_norm",
     "attn.k_norm": "self_attn.k_norm",
+    "per_layer.out_norm": "post_per_layer_input_norm",
+}
+_LINEAR = {
+    **LLAMA_LINEAR,
+    "per_layer.gate": "per_layer_input_gate",
+    "per_layer.down": "per_layer_projection",
 }
 
 
@@ -51,6 +58,7 @@ class Gemma4Block:
         mlp: the layer that every token passes.
         experts: the mixture that reads the stream beside it, or None.
         norm: the norm of what each reads, of what each adds, and of the sum of the two.
+        per_layer: whether a vector of its own is added, gated, to what leaves them.
         placement: name of this form, beside those of `BlockSpec`.
     """
 
@@ -58,6 +66,7 @@ class Gemma4Block:
     mlp: MLPSpec
     experts: Experts | None = None
     norm: NormKind = field(default_factory=NormKind)
+    per_layer: bool = False
     placement: Literal["scaled"] = "scaled"
 
     @property
@@ -98,7 +107,10 @@ class _Block(nn.Module):
             self.layer,
             tap,
             f"{site}.attn",
+            lent=shared.lent(spec.attention),
         )
+        if spec.attention.borrows is not None and shared.cache is not None:
+            seen = shared.cache.keys[self.layer], shared.cache.values[self.layer]  # of its own it keeps none
         if tap.done:
             return x, seen
         x = tap(f"{site}.resid_mid", x + attended)
@@ -110,6 +122,9 @@ class _Block(nn.Module):
             added = added + mixture(read, tap, f"{site}.experts", self._routed(x))
             added = Norm(spec.norm, name="sum_norm")(added)
         x = x + added
+        if spec.per_layer:
+            gate = PerLayerGate(spec.mlp.activation, spec.norm, self.gain, name="per_layer")
+            x = x + gate(x, shared.vector(self.layer), tap, f"{site}.per_layer")
         number = param(self, "scalar", nn.initializers.ones, (1,), (None,))
         return tap(f"{site}.resid_post", x * number.astype(x.dtype)[None, None]), seen
 
@@ -132,8 +147,11 @@ def gemma4_rows(c: DecoderConfig) -> tuple[Row, ...]:
     mixtures = [block.experts for block in c.blocks if isinstance(block, Gemma4Block) and block.experts]
     hidden = mixtures[0].hidden if mixtures else 0
     return llama_rows(
+        Row("layer_embed.embedding", "model.embed_tokens_per_layer.weight"),
+        Row("layer_projection.kernel", "model.per_layer_model_projection.weight", "transpose"),
+        Row("layer_norm.scale", "model.per_layer_projection_norm.weight"),
         *(Row(f"blocks_{{i}}.{ours}.scale", f"{_LAYER}.{hf}.weight") for ours, hf in norms.items()),
-        *linear_rows("blocks_{i}", _LAYER, LLAMA_LINEAR),
+        *linear_rows("blocks_{i}", _LAYER, _LINEAR),
         Row("blocks_{i}.router_scale", f"{_LAYER}.router.scale"),
         Row("blocks_{i}.experts.router", f"{_LAYER}.router.proj.weight", "transpose"),
         Row("blocks_{i}.experts.expert_scale", f"{_LAYER}.router.per_expert_scale"),
@@ -161,7 +179,9 @@ def read_gemma4(config: Mapping[str, Any], place: str) -> DecoderConfig:
         "layer_types": None,
         "final_logit_softcapping": None,
         "hidden_size_per_layer_input": 256,
+        "vocab_size_per_layer_input": 262144,
         "num_kv_shared_layers": 0,
+        "use_double_wide_mlp": False,
         "enable_moe_block": False,
         "per_layer_config": None,
         "num_experts": None,
@@ -174,25 +194,29 @@ def read_gemma4(config: Mapping[str, Any], place: str) -> DecoderConfig:
         "use_bidirectional_attention": (None, False, "vision"),
         "rope_scaling": (None,),
     }
-    inert = ("vocab_size_per_layer_input", "use_double_wide_mlp")
-    fields = read_usual_fields(config, place, optional, fixed, inert)
-    if fields["hidden_size_per_layer_input"] or fields["num_kv_shared_layers"]:
-        raise CheckpointError(
-            f"{place} has embeddings per layer (hidden_size_per_layer_input = "
-            f"{fields['hidden_size_per_layer_input']}) and {fields['num_kv_shared_layers']} layers that "
-            "share keys (num_kv_shared_layers), as Gemma 4 E2B and E4B have, but this family implements "
-            "neither; the model cannot be run here."
-        )
+    fields = read_usual_fields(config, place, optional, fixed)
     count = fields["num_hidden_layers"]
     default = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(count)]
     types = list(fields["layer_types"] or default)
     if len(types) == count:
         types[-1] = "full_attention"  # as transformers reads it
     windows = layer_types_of(types, default, fields["sliding_window"], place)
+    lenders = _lenders(windows, fields["num_kv_shared_layers"], place)
     made = [
-        _block({**fields, **own}, window, place)
-        for window, own in zip(windows, _own(fields, windows, place), strict=True)
+        _block({**fields, **own}, window, place, lender)
+        for window, own, lender in zip(windows, _own(fields, windows, place), lenders, strict=True)
     ]
+    if unlike := [
+        (i, lender)
+        for i, lender in enumerate(lenders)
+        if lender is not None and _keys(made[i]) != _keys(made[lender])
+    ]:
+        (i, lender), *_ = unlike
+        raise CheckpointError(
+            f"{place} has layer {i} read the keys of layer {lender} (num_kv_shared_layers), but the two have "
+            f"{' and '.join('{} heads of {}'.format(*_keys(made[n])) for n in (i, lender))}; give them the "
+            "same in per_layer_config."
+        )
     blocks = tuple({block: block for block in made}[block] for block in made)  # equal ones are one object
     return DecoderConfig(
         vocab_size=fields["vocab_size"],
@@ -201,10 +225,46 @@ def read_gemma4(config: Mapping[str, Any], place: str) -> DecoderConfig:
         blocks=blocks,
         norm=blocks[0].norm,
         embed_scale=fields["hidden_size"] ** 0.5,
+        per_layer=_per_layer(fields, blocks[0].norm, place),
         logit_cap=fields["final_logit_softcapping"],
         tied=fields["tie_word_embeddings"],
         causal=fields["is_causal"],
     )
+
+
+def _lenders(windows: Sequence[int | None], sharing: int, place: str) -> list[int | None]:
+    """Of each of the `sharing` last layers the last one of its kind before them, whose keys it reads."""
+    own = len(windows) - sharing
+    if not 0 < own <= len(windows):
+        raise CheckpointError(
+            f"{place} has num_kv_shared_layers = {sharing} for {len(windows)} layers, but expected a number "
+            "from 0 to one less; correct one of the two."
+        )
+    last = {window: i for i, window in enumerate(windows[:own])}
+    if missing := [i for i in range(own, len(windows)) if windows[i] not in last]:
+        raise CheckpointError(
+            f"{place} has layer {missing[0]} read the keys of an earlier layer of its layer type "
+            f"(num_kv_shared_layers = {sharing}), but none of the first {own} is of that type; correct "
+            "layer_types or num_kv_shared_layers."
+        )
+    return [None if i < own else last[window] for i, window in enumerate(windows)]
+
+
+def _keys(block: Gemma4Block) -> tuple[int, int]:
+    """Number and width of the heads whose keys a block reads."""
+    return block.attention.n_kv_heads, block.attention.head_dim
+
+
+def _per_layer(fields: Mapping[str, Any], norm: NormKind, place: str) -> PerLayer | None:
+    if not fields["hidden_size_per_layer_input"]:
+        return None
+    rows, vocab = fields["vocab_size_per_layer_input"], fields["vocab_size"]
+    if rows < vocab:
+        raise CheckpointError(
+            f"{place} has embeddings per layer for {rows:,} tokens (vocab_size_per_layer_input) of "
+            f"{vocab:,} (vocab_size), but this family implements those of all; the model cannot be run here."
+        )
+    return PerLayer(rows, fields["hidden_size_per_layer_input"], fields["num_hidden_layers"], norm)
 
 
 def _own(fields: Mapping[str, Any], windows: Sequence[int | None], place: str) -> list[dict[str, int]]:
@@ -227,8 +287,8 @@ def _own(fields: Mapping[str, Any], windows: Sequence[int | None], place: str) -
     return found
 
 
-def _block(fields: Mapping[str, Any], window: int | None, place: str) -> Gemma4Block:
-    """The block of a local layer, or of a global one (`window` None)."""
+def _block(fields: Mapping[str, Any], window: int | None, place: str, lender: int | None) -> Gemma4Block:
+    """The block of a local layer, or of a global one (`window` None); `lender` is whose keys it reads."""
     norm, heads = NormKind("rms", fields["rms_norm_eps"]), fields["num_attention_heads"]
     head_dim, key_heads = fields["head_dim"], fields["num_key_value_heads"] or heads
     shared = fields["attention_k_eq_v"] and window is None
@@ -256,10 +316,13 @@ def _block(fields: Mapping[str, Any], window: int | None, place: str) -> Gemma4B
         qk_norm=norm,
         v_norm=replace(norm, scaled=False),
         values_of_keys=shared,
+        borrows=lender,
     )
     if fields["enable_moe_block"]:
         experts = _experts(fields, place)
-    return Gemma4Block(attention, MLPSpec(fields["intermediate_size"], "gelu_pytorch_tanh"), experts, norm)
+    wide = 2 if fields["use_double_wide_mlp"] and lender is not None else 1
+    mlp = MLPSpec(wide * fields["intermediate_size"], "gelu_pytorch_tanh")
+    return Gemma4Block(attention, mlp, experts, norm, per_layer=bool(fields["hidden_size_per_layer_input"]))
 
 
 def _experts(fields: Mapping[str, Any], place: str) -> Experts:

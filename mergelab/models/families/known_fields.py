@@ -45,7 +45,9 @@ SIZES: Mapping[str, tuple[int, int]] = {
         (1, 2**16),
     ),
     **dict.fromkeys(("n_shared_experts", "first_k_dense_replace"), (0, 2**16)),
-    **dict.fromkeys(("hidden_size_per_layer_input", "num_kv_shared_layers"), (0, _MAX)),
+    **dict.fromkeys(
+        ("hidden_size_per_layer_input", "vocab_size_per_layer_input", "num_kv_shared_layers"), (0, _MAX)
+    ),
     **dict.fromkeys(("max_window_layers", "pad_token_id", "type_vocab_size"), (0, _MAX)),
     **dict.fromkeys(("max_relative_positions", "position_buckets"), (-1, _MAX)),
     "conv_kernel_size": (0, 2**8),
@@ -162,6 +164,7 @@ SWITCHES = frozenset(
         "do_layer_norm_before",
         "enable_bias",
         "enable_moe_block",
+        "use_double_wide_mlp",
         "is_causal",
         "layer_norm_elementwise_affine",
         "multi_query",

@@ -143,6 +143,8 @@ class AttentionSpec:
         temperature: growth of queries with their position, or None (Llama 4).
         disentangled: how heads look at vectors of relative positions, or None (DeBERTa).
         gated: whether what heads mix is gated by sigmoids of a further projection (Qwen3-Next).
+        borrows: number of the earlier block whose keys and values it reads, as it has none of its own, or
+            None (Gemma 4 E2B); -1 in outlines.
     """
 
     n_heads: int
@@ -165,23 +167,29 @@ class AttentionSpec:
     temperature: Temperature | None = None
     disentangled: Disentangled | None = None
     gated: bool = False
+    borrows: int | None = None
 
     @property
     def kept(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Heads and width of the keys, and of the values, that a cache keeps of every token."""
+        if self.borrows is not None:
+            return (0, 0), (0, 0)
         return (self.n_kv_heads, self.head_dim), (self.n_kv_heads, self.head_dim)
 
     def outline(self) -> AttentionSpec:
         """The same without what changes neither parameters nor sites."""
         plain = replace(self, window=None, rotary=None, scale=1.0, cap=None, clip=None)
-        return replace(plain, alibi=None, chunk=None, temperature=None)
+        return replace(
+            plain, alibi=None, chunk=None, temperature=None, borrows=None if self.borrows is None else -1
+        )
 
 
 class Attention(nn.Module):
     """Multi-head, grouped-query or multi-query attention.
 
     Sites, under the name it is called with: `input` (what the projections read), `q`, `k` (after their norm
-    and rotation), `v`, `pattern`, `z` (each head's mixed values, gated where there is a gate), `out`.
+    and rotation), `v`, `pattern`, `z` (each head's mixed values, gated where there is a gate), `out`; those
+    that borrow keys and values have no `k` and `v`.
 
     Attributes:
         spec: its shape and settings; `window` and `chunk` are already in the mask, `rotary` in the rotation,
@@ -210,11 +218,13 @@ class Attention(nn.Module):
         growth: Float[Array, "batch length"] | None = None,
         relative: RelativePlaces | None = None,
         form: Form | None = None,
+        lent: KeysValues | None = None,
     ) -> tuple[Float[Array, "batch length width"], KeysValues]:
         """Returns what is added to the residual stream, and the keys and values attended to.
 
         `bias` is added to the scores, queries are multiplied with `growth`, `relative` are vectors of
-        relative positions, which heads look at, and `form` says what `visible` does, where it can.
+        relative positions, which heads look at, and `form` says what `visible` does, where it can. `lent`
+        are the keys and values, cached ones among them, of the block that it borrows of.
         """
         x = tap(f"{site}.input", x)
         spec = self.spec
@@ -241,19 +251,28 @@ class Attention(nn.Module):
 
         to_q = linear("q", spec.n_heads, "heads")
         to_k = linear("k", spec.n_kv_heads, "kv_heads")
-        q, k = project(to_q, spec.n_heads), project(to_k, spec.n_kv_heads)
-        v = k if spec.values_of_keys else project(linear("v", spec.n_kv_heads, "kv_heads"), spec.n_kv_heads)
-        if spec.v_norm is not None:
-            v = Norm(spec.v_norm, None, name="v_norm")(v)
-        q, k = normed("q_norm", q, "heads"), normed("k_norm", k, "kv_heads")
-        if rotation is not None:
-            neighbors = spec.rotary is not None and spec.rotary.neighbors
-            q, k = (rotate(y, *rotation, neighbors=neighbors) for y in (q, k))
+
+        def placed(y: Float[Array, "batch length heads head_dim"]) -> Array:
+            if rotation is None:
+                return y
+            return rotate(y, *rotation, neighbors=spec.rotary is not None and spec.rotary.neighbors)
+
+        q = placed(normed("q_norm", project(to_q, spec.n_heads), "heads"))
         if growth is not None:
             q = (q * growth[..., None, None]).astype(q.dtype)
-        q, k, v = tap(f"{site}.q", q), tap(f"{site}.k", k), tap(f"{site}.v", v)
-        if cache is not None:
-            k, v = cache.write(layer, k, v)
+        if lent is None:
+            k = project(to_k, spec.n_kv_heads)
+            v = k
+            if not spec.values_of_keys:
+                v = project(linear("v", spec.n_kv_heads, "kv_heads"), spec.n_kv_heads)
+            if spec.v_norm is not None:
+                v = Norm(spec.v_norm, None, name="v_norm")(v)
+            k = placed(normed("k_norm", k, "kv_heads"))
+            q, k, v = tap(f"{site}.q", q), tap(f"{site}.k", k), tap(f"{site}.v", v)
+            if cache is not None:
+                k, v = cache.write(layer, k, v)
+        else:
+            q, (k, v) = tap(f"{site}.q", q), lent
         sinks = None
         if spec.sinks:
             sinks = param(self, "sinks", nn.initializers.zeros, (spec.n_heads,), ("heads",))

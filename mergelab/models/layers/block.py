@@ -37,6 +37,7 @@ class Pass:
         relative: what the blocks of an encoder share of relative positions: a bias of their scores
             `[1, heads, query, key]` (MPNet), or vectors that heads look at (DeBERTa); None of neither.
         mask: False for padding among the tokens of this pass; None if there is none.
+        seen: keys and values of the blocks so far, for those that borrow them.
 
     Args:
         positions: positions of the tokens, for rotations.
@@ -45,6 +46,7 @@ class Pass:
         tap: what to do at the sites.
         causal: whether tokens see only earlier ones.
         relative: same as the attribute.
+        per_layer: what each block reads beside the stream (`layers/per_layer.py`); None if nothing.
     """
 
     def __init__(
@@ -55,9 +57,11 @@ class Pass:
         tap: Tap,
         causal: bool = True,
         relative: Any = None,
+        per_layer: Float[Array, "batch length layers narrow"] | None = None,
     ) -> None:
         self.cache, self.tap, self._positions, self._causal = cache, tap, positions, causal
-        self.relative, self.mask = relative, mask
+        self.relative, self.mask, self._per_layer = relative, mask, per_layer
+        self.seen: list[KeysValues] = []
         length = positions.shape[1]
         steps = jnp.arange(length, dtype=jnp.int32)
         self._queries = steps
@@ -96,6 +100,20 @@ class Pass:
             return given | {"bias": relative}
         plain = self.cache is None and self.real is None and attention.chunk is None
         return given | {"form": Form(self._causal, attention.window) if plain else None}
+
+    def lent(self, attention: AttentionSpec) -> KeysValues | None:
+        """Keys and values of the block that attention borrows of; None where it has its own."""
+        if attention.borrows is None:
+            return None
+        if attention.borrows < 0:  # an outline, which stands for no place among the blocks
+            shape = (self._positions.shape[0], self._keys, attention.n_kv_heads, attention.head_dim)
+            return jnp.zeros(shape), jnp.zeros(shape)
+        return self.seen[attention.borrows]
+
+    def vector(self, layer: int) -> Float[Array, "batch length narrow"]:
+        """What a block reads beside the stream."""
+        assert self._per_layer is not None, "a block reads a vector that no embedding per layer gave"
+        return self._per_layer[:, :, layer]
 
     def rotation(self, rotary: Rotary | None) -> Rotation | None:
         """Cosine and sine for every token; None where nothing is rotated."""

@@ -203,12 +203,13 @@ def render(results: Mapping[str, Any]) -> str:
     if limited := results.get("limited"):
         (found,) = limited["programs"].values()
         seconds = [found[name] for name in ("all", "evaluated", "directions")]
+        times = ", ".join(f"{each:.0f}" for each in seconds)
         rows += [
             "",
             f"Under a limit of {limited['limit'] / 1e9:.1f} GB of private memory a file of "
-            f"{limited['bytes'] / 1e9:.2f} GB gave the sites of {limited['tokens']:,} tokens, their loss, and the "
-            f"mean activations of prompts that a direction is found from, in {', '.join(f'{s:.0f}' for s in seconds)} "
-            f"seconds; the peak was {found['memory'] / 1e6:,.0f} MB.",
+            f"{limited['bytes'] / 1e9:.2f} GB gave the sites of {limited['tokens']:,} tokens, their loss, and "
+            f"the mean activations of prompts that a direction is found from, in {times} seconds; the peak was "
+            f"{found['memory'] / 1e6:,.0f} MB.",
         ]
     return "\n".join([*rows, ""])
 

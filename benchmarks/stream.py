@@ -207,8 +207,8 @@ def render(results: Mapping[str, Any]) -> str:
         rows += [
             "",
             f"Under a limit of {limited['limit'] / 1e9:.1f} GB of private memory a file of "
-            f"{limited['bytes'] / 1e9:.2f} GB gave the sites of {limited['tokens']:,} tokens, their loss, and "
-            f"the mean activations of prompts that a direction is found from, in {times} seconds; the peak was "
+            f"{limited['bytes'] / 1e9:.2f} GB gave the sites of {limited['tokens']:,} tokens, their "
+            f"loss, and the mean activations that a direction is found from, in {times} s; the peak was "
             f"{found['memory'] / 1e6:,.0f} MB.",
         ]
     return "\n".join([*rows, ""])

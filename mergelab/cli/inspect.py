@@ -108,7 +108,7 @@ def command(
 
     if is_adapter(path) and not (path / "config.json").exists():
         if mesh or topology or sae or sites:
-            raise click.UsageError(f"{path} is an adapter alone, without a config of its model; inspect its base")
+            raise click.UsageError(f"{path} is an adapter without its model; inspect its base")
         from mergelab.cli.inspect_adapter import adapter_lines, describe_adapter
 
         report = describe_adapter(path)

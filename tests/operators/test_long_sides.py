@@ -1,4 +1,4 @@
-"""An embedding has tens of thousands of rows: nothing of rows by rows is made of it, nor of columns by columns."""
+"""An embedding has many rows: nothing of rows by rows is made of a matrix, nor of columns by columns."""
 
 from __future__ import annotations
 

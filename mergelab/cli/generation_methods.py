@@ -64,8 +64,8 @@ def check_draft(path: Path, model: Model, tokenizer: Tokenizer | None, draft: Pa
     if tokenizer is None or not has_companion(draft, "tokenizer.json"):
         if ours != theirs:
             raise DecodingError(
-                f"{sizes}, and there are no two tokenizers that say which tokens they share; give a draft that "
-                "has the model's own."
+                f"{sizes}, and there are no two tokenizers that say which tokens they share; give a draft "
+                "that has the model's own."
             )
         return None
     words, others = (

@@ -167,7 +167,9 @@ def _known(token: Int[Array, " batch"], size: int) -> Int[Array, "batch 1"]:
 
 
 @partial(jax.jit, static_argnames=("size", "shared"))
-def _proposed(logits: Float[Array, "batch new theirs"], *, size: int, shared: int) -> Float[Array, "batch vocab"]:
+def _proposed(
+    logits: Float[Array, "batch new theirs"], *, size: int, shared: int
+) -> Float[Array, "batch vocab"]:
     """The draft's logits over the model's vocabulary, `-inf` for what the two do not share."""
     kept = logits[:, -1, :shared]
     return jnp.pad(kept, ((0, 0), (0, size - shared)), constant_values=-jnp.inf)

@@ -96,6 +96,7 @@ class _Row:
         end: tokens before the text that ended thinking, and through it; None while it thinks.
         queue: tokens to put in next.
         held: tokens that are not taken back: through the last that was put in.
+        bare: number of tokens behind which nothing can be put in.
         banned: tokens not to choose at the place `banned_at`.
     """
 
@@ -103,6 +104,7 @@ class _Row:
     end: tuple[int, int] | None = None
     queue: list[int] = field(default_factory=list)
     held: int = 0
+    bare: int = -1
     banned: list[int] = field(default_factory=list)
     banned_at: int = -1
 
@@ -239,14 +241,19 @@ def _think(
     """What a thinking row does next: how many of its tokens stay, and in `row` what is put behind them."""
     before, through = _end_of(tokenizer, row.prompt, new, thinking.end)
     if before is None and ended:
-        before = through = len(new) - 1
+        before, through = len(new) - 1, len(new)
         if before >= thinking.least:
             return len(new)  # the whole text ends, and with it thinking
     if before is not None and before >= thinking.least:
         row.end = (before, through)
         return len(new)
+    if (
+        before is not None and through <= row.held
+    ):  # what was put in says the end itself, with what precedes it
+        row.held = row.bare = row.held - len(more)
+        return row.held
     kept = len(new) if before is None else max(before, row.held)
-    if before is not None and more and before >= row.held:
+    if before is not None and more and before >= row.held and before != row.bare:
         row.queue, row.held = list(more), before + len(more)
     elif before is not None:  # nothing to put in its place, or what was put in began the end
         row.banned = [*(row.banned if row.banned_at == kept else ()), new[kept]]

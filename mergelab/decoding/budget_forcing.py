@@ -21,7 +21,7 @@ from mergelab.decoding.completion import Completion, at_stop_string, encoded, me
 from mergelab.decoding.generation import begin_samples
 from mergelab.decoding.generation_state import on_device
 from mergelab.decoding.monitors import Monitor
-from mergelab.decoding.passes import check_takes_back
+from mergelab.decoding.passes import check_one_rotation, check_takes_back
 from mergelab.decoding.samplers import Sampler, greedy
 from mergelab.decoding.spread import on_host
 from mergelab.decoding.steps import Steps
@@ -164,6 +164,7 @@ def complete_thinking(
     ends = tokenizer.end_ids if end_ids is None else end_ids
     stop, sampler = stop_at(ends, monitor=monitor), sampler or greedy()
     tokens, mask = pad_prompts(asked)
+    check_one_rotation(model, tokens, mask, max_new_tokens)  # what is taken back was rotated in another way
     progress, keys, _ = begin_samples(
         model, params, tokens, mask, samples=samples, key=key, max_new_tokens=max_new_tokens, stop=stop,
         edit=edit, log_probs=log_probs, capture=capture,

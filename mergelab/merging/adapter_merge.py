@@ -106,7 +106,7 @@ def summed_weights(read: AdapterRecipe) -> float | None:
 
 
 @dataclass(frozen=True)
-class _Held:
+class _InMemoryTensor:
     """A `TensorSource` of an array in memory."""
 
     name: str
@@ -189,7 +189,9 @@ def merge_adapters(
             ranks[module] = b.shape[1]
             names = next(pair.names for pair in pairs if pair is not None)
             for name, factor in zip(names, (b, a), strict=True):
-                held = _Held(f"base_model.model.{module}.{name}", np.ascontiguousarray(factor.astype(stored)))
+                held = _InMemoryTensor(
+                    f"base_model.model.{module}.{name}", np.ascontiguousarray(factor.astype(stored))
+                )
                 jobs.append(Job(held.name, held.shape, held.dtype, (held,)))
             progress(1)
         config = _config(recipe, adapters, ranks)

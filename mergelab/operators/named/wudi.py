@@ -120,13 +120,15 @@ def _descended(residual: Matrix, stacked: Matrix, steps: int) -> Matrix:
 @operator(
     base="required",
     reference="Cheng et al., 'WUDI-Merging', arXiv 2503.08099",
-    helps="Several tasks without data and without a factor to search.",
+    helps="Several tasks without data; on language models `solver=gradient` with few steps.",
 )
 def wudi(lambda_: float = 1.0, solver: Solver = "exact", steps: Annotated[int, Range(0)] = 300) -> Merge:
     """WUDI: the task vector with the least interference along what each task's matrix reads.
 
     `B + lambda m` with the m that minimizes `sum_i |(m - x_i) x_i^T|^2 / |x_i|^2` and is nearest to the sum.
     Takes no data: a task vector's rows stand for the inputs that the task's layer has seen. `gradient`
-    approaches the exact solution in at most `steps` steps; fewer stay nearer to the plain sum.
+    approaches the exact solution in at most `steps` steps; fewer stay nearer to the plain sum. The exact
+    solution is large along inputs that hardly any task reads: on siblings of a language model it can destroy
+    what a few steps improve.
     """
     return Merge((), LeastInterference(solver=solver, steps=int(steps)), weights(lambda_))

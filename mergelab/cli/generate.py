@@ -209,9 +209,11 @@ def _by_method(
 
     if drafts_itself(options["draft"]):
         check_own_layer(path, read_model(path))
+        options = {**options, "shared": None}
     elif options["draft"] is not None:
-        options = {**options, "draft": local_path(options["draft"])}
-        check_draft(path, read_model(path), tokenizer, options["draft"])
+        draft = local_path(options["draft"])
+        shared = check_draft(path, read_model(path), tokenizer, draft)
+        options = {**options, "draft": draft, "shared": shared}
     model, params = load_either(path, options["mesh"], options["dtype"])
     if tokenizer is None and not options["ignore_end"]:
         ends = _end_ids(model, path)

@@ -68,10 +68,13 @@ class ModelDraft:
     Args:
         model, params: the model.
         cache: its cache, with the prompts but their last token.
+        size: tokens of the vocabulary that is drafted for.
+        shared: how many of them, ids from 0 on, the draft has: it proposes no others.
     """
 
-    def __init__(self, model: Model, params: Params, cache: Cache) -> None:
+    def __init__(self, model: Model, params: Params, cache: Cache, *, size: int, shared: int) -> None:
         self._reads, self._cache = Reader(model, params), uneven(cache)
+        self._own, self._size, self._shared = model.config.vocab_size, size, shared
 
     def propose(
         self, rows: GenerationState, ahead: int, sampler: Sampler, keys: Key[Array, " batch"]
@@ -79,14 +82,15 @@ class ModelDraft:
         """See `Draft`."""
         look, guesses, scores = rows, [], []
         for _ in range(ahead):
-            look, scored = _guess(look, self._read(look.last)[:, -1], sampler, keys)
+            its = _proposed(self._read(look.last), size=self._size, shared=self._shared)
+            look, scored = _guess(look, its, sampler, keys)
             guesses.append(look.last)
             scores.append(scored)
         self._read(look.last)  # so that its cache holds all that may be kept
         return guesses, scores
 
     def _read(self, token: Array) -> Array:
-        out = self._reads(token[:, None], self._cache)
+        out = self._reads(_known(token, self._own), self._cache)
         assert out.logits is not None and out.cache is not None
         self._cache = out.cache
         return out.logits
@@ -94,6 +98,21 @@ class ModelDraft:
     def settle(self, rows: GenerationState, guesses: list[Array], hidden: Array, kept: Array) -> None:
         """See `Draft`."""
         self._cache = taken_back(self._cache, kept, read=len(guesses) + 1)
+
+
+@partial(jax.jit, static_argnames="size")
+def _known(token: Int[Array, " batch"], size: int) -> Int[Array, "batch 1"]:
+    """What the draft reads: of a token that it does not have, its last; what it proposes is judged anyway."""
+    return jnp.minimum(token, size - 1)[:, None]
+
+
+@partial(jax.jit, static_argnames=("size", "shared"))
+def _proposed(
+    logits: Float[Array, "batch new theirs"], *, size: int, shared: int
+) -> Float[Array, "batch vocab"]:
+    """The draft's logits over the model's vocabulary, `-inf` for what the two do not share."""
+    kept = logits[:, -1, :shared]
+    return jnp.pad(kept, ((0, 0), (0, size - shared)), constant_values=-jnp.inf)
 
 
 class LayerDraft:

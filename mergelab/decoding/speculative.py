@@ -74,6 +74,7 @@ def speculate(
     pad_id: int = 0,
     samples: int = 1,
     log_probs: bool = False,
+    shared: int | None = None,
 ) -> Speculated:
     """Continues every prompt as `generate` does, in fewer passes of the model.
 
@@ -87,8 +88,8 @@ def speculate(
     Args:
         model: a decoder.
         params: its parameters.
-        draft: a decoder with the same vocabulary, usually much smaller; or the model's own layer of
-            multi-token prediction (`load_further_layer`).
+        draft: a decoder with the same vocabulary, usually much smaller, whose number of rows may be another
+            (`shared`); or the model's own layer of multi-token prediction (`load_further_layer`).
         draft_params: its parameters.
         tokens: int `[batch, length]`, padded on the left (`pad_prompts`).
         mask: bool `[batch, length]`, True for real tokens; None if there is no padding.
@@ -102,17 +103,23 @@ def speculate(
         pad_id: token that fills `Generated.tokens` after a row's end.
         samples: number of continuations of each prompt, which is read once by each of the two.
         log_probs: whether the log-probability of every token is kept: the model's, before transforms.
+        shared: number of tokens that both have, ids from 0 on, where their vocabularies are filled up to
+            other sizes: the draft proposes no others. Equal sizes are needed if None.
 
     Raises:
         DecodingError: as `generate`; the draft has another vocabulary, or `ahead` is not positive.
     """
     whole = draft.model if isinstance(draft, FurtherLayer) else draft
     theirs, ours = whole.config.vocab_size, model.config.vocab_size
-    if theirs != ours:
+    if shared is not None:
+        most = min(theirs, ours)
+        require("speculate(shared)", shared, 1 <= shared <= most, f"1 to {most}, the smaller vocabulary")
+    elif theirs != ours:
         raise DecodingError(
             f"the draft has a vocabulary of {theirs} tokens and the model one of {ours}; a draft must have "
             "the model's own."
         )
+    proposes = ours if shared is None else int(shared)
     require("speculate(ahead)", ahead, 1 <= ahead <= 64, "1 to 64 tokens")
     stop, sampler = stop or stop_at(), sampler or greedy()
     require("speculate(stop)", "a monitor", stop.monitor is None, "a rule without one")
@@ -131,8 +138,9 @@ def speculate(
         room = max_new_tokens + 2 * (ahead + 1)
         guessing = LayerDraft(draft, draft_params, params, progress, samples=alike, room=room)
     else:
-        guess, _, _ = begin_samples(draft, draft_params, prompts, mask, stop=stop, **begun)
-        guessing = ModelDraft(draft, draft_params, guess.cache)
+        known = np.minimum(prompts, theirs - 1)
+        guess, _, _ = begin_samples(draft, draft_params, known, mask, stop=stop, **begun)
+        guessing = ModelDraft(draft, draft_params, guess.cache, size=ours, shared=proposes)
     reads = Reader(model, params, edit=edit)
     edits, cache = as_partials(edit), uneven(progress.cache)
     rest, rows = replace(progress, cache=NO_CACHE), progress.last.shape[0]

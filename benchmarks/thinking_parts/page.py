@@ -219,4 +219,14 @@ def _language_model(found: dict[str, Any] | None) -> list[str]:
         "",
     ]
     header = ["method", "accuracy", "95 % interval", "answered", "tokens a task", "GFLOPs a task"]
-    return [*lines, *_table(header, rows)]
+    bounds = np.array([one["accuracy"]["interval"] for one in found["methods"].values()])
+    apart = bounds[:, 0].max() > bounds[:, 1].min()
+    said = (
+        "so few tasks tell no method from another, and show that each runs" if not apart else "some are apart"
+    )
+    return [
+        *lines,
+        *_table(header, rows),
+        f"The intervals {'do not all ' if apart else ''}overlap: {said}.",
+        "",
+    ]

@@ -34,7 +34,7 @@ from mergelab.sae.evaluation.controls import CONTROLS, control_sae, random_model
 from mergelab.sae.evaluation.metric import Evidence, Options
 from mergelab.sae.evaluation.probing_tasks import LabeledTokens, label_texts
 from mergelab.sae.evaluation.scorecard import scorecard
-from mergelab.sae.features.explanations import Explanation, Match, Pattern
+from mergelab.sae.features.explanations import LatentExplanation, Match, Pattern
 from mergelab.sae.features.gallery import make_gallery, page_data
 from mergelab.sae.features.n2g import explain, match_explanations
 from mergelab.sae.features.survey import Example, survey
@@ -213,7 +213,7 @@ class Experiment:
         self.results["explained"] = len(ranked)
 
     def _feature(
-        self, latent: int, density: float, examples: Sequence[Example], made: Explanation, match: Match
+        self, latent: int, density: float, examples: Sequence[Example], made: LatentExplanation, match: Match
     ) -> dict[str, Any]:
         peaks = [example.tokens[int(np.argmax(example.codes))] for example in examples]
         best = max(made.patterns, key=lambda pattern: pattern.activation)

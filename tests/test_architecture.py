@@ -244,3 +244,25 @@ def test_third_party_imports_are_declared() -> None:
     used = {name.split(".")[0] for path in FILES for name in imported(path.read_text(encoding="utf-8"))}
     used -= {"mergelab", *sys.stdlib_module_names}
     assert {distribution.get(name, name) for name in used} <= declared
+
+
+def names_given_twice(sources: dict[str, str]) -> dict[str, list[str]]:
+    """Names that several modules give to a class, with the modules."""
+    found: dict[str, list[str]] = {}
+    for module, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(module)
+    return {name: modules for name, modules in found.items() if len(modules) > 1}
+
+
+def test_no_two_classes_have_one_name() -> None:
+    assert names_given_twice(all_sources()) == {}
+
+
+def test_a_name_given_twice_would_be_seen() -> None:
+    sources = {
+        "mergelab.a": "class Trace: ...",
+        "mergelab.b": "if True:\n    class Trace: ...\nclass Row: ...",
+    }
+    assert names_given_twice(sources) == {"Trace": ["mergelab.a", "mergelab.b"]}

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.browser
 SITE = (
     *("index.html", "docs/installation.html", "api/index.html", "api/mergelab.sae.html", "api/mergelab.html"),
     *("gallery/index.html", "docs/operators.html", "commands/index.html", "benchmarks/README.html"),
+    *("colab/merging.html", "colab/steering.html"),
     *("docs/solve.html", "docs/limits.html", "search.html"),
 )
 WRITTEN = (

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from docs.site.commands import write_commands
 from docs.site.gallery import write_gallery
+from docs.site.notebooks import page_of, read_notebook
 from docs.site.reference import Reference, write_reference
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -30,14 +31,21 @@ SECTIONS: Mapping[str, Sequence[str]] = {
     ),
     "Features": (
         *("docs/sae", "docs/sae_evaluation", "docs/activations", "docs/sites", "docs/interp"),
-        *("docs/trace_decision", "docs/abliteration", "colab/README"),
+        *("docs/trace_decision", "docs/abliteration"),
+    ),
+    "Notebooks": (
+        *("colab/README", "colab/merging", "colab/verdict", "colab/explain", "colab/models", "colab/sae"),
+        *("colab/sae_evaluation", "colab/steering", "colab/test_time"),
     ),
     "Reference": ("api/index", "commands/index", "docs/command_line"),
     "Project": (*("benchmarks/README", "docs/architecture", "CONTRIBUTING", "CHANGELOG", "SECURITY"),),
 }
 """Pages by the heading they stand under; those that nobody lists stand under "More"."""
 
-PAGES = ("*.md", "docs/*.md", "benchmarks/*.md", "colab/*.md", "examples/*.md", "configs/recipes/*.md")
+PAGES = (
+    *("*.md", "docs/*.md", "benchmarks/*.md", "colab/*.md", "colab/*.ipynb", "examples/*.md"),
+    "configs/recipes/*.md",
+)
 GENERATED = ("api/index", "commands/index", "gallery/index")
 
 
@@ -66,14 +74,14 @@ def blocks(text: str) -> Iterable[tuple[bool, str]]:
 class Pages:
     """The pages of the repository as the site has them: links go to pages, or to files of the repository."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, out: Path, executed: Path | None) -> None:
+        self.url, self.out, self.executed = url, out, executed
         self.names = collected()
         self.pictures: set[Path] = set()
 
     def staged(self, path: Path) -> Path:
         """Where a page stands in the site."""
-        return Path("index.md") if path == Path("README.md") else path
+        return Path("index.md") if path == Path("README.md") else path.with_suffix(".md")
 
     def target(self, page: Path, target: str, image: bool) -> str:
         """A link of a page as the site has it."""
@@ -81,7 +89,7 @@ class Pages:
             return target
         path, hash_, anchor = target.partition("#")
         found = Path(os.path.normpath(page.parent / path))
-        if image:
+        if image and (REPOSITORY / found).is_file():  # what notebooks drew stands beside them already
             self.pictures.add(found)
         if image or found in self.names:
             start = self.staged(page).parent
@@ -91,7 +99,11 @@ class Pages:
 
     def text(self, page: Path) -> str:
         """The text of a page, with links that lead somewhere within the site."""
-        text = (REPOSITORY / page).read_text(encoding="utf-8")
+        if page.suffix == ".ipynb":
+            notebook = read_notebook(REPOSITORY / page, self.executed)
+            text = page_of(notebook, page.stem, self.out / page.parent / "pictures")
+        else:
+            text = (REPOSITORY / page).read_text(encoding="utf-8")
         if page == Path("README.md"):  # badges are pictures of other servers
             text = re.sub(r"^\[!\[.*\n", "", text, flags=re.M)
         link = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()([^)\s]+)(\))")
@@ -116,7 +128,8 @@ def contents(names: Sequence[str]) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     out = Path(arguments[0])
-    pages = Pages(repository_url())
+    executed = os.environ.get("NOTEBOOKS")
+    pages = Pages(repository_url(), out, Path(executed) if executed else None)
     reference = Reference(REPOSITORY)
     names = []
     for page in pages.names:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mergelab.abliteration.answers import REFUSAL_PHRASES, count_refusals, generate_answers
 from mergelab.abliteration.prompts import Prompts
 from mergelab.activations.losses import UNEMBEDDED, kl_divergence, summed_loss
-from mergelab.activations.passes import Batch, passes
+from mergelab.activations.passes import TokenBatch, passes
 from mergelab.errors import MergelabError
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import logits_of
@@ -28,7 +28,7 @@ from mergelab.text.tokenizer import Tokenizer
 
 __all__ = [
     "Behavior",
-    "FirstTokens",
+    "FirstTokenPrompts",
     "check_refusal_ids",
     "first_token_logits",
     "first_token_scores",
@@ -110,7 +110,7 @@ def first_token_scores(
         Log-odds of refusal `[n]`; KL in nats `[n]`; logits `[n, vocab]`; all float32.
     """
     if isinstance(params, StreamedParams):
-        job = FirstTokens(prompts, edit or {}, before)
+        job = FirstTokenPrompts(prompts, edit or {}, before)
         return next(scores_of_jobs(model, params, [job], ids, batch=batch))
     found: list[list[np.ndarray]] = []
     done = 0
@@ -126,7 +126,7 @@ def first_token_scores(
 
 
 @dataclass(frozen=True)
-class FirstTokens:
+class FirstTokenPrompts:
     """Prompts whose first answer tokens are scored.
 
     Attributes:
@@ -141,7 +141,7 @@ class FirstTokens:
 
 
 def scores_of_jobs(
-    model: Model, params: Params, jobs: Sequence[FirstTokens], ids: np.ndarray, *, batch: int = 32
+    model: Model, params: Params, jobs: Sequence[FirstTokenPrompts], ids: np.ndarray, *, batch: int = 32
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """`first_token_scores` of several sets of prompts and edits, whose streamed weights are read once.
 
@@ -159,7 +159,7 @@ def scores_of_jobs(
         return
     parts = [list(job.prompts.batches(batch)) for job in jobs]
     given = [
-        Batch(part.tokens, part.mask, job.edit, extra=ids)
+        TokenBatch(part.tokens, part.mask, job.edit, extra=ids)
         for job, some in zip(jobs, parts, strict=True)
         for part in some
     ]

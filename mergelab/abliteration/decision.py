@@ -28,11 +28,11 @@ from mergelab.errors import OutputError, SearchError
 from mergelab.interp.steering import SteeringVector
 from mergelab.models.model import Params
 
-__all__ = ["Decision", "decide", "search_settings"]
+__all__ = ["RemovalDecision", "decide", "search_settings"]
 
 
 @dataclass(frozen=True)
-class Decision:
+class RemovalDecision:
     """What is removed, and how it came to that.
 
     Attributes:
@@ -50,7 +50,7 @@ class Decision:
     trial: Trial | None = None
 
     @classmethod
-    def given(cls, direction: SavedDirection, subject: Subject) -> Decision:
+    def given(cls, direction: SavedDirection, subject: Subject) -> RemovalDecision:
         """The one that a file gives.
 
         Raises:
@@ -81,7 +81,7 @@ def decide(
     settings: AbliterationSettings,
     journal: Callable[[], SearchJournal],
     tell: Progress,
-) -> Decision:
+) -> RemovalDecision:
     """Finds the directions, chooses one, and searches around it where trials are asked for.
 
     Args:
@@ -128,7 +128,7 @@ def decide(
             kept.record_selection(selection.to_json())
     if kept is None:
         ablation = Ablation.everywhere(jnp.asarray(selection.direction), subject.model.config.n_layers)
-        return Decision(
+        return RemovalDecision(
             ablation, _vector(subject, directions, ablation, selection, selection.chosen.layer), selection
         )
     return _searched(subject, params, settings, directions, selection, kept, tell)
@@ -155,7 +155,7 @@ def _searched(
     selection: DirectionSelection,
     journal: SearchJournal,
     tell: Progress,
-) -> Decision:
+) -> RemovalDecision:
     space = Space.of(directions, selection.chosen.position)
     if settings.filters.layers is not None:
         space = _within_layers(space, *settings.filters.layers)
@@ -184,7 +184,7 @@ def _searched(
         raise
     ablation = space.ablation(jnp.asarray(list(trial.parameters.values()), jnp.float32))
     vector = _vector(subject, directions, ablation, selection, round(trial.parameters["source"]))
-    return Decision(ablation, vector, selection, search, trial)
+    return RemovalDecision(ablation, vector, selection, search, trial)
 
 
 def _vector(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mergelab.abliteration.ablation import Ablation
-from mergelab.abliteration.behavior import FirstTokens, check_refusal_ids, scores_of_jobs
+from mergelab.abliteration.behavior import FirstTokenPrompts, check_refusal_ids, scores_of_jobs
 from mergelab.abliteration.directions import Directions
 from mergelab.abliteration.prompts import Prompts
 from mergelab.abliteration.removal import ablate, induce
@@ -243,14 +243,14 @@ def _job(
     added: np.ndarray | None = None,
     layer: int = 0,
     before: np.ndarray | None = None,
-) -> FirstTokens:
+) -> FirstTokenPrompts:
     """Prompts with one direction removed everywhere, or one added at a layer: the same program for both."""
     layers, nothing = model.config.n_layers, np.zeros(model.config.d_model, np.float32)
     vectors = np.zeros((layers, model.config.d_model), np.float32)
     vectors[layer] = nothing if added is None else added
     ablation = Ablation.everywhere(jnp.asarray(nothing if removed is None else removed), layers)
     edit = ablate(model, params, ablation) | induce(jnp.asarray(vectors))
-    return FirstTokens(prompts, edit, before)
+    return FirstTokenPrompts(prompts, edit, before)
 
 
 def _rejected(refusal: float, induced: float, kl: float, filters: Filters) -> str | None:

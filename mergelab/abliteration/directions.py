@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from mergelab.abliteration.prompts import PromptBatch, Prompts
 from mergelab.activations.kept import DEFAULT_RULE, TokenRule
-from mergelab.activations.passes import Batch, passes
+from mergelab.activations.passes import TokenBatch, passes
 from mergelab.errors import MergelabError, NonFiniteError
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import require_decoder
@@ -142,7 +142,7 @@ def mean_activations(
 
     def summed(some: Sequence[tuple[PromptBatch, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
         quantile = np.float32(winsorize or 1.0)
-        given = [Batch(part.tokens, part.mask, extra=(counted, quantile)) for part, counted in some]
+        given = [TokenBatch(part.tokens, part.mask, extra=(counted, quantile)) for part, counted in some]
         found = passes(model, params, given, sites, keep=keep, read=read)
         return [
             (np.asarray(total, np.float64), np.asarray(norms)[: part.real])

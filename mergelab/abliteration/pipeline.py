@@ -12,7 +12,7 @@ import jax
 
 from mergelab.abliteration.behavior import measure_behavior
 from mergelab.abliteration.bundled_prompts import built_in_prompts
-from mergelab.abliteration.decision import Decision, decide, search_settings
+from mergelab.abliteration.decision import RemovalDecision, decide, search_settings
 from mergelab.abliteration.direction_file import SavedDirection
 from mergelab.abliteration.preparation import Subject, check_counts, prepare
 from mergelab.abliteration.removal import abliterate_params
@@ -212,7 +212,7 @@ def _measure(
         decision = decide(subject, params, settings, opened, tell)
         keep_norms = settings.keep_norms
     else:
-        decision = Decision.given(direction, subject)
+        decision = RemovalDecision.given(direction, subject)
         keep_norms = settings.keep_norms or direction.keep_norms
 
     borderline = subject.borderline

@@ -259,7 +259,7 @@ _BLOCK = 1 << 22
 
 
 @dataclass
-class _Held:
+class _FoundSoFar:
     """What a `Removed` has found so far: sums over all rows, and the block that was read last."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -290,7 +290,7 @@ class Removed:
     axis: int
     keep_norms: KeepNorms = None
     block: int = _BLOCK
-    _held: _Held = field(default_factory=_Held, repr=False)
+    _held: _FoundSoFar = field(default_factory=_FoundSoFar, repr=False)
 
     @property
     def name(self) -> str:

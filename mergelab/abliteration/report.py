@@ -11,7 +11,7 @@ import numpy as np
 
 from mergelab.abliteration.ablation import Ablation
 from mergelab.abliteration.behavior import Behavior
-from mergelab.abliteration.decision import Decision
+from mergelab.abliteration.decision import RemovalDecision
 from mergelab.abliteration.direction_file import DIRECTION_FILE, SavedDirection
 from mergelab.abliteration.direction_selection import DirectionSelection
 from mergelab.abliteration.findings import Count, findings
@@ -73,7 +73,7 @@ class Report:
 
     model: str
     prompts: dict[str, list[int]]
-    decision: Decision
+    decision: RemovalDecision
     keep_norms: KeepNorms
     phrases: str | Sequence[str]
     before: Behavior

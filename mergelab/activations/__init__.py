@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         halves,
         open_model_activations,
     )
-    from mergelab.activations.prefetch import Prefetch, Trace
+    from mergelab.activations.prefetch import Prefetch, PrefetchTrace
     from mergelab.activations.sentences import SentenceEncoder, load_sentence_encoder, pool
     from mergelab.activations.statistics import Statistics, fisher, gram, write_statistics
     from mergelab.activations.store import (
@@ -40,11 +40,11 @@ __all__ = [
     "LeftOut",
     "ModelActivations",
     "Prefetch",
+    "PrefetchTrace",
     "SentenceEncoder",
     "SiteActivations",
     "Statistics",
     "TokenRule",
-    "Trace",
     "bucket_size",
     "capture",
     "contexts_of_texts",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mergelab.activations.batches import batches, stack_prompts
-from mergelab.activations.passes import Batch, in_float32, passes
+from mergelab.activations.passes import TokenBatch, in_float32, passes
 from mergelab.errors import SiteError
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit, match_sites
@@ -104,7 +104,7 @@ def capture(
     places = None if position is None else position_columns(real, position)
     parts: list[list[np.ndarray]] = []
     parts_of = list(batches(len(tokens), batch))
-    given = [Batch(tokens[chosen], real[chosen], edit or {}) for chosen, _ in parts_of]
+    given = [TokenBatch(tokens[chosen], real[chosen], edit or {}) for chosen, _ in parts_of]
     found = passes(model, params, given, names, keep=in_float32)
     for (chosen, count), sites_of in zip(parts_of, found, strict=True):
         keep = slice(count) if places is None else (np.arange(count), places[chosen[:count]])

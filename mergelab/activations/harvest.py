@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from mergelab.activations.batches import filled_batches
-from mergelab.activations.passes import Batch, Trees, kept_of_all
+from mergelab.activations.passes import TokenBatch, Trees, kept_of_all
 from mergelab.models.model import Model
 from mergelab.models.streamed import StreamedParams
 
@@ -74,7 +74,7 @@ class Harvest:
                 self._part = None
             some = self._tokens[number * self._at_once : (number + 1) * self._at_once]
             calls = [
-                Batch(np.asarray(tokens, np.int32)) for (tokens,), _ in filled_batches(self._batch, some)
+                TokenBatch(np.asarray(tokens, np.int32)) for (tokens,), _ in filled_batches(self._batch, some)
             ]
             kept = kept_of_all(self._model, self._params, calls, self._sites, _side_by_side)
             self._part = number, kept

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mergelab.activations.batches import filled_batches, map_pieces
-from mergelab.activations.passes import Batch, passes
+from mergelab.activations.passes import TokenBatch, passes
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import logits_of
 from mergelab.models.sites import Edit
@@ -117,7 +117,7 @@ def summed_loss(
     check_ids(tokens, model.config.vocab_size, "the model's vocabulary", "windows of text")
     check_length(model, tokens.shape[1] - 1)
     given = [
-        Batch(rows[:, :-1], edit=edit or {}, extra=(rows[:, 1:], counted))
+        TokenBatch(rows[:, :-1], edit=edit or {}, extra=(rows[:, 1:], counted))
         for (rows, counted), _ in filled_batches(batch, tokens, is_target)  # what fills up counts for nothing
     ]
     found = passes(model, params, given, "logits", keep=_summed_nats)
@@ -177,7 +177,7 @@ def scores_of_windows(
         check_length(model, tokens.shape[1] - 1)
         for (rows, counted), real in filled_batches(batch, tokens, is_target):
             parts.append((place, real))
-            given.append(Batch(rows[:, :-1], extra=(rows[:, 1:], counted)))
+            given.append(TokenBatch(rows[:, :-1], extra=(rows[:, 1:], counted)))
     nats: list[list[np.ndarray]] = [[] for _ in windows]
     hits: list[list[np.ndarray]] = [[] for _ in windows]
     found = passes(model, params, given, UNEMBEDDED, read=_scored_targets)

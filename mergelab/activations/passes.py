@@ -22,7 +22,17 @@ from mergelab.models.spool import Spool
 from mergelab.models.streamed import StreamedParams
 from mergelab.models.sweep import Call, sweep
 
-__all__ = ["Batch", "Keep", "Read", "Trees", "as_it_is", "in_float32", "kept_of_all", "kept_sites", "passes"]
+__all__ = [
+    "Keep",
+    "Read",
+    "TokenBatch",
+    "Trees",
+    "as_it_is",
+    "in_float32",
+    "kept_of_all",
+    "kept_sites",
+    "passes",
+]
 
 Keep = Callable[[Array, Any], Any]
 """What is kept of a site: a jittable function of its value and of the batch's `extra`."""
@@ -34,7 +44,7 @@ and the batch's `extra`."""
 
 @register_dataclass
 @dataclass(frozen=True)
-class Batch:
+class TokenBatch:
     """Tokens of one forward pass, and what belongs to them.
 
     Attributes:
@@ -67,7 +77,7 @@ def _kept(model: Model, params: Any, kept: dict[str, Any], extra: Any) -> Any:
 def passes(
     model: Model,
     params: Params,
-    batches: Iterable[Batch],
+    batches: Iterable[TokenBatch],
     capture: str | Sequence[str],
     *,
     keep: Keep = as_it_is,
@@ -104,20 +114,20 @@ def passes(
             yield _read_alone(model, outer, kept, batch.extra, read=read)
 
 
-def _traceable(batch: Batch) -> Batch:
-    return Batch(batch.tokens, batch.mask, as_partials(batch.edit), batch.extra)
+def _traceable(batch: TokenBatch) -> TokenBatch:
+    return TokenBatch(batch.tokens, batch.mask, as_partials(batch.edit), batch.extra)
 
 
 @partial(jax.jit, static_argnames=("model", "names", "keep", "read"))
 def _whole(
-    model: Model, params: Params, batch: Batch, *, names: tuple[str, ...], keep: Keep, read: Read
+    model: Model, params: Params, batch: TokenBatch, *, names: tuple[str, ...], keep: Keep, read: Read
 ) -> Any:
     found = kept_sites(model, params, batch, names, keep)
     return read(model, params, found, batch.extra)
 
 
 def kept_sites(
-    model: Model, params: Params, batch: Batch, names: Sequence[str], keep: Keep
+    model: Model, params: Params, batch: TokenBatch, names: Sequence[str], keep: Keep
 ) -> dict[str, Any]:
     """What is kept of the sites of one batch, as a part of a larger program."""
     given: Any = {"mask": batch.mask, "edit": batch.edit}
@@ -165,7 +175,7 @@ class Trees:
 def kept_of_all(
     model: Model,
     params: StreamedParams,
-    batches: Sequence[Batch],
+    batches: Sequence[TokenBatch],
     names: Sequence[str],
     keep: Keep = as_it_is,
 ) -> Trees:
@@ -185,7 +195,7 @@ def kept_of_all(
     return waiting
 
 
-def _call(batch: Batch) -> Call:
+def _call(batch: TokenBatch) -> Call:
     mask = None if batch.mask is None else np.asarray(batch.mask)
     return Call(np.asarray(batch.tokens), mask, batch.edit)
 

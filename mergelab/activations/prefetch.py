@@ -11,7 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from mergelab.activations.stream import Batch
 
-__all__ = ["Prefetch", "Trace"]
+__all__ = ["Prefetch", "PrefetchTrace"]
 
 Ready = TypeVar("Ready")
 
@@ -30,7 +30,7 @@ _INTERRUPT_WAIT = 0.5
 
 
 @dataclass
-class Trace:
+class PrefetchTrace:
     """How a consumer fared.
 
     Attributes:
@@ -54,7 +54,7 @@ class Prefetch(Generic[Ready]):
     """
 
     def __init__(self, stream: _Batches, prepare: Callable[[Batch], Ready], *, ahead: int = 2) -> None:
-        self.trace = Trace()
+        self.trace = PrefetchTrace()
         self._state = stream.state()
         self._ready: queue.Queue[tuple[Any, Any, BaseException | None]] = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()

@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from mergelab.activations.batches import batches
 from mergelab.activations.kept import TokenRule, median_norm
-from mergelab.activations.passes import Batch, passes
+from mergelab.activations.passes import TokenBatch, passes
 from mergelab.activations.running_sums import (
     add_rounded,
     check_finite,
@@ -23,7 +23,7 @@ from mergelab.activations.running_sums import (
     squared_rows,
 )
 from mergelab.errors import NonFiniteError
-from mergelab.models.block_programs import Programs, Rows
+from mergelab.models.block_programs import PassRows, Programs
 from mergelab.models.decoder import ENTRANCE_PARTS, Entrance, Exit
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Tap
@@ -51,7 +51,7 @@ def norm_limits(
     if rule.max_norm_multiple is None:
         return None
     chosen = np.unique(np.linspace(0, len(tokens) - 1, min(batch, len(tokens))).astype(int))
-    (norms,) = passes(model, params, [Batch(tokens[chosen], real[chosen])], sites, keep=_norms)
+    (norms,) = passes(model, params, [TokenBatch(tokens[chosen], real[chosen])], sites, keep=_norms)
     return {
         site: jnp.float32(rule.norm_limit(median_norm(np.asarray(norms[site], np.float64)[kept[chosen]])))
         for site in sites
@@ -187,7 +187,7 @@ def streamed_fisher(
         for call in calls:
             assert call.mask is not None
             places = np.cumsum(call.mask, axis=1, dtype=np.int32) - 1
-            rows.append(Rows(jnp.asarray(np.maximum(places, 0)), jnp.asarray(call.mask)))
+            rows.append(PassRows(jnp.asarray(np.maximum(places, 0)), jnp.asarray(call.mask)))
         outer = params.outer()
         sums = _zeros(outer)
         for number, (call, place) in enumerate(zip(calls, rows, strict=True)):
@@ -246,8 +246,8 @@ def _squares(gradient: Any, counted: Array) -> Any:
     return jax.tree.map(lambda g: jnp.where(counted, jnp.square(g.astype(jnp.float32)), 0.0), gradient)
 
 
-def _alone(place: Rows) -> Rows:
-    """One row of `Rows` as a batch of one."""
+def _alone(place: PassRows) -> PassRows:
+    """One row of `PassRows` as a batch of one."""
     return jax.tree.map(lambda x: x[None], place)
 
 
@@ -256,7 +256,7 @@ def _alone(place: Rows) -> Rows:
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _exit_squares(
-    config: Any, params: Any, sums: Sums, x: Array, tokens: Array, kept: Array, rows: Rows, counted: Array
+    config: Any, params: Any, sums: Sums, x: Array, tokens: Array, kept: Array, rows: PassRows, counted: Array
 ) -> tuple[Sums, Array, Any]:
     def step(sums: Sums, row: Any) -> tuple[Sums, Any]:
         x, tokens, kept, place, counted = row
@@ -276,7 +276,7 @@ def _exit_squares(
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _block_squares(
-    body: Any, params: Any, sums: Sums, x: Array, gradient: Array, rows: Rows, counted: Array
+    body: Any, params: Any, sums: Sums, x: Array, gradient: Array, rows: PassRows, counted: Array
 ) -> tuple[Sums, Array]:
     def step(sums: Sums, row: Any) -> tuple[Sums, Array]:
         x, gradient, place, counted = row
@@ -295,7 +295,7 @@ def _entrance_squares(
     tokens: Array,
     gradient: Array,
     shared: Array | None,
-    rows: Rows,
+    rows: PassRows,
     counted: Array,
 ) -> Sums:
     def step(sums: Sums, row: Any) -> tuple[Sums, None]:

@@ -220,7 +220,7 @@ class RowsTensor(ChangedWeight):
 
 
 @dataclass(frozen=True)
-class Part:
+class ExpertSlice:
     """A `TensorSource` of one entry of a tensor's first axis: a matrix of a stack of experts."""
 
     source: TensorSource
@@ -238,9 +238,9 @@ class Part:
     def dtype(self) -> np.dtype[Any]:
         return self.source.dtype
 
-    def over(self, change: Callable[[TensorSource], TensorSource]) -> Part:
+    def over(self, change: Callable[[TensorSource], TensorSource]) -> ExpertSlice:
         """The same entry of another tensor."""
-        return Part(change(self.source), self.index)
+        return ExpertSlice(change(self.source), self.index)
 
     def read_into(self, start: int, out: np.ndarray) -> None:
         """Fills `out` with flat elements; errors are those of the source."""
@@ -340,5 +340,5 @@ def with_expert_updates(
     for index in range(experts):
         left, right = ExpertFactor(b, experts, index, "B"), ExpertFactor(a, experts, index, "A")
         factors = ((right, True), (left, True)) if turned else ((left, False), (right, False))
-        parts.append(LowRankTensor(Part(weight, index), *factors, scale, cache))
+        parts.append(LowRankTensor(ExpertSlice(weight, index), *factors, scale, cache))
     return StackedTensor(weight.name, tuple(parts))

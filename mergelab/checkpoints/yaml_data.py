@@ -16,7 +16,7 @@ import yaml
 
 from mergelab.errors import CheckpointError, MergelabError, dotted, quoted, shortened
 
-__all__ = ["Document", "parse_yaml"]
+__all__ = ["YamlDocument", "parse_yaml"]
 
 FieldPath = tuple[str | int, ...]
 
@@ -50,7 +50,7 @@ _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass
-class Document:
+class YamlDocument:
     """One YAML document as plain data.
 
     Attributes:
@@ -99,7 +99,7 @@ def parse_yaml(
     *,
     strict_keys: bool = True,
     old_numbers: bool = False,
-) -> list[Document]:
+) -> list[YamlDocument]:
     """Parses every document of a YAML text.
 
     Args:
@@ -207,11 +207,11 @@ class _Converter:
         self.lines: dict[FieldPath, int] = {}
         self.repeated: list[tuple[FieldPath, int]] = []
 
-    def document(self, node: _Node) -> Document:
+    def document(self, node: _Node) -> YamlDocument:
         data = self.convert(node, ())
         if self.faults:
             raise self.error(self.faults)
-        return Document(data, node.line, {(): node.line, **self.lines}, self.repeated, self.old_numbers)
+        return YamlDocument(data, node.line, {(): node.line, **self.lines}, self.repeated, self.old_numbers)
 
     def convert(self, node: _Node, path: FieldPath) -> Any:
         if node.kind == "scalar":

@@ -27,7 +27,7 @@ from mergelab.errors import quoted
 __all__ = ["command"]
 
 
-class _Part(click.ParamType):
+class _PartType(click.ParamType):
     name = "part"
 
     def convert(
@@ -39,7 +39,7 @@ class _Part(click.ParamType):
         return int(match[1]) - 1, int(match[2])
 
 
-PART = _Part()
+PART = _PartType()
 
 
 @click.command("activations")

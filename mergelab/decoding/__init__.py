@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from mergelab.decoding.generation import Generated, begin, generate
     from mergelab.decoding.generation_state import GenerationState, start
     from mergelab.decoding.guided_search import (
-        Found,
+        FoundStates,
         guided_beams,
         guided_trees,
         particle_filter,
@@ -91,7 +91,7 @@ __all__ = [
     "Completion",
     "Contrast",
     "FirstTokens",
-    "Found",
+    "FoundStates",
     "Generated",
     "GenerationState",
     "History",

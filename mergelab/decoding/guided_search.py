@@ -15,7 +15,7 @@ import numpy as np
 
 from mergelab.decoding.transforms import require
 
-__all__ = ["Found", "guided_beams", "guided_trees", "particle_filter", "systematic_resample"]
+__all__ = ["FoundStates", "guided_beams", "guided_trees", "particle_filter", "systematic_resample"]
 
 S = TypeVar("S")
 Extend = Callable[[Sequence[S]], Sequence[S]]
@@ -25,7 +25,7 @@ Score = Callable[[Sequence[S]], Sequence[float]]
 
 
 @dataclass(frozen=True)
-class Found(Generic[S]):
+class FoundStates(Generic[S]):
     """States at the end of a search, the best first.
 
     Attributes:
@@ -48,7 +48,7 @@ def guided_beams(
     branch: int,
     steps: int,
     done: Callable[[S], bool] = lambda _: False,
-) -> Found[S]:
+) -> FoundStates[S]:
     """Beam search by a verifier: the best `width` of `width * branch` states go on at each step.
 
     With a proposer that lists thoughts it searches a tree of thoughts (arXiv:2305.10601).
@@ -77,7 +77,7 @@ def guided_beams(
         kept = [(state, worth) for state, worth in zip(states, scores, strict=True) if done(state)]
         ranked = sorted([*kept, *zip(new, _scores(score, new), strict=True)], key=lambda pair: -pair[1])
         states, scores = [one for one, _ in ranked[:width]], [worth for _, worth in ranked[:width]]
-    return Found(tuple(states), tuple(scores), extended)
+    return FoundStates(tuple(states), tuple(scores), extended)
 
 
 def guided_trees(
@@ -89,7 +89,7 @@ def guided_trees(
     branch: int,
     steps: int,
     done: Callable[[S], bool] = lambda _: False,
-) -> Found[S]:
+) -> FoundStates[S]:
     """Diverse verifier tree search (DVTS): as many greedy searches side by side, none of which ends another.
 
     Each tree is a `guided_beams` of width 1, so that answers stay diverse where one beam would fill up with
@@ -121,7 +121,7 @@ def guided_trees(
             best = max(range(place * branch, (place + 1) * branch), key=lambda at: worth[at])
             states[number], scores[number] = new[best], worth[best]
     order = sorted(range(trees), key=lambda number: -scores[number])
-    return Found(tuple(states[n] for n in order), tuple(scores[n] for n in order), extended)
+    return FoundStates(tuple(states[n] for n in order), tuple(scores[n] for n in order), extended)
 
 
 def particle_filter(
@@ -133,7 +133,7 @@ def particle_filter(
     steps: int,
     seed: int = 0,
     done: Callable[[S], bool] = lambda _: False,
-) -> Found[S]:
+) -> FoundStates[S]:
     """Particles that are extended, and drawn anew in proportion to what they are worth (arXiv:2502.01618).
 
     A worth is a likelihood of the whole state so far: a particle weighs its worth over that before its step,
@@ -172,7 +172,7 @@ def particle_filter(
         drawn = systematic_resample(weights, rng)
         states, before = [states[number] for number in drawn], worth[drawn]
     order = np.argsort(-before, kind="stable")
-    return Found(tuple(states[n] for n in order), tuple(map(float, before[order])), extended)
+    return FoundStates(tuple(states[n] for n in order), tuple(map(float, before[order])), extended)
 
 
 def systematic_resample(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
-from mergelab.decoding.guided_search import Found
+from mergelab.decoding.guided_search import FoundStates
 from mergelab.decoding.transforms import require
 
 __all__ = ["tree_of_thought"]
@@ -31,7 +31,7 @@ def tree_of_thought(
     below: float = -math.inf,
     most: int = 10_000,
     done: Callable[[S], bool] = lambda _: False,
-) -> Found[S]:
+) -> FoundStates[S]:
     """Searches a tree of thoughts.
 
     By breadth the best `width` states of each level go on, and those that are done compete as they are. By
@@ -84,7 +84,7 @@ def tree_of_thought(
     search = _by_breadth if order == "breadth" else _by_depth
     found = search(root, grow, depth, width, below, done, lambda: valued >= most)
     found = sorted(found, key=lambda pair: -pair[1])
-    return Found(tuple(state for state, _ in found), tuple(worth for _, worth in found), valued)
+    return FoundStates(tuple(state for state, _ in found), tuple(worth for _, worth in found), valued)
 
 
 Pairs = list[tuple[S, float]]

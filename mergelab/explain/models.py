@@ -16,11 +16,11 @@ from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params
 from mergelab.models.streamed import Streaming, stream_model
 
-__all__ = ["Family", "find_family", "load_one", "merged_model"]
+__all__ = ["MergeInputs", "find_family", "load_one", "merged_model"]
 
 
 @dataclass(frozen=True)
-class Family:
+class MergeInputs:
     """The inputs of a merge.
 
     Attributes:
@@ -34,7 +34,7 @@ class Family:
     parents: dict[str, FoundModel]
 
 
-def find_family(recipe: Recipe, base: str | Path | None = None) -> Family:
+def find_family(recipe: Recipe, base: str | Path | None = None) -> MergeInputs:
     """Opens the models of a recipe.
 
     Args:
@@ -62,7 +62,7 @@ def find_family(recipe: Recipe, base: str | Path | None = None) -> Family:
         raise RecipeError(
             f"{_place(recipe)} merges no model but the base {named!r}; there is nothing to explain."
         )
-    return Family(recipe, found[named], {_shown(name, parents): found[name] for name in parents})
+    return MergeInputs(recipe, found[named], {_shown(name, parents): found[name] for name in parents})
 
 
 def _place(recipe: Recipe) -> str:

@@ -21,8 +21,8 @@ from mergelab.errors import SAEError
 from mergelab.explain.changes import Changes, find_changes, found_by_chance, retained
 from mergelab.explain.explanation import Explanation, GainedLatent, SpecialistStory, counted
 from mergelab.explain.fates import Fate, fate_of
-from mergelab.explain.models import Family, find_family, load_one, merged_model
-from mergelab.explain.readings import Contexts, Reading, codes_at, passes, read_model, rotated
+from mergelab.explain.models import MergeInputs, find_family, load_one, merged_model
+from mergelab.explain.readings import ModelReading, SharedContexts, codes_at, passes, read_model, rotated
 from mergelab.explain.restoration import restore
 from mergelab.merging.recipe.recipe_file import load_recipe
 from mergelab.merging.recipe.schema import Recipe
@@ -131,7 +131,7 @@ def explain_merge(
                 f"the texts fill {there.sum()} contexts of {source.tokens.shape[1]} tokens, and chance is "
                 "told by comparing contexts; give at least 4, better 100, or shorter ones (--context)."
             )
-        text = Contexts(
+        text = SharedContexts(
             np.asarray(source.tokens)[there], source.by_place[there], targets[there], source.sites[0], batch
         )
         work_on = _Work(family, saes, text, source.model, dtype, streamed, seed, latents, tokenizer)
@@ -163,9 +163,9 @@ class _Work:
 
     def __init__(
         self,
-        family: Family,
+        family: MergeInputs,
         sae: SAE,
-        text: Contexts,
+        text: SharedContexts,
         model: Model,
         dtype: Any,
         streamed: Streaming | None,
@@ -194,7 +194,7 @@ class _Work:
         base = read_model(self.sae, control, model, params, self.text)
         del params
         progress(1)
-        readings: dict[str, Reading] = {}
+        readings: dict[str, ModelReading] = {}
         changes: dict[str, Changes] = {}
         for number, (parent, found) in enumerate(self.family.parents.items()):
             model, params = self._loaded(found.checkpoint, parent)
@@ -244,10 +244,10 @@ class _Work:
     def _story(
         self,
         parent: str,
-        base: Reading,
-        readings: dict[str, Reading],
+        base: ModelReading,
+        readings: dict[str, ModelReading],
         changes: dict[str, Changes],
-        merge: Reading,
+        merge: ModelReading,
         codes: np.ndarray,
         model: Model,
         params: Params,

@@ -14,7 +14,7 @@ from jax.tree_util import Partial
 from mergelab.activations.batches import filled_batches
 from mergelab.activations.harvest import side_by_side
 from mergelab.activations.losses import UNEMBEDDED
-from mergelab.activations.passes import Batch
+from mergelab.activations.passes import TokenBatch
 from mergelab.activations.passes import passes as run_passes
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import logits_of
@@ -22,11 +22,11 @@ from mergelab.sae.normalizations import normalized
 from mergelab.sae.sae import SAE
 from mergelab.sae.splice import anonymous, encode
 
-__all__ = ["Contexts", "Reading", "codes_at", "losses_with", "passes", "read_model", "rotated"]
+__all__ = ["ModelReading", "SharedContexts", "codes_at", "losses_with", "passes", "read_model", "rotated"]
 
 
 @dataclass(frozen=True)
-class Contexts:
+class SharedContexts:
     """The text, the same for all models.
 
     Attributes:
@@ -45,7 +45,7 @@ class Contexts:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ModelReading:
     """What a model does on the contexts.
 
     Attributes:
@@ -67,7 +67,10 @@ class Reading:
 
 
 def passes(
-    model: Model, params: Params, contexts: Contexts, added: Callable[[int, int], np.ndarray] | None = None
+    model: Model,
+    params: Params,
+    contexts: SharedContexts,
+    added: Callable[[int, int], np.ndarray] | None = None,
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
     """Forward passes one after the other: the contexts, the site's activations, and each context's loss.
 
@@ -83,7 +86,7 @@ def passes(
     """
     parts = list(filled_batches(contexts.batch, contexts.tokens, contexts.targets))
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Iterator[TokenBatch]:
         start = 0
         for (tokens, targets), count in parts:
             vectors = jnp.zeros((), jnp.float32)
@@ -91,7 +94,9 @@ def passes(
                 given = added(start, start + count)
                 vectors = jnp.asarray(np.pad(given, ((0, len(tokens) - count), (0, 0), (0, 0))), jnp.float32)
             edit = {contexts.site: Partial(_add, vectors)}
-            yield Batch(jnp.asarray(tokens), edit=edit, extra=(jnp.asarray(tokens), jnp.asarray(targets)))
+            yield TokenBatch(
+                jnp.asarray(tokens), edit=edit, extra=(jnp.asarray(tokens), jnp.asarray(targets))
+            )
             start += count
 
     found = run_passes(model, params, batches(), (contexts.site, UNEMBEDDED), read=_Read(contexts.site))
@@ -140,7 +145,9 @@ def rotated(sae: SAE, center: np.ndarray, seed: int) -> SAE:
     return replace(sae, W_enc=jnp.asarray(weights), b_enc=sae.b_enc + jnp.asarray(shift, jnp.float32))
 
 
-def read_model(sae: SAE, control: SAE | None, model: Model, params: Params, contexts: Contexts) -> Reading:
+def read_model(
+    sae: SAE, control: SAE | None, model: Model, params: Params, contexts: SharedContexts
+) -> ModelReading:
     """Reads all of the contexts once.
 
     Args:
@@ -165,11 +172,11 @@ def read_model(sae: SAE, control: SAE | None, model: Model, params: Params, cont
             mean[row] = weights[number] @ codes
             if other is not None:
                 turned[row] = weights[number] @ np.asarray(encode(other, jnp.asarray(x[number])))
-    return Reading(fired, mean, turned, losses)
+    return ModelReading(fired, mean, turned, losses)
 
 
 def codes_at(
-    sae: SAE, model: Model, params: Params, contexts: Contexts, latents: np.ndarray
+    sae: SAE, model: Model, params: Params, contexts: SharedContexts, latents: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes of some latents at every token, 0 where none counts, and the length of a code's unit there.
 
@@ -190,7 +197,7 @@ def codes_at(
 
 
 def losses_with(
-    model: Model, params: Params, contexts: Contexts, added: Callable[[int, int], np.ndarray]
+    model: Model, params: Params, contexts: SharedContexts, added: Callable[[int, int], np.ndarray]
 ) -> np.ndarray:
     """Loss of each context, in nats a target, with vectors added at the site, as in `passes`."""
     return np.concatenate([nats for _, _, nats in passes(model, params, contexts, added)])

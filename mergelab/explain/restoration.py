@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from mergelab.explain.readings import Contexts, codes_at, losses_with
+from mergelab.explain.readings import SharedContexts, codes_at, losses_with
 from mergelab.models.model import Model, Params
 from mergelab.sae.sae import SAE
 
@@ -51,7 +51,7 @@ def restore(
     sae: SAE,
     model: Model,
     merged: Params,
-    contexts: Contexts,
+    contexts: SharedContexts,
     latents: np.ndarray,
     wanted: np.ndarray,
     losses: tuple[np.ndarray, np.ndarray],

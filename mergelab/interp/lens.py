@@ -22,7 +22,7 @@ from jaxtyping import Float
 from mergelab.activations.batches import batches
 from mergelab.activations.capture import Patterns, check_prompts, stream_sites
 from mergelab.activations.losses import UNEMBEDDED, kl_of_log_probabilities
-from mergelab.activations.passes import Batch, passes
+from mergelab.activations.passes import TokenBatch, passes
 from mergelab.compat import register_dataclass
 from mergelab.errors import SiteError
 from mergelab.models.model import Model, Params
@@ -158,7 +158,7 @@ def read_lens(
     for rows, count in batches(len(tokens), batch):
         counted = real[rows] & (np.arange(len(rows)) < count)[:, None]
         extra = _weights(lens), tokens[rows], counted
-        given.append(Batch(tokens[rows], real[rows], extra=extra))
+        given.append(TokenBatch(tokens[rows], real[rows], extra=extra))
     wanted = (*lens.sites, UNEMBEDDED)
     for found in passes(model, params, given, wanted, read=_Measured(lens.sites)):
         total += np.asarray(found, np.float64).T

@@ -106,7 +106,7 @@ def extract_delta(
         shapes[name], kept[name] = list(old.shape), kept_count(density, size, at_least=1)
         change = _Change(tuned, old, kept[name], stored, alone)
         for part, shape, kind in ((".mask", (-(-size // 8),), np.uint8), (".values", (kept[name],), stored)):
-            source = _Part(f"{name}{part}", shape, np.dtype(kind), change, part)
+            source = _ChangePart(f"{name}{part}", shape, np.dtype(kind), change, part)
             jobs.append(Job(source.name, shape, source.dtype, (source,)))
     if not jobs:
         raise CheckpointError(f"{finetuned} has the values of {base}; there is nothing to extract")
@@ -181,7 +181,7 @@ def _largest(delta: np.ndarray, count: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _ChangePart:
     """A `TensorSource` of a change's mask or values."""
 
     name: str

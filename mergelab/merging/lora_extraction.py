@@ -45,7 +45,7 @@ from mergelab.merging.head_extraction import (
     repeated_embeddings,
     unsplittable,
 )
-from mergelab.merging.lora_factors import Factors, FactorSetting, tensor_bytes
+from mergelab.merging.lora_factors import ChangeFactors, FactorSetting, tensor_bytes
 from mergelab.version import __version__
 
 __all__ = ["ExtractedLora", "extract_lora"]
@@ -207,7 +207,7 @@ def _extract(
     shared = unsplittable(base_model)
 
     jobs: list[Job] = []
-    factors: dict[str, Factors] = {}
+    factors: dict[str, ChangeFactors] = {}
     alone = threading.Lock()
     whole: list[str] = []
     skipped: list[str] = []
@@ -245,7 +245,7 @@ def _extract(
         stem = f"{_PREFIX}{full[module]}"
         if split:
             tuned, old = parts["weight"]
-            found = Factors(module, tuned, old, embedding or last in conv1d, setting, alone, progress)
+            found = ChangeFactors(module, tuned, old, embedding or last in conv1d, setting, alone, progress)
             factors[module] = found
             if linear_only:
                 if "bias" in changed:

@@ -23,7 +23,7 @@ from mergelab.operators.low_rank import (
 )
 from mergelab.operators.region import tensor_key
 
-__all__ = ["FactorSetting", "Factors", "tensor_bytes"]
+__all__ = ["ChangeFactors", "FactorSetting", "tensor_bytes"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _missed(delta: np.ndarray, b: np.ndarray, a: np.ndarray) -> float:
 
 
 @dataclass(eq=False)
-class Factors:
+class ChangeFactors:
     """The factors of one module's change: found when one is first read, forgotten when both have been.
 
     Attributes:
@@ -151,7 +151,7 @@ class _Factor:
 
     name: str
     shape: tuple[int, ...]
-    factors: Factors
+    factors: ChangeFactors
     side: str
 
     @property

@@ -27,8 +27,8 @@ from mergelab.models.sites import Edit, Tap, TokenPlaces, match_sites, takes
 __all__ = [
     "Edits",
     "InBlock",
+    "PassRows",
     "Programs",
-    "Rows",
     "around_tap",
     "matched",
     "matched_edits",
@@ -41,7 +41,7 @@ Edits = dict[str, tuple[Partial, ...]]
 
 @register_dataclass
 @dataclass(frozen=True)
-class Rows:
+class PassRows:
     """Tokens of one call, as every piece of the pass needs to know them.
 
     Attributes:
@@ -213,7 +213,7 @@ class Programs:
         return _exit(self._outside, self._decoder, self._names[1], self._after, self._to_the_end)
 
 
-_Body = Callable[[Any, Array, Rows, Tap], Array]
+_Body = Callable[[Any, Array, PassRows, Tap], Array]
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class _BlockBody:
     causal: bool
     relative: Any
 
-    def __call__(self, params: Any, x: Array, rows: Rows, tap: Tap) -> Array:
+    def __call__(self, params: Any, x: Array, rows: PassRows, tap: Tap) -> Array:
         shared = None
         if self.relative is not None:
             shared = self.relative.module("relative").apply({"params": params["relative"]}, x.shape[1])
@@ -231,14 +231,14 @@ class _BlockBody:
         return module.apply({"params": params}, x, given)[0]
 
 
-def _told(edits: Edits, rows: Rows) -> TokenPlaces | None:
+def _told(edits: Edits, rows: PassRows) -> TokenPlaces | None:
     return token_places(rows.positions, rows.mask, None) if edits else None  # pyright: ignore[reportArgumentType]
 
 
 @lru_cache(maxsize=128)
 def _entrance(config: Any, decoder: bool, names: tuple[str, ...], capture: tuple[str, ...]) -> Any:
     @jax.jit
-    def run(params: Any, tokens: Array, rows: Rows, types: Array | None, edits: Edits) -> Any:
+    def run(params: Any, tokens: Array, rows: PassRows, types: Array | None, edits: Edits) -> Any:
         tap = around_tap(names, capture, edits, _told(edits, rows))
         if decoder:
             x = Entrance(config).apply({"params": params}, tokens, rows.positions, tap)
@@ -252,7 +252,7 @@ def _entrance(config: Any, decoder: bool, names: tuple[str, ...], capture: tuple
 @lru_cache(maxsize=256)
 def _block(body: _Body, capture: tuple[str, ...], layer: int | None, onward: bool) -> Any:
     @jax.jit
-    def run(params: Any, x: Array, rows: Rows, edits: Edits) -> Any:
+    def run(params: Any, x: Array, rows: PassRows, edits: Edits) -> Any:
         tap = InBlock(layer or 0, capture, edits, _told(edits, rows), onward)
         after = body(params, x, rows, tap)
         return after if onward else None, {name.split(".", 2)[2]: kept for name, kept in tap.captured.items()}
@@ -265,7 +265,7 @@ def _exit(
     config: Any, decoder: bool, names: tuple[str, ...], capture: tuple[str, ...], to_the_end: bool
 ) -> Any:
     @jax.jit
-    def run(params: Any, x: Array, rows: Rows, edits: Edits) -> Any:
+    def run(params: Any, x: Array, rows: PassRows, edits: Edits) -> Any:
         tap = around_tap(names, capture, edits, _told(edits, rows), to_the_end)
         found: Any = (Exit if decoder else EncoderExit)(config).apply({"params": params}, x, tap)
         logits, hidden = found if decoder else (None, found)

@@ -19,7 +19,7 @@ from mergelab.models.families import model_from_config
 from mergelab.models.handed_on import RowShares, row_shares
 from mergelab.models.layout import Box, box_size, normalize, whole
 from mergelab.models.model import Model, Params
-from mergelab.models.shard_reader import Reading, ShardReader
+from mergelab.models.shard_reader import PendingLeaf, ShardReader
 from mergelab.models.table import Leaf, stored_shapes, tree_from_leaves
 from mergelab.platform import trim_memory
 from mergelab.processes.agreement import span_processes, together
@@ -148,7 +148,7 @@ def load_params(
     with together("loading the model", distributed=distributed), ShardReader(tensors) as reader:
         work = _Loading(reader, dtypes, shardings, handed)
         # One leaf is read while the one before it goes to the devices.
-        pending: tuple[Leaf, Reading | None] | None = None
+        pending: tuple[Leaf, PendingLeaf | None] | None = None
         untrimmed = 0
         for leaf in table:
             following = leaf, work.start(leaf)
@@ -184,7 +184,7 @@ class _Loading:
         self.arrays: dict[Leaf, jax.Array] = {}
         self.error: Exception | None = None
 
-    def start(self, leaf: Leaf) -> Reading | None:
+    def start(self, leaf: Leaf) -> PendingLeaf | None:
         if self.error is not None:
             return None
         if leaf in self.handed:
@@ -197,7 +197,7 @@ class _Loading:
             self._fail(caught)
             return None
 
-    def finish(self, leaf: Leaf, reading: Reading | None) -> None:
+    def finish(self, leaf: Leaf, reading: PendingLeaf | None) -> None:
         read: Mapping[Box, np.ndarray] | None = None
         if reading is not None and self.error is None:
             try:

@@ -30,7 +30,7 @@ from mergelab.models.layout import (
 from mergelab.models.table import Leaf
 from mergelab.platform import usable_cores
 
-__all__ = ["Reading", "ShardReader"]
+__all__ = ["PendingLeaf", "ShardReader"]
 
 _DIRECT = 16 << 20
 """Bytes read at once where they go straight to their place."""
@@ -39,7 +39,7 @@ _STAGED = 1 << 20
 
 
 @dataclass(frozen=True)
-class _Target:
+class _Destination:
     """Where the elements of `source` (a box of the stored tensor) go: `place`, in the axes of its view."""
 
     source: Box
@@ -47,7 +47,7 @@ class _Target:
 
 
 @dataclass(frozen=True)
-class Reading:
+class PendingLeaf:
     """Slices of one leaf that are being read.
 
     Attributes:
@@ -86,7 +86,7 @@ class ShardReader:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def start(self, leaf: Leaf, boxes: Sequence[Box], dtype: np.dtype[Any]) -> Reading:
+    def start(self, leaf: Leaf, boxes: Sequence[Box], dtype: np.dtype[Any]) -> PendingLeaf:
         """Begins to read boxes of a leaf, rounded to `dtype`; every tensor of the leaf must be there.
 
         Waiting for the result raises:
@@ -94,18 +94,18 @@ class ShardReader:
             NonFiniteError: a value leaves the range of `dtype`.
         """
         arrays = {box: self._empty_in_file_order(leaf, box_shape(box), dtype) for box in boxes}
-        targets: dict[str, list[_Target]] = {}
+        targets: dict[str, list[_Destination]] = {}
         for box, array in arrays.items():
             for name, source, target in leaf.pullback(box):
                 part = array[slices(relative(target, box))]
                 place = leaf.layout.in_view_order(part[0] if leaf.stack else part, source)
-                targets.setdefault(name, []).append(_Target(source, place))
+                targets.setdefault(name, []).append(_Destination(source, place))
         tasks = [
             self._pool.submit(task, *arguments)
             for name, wanted in targets.items()
             for task, *arguments in self._tasks(self._tensors[name], leaf.layout.view, wanted)
         ]
-        return Reading(arrays, tasks)
+        return PendingLeaf(arrays, tasks)
 
     def give_back(self, array: np.ndarray) -> None:
         """Lets the memory of an array that was read, and is not needed any more, be used for the next.
@@ -123,7 +123,7 @@ class ShardReader:
         empty = aligned_empty if turned == sorted(turned) else self._memory.take
         return empty([shape[axis] for axis in order], dtype).transpose(np.argsort(order))
 
-    def _tasks(self, source: TensorSource, view: tuple[int, ...], wanted: list[_Target]) -> list[Any]:
+    def _tasks(self, source: TensorSource, view: tuple[int, ...], wanted: list[_Destination]) -> list[Any]:
         width = source.dtype.itemsize
         if len(wanted) == 1 and wanted[0].place.dtype == source.dtype and wanted[0].place.flags.c_contiguous:
             (target,) = wanted
@@ -142,7 +142,7 @@ class ShardReader:
         read_runs(source, starts, out.reshape(len(starts), length))
 
     def _read_and_share_out(
-        self, source: TensorSource, view: tuple[int, ...], block: Box, wanted: list[_Target]
+        self, source: TensorSource, view: tuple[int, ...], block: Box, wanted: list[_Destination]
     ) -> None:
         data = self._buffer(box_size(block), source.dtype).reshape(box_shape(block))
         self._read(source, view, block, data)

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from mergelab.models.block_programs import Edits, Programs, Rows, matched, matched_edits
+from mergelab.models.block_programs import Edits, PassRows, Programs, matched, matched_edits
 from mergelab.models.cache import ArrayLeaf
 from mergelab.models.decoder import ENTRANCE_PARTS, exit_parts
 from mergelab.models.model import Model, Output
@@ -129,7 +129,7 @@ def _entered(
     edits: Sequence[Edits],
     sink: Sink,
     stream: Spool,
-) -> list[Rows]:
+) -> list[PassRows]:
     """Fills the stream with what enters the first block; the places of each call's tokens."""
     mesh = weights.mesh
     ids = np.unique(np.concatenate([np.asarray(call.tokens).reshape(-1) for call in calls]))
@@ -149,7 +149,7 @@ def _entered(
         positions = call.positions
         if positions is None:
             positions = _positions(model, tokens, call.mask)
-        place = Rows(_put(positions, mesh), None if call.mask is None else _put(call.mask, mesh))
+        place = PassRows(_put(positions, mesh), None if call.mask is None else _put(call.mask, mesh))
         given = tokens if few is None else np.searchsorted(ids, tokens).astype(np.int32)
         with DISPATCH:
             x, found = run(part, _put(given, mesh), place, call.token_types, programs.edits_of(edit))

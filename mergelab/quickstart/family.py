@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mergelab.activations.batches import filled_batches
 from mergelab.checkpoints.model_card import CardFacts, short_card
+from mergelab.models.model import Params
 from mergelab.quickstart import small_llama
 from mergelab.quickstart.corpus import DOMAINS, Corpus, TextDocument
 from mergelab.quickstart.presets import QuickstartSettings
@@ -79,7 +80,6 @@ def tokenizer_files(tokenizer: Tokenizer, model_max_length: int) -> dict[str, by
     }
 
 
-Params = Any
 Apply = Callable[[Params, Int[Array, "batch length"]], Float[Array, "batch length vocab"]]
 SummedLoss = Callable[[Params, np.ndarray, np.ndarray], Float[Array, ""]]
 

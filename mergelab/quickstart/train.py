@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from mergelab.models.model import Params
 from mergelab.tuning.objective import WindowLoss
 from mergelab.tuning.optimizers import Optimizer
 from mergelab.tuning.steps import begin, train_step
 
 __all__ = ["TrainSettings", "next_token_loss", "train_lm"]
 
-Params = Any
 Apply = Callable[[Params, Int[Array, "batch length"]], Float[Array, "batch length vocab"]]
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from mergelab.decoding.budget_forcing import Thinking, complete_thinking
-from mergelab.decoding.guided_search import Found, guided_beams, guided_trees, particle_filter
+from mergelab.decoding.guided_search import FoundStates, guided_beams, guided_trees, particle_filter
 from mergelab.decoding.samplers import row_keys
 from mergelab.decoding.votes import best_of_n, weighted_vote
 from mergelab.errors import DecodingError, did_you_mean, quoted
@@ -235,7 +235,7 @@ def _searched(
         return [float(verify(state.trace)) for state in states if state.trace is not None]
 
     root, steps = _State(0, None, False), writer.budget
-    found: Found[_State]
+    found: FoundStates[_State]
     if options.method == "beam":
         found = guided_beams(
             root, extend, score, width=wide, branch=branch, steps=steps, done=lambda s: s.ended

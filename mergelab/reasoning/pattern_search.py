@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 from mergelab.errors import EvaluationError, quoted
-from mergelab.text.child_process import Child
+from mergelab.text.child_process import ChildProcess
 
 __all__ = ["find_last"]
 
@@ -25,13 +25,13 @@ class _Searcher:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.child: Child | None = None
+        self.child: ChildProcess | None = None
 
     def ask(self, pattern: str, text: str, seconds: float) -> bytes:
         with self.lock:
             if self.child is None or not self.child.usable:
                 self.discard()
-                self.child = Child(_WORKER)
+                self.child = ChildProcess(_WORKER)
             try:
                 answer = self.child.ask(json.dumps([pattern, text]).encode() + b"\n", seconds, -1)
             except BaseException:  # Ctrl-C: what the child is doing is of no use to anyone

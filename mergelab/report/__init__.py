@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from mergelab.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from mergelab.report.comparison import ComparedScore, Comparison, figure_files, score_figure
+    from mergelab.report.comparison import ComparedScore, ScoredModels, figure_files, score_figure
     from mergelab.report.curves import Panel, curves_figure
     from mergelab.report.explanation import render_explanation
     from mergelab.report.heatmap import heatmap_figure
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ComparedScore",
-    "Comparison",
     "Panel",
+    "ScoredModels",
     "Section",
     "curves_figure",
     "figure_files",

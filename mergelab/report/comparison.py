@@ -11,7 +11,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["ComparedScore", "Comparison", "cells", "figure_files", "in_reading_order", "score_figure", "svg"]
+__all__ = [
+    "ComparedScore",
+    "ScoredModels",
+    "cells",
+    "figure_files",
+    "in_reading_order",
+    "score_figure",
+    "svg",
+]
 
 
 class ComparedScore(Protocol):
@@ -29,7 +37,7 @@ class ComparedScore(Protocol):
     def mean(self) -> float: ...
 
 
-class Comparison(Protocol):
+class ScoredModels(Protocol):
     """Models of the kinds `base`, `specialist` and `merge`, scored on the same domains."""
 
     @property
@@ -46,13 +54,13 @@ class Comparison(Protocol):
     def features(self) -> Mapping[str, Any]: ...
 
 
-def in_reading_order(comparison: Comparison) -> list[ComparedScore]:
+def in_reading_order(comparison: ScoredModels) -> list[ComparedScore]:
     """The base, the specialists, then the merges from best to worst mean."""
     order = {"base": 0, "specialist": 1, "merge": 2}
     return sorted(comparison.scores, key=lambda s: (order[s.kind], s.mean if s.kind == "merge" else 0.0))
 
 
-def cells(comparison: Comparison, *, short: bool = False) -> tuple[list[str], list[list[str]]]:
+def cells(comparison: ScoredModels, *, short: bool = False) -> tuple[list[str], list[list[str]]]:
     """Header and rows, in reading order; the best value of every score column is marked with `*`.
 
     Args:
@@ -103,7 +111,7 @@ _DARK = _Palette(ink="#e6edf3", faint="#30363d", base="#8b949e", specialist="#58
 _MARKERS = {"base": "s", "specialist": "D", "merge": "o"}
 
 
-def score_figure(comparison: Comparison, *, dark: bool = False) -> Figure:
+def score_figure(comparison: ScoredModels, *, dark: bool = False) -> Figure:
     """Bits per byte (lower is better) of every model on every domain and on the mean.
 
     A dashed line marks the base, so that what lies left of it is an improvement.
@@ -138,7 +146,7 @@ def svg(figure: Figure) -> str:
     return text.getvalue()
 
 
-def figure_files(comparison: Comparison) -> dict[str, bytes]:
+def figure_files(comparison: ScoredModels) -> dict[str, bytes]:
     """Contents of `figure.png` (200 dpi, white) and `figure.svg` (transparent), by name."""
     image = io.BytesIO()
     score_figure(comparison).savefig(image, format="png", dpi=200, facecolor="white")

@@ -8,12 +8,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mergelab.report.comparison import ComparedScore, Comparison, in_reading_order, score_figure, svg
+from mergelab.report.comparison import ComparedScore, ScoredModels, in_reading_order, score_figure, svg
 
 __all__ = ["render_features", "render_page", "visible"]
 
 
-def render_page(comparison: Comparison, title: str, recipes: Mapping[str, str]) -> str:
+def render_page(comparison: ScoredModels, title: str, recipes: Mapping[str, str]) -> str:
     """The page: verdict, figure, table, recipes, and where the numbers come from; light and dark.
 
     Args:
@@ -52,7 +52,7 @@ def visible(text: str) -> str:
     return re.sub(" {4,}", lambda run: f"␣×{len(run[0])} ", text)
 
 
-def _data_uri(comparison: Comparison, *, dark: bool) -> str:
+def _data_uri(comparison: ScoredModels, *, dark: bool) -> str:
     text = svg(score_figure(comparison, dark=dark))
     return "data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode()
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mergelab.errors import ChatTemplateError, DependencyError
-from mergelab.text.child_process import Child
+from mergelab.text.child_process import ChildProcess
 
 __all__ = ["Budget", "run_template"]
 
@@ -49,7 +49,7 @@ class _Workshop:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.child: Child | None = None
+        self.child: ChildProcess | None = None
 
     def ask(self, request: Mapping[str, Any], budget: Budget) -> dict[str, Any]:
         line = json.dumps(request).encode() + b"\n"
@@ -58,7 +58,7 @@ class _Workshop:
             if child is None or not child.usable:
                 self.discard()
                 folders = dict.fromkeys([_folder_of("jinja2"), _folder_of("markupsafe")])
-                self.child = child = Child(_WORKER, *folders)
+                self.child = child = ChildProcess(_WORKER, *folders)
             try:
                 # A character takes at most six bytes, as \u0000.
                 answer = child.ask(line, 2 * budget.seconds, 6 * budget.characters + 10_000)

@@ -10,12 +10,12 @@ import threading
 from pathlib import Path
 from typing import IO
 
-__all__ = ["Child"]
+__all__ = ["ChildProcess"]
 
 _START_SECONDS = 30.0
 
 
-class Child:
+class ChildProcess:
     """A running worker: asked by one thread at a time."""
 
     def __init__(self, worker: Path, *arguments: str) -> None:

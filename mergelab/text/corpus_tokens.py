@@ -139,7 +139,7 @@ def _long(tokenizer: Tokenizer, document: Document, pieces: Iterable[str]) -> It
 
 
 @dataclass
-class _Window:
+class _WindowTokens:
     """Tokens of a window, and where they start in the document: int32 `[n]`, int64 `[n]`."""
 
     text: str
@@ -149,7 +149,7 @@ class _Window:
     skipped: int = 0  # tokens that the window before has given
 
     @classmethod
-    def of(cls, text: str, at: int, encoding: Any) -> _Window:
+    def of(cls, text: str, at: int, encoding: Any) -> _WindowTokens:
         starts = np.array([start for start, _ in encoding.offsets], np.int64) + at
         return cls(text, at, np.array(encoding.ids, np.int32), starts)
 
@@ -170,7 +170,7 @@ def _windowed(
     alike; what the start of a window does to its first tokens (a space that is put before a text) is in the
     part that is not taken.
     """
-    left: _Window | None = None
+    left: _WindowTokens | None = None
     for right in _windows(tokenizer, pieces, at):
         if left is None:
             left, left.skipped = right, skipped
@@ -179,7 +179,7 @@ def _windowed(
         if cut is None and len(left.text) < _LARGEST:
             text = left.text + right.text[left.end - right.at :]
             [encoding] = tokenizer.backend.encode_batch([text], add_special_tokens=False)
-            left, before = _Window.of(text, left.at, encoding), left
+            left, before = _WindowTokens.of(text, left.at, encoding), left
             left.skipped = before.skipped
             continue
         if cut is None:
@@ -190,15 +190,15 @@ def _windowed(
         yield left.ids[left.skipped :], None, 0
 
 
-def _windows(tokenizer: Tokenizer, pieces: Iterable[str], at: int) -> Iterator[_Window]:
+def _windows(tokenizer: Tokenizer, pieces: Iterable[str], at: int) -> Iterator[_WindowTokens]:
     """Windows of `WINDOW` characters that overlap, tokenized several at a time; the text begins at `at`."""
     batch: list[tuple[str, int]] = []
     text = ""
 
-    def encoded() -> Iterator[_Window]:
+    def encoded() -> Iterator[_WindowTokens]:
         found = tokenizer.backend.encode_batch([one for one, _ in batch], add_special_tokens=False)
         for (one, start), encoding in zip(batch, found, strict=True):
-            yield _Window.of(one, start, encoding)
+            yield _WindowTokens.of(one, start, encoding)
         batch.clear()
 
     for piece in pieces:
@@ -214,7 +214,7 @@ def _windows(tokenizer: Tokenizer, pieces: Iterable[str], at: int) -> Iterator[_
     yield from encoded()
 
 
-def _agreement(left: _Window, right: _Window) -> tuple[int, int] | None:
+def _agreement(left: _WindowTokens, right: _WindowTokens) -> tuple[int, int] | None:
     """Numbers of one and the same token in two windows, from which on the right one is taken."""
     low, high = right.at + _OVERLAP // 8, left.end - _OVERLAP // 8
     mine = slice(*np.searchsorted(left.starts, [low, high]).tolist())

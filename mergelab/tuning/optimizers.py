@@ -9,9 +9,9 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-__all__ = ["Optimizer", "is_inner_matrix"]
+from mergelab.models.model import Params
 
-Params = Any
+__all__ = ["Optimizer", "is_inner_matrix"]
 
 _TABLES = ("embed", "positions", "token_types", "unembed")
 """Places in a model's tree whose matrices are tables of tokens: Muon is for maps between activations."""

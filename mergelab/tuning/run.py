@@ -151,7 +151,7 @@ def finetune_folder(
             StateCheckpoints(work.stages / "checkpoints", _KEPT) as checkpoints,
             Termination(grace) as termination,
         ):
-            run = _Run(checkpoints, termination, save_every)
+            run = _Checkpoints(checkpoints, termination, save_every)
             state, record = run.resumed(state, tell)
             hooks = Hooks(progress or Hooks.progress, tell, run.due, run.save)
             state = tuning.run(state, run.done, record, hooks)
@@ -213,7 +213,7 @@ def _announced(tuning: Tuning, state: StepState) -> str:
     )
 
 
-class _Run:
+class _Checkpoints:
     """When checkpoints are due, and what they hold."""
 
     def __init__(self, checkpoints: StateCheckpoints, termination: Termination, every: int | None) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mergelab.verdict.comparison import Comparison, compare_models
     from mergelab.verdict.evaluation import Evaluation, Material, evaluate_model
     from mergelab.verdict.held_out_text import HeldOutText, TextScores, read_held_out, score_text
-    from mergelab.verdict.merge_verdict import MergeVerdict, Trial, prepare_verdict, verdict_of
+    from mergelab.verdict.merge_verdict import MergeTrial, MergeVerdict, prepare_verdict, verdict_of
 
 __all__ = [
     "AnswerScores",
@@ -26,10 +26,10 @@ __all__ = [
     "Evaluation",
     "HeldOutText",
     "Material",
+    "MergeTrial",
     "MergeVerdict",
     "TaskScores",
     "TextScores",
-    "Trial",
     "compare_models",
     "difference",
     "estimate",

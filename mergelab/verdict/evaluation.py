@@ -32,7 +32,7 @@ __all__ = [
     "CONTEXT",
     "Evaluation",
     "Material",
-    "Subject",
+    "OpenedModel",
     "evaluate_model",
     "gather",
     "measure",
@@ -145,7 +145,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Subject:
+class OpenedModel:
     """A model that is to be measured, opened as far as can be told what is at fault.
 
     Attributes:
@@ -211,7 +211,7 @@ def evaluate_model(
         if params is None or tokenizer is None:
             faults.append("the model was given without params or tokenizer; give all three, or its folder")
             raise EvaluationError(faults)
-        subjects = [Subject(model.family.model_type, model, tokenizer, lambda: params)]
+        subjects = [OpenedModel(model.family.model_type, model, tokenizer, lambda: params)]
         _check_subject(subjects[0], given, faults)
     else:
         named = [(model_name(model, adapter), model, adapter)]
@@ -266,7 +266,7 @@ def subjects_of(
     *,
     dtype: Any = None,
     streamed: Streaming | None = None,
-) -> list[Subject]:
+) -> list[OpenedModel]:
     """Models opened, without a weight read; what is wrong with them is added to `faults`.
 
     Args:
@@ -276,7 +276,7 @@ def subjects_of(
         dtype: dtype of the computation.
         streamed: how activations wait, where the weights stay in their files; None to load them.
     """
-    found: list[Subject] = []
+    found: list[OpenedModel] = []
     if streamed is not None and material.prompts is not None:
         faults.append(
             "prompts are answered by loaded models alone: each token would read the weights of a streamed "
@@ -296,7 +296,7 @@ def subjects_of(
                     return load_model(checkpoint, dtype=dtype)[1]
                 return stream_model(checkpoint, dtype=dtype, **streamed._asdict())[1]
 
-            subject = Subject(name, model, tokenizer, load, notes)
+            subject = OpenedModel(name, model, tokenizer, load, notes)
             _check_subject(subject, material, faults)
             found.append(subject)
 
@@ -304,7 +304,7 @@ def subjects_of(
     return found
 
 
-def _check_subject(subject: Subject, material: Material, faults: list[str]) -> None:
+def _check_subject(subject: OpenedModel, material: Material, faults: list[str]) -> None:
     """Adds what keeps a model from being measured."""
     model, name = subject.model, subject.name
     if not model.predicts:
@@ -340,7 +340,7 @@ def _context(model: Model, material: Material, name: str) -> int:
     return found
 
 
-def measure(subject: Subject, material: Material) -> Evaluation:
+def measure(subject: OpenedModel, material: Material) -> Evaluation:
     """A model's scores; its parameters are loaded for it, and forgotten.
 
     Raises:

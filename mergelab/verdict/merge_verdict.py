@@ -16,11 +16,11 @@ from mergelab.merging.unwritten_merge import open_merge
 from mergelab.operators import OPERATORS
 from mergelab.verdict.bootstrap import LEVEL, Difference
 from mergelab.verdict.comparison import Comparison, paired, short_names
-from mergelab.verdict.evaluation import Evaluation, Material, Subject, gather, measure, subjects_of
+from mergelab.verdict.evaluation import Evaluation, Material, OpenedModel, gather, measure, subjects_of
 
 if TYPE_CHECKING:
     from mergelab.merging.plan.planner import Plan
-__all__ = ["MergeVerdict", "Trial", "prepare_verdict", "verdict_of"]
+__all__ = ["MergeTrial", "MergeVerdict", "prepare_verdict", "verdict_of"]
 
 _FIGURE = "bits_per_byte"
 _BEGIN, _END = "<!-- verdict -->", "<!-- end of verdict -->"
@@ -137,7 +137,7 @@ def _p(found: Difference) -> str:
 
 
 @dataclass(frozen=True)
-class Trial:
+class MergeTrial:
     """Parents and base of a merge, and the text that it will be measured on; nothing is computed yet.
 
     Attributes:
@@ -147,8 +147,8 @@ class Trial:
     """
 
     material: Material
-    parents: tuple[Subject, ...]
-    others: tuple[Subject, ...]
+    parents: tuple[OpenedModel, ...]
+    others: tuple[OpenedModel, ...]
 
     def of_merge(
         self, out: Path, name: str, progress: Callable[[str], object] = lambda name: None
@@ -175,7 +175,7 @@ class Trial:
         return verdict_of(found["parents"], found["merges"], found.get("others", []))
 
 
-def prepare_verdict(plan: Plan, text: Path, **settings: Any) -> Trial:
+def prepare_verdict(plan: Plan, text: Path, **settings: Any) -> MergeTrial:
     """The parents of a merge that is to be judged on a text, checked before a weight is read.
 
     Parents are the models of the plan and of the recipes it builds on. The base is not one of them where
@@ -201,7 +201,7 @@ def prepare_verdict(plan: Plan, text: Path, **settings: Any) -> Trial:
         subjects_of([("the merge", open_merge(plan), None)], material, faults)
     if faults:
         raise EvaluationError(faults)
-    return Trial(
+    return MergeTrial(
         material,
         tuple(one for one in opened if one.name in parents),
         tuple(one for one in opened if one.name not in parents),

@@ -23,7 +23,7 @@ from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import CheckpointError, NonFiniteError, OperatorError, OutputError
 from mergelab.merging.engine import pool
 from mergelab.merging.lora_extraction import extract_lora
-from mergelab.merging.lora_factors import Factors, FactorSetting
+from mergelab.merging.lora_factors import ChangeFactors, FactorSetting
 
 RNG = np.random.default_rng(0)
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
@@ -330,7 +330,7 @@ def test_one_svd_gives_both_factors_and_is_forgotten(tmp_path: Path, tuned: dict
     name = "model.layers.0.mlp.up_proj"
     new, old = (open_checkpoint(tmp_path / x).tensors[f"{name}.weight"] for x in ("tuned", "base"))
     setting = FactorSetting(3, None, False, 0, np.dtype(np.float32))
-    found = Factors(name, new, old, False, setting, threading.Lock(), lambda count: None)
+    found = ChangeFactors(name, new, old, False, setting, threading.Lock(), lambda count: None)
     assert (found.rank, found.error, found.held) == (3, None, {})
     b, a = (read_whole(job.sources[0]) for job in found.jobs("m", ("B", "A")))
     assert found.held == {} and found.error is not None

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mergelab.report.pages import render_features
-from mergelab.sae.features.explanations import Explanation, Match, Pattern
+from mergelab.sae.features.explanations import LatentExplanation, Match, Pattern
 from mergelab.sae.features.gallery import Gallery, page_data
 from mergelab.sae.features.logit_effects import LogitEffects
 from mergelab.sae.features.survey import Activity, Example, Survey
@@ -43,7 +43,7 @@ def _gallery(latents: int = 3, length: int = 6, examples: int = 2) -> Gallery:
         numbers, tokens, values, tokens[:, ::-1], -values, np.ones((latents, 3)), np.ones((latents, 4))
     )
     patterns = (Pattern((5, None, 1), 1.0), Pattern((5, 1), 1.0, (None, 2)))
-    explained = {2: (Explanation(2, patterns), Match(0.5, float("nan"), 3))}
+    explained = {2: (LatentExplanation(2, patterns), Match(0.5, float("nan"), 3))}
     return Gallery(
         "blocks.0.resid_post", Survey(99, rng.random(n), peak, found), happened, effects, explained
     )

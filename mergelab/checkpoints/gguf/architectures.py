@@ -16,7 +16,7 @@ import numpy as np
 __all__ = [
     "ARCHITECTURES",
     "FOLDED",
-    "Architecture",
+    "GgufArchitecture",
     "Tensor",
     "by_name",
     "by_stored",
@@ -47,7 +47,7 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Architecture:
+class GgufArchitecture:
     """One `general.architecture`.
 
     Attributes:
@@ -126,24 +126,24 @@ _NAMED_EXPERTS = (
     ),
 )
 
-LLAMA = Architecture("llama", (*_OUTSIDE, *_NORMS, *_ROTARY_ATTENTION, *_MLP))
+LLAMA = GgufArchitecture("llama", (*_OUTSIDE, *_NORMS, *_ROTARY_ATTENTION, *_MLP))
 QWEN3 = (*_OUTSIDE, *_NORMS, *_ATTENTION, *_HEAD_NORMS, *_MLP)
 GEMMA = (*_GEMMA_OUTSIDE, *_GEMMA_NORMS, *_ATTENTION, *_MLP)
 
-ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
+ARCHITECTURES: dict[str, tuple[GgufArchitecture, ...]] = {
     # Mistral goes as Llama in these files, and Mixtral as a Llama that has experts.
     "llama": (
         LLAMA,
-        Architecture("mistral", LLAMA.tensors),
-        Architecture("mixtral", (*_OUTSIDE, *_NORMS, *_ROTARY_ATTENTION, *_OLD_EXPERTS, *_EXPERTS)),
+        GgufArchitecture("mistral", LLAMA.tensors),
+        GgufArchitecture("mixtral", (*_OUTSIDE, *_NORMS, *_ROTARY_ATTENTION, *_OLD_EXPERTS, *_EXPERTS)),
     ),
-    "qwen2": (Architecture("qwen2", (*_OUTSIDE, *_NORMS, *_ATTENTION, *_MLP)),),
-    "qwen3": (Architecture("qwen3", QWEN3),),
-    "gemma": (Architecture("gemma", (*_GEMMA_OUTSIDE, *_GEMMA1_NORMS, *_ATTENTION, *_MLP)),),
-    "gemma2": (Architecture("gemma2", GEMMA),),
-    "gemma3": (Architecture("gemma3_text", GEMMA),),
+    "qwen2": (GgufArchitecture("qwen2", (*_OUTSIDE, *_NORMS, *_ATTENTION, *_MLP)),),
+    "qwen3": (GgufArchitecture("qwen3", QWEN3),),
+    "gemma": (GgufArchitecture("gemma", (*_GEMMA_OUTSIDE, *_GEMMA1_NORMS, *_ATTENTION, *_MLP)),),
+    "gemma2": (GgufArchitecture("gemma2", GEMMA),),
+    "gemma3": (GgufArchitecture("gemma3_text", GEMMA),),
     "phi3": (
-        Architecture(
+        GgufArchitecture(
             "phi3",
             (
                 *_OUTSIDE,
@@ -155,10 +155,10 @@ ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
             ),
         ),
     ),
-    "olmo2": (Architecture("olmo2", (*_OUTSIDE, *_ATTENTION, *_HEAD_NORMS, *_POST_NORMS, *_MLP)),),
-    "granite": (Architecture("granite", (*_OUTSIDE, *_NORMS, *_ROTARY_ATTENTION, *_MLP)),),
+    "olmo2": (GgufArchitecture("olmo2", (*_OUTSIDE, *_ATTENTION, *_HEAD_NORMS, *_POST_NORMS, *_MLP)),),
+    "granite": (GgufArchitecture("granite", (*_OUTSIDE, *_NORMS, *_ROTARY_ATTENTION, *_MLP)),),
     "starcoder2": (
-        Architecture(
+        GgufArchitecture(
             "starcoder2",
             (
                 *_OUTSIDE,
@@ -170,7 +170,7 @@ ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
         ),
     ),
     "phi2": (
-        Architecture(
+        GgufArchitecture(
             "phi",
             (
                 _OUTSIDE[0],
@@ -184,10 +184,10 @@ ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
             ),
         ),
     ),
-    "stablelm": (Architecture("stablelm", (*_OUTSIDE, *_NORMS, *_ATTENTION, *_MLP)),),
-    "command-r": (Architecture("cohere", (*_OUTSIDE, _NORMS[0], *_ATTENTION, *_HEAD_NORMS, *_MLP)),),
+    "stablelm": (GgufArchitecture("stablelm", (*_OUTSIDE, *_NORMS, *_ATTENTION, *_MLP)),),
+    "command-r": (GgufArchitecture("cohere", (*_OUTSIDE, _NORMS[0], *_ATTENTION, *_HEAD_NORMS, *_MLP)),),
     "glm4": (
-        Architecture(
+        GgufArchitecture(
             "glm4",
             (
                 *_OUTSIDE,
@@ -201,10 +201,10 @@ ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
         ),
     ),
     "qwen3moe": (
-        Architecture("qwen3_moe", (*_OUTSIDE, *_NORMS, *_ATTENTION, *_HEAD_NORMS, *_NAMED_EXPERTS)),
+        GgufArchitecture("qwen3_moe", (*_OUTSIDE, *_NORMS, *_ATTENTION, *_HEAD_NORMS, *_NAMED_EXPERTS)),
     ),
     "bloom": (
-        Architecture(
+        GgufArchitecture(
             "bloom",
             (
                 Tensor("token_embd", "transformer.word_embeddings"),
@@ -221,7 +221,7 @@ ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
         ),
     ),
     "gpt2": (
-        Architecture(
+        GgufArchitecture(
             "gpt2",
             (
                 Tensor("token_embd", "transformer.wte"),
@@ -238,7 +238,7 @@ ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
         ),
     ),
     "gptneox": (
-        Architecture(
+        GgufArchitecture(
             "gpt_neox",
             (
                 Tensor("token_embd", "gpt_neox.embed_in"),

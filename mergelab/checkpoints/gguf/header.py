@@ -17,7 +17,7 @@ from typing import Any
 from mergelab.checkpoints.file_tensor import WeightFile
 from mergelab.errors import CheckpointError, quoted
 
-__all__ = ["ALIGNMENT", "GgufHeader", "TensorInfo", "Typed", "header_bytes", "read_header"]
+__all__ = ["ALIGNMENT", "GgufHeader", "GgufTensorInfo", "Typed", "header_bytes", "read_header"]
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -35,7 +35,7 @@ _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 
 
 @dataclass(frozen=True)
-class TensorInfo:
+class GgufTensorInfo:
     """One tensor as the header has it.
 
     Attributes:
@@ -64,7 +64,7 @@ class GgufHeader:
 
     file: WeightFile
     metadata: Mapping[str, Any]
-    tensors: tuple[TensorInfo, ...]
+    tensors: tuple[GgufTensorInfo, ...]
     sha256: str
 
 
@@ -173,11 +173,11 @@ def read_header(path: Path) -> GgufHeader:
         raise cursor.fault(f"has {_ALIGNMENT_KEY} = {quoted(alignment)}")
     start = _aligned(cursor.position, alignment)
     digest = hashlib.sha256(memoryview(cursor.data)[: cursor.position]).hexdigest()
-    placed = (TensorInfo(t.name, t.shape, t.kind, start + t.offset) for t in infos)
+    placed = (GgufTensorInfo(t.name, t.shape, t.kind, start + t.offset) for t in infos)
     return GgufHeader(cursor.file, metadata, tuple(placed), digest)
 
 
-def _tensor_info(cursor: _Cursor) -> TensorInfo:
+def _tensor_info(cursor: _Cursor) -> GgufTensorInfo:
     name = cursor.text(_MAX_NAME, "strict")
     dimensions = int(cursor.number("I"))
     if dimensions > _MAX_DIMENSIONS:
@@ -185,7 +185,7 @@ def _tensor_info(cursor: _Cursor) -> TensorInfo:
     shape = tuple(int(cursor.number("Q")) for _ in range(dimensions))
     if any(not 0 < size < 2**48 for size in shape):
         raise cursor.fault(f"gives the tensor {quoted(name)} the shape {list(shape)}")
-    return TensorInfo(name, shape[::-1], int(cursor.number("I")), int(cursor.number("Q")))
+    return GgufTensorInfo(name, shape[::-1], int(cursor.number("I")), int(cursor.number("Q")))
 
 
 def _aligned(position: int, alignment: int) -> int:

@@ -16,7 +16,7 @@ from mergelab.checkpoints.file_tensor import FileTensor, WeightFile
 from mergelab.checkpoints.gguf.architectures import (
     ARCHITECTURES,
     FOLDED,
-    Architecture,
+    GgufArchitecture,
     Tensor,
     by_stored,
     fused_heads_order,
@@ -24,7 +24,7 @@ from mergelab.checkpoints.gguf.architectures import (
     rotary_order,
 )
 from mergelab.checkpoints.gguf.config import config_from
-from mergelab.checkpoints.gguf.header import GgufHeader, TensorInfo, read_header
+from mergelab.checkpoints.gguf.header import GgufHeader, GgufTensorInfo, read_header
 from mergelab.checkpoints.gguf.tensors import KINDS, GgufTensor, StoredTensor, kind_name
 from mergelab.checkpoints.source import TensorSource
 from mergelab.errors import CheckpointError, did_you_mean, quoted
@@ -171,7 +171,7 @@ def stored_tensors(header: GgufHeader) -> dict[str, StoredTensor]:
     return {info.name: _stored(header, info) for info in header.tensors}
 
 
-def _stored(header: GgufHeader, info: TensorInfo) -> StoredTensor:
+def _stored(header: GgufHeader, info: GgufTensorInfo) -> StoredTensor:
     return StoredTensor(header.file, info.name, info.kind, info.offset, math.prod(info.shape))
 
 
@@ -217,7 +217,7 @@ def _misplaced(headers: Sequence[GgufHeader]) -> Iterator[str]:
             end, before = info.offset + nbytes, info.name
 
 
-def _architecture(metadata: Mapping[str, Any], path: Path) -> Architecture:
+def _architecture(metadata: Mapping[str, Any], path: Path) -> GgufArchitecture:
     name = metadata.get("general.architecture")
     if name in _NO_MODELS:
         raise CheckpointError(f"{path} {_NO_MODELS[name]}")
@@ -232,7 +232,7 @@ def _architecture(metadata: Mapping[str, Any], path: Path) -> Architecture:
 
 
 def _strangers(
-    path: Path, metadata: Mapping[str, Any], unknown: Sequence[str], infos: Sequence[TensorInfo]
+    path: Path, metadata: Mapping[str, Any], unknown: Sequence[str], infos: Sequence[GgufTensorInfo]
 ) -> list[str]:
     architecture = metadata["general.architecture"]
     faults = [
@@ -248,7 +248,7 @@ def _strangers(
     return faults
 
 
-def _values(header: GgufHeader, info: TensorInfo) -> list[float]:
+def _values(header: GgufHeader, info: GgufTensorInfo) -> list[float]:
     if math.prod(info.shape) > _MAX_FOLDED or KINDS[info.kind].elements != 1:
         raise CheckpointError(
             f"{header.file.path}: tensor {quoted(info.name)} is {KINDS[info.kind].name} {list(info.shape)}, "
@@ -258,7 +258,7 @@ def _values(header: GgufHeader, info: TensorInfo) -> list[float]:
     return [float(value) for value in stored.read(0, stored.size).astype(np.float32)]
 
 
-def _usual_dtype(infos: Sequence[TensorInfo]) -> str:
+def _usual_dtype(infos: Sequence[GgufTensorInfo]) -> str:
     """The dtype that most elements are read as."""
     counts: dict[str, int] = {}
     for info in infos:
@@ -290,7 +290,7 @@ def _sources(
 
 def _source(
     header: GgufHeader,
-    info: TensorInfo,
+    info: GgufTensorInfo,
     name: str,
     change: str,
     config: Mapping[str, Any],

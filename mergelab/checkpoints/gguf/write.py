@@ -15,7 +15,7 @@ from mergelab.checkpoints.companions import companion_json, has_companion, read_
 from mergelab.checkpoints.file_tensor import read_runs
 from mergelab.checkpoints.gguf.architectures import (
     ARCHITECTURES,
-    Architecture,
+    GgufArchitecture,
     Tensor,
     by_name,
     fused_heads_order,
@@ -188,7 +188,7 @@ def _check_finite(output: _Output, chunk: np.ndarray, values: np.ndarray) -> Non
         )
 
 
-def _architecture(checkpoint: Checkpoint) -> tuple[str, Architecture]:
+def _architecture(checkpoint: Checkpoint) -> tuple[str, GgufArchitecture]:
     wanted = checkpoint.config.get("model_type")
     for name, choices in ARCHITECTURES.items():
         for choice in choices:
@@ -201,7 +201,7 @@ def _architecture(checkpoint: Checkpoint) -> tuple[str, Architecture]:
     )
 
 
-def _outputs(checkpoint: Checkpoint, architecture: Architecture, dtype: int | None) -> list[_Output]:
+def _outputs(checkpoint: Checkpoint, architecture: GgufArchitecture, dtype: int | None) -> list[_Output]:
     """The tensors of the file, in the order of the checkpoint; every tensor that has no place is named."""
     kinds, tied = by_name(architecture.tensors), bool(checkpoint.config.get("tie_word_embeddings"))
     heads = checkpoint.config.get("num_attention_heads", checkpoint.config.get("n_head", 0))

@@ -17,7 +17,7 @@ from mergelab.activations.batches import filled_batches
 from mergelab.activations.capture import capture
 from mergelab.activations.losses import LOGIT_BYTES, UNEMBEDDED, kl_divergence, summed_loss
 from mergelab.activations.model_activations import contexts_of_texts
-from mergelab.activations.passes import Batch, passes
+from mergelab.activations.passes import TokenBatch, passes
 from mergelab.checkpoints.source import Checkpoint
 from mergelab.checkpoints.text_file import MAX_PROSE, read_text
 from mergelab.errors import EvaluationError
@@ -241,7 +241,7 @@ def _outputs(models: Sequence[Model], params: Sequence[Params], contexts: np.nda
     size = min(size, len(contexts))
     totals = np.zeros(4)
     parts = list(filled_batches(size, contexts))
-    given = [Batch(rows) for (rows,), _ in parts]
+    given = [TokenBatch(rows) for (rows,), _ in parts]
     outer = [one.outer() for one in params if isinstance(one, StreamedParams)]
     hidden = [passes(m, p, given, UNEMBEDDED) for m, p in zip(models, params, strict=True)]
     for (rows,), count in parts:

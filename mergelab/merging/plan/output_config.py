@@ -15,7 +15,7 @@ from mergelab.errors import CheckpointError
 from mergelab.merging.engine.job import Job
 from mergelab.merging.plan.output_tensors import OutputPlace
 from mergelab.merging.recipe.faults import raise_faults
-from mergelab.merging.structure.architecture import Stack, Structure, layer_counts
+from mergelab.merging.structure.architecture import BlockRun, Structure, layer_counts
 from mergelab.merging.structure.moved_layers import Tower, move_layers, unlike_sources
 from mergelab.merging.vocabulary.embedding_rows import input_embedding, is_output_embedding, is_token_tensor
 
@@ -117,7 +117,7 @@ def _set_layers(
     config: dict[str, Any],
     configs: Mapping[str, Mapping[str, Any]],
     donor: str,
-    stack: Stack,
+    stack: BlockRun,
     counts: Mapping[str, int],
     sources: Sequence[tuple[tuple[str, int], ...]],
 ) -> tuple[list[str], list[str]]:

@@ -10,8 +10,8 @@ from mergelab.merging.recipe.faults import FieldPath
 from mergelab.merging.recipe.scopes import ScopedSlice
 from mergelab.merging.structure.architecture import (
     FURTHER,
+    BlockRun,
     Module,
-    Stack,
     Structure,
     counterpart,
     renumbered,
@@ -206,7 +206,7 @@ def _loose(
 
 def _blocks(
     slices: Sequence[ScopedSlice],
-    spelling: Stack,
+    spelling: BlockRun,
     models: Mapping[str, Structure],
     module: str,
     layout: OutputLayout,
@@ -239,9 +239,9 @@ def _blocks(
 
 def _ranges(
     piece: ScopedSlice, models: Mapping[str, Structure], module: str, layout: OutputLayout
-) -> dict[int, tuple[Stack, int, int]]:
+) -> dict[int, tuple[BlockRun, int, int]]:
     """`(stack, start, stop)` of each source that has the module, all of one length, or none and a fault."""
-    ranges: dict[int, tuple[Stack, int, int]] = {}
+    ranges: dict[int, tuple[BlockRun, int, int]] = {}
     for i, source in enumerate(piece.sources):
         part = models[source.model].modules.get(module)
         if part is None or part.stack is None:

@@ -21,7 +21,7 @@ from mergelab.merging.recipe.schema import Recipe
 from mergelab.operators import OPERATORS
 from mergelab.operators.declare import Operator
 
-__all__ = ["Reading", "read_as_mergekit"]
+__all__ = ["RecipeReading", "read_as_mergekit"]
 
 Note = tuple[FieldPath, str]
 
@@ -42,7 +42,7 @@ _TYPES: Mapping[str, type] = {"force": bool, "pad_to_multiple_of": int, "token_i
 
 
 @dataclass
-class Reading:
+class RecipeReading:
     """A recipe's data as mergekit understands it.
 
     Attributes:
@@ -69,9 +69,9 @@ class Reading:
             self.misspelled.append(((*path, key), f"unknown key{near}"))
 
 
-def read_as_mergekit(data: Any) -> Reading:
+def read_as_mergekit(data: Any) -> RecipeReading:
     """Returns what a document says, with every repair noted; what mergekit refuses is left as it is."""
-    reading = Reading(data)
+    reading = RecipeReading(data)
     method = data.get("merge_method") if isinstance(data, dict) else None
     operator = OPERATORS.get(method) if isinstance(method, str) else None
     reading.data = _part(data, Recipe, (), reading, operator)
@@ -79,7 +79,7 @@ def read_as_mergekit(data: Any) -> Reading:
 
 
 def _part(
-    data: Any, kind: type[BaseModel], path: FieldPath, reading: Reading, operator: Operator | None
+    data: Any, kind: type[BaseModel], path: FieldPath, reading: RecipeReading, operator: Operator | None
 ) -> Any:
     """One mapping of a recipe, without the keys that its kind lacks, and what is in it."""
     if not isinstance(data, dict):
@@ -102,7 +102,9 @@ def _part(
     return found
 
 
-def _inner(value: Any, annotation: Any, path: FieldPath, reading: Reading, operator: Operator | None) -> Any:
+def _inner(
+    value: Any, annotation: Any, path: FieldPath, reading: RecipeReading, operator: Operator | None
+) -> Any:
     """The parts within a field: one, or a list or a mapping of them."""
     kind, keyed = _parts_in(annotation)
     if kind is None:
@@ -123,7 +125,7 @@ def _parts_in(annotation: Any, keyed: bool = False) -> tuple[type[BaseModel] | N
     return next((each for each in found if each[0] is not None), (None, False))
 
 
-def _reference(value: dict[str, Any], path: FieldPath, reading: Reading) -> dict[str, Any]:
+def _reference(value: dict[str, Any], path: FieldPath, reading: RecipeReading) -> dict[str, Any]:
     """A model reference at length, without what mergekit ignores and what nothing here needs."""
     kept: dict[str, Any] = {}
     for key, part in value.items():
@@ -142,7 +144,7 @@ def _reference(value: dict[str, Any], path: FieldPath, reading: Reading) -> dict
     return kept
 
 
-def _dtype(value: Any, path: FieldPath, reading: Reading) -> Any:
+def _dtype(value: Any, path: FieldPath, reading: RecipeReading) -> Any:
     if value == "":
         reading.notes.append((path, "is empty, which is as if it were not there"))
         return None
@@ -153,7 +155,7 @@ def _dtype(value: Any, path: FieldPath, reading: Reading) -> Any:
     return name
 
 
-def _parameters(value: Any, path: FieldPath, reading: Reading, operator: Operator | None) -> Any:
+def _parameters(value: Any, path: FieldPath, reading: RecipeReading, operator: Operator | None) -> Any:
     if not isinstance(value, dict):
         return value
     found = {}
@@ -164,7 +166,7 @@ def _parameters(value: Any, path: FieldPath, reading: Reading, operator: Operato
     return found
 
 
-def _setting(setting: Any, kind: type, path: FieldPath, reading: Reading) -> Any:
+def _setting(setting: Any, kind: type, path: FieldPath, reading: RecipeReading) -> Any:
     """A value, a list of values, or entries of a filter and a value."""
     if isinstance(setting, list):
         return [_setting(each, kind, path, reading) for each in setting]
@@ -177,7 +179,7 @@ def _setting(setting: Any, kind: type, path: FieldPath, reading: Reading) -> Any
     return kept | {"value": _setting(setting["value"], kind, path, reading)}
 
 
-def _typed(value: Any, kind: type, path: FieldPath, reading: Reading) -> Any:
+def _typed(value: Any, kind: type, path: FieldPath, reading: RecipeReading) -> Any:
     """A value of the type that is read here, if pydantic would make one of it; else the value."""
     if isinstance(value, list):
         return [_typed(each, kind, path, reading) for each in value]

@@ -13,16 +13,16 @@ from typing import Any
 import yaml
 
 from mergelab.checkpoints.text_file import read_text
-from mergelab.checkpoints.yaml_data import Document, parse_yaml
+from mergelab.checkpoints.yaml_data import YamlDocument, parse_yaml
 from mergelab.errors import MAX_FAULTS, RecipeError, did_you_mean, quoted, shortened
-from mergelab.merging.recipe.dialect import Reading, read_as_mergekit
+from mergelab.merging.recipe.dialect import RecipeReading, read_as_mergekit
 from mergelab.merging.recipe.faults import FieldPath, LocatedError, Origin, raise_faults
 from mergelab.merging.recipe.model_refs import parse_model_ref
 from mergelab.merging.recipe.schema import Recipe
 from mergelab.merging.recipe.scopes import recipe_faults
 
 __all__ = [
-    "Document",
+    "YamlDocument",
     "link_recipes",
     "load_recipe",
     "parse_documents",
@@ -33,11 +33,11 @@ __all__ = [
 ]
 
 
-def parse_documents(text: str, source: str = "recipe") -> list[Document]:
+def parse_documents(text: str, source: str = "recipe") -> list[YamlDocument]:
     """Parses every document of a recipe; see `mergelab.checkpoints.yaml_data.parse_yaml`.
 
     Of two equal keys the later counts, and numbers are those of YAML 1.1, as mergekit reads them;
-    `Document.repeated` and `Document.old_numbers` name them.
+    `YamlDocument.repeated` and `YamlDocument.old_numbers` name them.
 
     Raises:
         RecipeError: faulty YAML; every sentence begins with `source` and a line.
@@ -164,7 +164,7 @@ def parse_recipe(text: str, source: str = "recipe", path: Path | None = None) ->
     return link_recipes(recipes)
 
 
-def _read(document: Document, origin: Origin) -> tuple[Recipe | None, list[str]]:
+def _read(document: YamlDocument, origin: Origin) -> tuple[Recipe | None, list[str]]:
     """One document and its faults; faulty fields are left out so that the rest is checked too."""
     data: Any = copy.deepcopy(document.data)
     reading = read_as_mergekit(data)
@@ -195,7 +195,7 @@ def _read(document: Document, origin: Origin) -> tuple[Recipe | None, list[str]]
     return recipe, _in_line_order(located, origin)
 
 
-def _notes(document: Document, reading: Reading, origin: Origin) -> tuple[str, ...]:
+def _notes(document: YamlDocument, reading: RecipeReading, origin: Origin) -> tuple[str, ...]:
     """What is read otherwise than it is written, by lines; beyond `MAX_FAULTS` only their number."""
     notes = list(dict.fromkeys(reading.notes))
     for path, line in document.repeated:

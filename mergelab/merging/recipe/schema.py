@@ -31,12 +31,12 @@ from mergelab.merging.recipe.settings import Setting, parse_setting
 from mergelab.names_elsewhere import advice
 
 __all__ = [
+    "EmbeddingRule",
     "InputModel",
     "ModuleRecipe",
     "OutputSlice",
     "Recipe",
     "SliceSource",
-    "TokenRule",
     "TokenSource",
     "TokenizerSpec",
 ]
@@ -160,7 +160,7 @@ class TokenSource(_Part):
         return self
 
 
-class TokenRule(_Part):
+class EmbeddingRule(_Part):
     """How one token's embedding is chosen; `force` overrides it in models that have the token too."""
 
     source: (
@@ -177,7 +177,7 @@ class TokenizerSpec(_Part):
     """The output vocabulary: `union`, `base`, or the vocabulary of one model."""
 
     source: ModelText = "union"
-    tokens: Annotated[dict[str, TokenRule], BeforeValidator(_none_is_empty)] = {}
+    tokens: Annotated[dict[str, EmbeddingRule], BeforeValidator(_none_is_empty)] = {}
     pad_to_multiple_of: Annotated[StrictInt, Field(gt=0, le=2**20)] | None = None
 
 

@@ -14,8 +14,8 @@ __all__ = [
     "HEADS",
     "LAYER_COUNT_KEYS",
     "OTHER_TOWERS",
+    "BlockRun",
     "Module",
-    "Stack",
     "Structure",
     "counterpart",
     "infer_architecture",
@@ -46,7 +46,7 @@ _WRAPPERS = frozenset({"model", "transformer", "base_model", "backbone", "net"})
 
 
 @dataclass(frozen=True)
-class Stack:
+class BlockRun:
     """A run of numbered blocks.
 
     Attributes:
@@ -71,7 +71,7 @@ class Module:
     """
 
     name: str
-    stack: Stack | None
+    stack: BlockRun | None
     pre: tuple[str, ...]
     post: tuple[str, ...]
 
@@ -207,7 +207,7 @@ def _omits_text_layers(config: Mapping[str, Any]) -> bool:
     return isinstance(text, Mapping) and not any(True for _ in layer_counts(text))
 
 
-def _stacks(names: tuple[str, ...], counts: set[int], text: bool) -> list[Stack]:
+def _stacks(names: tuple[str, ...], counts: set[int], text: bool) -> list[BlockRun]:
     """The stacks; `text` says that the largest one outside other towers is one too, stated or not."""
     blocks: dict[str, dict[int, list[str]]] = {}
     for name in names:
@@ -225,7 +225,7 @@ def _stacks(names: tuple[str, ...], counts: set[int], text: bool) -> list[Stack]
         longest = max(whole, key=lambda prefix: sum(map(len, whole[prefix].values())))
         chosen = {longest: whole[longest]}
     return [
-        Stack(prefix, len(found), tuple(tuple(found[i]) for i in range(len(found))))
+        BlockRun(prefix, len(found), tuple(tuple(found[i]) for i in range(len(found))))
         for prefix, found in chosen.items()
     ]
 

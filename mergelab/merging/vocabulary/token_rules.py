@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from mergelab.errors import MAX_FAULTS, did_you_mean, quoted, shortened
-from mergelab.merging.recipe.schema import TokenRule, TokenSource
+from mergelab.merging.recipe.schema import EmbeddingRule, TokenSource
 from mergelab.merging.vocabulary.embedding_rows import ZERO, EmbeddingRow
 from mergelab.merging.vocabulary.merged_tokenizer import Additions
 from mergelab.merging.vocabulary.tokenizer_data import TokenizerData
@@ -32,7 +32,7 @@ class RuleBook:
     faults: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
-    def add_tokens(self, rules: Mapping[str, TokenRule], additions: Additions) -> None:
+    def add_tokens(self, rules: Mapping[str, EmbeddingRule], additions: Additions) -> None:
         """Adds to the output the tokens that rules speak of and no vocabulary taken into it has."""
         known = additions.vocabulary
         for token, rule in rules.items():

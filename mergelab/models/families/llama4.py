@@ -11,7 +11,7 @@ from mergelab.models.decoder import DECODER, DecoderConfig
 from mergelab.models.families.config_fields import read_usual_fields, usual_decoder, usual_rotary
 from mergelab.models.families.expert_fields import check_experts, experts_in_layers
 from mergelab.models.families.llama import LLAMA_FILES, LLAMA_LINEAR, LLAMA_NORMS, llama_rows
-from mergelab.models.layers.attention import AttentionSpec, Temperature
+from mergelab.models.layers.attention import AttentionSpec, QueryTemperature
 from mergelab.models.layers.block import BlockSpec
 from mergelab.models.layers.mlp import MLPSpec
 from mergelab.models.layers.norms import NormKind
@@ -89,7 +89,7 @@ def read_llama4(config: Mapping[str, Any], place: str) -> DecoderConfig:
         rotary=[rotary if turns else None for turns in rotated],
     )
     tuning = (
-        Temperature(fields["attn_scale"], fields["floor_scale"])
+        QueryTemperature(fields["attn_scale"], fields["floor_scale"])
         if fields["attn_temperature_tuning"]
         else None
     )

@@ -24,7 +24,7 @@ __all__ = [
     "Attention",
     "AttentionSpec",
     "KeysValues",
-    "Temperature",
+    "QueryTemperature",
     "attention_pattern",
     "mix_values",
     "soft_cap",
@@ -103,7 +103,7 @@ def mix_values(
 
 
 @dataclass(frozen=True)
-class Temperature:
+class QueryTemperature:
     """Queries grow with their position `p`: by `1 + strength * log(1 + floor((p + 1) / step))` (Llama 4).
 
     Attributes:
@@ -162,7 +162,7 @@ class AttentionSpec:
     sinks: bool = False
     alibi: Alibi | None = None
     chunk: int | None = None
-    temperature: Temperature | None = None
+    temperature: QueryTemperature | None = None
     disentangled: Disentangled | None = None
     gated: bool = False
 

@@ -16,12 +16,12 @@ from jaxtyping import Array, Float, Int
 
 from mergelab.models.layers.bfloat16_bits import StackedBits
 
-__all__ = ["Blocks", "combine", "gather", "in_blocks", "in_rows", "products", "rows_of_a_block"]
+__all__ = ["ChoicePlaces", "combine", "gather", "in_blocks", "in_rows", "products", "rows_of_a_block"]
 
 _MOST = 128
 
 
-class Blocks(NamedTuple):
+class ChoicePlaces(NamedTuple):
     """Where each choice of each token stands.
 
     Attributes:
@@ -45,7 +45,7 @@ def rows_of_a_block(choices: int, experts: int) -> int:
     return min(_MOST, 1 << max(share - 1, 0).bit_length())
 
 
-def in_blocks(indices: Int[Array, "tokens chosen"], experts: int, rows: int) -> Blocks:
+def in_blocks(indices: Int[Array, "tokens chosen"], experts: int, rows: int) -> ChoicePlaces:
     """Sorts choices by expert.
 
     Args:
@@ -67,7 +67,7 @@ def in_blocks(indices: Int[Array, "tokens chosen"], experts: int, rows: int) -> 
     tokens = jnp.full(blocks * rows, count, jnp.int32).at[place].set(order // chosen, mode="drop")
     owner = jnp.searchsorted(ends[:experts], jnp.arange(blocks, dtype=jnp.int32), side="right")
     places = jnp.zeros(choices, jnp.int32).at[order].set(place)
-    return Blocks(
+    return ChoicePlaces(
         tokens.reshape(blocks, rows),
         jnp.minimum(owner, experts - 1).astype(jnp.int32),
         ends[experts - 1],
@@ -76,12 +76,12 @@ def in_blocks(indices: Int[Array, "tokens chosen"], experts: int, rows: int) -> 
     )
 
 
-def gather(x: Float[Array, "tokens width"], blocks: Blocks) -> Float[Array, "blocks rows width"]:
+def gather(x: Float[Array, "tokens width"], blocks: ChoicePlaces) -> Float[Array, "blocks rows width"]:
     """The vector of the token in each row, zeros in padding."""
     return jnp.take(x, blocks.tokens, axis=0, mode="fill", fill_value=0)
 
 
-def in_rows(weights: Float[Array, "tokens chosen"], blocks: Blocks) -> Float[Array, "blocks rows"]:
+def in_rows(weights: Float[Array, "tokens chosen"], blocks: ChoicePlaces) -> Float[Array, "blocks rows"]:
     """The weight of the choice in each row, zero in padding."""
     rows = jnp.zeros(blocks.tokens.size, weights.dtype)
     return (
@@ -90,7 +90,7 @@ def in_rows(weights: Float[Array, "tokens chosen"], blocks: Blocks) -> Float[Arr
 
 
 def combine(
-    y: Float[Array, "blocks rows width"], blocks: Blocks, weights: Float[Array, "tokens chosen"]
+    y: Float[Array, "blocks rows width"], blocks: ChoicePlaces, weights: Float[Array, "tokens chosen"]
 ) -> Float[Array, "tokens width"]:
     """The weighted sum of what its experts make of each token, float32."""
     rows = y.reshape(-1, y.shape[-1])
@@ -101,7 +101,7 @@ def combine(
 def products(
     x: Float[Array, "blocks rows width"],
     kernels: Float[Array, "experts width hidden"] | StackedBits,
-    blocks: Blocks,
+    blocks: ChoicePlaces,
 ) -> Float[Array, "blocks rows hidden"]:
     """The rows of each block times the matrix of its expert; anything in blocks that are not used."""
     if isinstance(kernels, StackedBits):

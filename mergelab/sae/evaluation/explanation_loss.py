@@ -18,7 +18,7 @@ from mergelab.errors import SAEError
 from mergelab.models.model import Model
 from mergelab.models.residual_stream import require_decoder
 from mergelab.sae.evaluation.metric import Evidence, Metric, Options, Scores
-from mergelab.sae.features.explanations import Explanation, Match, judge_explanation, mean_match
+from mergelab.sae.features.explanations import LatentExplanation, Match, judge_explanation, mean_match
 from mergelab.sae.features.n2g import explain, match_explanations
 from mergelab.sae.features.survey import survey
 from mergelab.sae.sae import SAE
@@ -70,7 +70,7 @@ class ExplanationScore:
 
 
 def score_explanations(
-    sae: SAE, source: ModelActivations, explanations: Sequence[Explanation]
+    sae: SAE, source: ModelActivations, explanations: Sequence[LatentExplanation]
 ) -> ExplanationScore:
     """Simulates the latents on a text, compares, and splices the simulations in with the error kept.
 

@@ -8,7 +8,7 @@ from mergelab.sae.features.logit_effects import LogitEffects, logit_effects
 from mergelab.sae.features.survey import Activity, Example, Survey, activity, survey
 
 if TYPE_CHECKING:
-    from mergelab.sae.features.explanations import Explanation, Pattern, judge_explanation, mean_match
+    from mergelab.sae.features.explanations import LatentExplanation, Pattern, judge_explanation, mean_match
     from mergelab.sae.features.gallery import (
         Gallery,
         choose_latents,
@@ -42,9 +42,9 @@ __all__ = [
     "Activity",
     "Child",
     "Example",
-    "Explanation",
     "FeatureMatch",
     "Gallery",
+    "LatentExplanation",
     "LatentTable",
     "LogitEffects",
     "Pattern",

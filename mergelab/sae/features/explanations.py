@@ -11,7 +11,7 @@ import numpy as np
 
 from mergelab.sae.activation_functions import is_active
 
-__all__ = ["Explanation", "Match", "Pattern", "judge_explanation", "mean_match"]
+__all__ = ["LatentExplanation", "Match", "Pattern", "judge_explanation", "mean_match"]
 
 Tokens = tuple[int | None, ...]
 
@@ -34,7 +34,7 @@ class Pattern:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class LatentExplanation:
     """The patterns of a latent."""
 
     latent: int
@@ -96,7 +96,7 @@ def judge_explanation(simulated: np.ndarray, codes: np.ndarray) -> Match:
     """Compares simulated with true activations of one latent, on text the explanation is not made of.
 
     Args:
-        simulated: activations from `Explanation.simulate`, of any shape.
+        simulated: activations from `LatentExplanation.simulate`, of any shape.
         codes: true activations, of the same shape.
     """
     said, active = is_active(simulated), is_active(codes)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mergelab.activations.model_activations import ModelActivations, halves
-from mergelab.sae.features.explanations import Explanation, Match
+from mergelab.sae.features.explanations import LatentExplanation, Match
 from mergelab.sae.features.logit_effects import LogitEffects, logit_effects, writes_stream
 from mergelab.sae.features.matching import Child
 from mergelab.sae.features.n2g import explain, match_explanations
@@ -47,7 +47,7 @@ class Gallery:
     survey: Survey
     activity: Activity
     effects: LogitEffects | None
-    explained: Mapping[int, tuple[Explanation, Match]] = field(default_factory=dict)
+    explained: Mapping[int, tuple[LatentExplanation, Match]] = field(default_factory=dict)
     children: Mapping[int, tuple[Child, ...]] = field(default_factory=dict)
 
     @property

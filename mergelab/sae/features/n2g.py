@@ -19,7 +19,7 @@ from jax import Array
 
 from mergelab.activations.model_activations import ModelActivations
 from mergelab.models.model import Model
-from mergelab.sae.features.explanations import Explanation, Match, Pattern, judge_explanation
+from mergelab.sae.features.explanations import LatentExplanation, Match, Pattern, judge_explanation
 from mergelab.sae.features.survey import Example
 from mergelab.sae.sae import SAE
 from mergelab.sae.splice import encode_batches
@@ -117,7 +117,7 @@ def find_patterns(
     causal: bool = True,
     framed: bool = False,
     first: int = 0,
-) -> dict[int, Explanation]:
+) -> dict[int, LatentExplanation]:
     """The patterns of latents whose activation can be asked for any text.
 
     Args:
@@ -153,7 +153,7 @@ def find_patterns(
         saliency = 1 - without / max(case.activation, float(np.finfo(np.float32).tiny))
         made[case.latent].setdefault(case.pattern(saliency), []).append(full)
     return {
-        latent: Explanation(
+        latent: LatentExplanation(
             latent, tuple(Pattern(p, float(np.mean(v)), after) for (p, after), v in kept.items())
         )
         for latent, kept in made.items()
@@ -188,7 +188,7 @@ def explain(
     examples: Mapping[int, Sequence[Example]],
     *,
     mask_token: int,
-) -> dict[int, Explanation]:
+) -> dict[int, LatentExplanation]:
     """Explanations of latents from their examples; all examples of all latents share forward passes.
 
     Args:
@@ -210,7 +210,7 @@ def explain(
 
 
 def match_explanations(
-    sae: SAE, source: ModelActivations, explanations: Sequence[Explanation]
+    sae: SAE, source: ModelActivations, explanations: Sequence[LatentExplanation]
 ) -> tuple[Match, ...]:
     """Precision and recall of explanations on a text, without running the model beyond the site.
 

@@ -18,7 +18,7 @@ from mergelab.errors import CheckpointError
 from mergelab.sae.formats.settings import FormatSettings
 from mergelab.sae.sae import SAE
 
-__all__ = ["FileFormat", "Files", "Found", "Signature", "Weights", "open_weights"]
+__all__ = ["FileFormat", "Files", "Found", "Signature", "WeightsFile", "open_weights"]
 
 SETTINGS = ("cfg.json", "config.json", "hyperparams.json")
 """Names of the files in which libraries keep settings, in the order in which they are looked at."""
@@ -29,7 +29,7 @@ _MOST_FILES = 64
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightsFile:
     """Tensors of a weights file, and what else stands beside them.
 
     Attributes:
@@ -41,7 +41,7 @@ class Weights:
     values: Mapping[str, Any] = field(default_factory=dict)
 
 
-def open_weights(path: Path) -> Weights:
+def open_weights(path: Path) -> WeightsFile:
     """The tensors of a safetensors, torch or numpy file, whatever it is called; nothing in it is run.
 
     Raises:
@@ -50,17 +50,17 @@ def open_weights(path: Path) -> Weights:
     head = WeightFile.open(path)
     begin = head.read(0, min(head.size, 9), "its beginning")
     if begin[8:9] == b"{":
-        return Weights(open_safetensors(path).tensors)
+        return WeightsFile(open_safetensors(path).tensors)
     if begin.startswith(b"PK"):
         names = [entry.filename for entry in list_zip(head, "zip")]
         if path.suffix == ".npz" or all(name.endswith(".npy") for name in names):
-            return Weights(open_npz(path, [name.removesuffix(".npy") for name in names]))
+            return WeightsFile(open_npz(path, [name.removesuffix(".npy") for name in names]))
     elif path.suffix == ".safetensors" and begin[:1] != b"\x80":
-        return Weights(open_safetensors(path).tensors)  # which says what is wrong with it
+        return WeightsFile(open_safetensors(path).tensors)  # which says what is wrong with it
     elif path.suffix == ".npz":
-        return Weights(open_npz(path, ()))
+        return WeightsFile(open_npz(path, ()))
     opened = open_pickled(path, values=True)
-    return Weights(opened.tensors, opened.values)
+    return WeightsFile(opened.tensors, opened.values)
 
 
 @dataclass(frozen=True)

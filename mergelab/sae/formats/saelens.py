@@ -15,7 +15,7 @@ from jax import Array
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.publish import WorkFolder
 from mergelab.errors import CheckpointError
-from mergelab.sae.formats.file_format import FileFormat, Found, Signature, Weights, open_weights
+from mergelab.sae.formats.file_format import FileFormat, Found, Signature, WeightsFile, open_weights
 from mergelab.sae.formats.hook_names import hook_of, said_or
 from mergelab.sae.formats.own import write_folder
 from mergelab.sae.formats.saelens_settings import OF_THE_MODEL, SaeLensSettings, read_settings
@@ -85,7 +85,7 @@ def read_saelens(files: Found) -> SAE:
     return _folded(sae, cfg, files) if folded else sae
 
 
-def _arrays(opened: Weights, cfg: SaeLensSettings, files: Found) -> dict[str, Array]:
+def _arrays(opened: WeightsFile, cfg: SaeLensSettings, files: Found) -> dict[str, Array]:
     """The tensors of an architecture, in float32, and a threshold for each latent."""
     tensors, file = opened.tensors, files.weights
     gated, jumps = cfg.activation == "gated", cfg.activation == "jump_relu"
@@ -121,7 +121,7 @@ def _axes(out: str) -> dict[str, tuple[str, ...]]:
 _FACTORS = ("scaling_factor", "finetuning_scaling_factor")
 
 
-def _finetuned(told: FormatSettings, opened: Weights, files: Found, n: int) -> Array | None:
+def _finetuned(told: FormatSettings, opened: WeightsFile, files: Found, n: int) -> Array | None:
     """What a finetuning multiplies codes by before they are decoded, `[n]`; None if nothing does.
 
     Files of some versions have factors of 1, whatever their settings say.

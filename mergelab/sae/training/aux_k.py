@@ -16,11 +16,11 @@ from jax import Array, lax
 from mergelab.sae.kernels.collectives import Shards
 from mergelab.sae.kernels.largest import kth_largest, pre_activations
 from mergelab.sae.kernels.rows import apply_one, row_dot
-from mergelab.sae.variants.variant import Params, Variant
+from mergelab.sae.variants.variant import SAEParams, Variant
 
 __all__ = ["aux_k_gradients"]
 
-Outcome = tuple[Array, Params]
+Outcome = tuple[Array, SAEParams]
 """The auxiliary loss, and gradients."""
 
 _PER_LATENT = ("encoder", "encoder_bias", "decoder")
@@ -39,8 +39,8 @@ def _capacities(n: int) -> list[int]:
 
 def aux_k_gradients(
     variant: Variant,
-    params: Params,
-    grads: Params,
+    params: SAEParams,
+    grads: SAEParams,
     dead: Array,
     x: Array,
     error: Array,
@@ -50,7 +50,7 @@ def aux_k_gradients(
     tokens: int,
     shards: Shards,
     compute_dtype: str = "float32",
-) -> tuple[Array, Params]:
+) -> tuple[Array, SAEParams]:
     """The auxiliary loss, and the gradients with its own added.
 
     The k dead latents with the largest pre-activations reconstruct the error; the loss is that
@@ -81,7 +81,7 @@ def aux_k_gradients(
 
     ranking = variant.activation
 
-    def loss(rows: Params, shared: Params, held: Array) -> Array:
+    def loss(rows: SAEParams, shared: SAEParams, held: Array) -> Array:
         # The gradient of what centers the inputs is a sum over tokens, so it is taken through a bias that is
         # zero: through the inputs it would be a product of their size.
         centered = lax.stop_gradient(variant.center(shared, x, shards))

@@ -20,7 +20,7 @@ from mergelab.sae.normalizations import layer_norm
 from mergelab.sae.training.config import TrainingRecipe
 from mergelab.sae.training.state import Affine, TrainState, state_shardings
 from mergelab.sae.training.update import automatic_learning_rate, unit_rows
-from mergelab.sae.variants.variant import Params, Variant
+from mergelab.sae.variants.variant import SAEParams, Variant
 
 __all__ = [
     "SAMPLE_ROWS",
@@ -73,7 +73,9 @@ SAMPLE_ROWS = 32_768
 """Activations from which the center, the scale and the loss constant are taken, at most."""
 
 
-def initial_params(variant: Variant, key: Array, *, tie: bool = True, scale: float | None = None) -> Params:
+def initial_params(
+    variant: Variant, key: Array, *, tie: bool = True, scale: float | None = None
+) -> SAEParams:
     """Decoder rows uniform on the sphere, the encoder their transpose times a scale, biases 0.
 
     Args:
@@ -182,7 +184,7 @@ def fresh_state(variant: Variant, recipe: TrainingRecipe, key_data: Array, facts
     params = initial_params(variant, key, tie=recipe.tie_initial, scale=recipe.initial_scale)
     params["decoder_bias"] = facts.center
 
-    def zeros() -> Params:
+    def zeros() -> SAEParams:
         return {name: jnp.zeros_like(value) for name, value in params.items()}
 
     peak = recipe.learning_rate or automatic_learning_rate(variant.n_latents, recipe.steps)

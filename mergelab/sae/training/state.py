@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mergelab.compat import register_dataclass
 from mergelab.errors import MeshError
 from mergelab.processes.agreement import span_processes
-from mergelab.sae.variants.variant import Params
+from mergelab.sae.variants.variant import SAEParams
 from mergelab.sharding import SAE_AXES, check_axes, put
 
 __all__ = [
@@ -74,10 +74,10 @@ class TrainState:
         sweep_member: what a sweep varies within one program: `k` and `n_latents`, int32; may be empty.
     """
 
-    params: Params
-    mean: Params
-    square: Params
-    average: Params
+    params: SAEParams
+    mean: SAEParams
+    square: SAEParams
+    average: SAEParams
     steps_since_fired: Array
     step: Array
     peak: Array

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mergelab.activations import Prefetch, Trace
+from mergelab.activations import Prefetch, PrefetchTrace
 from mergelab.checkpoints.remote_output import writes_anywhere
 from mergelab.errors import CheckpointError, SAEError
 from mergelab.processes.agreement import check_shared, together
@@ -68,7 +68,7 @@ class Result:
     sae: SAE
     steps: int
     metrics: dict[str, float]
-    trace: Trace
+    trace: PrefetchTrace
     resumed: bool = False
 
 
@@ -122,7 +122,7 @@ def train(
             mesh = None if settings.mesh is None else make_mesh(settings.mesh)
             steps, metrics = known
             found = load_sae(folder.final, mesh=mesh)
-            return Result(Path(out) / "final", found, steps, metrics, Trace(), resumed=True)
+            return Result(Path(out) / "final", found, steps, metrics, PrefetchTrace(), resumed=True)
         return _train(settings, Path(out), folder, progress, notice, tell, grace, reading)
 
 
@@ -265,7 +265,7 @@ class _Run:
         self._guard: DivergenceGuard | None = None
         self._began = (0.0, 0)
 
-    def steps(self, state: TrainState, done: int) -> tuple[TrainState, Trace]:
+    def steps(self, state: TrainState, done: int) -> tuple[TrainState, PrefetchTrace]:
         if jax.process_index() == 0:
             config = self.start.settings.model_dump(mode="json") | {"rows": self.overview.facts()}
             self._file = MetricsFile(self.out / "metrics.jsonl", done)

@@ -14,7 +14,7 @@ from mergelab.sae.kernels.collectives import Shards
 from mergelab.sae.kernels.rows import row_dot, update_rows
 from mergelab.sae.training.config import TrainingRecipe
 from mergelab.sae.training.state import REPLICATED, TrainState
-from mergelab.sae.variants.variant import Params, Variant
+from mergelab.sae.variants.variant import SAEParams, Variant
 
 __all__ = [
     "automatic_learning_rate",
@@ -58,7 +58,7 @@ def without_parallel(grad: Array, rows: Array) -> Array:
     return grad - (grad * rows).sum(axis=1)[:, None] * rows
 
 
-def gradient_norm(grads: Params, shards: Shards) -> Array:
+def gradient_norm(grads: SAEParams, shards: Shards) -> Array:
     """The norm of all gradients together, over all shards of latents."""
 
     def square(names: list[str]) -> Array:
@@ -73,7 +73,7 @@ def update(
     variant: Variant,
     recipe: TrainingRecipe,
     state: TrainState,
-    grads: Params,
+    grads: SAEParams,
     shards: Shards,
     boosted: Array | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
@@ -132,7 +132,7 @@ def update(
     return replace(state, **stepped, step=state.step + 1), {"learning_rate": rate, "grad_norm": norm}
 
 
-def averaged_params(state: TrainState, ema: float) -> Params:
+def averaged_params(state: TrainState, ema: float) -> SAEParams:
     """The moving average of the parameters, its weights summing to 1; the parameters where none is kept."""
     if not state.average:
         return state.params

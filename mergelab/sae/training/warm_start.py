@@ -17,7 +17,7 @@ from mergelab.sae.sae import SAE
 from mergelab.sae.training.config import TrainingRecipe
 from mergelab.sae.training.state import TrainState
 from mergelab.sae.training.update import averaged_params
-from mergelab.sae.variants.variant import Params, Variant
+from mergelab.sae.variants.variant import SAEParams, Variant
 
 __all__ = ["dictionary_folder", "extended_state", "started_from", "warm_state"]
 
@@ -84,13 +84,13 @@ def warm_state(sae: SAE, variant: Variant, recipe: TrainingRecipe, state: TrainS
     function, but for codes that are chosen by size among rows of unlike norms.
     """
 
-    def build(state: TrainState, sae: SAE) -> tuple[Params, dict[str, jax.Array]]:
+    def build(state: TrainState, sae: SAE) -> tuple[SAEParams, dict[str, jax.Array]]:
         scale_in, scale_out = state.read.scale, state.target.scale
         encoder, decoder = sae.W_enc.T, sae.W_dec * (scale_out / scale_in)
         b_enc, b_dec = sae.b_enc, sae.b_dec
         if sae.config.subtract_b_dec:
             b_enc = b_enc - encoder @ b_dec
-        params: Params = {"encoder": encoder, "decoder": decoder}
+        params: SAEParams = {"encoder": encoder, "decoder": decoder}
         if variant.skip:
             assert sae.W_skip is not None
             b_dec = b_dec + state.read.mean @ sae.W_skip

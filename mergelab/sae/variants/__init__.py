@@ -16,7 +16,7 @@ from mergelab.sae.variants.matryoshka import Matryoshka
 from mergelab.sae.variants.options import checked_options
 from mergelab.sae.variants.relu import ReLU
 from mergelab.sae.variants.top_k import MultiTopK, TopK, crosscoder, transcoder
-from mergelab.sae.variants.variant import Context, Encoded, Outcome, Params, Variant
+from mergelab.sae.variants.variant import Context, Encoded, Outcome, SAEParams, Variant
 
 __all__ = [
     "VARIANTS",
@@ -30,8 +30,8 @@ __all__ = [
     "Matryoshka",
     "MultiTopK",
     "Outcome",
-    "Params",
     "ReLU",
+    "SAEParams",
     "TopK",
     "Variant",
     "crosscoder",

@@ -10,7 +10,7 @@ from jax import Array
 
 from mergelab.sae import activation_functions
 from mergelab.sae.variants.top_k import TopK
-from mergelab.sae.variants.variant import Context, Params
+from mergelab.sae.variants.variant import Context, SAEParams
 
 __all__ = ["AbsTopK"]
 
@@ -26,7 +26,7 @@ class AbsTopK(TopK):
     name: ClassVar[str] = "abs_topk"
     activation = activation_functions.AbsTopKFunction
 
-    def encoder(self, params: Params, context: Context) -> tuple[Array, Array]:
+    def encoder(self, params: SAEParams, context: Context) -> tuple[Array, Array]:
         encoder, bias = params["encoder"], params["encoder_bias"]
         if context.alive is None:
             return encoder, bias

@@ -17,7 +17,7 @@ from mergelab.errors import SAEError
 from mergelab.sae import activation_functions
 from mergelab.sae.kernels.codes import DenseCodes
 from mergelab.sae.kernels.largest import pre_activations
-from mergelab.sae.variants.variant import Context, Encoded, Params, Variant, alive_bias
+from mergelab.sae.variants.variant import Context, Encoded, SAEParams, Variant, alive_bias
 
 __all__ = ["BatchTopK"]
 
@@ -45,7 +45,7 @@ class BatchTopK(Variant):
     def own_statistics(self) -> dict[str, Array]:
         return {"threshold": jnp.zeros(()), "weight": jnp.zeros(())}
 
-    def encode(self, params: Params, x: Array, context: Context) -> Encoded:
+    def encode(self, params: SAEParams, x: Array, context: Context) -> Encoded:
         shards = context.shards
         pre = pre_activations(x, params["encoder"], alive_bias(params, context), context.compute_dtype)
         k = self.k if context.k is None else context.k
@@ -63,7 +63,7 @@ class BatchTopK(Variant):
             },
         )
 
-    def export(self, params: Params, statistics: Mapping[str, Array]) -> dict[str, Any]:
+    def export(self, params: SAEParams, statistics: Mapping[str, Array]) -> dict[str, Any]:
         threshold = statistics["threshold"] / jnp.maximum(statistics["weight"], 1e-12)
         return {
             "activation": self.activation.name,

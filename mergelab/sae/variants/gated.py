@@ -13,7 +13,7 @@ from mergelab.sae import activation_functions
 from mergelab.sae.kernels.codes import DenseCodes
 from mergelab.sae.kernels.largest import pre_activations
 from mergelab.sae.variants.relu import warmed
-from mergelab.sae.variants.variant import Context, Encoded, Outcome, Params, Variant, alive_bias
+from mergelab.sae.variants.variant import Context, Encoded, Outcome, SAEParams, Variant, alive_bias
 
 __all__ = ["Gated"]
 
@@ -39,23 +39,23 @@ class Gated(Variant):
     activation = activation_functions.GatedFunction
     uses_aux_k: ClassVar[bool] = False
 
-    def own_params(self) -> Params:
+    def own_params(self) -> SAEParams:
         return {
             "magnitude_scale": jnp.zeros(self.n_latents),
             "magnitude_bias": jnp.zeros(self.n_latents),
         }
 
-    def _gate(self, params: Params, x: Array, context: Context) -> Array:
+    def _gate(self, params: SAEParams, x: Array, context: Context) -> Array:
         return pre_activations(x, params["encoder"], alive_bias(params, context), context.compute_dtype)
 
-    def encode(self, params: Params, x: Array, context: Context) -> Encoded:
+    def encode(self, params: SAEParams, x: Array, context: Context) -> Encoded:
         gate = self._gate(params, x, context)
         function = activation_functions.GatedFunction(
             alive_bias(params, context), params["magnitude_scale"], params["magnitude_bias"]
         )
         return Encoded(DenseCodes(function.codes(gate), context.shards))
 
-    def loss(self, params: Params, x: Array, y: Array, context: Context) -> tuple[Array, Outcome]:
+    def loss(self, params: SAEParams, x: Array, y: Array, context: Context) -> tuple[Array, Outcome]:
         loss, outcome = super().loss(params, x, y, context)
         gate = jnp.maximum(self._gate(params, self.center(params, x, context.shards), context), 0)
         fixed = {name: lax.stop_gradient(params[name]) for name in ("decoder", "decoder_bias")}
@@ -64,7 +64,7 @@ class Gated(Variant):
         penalty = warmed(self.l1, self.l1_warmup, context.progress) * sizes
         return loss + penalty + context.nmse(y - from_gate), outcome
 
-    def export(self, params: Params, statistics: Mapping[str, Array]) -> dict[str, Any]:
+    def export(self, params: SAEParams, statistics: Mapping[str, Array]) -> dict[str, Any]:
         return {
             "activation": self.activation.name,
             "magnitude_scale": params["magnitude_scale"],

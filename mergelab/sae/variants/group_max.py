@@ -13,7 +13,7 @@ from mergelab.sae import activation_functions
 from mergelab.sae.kernels.codes import DenseCodes, SparseCodes, prefers_dense
 from mergelab.sae.kernels.largest import pre_activations
 from mergelab.sae.variants.top_k import TopK
-from mergelab.sae.variants.variant import Context, Encoded, Params, alive_bias
+from mergelab.sae.variants.variant import Context, Encoded, SAEParams, alive_bias
 
 __all__ = ["GroupMax"]
 
@@ -39,7 +39,7 @@ class GroupMax(TopK):
                 "latent of each of k equal groups."
             )
 
-    def encode(self, params: Params, x: Array, context: Context) -> Encoded:
+    def encode(self, params: SAEParams, x: Array, context: Context) -> Encoded:
         if context.k is not None:
             raise SAEError("the groups of group_max follow from k: a sweep has one k for all; vary others.")
         parts = context.shards.num_latent_shards()

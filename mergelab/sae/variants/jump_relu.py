@@ -20,7 +20,7 @@ from mergelab.sae.activation_functions import step
 from mergelab.sae.kernels.codes import DenseCodes
 from mergelab.sae.kernels.largest import pre_activations
 from mergelab.sae.variants.relu import warmed
-from mergelab.sae.variants.variant import Context, Encoded, Params, Variant, alive_bias
+from mergelab.sae.variants.variant import Context, Encoded, SAEParams, Variant, alive_bias
 
 __all__ = ["JumpReLU"]
 
@@ -54,10 +54,10 @@ class JumpReLU(Variant):
         if min(self.bandwidth, self.initial_threshold) <= 0:
             raise SAEError("bandwidth and initial_threshold of a JumpReLU must be above 0.")
 
-    def own_params(self) -> Params:
+    def own_params(self) -> SAEParams:
         return {"log_threshold": jnp.full(self.n_latents, jnp.log(self.initial_threshold), jnp.float32)}
 
-    def encode(self, params: Params, x: Array, context: Context) -> Encoded:
+    def encode(self, params: SAEParams, x: Array, context: Context) -> Encoded:
         pre = pre_activations(x, params["encoder"], alive_bias(params, context), context.compute_dtype)
         function = activation_functions.JumpReLUFunction(jnp.exp(params["log_threshold"]), self.bandwidth)
         shards = context.shards
@@ -72,5 +72,5 @@ class JumpReLU(Variant):
         penalty = warmed(self.sparsity, self.sparsity_warmup, context.progress) * penalty
         return Encoded(DenseCodes(function.codes(pre), shards), penalty)
 
-    def export(self, params: Params, statistics: Mapping[str, Array]) -> dict[str, Any]:
+    def export(self, params: SAEParams, statistics: Mapping[str, Array]) -> dict[str, Any]:
         return {"activation": self.activation.name, "threshold": jnp.exp(params["log_threshold"])}

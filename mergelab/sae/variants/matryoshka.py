@@ -18,7 +18,7 @@ from mergelab.errors import SAEError
 from mergelab.sae import activation_functions
 from mergelab.sae.variants.batch_top_k import BatchTopK
 from mergelab.sae.variants.top_k import TopK
-from mergelab.sae.variants.variant import Context, Encoded, Outcome, Params, Variant
+from mergelab.sae.variants.variant import Context, Encoded, Outcome, SAEParams, Variant
 
 __all__ = ["Matryoshka"]
 
@@ -61,10 +61,10 @@ class Matryoshka(Variant):
     def own_statistics(self) -> dict[str, Array]:
         return self._selector.own_statistics()
 
-    def encode(self, params: Params, x: Array, context: Context) -> Encoded:
+    def encode(self, params: SAEParams, x: Array, context: Context) -> Encoded:
         return self._selector.encode(params, x, context)
 
-    def loss(self, params: Params, x: Array, y: Array, context: Context) -> tuple[Array, Outcome]:
+    def loss(self, params: SAEParams, x: Array, y: Array, context: Context) -> tuple[Array, Outcome]:
         encoded = self.encode(params, self.center(params, x, context.shards), context)
         n_local = params["encoder"].shape[0]
         latent = jnp.arange(n_local) + context.shards.latent_offset(n_local)
@@ -78,9 +78,9 @@ class Matryoshka(Variant):
         outcome = Outcome(encoded.codes, error, nmse, encoded.statistics)
         return total + encoded.penalty, outcome
 
-    def _constant(self, params: Params, x: Array) -> Array:
+    def _constant(self, params: SAEParams, x: Array) -> Array:
         bias = params["decoder_bias"][None, :]
         return bias + x @ params["skip"] if self.skip else bias
 
-    def export(self, params: Params, statistics: Mapping[str, Array]) -> dict[str, Any]:
+    def export(self, params: SAEParams, statistics: Mapping[str, Array]) -> dict[str, Any]:
         return replace(self._selector).export(params, statistics)

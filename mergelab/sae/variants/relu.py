@@ -16,7 +16,7 @@ from jax import Array
 from mergelab.sae import activation_functions
 from mergelab.sae.kernels.codes import DenseCodes
 from mergelab.sae.kernels.largest import pre_activations
-from mergelab.sae.variants.variant import Context, Encoded, Params, Variant, alive_bias
+from mergelab.sae.variants.variant import Context, Encoded, SAEParams, Variant, alive_bias
 
 __all__ = ["ReLU", "warmed"]
 
@@ -43,12 +43,12 @@ class ReLU(Variant):
     unit_decoder: ClassVar[bool] = False
     uses_aux_k: ClassVar[bool] = False
 
-    def encode(self, params: Params, x: Array, context: Context) -> Encoded:
+    def encode(self, params: SAEParams, x: Array, context: Context) -> Encoded:
         pre = pre_activations(x, params["encoder"], alive_bias(params, context), context.compute_dtype)
         codes = self.activation().codes(pre)
         sizes = context.mean(codes @ self.decoder_norms(params["decoder"]))
         penalty = context.shards.join_latents(warmed(self.l1, self.l1_warmup, context.progress) * sizes)
         return Encoded(DenseCodes(codes, context.shards), penalty)
 
-    def export(self, params: Params, statistics: Mapping[str, Array]) -> dict[str, Any]:
+    def export(self, params: SAEParams, statistics: Mapping[str, Array]) -> dict[str, Any]:
         return {"activation": self.activation.name}

@@ -13,7 +13,7 @@ from mergelab.errors import SAEError
 from mergelab.sae import activation_functions
 from mergelab.sae.kernels.codes import top_k_codes
 from mergelab.sae.kernels.rows import row_dot
-from mergelab.sae.variants.variant import Context, Encoded, Params, Variant, alive_bias
+from mergelab.sae.variants.variant import Context, Encoded, SAEParams, Variant, alive_bias
 
 __all__ = ["MultiTopK", "TopK", "crosscoder", "site_norms", "transcoder"]
 
@@ -45,7 +45,7 @@ class TopK(Variant):
         if not 0 <= self.half_from <= 1:
             raise SAEError(f"half_from is {self.half_from}; it must be from 0 to 1.")
 
-    def encode(self, params: Params, x: Array, context: Context) -> Encoded:
+    def encode(self, params: SAEParams, x: Array, context: Context) -> Encoded:
         k = self.k if context.k is None else context.k
         weights, ks, most = [], [k], self.k
         if self.half_weight:
@@ -71,11 +71,11 @@ class TopK(Variant):
         """Reconstructions from more codes that count too: weights of their errors, and multiples of k."""
         return ()
 
-    def encoder(self, params: Params, context: Context) -> tuple[Array, Array]:
+    def encoder(self, params: SAEParams, context: Context) -> tuple[Array, Array]:
         """Weights and bias with which latents that take no part are never kept."""
         return params["encoder"], alive_bias(params, context)
 
-    def export(self, params: Params, statistics: Mapping[str, Array]) -> dict[str, Any]:
+    def export(self, params: SAEParams, statistics: Mapping[str, Array]) -> dict[str, Any]:
         return {"activation": self.activation.name, "k": self.k}
 
 

@@ -16,16 +16,16 @@ from mergelab.sae.kernels.codes import Codes
 from mergelab.sae.kernels.collectives import ONE_DEVICE, Shards
 from mergelab.sae.kernels.rows import row_dot
 
-__all__ = ["Context", "Encoded", "Outcome", "Params", "Variant", "alive_bias"]
+__all__ = ["Context", "Encoded", "Outcome", "SAEParams", "Variant", "alive_bias"]
 
 
-def alive_bias(params: Params, context: Context) -> Array:
+def alive_bias(params: SAEParams, context: Context) -> Array:
     """The encoder's bias `[n]`, so low for latents that take no part that they never fire."""
     bias = params["encoder_bias"]
     return bias if context.alive is None else jnp.where(context.alive, bias, jnp.finfo(bias.dtype).min)
 
 
-Params = dict[str, Array]
+SAEParams = dict[str, Array]
 """`encoder [n, d_in]`, `encoder_bias [n]`, `decoder [n, d_out]`, `decoder_bias [d_out]`, a variant's own."""
 
 
@@ -158,7 +158,7 @@ class Variant:
         """Width of what is reconstructed."""
         return self.d_in if self.d_out is None else self.d_out
 
-    def own_params(self) -> Params:
+    def own_params(self) -> SAEParams:
         """Parameters besides the four that all variants have, at their initial values."""
         return {}
 
@@ -166,26 +166,26 @@ class Variant:
         """Running numbers at the start of a training."""
         return {}
 
-    def encode(self, params: Params, x: Array, context: Context) -> Encoded:
+    def encode(self, params: SAEParams, x: Array, context: Context) -> Encoded:
         """The codes of a batch: `x [tokens, d_in]`, centered."""
         raise NotImplementedError
 
-    def export(self, params: Params, statistics: Mapping[str, Array]) -> dict[str, Any]:
+    def export(self, params: SAEParams, statistics: Mapping[str, Array]) -> dict[str, Any]:
         """What a finished SAE says of its activation: its name, `k`, arrays such as `threshold`."""
         raise NotImplementedError
 
-    def center(self, params: Params, x: Array, shards: Shards) -> Array:
+    def center(self, params: SAEParams, x: Array, shards: Shards) -> Array:
         """`x` as the encoder reads it."""
         if self.d_out is not None:
             return x
         return x - shards.share_with_latents(params["decoder_bias"])[None, :]
 
-    def reconstruct(self, params: Params, codes: Codes, x: Array, context: Context) -> Array:
+    def reconstruct(self, params: SAEParams, codes: Codes, x: Array, context: Context) -> Array:
         """`[tokens, d_out]` from the codes of all shards."""
         out = context.shards.join_latents(codes.decode(params["decoder"])) + params["decoder_bias"][None, :]
         return out + x @ params["skip"] if self.skip else out
 
-    def loss(self, params: Params, x: Array, y: Array, context: Context) -> tuple[Array, Outcome]:
+    def loss(self, params: SAEParams, x: Array, y: Array, context: Context) -> tuple[Array, Outcome]:
         """This device's share of the loss, in units of normalized mean squared error.
 
         Args:

@@ -11,7 +11,7 @@ import pytest
 
 from mergelab.activations.model_activations import ModelActivations
 from mergelab.sae.evaluation.explanation_loss import score_explanations
-from mergelab.sae.features.explanations import Explanation, Pattern, judge_explanation
+from mergelab.sae.features.explanations import LatentExplanation, Pattern, judge_explanation
 from mergelab.sae.features.n2g import AlteredText, explain, find_patterns, match_explanations
 from mergelab.sae.features.survey import Example, survey
 from mergelab.sae.sae import SAE, SAEConfig
@@ -20,12 +20,12 @@ from tests.sae.evaluation.trained_model import LENGTH, SubjectModel
 
 
 def test_the_longest_pattern_that_matches_counts() -> None:
-    explanation = Explanation(
+    explanation = LatentExplanation(
         0, (Pattern((7,), 1.0), Pattern((3, None, 7), 5.0), Pattern((4, None, 7), 4.0), Pattern((9, 7), 2.0))
     )
     np.testing.assert_array_equal(explanation.simulate([7, 3, 9, 7, 8, 9, 7]), [1, 0, 0, 5, 0, 0, 2])
     np.testing.assert_array_equal(explanation.simulate([3, 4, 1, 7, 7]), [0, 0, 0, 4, 1])
-    np.testing.assert_array_equal(Explanation(0, ()).simulate([7, 7]), [0, 0])
+    np.testing.assert_array_equal(LatentExplanation(0, ()).simulate([7, 7]), [0, 0])
 
 
 def test_precision_and_recall() -> None:

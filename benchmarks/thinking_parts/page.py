@@ -41,7 +41,12 @@ def _throughput(found: dict[str, Any] | None) -> list[str]:
     said = (
         f"{samples} samples of {found['new_tokens']} tokens behind {found['prompt_tokens']}: together they "
     )
-    said += f"take {ratio:.2f} of the time of one call each."
+    said += f"take {ratio:.2f} of the time of one call each"
+    if "transformers" in seconds:
+        said += f", and {seconds['together'] / seconds['transformers']:.2f} of that of `num_return_sequences`"
+    said += (
+        ". The programs take turns in one process: where the machine is busy ratios stand, seconds do not."
+    )
     return [*lines, *_table([f"{samples} samples", "seconds"], rows), said, ""]
 
 

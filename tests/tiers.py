@@ -82,6 +82,7 @@ THOROUGH = frozenset(
         "tests/test_examples.py",
         "tests/test_killed.py",
         "tests/test_page_examples.py",
+        "tests/test_shell_runs.py",
         "tests/tuning/test_lora.py",
         "tests/tuning/test_run.py",
     }

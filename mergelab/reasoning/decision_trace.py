@@ -95,6 +95,8 @@ class DecisionTrace:
             f"{first} ends its answer before {second} on {self.parted} of {self.tried} prompts tried",
             f"P({self.tokens[0]}) behind the answer: {end[0]:.3f} in {first}, {end[1]:.3f} in {second}",
         ]
+        if not self.parted:
+            said[0] += ", so that what follows is of prompts that do not part them"
         for table in (self.weight_swaps, self.activation_swaps):
             if table is None:
                 continue

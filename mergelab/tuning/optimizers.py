@@ -9,8 +9,6 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from mergelab.models.model import Params
-
 __all__ = ["Optimizer", "is_inner_matrix"]
 
 _TABLES = ("embed", "positions", "token_types", "unembed")
@@ -69,12 +67,12 @@ class Optimizer:
         )
 
 
-def _matrices(params: Params) -> Params:
+def _matrices(params: Any) -> Any:
     """True for the leaves that weight decay applies to: all but biases and the norms' scales."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
-def _muon_axes(params: Params) -> Params:
+def _muon_axes(params: Any) -> Any:
     """The axes of matrices that Muon makes orthogonal; None for leaves that go to AdamW."""
 
     def axes(path: Any, leaf: Any) -> MuonDimensionNumbers | None:

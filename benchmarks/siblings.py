@@ -61,6 +61,7 @@ MERGES: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "knots": ("knots", {}, {}),
     "core_space": ("core_space", {}, {"method": "tsv_m"}),
     "wudi": ("wudi", {}, {}),
+    "wudi, gradient": ("wudi", {}, {"solver": "gradient", "steps": 30}),
     "iso_c": ("iso_c", {}, {}),
     "iso_cts": ("iso_cts", {}, {}),
     "tsv_m": ("tsv_m", {}, {}),

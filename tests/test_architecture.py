@@ -196,6 +196,8 @@ PARSERS = {
     "checkpoints/output_target.py",
     "text/chat_sandbox.py",
     "text/chat_worker.py",
+    "reasoning/pattern_search.py",
+    "reasoning/pattern_worker.py",
     "processes/exchange.py",
     "processes/messages.py",
     "sae/training/tracking.py",

@@ -81,6 +81,8 @@ THOROUGH = frozenset(
         "tests/sae/training/test_model_loss.py",
         "tests/test_examples.py",
         "tests/test_killed.py",
+        "tests/test_page_examples.py",
+        "tests/test_shell_runs.py",
         "tests/tuning/test_lora.py",
         "tests/tuning/test_run.py",
     }

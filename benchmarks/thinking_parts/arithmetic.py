@@ -13,6 +13,7 @@ __all__ = ["arithmetic"]
 
 ANSWER = r"regex:#(\d+)"
 KINDS = ("probe", "shuffled", "random")
+SEARCHES = ("beam", "dvts", "particles")
 
 
 def arithmetic(seed: int, size: Size) -> dict[str, Any]:
@@ -32,8 +33,9 @@ def arithmetic(seed: int, size: Size) -> dict[str, Any]:
 
     def run(method: str, samples: int, verifiers: Any = (), **options: Any) -> ml.reasoning.Solved:
         given: dict[str, Any] = {"budget": size.budget, "answer": ANSWER, "step": ";", "seed": seed}
+        some = tasks[: size.searched] if method in SEARCHES else tasks
         return ml.solve(
-            model, params, tokens, tasks=tasks, method=method, samples=samples, verifiers=verifiers,
+            model, params, tokens, tasks=some, method=method, samples=samples, verifiers=verifiers,
             **(given | options),
         )  # fmt: skip
 
@@ -54,11 +56,15 @@ def arithmetic(seed: int, size: Size) -> dict[str, Any]:
             for judge in judges
         },
         "auroc": {name.partition(":")[0]: one["auroc"] for name, one in sampled.results["verifiers"].items()},
-        "searched": {},
+        "searched": {
+            "vote": [
+                _voted(sampled, tasks[: size.searched], k) for k in (4, size.samples) if k <= size.samples
+            ]
+        },
         "forced": [],
     }
-    for method in ("beam", "dvts", "particles"):
-        for judge in judges:
+    for method in SEARCHES:
+        for judge in judges[:2] + judges[3:]:  # one control is enough
             name = f"{method} by {judge.name.partition(':')[0]}"
             found["searched"][name] = [
                 _points(run(method, samples, [judge]).results)[-1] | {"samples": samples}
@@ -100,6 +106,20 @@ def _by_budget(solved: Any, most: int) -> list[dict[str, float]]:
         }
         for budget in (*range(16, most, 8), most)
     ]
+
+
+def _voted(solved: Any, tasks: Any, k: int) -> dict[str, float]:
+    """The vote of the first `k` traces on the first tasks, those that searches solve."""
+    from mergelab.reasoning import decide
+
+    right = tokens = 0
+    for some, task in zip(solved.traces, tasks, strict=False):
+        first = some[:k]
+        answer = decide("vote", [t["answer"] for t in first], [1.0] * len(first))
+        right += next((t["correct"] for t in first if t["answer"] == answer), False)
+        tokens += len(task["prompt"]) + sum(t["tokens"] for t in first)  # a sign is a token
+    count = len(tasks)
+    return {"samples": k, "accuracy": right / count, "tokens": tokens / count}
 
 
 def _judged(solved: Any, tasks: Any, name: str, how: str, k: int) -> list[tuple[bool, int]]:

@@ -20,7 +20,7 @@ def questions(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return [{"prompt": f"What is {a} + {b}? Answer with the number.", "answer": a + b} for a, b in pairs]
 
 
-def language_model(place: Path, count: int = 20, samples: int = 4, budget: int = 40) -> dict[str, Any]:
+def language_model(place: Path, count: int = 10, samples: int = 4, budget: int = 24) -> dict[str, Any]:
     """Accuracy, tokens and operations of every method.
 
     Args:

@@ -41,7 +41,12 @@ def _throughput(found: dict[str, Any] | None) -> list[str]:
     said = (
         f"{samples} samples of {found['new_tokens']} tokens behind {found['prompt_tokens']}: together they "
     )
-    said += f"take {ratio:.2f} of the time of one call each."
+    said += f"take {ratio:.2f} of the time of one call each"
+    if "transformers" in seconds:
+        said += f", and {seconds['together'] / seconds['transformers']:.2f} of that of `num_return_sequences`"
+    said += (
+        ". The programs take turns in one process: where the machine is busy ratios stand, seconds do not."
+    )
     return [*lines, *_table([f"{samples} samples", "seconds"], rows), said, ""]
 
 
@@ -52,7 +57,9 @@ def _arithmetic(runs: list[dict[str, Any]], size: dict[str, Any]) -> list[str]:
     lines += [
         f"A transformer of two layers, trained here ({size.get('steps')} steps) on sums of 3 to 7 digits "
         f"with scratchpads, solves {size.get('tasks')} sums of 5 to 7. Means over {len(runs)} seeds ± their "
-        "standard deviation; tokens are those generated or read for a task.",
+        "standard deviation; tokens are those generated or read for a task, and FLOPs those that the lowered "
+        "programs state. The probe is fitted to traces of as many other sums, and reads the stream behind "
+        "the last block.",
         "",
         "### One trace, cut off at a budget",
         "",
@@ -68,7 +75,7 @@ def _arithmetic(runs: list[dict[str, Any]], size: dict[str, Any]) -> list[str]:
     lines += [*_table(["budget", "accuracy", "tokens"], rows), _stops_helping(runs), ""]
     lines += ["### Votes and verifiers on the same traces: equal compute", ""]
     judges = list(runs[0]["verified"])
-    header = ["traces", "tokens", "vote", *(f"{judge}, best" for judge in judges)]
+    header = ["traces", "tokens", "MFLOPs", "vote", *(f"{judge}, best" for judge in judges)]
     rows = []
     for place, point in enumerate(runs[0]["voted"]):
         judged = [
@@ -76,8 +83,9 @@ def _arithmetic(runs: list[dict[str, Any]], size: dict[str, Any]) -> list[str]:
             for judge in judges
         ]
         tokens = np.mean([run["voted"][place]["tokens"] for run in runs])
+        flops = np.mean([run["voted"][place]["flops"] for run in runs])
         voted = _mean([run["voted"][place]["accuracy"] for run in runs])
-        rows.append([str(point["samples"]), f"{tokens:.0f}", voted, *judged])
+        rows.append([str(point["samples"]), f"{tokens:.0f}", f"{flops / 1e6:.1f}", voted, *judged])
     lines += _table(header, rows)
     rows = [
         [
@@ -89,8 +97,13 @@ def _arithmetic(runs: list[dict[str, Any]], size: dict[str, Any]) -> list[str]:
         ]
         for judge in judges
     ]
-    lines += _table(["verifier", "weighted vote of all", "AUROC"], rows)
+    lines += [*_table(["verifier", "weighted vote of all", "AUROC"], rows), _judges(runs), ""]
     lines += ["### Searches", ""]
+    lines += [
+        f"On the first {size.get('searched')} of these tasks, the vote among them; deepconf, which is no "
+        "search, on all. Tokens are all that were generated, those of dropped states among them.",
+        "",
+    ]
     rows = [
         [
             name,
@@ -101,7 +114,7 @@ def _arithmetic(runs: list[dict[str, Any]], size: dict[str, Any]) -> list[str]:
         for name, points in runs[0]["searched"].items()
         for place, point in enumerate(points)
     ]
-    lines += _table(["search", "side by side", "accuracy", "tokens"], rows)
+    lines += [*_table(["search", "side by side", "accuracy", "tokens"], rows), _searches(runs), ""]
     lines += ["### Forced to think longer", ""]
     rows = [
         [
@@ -120,9 +133,61 @@ def _stops_helping(runs: list[dict[str, Any]]) -> str:
         float(np.mean([run["plain"][place]["accuracy"] for run in runs])) for place in range(len(points))
     ]
     enough = next(place for place, mean in enumerate(means) if mean >= max(means) - 0.005)
+    if enough == len(points) - 1:
+        return (
+            f"More still helps at the largest budget, {points[-1]['budget']} tokens, but the last 8 add "
+            f"{means[-1] - means[-2]:.3f} where 8 before added up to {max(np.diff(means)):.3f}."
+        )
     return (
         f"From a budget of {points[enough]['budget']} tokens on, a larger one adds no more than 0.005 to the "
         f"accuracy of one trace ({means[enough]:.3f})."
+    )
+
+
+def _judges(runs: list[dict[str, Any]]) -> str:
+    """What the verifiers come to with all traces."""
+    judges, count = list(runs[0]["verified"]), runs[0]["voted"][-1]["samples"]
+    vote = np.mean([run["voted"][-1]["accuracy"] for run in runs])
+    best = {
+        judge: float(np.mean([run["verified"][judge]["best-of-n"][-1]["accuracy"] for run in runs]))
+        for judge in judges
+    }
+    right = {
+        judge: float(np.mean([run["auroc"][judge] for run in runs if run["auroc"].get(judge) is not None]))
+        for judge in judges
+    }
+    top = max(best, key=best.__getitem__)
+    said = f"Of {count} traces the best by {top} is right in {best[top]:.3f} of the tasks, "
+    said += f"the vote in {vote:.3f}."
+    blind = [judge for judge in judges if abs(right[judge] - 0.5) < 0.05]
+    if blind:
+        least, most = min(best[one] for one in blind), max(best[one] for one in blind)
+        said += (
+            f" What tells right from wrong no better than chance ({', '.join(blind)}: AUROC within 0.05 of "
+            f"0.5) picks what is unusual: the best by it is right in {least:.3f} to {most:.3f} of the tasks, "
+            f"a single trace in {_first(runs):.3f}."
+        )
+    return said
+
+
+def _first(runs: list[dict[str, Any]]) -> float:
+    """Accuracy of the first trace."""
+    return float(np.mean([run["voted"][0]["accuracy"] for run in runs]))
+
+
+def _searches(runs: list[dict[str, Any]]) -> str:
+    """The best search beside the vote of as many traces."""
+    last = {
+        name: float(np.mean([run["searched"][name][-1]["accuracy"] for run in runs]))
+        for name in runs[0]["searched"]
+        if name != "deepconf"
+    }
+    vote = last.pop("vote")
+    top = max(last, key=last.__getitem__)
+    worst = min(last, key=last.__getitem__)
+    return (
+        f"The best is {top} ({last[top]:.3f}), where the vote comes to {vote:.3f}; {worst} comes to "
+        f"{last[worst]:.3f}: a search is worth what guides it."
     )
 
 
@@ -159,4 +224,14 @@ def _language_model(found: dict[str, Any] | None) -> list[str]:
         "",
     ]
     header = ["method", "accuracy", "95 % interval", "answered", "tokens a task", "GFLOPs a task"]
-    return [*lines, *_table(header, rows)]
+    bounds = np.array([one["accuracy"]["interval"] for one in found["methods"].values()])
+    apart = bounds[:, 0].max() > bounds[:, 1].min()
+    said = (
+        "so few tasks tell no method from another, and show that each runs" if not apart else "some are apart"
+    )
+    return [
+        *lines,
+        *_table(header, rows),
+        f"The intervals {'do not all ' if apart else ''}overlap: {said}.",
+        "",
+    ]

@@ -23,7 +23,7 @@ __all__ = ["SITE", "Size", "problem", "tasks_of", "tokenizer", "trained"]
 
 SIGNS = "0123456789+=;#W."
 SITE = "blocks.1.resid_post"
-_LENGTH = 96
+_LENGTH = 88  # longer than 99 of 100 scratchpads with their prompts
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,15 @@ class Size:
         steps: steps of training.
         batch: scratchpads of a step.
         tasks: tasks that are solved, and as many on which probes are fitted.
+        searched: those of them that searches solve.
         samples: most traces of a task.
         budget: most new tokens of a trace.
     """
 
-    steps: int = 1200
-    batch: int = 64
+    steps: int = 800
+    batch: int = 48
     tasks: int = 60
+    searched: int = 30
     samples: int = 16
     budget: int = 72
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mergelab.activations.batches import filled_batches, map_pieces
 from mergelab.activations.passes import TokenBatch, passes
 from mergelab.models.model import Model, Params
-from mergelab.models.residual_stream import logits_of
+from mergelab.models.residual_stream import logits_of, read_logits
 from mergelab.models.sites import Edit
 from mergelab.models.token_checks import check_ids, check_length
 
@@ -197,7 +197,7 @@ def _scored_targets(
 
     def score(given: tuple[Array, Array]) -> tuple[Array, Array]:
         normed, target = given
-        logits = logits_of(model, params, normed)
+        logits = read_logits(model, params, normed[None])[0]
         return jax.nn.logsumexp(logits) - logits[target], jnp.argmax(logits) == target
 
     rows = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)

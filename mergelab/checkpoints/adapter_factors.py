@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from mergelab.checkpoints.folder import open_checkpoint
+from mergelab.checkpoints.folder import FolderCheckpoint, open_checkpoint
 from mergelab.checkpoints.json_data import read_json_object
 from mergelab.checkpoints.locations import local_path
-from mergelab.checkpoints.lora import sort_adapter
+from mergelab.checkpoints.lora import AdapterParts, sort_adapter
 from mergelab.checkpoints.lora_tensor import read_whole
 from mergelab.checkpoints.peft import LoraConfig, read_lora_config
 from mergelab.checkpoints.source import TensorSource
 from mergelab.checkpoints.text_file import read_bytes
 from mergelab.errors import CheckpointError
 
-__all__ = ["FactorPair", "FactoredAdapter", "is_adapter", "read_factors"]
+__all__ = ["FactorPair", "FactoredAdapter", "is_adapter", "open_adapter", "read_factors"]
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -76,6 +76,23 @@ def is_adapter(path: Path) -> bool:
     return (path / _CONFIG).is_file()
 
 
+def open_adapter(path: Path | str) -> tuple[FolderCheckpoint, LoraConfig, AdapterParts]:
+    """Opens a PEFT adapter: its file, its configuration, and its tensors by what they are.
+
+    Raises:
+        CheckpointError: a missing or damaged file, or a kind of adapter that is not LoRA.
+    """
+    folder = local_path(path)
+    if not is_adapter(folder):
+        raise CheckpointError(f"{folder} has no {_CONFIG}; name the folder of a PEFT adapter")
+    config = read_lora_config(folder / _CONFIG)
+    found = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(f"{folder} has no {' or '.join(_WEIGHTS)}; finish the download")
+    checkpoint = open_checkpoint(found)
+    return checkpoint, config, sort_adapter(checkpoint.tensors, config, folder)
+
+
 def read_factors(path: Path | str) -> FactoredAdapter:
     """Opens an adapter whose whole effect is one product of factors per module.
 
@@ -85,13 +102,7 @@ def read_factors(path: Path | str) -> FactoredAdapter:
             factors of convolutions or of stacked experts), named.
     """
     folder = local_path(path)
-    if not is_adapter(folder):
-        raise CheckpointError(f"{folder} has no {_CONFIG}; name the folder of a PEFT adapter")
-    config = read_lora_config(folder / _CONFIG)
-    found = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
-    if found is None:
-        raise CheckpointError(f"{folder} has no {' or '.join(_WEIGHTS)}; finish the download")
-    parts = sort_adapter(open_checkpoint(found).tensors, config, folder)
+    checkpoint, config, parts = open_adapter(folder)
     beyond = {
         "use_dora: magnitudes are no product": config.use_dora,
         "init_lora_weights: its factors count from an altered base": config.start is not None,
@@ -117,7 +128,7 @@ def read_factors(path: Path | str) -> FactoredAdapter:
             "into the base model (base+adapter in a recipe) instead"
         )
     digest = hashlib.sha256(read_bytes(folder / _CONFIG))
-    with found.open("rb") as stream:
+    with checkpoint.files[0].file.path.open("rb") as stream:
         digest.update(hashlib.file_digest(stream, "sha256").digest())
     fields = read_json_object(folder / _CONFIG)
     return FactoredAdapter(folder, config, fields, modules, digest.hexdigest())

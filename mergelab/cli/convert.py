@@ -141,6 +141,8 @@ def _to_gguf(source: Path, out: Path, dtype: Any, overwrite: bool) -> int:
 
     if is_url(out):
         raise click.UsageError(f"{out}: a GGUF file is written to this machine; name a file of its own")
+    if out.suffix != ".gguf":  # by which every command knows it again
+        raise click.UsageError(f"{out}: the name of a GGUF file ends in .gguf; choose {out.name}.gguf")
     source = local_path(source)
     if is_orbax_model(source):
         raise click.UsageError(

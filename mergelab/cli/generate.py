@@ -203,8 +203,9 @@ def _by_method(
     from mergelab.cli.generation_methods import check_draft, continue_by_method
 
     if options["draft"] is not None:
-        options = {**options, "draft": local_path(options["draft"])}
-        check_draft(path, read_model(path), tokenizer, options["draft"])
+        draft = local_path(options["draft"])
+        shared = check_draft(path, read_model(path), tokenizer, draft)
+        options = {**options, "draft": draft, "shared": shared}
     model, params = load_either(path, options["mesh"], options["dtype"])
     if tokenizer is None and not options["ignore_end"]:
         ends = _end_ids(model, path)

@@ -45,8 +45,11 @@ def with_token_sets(
     return Sampler(chain(*first, *sampler.transforms.transforms), sampler.random)
 
 
-def check_draft(path: Path, model: Model, tokenizer: Tokenizer | None, draft: Path) -> None:
-    """Refuses a draft of another vocabulary before any weight is read.
+def check_draft(path: Path, model: Model, tokenizer: Tokenizer | None, draft: Path) -> int | None:
+    """How many tokens a draft shares with the model, for `speculate`; before any weight is read.
+
+    Returns:
+        None where the vocabularies are of one size.
 
     Raises:
         DecodingError: its tokens are others.
@@ -57,13 +60,14 @@ def check_draft(path: Path, model: Model, tokenizer: Tokenizer | None, draft: Pa
     from mergelab.text.tokenizer import load_tokenizer
 
     ours, theirs = model.config.vocab_size, read_model(draft).config.vocab_size
-    if ours != theirs:
-        raise DecodingError(
-            f"{draft}: the draft has a vocabulary of {theirs} tokens and {path} one of {ours}; give a draft "
-            "that has the model's own."
-        )
+    sizes = f"{draft}: the draft has a vocabulary of {theirs} tokens and {path} one of {ours}"
     if tokenizer is None or not has_companion(draft, "tokenizer.json"):
-        return
+        if ours != theirs:
+            raise DecodingError(
+                f"{sizes}, and there are no two tokenizers that say which tokens they share; give a draft "
+                "that has the model's own."
+            )
+        return None
     words, others = (
         one.backend.get_vocab(with_added_tokens=True) for one in (tokenizer, load_tokenizer(draft))
     )
@@ -73,6 +77,14 @@ def check_draft(path: Path, model: Model, tokenizer: Tokenizer | None, draft: Pa
             f"{draft}: {len(apart)} tokens have other ids than in {path}, such as {apart[0]!r}; give a draft "
             "that has the model's own vocabulary."
         )
+    if ours == theirs:
+        return None
+    shared = max(words.values(), default=-1) + 1
+    if not 0 < shared <= min(ours, theirs):
+        raise DecodingError(
+            f"{sizes}, fewer than the {shared} of their tokenizer; give a draft that has the model's own."
+        )
+    return shared
 
 
 def continue_by_method(
@@ -211,6 +223,7 @@ def _drafted(
         stop=stop_at(ends),
         samples=options["samples"] or 1,
         log_probs=True,
+        shared=options["shared"],
         **shared,
     )
     rows = []

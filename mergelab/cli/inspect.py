@@ -75,7 +75,7 @@ def command(
     sites: bool,
     as_json: bool,
 ) -> None:
-    """Show what the model in PATH holds, reading its headers and its config only.
+    """Show what the model or LoRA adapter in PATH holds, reading its headers and its config only.
 
     With --mesh, the bytes each device would hold; with --length, of a key-value cache too. With --topology,
     the forward pass is compiled for it (extra: tpu-aot or cuda12): bytes, floating-point operations and
@@ -86,6 +86,7 @@ def command(
     Examples:
       mergelab inspect model
       mergelab inspect model --sites
+      mergelab inspect adapter
       mergelab inspect model --mesh data=1,tensor=8 --dtype bfloat16 --batch 4 --length 4096
       mergelab inspect model --topology v5e:4x4 --mesh data=2,tensor=8
       mergelab inspect model --topology v5e --sae sae.yaml
@@ -100,10 +101,20 @@ def command(
         return
     if against is not None:
         raise click.UsageError("--against compares the tokens of a text; give one with --text")
+    from mergelab.checkpoints.adapter_factors import is_adapter
     from mergelab.checkpoints.locations import location_text
     from mergelab.errors import CheckpointError
     from mergelab.models.footprint import take_inventory
 
+    if is_adapter(path) and not (path / "config.json").exists():
+        if mesh or topology or sae or sites:
+            raise click.UsageError(f"{path} is an adapter without its model; inspect its base")
+        from mergelab.cli.inspect_adapter import adapter_lines, describe_adapter
+
+        report = describe_adapter(path)
+        lines = [*adapter_lines(report), "", "tensors", *_tensor_lines(report, tensors)]
+        click.echo(json.dumps(report, indent=2) if as_json else "\n".join(lines))
+        return
     inventory = take_inventory(path)
     if (mesh or topology) and (inventory.model is None or inventory.faults):
         raise CheckpointError(inventory.faults[0])
@@ -112,7 +123,8 @@ def command(
     if topology and mesh is None and is_one_chip(topology):
         mesh = {"data": 1}
     if topology and mesh is None:
-        raise click.UsageError("say with --mesh how the chips of the topology share the work: tensor=16")
+        share = f"tensor={device_count(topology)}"
+        raise click.UsageError(f"say with --mesh how the chips of the topology share the work: {share}")
     report = _describe(inventory)
     if not path.exists():
         report["path"] = location_text(path)
@@ -310,13 +322,7 @@ def _text(report: Mapping[str, Any], tensors: bool, sites: bool) -> str:
             rows["recurrent"] = f"{len(recurrent)} of the {config['layers']} layers"
     lines = [f"{name:<10} {value}" for name, value in rows.items()]
     lines += [f"{'fault':<10} {fault}" for fault in report["faults"]]
-    if tensors:
-        lines += ["", "tensors"] + [
-            f"  {name}  {_in_words(tensor)}" for name, tensor in report["tensors"].items()
-        ]
-    else:
-        kinds_of = {name: _in_words(tensor) for name, tensor in report["tensors"].items()}
-        lines += ["", "tensors", *_grouped(kinds_of)]
+    lines += ["", "tensors", *_tensor_lines(report, tensors)]
     if sites:
         shapes = {name: f"[{', '.join(map(str, shape))}]" for name, shape in report["sites"].items()}
         lines += ["", "sites", *_grouped(shapes)]
@@ -325,6 +331,12 @@ def _text(report: Mapping[str, Any], tensors: bool, sites: bool) -> str:
     if "compiled" in report:
         lines += ["", *_compiled_lines(report["compiled"])]
     return "\n".join(lines)
+
+
+def _tensor_lines(report: Mapping[str, Any], each: bool) -> Iterable[str]:
+    """The tensors, one by one or those alike together."""
+    described = {name: _in_words(tensor) for name, tensor in report["tensors"].items()}
+    return [f"  {name}  {words}" for name, words in described.items()] if each else _grouped(described)
 
 
 def _in_words(tensor: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ SECTIONS: Mapping[str, Sequence[str]] = {
     "Start here": ("quickstart",),
     "Merge models": ("merge", "soup", "check", "diff", "explain", "extract-lora", "extract-delta"),
     "Train models": ("finetune",),
-    "Run models": ("generate", "evaluate", "solve", "statistics", "convert"),
+    "Run models": ("generate", "evaluate", "solve", "trace-decision", "statistics", "convert"),
     "Train and judge features": ("activations", "sae", "abliterate"),
     "Look things up": ("inspect", "operators", "schema"),
 }

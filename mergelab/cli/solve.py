@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mergelab.cli.numbers import SEED, Number, WholeNumber
-from mergelab.cli.options import LOCAL_PATH
+from mergelab.cli.options import LOCAL_PATH, MESH
 from mergelab.cli.output import StageBar, print_result
 from mergelab.cli.verbosity import warn
 
@@ -124,6 +124,9 @@ class _Prices(click.ParamType):
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype of the computation."
 )
+@click.option(
+    "--mesh", type=MESH, metavar="AXES", help="Mesh to spread model and traces over: data=2,tensor=4."
+)
 @click.option("--overwrite", is_flag=True, help="Replace the results of other settings in DIR.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def command(
@@ -142,6 +145,7 @@ def command(
     think_max: int | None,
     think_more: str,
     prices: tuple[float, float] | None,
+    mesh: dict[str, int] | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -160,7 +164,7 @@ def command(
           --verifier random:blocks.3.resid_post --fit-on other.jsonl --out judged
       mergelab solve model tasks.jsonl --method force --think-min 64 --samples 4 --prices 15,60 --out forced
     """
-    from mergelab.cli.options import configure_jax
+    from mergelab.cli.options import configure_jax, model_mesh
     from mergelab.decoding import Prices, Thinking, sampler_from_options
     from mergelab.errors import quoted
     from mergelab.reasoning import solve
@@ -193,6 +197,7 @@ def command(
             sampler=sampler_from_options(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
             step=step,
             prices=None if prices is None else Prices(*prices),
+            mesh=None if mesh is None else model_mesh(mesh),
             note=warn,
             progress=bar.show,
             **options,

@@ -21,7 +21,7 @@ from mergelab.decoding.completion import Completion, at_stop_string, encoded, me
 from mergelab.decoding.generation import begin_samples
 from mergelab.decoding.generation_state import on_device
 from mergelab.decoding.monitors import Monitor
-from mergelab.decoding.passes import check_takes_back
+from mergelab.decoding.passes import check_one_rotation, check_takes_back
 from mergelab.decoding.samplers import Sampler, greedy
 from mergelab.decoding.spread import on_host
 from mergelab.decoding.steps import Steps
@@ -96,6 +96,7 @@ class _Row:
         end: tokens before the text that ended thinking, and through it; None while it thinks.
         queue: tokens to put in next.
         held: tokens that are not taken back: through the last that was put in.
+        bare: number of tokens behind which nothing can be put in.
         banned: tokens not to choose at the place `banned_at`.
     """
 
@@ -103,6 +104,7 @@ class _Row:
     end: tuple[int, int] | None = None
     queue: list[int] = field(default_factory=list)
     held: int = 0
+    bare: int = -1
     banned: list[int] = field(default_factory=list)
     banned_at: int = -1
 
@@ -162,6 +164,7 @@ def complete_thinking(
     ends = tokenizer.end_ids if end_ids is None else end_ids
     stop, sampler = stop_at(ends, monitor=monitor), sampler or greedy()
     tokens, mask = pad_prompts(asked)
+    check_one_rotation(model, tokens, mask, max_new_tokens)  # what is taken back was rotated in another way
     progress, keys, _ = begin_samples(
         model, params, tokens, mask, samples=samples, key=key, max_new_tokens=max_new_tokens, stop=stop,
         edit=edit, log_probs=log_probs, capture=capture,
@@ -239,14 +242,19 @@ def _think(
     """What a thinking row does next: how many of its tokens stay, and in `row` what is put behind them."""
     before, through = _end_of(tokenizer, row.prompt, new, thinking.end)
     if before is None and ended:
-        before = through = len(new) - 1
+        before, through = len(new) - 1, len(new)
         if before >= thinking.least:
             return len(new)  # the whole text ends, and with it thinking
     if before is not None and before >= thinking.least:
         row.end = (before, through)
         return len(new)
+    if (
+        before is not None and through <= row.held
+    ):  # what was put in says the end itself, with what precedes it
+        row.held = row.bare = row.held - len(more)
+        return row.held
     kept = len(new) if before is None else max(before, row.held)
-    if before is not None and more and before >= row.held:
+    if before is not None and more and before >= row.held and before != row.bare:
         row.queue, row.held = list(more), before + len(more)
     elif before is not None:  # nothing to put in its place, or what was put in began the end
         row.banned = [*(row.banned if row.banned_at == kept else ()), new[kept]]

@@ -63,6 +63,7 @@ def speculate(
     pad_id: int = 0,
     samples: int = 1,
     log_probs: bool = False,
+    shared: int | None = None,
 ) -> Speculated:
     """Continues every prompt as `generate` does, in fewer passes of the model.
 
@@ -76,7 +77,8 @@ def speculate(
     Args:
         model: a decoder.
         params: its parameters.
-        draft: a decoder with the same vocabulary, usually much smaller.
+        draft: a decoder with the same vocabulary, usually much smaller; its number of rows may be another
+            (`shared`).
         draft_params: its parameters.
         tokens: int `[batch, length]`, padded on the left (`pad_prompts`).
         mask: bool `[batch, length]`, True for real tokens; None if there is no padding.
@@ -90,16 +92,22 @@ def speculate(
         pad_id: token that fills `Generated.tokens` after a row's end.
         samples: number of continuations of each prompt, which is read once by each of the two.
         log_probs: whether the log-probability of every token is kept: the model's, before transforms.
+        shared: number of tokens that both have, ids from 0 on, where their vocabularies are filled up to
+            other sizes: the draft proposes no others. Equal sizes are needed if None.
 
     Raises:
         DecodingError: as `generate`; the draft has another vocabulary, or `ahead` is not positive.
     """
     theirs, ours = draft.config.vocab_size, model.config.vocab_size
-    if theirs != ours:
+    if shared is not None:
+        most = min(theirs, ours)
+        require("speculate(shared)", shared, 1 <= shared <= most, f"1 to {most}, the smaller vocabulary")
+    elif theirs != ours:
         raise DecodingError(
             f"the draft has a vocabulary of {theirs} tokens and the model one of {ours}; a draft must have "
             "the model's own."
         )
+    proposes = ours if shared is None else int(shared)
     require("speculate(ahead)", ahead, 1 <= ahead <= 64, "1 to 64 tokens")
     stop, sampler = stop or stop_at(), sampler or greedy()
     require("speculate(stop)", "a monitor", stop.monitor is None, "a rule without one")
@@ -112,7 +120,9 @@ def speculate(
         model, params, prompts, mask, key=key, stop=stop, edit=edit, pad_id=pad_id, log_probs=log_probs,
         **begun,
     )  # fmt: skip
-    guess, _, _ = begin_samples(draft, draft_params, prompts, mask, stop=stop, **begun)
+    guess, _, _ = begin_samples(
+        draft, draft_params, np.minimum(prompts, theirs - 1), mask, stop=stop, **begun
+    )
     reads, drafted = Reader(model, params, edit=edit), Reader(draft, draft_params)
     edits, cache, its_cache = as_partials(edit), uneven(progress.cache), uneven(guess.cache)
     rest, rows = replace(progress, cache=NO_CACHE), progress.last.shape[0]
@@ -124,14 +134,15 @@ def speculate(
             break
         look, token, guesses, scores = rest, rest.last, [], []
         for _ in range(ahead):
-            out = drafted(token[:, None], its_cache)
+            out = drafted(_known(token, theirs), its_cache)
             assert out.logits is not None and out.cache is not None
             its_cache = out.cache
-            look, scored = _guess(look, out.logits[:, -1], sampler, keys)
+            its = _proposed(out.logits, size=ours, shared=proposes)
+            look, scored = _guess(look, its, sampler, keys)
             token = look.last
             guesses.append(token)
             scores.append(scored)
-        out = drafted(token[:, None], its_cache)  # so that its cache holds all that may be kept
+        out = drafted(_known(token, theirs), its_cache)  # so that its cache holds all that may be kept
         assert out.cache is not None
         its_cache = out.cache
         places = _places(rest, cache, ahead) if edits else None
@@ -147,6 +158,21 @@ def speculate(
         found = spread.without_padding(found)
         rounds, accepted = rounds[: spread.rows], accepted[: spread.rows]
     return Speculated(found, rounds, accepted)
+
+
+@partial(jax.jit, static_argnames="size")
+def _known(token: Int[Array, " batch"], size: int) -> Int[Array, "batch 1"]:
+    """What the draft reads: of a token that it does not have, its last; what it proposes is judged anyway."""
+    return jnp.minimum(token, size - 1)[:, None]
+
+
+@partial(jax.jit, static_argnames=("size", "shared"))
+def _proposed(
+    logits: Float[Array, "batch new theirs"], *, size: int, shared: int
+) -> Float[Array, "batch vocab"]:
+    """The draft's logits over the model's vocabulary, `-inf` for what the two do not share."""
+    kept = logits[:, -1, :shared]
+    return jnp.pad(kept, ((0, 0), (0, size - shared)), constant_values=-jnp.inf)
 
 
 @jax.jit

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from mergelab.merging.any_model import load_model, load_tokenizer, open_model, stream
     from mergelab.merging.delta_extraction import ExtractedDelta, extract_delta
     from mergelab.merging.diff import ModelDiff, diff_models
+    from mergelab.merging.findings import Finding
     from mergelab.merging.lora_extraction import ExtractedLora, extract_lora
     from mergelab.merging.plan.planner import Plan, plan_merge
     from mergelab.merging.recipe.recipe_file import load_recipe, parse_recipe, recipe_yaml
     from mergelab.merging.recipe.schema import Recipe, TokenizerSpec
-    from mergelab.merging.recipe_check import Finding, RecipeCheck, check_recipe
+    from mergelab.merging.recipe_check import RecipeCheck, check_recipe
     from mergelab.merging.run_merge import Merged, MergeOptions, merge
     from mergelab.merging.soups import soup
     from mergelab.merging.unwritten_merge import UnwrittenMerge, open_merge

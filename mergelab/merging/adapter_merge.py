@@ -33,7 +33,7 @@ from mergelab.operators.reductions import Mean, WeightedSum
 from mergelab.trees import depths
 from mergelab.version import __version__
 
-__all__ = ["MergedAdapter", "merge_adapters"]
+__all__ = ["AdapterRecipe", "MergedAdapter", "merge_adapters", "read_adapter_recipe", "summed_weights"]
 
 _STEM = "adapter_model"
 
@@ -56,6 +56,53 @@ class MergedAdapter:
     errors: Mapping[str, float]
     nbytes: int
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class AdapterRecipe:
+    """A recipe of adapters, opened.
+
+    Attributes:
+        recipe: The recipe.
+        piece: Its models, with their settings.
+        folders: Folders of the adapters, by their references.
+        adapters: The adapters, in the recipe's order.
+        shapes: Shape of each module's change; the modules in their order in the files.
+    """
+
+    recipe: Recipe
+    piece: ScopedSlice
+    folders: Mapping[str, Path]
+    adapters: Sequence[FactoredAdapter]
+    shapes: Mapping[str, tuple[int, int]]
+
+    @property
+    def base_warnings(self) -> tuple[str, ...]:
+        """A sentence where the adapters name different bases."""
+        return _base_warnings(self.recipe, self.adapters)
+
+
+def read_adapter_recipe(recipe: Recipe, base_dir: str | Path | None = None) -> AdapterRecipe:
+    """Opens the adapters that a recipe merges.
+
+    Raises:
+        RecipeError: the recipe cannot be run on adapters.
+        CheckpointError: an adapter is not one of products alone, or two are of unlike models.
+    """
+    raise_faults(recipe.origin.sentence(*fault) for fault in recipe_faults(recipe))
+    piece = _models_of(recipe)
+    folders = locate_adapters([s.model for s in piece.inputs], recipe.origin, base_dir)
+    adapters = _opened([folders[source.model] for source in piece.inputs])
+    return AdapterRecipe(recipe, piece, folders, adapters, _module_shapes(adapters))
+
+
+def summed_weights(read: AdapterRecipe) -> float | None:
+    """The sum of the factors that the adapters' changes are added with, where that is what a merge does."""
+    module = next(iter(read.shapes), None)
+    if module is None:
+        return None
+    shares = _shares(_merge_of(read.recipe, read.piece, module, 0.5), len(read.adapters))
+    return None if shares is None else float(np.abs(shares).sum())
 
 
 @dataclass(frozen=True)
@@ -120,11 +167,8 @@ def merge_adapters(
     if rank < 1:
         raise RecipeError(f"the rank is {rank} where at least 1 was expected.")
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    raise_faults(recipe.origin.sentence(*fault) for fault in recipe_faults(recipe))
-    piece = _models_of(recipe)
-    folders = locate_adapters([s.model for s in piece.inputs], recipe.origin, base_dir)
-    adapters = _opened(list(folders.values()))
-    shapes = _module_shapes(adapters)
+    opened = read_adapter_recipe(recipe, base_dir)
+    piece, folders, adapters, shapes = opened.piece, opened.folders, opened.adapters, opened.shapes
     stored = dtype_from_name(dtype or recipe.out_dtype or recipe.dtype or "float32")
     identity = {
         "recipe": recipe_yaml(recipe),
@@ -240,19 +284,14 @@ def _merged(
         if factors is not None and pair is not None and not all(np.isfinite(f).all() for f in factors):
             raise NonFiniteError(f"the factors of module {module!r} hold NaN or infinity; repair the adapter")
     there = [factors for factors in read if factors is not None]
-    with_base = merge.inputs.base != "as_input"
-    if not merge.stages and isinstance(merge.reduce, WeightedSum | Mean):
-        # What such a merge makes of unit vectors is its coefficients.
-        count = len(pairs)
-        units = [{"t": row} for row in np.eye(count, dtype=np.float32)]
-        base = {"t": np.zeros(count, np.float32)} if with_base else None
-        shares = np.asarray(merge(units, base)["t"], np.float64)
+    shares = _shares(merge, len(pairs))
+    if shares is not None:
         weights = [share for share, factors in zip(shares, read, strict=True) if factors is not None]
         left = np.concatenate([w * b for w, (b, _) in zip(weights, there, strict=True)], axis=1)
         return _cut(left, np.concatenate([a for _, a in there], axis=0), rank)
     name = f"{module}.weight"
     products = [{name: np.float32(np.zeros(shape) if f is None else f[0] @ f[1])} for f in read]
-    base = {name: np.zeros(shape, np.float32)} if with_base else None
+    base = {name: np.zeros(shape, np.float32)} if merge.inputs.base != "as_input" else None
     change = np.asarray(merge(products, base, seed=seed)[name], np.float64)
     # Most merges of low-rank changes stay within their columns or rows, where little is left to decompose.
     columns = np.linalg.qr(np.concatenate([b for b, _ in there], axis=1))[0]
@@ -261,6 +300,16 @@ def _merged(
         if np.linalg.norm(change - left @ right) <= 1e-6 * np.linalg.norm(change):
             return _cut(left, right, rank)
     return _cut(change, np.eye(shape[1]), rank)
+
+
+def _shares(merge: Merge, count: int) -> np.ndarray | None:
+    """The factors of a merge that is a weighted sum; None for any other."""
+    if merge.stages or not isinstance(merge.reduce, WeightedSum | Mean):
+        return None
+    # What such a merge makes of unit vectors is its coefficients.
+    units = [{"t": row} for row in np.eye(count, dtype=np.float32)]
+    base = {"t": np.zeros(count, np.float32)} if merge.inputs.base != "as_input" else None
+    return np.asarray(merge(units, base)["t"], np.float64)
 
 
 def _cut(left: np.ndarray, right: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float]:

@@ -12,12 +12,14 @@ import numpy as np
 
 from mergelab.checkpoints import Checkpoint, FolderCheckpoint, is_float
 from mergelab.errors import MergelabError, RecipeError
+from mergelab.merging.adapter_check import check_adapters, merges_adapters
 from mergelab.merging.diff.block_sums import Sums
 from mergelab.merging.diff.descent import KIN, find_base
 from mergelab.merging.diff.measures import added, relations_of
 from mergelab.merging.diff.pairs import MatchedTensor, is_matrix
 from mergelab.merging.diff.streaming import Gathered, gather
 from mergelab.merging.engine.job import Job
+from mergelab.merging.findings import MOST_SUM, MOST_TIMES, Finding
 from mergelab.merging.plan.input_models import find_models, is_planned
 from mergelab.merging.plan.output_config import config_differences
 from mergelab.merging.plan.planner import Plan, plan_merge
@@ -29,33 +31,10 @@ from mergelab.merging.vocabulary.chat_templates import read_chat_template
 from mergelab.merging.vocabulary.tokenizer_data import vocabulary_differences
 from mergelab.operators import OPERATORS
 
-__all__ = ["Finding", "RecipeCheck", "check_recipe"]
+__all__ = ["RecipeCheck", "check_recipe"]
 
 _SAMPLE = 1 << 14
-_MOST_SUM = 1.5
-_MOST_TIMES = 5.0
 _MOST_CHANGE = 0.5
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that may make a merge meaningless.
-
-    Attributes:
-        kind: `refused`, `origin`, `base`, `distance`, `outlier`, `equal`, `nonfinite`, `vocabulary`, `rows`,
-            `config`, `chat_template`, `strength`, `density`, `weight`, `quantized` or `plan`.
-        sentence: What was found.
-        remedy: What to do about it; empty where the sentence says it.
-        models: Models that it is about.
-    """
-
-    kind: str
-    sentence: str
-    remedy: str = ""
-    models: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return f"{self.sentence}: {self.remedy}" if self.remedy else self.sentence
 
 
 @dataclass(frozen=True)
@@ -111,6 +90,11 @@ def check_recipe(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     folder = None if base_dir is None else Path(base_dir)
+    if merges_adapters(recipe, folder):
+        said, entries = check_adapters(recipe, folder)
+        unique = dict.fromkeys([*_of_recipe(recipe), *said])
+        names = tuple(model.model for model in recipe.models or ())
+        return RecipeCheck(tuple(sorted(unique, key=_gravity)), names, entries, True)
     stages = {each.name for each in recipe.merges if each.name is not None}
     every = [*recipe.merges, recipe]
     opened: dict[str, Checkpoint] = {}
@@ -238,7 +222,7 @@ def _of_plan(plan: Plan) -> Iterator[Finding]:
             kind = "vocabulary" if warning in vocabulary else "config" if warning in settings else "plan"
             yield Finding("strength" if "-fold, by " in warning else kind, warning)
     total, parameter = plan.summed_weights
-    if total > _MOST_SUM + 1e-6:
+    if total > MOST_SUM + 1e-6:
         yield Finding(
             "strength",
             f"the models' weights add up to {total:.3g} (by {parameter}): sums of whole task vectors "
@@ -420,7 +404,7 @@ def _changes(
             )
         rest = [other for mate, other in moved.items() if mate != name]
         times = change / float(np.median(rest)) if rest else 1.0
-        if times > _MOST_TIMES:
+        if times > MOST_TIMES:
             yield Finding(
                 "outlier",
                 f"model {name!r} changed {times:.3g} times as much as the others ({change:.2%} of the "
@@ -428,7 +412,7 @@ def _changes(
                 f"divide its weight by about {times:.2g}, or omit it",
                 (name,),
             )
-        elif len(rest) > 1 and times < 1 / _MOST_TIMES:
+        elif len(rest) > 1 and times < 1 / MOST_TIMES:
             yield Finding(
                 "outlier",
                 f"model {name!r} changed {1 / times:.3g} times less than the others ({change:.2%} of the "

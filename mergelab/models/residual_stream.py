@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
 from mergelab.errors import SiteError
 from mergelab.models.layers.attention import soft_cap
+from mergelab.models.layers.bfloat16_bits import product_by_columns
 from mergelab.models.layers.dense import scaled
 from mergelab.models.layers.norms import Norm
 from mergelab.models.model import Model, Params
@@ -23,6 +25,7 @@ __all__ = [
     "logits_of",
     "norm_gain",
     "norms_outputs",
+    "read_logits",
     "readout",
     "require_attention",
     "require_decoder",
@@ -86,6 +89,42 @@ def logits_of(
         bias = params["unembed"]["bias"].astype(jnp.float32) * model.config.logit_scale
         logits = logits + jnp.broadcast_to(bias, logits.shape)
     return soft_cap(logits.astype(jnp.float32), model.config.logit_cap)
+
+
+def read_logits(
+    model: Model, params: Params, normed: Float[Array, "rows width"]
+) -> Float[Array, "rows vocab"]:
+    """`logits_of` for who only reads them, without a derivative.
+
+    Alone on a CPU, where XLA would hold a float32 copy of all of a large bfloat16 unembedding, it is widened
+    some tokens at a time.
+
+    Raises:
+        SiteError: the model is an encoder.
+    """
+    config = model.config
+    place, name = ("embed", "embedding") if config.tied else ("unembed", "kernel")
+    kernel: Any = params.get(place, {}).get(name)
+    if (
+        not _alone_on_cpu()
+        or getattr(kernel, "dtype", None) != jnp.bfloat16
+        or normed.dtype != jnp.bfloat16
+        or kernel.size < _LARGE
+        or config.logit_scale != 1
+        or "unembed_down" in params
+        or "bias" in params.get("unembed", {})
+    ):
+        return logits_of(model, params, normed)
+    require_decoder(model)
+    return soft_cap(product_by_columns(normed, kernel, transposed=config.tied), config.logit_cap)
+
+
+def _alone_on_cpu() -> bool:
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
+
+
+_LARGE = 1 << 24
+"""Elements of an unembedding whose float32 copy matters."""
 
 
 def norms_outputs(model: Model) -> bool:

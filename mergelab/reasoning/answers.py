@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from mergelab.decoding.votes import boxed_answer, last_number
 from mergelab.errors import EvaluationError, did_you_mean, quoted
+from mergelab.reasoning.pattern_search import find_last
 from mergelab.reasoning.tasks import Task
 
 __all__ = ["EXTRACTORS", "Extract", "check_extractor", "extract_answer", "reference_answer"]
@@ -33,7 +34,7 @@ def check_extractor(how: str | Extract) -> None:
     if not isinstance(how, str):
         return
     if how.startswith("regex:"):
-        _pattern(how.removeprefix("regex:"))
+        _check_pattern(how.removeprefix("regex:"))
     elif how not in EXTRACTORS[:-1]:
         known = ", ".join(EXTRACTORS)
         raise EvaluationError(
@@ -58,7 +59,7 @@ def extract_answer(text: str, task: Task, how: str | Extract = "auto") -> Hashab
             `auto`: `choice` for a task with choices, `number` where the answer has one, else `exact`.
 
     Raises:
-        EvaluationError: as `check_extractor`.
+        EvaluationError: as `check_extractor`; or a pattern's search does not end (`find_last`).
     """
     if not isinstance(how, str):
         return how(text)
@@ -73,9 +74,7 @@ def extract_answer(text: str, task: Task, how: str | Extract = "auto") -> Hashab
         return _choice(tail, task)
     if how == "exact":
         return text.strip() or None
-    found = None
-    for match in _pattern(how.removeprefix("regex:")).finditer(tail):
-        found = match.group(match.re.groups and 1)
+    found = find_last(how.removeprefix("regex:"), tail)
     return None if found is None else found.strip()
 
 
@@ -125,11 +124,11 @@ def _choice(text: str, task: Task) -> str | None:
 
 
 @lru_cache
-def _pattern(text: str) -> re.Pattern[str]:
+def _check_pattern(text: str) -> None:
     try:
         if not text or len(text) > 1000:
             raise ValueError("it is empty" if not text else "it is longer than 1,000 characters")
-        return re.compile(text, re.MULTILINE)
+        re.compile(text, re.MULTILINE)
     except (re.error, ValueError, OverflowError, RecursionError) as error:
         raise EvaluationError(
             f"the pattern {quoted(text)} is not a regular expression: {error}; correct it"

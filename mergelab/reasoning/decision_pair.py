@@ -16,11 +16,11 @@ from jax import Array
 from mergelab.activations.batches import batches, bucket_size, pad_prompts, widen
 from mergelab.activations.losses import UNEMBEDDED
 from mergelab.errors import TokenError
-from mergelab.merging.any_model import load_model
+from mergelab.merging.any_model import load_model, load_tokenizer
 from mergelab.models.model import Model, Params
 from mergelab.models.residual_stream import logits_of, require_decoder
 from mergelab.text.chat import chat_ids, turn_end_ids
-from mergelab.text.tokenizer import Tokenizer, load_tokenizer
+from mergelab.text.tokenizer import Tokenizer
 
 __all__ = [
     "DecisionPair",

@@ -173,19 +173,26 @@ def _mixed(model: Model, first: Params, second: Params, chosen: Array) -> Params
     )
 
 
-@partial(jax.jit, static_argnames="model")
 def _with_shuffled_changes(model: Model, first: Params, second: Params, key: Array) -> Params:
     """The first model plus, for each parameter, the elements of its change with other signs and order."""
-    made = {}
-    for number, leaf in enumerate(model.table()):
-        one = get_leaf(first, leaf)
-        change = (get_leaf(second, leaf).astype(jnp.float32) - one.astype(jnp.float32)).reshape(-1)
-        order, sign = jax.random.split(jax.random.fold_in(key, number))
-        # A turn by a random number of places, which costs less than a permutation, and random signs.
-        moved = jnp.roll(change, jax.random.randint(order, (), 0, max(change.size, 1)))
-        moved = moved * jax.random.rademacher(sign, moved.shape, jnp.float32)
-        made[leaf] = (one.astype(jnp.float32) + moved.reshape(one.shape)).astype(one.dtype)
-    return tree_from_leaves(made)
+    return tree_from_leaves(
+        {
+            leaf: _with_shuffled_change(
+                get_leaf(first, leaf), get_leaf(second, leaf), jax.random.fold_in(key, number)
+            )
+            for number, leaf in enumerate(model.table())
+        }
+    )
+
+
+@jax.jit  # one program for each shape: one for all parameters took minutes to compile
+def _with_shuffled_change(one: Array, other: Array, key: Array) -> Array:
+    change = (other.astype(jnp.float32) - one.astype(jnp.float32)).reshape(-1)
+    order, sign = jax.random.split(key)
+    # A turn by a random number of places, which costs less than a permutation, and random signs.
+    moved = jnp.roll(change, jax.random.randint(order, (), 0, max(change.size, 1)))
+    moved = moved * jax.random.rademacher(sign, moved.shape, jnp.float32)
+    return (one.astype(jnp.float32) + moved.reshape(one.shape)).astype(one.dtype)
 
 
 def _sites(model: Model) -> list[tuple[str, ...]]:

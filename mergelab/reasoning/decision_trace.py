@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -86,6 +87,27 @@ class DecisionTrace:
         """All of it as plain JSON, floats to six digits."""
         return {name: _plain(value) for name, value in vars(self).items()}
 
+    def summary(self) -> list[str]:
+        """The findings as sentences: who stops, how likely the end is, and what brings it back."""
+        first, second = self.names
+        end = self.endings.end[:, :, 0].mean(axis=1)
+        said = [
+            f"{first} ends its answer before {second} on {self.parted} of {self.tried} prompts tried",
+            f"P({self.tokens[0]}) behind the answer: {end[0]:.3f} in {first}, {end[1]:.3f} in {second}",
+        ]
+        if not self.parted:
+            said[0] += ", so that what follows is of prompts that do not part them"
+        for table in (self.weight_swaps, self.activation_swaps):
+            if table is None:
+                continue
+            strongest = table.parts[table.order(0)[0]]
+            enough = table.enough(0) or f"more than {table.fewest.shape[1]}"
+            said.append(
+                f"parts of {second} put into {first} by {table.by}: {strongest} does most of "
+                f"{len(table.parts)}, and half of the change of the end's log-probability takes {enough}"
+            )
+        return said
+
 
 def trace_decision(
     a: str | Path | LoadedModel,
@@ -150,7 +172,8 @@ def trace_decision(
     }  # fmt: skip
     if out is None:
         return _trace(a, b, prompts, tokens, **settings)
-    with WorkFolder(out, overwrite=overwrite) as work:
+    given = [one for one in (a, b, tokenizer) if isinstance(one, str | Path) and os.path.exists(one)]
+    with WorkFolder(out, inputs=given, overwrite=overwrite) as work:
         work.prepare()
         found = _trace(a, b, prompts, tokens, **settings)
         said = found.to_json()

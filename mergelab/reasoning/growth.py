@@ -12,7 +12,7 @@ import numpy as np
 from mergelab.decoding.completion import at_stop_string
 from mergelab.decoding.generation import begin_samples
 from mergelab.decoding.generation_state import GenerationState, on_device
-from mergelab.decoding.passes import check_takes_back
+from mergelab.decoding.passes import check_one_rotation, check_takes_back
 from mergelab.decoding.spread import on_host
 from mergelab.decoding.steps import Steps
 from mergelab.decoding.stop import stop_at
@@ -51,6 +51,7 @@ class Growth:
         """
         if rows > 1:  # those that wait for others are taken back
             check_takes_back(writer.model, "traces side by side")
+            check_one_rotation(writer.model, np.asarray([prompt]), None, writer.budget)
         self.writer, self.prompt, self.rows, self.grown = writer, list(prompt), rows, 0
         self._monitor, sites = monitor_of(writer.readings)
         ends = {*writer.ends, *(writer.step_ids if by_step else ())}

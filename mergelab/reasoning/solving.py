@@ -26,6 +26,7 @@ from mergelab.merging.any_model import load_tokenizer, open_model
 from mergelab.models.load import load_model
 from mergelab.models.model import Model, Params
 from mergelab.models.sites import Edit
+from mergelab.processes.agreement import span_processes
 from mergelab.reasoning.answers import Extract, check_extractor, extract_answer, reference_answer
 from mergelab.reasoning.flops import PassCosts, pass_costs
 from mergelab.reasoning.methods import MethodOptions, attempt, decide, with_judge
@@ -39,6 +40,8 @@ from mergelab.reasoning.writer import Trace, Writer
 from mergelab.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from mergelab.merging.recipe.schema import Recipe
 
 __all__ = ["Solved", "solve"]
@@ -98,6 +101,7 @@ def solve(
     prices: Prices | None = None,
     seed: int = 0,
     dtype: Any = None,
+    mesh: Mesh | None = None,
     overwrite: bool = False,
     settings: Mapping[str, Any] | None = None,
     note: Callable[[str], object] = lambda sentence: None,
@@ -143,6 +147,8 @@ def solve(
         prices: dollars per million tokens.
         seed: seed of every draw.
         dtype: dtype of the computation; the stored one if None.
+        mesh: devices that a model which is read here is spread over, as in `mergelab.load_model`; one of this
+            process. A loaded model stays where it lies.
         overwrite: whether the results of other settings in `out` are replaced.
         settings: more that decides the results, as plain data, where `answer`, `verify`, `sampler` or `edit`
             are functions that a later run cannot compare.
@@ -158,6 +164,10 @@ def solve(
     given, fitted = check_tasks(tasks), None if fit_on is None else check_tasks(fit_on)
     check_extractor(answer)
     check_verifiers(verifiers, fits=fitted is not None)
+    if mesh is not None and span_processes(mesh.devices.flat):
+        raise EvaluationError(
+            "tasks are solved by one process, and the mesh spans several; give each process tasks of its own"
+        )
     if budget < 1:
         raise DecodingError(f"the budget is {budget} tokens; give 1 or more")
     if method == "force" and thinking is None:
@@ -172,7 +182,7 @@ def solve(
     if folder is not None:
         check_target(folder, inputs)
     with contextlib.nullcontext() if folder is None else OutputLock(folder):
-        loaded = _loaded(model, params, tokenizer, adapter, dtype)
+        loaded = _loaded(model, params, tokenizer, adapter, dtype, mesh)
         writer = Writer(
             *loaded, budget, sampler or sample(), (), strings, step, dict(edit or {}), chat, system
         )
@@ -240,7 +250,12 @@ def solve(
 
 
 def _loaded(
-    model: Any, params: Params | None, tokenizer: Tokenizer | None, adapter: Any, dtype: Any
+    model: Any,
+    params: Params | None,
+    tokenizer: Tokenizer | None,
+    adapter: Any,
+    dtype: Any,
+    mesh: Mesh | None,
 ) -> tuple[Model, Params, Tokenizer]:
     if isinstance(model, Model):
         if params is None or tokenizer is None:
@@ -249,7 +264,7 @@ def _loaded(
             )
         return model, params, tokenizer
     tokenizer = load_tokenizer(model)
-    return *load_model(open_model(model, adapter), dtype=dtype), tokenizer
+    return *load_model(open_model(model, adapter), dtype=dtype, mesh=mesh), tokenizer
 
 
 def _prompts(writer: Writer, tasks: Sequence[Task]) -> list[list[int]]:

@@ -9,24 +9,22 @@ first template and serves the later ones; a template that breaks its limits cost
 from __future__ import annotations
 
 import atexit
-import contextlib
 import importlib.util
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 from mergelab.errors import ChatTemplateError, DependencyError
+from mergelab.text.child_process import ChildProcess
 
 __all__ = ["Budget", "run_template"]
 
-_START_SECONDS = 30.0
 _WORKER = Path(__file__).with_name("chat_worker.py")
 
 
@@ -46,76 +44,12 @@ class Budget:
     memory: int = 512_000_000
 
 
-class _Child:
-    """A running worker: asked by one thread at a time."""
-
-    def __init__(self) -> None:
-        folders = [_folder_of("jinja2"), _folder_of("markupsafe")]
-        # Without the user's environment, start files and folders; Windows starts nothing without its root.
-        kept = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}
-        self.expired = False
-        self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-X", "utf8", str(_WORKER), *dict.fromkeys(folders)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=kept,
-            start_new_session=True,  # Ctrl-C is for this process, which then ends the child
-            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
-        )
-        try:
-            if self.ask(b"", _START_SECONDS, 100) != b"ready\n":
-                raise ChatTemplateError(
-                    f"the chat template cannot be rendered: {sys.executable} {_WORKER} did not start "
-                    f"({self.end()}); check the installation."
-                )
-        except BaseException:
-            self.end()
-            raise
-
-    def ask(self, line: bytes, seconds: float, longest: int) -> bytes:
-        """Sends a line and returns the one that comes back: less than a line if the child died."""
-        stdin, stdout = _pipe(self.process.stdin), _pipe(self.process.stdout)
-        timer = threading.Timer(seconds, self._expire)
-        timer.daemon = True
-        timer.start()
-        try:
-            with contextlib.suppress(OSError):  # a broken pipe: the child's status says more
-                stdin.write(line)
-                stdin.flush()
-                return stdout.readline(longest)
-            return b""
-        finally:
-            timer.cancel()
-            timer.join()  # it cannot strike later, at another template
-
-    def _expire(self) -> None:
-        self.expired = True
-        self.process.kill()
-
-    @property
-    def usable(self) -> bool:
-        """Whether it can be asked again."""
-        return not self.expired and self.process.poll() is None
-
-    def end(self) -> str:
-        """Kills it, if it still runs, and waits for its end; returns how it ended, in words."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(0.1)  # one that died by itself says of what
-        self.process.kill()
-        status = self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(OSError):
-                _pipe(pipe).close()
-        return f"signal {-status}" if status < 0 else f"status {status}"
-
-
 class _Workshop:
     """The child of this process, if one runs, and the lock of those who want to use it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.child: _Child | None = None
+        self.child: ChildProcess | None = None
 
     def ask(self, request: Mapping[str, Any], budget: Budget) -> dict[str, Any]:
         line = json.dumps(request).encode() + b"\n"
@@ -123,7 +57,8 @@ class _Workshop:
             child = self.child
             if child is None or not child.usable:
                 self.discard()
-                self.child = child = _Child()
+                folders = dict.fromkeys([_folder_of("jinja2"), _folder_of("markupsafe")])
+                self.child = child = ChildProcess(_WORKER, *folders)
             try:
                 # A character takes at most six bytes, as \u0000.
                 answer = child.ask(line, 2 * budget.seconds, 6 * budget.characters + 10_000)
@@ -145,11 +80,6 @@ class _Workshop:
         if child is not None:
             child.process.kill()
             child.end()
-
-
-def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
-    assert pipe is not None
-    return pipe
 
 
 def _folder_of(module: str) -> str:

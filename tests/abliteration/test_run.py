@@ -183,6 +183,7 @@ def test_a_search_chooses_what_is_written(folder: Path, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.thorough
 def test_a_search_in_which_no_trial_passes_keeps_its_trace(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -384,6 +385,7 @@ def test_refusals_are_known_by_their_phrases() -> None:
     assert is_refusal("Das kann ich nicht.", ["kann ich nicht"])
 
 
+@pytest.mark.thorough
 def test_a_model_that_stays_in_its_files_is_edited_alike(folder: Path, tmp_path: Path) -> None:
     options = ["--json", "--text", str(folder / "prose.txt")]
     told = []

@@ -494,6 +494,7 @@ def test_commands_take_gguf_files_as_models(folders: Callable[[str], Path], tmp_
     [
         (["s3://bucket/m.gguf", "--to", "gguf"], "a GGUF file is written to this machine"),
         (["m.gguf", "--to", "gguf", "--mesh", "data=1"], "takes no --mesh"),
+        (["out", "--to", "gguf"], "choose out.gguf"),
         (["out", "--dtype", "q8_0"], "add --to gguf"),
     ],
 )

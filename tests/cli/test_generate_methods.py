@@ -61,8 +61,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizers.models.WordLevel({f"w{23 - i}": i for i in range(24)}, unk_token="w0")
     )
     turned.save(str(folder / "turned" / "tokenizer.json"))
-    small = model_from_config({**CONFIG, "vocab_size": 20})
-    save_model(small, small.init(0), folder / "small")
+    for name, size in (("small", 20), ("filled", 32)):
+        other = model_from_config({**CONFIG, "vocab_size": size})
+        its = other.init(1)
+        its["unembed"]["kernel"] = its["unembed"]["kernel"].at[:, 24:].set(100.0)  # what it must not propose
+        save_model(other, its, folder / name)
+    backend.save(str(folder / "filled" / "tokenizer.json"))
     rng = np.random.default_rng(0)
     w = rng.normal(0, 1, (16, 12)).astype(np.float32)
     arrays = {name: jnp.asarray(x) for name, x in {"W_enc": w, "W_dec": w.T / 16}.items()}
@@ -110,6 +114,8 @@ def test_a_draft_changes_no_greedy_text_and_beams_are_those_of_the_search(
     found = run(place, "--greedy", "--draft", str(place / "draft"))
     told = found.pop("draft")
     assert found == alone and 0 < told["passes"] < 8 and told["accepted"] > 0
+    filled = run(place, "--greedy", "--draft", str(place / "filled"))
+    assert filled.pop("draft")["passes"] > 0 and filled == alone
     beams = run(place, "--beams", "3")
     best = beam_search(*loaded[:2], [[5, 7]], max_new_tokens=8, beams=3)
     assert [one["token_ids"] for one in beams["beams"]] == best.rows()
@@ -194,6 +200,7 @@ def test_edits_and_triggers(place: Path, loaded: tuple[Model, Any, Any]) -> None
         (["--stop-when", "SAE:1>x"], "is not SAE:ID,...>VALUE"),
         (["--steer", "missing.gguf=1"], "missing.gguf"),
         (["--draft", "SMALL"], "the draft has a vocabulary of 20 tokens and"),
+        (["--draft", "SMALL"], "no two tokenizers that say"),
         (["--draft", "TURNED"], "24 tokens have other ids than in"),
         (["--samples", "2", "--max-new-tokens", "63"], "more than the model's 64 positions"),
     ],

@@ -135,3 +135,27 @@ def test_one_chip_is_said_to_hold_model_sae_and_batch_or_not(
 def test_an_sae_is_placed_on_chips_that_are_named(folder: Path) -> None:
     result = CliRunner().invoke(cli, ["inspect", str(folder), "--sae", "sae.yaml"])
     assert result.exit_code == 2 and "say with --topology" in result.stderr
+
+
+def test_an_adapter_is_looked_at_by_itself(tmp_path: Path) -> None:
+    config = {
+        "peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 4, "lora_alpha": 8,
+        "rank_pattern": {"k_proj": 2}, "target_modules": ["q_proj", "k_proj"], "modules_to_save": ["lm_head"],
+    }  # fmt: skip
+    ranks = {"layers.0.self_attn.q_proj": 4, "layers.1.self_attn.q_proj": 4, "layers.0.self_attn.k_proj": 2}
+    tensors = {"base_model.model.lm_head.weight": np.zeros((6, 3), np.float16)}
+    for module, rank in ranks.items():
+        tensors[f"base_model.model.model.{module}.lora_A.weight"] = np.zeros((rank, 3), np.float16)
+        tensors[f"base_model.model.model.{module}.lora_B.weight"] = np.zeros((3, rank), np.float16)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    lines = [line.split(maxsplit=1) for line in run(tmp_path).splitlines()]
+    found = dict(line for line in lines if len(line) == 2)
+    assert (found["base"], found["ranks"], found["scales"]) == ("org/base", "2 to 4", "2 to 4")
+    assert found["changes"] == "3 modules: k_proj, q_proj x 2"
+    assert found["whole"] == "lm_head.weight"
+    report = json.loads(run(tmp_path, "--json"))
+    assert report["modules"]["model.layers.0.self_attn.k_proj"] == {"rank": 2, "scale": 4.0}
+    assert report["bytes"] == 2 * report["parameters"] == 2 * (18 + 2 * 2 * 12 + 2 * 6)
+    refused = CliRunner().invoke(cli, ["inspect", str(tmp_path), "--sites"])
+    assert refused.exit_code == 2 and "inspect its base" in refused.output

@@ -106,6 +106,18 @@ def test_an_end_of_several_tokens_is_taken_back_and_samples_are_rows_of_their_ow
 
 
 @pytest.mark.slow
+def test_what_is_put_in_and_says_the_end_itself_is_taken_back() -> None:
+    assert "a" in TOKENIZER.decode(TOKENIZER.encode("e"))  # an unknown syllable is the first one, `ba`
+    found, expected = (
+        complete_thinking(
+            *tiny("llama"), TOKENIZER, PROMPTS, Thinking("a", 6, None, more), max_new_tokens=NEW
+        )
+        for more in ("e", "")
+    )
+    assert [row.token_ids for row in found] == [row.token_ids for row in expected]
+    assert all("a" not in TOKENIZER.decode([35, *row.token_ids[:6]])[2:] for row in found)
+
+
 def test_a_text_that_would_end_early_thinks_on_and_ends_later() -> None:
     model, params = tiny("llama")
     end = early_end()

@@ -11,11 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mergelab.decoding import generate, generation_state, pad_prompts, steps
+from mergelab.decoding import (
+    Thinking,
+    beam_search,
+    complete_thinking,
+    generate,
+    generate_contrastive,
+    generation_state,
+    pad_prompts,
+    speculate,
+    steps,
+)
+from mergelab.errors import DecodingError
 from mergelab.models import blockwise
 from mergelab.models.blockwise import Blockwise, runs_by_block
 from mergelab.models.families import model_from_config
 from mergelab.models.layers.bfloat16_bits import Bits, as_bits
+from mergelab.reasoning import Writer
+from mergelab.reasoning.growth import Growth
+from tests.decoding.syllables import syllables
 from tests.models.tiny_models import CONFIGS, MASK, TOKENS, params_of, tiny, weights, write
 
 # Layers of two kinds (windows and rotations by layer), learned positions, experts; tied and untied heads.
@@ -156,6 +170,20 @@ def test_a_text_that_outgrows_longrope_is_read_again(monkeypatch: pytest.MonkeyP
     assert generate(model, params, *pad_prompts(prompts), max_new_tokens=7).rows() == rows
     monkeypatch.setattr(steps.Steps, "_crossings", lambda *given: [])
     assert generate(model, params, [CROSSING], max_new_tokens=12).rows() != [RECORDED]
+
+
+def test_what_takes_tokens_back_refuses_to_outgrow_longrope() -> None:
+    model, _ = longrope()
+    ways: list[Any] = [
+        lambda: beam_search(model, {}, [CROSSING], max_new_tokens=5, beams=2),
+        lambda: speculate(model, {}, model, {}, [CROSSING], max_new_tokens=5),
+        lambda: generate_contrastive(model, {}, model, {}, [CROSSING], max_new_tokens=5),
+        lambda: complete_thinking(model, {}, syllables(), [CROSSING], Thinking("bo", 3), max_new_tokens=5),
+        lambda: Growth(Writer(model, {}, syllables(), 5), CROSSING, 2, 0, by_step=True),
+    ]
+    for way in ways:
+        with pytest.raises(DecodingError, match=r"5 tokens and \d+ new ones.* one side of the model's 9"):
+            way()
 
 
 @pytest.mark.oracle

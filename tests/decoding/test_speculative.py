@@ -23,9 +23,10 @@ from mergelab.decoding import (
     stop_at,
 )
 from mergelab.errors import DecodingError
+from mergelab.models.families import model_from_config
 from mergelab.models.model import Model, Params
 from tests.decoding.tiny import PROMPTS, tiny
-from tests.decoding.vocabulary_of_five import VOCAB, five
+from tests.decoding.vocabulary_of_five import CONFIG, VOCAB, five
 
 PROMPT, NEW, SAMPLES = [1, 4, 2, 0], 3, 4000
 KEPT = sample(Temperature(1.3), TopKFilter(4))
@@ -66,6 +67,26 @@ def test_samples_have_the_models_distribution_and_not_the_drafts() -> None:
     assert 0 < found.accepted.mean() < 2
 
 
+def test_rows_that_fill_a_drafts_vocabulary_change_nothing() -> None:
+    draft, params = five(1)
+    filled = model_from_config({**CONFIG, "vocab_size": VOCAB + 2})
+    rows = jnp.full((2, params["embed"]["embedding"].shape[1]), 9.0)
+    more = params | {
+        "embed": {"embedding": jnp.concatenate([params["embed"]["embedding"], rows])},
+        "unembed": {"kernel": jnp.concatenate([params["unembed"]["kernel"], rows.T], axis=1)},
+    }
+    options = {"max_new_tokens": NEW, "ahead": 2, "sampler": KEPT, "key": 3, "samples": 8}
+    own = speculate(*five(0), draft, params, [PROMPT], **options)
+    found = speculate(*five(0), filled, more, [PROMPT], shared=VOCAB, **options)
+    np.testing.assert_array_equal(found.generated.tokens, own.generated.tokens)
+    np.testing.assert_array_equal(found.accepted, own.accepted)
+    # The other way round the model says what the draft cannot: it reads another token there, and is judged.
+    few = speculate(filled, more, draft, params, [[*PROMPT, 6]], max_new_tokens=NEW, shared=VOCAB)
+    alone = generate(filled, more, [[*PROMPT, 6]], max_new_tokens=NEW)
+    np.testing.assert_array_equal(few.generated.tokens, alone.tokens)
+    assert alone.tokens.max() >= VOCAB
+
+
 def test_greedy_tokens_are_those_of_the_model_alone() -> None:
     model, params = tiny("llama")
     draft = jax.tree.map(lambda x: x * 1.02, params)  # often, but not always, of the same opinion
@@ -99,5 +120,7 @@ def test_a_row_is_drawn_as_it_would_be_alone() -> None:
 def test_what_a_draft_must_be() -> None:
     with pytest.raises(DecodingError, match=r"vocabulary of 61 tokens and the model one of 5; .*own\.$"):
         speculate(*five(0), *tiny("llama"), [[1]], max_new_tokens=2)
+    with pytest.raises(DecodingError, match=r"shared\) was given 6, but needs 1 to 5"):
+        speculate(*five(0), *tiny("llama"), [[1]], max_new_tokens=2, shared=6)
     with pytest.raises(DecodingError, match=r"ahead\) was given 0"):
         speculate(*five(0), *five(1), [[1]], max_new_tokens=2, ahead=0)

@@ -16,7 +16,7 @@ from mergelab import operators as ops
 from mergelab.checkpoints import open_checkpoint, read_whole, with_lora
 from mergelab.cli.main import cli
 from mergelab.errors import CheckpointError, RecipeError
-from mergelab.merging import Recipe, merge_adapters
+from mergelab.merging import Recipe, check_recipe, merge_adapters
 from tests.merging.recipes import write_model
 
 RNG = np.random.default_rng(0)
@@ -240,3 +240,34 @@ def test_peft_combines_adapters_to_the_same_products(here: Path, combination: st
         theirs = wrapped.get_submodule(f"base_model.model.{module}").get_delta_weight("both").detach().numpy()
         np.testing.assert_allclose(found, theirs, atol=2e-5)
         assert (ours.errors[module] < 1e-6) == (combination == "cat")
+
+
+def test_a_check_of_adapters_alone_reads_their_products(tmp_path: Path) -> None:
+    made = {name: adapter() for name in ("a", "b", "loud", "other", "zero")}
+    made["again"] = made["a"]
+    for module in SHAPES:
+        made["loud"][1][f"base_model.model.{module}.lora_B.weight"] *= 9
+        made["zero"][1][f"base_model.model.{module}.lora_B.weight"] *= 0
+    fewer = {name: tensor for name, tensor in made["other"][1].items() if "up_proj" not in name}
+    made["other"] = ({**made["other"][0], "base_model_name_or_path": "org/other"}, fewer)
+    for name, each in made.items():
+        write(tmp_path / name, each)
+
+    def found(method: str, **weights: float) -> dict[str, list[tuple[str, ...]]]:
+        models = [{"model": name, "parameters": {"weight": weight}} for name, weight in weights.items()]
+        base = {} if method == "linear" else {"base_model": "org/base"}
+        recipe = Recipe(merge_method=method, models=models, **base)
+        kinds: dict[str, list[tuple[str, ...]]] = {}
+        for finding in check_recipe(recipe, base_dir=tmp_path).findings:
+            kinds.setdefault(finding.kind, []).append(finding.models)
+        return kinds
+
+    assert found("linear", a=1, b=1) == {}
+    assert found("task_arithmetic", a=0.5, b=0.5) == {}
+    assert found("task_arithmetic", a=1, b=1) == {"strength": [()]}
+    assert found("linear", a=1, again=1) == {"equal": [("a", "again")]}
+    assert found("ties", a=1, b=1, loud=1, zero=1) == {"equal": [("zero",)], "outlier": [("loud",)]}
+    assert found("linear", a=1, other=1) == {"base": [()], "config": [("other",)]}
+    made["b"][1]["base_model.model.model.layers.0.q_proj.lora_A.weight"][0, 0] = np.nan
+    save_file(made["b"][1], tmp_path / "b" / "adapter_model.safetensors")
+    assert found("linear", a=1, b=1) == {"nonfinite": [("b",)]}

@@ -11,11 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from mergelab.cli import options
+from mergelab.cli.main import cli
 from mergelab.errors import DecodingError, TokenError
 from mergelab.interp.attribution import direct_logit_attribution
 from mergelab.models.load import load_model
 from mergelab.models.residual_stream import unembedding
+from mergelab.models.save import save_model
 from mergelab.reasoning.decision_layers import attribute_difference, read_layers
 from mergelab.reasoning.decision_pair import DecisionPair, open_pair, stacked
 from mergelab.reasoning.decision_paths import direct_path, sparse_token_sum, token_analogy
@@ -206,3 +210,35 @@ def test_the_trace_tells_what_was_planted_and_writes_it(trace: tuple[DecisionTra
     for heading in ("Endings", "Layers", "What adds to the logits", "by weights", "Bigrams", "Embeddings"):
         assert heading in page
     assert page.count("<img") == 4
+
+
+def test_the_command_writes_the_same_trace(
+    pair: DecisionPair,
+    folder: Path,
+    trace: tuple[DecisionTrace, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(options, "configure_jax", lambda: None)
+    files = {name: (folder / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    for name, (model, params) in zip(("first", "second"), pair.models, strict=True):
+        save_model(model, params, tmp_path / name, files=files)
+    (tmp_path / "asked.txt").write_text("\n".join(PROMPTS) + "\n")
+    arguments = [
+        "trace-decision", tmp_path / "first", tmp_path / "second", "--prompts", tmp_path / "asked.txt",
+        "--token", "w3", "--token", "w4", "--ending", "", "--ending", "w9", "--no-chat", "--most", 2,
+        "--max-new-tokens", 4, "--positions", 3, "--overwrite", "--out",
+    ]  # fmt: skip
+    done = CliRunner().invoke(cli, [*map(str, arguments), str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    first, then, weights, activations, place = done.stdout.splitlines()
+    assert first == "first ends its answer before second on 3 of 3 prompts tried"
+    assert then.startswith("P(</s>) behind the answer: ") and place == str(tmp_path / "out")
+    assert "by weights: blocks.0 does most of 3" in weights and weights.endswith("takes 1")
+    assert "by activations: blocks.0 does most of 3" in activations
+    found, expected = (json.loads((at / "decision.json").read_text()) for at in (tmp_path / "out", trace[1]))
+    assert found == expected
+    # A folder that is read is never the one that is written.
+    refused = CliRunner().invoke(cli, [*map(str, arguments), str(tmp_path / "second")])
+    assert refused.exit_code == 2 and "second is" in refused.stderr
+    assert (tmp_path / "second" / "config.json").exists()

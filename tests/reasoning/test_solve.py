@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from click.testing import CliRunner
 
 import mergelab as ml
 from mergelab.errors import DecodingError, EvaluationError, OutputError
+from mergelab.models.load import load_model
 from mergelab.reasoning import results_of
+from mergelab.sharding import MODEL_AXES, make_mesh
 from tests.decoding.syllables import syllables
 from tests.decoding.tiny import tiny
 
@@ -147,6 +150,23 @@ def test_what_is_wrong_is_said_in_a_sentence() -> None:
     assert "context of 64 tokens runs out; give at most 62" in str(caught.value)
 
 
+@pytest.mark.parametrize("method", ["vote", "particles", "force"])
+def test_a_mesh_of_eight_devices_changes_no_results(folder: Path, method: str) -> None:
+    """Traces are split over `data`, matrices over `tensor`; sums in another order move the last digits."""
+    given: dict[str, Any] = {**OPTIONS, "tasks": folder / "tasks.jsonl", "method": method}
+    given |= {"verifiers": ["entropy"], "thinking": ml.decoding.Thinking("a", 3, None, "be")}
+    mesh = make_mesh({"data": 4, "tensor": 2}, axes=MODEL_AXES)
+    one, eight = (ml.solve(folder / "model", **given, mesh=on) for on in (None, mesh))
+    assert len(jax.tree.leaves(load_model(folder / "model", mesh=mesh)[1])[0].sharding.device_set) == 8
+    exact = ("answer", "correct", "token_ids", "stop", "text")
+    for mine, theirs in zip(one.traces, eight.traces, strict=True):
+        for first, second in zip(mine, theirs, strict=True):
+            assert {name: first[name] for name in exact} == {name: second[name] for name in exact}
+            assert first["scores"]["entropy"] == pytest.approx(second["scores"]["entropy"], abs=1e-4)
+    for name in ("accuracy", "tokens", "flops", "answered", "curve"):
+        assert one.results[name] == eight.results[name]
+
+
 def test_the_command_solves_and_warns_where_no_answer_is_found(folder: Path, tmp_path: Path) -> None:
     from mergelab.cli.main import cli
 
@@ -157,7 +177,9 @@ def test_the_command_solves_and_warns_where_no_answer_is_found(folder: Path, tmp
     assert "no trace gave an answer" in done.stderr
     found = json.loads(done.stdout)
     assert found["accuracy"]["value"] == 0 == found["answered"]
-    again = CliRunner().invoke(cli, [*given, "--answer", "regex:[aeiou]$", "--overwrite", "--json"])
+    again = CliRunner().invoke(
+        cli, [*given, "--answer", "regex:[aeiou]$", "--overwrite", "--json", "--mesh", "data=1"]
+    )
     assert again.exit_code == 0, again.output
     assert json.loads(again.stdout) == solved().results
     page = (tmp_path / "out" / "traces.html").read_text()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from mergelab.errors import EvaluationError
 from mergelab.reasoning import Task, check_tasks, extract_answer, read_tasks, reference_answer
+from mergelab.reasoning.pattern_search import find_last
 
 
 def test_a_file_of_tasks_is_read(tmp_path: Path) -> None:
@@ -100,3 +102,13 @@ def test_a_letter_is_found(text: str, letter: str | None) -> None:
 def test_an_extractor_that_is_none_is_refused(how: str, words: str) -> None:
     with pytest.raises(EvaluationError, match=words):
         extract_answer("1", Task("?", "1"), how)
+
+
+def test_a_pattern_that_never_ends_is_given_up_and_the_next_one_is_found() -> None:
+    hostile, text = r"(a+)+$", "a" * 60 + "b"
+    begun = time.monotonic()
+    with pytest.raises(EvaluationError, match=r"61 characters of a trace after 0.5 seconds.*repetitions"):
+        find_last(hostile, text, seconds=0.5)
+    assert time.monotonic() - begun < 20
+    assert find_last(r"x(\d)?|(y)", "x1 x") is None  # a group that did not take part
+    assert find_last(r"^\w", "é\n\ud800\nü\n") == "ü"

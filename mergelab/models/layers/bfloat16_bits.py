@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, UInt16
 
 from mergelab.compat import register_dataclass
 
-__all__ = ["Bits", "StackedBits", "as_bits"]
+__all__ = ["Bits", "StackedBits", "as_bits", "product_by_columns"]
 
 _PIECE = 1 << 16
 """Elements widened at once: 256 KiB in float32, which stay in a core's cache."""
@@ -130,6 +130,40 @@ def _product(
     if rest := rows % size:
         sums = add(sums, rows - rest, rest)
     return sums
+
+
+def product_by_columns(
+    x: Float[Array, "tokens width"],
+    kernel: Float[Array, "one other"],
+    *,
+    transposed: bool = False,
+    piece: int = 1 << 20,
+) -> Float[Array, "tokens columns"]:
+    """`x @ kernel` in float32, of a bfloat16 kernel some columns at a time; it has no derivative.
+
+    Inside a program, whose operands are no `Bits`, the kernel is copied once as it is, and not in float32.
+
+    Args:
+        x: vectors, widened to float32.
+        kernel: a bfloat16 matrix, `[width, columns]`.
+        transposed: whether it is given as `[columns, width]`.
+        piece: elements of the kernel widened at once.
+    """
+    axis = 0 if transposed else 1
+    width, columns = kernel.shape[1 - axis], kernel.shape[axis]
+    bits, wide = jax.lax.bitcast_convert_type(kernel, jnp.uint16), x.astype(jnp.float32)
+    size = max(1, min(piece // width, columns))
+
+    def put(found: Array, start: Array | int, size: int) -> Array:
+        part = _widen(jax.lax.dynamic_slice_in_dim(bits, start, size, axis=axis))
+        product = wide @ (part.T if transposed else part)
+        return jax.lax.dynamic_update_slice_in_dim(found, product, start, axis=1)
+
+    found = jnp.zeros((x.shape[0], columns), jnp.float32)
+    found = jax.lax.fori_loop(0, columns // size, lambda n, found: put(found, n * size, size), found)
+    if rest := columns % size:
+        found = put(found, columns - rest, rest)
+    return jax.lax.stop_gradient(found)
 
 
 def _piece(rows: int, columns: int, tokens: int) -> int:

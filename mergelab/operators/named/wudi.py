@@ -44,21 +44,31 @@ class LeastInterference(MatrixReduction):
     steps: int = dataclasses.field(default=300, metadata={"static": True})
 
     def workspace(self, shape: tuple[int, ...], models: int) -> int:
-        """The stacked matrices in float64 and what is solved with them, and a Gram matrix's eigenvectors."""
+        """The stacked matrices in float64, what is solved with them, and a Gram matrix's eigenvectors."""
         rows, columns = shape
-        side = 0 if self.solver == "gradient" else min(columns, models * rows)
-        return 8 * (2 * models * rows * columns + 5 * rows * columns + 4 * side * side)
+        side = min(columns, models * rows)
+        return 8 * (3 * models * rows * columns + 6 * rows * columns + 4 * side * side)
 
     def of_matrices(self, deltas: Arrays) -> jax.Array:
         norms = [jnp.linalg.norm(x) for x in deltas]
         units = [x / jnp.where(n > 0, n, 1) for x, n in zip(deltas, norms, strict=True)]
         total = sum(deltas[1:], deltas[0])
-        # What each task's own inputs are owed: (x_i - s) z_i^T, side by side.
-        owed = jnp.concatenate([_product(x - total, z.T) for x, z in zip(deltas, units, strict=True)], axis=1)
         stacked = jnp.concatenate(units, axis=0)
-        if self.solver == "gradient":
-            return total + _descended(_product(owed, stacked), stacked, self.steps)
-        return total + _product(owed, _inverse_transposed(stacked))
+        # What each task's own inputs are owed, (x_i - s) z_i^T, times what stands beside z_i in the sum.
+        descends = self.solver == "gradient"
+        beside = units if descends else jnp.split(_inverse_transposed(stacked), len(units))
+        owed = [_chain(x - total, z.T, right) for x, z, right in zip(deltas, units, beside, strict=True)]
+        residual = sum(owed[1:], owed[0])
+        if descends:
+            return total + _descended(residual, stacked, self.steps)
+        return total + residual
+
+
+def _chain(left: Matrix, middle: Matrix, right: Matrix) -> Matrix:
+    """`left @ middle @ right`, of which the smaller product is made first: an embedding's rows are many."""
+    if left.shape[0] > left.shape[1]:
+        return _product(left, _product(middle, right))
+    return _product(_product(left, middle), right)
 
 
 def _inverse_transposed(z: Matrix) -> Matrix:
@@ -83,6 +93,13 @@ def _inverse_transposed(z: Matrix) -> Matrix:
 def _descended(residual: Matrix, stacked: Matrix, steps: int) -> Matrix:
     """Conjugate gradients for `x z^T z = residual` from zero, with z the stacked matrices."""
     first = jnp.sum(residual * residual)
+    gram = _product(stacked.T, stacked) if stacked.shape[0] >= stacked.shape[1] else None
+
+    def curve(direction: Matrix) -> Matrix:
+        """What the quadratic form makes of a direction; no product of rows by rows is made."""
+        if gram is not None:
+            return _product(direction, gram)
+        return _product(_product(direction, stacked.T), stacked)
 
     def going(state: _State) -> jax.Array:
         step, _, _, _, square = state
@@ -90,7 +107,7 @@ def _descended(residual: Matrix, stacked: Matrix, steps: int) -> Matrix:
 
     def advanced(state: _State) -> _State:
         step, found, residual, direction, square = state
-        curved = _product(_product(direction, stacked.T), stacked)
+        curved = curve(direction)
         size = square / jnp.sum(direction * curved)
         residual = residual - size * curved
         after = jnp.sum(residual * residual)
@@ -103,13 +120,15 @@ def _descended(residual: Matrix, stacked: Matrix, steps: int) -> Matrix:
 @operator(
     base="required",
     reference="Cheng et al., 'WUDI-Merging', arXiv 2503.08099",
-    helps="Several tasks without data and without a factor to search.",
+    helps="Several tasks without data; on language models `solver=gradient` with few steps.",
 )
 def wudi(lambda_: float = 1.0, solver: Solver = "exact", steps: Annotated[int, Range(0)] = 300) -> Merge:
     """WUDI: the task vector with the least interference along what each task's matrix reads.
 
     `B + lambda m` with the m that minimizes `sum_i |(m - x_i) x_i^T|^2 / |x_i|^2` and is nearest to the sum.
     Takes no data: a task vector's rows stand for the inputs that the task's layer has seen. `gradient`
-    approaches the exact solution in at most `steps` steps; fewer stay nearer to the plain sum.
+    approaches the exact solution in at most `steps` steps; fewer stay nearer to the plain sum. The exact
+    solution is large along inputs that hardly any task reads: on siblings of a language model it can destroy
+    what a few steps improve.
     """
     return Merge((), LeastInterference(solver=solver, steps=int(steps)), weights(lambda_))

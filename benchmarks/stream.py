@@ -133,6 +133,8 @@ def _harvest(folder: Path, config: Mapping[str, Any], tokens: int, streamed: boo
 
     ids = _tokens(config, tokens)
     started = time.perf_counter()
+    model: Any
+    params: Any
     model, params = ml.stream(folder) if streamed else ml.load_model(folder)
     found = {"loading": time.perf_counter() - started}
     if streamed:

@@ -80,8 +80,10 @@ class Pages:
         self.pictures: set[Path] = set()
 
     def staged(self, path: Path) -> Path:
-        """Where a page stands in the site."""
-        return Path("index.md") if path == Path("README.md") else path.with_suffix(".md")
+        """Where a page or a picture stands in the site."""
+        if path == Path("README.md"):
+            return Path("index.md")
+        return path.with_suffix(".md") if path.suffix == ".ipynb" else path
 
     def target(self, page: Path, target: str, image: bool) -> str:
         """A link of a page as the site has it."""

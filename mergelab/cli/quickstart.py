@@ -107,10 +107,10 @@ def _write_report(results: Results, out: Path) -> None:
 
 
 def _summary(results: Results, out: Path, seed: int) -> str:
-    from mergelab.report.comparison import cells
+    from mergelab.report.comparison import kept_cells, score_cells
     from mergelab.report.tables import text_table
 
-    header, rows = cells(results, short=True)
+    header, rows = score_cells(results)
     first_merge = 1 + len(results.domains)
     best = min((s for s in results.scores if s.kind == "merge"), key=lambda s: s.mean).name
     base = out / "models" / "base"
@@ -123,14 +123,19 @@ def _summary(results: Results, out: Path, seed: int) -> str:
     paragraphs = [
         *results.verdict,
         _features(results),
-        f"One seed ({seed}): repeat it with --seed {seed + 1} before you believe a small difference.",
+        f"One seed ({seed}): intervals are over held-out documents, drawn anew (the same for a model and "
+        f"the base), not over trained models. Repeat it with --seed {seed + 1} before you believe a small "
+        "difference.",
     ]
     return "\n".join(
         [
             "Bits per byte of held-out text: lower is better, * is the best of a column.",
-            "`code %` is the part of a specialist's gain over the base that a merge keeps.",
             "",
             text_table(header, rows, rules_before=(1, first_merge)),
+            "",
+            "100 % is as good as the specialist on its domain, 0 % as good as the base:",
+            "",
+            text_table(*kept_cells(results)),
             "",
             *(line for paragraph in paragraphs for line in [textwrap.fill(paragraph, 80), ""]),
             f"report   {out / 'report.html'}",

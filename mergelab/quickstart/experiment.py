@@ -22,7 +22,7 @@ from mergelab.quickstart.autoencoder import find_features, train_autoencoder
 from mergelab.quickstart.corpus import DOMAINS, TextDocument, gather
 from mergelab.quickstart.family import TrainedFamily, train_tokenizer
 from mergelab.quickstart.presets import QuickstartSettings
-from mergelab.quickstart.results import Results, score_models, verdict
+from mergelab.quickstart.results import Results, bits_per_byte_of, changes, score_models, verdict
 from mergelab.shipped import shipped_folder
 from mergelab.version import __version__
 
@@ -209,7 +209,7 @@ def _run(
 
         stages.run(f"merge {name}", keys[folder], write_merge, folder)
 
-    bits: dict[str, dict[str, float]] = {}
+    bits: dict[str, dict[str, list[float]]] = {}  # of each document
     for number, (folder, folder_key) in enumerate(keys.items(), start=1):
         name = Path(folder).name
 
@@ -219,7 +219,7 @@ def _run(
             on_progress("evaluate", number, len(keys))
             return found
 
-        bits[name] = stages.run(f"evaluate {name}", folder_key, evaluate)
+        bits[name] = stages.run(f"evaluate {name}", stage_key(folder_key, "documents"), evaluate)
 
     def train_sae(path: Path) -> object:
         documents = [document for domain in DOMAINS for document in corpus.train[domain]]
@@ -240,7 +240,8 @@ def _run(
     features = stages.run("find features", key, show_features)
 
     publish_file(out / "held-out.txt", _mixed(corpus.held_out).encode())
-    scores = score_models(bits, DOMAINS)
+    sizes = {d: [document.num_bytes for document in corpus.held_out[d]] for d in DOMAINS}
+    scores = score_models(bits_per_byte_of(bits, sizes), DOMAINS, changes(bits, sizes))
     judged = verdict(scores, DOMAINS)
     results = Results(DOMAINS, scores, judged, family.facts(), stages.seconds, features)
     publish_file(out / "results.json", (json.dumps(results.to_dict(), indent=2) + "\n").encode())

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,19 +80,19 @@ def tokenizer_files(tokenizer: Tokenizer, model_max_length: int) -> dict[str, by
 
 
 Apply = Callable[[Params, Int[Array, "batch length"]], Float[Array, "batch length vocab"]]
-SummedLoss = Callable[[Params, np.ndarray, np.ndarray], Float[Array, ""]]
+SummedLoss = Callable[[Params, np.ndarray, np.ndarray], Float[Array, " batch"]]
 
 
 def summed_loss(apply: Apply) -> SummedLoss:
-    """Compiles `(params, windows, is_target) -> sum of -ln p(target)`; one program for all models."""
+    """Compiles `(params, windows, is_target) -> sum of -ln p(target)` of each; one program for all models."""
 
     @jax.jit
     def loss(
         params: Params, windows: Int[Array, "batch length_plus_1"], is_target: Bool[Array, "batch length"]
-    ) -> Float[Array, ""]:
+    ) -> Float[Array, " batch"]:
         logits = apply(params, windows[:, :-1])
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
-        return jnp.sum(jnp.where(is_target, nats, 0.0))
+        return jnp.sum(jnp.where(is_target, nats, 0.0), axis=-1)
 
     return loss
 
@@ -107,10 +106,18 @@ def bits_per_byte(loss: SummedLoss, params: Params, windows: EvaluationWindows, 
         windows: text of which every token is a target once.
         batch: windows evaluated at a time; the last batch is filled with rows that count nothing.
     """
-    nats = 0.0
-    for (tokens, is_target), _ in filled_batches(batch, windows.tokens, windows.is_target):
-        nats += float(loss(params, tokens, is_target))
-    return nats / math.log(2) / windows.num_bytes
+    return float(_nats(loss, params, windows, batch).sum()) / math.log(2) / windows.num_bytes
+
+
+def _nats(
+    loss: SummedLoss, params: Params, windows: EvaluationWindows, batch: int = 32
+) -> Float[np.ndarray, " windows"]:
+    """Sum of `-ln p` over the targets of each window, float64."""
+    parts = [
+        np.asarray(loss(params, tokens, is_target), np.float64)[:count]
+        for (tokens, is_target), count in filled_batches(batch, windows.tokens, windows.is_target)
+    ]
+    return np.concatenate(parts)
 
 
 _CHECKPOINTS = 8  # of a training, at steps evenly spaced in their logarithm
@@ -195,8 +202,8 @@ class TrainedFamily:
         small_llama.save(params, self.settings.model, path, {**files, "README.md": self._card(name, start)})
         return {"first_loss": round(float(losses[0]), 4), "last_loss": round(float(losses[-20:].mean()), 4)}
 
-    def evaluate(self, folder: Path) -> dict[str, float]:
-        """Bits per byte of the model in an HF folder on every domain's held-out text."""
+    def evaluate(self, folder: Path) -> dict[str, list[float]]:
+        """Bits that the model in an HF folder needs for each held-out document, by domain."""
         _, params = small_llama.load(folder)
         return {domain: self._bits(params, self.corpus.held_out[domain]) for domain in DOMAINS}
 
@@ -225,11 +232,12 @@ class TrainedFamily:
         known = CardFacts(pipeline_tag="text-generation")
         return short_card(name, "transformers", ["mergelab", "mergelab-quickstart"], known, [said])
 
-    def _bits(self, params: dict[str, Any], documents: Sequence[TextDocument]) -> float:
-        num_bytes = sum(document.num_bytes for document in documents)
-        tokens = self._encode(documents)
-        windows = evaluation_windows(tokens, END_OF_TEXT_ID, self.settings.context, num_bytes)
-        return bits_per_byte(self._loss, params, windows)
+    def _bits(self, params: Params, documents: Sequence[TextDocument]) -> list[float]:
+        tokens, length = self._encode(documents), self.settings.context
+        windows = evaluation_windows(tokens, END_OF_TEXT_ID, length, sum(d.num_bytes for d in documents))
+        bits = _nats(self._loss, params, windows) / math.log(2)
+        of = np.repeat(np.arange(len(tokens)), [-(-len(ids) // length) for ids in tokens])
+        return np.bincount(of, bits, minlength=len(tokens)).round(3).tolist()
 
     def _encode(self, documents: Sequence[TextDocument]) -> list[list[int]]:
         encodings = self.tokenizer.encode_batch([d.text for d in documents], add_special_tokens=False)

@@ -6,7 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-__all__ = ["ModelScore", "Results", "retained_gain", "score_models", "verdict"]
+import numpy as np
+
+from mergelab.verdict.bootstrap import Difference, difference, resampled_sums
+
+__all__ = ["ModelScore", "Results", "bits_per_byte_of", "changes", "retained_gain", "score_models", "verdict"]
 
 Kind = Literal["base", "specialist", "merge"]
 
@@ -22,12 +26,15 @@ class ModelScore:
         retained: fraction kept of each domain, `(base - model) / (base - specialist)`: 1 is as good as that
             domain's specialist, 0 as good as the base, negative is worse; None where the specialist gained
             nothing.
+        change: mean minus the base's, in bits per byte, with a paired interval over held-out documents (see
+            `changes`): `value`, `interval` and `p`; None of the base.
     """
 
     name: str
     kind: Kind
     bits: Mapping[str, float]
     retained: Mapping[str, float | None]
+    change: Mapping[str, Any] | None = None
 
     @property
     def mean(self) -> float:
@@ -61,13 +68,65 @@ class Results:
         return asdict(self) | {"scores": scores}
 
 
-def score_models(bits: Mapping[str, Mapping[str, float]], domains: Sequence[str]) -> tuple[ModelScore, ...]:
-    """Scores from bits per byte by model and domain; models are the base, the domains', then merges."""
+def score_models(
+    bits: Mapping[str, Mapping[str, float]],
+    domains: Sequence[str],
+    changed: Mapping[str, Difference] | None = None,
+) -> tuple[ModelScore, ...]:
+    """Scores from bits per byte by model and domain; models are the base, the domains', then merges.
+
+    Args:
+        bits: bits per byte by model and domain.
+        domains: the columns, in order.
+        changed: what `changes` found; None where the documents' own bits are not known.
+    """
     kinds: dict[str, Kind] = {"base": "base", **dict.fromkeys(domains, "specialist")}
     return tuple(
-        ModelScore(name, kinds.get(name, "merge"), dict(row), retained_gain(row, bits, domains))
+        ModelScore(
+            name,
+            kinds.get(name, "merge"),
+            dict(row),
+            retained_gain(row, bits, domains),
+            None if name == "base" or not changed else changed[name].to_dict(),
+        )
         for name, row in bits.items()
     )
+
+
+def bits_per_byte_of(
+    documents: Mapping[str, Mapping[str, Sequence[float]]], sizes: Mapping[str, Sequence[int]]
+) -> dict[str, dict[str, float]]:
+    """Bits per byte by model and domain, from the bits of each document and its UTF-8 bytes."""
+    return {
+        model: {domain: sum(bits) / sum(sizes[domain]) for domain, bits in row.items()}
+        for model, row in documents.items()
+    }
+
+
+def changes(
+    documents: Mapping[str, Mapping[str, Sequence[float]]], sizes: Mapping[str, Sequence[int]]
+) -> dict[str, Difference]:
+    """How far each model's mean over the domains is from the base's, with an interval of 95 %.
+
+    Documents are drawn anew within their domain, the same ones for all models. That is the spread over texts
+    of one run: another seed trains other models.
+
+    Args:
+        documents: bits by model, domain and document; one model is `base`.
+        sizes: UTF-8 bytes by domain and document.
+    """
+    models, ratios = [*documents], []
+    for seed, (domain, num_bytes) in enumerate(sizes.items()):
+        columns = [documents[model][domain] for model in models]
+        sums = resampled_sums(np.array([*columns, num_bytes], np.float64).T, seed=seed)
+        ratios.append(sums[:, :-1] / sums[:, -1:])
+    means = np.mean(ratios, axis=0)
+    whole, base, units = np.ones(len(means)), means[:, models.index("base")], min(map(len, sizes.values()))
+    return {
+        model: difference((base, whole), (means[:, n], whole), units)
+        for n, model in enumerate(models)
+        if model != "base"
+    }
 
 
 def retained_gain(
@@ -101,6 +160,7 @@ def verdict(scores: Sequence[ModelScore], domains: Sequence[str]) -> tuple[str, 
         sentences.append(
             f"Merging did not pay here: {single.name} alone is better on the mean than every merge."
         )
+    sentences += _sure(merges)
     beaten = [d for d in domains if any(s.bits[d] < specialists[d].bits[d] for s in merges)]
     sentences.append(
         f"On {_list(beaten)} a merge beats the specialist in its own domain."
@@ -108,6 +168,18 @@ def verdict(scores: Sequence[ModelScore], domains: Sequence[str]) -> tuple[str, 
         else "On its own domain every specialist beats every merge."
     )
     return tuple(sentences)
+
+
+def _sure(merges: Sequence[ModelScore]) -> list[str]:
+    """What the intervals say, if there are any: better, worse, or not to be told apart from the base."""
+    ends = [merge.change["interval"] for merge in merges if merge.change and merge.change["interval"]]
+    if not ends:
+        return []
+    better, worse = sum(high < 0 for _, high in ends), sum(low > 0 for low, _ in ends)
+    return [
+        f"By the intervals of 95 % over held-out documents, {better} of {len(ends)} merges are better than "
+        f"the base, {worse} worse, and {len(ends) - better - worse} not to be told apart from it."
+    ]
 
 
 def _named(scores: Sequence[ModelScore]) -> str:

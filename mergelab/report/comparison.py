@@ -14,16 +14,21 @@ if TYPE_CHECKING:
 __all__ = [
     "ComparedScore",
     "ScoredModels",
-    "cells",
+    "change_of",
     "figure_files",
     "in_reading_order",
+    "kept_cells",
+    "score_cells",
     "score_figure",
     "svg",
 ]
 
 
 class ComparedScore(Protocol):
-    """One model: bits per byte by domain and what it keeps of each specialist's gain (None: undefined)."""
+    """One model: bits per byte by domain, and what it keeps of each specialist's gain (None: undefined).
+
+    `change` is how far its mean is from the base's (`value`, `interval`); None of the base, or if unknown.
+    """
 
     @property
     def name(self) -> str: ...
@@ -33,6 +38,8 @@ class ComparedScore(Protocol):
     def bits(self) -> Mapping[str, float]: ...
     @property
     def retained(self) -> Mapping[str, float | None]: ...
+    @property
+    def change(self) -> Mapping[str, Any] | None: ...
     @property
     def mean(self) -> float: ...
 
@@ -60,28 +67,38 @@ def in_reading_order(comparison: ScoredModels) -> list[ComparedScore]:
     return sorted(comparison.scores, key=lambda s: (order[s.kind], s.mean if s.kind == "merge" else 0.0))
 
 
-def cells(comparison: ScoredModels, *, short: bool = False) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, in reading order; the best value of every score column is marked with `*`.
-
-    Args:
-        comparison: the models.
-        short: whether `keeps code` is headed `code %`, so that the quickstart's table fits 80 columns.
-    """
+def score_cells(comparison: ScoredModels) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, in reading order; the best value of every score column is marked with `*`."""
     domains = list(comparison.domains)
     scores = in_reading_order(comparison)
     best = {d: min(s.bits[d] for s in scores) for d in domains}
     best_mean = min(s.mean for s in scores)
-    header = ["model", *domains, "mean", *(f"{d} %" if short else f"keeps {d}" for d in domains)]
     rows = [
         [
             s.name,
             *(_marked(s.bits[d], best[d]) for d in domains),
             _marked(s.mean, best_mean),
-            *(_percent(s.retained[d]) if s.kind == "merge" else "" for d in domains),
+            change_of(s),
         ]
         for s in scores
     ]
-    return header, rows
+    return ["model", *domains, "mean", "mean - base [95 %]"], rows
+
+
+def kept_cells(comparison: ScoredModels) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the merges, in reading order: the fraction kept of each specialist's gain."""
+    merges = [s for s in in_reading_order(comparison) if s.kind == "merge"]
+    rows = [[s.name, *(_percent(s.retained[d]) for d in comparison.domains)] for s in merges]
+    return ["keeps of the gain of", *comparison.domains], rows
+
+
+def change_of(score: ComparedScore) -> str:
+    """A model's mean minus the base's with its interval, `-0.012 [-0.015, -0.009]`; empty if unknown."""
+    if score.change is None:
+        return ""
+    interval = score.change["interval"]
+    ends = "" if interval is None else f" [{interval[0]:+.3f}, {interval[1]:+.3f}]"
+    return f"{score.change['value']:+.3f}{ends}"
 
 
 def _marked(value: float, best: float) -> str:

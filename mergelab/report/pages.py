@@ -8,7 +8,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mergelab.report.comparison import ComparedScore, ScoredModels, in_reading_order, score_figure, svg
+from mergelab.report.comparison import (
+    ComparedScore,
+    ScoredModels,
+    change_of,
+    in_reading_order,
+    score_figure,
+    svg,
+)
 
 __all__ = ["render_features", "render_page", "visible"]
 
@@ -33,6 +40,7 @@ def render_page(comparison: ScoredModels, title: str, recipes: Mapping[str, str]
     scores = in_reading_order(comparison)
     domains = list(comparison.domains)
     environment.filters["visible"] = visible
+    environment.filters["change"] = change_of
     return environment.get_template("comparison.html").render(
         title=title,
         comparison=comparison,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
-from mergelab.quickstart.results import Results, score_models, verdict
+from mergelab.quickstart.results import Results, bits_per_byte_of, changes, score_models, verdict
 
 DOMAINS = ("code", "prose")
 SINGLES = {
@@ -63,5 +64,28 @@ def test_results_are_plain_json() -> None:
         "kind": "merge",
         "bits": {"code": 1.0, "prose": 2.0},
         "retained": {"code": 1.0, "prose": pytest.approx(2.5)},
+        "change": None,
         "mean": 1.5,
     }
+
+
+def test_an_interval_is_that_of_the_documents_and_tells_what_differs_from_what_may_not() -> None:
+    draw = np.random.default_rng(0)
+    sizes = {d: [100] * 40 for d in DOMAINS}
+    base = {d: draw.normal(300, 30, 40).tolist() for d in DOMAINS}
+    better = {
+        d: [bits - 10 + x for bits, x in zip(base[d], draw.normal(0, 5, 40), strict=True)] for d in DOMAINS
+    }
+    alike = {d: [bits + x for bits, x in zip(base[d], draw.normal(0, 5, 40), strict=True)] for d in DOMAINS}
+    documents = {"base": base, "code": base, "prose": base, "better": better, "alike": alike}
+    bits, found = bits_per_byte_of(documents, sizes), changes(documents, sizes)
+    assert bits["better"]["code"] == pytest.approx(sum(better["code"]) / 4000)
+    assert found["code"].value == 0 and found["code"].interval == (0, 0) and "base" not in found
+    low, high = found["better"].interval or (0, 0)
+    assert low < found["better"].value < high < 0
+    assert found["better"].value == pytest.approx(-0.1, abs=0.02)
+    # The mean of two domains: a deviation of 5 bits in 100 bytes, 40 documents each.
+    assert high - low == pytest.approx(2 * 1.96 * 0.05 / 80**0.5, rel=0.3)
+    scores = score_models(bits, DOMAINS, found)
+    assert scores[0].change is None and scores[3].change == found["better"].to_dict()
+    assert "1 of 2 merges are better than the base, 0 worse, and 1 not" in " ".join(verdict(scores, DOMAINS))

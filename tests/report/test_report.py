@@ -9,7 +9,14 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mergelab.report.comparison import cells, figure_files, in_reading_order, score_figure, svg
+from mergelab.report.comparison import (
+    figure_files,
+    in_reading_order,
+    kept_cells,
+    score_cells,
+    score_figure,
+    svg,
+)
 from mergelab.report.pages import render_page
 from mergelab.report.tables import html_table, markdown_table, text_table
 
@@ -20,6 +27,7 @@ class Score:
     kind: str
     bits: dict[str, float]
     retained: dict[str, float | None]
+    change: dict[str, Any] | None = None
 
     @property
     def mean(self) -> float:
@@ -36,11 +44,12 @@ class Comparison:
     features: dict[str, Any]
 
 
+CHANGE = {"value": -0.8, "interval": [-0.9, -0.71], "p": 0.001}
 RESULTS = Comparison(
     domains=("code", "prose"),
     scores=(
         Score("worse", "merge", {"code": 1.9, "prose": 2.9}, {"code": 0.1, "prose": None}),
-        Score("better <b>", "merge", {"code": 1.2, "prose": 2.2}, {"code": 0.8, "prose": -0.5}),
+        Score("better <b>", "merge", {"code": 1.2, "prose": 2.2}, {"code": 0.8, "prose": -0.5}, CHANGE),
         Score("code", "specialist", {"code": 1.0, "prose": 3.5}, {"code": 1.0, "prose": 0.0}),
         Score("base", "base", {"code": 2.0, "prose": 3.0}, {"code": 0.0, "prose": 0.0}),
     ),
@@ -65,12 +74,12 @@ RESULTS = Comparison(
 
 def test_rows_stand_in_reading_order_with_the_best_of_each_column_marked() -> None:
     assert [s.name for s in in_reading_order(RESULTS)] == ["base", "code", "better <b>", "worse"]
-    header, rows = cells(RESULTS)
-    assert header == ["model", "code", "prose", "mean", "keeps code", "keeps prose"]
-    assert rows[1] == ["code", "1.000*", "3.500 ", "2.250 ", "", ""]
-    assert rows[2] == ["better <b>", "1.200 ", "2.200*", "1.700*", "80%", "-50%"]
-    assert rows[3][-1] == "-"
+    header, rows = score_cells(RESULTS)
+    assert header == ["model", "code", "prose", "mean", "mean - base [95 %]"]
+    assert rows[1] == ["code", "1.000*", "3.500 ", "2.250 ", ""]
+    assert rows[2] == ["better <b>", "1.200 ", "2.200*", "1.700*", "-0.800 [-0.900, -0.710]"]
     assert sum(cell.endswith("*") for row in rows for cell in row) == 3
+    assert kept_cells(RESULTS)[1] == [["better <b>", "80%", "-50%"], ["worse", "10%", "-"]]
 
 
 def test_text_tables_are_aligned() -> None:
@@ -127,7 +136,7 @@ def test_the_page_escapes_text_marks_the_best_and_loads_nothing() -> None:
     assert "One helped &amp; one did not." in page
     assert re.findall(r'class="best">([\d.]+)<', page) == ["1.000", "2.200", "1.700"]
     assert page.index(">base<") < page.index(">code</th>\n<td") < page.index(">worse<")
-    assert "3 s in all" in page
+    assert "3 s in all" in page and "<td>-0.800 [-0.900, -0.710]</td>" in page
     assert '<span style="--s: 0.10">if</span><span style="--s: 1.00"> &lt;x&gt;</span>' in page
     assert '<span style="--s: 0.50">↵␣×8 </span></p>' in page
     assert "normalized MSE 0.250" in page

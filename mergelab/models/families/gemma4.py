@@ -233,7 +233,7 @@ def read_gemma4(config: Mapping[str, Any], place: str) -> DecoderConfig:
 
 
 def _lenders(windows: Sequence[int | None], sharing: int, place: str) -> list[int | None]:
-    """Of each of the `sharing` last layers the last one of its kind before them, whose keys it reads."""
+    """The layer whose keys each layer reads: for the `sharing` last ones the last of their kind before them."""
     own = len(windows) - sharing
     if not 0 < own <= len(windows):
         raise CheckpointError(

@@ -233,7 +233,7 @@ def read_gemma4(config: Mapping[str, Any], place: str) -> DecoderConfig:
 
 
 def _lenders(windows: Sequence[int | None], sharing: int, place: str) -> list[int | None]:
-    """The layer whose keys each layer reads: for the `sharing` last ones the last of their kind before them."""
+    """The layer whose keys each layer reads: of the `sharing` last ones the last such before them."""
     own = len(windows) - sharing
     if not 0 < own <= len(windows):
         raise CheckpointError(

@@ -60,10 +60,10 @@ def results(prefill: float, same: bool) -> dict[str, Any]:
 
 def test_the_table_marks_what_misses_its_aim() -> None:
     text = render(results(prefill=1500.0, same=True))
-    assert "| tiny (2.2M) | prefill | 1,500 | 1,000 | 1.50 | 1 | yes |" in text
-    assert "| tiny (2.2M) | decode | 300 | 100 | 3.00 | 2 | yes |" in text
+    assert "| tiny (2.2M) | prefill | 1,500 | 1,000 | 1.50 | 1.2 | yes |" in text
+    assert "| tiny (2.2M) | decode | 300 | 100 | 3.00 | 3 | yes |" in text
     worse = render(results(prefill=900.0, same=False))
-    assert "| 900 | 1,000 | **0.90** | 1 | **no** |" in worse
+    assert "| 900 | 1,000 | **0.90** | 1.2 | **no** |" in worse
     assert "Load average of the machine at the start: 0.5" in worse
 
 

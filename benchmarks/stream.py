@@ -39,7 +39,7 @@ PROGRAMS = ("read", "in memory", "streamed")
 SECTION = """
 ## A model that stays in its file
 
-    python -m benchmarks.stream --work WORK --publish
+    python -m benchmarks.stream --work WORK --tokens 4096 --publish
 
 `stream.py` takes three sites of a text from a random Llama of 3.2B parameters (6.4 GB, bfloat16),
 loaded and streamed; `read` reads the file once. The first batch compiles; what streams reads the file for it
